@@ -1,0 +1,338 @@
+"""Scaling curves: quality against total model bits, one curve per precision.
+
+The question of the k-bit paper is asked at a *fixed budget of total bits*: a small model in 16 bit and a four
+times larger one in 4 bit cost the same memory; which is better? So each precision k is a curve
+value_k(total_bits) through the models of one family, and the curves are compared at common budgets. Between
+two models a curve is linear in log(total_bits), as in the paper, which found that power laws in (parameters,
+bits) fit poorly.
+
+Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling laws", ICML 2023, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from kbit.datatypes import PAPER_EXPONENT_BITS
+from kbit.spec import BASELINE_BITS
+
+VARIANT: Final = ["family", "data_type", "block_size"]  # what is held fixed while precisions are compared
+POINT: Final = [*VARIANT, "bits", "model"]  # one marker of a figure
+READING: Final = ["total_bits", "value", "low", "high"]
+CURVE_COLUMNS: Final = ["family", "bits", "data_type", "block_size", "model", *READING]
+REPEAT_COLUMNS: Final = ["exponent_bits", "float_bias", "method", "task", "metric", "n"]
+BASELINE_ONLY: Final = "16-bit only"  # the variant of a family that was never quantized
+BUDGETS: Final = 200  # grid points over the budgets compared: shares come out to half a percent
+# Rounding of the interpolation is near 1e-16 and accuracies of 10^6 items differ by 1e-6: between the two is
+# a tie.
+TIE: Final = 1e-9
+
+Floats = npt.NDArray[np.float64]
+
+
+class AmbiguousResults(ValueError):
+    """Several experiments claim the same point of a curve, and the results do not say which one is meant."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the study: what is plotted on the y axis.
+
+    Attributes:
+        name: as printed.
+        metric, task: which rows of the results hold it.
+        higher_is_better: True for accuracies, False for losses.
+    """
+
+    name: str
+    metric: str
+    task: str
+    higher_is_better: bool
+
+
+ZERO_SHOT: Final = Measure("mean zero-shot accuracy", "acc", "mean_zero_shot", higher_is_better=True)
+
+
+def find_cross_entropy(results: pd.DataFrame) -> Measure | None:
+    """Return the cross entropy of the text with the most results (ties: first by name); None without any."""
+    texts = results.loc[results["metric"] == "cross_entropy", "task"].value_counts().sort_index()
+    return None if texts.empty else Measure("cross entropy", "cross_entropy", str(texts.idxmax()), False)
+
+
+def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
+    """Return the points of all precision curves of one measurement.
+
+    A variant is a (family, data type, block size). The family's 16-bit baseline belongs to each of its
+    variants. Exponent bits, float bias and methods other than the paper's become part of the data type's name
+    ("float E2", "float bnb", "nf gptq"). Of several results for one point those on the most items count.
+    Seeds are averaged, the interval's ends too: the items are the same under each seed, so more seeds do not
+    narrow the interval.
+
+    Args:
+        results: long form, one row per experiment and measurement (kbit.read_results); a column seed is optional.
+        metric: for example "acc" or "cross_entropy".
+        task: for example "mean_zero_shot", or the name of a text.
+
+    Returns:
+        Columns family, bits, data_type, block_size (NA: whole tensor), model, total_bits, value, low, high;
+        sorted. Empty if nothing was measured. A family with only a baseline has one variant, data_type None.
+
+    Raises:
+        ValueError: a column is missing.
+        AmbiguousResults: experiments of the same seed and number of items share a point.
+    """
+    missing = [column for column in [*CURVE_COLUMNS, *REPEAT_COLUMNS] if column not in results]
+    if missing:
+        raise ValueError(f"results lack the columns {missing}; pass what kbit.read_results returns")
+    rows = results[(results["metric"] == metric) & (results["task"] == task)]
+    settings = (rows[column] for column in ("data_type", "bits", "exponent_bits", "float_bias", "method"))
+    names = [name_data_type(*setting) for setting in zip(*settings, strict=True)]
+    rows = rows.assign(
+        data_type=pd.Series(names, rows.index, dtype=object), block_size=rows["block_size"].astype("Int64")
+    )
+    is_baseline = rows["bits"] == BASELINE_BITS
+    variants = rows.loc[~is_baseline, VARIANT].drop_duplicates()
+    baseline = rows[is_baseline].drop(columns=["data_type", "block_size"])
+    baseline = baseline.merge(variants, on="family", how="left")
+    points = merge_repeats(pd.concat([rows[~is_baseline], baseline], ignore_index=True))
+    return points.sort_values([*VARIANT, "bits", "total_bits", "model"], ignore_index=True)[CURVE_COLUMNS]
+
+
+def name_data_type(data_type: object, bits: int, exponent_bits: object, float_bias: object, method: str) -> str | None:
+    """Return the data type followed by exponent bits, float bias and method where they are not the default.
+
+    The defaults are the paper's exponent bits, "ieee" and round to nearest. None for the unquantized
+    baseline.
+    """
+    if bits == BASELINE_BITS:
+        return None
+    parts = [str(data_type)]
+    if data_type == "float" and not is_missing(exponent_bits) and exponent_bits != PAPER_EXPONENT_BITS[bits]:
+        parts.append(f"E{exponent_bits}")
+    if data_type == "float" and not is_missing(float_bias) and float_bias != "ieee":
+        parts.append(str(float_bias))
+    if method != "rtn":
+        parts.append(method)
+    return " ".join(parts)
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell is None, NaN or NA; which of them depends on the column's type in pandas."""
+    return bool(pd.isna(value))  # type: ignore[call-overload]
+
+
+def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per point: the results on the most items, averaged over seeds."""
+    by_point = points.groupby(POINT, dropna=False)
+    points = points[points["n"] == by_point["n"].transform("max")]
+    refuse_ambiguous(points)
+    merged = points.groupby(POINT, dropna=False).agg(
+        {"total_bits": "first", "value": "mean", "low": "mean", "high": "mean"}
+    )
+    return merged.reset_index()
+
+
+def refuse_ambiguous(points: pd.DataFrame) -> None:
+    """Raise AmbiguousResults if two rows share a point and a seed, or a point has two sizes in bits."""
+    sizes = points.groupby(POINT, dropna=False)["total_bits"].transform("nunique")
+    clash = points[points.duplicated([*POINT, *points.columns.intersection(["seed"])], keep=False) | (sizes > 1)]
+    if clash.empty:
+        return
+    first = clash.iloc[0]
+    same = clash[(clash[POINT].astype(str) == first[POINT].astype(str)).all(axis=1)]
+    differing = [
+        str(column) for column in same if column not in ("key", *READING) and same[column].nunique(dropna=False) > 1
+    ]
+    variant = name_variant(first["data_type"], first["block_size"])
+    raise AmbiguousResults(
+        f"{first['model']} at {first['bits']} bit ({variant}) has {len(same)} results that differ in "
+        f"{', '.join(differing) or 'a setting that is not a column'}; keep one of them"
+    )
+
+
+def name_variant(data_type: object, block_size: object) -> str:
+    """Return for example "nf block 64", "int whole tensor"; BASELINE_ONLY where nothing was quantized."""
+    if is_missing(data_type):
+        return BASELINE_ONLY
+    return f"{data_type} whole tensor" if is_missing(block_size) else f"{data_type} block {block_size}"
+
+
+def split_variants(curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Yield each variant as ({family, data_type, block_size}, its curves), sorted."""
+    for values, group in curves.groupby(VARIANT, dropna=False):
+        yield dict(zip(VARIANT, values, strict=True)), group
+
+
+def interpolate(curve: pd.DataFrame, total_bits: npt.ArrayLike, column: str = "value") -> Floats:
+    """Return a curve's value at each budget, linear in log(total_bits) between its points.
+
+        y(b) = y_i + (y_(i+1) - y_i) * log(b / b_i) / log(b_(i+1) / b_i)   for b_i <= b <= b_(i+1)
+
+    Args:
+        curve: one precision of one variant; columns total_bits (any order) and `column`.
+        total_bits: budgets, bits of the whole model.
+        column: "value", "low" or "high".
+
+    Returns:
+        Same shape as total_bits; NaN outside the curve's range: a curve is never extrapolated.
+    """
+    ordered = curve.sort_values("total_bits")
+    x = np.log(ordered["total_bits"].to_numpy(dtype=np.float64))
+    y = ordered[column].to_numpy(dtype=np.float64)
+    budgets = np.log(np.asarray(total_bits, dtype=np.float64))
+    return np.asarray(np.interp(budgets, x, y, left=np.nan, right=np.nan), dtype=np.float64)
+
+
+def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS) -> Floats:
+    """Return log-spaced budgets at which at least two precisions of one variant are defined, perhaps none.
+
+    They run from where the second curve starts to where the second last ends. A precision measured at one
+    size only is a point, not a curve, and does not take part.
+    """
+    ends = curves.groupby("bits")["total_bits"].agg(["min", "max"])
+    ends = ends[ends["max"] > ends["min"]]
+    if len(ends) < 2:
+        return np.empty(0)
+    low, high = ends["min"].nsmallest(2).max(), ends["max"].nlargest(2).min()
+    if low >= high:
+        return np.empty(0)
+    budgets = np.geomspace(low, high, count)
+    starts, stops = ends["min"].to_numpy()[:, None], ends["max"].to_numpy()[:, None]
+    defined = ((budgets >= starts) & (budgets <= stops)).sum(axis=0)
+    return np.asarray(budgets[defined >= 2], dtype=np.float64)
+
+
+def tabulate_curves(curves: pd.DataFrame, column: str = "value") -> pd.DataFrame:
+    """Return one variant at its shared budgets: index total_bits, a column per bits, NaN where undefined."""
+    budgets = shared_budgets(curves)
+    sizes = curves.groupby("bits")["total_bits"].nunique()
+    columns = {bits: interpolate(curves[curves["bits"] == bits], budgets, column) for bits in sizes[sizes > 1].index}
+    return pd.DataFrame(columns, index=pd.Index(budgets, name="total_bits"))
+
+
+def best_precision(curves: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame:
+    """Return the best precision at each shared budget of each variant.
+
+    Args:
+        curves: from precision_curves.
+        higher_is_better: True for accuracies, False for losses.
+
+    Returns:
+        Columns family, data_type, block_size, total_bits (the budget), bits (the best; NA is a tie), value
+        (of the best), margin (>= 0: to the second best, in the measure's unit). No rows for a variant whose
+        curves never meet.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    parts = [pd.DataFrame(columns=[*VARIANT, "total_bits", "bits", "value", "margin"])]
+    for variant, group in split_variants(curves):
+        table = tabulate_curves(group)
+        if table.empty:
+            continue
+        # NaN sorts last, so the first two columns hold the best and the second best.
+        ranked = -np.sort(-sign * table.to_numpy(), axis=1)
+        margin = ranked[:, 0] - ranked[:, 1]
+        bits = (sign * table).idxmax(axis=1).astype("Int64").mask(margin <= TIE)
+        part = pd.DataFrame({"bits": bits, "value": sign * ranked[:, 0], "margin": margin}).reset_index()
+        parts.append(part.assign(**variant))
+    best = pd.concat(parts[1:] or parts, ignore_index=True)
+    return best[parts[0].columns]
+
+
+def optimal_share(best: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of the log-budget range that each precision wins.
+
+    Args:
+        best: from best_precision; its budgets are evenly spaced in log(total_bits), so counting them measures
+        the range.
+
+    Returns:
+        Columns family, data_type, block_size, bits (NA: tied), share; the shares of a variant sum to 1,
+        largest first.
+    """
+    counts = best.groupby([*VARIANT, "bits"], dropna=False).size().rename("share").reset_index()
+    totals = counts.groupby(VARIANT, dropna=False)["share"].transform("sum")
+    counts["share"] = counts["share"] / totals
+    counts["bits"] = counts["bits"].astype("Int64")
+    order = [*VARIANT, "share"]
+    return counts.sort_values(order, ascending=[True, True, True, False], ignore_index=True, kind="stable")
+
+
+def finding(results: pd.DataFrame) -> str:
+    """Return what the results say about the best precision at equal bits, a plain sentence per family."""
+    if results.empty:
+        return "No results yet."
+    families = sorted(results["family"].unique())
+    return " ".join(describe_family(results[results["family"] == family], str(family)) for family in families)
+
+
+def describe_family(results: pd.DataFrame, family: str) -> str:
+    """Return one family's sentence: its best precision by accuracy and by cross entropy, or why none."""
+    reason = explain_too_few(results)
+    if reason:
+        return f"{family}: the best precision at equal total bits {reason}."
+    try:
+        clauses, variants = describe_measures(results)
+    except AmbiguousResults as error:
+        return f"{family}: {error}."
+    if not variants:
+        return f"{family}: neither mean zero-shot accuracy nor cross entropy was measured."
+    scope = variants[0] if len(variants) == 1 else f"{len(variants)} variants of data type and block size"
+    return f"{family}, {scope}, at equal total bits: {'; '.join(clauses)}."
+
+
+def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return a clause per measure of one family, and the names of the variants measured."""
+    clauses: list[str] = []
+    variants: set[str] = set()
+    for label, measure in ((ZERO_SHOT.name, ZERO_SHOT), ("cross entropy", find_cross_entropy(results))):
+        curves = None if measure is None else precision_curves(results, measure.metric, measure.task)
+        if measure is None or curves is None or curves.empty:
+            clauses.append(f"{label} was not measured")
+            continue
+        variants.update(name_variant(v["data_type"], v["block_size"]) for v, _ in split_variants(curves))
+        clauses.append(describe_curves(curves, measure))
+    return clauses, sorted(variants)
+
+
+def describe_curves(curves: pd.DataFrame, measure: Measure) -> str:
+    """Return the clause for one family and measure: the best precision and over which share of budgets."""
+    shares = optimal_share(best_precision(curves, measure.higher_is_better))
+    if shares.empty:
+        reason = explain_too_few(curves) or "needs two precisions that overlap, each at two sizes or more"
+        return f"the best precision by {measure.name} {reason}"
+    variants = sum(1 for _ in split_variants(curves))
+    if variants == 1:
+        return describe_shares(shares, measure)
+    # The first row of a variant is its largest share.
+    winners = shares.groupby(VARIANT, dropna=False).head(1)["bits"].value_counts(dropna=False, sort=True)
+    leader, *others = [f"{name_bits(bits)} in {count}" for bits, count in winners.items()]
+    rest = f" ({', '.join(others)})" if others else ""
+    return f"most often best by {measure.name} is {leader} of {variants} variants{rest}"
+
+
+def describe_shares(shares: pd.DataFrame, measure: Measure) -> str:
+    """Return for example "4-bit is best over 71% of the budgets by cross entropy (3-bit 29%)"."""
+    (leader, share), *others = list(zip(shares["bits"], shares["share"], strict=True))
+    verdict = "the precisions tie" if is_missing(leader) else f"{name_bits(leader)} is best"
+    rest = ", ".join(f"{name_bits(bits)} {part:.0%}" for bits, part in others)
+    return f"{verdict} over {share:.0%} of the budgets by {measure.name}" + (f" ({rest})" if rest else "")
+
+
+def name_bits(bits: object) -> str:
+    """Return "4-bit", or "tied" for NA."""
+    return "tied" if is_missing(bits) else f"{bits}-bit"
+
+
+def explain_too_few(rows: pd.DataFrame) -> str | None:
+    """Return "needs at least two model sizes (has ... only)", or the same for precisions; None if neither."""
+    for column, what, unit in (("model", "model sizes", ""), ("bits", "precisions", "-bit")):
+        found = rows[column].unique()
+        if len(found) < 2:
+            return f"needs at least two {what} (has {found[0]}{unit} only)"
+    return None

@@ -1,0 +1,1 @@
+"""Hydra configuration: run.yaml and the groups that are the axes of a study."""

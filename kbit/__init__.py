@@ -1,0 +1,64 @@
+"""kbit: k-bit inference scaling laws.
+
+For a given number of model bits, which precision, data type, block size and quantization method gives the best language
+model? Quantize tensors and models, evaluate them, and read the results of sweeps back:
+
+    spec = kbit.QuantSpec(bits=4, data_type="nf", block_size=64)
+    kbit.fake_quantize(x, spec)
+    loaded = kbit.load_model("nano-neox-98k")
+    kbit.quantize_model(loaded.model, spec)
+    kbit.evaluate(loaded.model, loaded.tokenizer, ["nano_cloze"])
+    kbit.read_results("results")
+
+Names are imported on first use, so that `import kbit` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kbit.config import Experiment as Experiment
+    from kbit.datatypes import make_codebook as codebook  # noqa: F401 (public under this name)
+    from kbit.evaluation import evaluate as evaluate
+    from kbit.experiment import run_experiment as run_experiment
+    from kbit.models import load_model as load_model
+    from kbit.models import quantize_model as quantize_model
+    from kbit.quantizer import QuantizedTensor as QuantizedTensor
+    from kbit.quantizer import dequantize as dequantize
+    from kbit.quantizer import fake_quantize as fake_quantize
+    from kbit.quantizer import quantize as quantize
+    from kbit.spec import QuantSpec as QuantSpec
+    from kbit.store import read_failures as read_failures
+    from kbit.store import read_results as read_results
+
+# Public name -> where it lives. `kbit.quantize` and `kbit.evaluate` are the functions, as design and README have it.
+_PUBLIC = {
+    "Experiment": "kbit.config:Experiment",
+    "QuantSpec": "kbit.spec:QuantSpec",
+    "QuantizedTensor": "kbit.quantizer:QuantizedTensor",
+    "codebook": "kbit.datatypes:make_codebook",
+    "dequantize": "kbit.quantizer:dequantize",
+    "evaluate": "kbit.evaluation:evaluate",
+    "fake_quantize": "kbit.quantizer:fake_quantize",
+    "load_model": "kbit.models:load_model",
+    "quantize": "kbit.quantizer:quantize",
+    "quantize_model": "kbit.models:quantize_model",
+    "read_failures": "kbit.store:read_failures",
+    "read_results": "kbit.store:read_results",
+    "run_experiment": "kbit.experiment:run_experiment",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'kbit' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,153 @@
+"""The command line: `kbit run | plan | figures | results | models`."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from kbit.config import RunConfig
+
+_USAGE = """\
+usage: kbit <command> [arguments]
+
+  run      quantize and evaluate one model, or with -m / +sweeps=... a grid   kbit run --help
+  plan     say what the same arguments would run, and run nothing
+  figures  draw the figures that the results allow                            kbit figures --help
+  results  print or export the results                                        kbit results --help
+  models   list the models that have a short name
+
+examples:
+  kbit run quant.bits=3 quant.data_type=nf
+  kbit run -m quant.bits=3,4,8,16 model.name=nano-neox-98k,nano-neox-332k
+  kbit run +sweeps=nano/bit_level
+  kbit figures --results results --out figures
+"""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    command, *arguments = sys.argv[1:] or ["--help"]
+    match command:
+        case "run":
+            run_hydra(arguments)
+        case "plan":
+            run_hydra([*_multirun(arguments), "hydra.launcher.plan_only=true"])
+        case "figures":
+            draw_figures(arguments)
+        case "results":
+            show_results(arguments)
+        case "models":
+            list_models()
+        case "-h" | "--help" | "help":
+            print(_USAGE, end="")
+        case "--version":
+            from importlib.metadata import version
+
+            print(f"kbit {version('kbit')}")
+        case _:
+            sys.exit(f"kbit: unknown command {command!r}; allowed are run, plan, figures, results, models")
+
+
+def run_hydra(arguments: list[str]) -> None:
+    """Run Hydra on these command-line arguments, as `kbit run` does."""
+    register_schema()
+    sys.argv = ["kbit run", *arguments]
+    _hydra_main()
+
+
+def register_schema() -> None:
+    """Tell Hydra the schema that every key and value is checked against, and where it may put its own files."""
+    schema = OmegaConf.structured(RunConfig)
+    _make_writable(schema)
+    ConfigStore.instance().store(name="run_schema", node=schema)
+    OmegaConf.register_new_resolver("kbit.scratch", _scratch_folder, replace=True)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://kbit.conf", config_name="run")
+def _hydra_main(config: DictConfig) -> None:
+    from kbit.run import run_configs, to_run_config
+
+    run_configs([to_run_config(config)], engine="process")
+
+
+def draw_figures(arguments: list[str]) -> None:
+    """Draw figures from a store: `kbit figures`."""
+    parser = argparse.ArgumentParser("kbit figures", description="Draw the figures that the results allow.")
+    parser.add_argument("names", nargs="*", help="figures to draw (default: all that the results allow)")
+    parser.add_argument("--results", default="results", help="folder of the store (default: results)")
+    parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
+    options = parser.parse_args(arguments)
+    from kbit.analysis.curves import finding
+    from kbit.analysis.figures import save_figures
+    from kbit.store import read_results
+
+    try:
+        results = read_results(options.results)
+        for saved in save_figures(results, options.out, options.names or None):
+            print(saved)
+        print(finding(results))
+    except (ValueError, OSError) as error:
+        sys.exit(f"kbit: error: {error}")
+
+
+def show_results(arguments: list[str]) -> None:
+    """Print a store as a table, or export it: `kbit results`."""
+    parser = argparse.ArgumentParser("kbit results", description="Print or export the results.")
+    parser.add_argument("--results", default="results", help="folder of the store (default: results)")
+    parser.add_argument("--where", help="pandas query on the columns, such as \"bits == 4 and metric == 'acc'\"")
+    parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
+    parser.add_argument("--failures", action="store_true", help="show the failed experiments and why")
+    options = parser.parse_args(arguments)
+    from kbit.store import read_failures, read_results
+
+    try:
+        table = (read_failures if options.failures else read_results)(options.results)
+        if options.where:
+            table = table.query(options.where)
+        if options.csv:
+            table.to_csv(options.csv, index=False)
+            print(f"{len(table)} rows written to {options.csv}")
+            return
+    except Exception as error:  # DataFrame.query raises whatever the expression does
+        sys.exit(f"kbit: error: {error}")
+    shown = ["model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"]
+    print((table if options.failures else table[shown]).to_string(index=False, na_rep="-"))
+
+
+def list_models() -> None:
+    """Print the short names and where their weights are: `kbit models`."""
+    from kbit.families import STUDIED
+
+    for model in STUDIED.values():
+        print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
+
+
+def _multirun(arguments: list[str]) -> list[str]:
+    return arguments if {"-m", "--multirun"} & set(arguments) else ["-m", *arguments]
+
+
+def _make_writable(node: Any) -> None:
+    """Lift the read-only flag that OmegaConf puts on frozen dataclasses, so that overrides can be applied."""
+    node._set_flag("readonly", None)
+    for key in node if isinstance(node, DictConfig) else ():
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            _make_writable(child)
+
+
+@functools.cache
+def _scratch_folder() -> str:
+    """Return a temporary folder for the file that Hydra's sweeper insists on writing; removed at exit."""
+    folder = tempfile.mkdtemp(prefix="kbit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

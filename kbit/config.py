@@ -1,0 +1,199 @@
+"""What an experiment is, and the configuration of a run: plain frozen dataclasses, which are also Hydra's schema.
+
+conf/ holds the values (defaults and groups); this module holds the fields, their types and their checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kbit.datatypes import check_choice
+from kbit.spec import QuantSpec
+from kbit.textdata import identify_text
+
+NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
+METHODS: Final = ("rtn",)  # rtn: round to nearest, no calibration data
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and the dtype it computes in.
+
+    Attributes:
+        name: short name (see `kbit models`), local folder or hub id.
+        dtype: float32, bfloat16 or float16; the weights are 16-bit values in each case.
+    """
+
+    name: str = "nano-neox-98k"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice("model.dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class QuantConfig(QuantSpec):
+    """The quantizer and which tensors it applies to.
+
+    Attributes:
+        method: rtn (round to nearest).
+        include: regular expression of tensor names to quantize in addition to the block matrices.
+        exclude: regular expression of tensor names not to quantize.
+        min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
+    """
+
+    method: str = "rtn"
+    include: str | None = None
+    exclude: str | None = None
+    min_coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("quant.method", self.method, METHODS)
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
+        for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(f"quant.{name}={pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The quantizer alone."""
+        return QuantSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)})
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured.
+
+    Attributes:
+        tasks: lm-eval task names, zero-shot.
+        limit: only the first items of each task; None is all.
+        batch_size: sequences per forward pass; no effect on what is measured.
+        perplexity: a text to measure cross entropy on: embedded name or path; None is none.
+        perplexity_windows: at most this many windows of the model's context (at most 2048 tokens); None is all.
+        task_path: a folder with the user's own task YAMLs.
+    """
+
+    tasks: tuple[str, ...] = NANO_TASKS
+    limit: int | None = None
+    batch_size: int = 32
+    perplexity: str | None = "nano_held_out"
+    perplexity_windows: int | None = 256
+    task_path: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(self.tasks))  # Hydra hands over a list
+        for name in ("limit", "batch_size", "perplexity_windows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"eval.{name}={value} is not >= 1")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"eval.tasks={list(self.tasks)} names a task twice")
+        if not self.tasks and self.perplexity is None:
+            raise ValueError("nothing to measure: eval.tasks is empty and eval.perplexity is null")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One point of a study: a model, a quantizer, and what is measured."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def content(self) -> dict[str, dict[str, Any]]:
+        """The scientific content, canonical: what decides the numbers, and nothing else.
+
+        Fields that mean nothing here are dropped (all of quant at 16 bits, exponent_bits of an int), and so are batch
+        size and paths. A field of quant at its default is dropped too, so that a field added to QuantSpec later does
+        not change the keys of old results; in turn a default, once released, never changes.
+        """
+        spec = self.quant.spec.canonical()
+        quant = _differences(spec, QuantSpec()) | {"bits": spec.bits}
+        if not spec.is_baseline:
+            quant |= {"method": self.quant.method}
+            quant |= {name: getattr(self.quant, name) for name in ("include", "exclude") if getattr(self.quant, name)}
+        evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": self.eval.limit}
+        if self.eval.perplexity is not None:
+            text = identify_text(self.eval.perplexity)
+            evaluation |= {"perplexity": text, "perplexity_windows": self.eval.perplexity_windows}
+        return {"model": dataclasses.asdict(self.model), "quant": quant, "eval": evaluation}
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits of the sha256 of the content: the experiment's identity in the store."""
+        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def label(self) -> str:
+        """Return a short description for people, such as 'nano-neox-1m nf4 block 64'."""
+        block = "" if self.quant.is_baseline else f" block {self.quant.block_size or 'whole'}"
+        return f"{self.model.name} {self.quant.label()}{block}"
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """How a multirun uses Ray.
+
+    Attributes:
+        address: local starts Ray on this machine; auto or host:port joins a running cluster.
+        num_workers: workers, each holding one model at a time; None is as many as the CPUs allow.
+        cpus_per_worker: CPU threads of each worker.
+        gpus_per_worker: GPUs of each worker; a fraction shares a GPU.
+    """
+
+    address: str = "local"
+    num_workers: int | None = None
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"ray.num_workers={self.num_workers} is not >= 1 (null: as many as the CPUs allow)")
+        if self.cpus_per_worker < 1:
+            raise ValueError(f"ray.cpus_per_worker={self.cpus_per_worker} is not >= 1")
+        if self.gpus_per_worker < 0:
+            raise ValueError(f"ray.gpus_per_worker={self.gpus_per_worker:g} is not >= 0")
+
+
+@dataclass(frozen=True)
+class RunConfig(Experiment):
+    """An experiment and how to run it: the schema of `kbit run`.
+
+    Attributes:
+        results: folder of the store.
+        device: cpu, cuda or cuda:N.
+        ray: of a multirun.
+        fail_fast: stop at the first failed experiment.
+        retry_failed: run experiments again that are recorded as failed.
+    """
+
+    results: str = "results"
+    device: str = "cpu"
+    ray: RayConfig = field(default_factory=RayConfig)
+    fail_fast: bool = False
+    retry_failed: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device={self.device!r} is not one of: cpu, cuda, cuda:N")
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment alone."""
+        return Experiment(self.model, self.quant, self.eval)
+
+
+def _differences(value: Any, default: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are not at their default."""
+    mine, theirs = dataclasses.asdict(value), dataclasses.asdict(default)
+    return {name: mine[name] for name in mine if mine[name] != theirs[name]}

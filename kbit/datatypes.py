@@ -1,0 +1,196 @@
+"""Data types as values: a k-bit data type is a sorted table of at most 2^k numbers, its codebook.
+
+Quantization stores, for each weight, the index of the nearest table value; int, float, dynamic exponent, quantile and
+NormalFloat differ only in how the table is made. Every table is a read-only, strictly increasing float32 array.
+
+Sources: "paper" is Dettmers & Zettlemoyer, The case for 4-bit precision (ICML 2023), Appendix A; "QLoRA" is Dettmers et
+al. 2023; bitsandbytes' codebook makers of November 2022 are the public code closest to the paper.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Float32
+
+Codebook = Float32[np.ndarray, " values"]
+
+DATA_TYPES: Final = ("int", "float", "dynamic", "quantile", "nf")
+FLOAT_BIASES: Final = ("ieee", "bnb", "paper")
+MIN_BITS: Final = 2
+MAX_BITS: Final = 8
+
+# The paper's exponent widths for its main results: 3-bit E2M0, then three exponent bits up to 8-bit E3M4 (Appendix A).
+PAPER_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
+
+# The three float conventions differ only in how far the subnormals lie below the place gradual underflow puts them, in
+# powers of two: ieee = OCP/IEEE minifloat; bnb = create_fp8_map today; paper = Appendix A, which the FP4 kernel uses.
+_SUBNORMAL_SHIFT: Final = {"ieee": 0, "bnb": 2, "paper": 4}
+
+# NF4 as published (QLoRA, Appendix E). The formula reproduces it only to 1.1e-7, and users compare bit by bit.
+_NF4: Final = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def make_codebook(
+    data_type: str,
+    bits: int,
+    *,
+    exponent_bits: int | None = None,
+    float_bias: str = "ieee",
+    tensor: np.ndarray[Any, Any] | None = None,
+) -> Codebook:
+    """Return the codebook of a data type: sorted float32 values, max |value| = 1.
+
+    Args:
+        data_type: one of DATA_TYPES.
+        bits: 2..8.
+        exponent_bits: float only; 1..bits-1, default the paper's (PAPER_EXPONENT_BITS).
+        float_bias: float only; where the subnormals lie ("ieee", "bnb" or "paper").
+        tensor: quantile only; the tensor whose empirical quantiles make the table (any shape).
+
+    Raises:
+        ValueError: a value outside its allowed set, or quantile without a tensor.
+    """
+    check_choice("data_type", data_type, DATA_TYPES)
+    check_bits(bits)
+    match data_type:
+        case "int":
+            return int_codebook(bits)
+        case "float":
+            exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
+            return float_codebook(bits, exponent_bits, float_bias)
+        case "dynamic":
+            return dynamic_codebook(bits)
+        case "nf":
+            return nf_codebook(bits)
+        case _:
+            if tensor is None:
+                raise ValueError("data_type 'quantile' needs the tensor whose quantiles it takes: pass tensor=")
+            return quantile_codebook(bits, tensor)
+
+
+def int_codebook(bits: int) -> Codebook:
+    """Symmetric integers i / (2^(k-1) - 1), |i| <= 2^(k-1) - 1: 2^k - 1 levels (paper, Appendix A)."""
+    top = 2 ** (bits - 1) - 1
+    return _as_codebook(np.arange(-top, top + 1) / top)
+
+
+def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> Codebook:
+    """Minifloat: sign, E exponent and M = k - 1 - E mantissa bits, subnormals, no NaN or Inf, scaled to maximum 1.
+
+    A normal number is (1 + m/2^M) 2^e with e = 1 .. 2^E - 1; a subnormal (e = 0) is m/2^M 2^(1 - shift), where shift is
+    0 for "ieee", 2 for "bnb" and 4 for "paper". Both zeros are one value, so there are 2^k - 1. Without mantissa bits
+    there are no subnormals and the conventions agree (paper's 3-bit E2M0 and 4-bit E3M0).
+    """
+    check_exponent_bits(bits, exponent_bits)
+    check_choice("float_bias", float_bias, FLOAT_BIASES)
+    mantissas = 2 ** (bits - 1 - exponent_bits)
+    fractions = np.arange(mantissas) / mantissas
+    normals = (1 + fractions) * 2.0 ** np.arange(1, 2**exponent_bits)[:, None]
+    subnormals = fractions * 2.0 ** (1 - _SUBNORMAL_SHIFT[float_bias])
+    magnitudes = np.concatenate([subnormals, normals.ravel()]) / normals.max()
+    return _as_codebook(np.concatenate([-magnitudes, magnitudes]))
+
+
+def dynamic_codebook(bits: int) -> Codebook:
+    """Dynamic exponent: sign, leading zeros = decimal exponent, indicator one, linear fraction (paper, Appendix A).
+
+    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]; then 0 and +1.
+    The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the original.
+    """
+    magnitudes: list[float] = []
+    for i in range(bits - 1):
+        edges = np.linspace(0.1, 1.0, 2**i + 1)
+        midpoints = (edges[:-1] + edges[1:]) / 2
+        magnitudes.extend(10.0 ** (i - (bits - 2)) * midpoints)
+    return _as_codebook(np.array([0.0, 1.0, *magnitudes, *(-m for m in magnitudes)]))
+
+
+def nf_codebook(bits: int) -> Codebook:
+    """k-bit NormalFloat: quantiles of N(0, 1) and 0, with 2^(k-1) - 1 values below and 2^(k-1) above (QLoRA, eq. 4).
+
+    Each side is evenly spaced in probability between 1/2 and off(k) = 1 - (1/(2(2^k - 1)) + 1/(2 2^k)) / 2, the rule
+    that gives the published NF4 offset 929/960 at k = 4; k = 4 itself is the published table.
+    """
+    if bits == 4:
+        return _as_codebook(np.array(_NF4))
+    levels = 2**bits
+    offset = 1 - (1 / (2 * (levels - 1)) + 1 / (2 * levels)) / 2
+    positive = _normal_quantiles(np.linspace(offset, 0.5, levels // 2 + 1)[:-1])
+    negative = -_normal_quantiles(np.linspace(offset, 0.5, levels // 2)[:-1])
+    values = np.concatenate([negative, [0.0], positive])
+    return _as_codebook(values / np.abs(values).max())
+
+
+def quantile_codebook(bits: int, tensor: np.ndarray[Any, Any]) -> Codebook:
+    """Quantile quantization: midpoints of the tensor's empirical quantiles, plus 0 (paper, Appendix A, eq. 6).
+
+    q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|; Q is exact (a sort). The
+    values are rounded to float16, since a per-tensor codebook is stored and counted at 16 bits a value. Duplicates
+    merge. A tensor whose quantiles are all 0 (more than all but a tail is 0) gets {-1, 0, 1}.
+    """
+    levels = 2**bits
+    edges = np.quantile(tensor.astype(np.float64, copy=False), np.arange(1, levels + 1) / (levels + 1))
+    midpoints = (edges[:-1] + edges[1:]) / 2
+    largest = np.abs(midpoints).max()
+    if largest == 0:
+        return int_codebook(2)
+    return _as_codebook(np.append(midpoints / largest, 0.0).astype(np.float16))
+
+
+def decision_thresholds(codebook: Codebook) -> Float32[np.ndarray, " thresholds"]:
+    """Return the len(codebook) - 1 float32 thresholds t_j such that code(v) = number of j with v >= t_j.
+
+    t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away from zero,
+    so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint, which for
+    float32 v is v >= the next float32 above it.
+    """
+    wide = codebook.astype(np.float64)
+    midpoints = ((wide[:-1] + wide[1:]) / 2).astype(np.float32)
+    above = np.nextafter(midpoints, np.float32(np.inf))
+    return np.where(midpoints < 0, above, midpoints)
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless 2 <= bits <= 8."""
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits={bits} is not in {MIN_BITS}..{MAX_BITS}")
+
+
+def check_exponent_bits(bits: int, exponent_bits: int) -> None:
+    """Raise ValueError unless a sign bit and this exponent fit into the given bits."""
+    if not 1 <= exponent_bits <= bits - 1:
+        raise ValueError(f"exponent_bits={exponent_bits} does not fit bits={bits}: allowed are 1..{bits - 1}")
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}")
+
+
+def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:
+    """Return the short name used in tables and plots, such as int4, nf3 or float4-e3m0."""
+    if data_type != "float":
+        return f"{data_type}{bits}"
+    exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
+    return f"float{bits}-e{exponent_bits}m{bits - 1 - exponent_bits}"
+
+
+def _normal_quantiles(probabilities: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Quantiles of N(0, 1), to 1e-15: Wichura's algorithm AS 241, as the standard library has it."""
+    return np.array([NormalDist().inv_cdf(p) for p in probabilities.tolist()])
+
+
+def _as_codebook(values: np.ndarray[Any, Any]) -> Codebook:
+    """Sort, drop duplicates (the two zeros) and freeze."""
+    codebook = np.unique(values.astype(np.float32)) + np.float32(0)  # -0.0 + 0 = 0.0
+    codebook.flags.writeable = False
+    return codebook

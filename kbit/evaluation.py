@@ -1,0 +1,108 @@
+"""Evaluate a model on lm-eval tasks: measurements with intervals, computed from the items."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kbit.measurement import Measurement, mean_accuracy, measure_accuracy, measure_mean, transform
+from kbit.scorer import Scorer
+from kbit.tasks import LoadedTask, load_tasks
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with its requests built (prompts rendered), so that every variant of a model is asked the same.
+
+    Attributes:
+        loaded: the task.
+        instances: lm-eval's requests, in order.
+    """
+
+    loaded: LoadedTask
+    instances: list[Any]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    task_path: str | None = None,
+) -> list[Measurement]:
+    """Score a model on tasks, zero-shot; with more than one task, their mean accuracy comes last.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        tasks: names: shipped, in task_path, or lm-eval's own when online.
+        batch_size: sequences per forward pass.
+        limit: evaluate only the first items of each task.
+        task_path: a folder with the user's own task YAMLs.
+
+    Raises:
+        ValueError, FileNotFoundError: see load_tasks.
+        NonFiniteError: a log-likelihood is NaN or infinite.
+    """
+    prepared = [prepare_task(task, limit) for task in load_tasks(tasks, task_path)]
+    return score_tasks(Scorer(model, tokenizer, batch_size), prepared)
+
+
+def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
+    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise."""
+    task = loaded.task
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=1234)  # lm-eval's default
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    return PreparedTask(loaded, task.instances)
+
+
+def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> list[Measurement]:
+    """Score prepared tasks and measure each; with more than one task, the mean accuracy comes last."""
+    measurements = [measurement for task in tasks for measurement in _score_task(scorer, task)]
+    accuracies = [m for m in measurements if m.metric == "acc"]
+    if len(accuracies) > 1:
+        measurements.append(mean_accuracy(accuracies))
+    return measurements
+
+
+def _score_task(scorer: Scorer, prepared: PreparedTask) -> list[Measurement]:
+    """Ask the model, let lm-eval filter and judge each item, and measure every metric."""
+    by_type: dict[str, list[Any]] = defaultdict(list)
+    for instance in prepared.instances:
+        instance.resps = []  # of an earlier variant
+        by_type[instance.request_type] += [instance] * instance.repeats
+    for request_type, instances in by_type.items():
+        responses = getattr(scorer, request_type)(instances, disable_tqdm=True)
+        for instance, response in zip(instances, responses, strict=True):
+            instance.resps.append(response)
+    task = prepared.loaded.task
+    task.apply_filters()
+    items: dict[int, list[Any]] = defaultdict(list)
+    for instance in prepared.instances:
+        items[instance.doc_id].append(instance)
+    name_of_filter = next(iter(prepared.instances[0].filtered_resps))
+    values: dict[str, list[Any]] = defaultdict(list)
+    for instances in items.values():
+        responses = [instance.filtered_resps[name_of_filter] for instance in instances]
+        for metric, value in task.process_results(instances[0].doc, responses).items():
+            values[metric].append(value)
+    return [_measure(prepared.loaded, metric, of_items) for metric, of_items in values.items()]
+
+
+def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> Measurement:
+    """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean."""
+    if not all(isinstance(value, int | float) for value in values):  # such as F1: only lm-eval can aggregate it
+        value = loaded.task.aggregation()[metric](values)
+        return Measurement(loaded.name, metric, float(value), math.nan, math.nan, len(values))
+    if metric.startswith("acc"):
+        return measure_accuracy(loaded.name, metric, values)
+    if metric == "perplexity":  # lm-eval keeps the log-likelihood of each item
+        return transform(measure_mean(loaded.name, metric, [-value for value in values]), metric, math.exp)
+    return measure_mean(loaded.name, metric, values)

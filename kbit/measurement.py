@@ -1,0 +1,72 @@
+"""A measurement: one number with its 95% interval and the count it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Final
+
+Z_95: Final = 1.959963984540054  # the 97.5% quantile of N(0, 1): two-sided 95%
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured number.
+
+    Attributes:
+        task: an lm-eval task, the name of a text, or mean_zero_shot.
+        metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy (nats per token), bits_per_byte.
+        value: the estimate.
+        low, high: 95% interval; NaN where it is not defined (one item of a mean).
+        n: items (or windows) that it rests on.
+    """
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Return the 95% Wilson score interval of a proportion; not of zero width at 0 or 1 (Wilson 1927)."""
+    p, z2 = successes / n, Z_95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # at p = 0 and p = 1 the bound is exactly p; rounding must not put it on the wrong side
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+
+
+def measure_accuracy(task: str, metric: str, correct: Sequence[float]) -> Measurement:
+    """Return the share of correct items with its Wilson interval."""
+    low, high = wilson_interval(sum(correct), len(correct))
+    return Measurement(task, metric, fmean(correct), low, high, len(correct))
+
+
+def measure_mean(task: str, metric: str, values: Sequence[float]) -> Measurement:
+    """Return the mean with its normal interval, mean +- 1.96 s / sqrt(n); the interval is NaN for a single value."""
+    mean = fmean(values)
+    half = Z_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Measurement(task, metric, mean, mean - half, mean + half, len(values))
+
+
+def transform(measurement: Measurement, metric: str, function: Callable[[float], float]) -> Measurement:
+    """Return the same measurement on another, increasing scale: value and bounds mapped by the function."""
+    value, low, high = (function(x) for x in (measurement.value, measurement.low, measurement.high))
+    return Measurement(measurement.task, metric, value, low, high, measurement.n)
+
+
+def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:
+    """Return the mean zero-shot accuracy over tasks, each task weighing the same (the paper's metric).
+
+    The tasks are independent, so the distances to the Wilson bounds add in squares (Newcombe's square-and-add):
+    low = mean - sqrt(sum (p_i - l_i)^2) / T, and high likewise.
+    """
+    tasks = len(accuracies)
+    mean = fmean(m.value for m in accuracies)
+    below = math.sqrt(sum((m.value - m.low) ** 2 for m in accuracies)) / tasks
+    above = math.sqrt(sum((m.high - m.value) ** 2 for m in accuracies)) / tasks
+    return Measurement("mean_zero_shot", "acc", mean, mean - below, mean + above, sum(m.n for m in accuracies))

@@ -1,0 +1,308 @@
+"""Load a language model, find the weights to quantize, and quantize them in place.
+
+Quantized by default: every weight matrix inside the transformer blocks, that is nn.Linear, transformers' Conv1D (GPT-2;
+blocked as the equivalent Linear) and fused 3-D expert weights. Not quantized: embeddings, lm_head, norms, biases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from kbit.datatypes import check_choice
+from kbit.families import locate_model
+from kbit.quantizer import fake_quantize
+from kbit.spec import BASELINE_BITS, QuantSpec
+
+log = logging.getLogger(__name__)
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+MIN_COVERAGE: Final = 0.9  # of the block matrices' parameters; less means the model's layers were not understood
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be quantized and evaluated.
+
+    Attributes:
+        model: in evaluation mode, on the asked device and in the asked dtype.
+        tokenizer: of the same checkpoint.
+        checkpoint_dtype: the 16-bit dtype that the weights were rounded to before they were cast to the asked dtype.
+        revision: sha256 over the weight files for a local model, the hub commit otherwise.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    checkpoint_dtype: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one tensor of the model, once per distinct storage.
+
+    Attributes:
+        name: the parameter's name; names of tied parameters are joined by " = ".
+        shape: of the parameter.
+        in_block: whether it is a weight matrix (2-D or more) inside a transformer block.
+        quantized: whether it was quantized.
+        reason: why not; empty if quantized.
+        bits: bits that the tensor takes in the quantized model.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    in_block: bool
+    quantized: bool
+    reason: str
+    bits: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Coverage and bit accounting of a quantized model (or of the baseline: nothing quantized, 16 bits each)."""
+
+    spec: QuantSpec
+    tensors: tuple[TensorReport, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        return sum(_elements(t) for t in self.tensors)
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Parameters in quantized tensors."""
+        return sum(_elements(t) for t in self.tensors if t.quantized)
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of the whole model: quantized tensors with their scales and codebooks, everything else at 16."""
+        return sum(t.bits for t in self.tensors)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Bits per quantized parameter, scales and codebooks included; 16 where nothing is quantized."""
+        quantized_bits = sum(t.bits for t in self.tensors if t.quantized)
+        return quantized_bits / self.quantized_parameters if self.quantized_parameters else float(BASELINE_BITS)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the block matrices' parameters that is quantized; 0 for the baseline."""
+        in_blocks = sum(_elements(t) for t in self.tensors if t.in_block)
+        covered = sum(_elements(t) for t in self.tensors if t.in_block and t.quantized)
+        return covered / in_blocks if in_blocks else 0.0
+
+
+def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+    """Load a model by short name, local folder or hub id: safetensors only, no remote code.
+
+    The weights are first rounded to 16 bits (the checkpoint's dtype if it is one of 16 bits, float16 if it is float32),
+    since the baseline of every curve is the 16-bit model, then cast to dtype, in which the model computes.
+
+    Raises:
+        ValueError: unknown name or dtype, or weights that are not finite.
+        OSError: files that are missing, truncated or cannot be downloaded; the message names the model.
+    """
+    check_choice("model.dtype", dtype, tuple(DTYPES))
+    location = locate_model(name)
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # safetensors, tokenizers and transformers each raise types of their own here
+        raise OSError(f"model {name!r} cannot be loaded from {location}: {error}") from error
+    checkpoint_dtype = torch.float16 if model.dtype == torch.float32 else model.dtype
+    check_finite(model)
+    module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
+    module.to(checkpoint_dtype)
+    module.to(device=device, dtype=DTYPES[dtype]).eval()
+    check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
+    revision = hash_folder(Path(location)) if Path(location).is_dir() else str(config._commit_hash)
+    return LoadedModel(model, tokenizer, str(checkpoint_dtype).removeprefix("torch."), revision)
+
+
+def quantize_model(
+    model: nn.Module,
+    spec: QuantSpec,
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    min_coverage: float = MIN_COVERAGE,
+) -> QuantizationReport:
+    """Quantize the block matrices in place: each becomes dequantize(quantize(w)) in its own dtype.
+
+    Args:
+        model: any Hugging Face causal language model.
+        spec: the quantizer; at 16 bits nothing changes and the report counts the baseline.
+        include: regular expression; tensors whose name it finds are quantized too (such as "lm_head").
+        exclude: regular expression; tensors whose name it finds are not quantized. It wins over include.
+        min_coverage: least share of the block matrices' parameters that must be quantized.
+
+    Raises:
+        ValueError: the model is quantized already with another spec; coverage too low; a weight holds NaN or Inf; an
+            include that finds nothing. The model is unchanged then.
+    """
+    done: QuantizationReport | None = getattr(model, "kbit_report", None)
+    if done is not None:
+        if done.spec.canonical() != spec.canonical():
+            raise ValueError(f"the model is already quantized with {done.spec}: load it again, or restore its weights")
+        log.warning("the model is already quantized with this spec: nothing done")
+        return done
+    report = plan_quantization(model, spec, include=include, exclude=exclude)
+    if not spec.is_baseline and report.coverage < min_coverage:
+        raise ValueError(_describe_low_coverage(report, min_coverage))
+    parameters = dict(model.named_parameters())
+    check_finite(model)
+    for tensor in report.tensors:
+        if tensor.quantized:
+            name = tensor.name.split(" = ")[0]
+            _quantize_parameter(name, parameters[name], spec, transposed=_is_conv1d(model, name))
+    if not spec.is_baseline:
+        model.kbit_report = report  # type: ignore[assignment]
+    return report
+
+
+def plan_quantization(
+    model: nn.Module, spec: QuantSpec, *, include: str | None = None, exclude: str | None = None
+) -> QuantizationReport:
+    """Return the report that quantize_model would return, without touching the model (meta tensors will do)."""
+    tensors = []
+    for names, parameter in _distinct_parameters(model):
+        owner = model.get_submodule(names[0].rpartition(".")[0])
+        in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
+        reason = _why_not(names, parameter, owner, include, exclude)
+        quantized = not reason and not spec.is_baseline
+        bits = spec.count_bits(parameter.numel()) if quantized else BASELINE_BITS * parameter.numel()
+        reason = "16-bit baseline" if spec.is_baseline and not reason else reason
+        tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
+    if include is not None and not any(re.search(include, t.name) for t in tensors):
+        raise ValueError(f"quant.include={include!r} finds none of the model's tensors")
+    return QuantizationReport(spec, tuple(tensors))
+
+
+def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torch.Tensor]:
+    """Return CPU copies of the tensors that the report quantizes, to restore them between variants."""
+    parameters = dict(model.named_parameters())
+    names = [t.name.split(" = ")[0] for t in report.tensors if t.quantized]
+    return {name: parameters[name].detach().to("cpu", copy=True) for name in names}
+
+
+def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Put the copies back and forget that the model was quantized."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    if hasattr(model, "kbit_report"):
+        del model.kbit_report
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return one hash over every parameter's name, dtype and bytes: two equal hashes, two equal models."""
+    digest = hashlib.blake2b(digest_size=16)
+    for names, parameter in _distinct_parameters(model):
+        digest.update(f"{names} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        data = parameter.detach().to("cpu").contiguous().view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """Return the sha256 over a local model's configuration, tokenizer and weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError if a parameter holds NaN or Inf, naming the first such tensor and the counts."""
+    bad = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is a meta tensor: it holds no values; load the weights before quantizing")
+        if count := int((~torch.isfinite(parameter.detach())).sum()):
+            bad.append(f"{name} ({count} of {parameter.numel()} values)")
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise ValueError(f"NaN or Inf in weight {bad[0]}{more}")
+
+
+def _quantize_parameter(name: str, parameter: nn.Parameter, spec: QuantSpec, *, transposed: bool) -> None:
+    """Replace a weight by its quantized values; a Conv1D weight [in, out] is blocked like a Linear's [out, in]."""
+    weight = parameter.detach()
+    try:
+        result = fake_quantize(weight.t() if transposed else weight, spec)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    with torch.no_grad():
+        parameter.copy_(result.t() if transposed else result)
+
+
+def _distinct_parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
+    """Yield every parameter once, with all its names: tied parameters are one."""
+    names_of: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    for key, parameter in parameters.items():
+        yield names_of[key], parameter
+
+
+def _why_not(
+    names: list[str], parameter: nn.Parameter, owner: nn.Module, include: str | None, exclude: str | None
+) -> str:
+    """Return why a tensor is not quantized, or an empty string if it is."""
+    if exclude is not None and any(re.search(exclude, name) for name in names):
+        return f"excluded by {exclude!r}"
+    if include is not None and any(re.search(include, name) for name in names):
+        return ""
+    if not _is_in_block(names[0]):
+        return "outside the transformer blocks"
+    if parameter.ndim < 2:
+        return "not a matrix (bias or norm)"
+    if isinstance(owner, nn.Linear | Conv1D) or parameter.ndim == 3:  # 3-D: fused expert weights
+        return ""
+    return f"matrix of {type(owner).__name__}, which is neither a linear layer nor fused experts"
+
+
+def _is_in_block(name: str) -> bool:
+    """Whether a parameter belongs to a transformer block: a numbered member of a list such as layers or h."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def _is_conv1d(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+
+
+def _describe_low_coverage(report: QuantizationReport, min_coverage: float) -> str:
+    skipped = [t for t in report.tensors if t.in_block and not t.quantized]
+    examples = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in skipped[:3])
+    return (
+        f"only {report.coverage:.1%} of the block matrices' parameters would be quantized, "
+        f"quant.min_coverage={min_coverage:g}; skipped {len(skipped)} tensors, such as {examples or 'none in a block'}"
+    )
+
+
+def _elements(tensor: TensorReport) -> int:
+    return int(torch.Size(tensor.shape).numel())

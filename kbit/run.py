@@ -1,0 +1,88 @@
+"""From configuration to finished sweep: the one path that single runs, multiruns and plans share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from omegaconf import DictConfig, OmegaConf
+
+from kbit.config import RunConfig
+
+
+def to_run_config(config: DictConfig) -> RunConfig:
+    """Return the composed configuration as plain dataclasses, checked; exits with the reason if it is not valid."""
+    try:
+        run_config = OmegaConf.to_object(config)
+    except ValueError as error:
+        _fail(str(error))
+    assert isinstance(run_config, RunConfig)  # the schema says so
+    return run_config
+
+
+def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = False) -> None:
+    """Plan and run the experiments of these configurations; everything but the experiments is the first one's.
+
+    Prints the plan, and the failures if there are any. Exits with 1 unless every asked result exists.
+    """
+    from kbit.store import Store
+    from kbit.sweep import check_experiment, finish, make_plan, run_in_process, run_on_ray
+
+    settings = configs[0]
+    try:
+        experiments = [config.experiment for config in configs]
+        for experiment in {(e.model.name, e.eval): e for e in experiments}.values():
+            check_experiment(experiment)
+        plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+        print(plan.describe())
+        if plan_only:
+            return
+        store_path = str(Store(settings.results).path)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    if plan.to_run:
+        try:
+            if engine == "process":
+                outcomes = run_in_process(plan.to_run, store_path, settings.device)
+            else:
+                outcomes = run_on_ray(plan.to_run, store_path, settings.device, settings.ray)
+            finish(outcomes, plan, fail_fast=settings.fail_fast)
+        except (ValueError, ConnectionError) as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print(f"\nstopped; finished results are kept in {store_path}: the same command goes on", file=sys.stderr)
+            sys.exit(130)
+    _report(configs, store_path)
+
+
+def _report(configs: Sequence[RunConfig], store_path: str) -> None:
+    """Say what the store now has of what was asked; exit with 1 if not all of it."""
+    from kbit.store import Store, read_failures
+
+    distinct = {config.experiment.key: config.experiment for config in configs}
+    missing = distinct.keys() - Store(store_path).finished_keys()
+    if not missing:
+        if len(distinct) == 1:
+            print(describe_results(store_path, next(iter(distinct))))
+        print(f"{len(distinct)} of {len(distinct)} asked results are in {store_path}")
+        return
+    reasons = read_failures(store_path).set_index("key")["reason"]
+    for key in sorted(missing):
+        print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}", file=sys.stderr)
+    _fail(f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store_path}/failures")
+
+
+def describe_results(store_path: str, key: str) -> str:
+    """Return the measurements of one experiment as a table."""
+    from kbit.store import read_results
+
+    rows = read_results(store_path).query("key == @key")
+    first = rows.iloc[0]
+    head = f"{first['model']}: {first['total_bits'] / 1e6:.2f} Mbit in all, {first['bits_per_param']:.2f} bits/param"
+    return f"{head}\n{rows[['task', 'metric', 'value', 'low', 'high', 'n']].to_string(index=False)}"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"kbit: error: {message}", file=sys.stderr)
+    sys.exit(1)

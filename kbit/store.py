@@ -1,0 +1,154 @@
+"""The store: one JSON file per experiment, named by the experiment's key, written whole or not at all.
+
+results/experiments/<key>.json    a finished experiment: a Result
+results/failures/<key>.json       an experiment that failed: its reason and traceback, never a number
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pandas as pd
+
+from kbit.config import Experiment
+from kbit.spec import QuantSpec
+
+if TYPE_CHECKING:  # the store is read without loading torch
+    from kbit.experiment import Result
+
+SCHEMA_VERSION: Final = 1
+
+_NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
+_COLUMNS: Final = (
+    "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
+    "bits", "data_type", "exponent_bits", "float_bias", "block_size", "scale_format", "method",
+    "bits_per_param", "total_bits", "task", "metric", "value", "low", "high", "n",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An experiment without a result, and why."""
+
+    key: str
+    experiment: Experiment
+    reason: str
+    traceback: str
+    finished: str
+
+
+class Store:
+    """A folder of results. Several processes may write to it at once: the first result of a key stays.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self._experiments = self.path / "experiments"
+        self._failures = self.path / "failures"
+        try:
+            for folder in (self._experiments, self._failures):
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._experiments):
+                pass
+        except OSError as error:
+            raise OSError(f"results={path}: cannot write to {self.path}: {error.strerror}") from error
+
+    def finished_keys(self) -> set[str]:
+        """Return the keys of experiments that have a result."""
+        return {path.stem for path in self._experiments.glob("*.json")}
+
+    def failed_keys(self) -> set[str]:
+        """Return the keys of experiments recorded as failed."""
+        return {path.stem for path in self._failures.glob("*.json")}
+
+    def write(self, result: Result) -> None:
+        """Write a result and forget an earlier failure of the same experiment."""
+        _write_once(self._experiments / f"{result.key}.json", dataclasses.asdict(result))
+        (self._failures / f"{result.key}.json").unlink(missing_ok=True)
+
+    def write_failure(self, experiment: Experiment, reason: str, traceback: str) -> None:
+        """Record that an experiment failed; a later failure replaces an earlier one."""
+        path = self._failures / f"{experiment.key}.json"
+        path.unlink(missing_ok=True)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        _write_once(path, dataclasses.asdict(Failure(experiment.key, experiment, reason, traceback, now)))
+
+
+def read_results(path: str | Path = "results") -> pd.DataFrame:
+    """Return the store as a table, one row for each measurement of each finished experiment.
+
+    Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, bits, data_type, exponent_bits,
+    float_bias, block_size (missing: whole tensor), scale_format, method, bits_per_param, total_bits, task, metric,
+    value, low, high (95% interval), n. The quantizer's columns are missing for the 16-bit baseline.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = [row for record in _read_records(path, "experiments") for row in _rows(record)]
+    table = pd.DataFrame(rows, columns=list(_COLUMNS))
+    return table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+
+
+def read_failures(path: str | Path = "results") -> pd.DataFrame:
+    """Return the failed experiments: key, model, bits, data_type, block_size, reason, finished."""
+    rows = [
+        {
+            "key": record["key"],
+            "model": record["experiment"]["model"]["name"],
+            **{name: record["experiment"]["quant"][name] for name in ("bits", "data_type", "block_size")},
+            "reason": record["reason"],
+            "finished": record["finished"],
+        }
+        for record in _read_records(path, "failures")
+    ]
+    columns = ["key", "model", "bits", "data_type", "block_size", "reason", "finished"]
+    return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
+
+
+def _read_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
+    folder = Path(path) / kind
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no results at {Path(path).absolute()}: start with `kbit run`")
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text())
+        if record["schema_version"] > SCHEMA_VERSION:
+            raise ValueError(f"{file} was written by a newer kbit (schema {record['schema_version']})")
+        yield record
+
+
+def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Flatten one stored result into a row per measurement."""
+    experiment, quant = record["experiment"], record["experiment"]["quant"]
+    shared: dict[str, Any] = {name: record[name] for name in _COLUMNS if name in record}
+    shared |= {"model": experiment["model"]["name"], "dtype": experiment["model"]["dtype"], "bits": quant["bits"]}
+    spec = QuantSpec(**{f.name: quant[f.name] for f in dataclasses.fields(QuantSpec) if f.name in quant}).canonical()
+    if not spec.is_baseline:
+        shared |= dataclasses.asdict(spec) | {"method": quant["method"]}
+        shared |= {} if spec.data_type == "float" else {"float_bias": None}
+    for measurement in record["measurements"]:
+        yield shared | measurement
+
+
+def _write_once(path: Path, record: dict[str, Any]) -> None:
+    """Write JSON so that readers see the whole file or none, and a file that exists stays as it is."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
+        json.dump(record | {"schema_version": SCHEMA_VERSION}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(file.name, path)  # atomic, and refuses to overwrite
+    except FileExistsError:
+        pass  # another process finished the same experiment first
+    finally:
+        Path(file.name).unlink()

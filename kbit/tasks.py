@@ -1,0 +1,99 @@
+"""lm-eval tasks: the shipped ones, a user's own folder of YAMLs, and (online) lm-eval's own by name.
+
+A local task is an lm-eval YAML with `dataset_path: json` whose data_files are relative to the YAML; lm-eval itself
+resolves them against the current directory. kbit reads such files (.jsonl, also .xz, .gz, .bz2) itself, in memory, so
+nothing is written to a dataset cache and the same YAML works from any folder, offline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml  # private, but the only reader of `include` and `!function`
+
+from kbit.taskfiles import find_local_tasks
+from kbit.textdata import read_bytes, read_json_lines
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """An lm-eval task with the identity of its data.
+
+    Attributes:
+        name: as asked for.
+        task: lm-eval's Task object.
+        version: of the task definition.
+        source: the data's file name, or the hub data set.
+        sha256: over the uncompressed data files; empty for a hub data set.
+        revision: the hub data set's fingerprint; empty for local files.
+    """
+
+    name: str
+    task: Any
+    version: str
+    source: str
+    sha256: str
+    revision: str
+
+
+def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[LoadedTask]:
+    """Load tasks by name, looking in task_path, then among the shipped tasks, then in lm-eval's own (online only).
+
+    Raises:
+        ValueError: an unknown task, with the local names.
+        FileNotFoundError: data that is missing; names the path or data set looked for.
+    """
+    local = find_local_tasks(task_path)
+    unknown = [name for name in names if name not in local]
+    if unknown and os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ValueError(
+            f"unknown task {unknown[0]!r}; local tasks are {', '.join(sorted(local))}, "
+            "and lm-eval's own need the hub (HF_HUB_OFFLINE=1 is set)"
+        )
+    # Indexing lm-eval's 14,000 definitions takes seconds, so only where one of them is asked for.
+    manager = TaskManager(include_defaults=bool(unknown))
+    if missing := [name for name in unknown if name not in manager.all_tasks]:
+        raise ValueError(f"unknown task {missing[0]!r}; local tasks are {', '.join(sorted(local))}")
+    return [_load_local(name, local[name]) if name in local else _load_hub(name, manager, name) for name in names]
+
+
+def _load_local(name: str, yaml_path: Path) -> LoadedTask:
+    """Load a task from its YAML; JSON data files are read here, through lm-eval's custom_dataset hook."""
+    config = load_yaml(yaml_path)
+    if config.get("dataset_path") != "json":
+        return _load_hub(name, TaskManager(include_defaults=False), config)
+    digest = hashlib.sha256()
+    sources: list[str] = []
+
+    def read_splits(*, data_files: dict[str, str], **_: Any) -> datasets.DatasetDict:  # lm-eval passes metadata too
+        splits = {}
+        for split, file in data_files.items():
+            path = yaml_path.parent / file
+            digest.update(read_bytes(path))
+            sources.append(path.name)
+            splits[split] = datasets.Dataset.from_list(read_json_lines(path))
+        return datasets.DatasetDict(splits)
+
+    metrics = config.get("metric_list", [])
+    if any(metric["metric"] == "acc_norm" for metric in metrics):  # papers normalise by bytes, lm-eval by characters
+        metrics = [*metrics, {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
+    task = ConfigurableTask(config=config | {"custom_dataset": read_splits, "metric_list": metrics})
+    return LoadedTask(name, task, str(task.VERSION), ", ".join(sources), digest.hexdigest(), "")
+
+
+def _load_hub(name: str, manager: TaskManager, spec: str | dict[str, Any]) -> LoadedTask:
+    try:
+        task = manager.load([spec])["tasks"][name]
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(f"task {name!r}: its data cannot be loaded: {error}") from error
+    source = f"{task.DATASET_PATH}:{task.DATASET_NAME or 'default'}"
+    split = next(iter(task.dataset.values()))
+    return LoadedTask(name, task, str(task.VERSION), source, "", str(split._fingerprint))

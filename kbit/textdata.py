@@ -1,0 +1,103 @@
+"""Local text and JSON-lines files, plain or compressed, and the identity of their content."""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+EMBEDDED_TEXTS: Final = Path(str(files("kbit"))) / "assets" / "text"
+
+_DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    ".xz": lzma.decompress,
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+}
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the file's content, decompressed by its suffix (.xz, .gz, .bz2).
+
+    Raises:
+        FileNotFoundError: names the absolute path looked at.
+        ValueError: the compressed file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file at {path.resolve()}")
+    content = path.read_bytes()
+    decompress = _DECOMPRESS.get(path.suffix)
+    if decompress is None:
+        return content
+    try:
+        return decompress(content)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path.resolve()} is damaged: {error}") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return one dictionary for each non-empty line.
+
+    Raises:
+        ValueError: a line that is not a JSON object, with its number.
+    """
+    rows = []
+    for number, line in enumerate(read_bytes(path).decode("utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path.resolve()}, line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path.resolve()}, line {number}: not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def read_documents(name: str) -> tuple[list[str], str]:
+    """Return the documents of a text and the sha256 of its uncompressed content.
+
+    Args:
+        name: an embedded text (nano_held_out), or the path of a file: JSON lines (.jsonl) with a field "text", one
+            document a line, or any other text file, which is one document; .xz, .gz and .bz2 are decompressed.
+
+    Raises:
+        FileNotFoundError: neither; names the path and the embedded texts.
+        ValueError: a JSON line without a "text".
+    """
+    path = locate_text(name)
+    digest = hashlib.sha256(read_bytes(path)).hexdigest()
+    if ".jsonl" not in path.suffixes:
+        return [read_bytes(path).decode("utf-8")], digest
+    rows = read_json_lines(path)
+    if missing := [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("text"), str)]:
+        raise ValueError(f"{path.resolve()}: record {missing[0]} has no field 'text'")
+    return [row["text"] for row in rows], digest
+
+
+def identify_text(name: str) -> str:
+    """Return what names a text wherever it lies: the embedded name, else the sha256 of the file's content."""
+    path = locate_text(name)
+    return name if path.parent == EMBEDDED_TEXTS else _hash_file(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_file(path: Path, _modified: int) -> str:
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def locate_text(name: str) -> Path:
+    """Return the file of an embedded text or of a path."""
+    embedded = {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
+    path = embedded.get(name, Path(name))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"text {name!r} is neither embedded ({', '.join(sorted(embedded))}) nor a file at {path.resolve()}"
+        )
+    return path
