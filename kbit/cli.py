@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.config import RunConfig
@@ -70,6 +71,10 @@ def register_schema() -> None:
     schema = OmegaConf.structured(RunConfig)
     _make_writable(schema)
     ConfigStore.instance().store(name="run_schema", node=schema)
+    # Hydra would check conf/hydra/launcher/basic.yaml against the schema of its own launcher of that name. Not in
+    # hydra_plugins/, which every Hydra application of the environment imports.
+    Plugins.instance()  # registers Hydra's launchers
+    ConfigStore.instance().repo["hydra"]["launcher"].pop("basic.yaml", None)
     OmegaConf.register_new_resolver("kbit.scratch", _scratch_folder, replace=True)
 
 
@@ -93,9 +98,10 @@ def draw_figures(arguments: list[str]) -> None:
 
     try:
         results = read_results(options.results)
-        for saved in save_figures(results, options.out, options.names or None):
-            print(saved)
-        print(finding(results))
+        for figure in save_figures(results, options.out, options.names or None):
+            print(f"{figure.name}: " + (f"not drawn: {figure.skipped}" if figure.skipped else str(figure.paths[0])))
+        print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
+        print(f"\n{finding(results)}")
     except (ValueError, OSError) as error:
         sys.exit(f"kbit: error: {error}")
 

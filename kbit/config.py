@@ -123,7 +123,8 @@ class Experiment:
         if not spec.is_baseline:
             quant |= {"method": self.quant.method}
             quant |= {name: getattr(self.quant, name) for name in ("include", "exclude") if getattr(self.quant, name)}
-        evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": self.eval.limit}
+        limit = self.eval.limit if self.eval.tasks else None
+        evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": limit}
         if self.eval.perplexity is not None:
             text = identify_text(self.eval.perplexity)
             evaluation |= {"perplexity": text, "perplexity_windows": self.eval.perplexity_windows}

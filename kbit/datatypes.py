@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float32
+from numpy.typing import NDArray
 
 Codebook = Float32[np.ndarray, " values"]
 
@@ -44,7 +45,7 @@ def make_codebook(
     *,
     exponent_bits: int | None = None,
     float_bias: str = "ieee",
-    tensor: np.ndarray[Any, Any] | None = None,
+    tensor: NDArray[Any] | None = None,
 ) -> Codebook:
     """Return the codebook of a data type: sorted float32 values, max |value| = 1.
 
@@ -129,7 +130,7 @@ def nf_codebook(bits: int) -> Codebook:
     return _as_codebook(values / np.abs(values).max())
 
 
-def quantile_codebook(bits: int, tensor: np.ndarray[Any, Any]) -> Codebook:
+def quantile_codebook(bits: int, tensor: NDArray[Any]) -> Codebook:
     """Quantile quantization: midpoints of the tensor's empirical quantiles, plus 0 (paper, Appendix A, eq. 6).
 
     q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|; Q is exact (a sort). The
@@ -184,12 +185,12 @@ def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None)
     return f"float{bits}-e{exponent_bits}m{bits - 1 - exponent_bits}"
 
 
-def _normal_quantiles(probabilities: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _normal_quantiles(probabilities: NDArray[Any]) -> NDArray[Any]:
     """Quantiles of N(0, 1), to 1e-15: Wichura's algorithm AS 241, as the standard library has it."""
     return np.array([NormalDist().inv_cdf(p) for p in probabilities.tolist()])
 
 
-def _as_codebook(values: np.ndarray[Any, Any]) -> Codebook:
+def _as_codebook(values: NDArray[Any]) -> Codebook:
     """Sort, drop duplicates (the two zeros) and freeze."""
     codebook = np.unique(values.astype(np.float32)) + np.float32(0)  # -0.0 + 0 = 0.0
     codebook.flags.writeable = False

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.datatypes import check_choice
 from kbit.families import locate_model
-from kbit.quantizer import fake_quantize
+from kbit.quantizer import check_scale_range, fake_quantize
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 log = logging.getLogger(__name__)
@@ -122,12 +122,14 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Loa
     location = locate_model(name)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # safetensors, tokenizers and transformers each raise types of their own here
         raise OSError(f"model {name!r} cannot be loaded from {location}: {error}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
+        raise OSError(f"model {name!r} at {location} lacks {len(missing)} tensors, such as {missing[0]}")
     checkpoint_dtype = torch.float16 if model.dtype == torch.float32 else model.dtype
     check_finite(model)
     module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
@@ -156,8 +158,8 @@ def quantize_model(
         min_coverage: least share of the block matrices' parameters that must be quantized.
 
     Raises:
-        ValueError: the model is quantized already with another spec; coverage too low; a weight holds NaN or Inf; an
-            include that finds nothing. The model is unchanged then.
+        ValueError: the model is quantized already with another spec; coverage too low; a weight holds NaN or Inf, or is
+            beyond scale_format's range; an include that finds nothing. The model is unchanged then.
     """
     done: QuantizationReport | None = getattr(model, "kbit_report", None)
     if done is not None:
@@ -170,10 +172,14 @@ def quantize_model(
         raise ValueError(_describe_low_coverage(report, min_coverage))
     parameters = dict(model.named_parameters())
     check_finite(model)
-    for tensor in report.tensors:
-        if tensor.quantized:
-            name = tensor.name.split(" = ")[0]
-            _quantize_parameter(name, parameters[name], spec, transposed=_is_conv1d(model, name))
+    names = [tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized]
+    for name in names:
+        try:
+            check_scale_range(float(parameters[name].detach().abs().max()), spec)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for name in names:
+        _quantize_parameter(parameters[name], spec, transposed=_is_conv1d(model, name))
     if not spec.is_baseline:
         model.kbit_report = report  # type: ignore[assignment]
     return report
@@ -192,7 +198,7 @@ def plan_quantization(
         bits = spec.count_bits(parameter.numel()) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
-    if include is not None and not any(re.search(include, t.name) for t in tensors):
+    if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):
         raise ValueError(f"quant.include={include!r} finds none of the model's tensors")
     return QuantizationReport(spec, tuple(tensors))
 
@@ -247,13 +253,10 @@ def check_finite(model: nn.Module) -> None:
         raise ValueError(f"NaN or Inf in weight {bad[0]}{more}")
 
 
-def _quantize_parameter(name: str, parameter: nn.Parameter, spec: QuantSpec, *, transposed: bool) -> None:
+def _quantize_parameter(parameter: nn.Parameter, spec: QuantSpec, *, transposed: bool) -> None:
     """Replace a weight by its quantized values; a Conv1D weight [in, out] is blocked like a Linear's [out, in]."""
     weight = parameter.detach()
-    try:
-        result = fake_quantize(weight.t() if transposed else weight, spec)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    result = fake_quantize(weight.t() if transposed else weight, spec)
     with torch.no_grad():
         parameter.copy_(result.t() if transposed else result)
 

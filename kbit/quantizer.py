@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
+from numpy.typing import NDArray
 
 from kbit.datatypes import Codebook, decision_thresholds
 from kbit.kernels import cpu
 from kbit.spec import QuantSpec
 
-ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray[Any, Any], torch.Tensor)
+ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
 
 FP16_MAX = 65504.0  # the largest float16
 
@@ -39,7 +40,7 @@ class QuantizedTensor:
     spec: QuantSpec
 
 
-def quantize(x: torch.Tensor | np.ndarray[Any, Any], spec: QuantSpec) -> QuantizedTensor:
+def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor:
     """Quantize a tensor of any shape and of dtype float16, bfloat16, float32 or float64.
 
     A strided view gives what its contiguous copy gives, and x is not changed. Float64 is rounded to float32 first.
@@ -77,7 +78,15 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     return torch.from_numpy(result).to(device=x.device, dtype=x.dtype).reshape(x.shape)
 
 
-def _as_tensor(x: torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
+def check_scale_range(largest: float, spec: QuantSpec) -> None:
+    """Raise ValueError if a block whose max |x| is `largest` has a scale beyond scale_format's range."""
+    if spec.scale_format == "fp16" and largest > FP16_MAX:
+        raise ValueError(
+            f"max |x| = {largest:.6g} is beyond scale_format=fp16 (largest {FP16_MAX:g}): use scale_format=bf16 or fp32"
+        )
+
+
+def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x
     # torch refuses negative strides, and warns of read-only arrays though nothing here writes to them
@@ -98,10 +107,7 @@ def _flatten(x: torch.Tensor, spec: QuantSpec) -> Float32[np.ndarray, " n"]:
     finite = np.isfinite(values)
     if not finite.all():
         raise ValueError(f"{values.size - int(finite.sum())} of {values.size} values are NaN or Inf")
-    if spec.scale_format == "fp16" and (largest := np.abs(values).max()) > FP16_MAX:
-        raise ValueError(
-            f"max |x| = {largest:.6g} is beyond scale_format=fp16 (largest {FP16_MAX:g}): use scale_format=bf16 or fp32"
-        )
+    check_scale_range(float(np.abs(values).max()), spec)
     return values
 
 

@@ -41,7 +41,7 @@ def quantize(x: Values, thresholds: Thresholds, block_size: int, scale_format: s
     scales = np.empty(-(-x.size // block_size), np.float32)
     for b, start in enumerate(range(0, x.size, block_size)):
         block = x[start : start + block_size]
-        scales[b] = round_scale(np.abs(block).max(), scale_format)
+        scales[b] = round_scale(float(np.abs(block).max()), scale_format)
         v = block / scales[b] if scales[b] > 0 else np.zeros_like(block)
         codes[start : start + block_size] = (v[:, None] >= thresholds).sum(axis=1)
     return codes, scales

@@ -31,6 +31,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
 
     settings = configs[0]
     try:
+        _check_settings(configs)
         experiments = [config.experiment for config in configs]
         for experiment in {(e.model.name, e.eval): e for e in experiments}.values():
             check_experiment(experiment)
@@ -38,6 +39,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         print(plan.describe())
         if plan_only:
             return
+        _check_device(settings, engine)
         store_path = str(Store(settings.results).path)
     except (ValueError, OSError) as error:
         _fail(str(error))
@@ -54,6 +56,25 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
             print(f"\nstopped; finished results are kept in {store_path}: the same command goes on", file=sys.stderr)
             sys.exit(130)
     _report(configs, store_path)
+
+
+def _check_settings(configs: Sequence[RunConfig]) -> None:
+    """Raise ValueError if the configurations differ in how to run: a sweep has one store, one device, one cluster."""
+    for name in ("results", "device", "ray", "fail_fast", "retry_failed"):
+        if len(values := {str(getattr(config, name)): None for config in configs}) > 1:
+            raise ValueError(f"{name} must be the same for the whole sweep, not {' and '.join(values)}")
+
+
+def _check_device(settings: RunConfig, engine: str) -> None:
+    """Raise ValueError if the asked device cannot be there; on a cluster the workers check it themselves."""
+    if settings.device == "cpu":
+        return
+    if engine == "ray" and settings.ray.gpus_per_worker == 0:
+        raise ValueError(f"device={settings.device} on Ray needs ray.gpus_per_worker > 0, such as 1 or 0.5")
+    if engine == "process" or settings.ray.address == "local":
+        from kbit.experiment import check_device
+
+        check_device(settings.device)
 
 
 def _report(configs: Sequence[RunConfig], store_path: str) -> None:

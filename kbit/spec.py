@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
+from numpy.typing import NDArray
 
 from kbit import datatypes
 from kbit.datatypes import Codebook, check_bits, check_choice, check_exponent_bits
@@ -79,7 +79,7 @@ class QuantSpec:
             self, exponent_bits=exponent_bits, float_bias=self.float_bias if has_mantissa else "ieee"
         )
 
-    def make_codebook(self, tensor: np.ndarray[Any, Any]) -> Codebook:
+    def make_codebook(self, tensor: NDArray[Any]) -> Codebook:
         """Return this spec's codebook; the tensor (any shape) matters to data types that adapt to it."""
         return datatypes.make_codebook(
             self.data_type,

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_bytes(path: Path) -> bytes:
         return content
     try:
         return decompress(content)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # each module raises its own
         raise ValueError(f"{path.resolve()} is damaged: {error}") from error
 
 
@@ -48,7 +49,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: a line that is not a JSON object, with its number.
     """
     rows = []
-    for number, line in enumerate(read_bytes(path).decode("utf-8").splitlines(), start=1):
+    # not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends
+    for number, line in enumerate(read_bytes(path).decode("utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)

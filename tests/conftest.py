@@ -1,0 +1,80 @@
+"""Shared by all tests: no network, one thread for each of torch and numba (models here are tiny), quiet libraries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference tables and data that do not ship; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder of reference data is not here")
+    return SHARED
+
+
+# Two layers, hidden size 64, four heads, a context of 256 tokens: (configuration class, its own names for them).
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"max_position_embeddings": 256},
+    ),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "opt": (
+        "OPTConfig",
+        {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "max_position_embeddings": 256},
+    ),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "seq_length": 256}),
+    "llama": (
+        "LlamaConfig",
+        {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"max_position_embeddings": 256},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 256},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def build_tiny() -> Callable[..., Any]:
+    """Build a new random model of an architecture from its configuration: the same weights for the same seed.
+
+    build_tiny("llama", vocab_size=259, seed=0, **more fields of the configuration) -> PreTrainedModel
+    """
+    import torch
+    import transformers
+
+    def build(architecture: str, *, vocab_size: int = 259, seed: int = 0, **fields: Any) -> Any:
+        class_name, sizes = TINY[architecture]
+        special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        config = getattr(transformers, class_name)(vocab_size=vocab_size, **sizes, **special, **fields)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tokenizer of the nano models: byte-level BPE, 1,024 tokens, <|endoftext|> = 0."""
+    import transformers
+
+    from kbit.families import locate_model
+
+    return transformers.AutoTokenizer.from_pretrained(locate_model("nano-neox-98k"))

@@ -1,0 +1,179 @@
+"""Every YAML of conf/ and sweeps/ composes, is valid, and says the same as the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from kbit.cli import register_schema
+from kbit.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEPS = sorted(path.relative_to(ROOT / "sweeps").with_suffix("") for path in (ROOT / "sweeps").rglob("*.yaml"))
+EVALS = sorted(path.stem for path in (ROOT / "conf" / "eval").glob("*.yaml"))
+LAUNCHERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
+HELPS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "help").glob("*.yaml"))
+TESTED = {"run", *(f"eval/{n}" for n in EVALS), *(f"hydra/launcher/{n}" for n in LAUNCHERS)} | {
+    f"hydra/help/{n}" for n in HELPS
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hydra() -> Iterator[None]:
+    """Hydra as `kbit run` starts it."""
+    register_schema()
+    with initialize_config_module(version_base="1.3", config_module="kbit.conf"):
+        yield
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """Compose as the command line does."""
+    return compose("run", list(overrides))
+
+
+def to_run_config(config: DictConfig) -> RunConfig:
+    """Convert as kbit.run does, but raise."""
+    run_config = OmegaConf.to_object(config)
+    assert isinstance(run_config, RunConfig)
+    return run_config
+
+
+def sweep_params(config: DictConfig) -> dict[str, list[str]]:
+    """The axes of a study: key -> the values it takes, as overrides."""
+    overrides = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {str(o.key_or_group): [str(v) for v in o.sweep_string_iterator()] for o in parsed}
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """The configuration without Hydra's own node."""
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
+def test_every_yaml_of_conf_is_tested_here() -> None:
+    found = {str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert found == TESTED
+
+
+def test_there_are_studies() -> None:
+    assert SWEEPS
+
+
+def test_defaults_are_those_of_the_code() -> None:
+    assert to_run_config(compose_config()) == RunConfig()
+
+
+def test_run_yaml_names_every_key() -> None:
+    written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "run.yaml"))
+    assert isinstance(written, dict)
+    named = {key for key in written if key not in {"defaults", "hydra"}} | {"eval"}
+    assert named == {field.name for field in dataclasses.fields(RunConfig)}
+    for section in ("model", "quant", "ray"):
+        assert set(written[section]) == {f.name for f in dataclasses.fields(getattr(RunConfig(), section))}
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_evaluation_composes(name: str) -> None:
+    assert to_run_config(compose_config(f"eval={name}")).eval.tasks
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launcher_composes_and_is_kbits(name: str) -> None:
+    config = compose("run", [f"hydra/launcher={name}"], return_hydra_config=True)
+    assert config.hydra.launcher._target_ == "hydra_plugins.kbit_launcher.KbitLauncher"
+
+
+@pytest.mark.parametrize(("launcher", "engine"), [("kbit", "ray"), ("basic", "process")])
+def test_launchers_differ_in_their_engine(launcher: str, engine: str) -> None:
+    config = compose("run", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+    assert (config.hydra.launcher.engine, config.hydra.launcher.plan_only) == (engine, False)
+
+
+@pytest.mark.parametrize("name", HELPS)
+def test_help_composes(name: str) -> None:
+    assert "kbit run" in compose("run", [f"hydra/help={name}"], return_hydra_config=True).hydra.help.header
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["quant.bitz=4", "modle.name=x", "eval.task=piqa", "ray.workers=2", "result=x", "seeds=1"],
+)
+def test_unknown_key_is_refused(override: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=override.partition("=")[0]):
+        compose_config(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["quant.bits=four", "quant.bits=4.5", "eval.limit=all", "ray.num_workers=two", "fail_fast=maybe", "eval.tasks=3"],
+)
+def test_wrong_type_is_refused(override: str) -> None:
+    with pytest.raises(ConfigCompositionException, match=override.partition("=")[0]):
+        compose_config(override)
+
+
+@pytest.mark.parametrize("override", ["quant.data_type=flaot", "quant.bits=9", "device=gpu", "eval.limit=0"])
+def test_wrong_value_is_refused_when_converted(override: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=rf"{key.rpartition('.')[2]}='?{value}"):
+        to_run_config(compose_config(override))
+
+
+def test_null_is_the_whole_tensor() -> None:
+    assert to_run_config(compose_config("quant.block_size=null")).quant.block_size is None
+
+
+@pytest.mark.parametrize("name", SWEEPS, ids=str)
+def test_study_is_a_multirun(name: Path) -> None:
+    config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
+    assert config.hydra.mode.name == "MULTIRUN"
+    assert sweep_params(config)
+
+
+@pytest.mark.parametrize("name", SWEEPS, ids=str)
+def test_study_leaves_the_launcher_alone(name: Path) -> None:
+    """Hydra ignores a launcher chosen in a file of sweeps/: the study would run with another than it says."""
+    assert "launcher" not in (ROOT / "sweeps" / name).with_suffix(".yaml").read_text()
+
+
+@pytest.mark.parametrize("name", SWEEPS, ids=str)
+def test_study_names_real_keys(name: Path) -> None:
+    config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
+    params = sweep_params(config)
+    missing = object()
+    assert [key for key in params if OmegaConf.select(config, key, default=missing) is missing] == []
+
+
+def all_points(params: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    """Every combination of a study's axes."""
+    for values in itertools.product(*params.values()):
+        yield dict(zip(params, values, strict=True))
+
+
+def at_point(config: DictConfig, point: dict[str, str]) -> DictConfig:
+    """The study's configuration at one of its points."""
+    copy: DictConfig = OmegaConf.merge(config)  # type: ignore[assignment]  # a DictConfig stays one
+    parsed: Sequence[Any] = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in point.items()])
+    for override in parsed:
+        OmegaConf.update(copy, str(override.key_or_group), override.value())
+    return copy
+
+
+@pytest.mark.parametrize("name", SWEEPS, ids=str)
+def test_every_point_of_a_study_is_a_valid_experiment(name: Path) -> None:
+    config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
+    points = list(all_points(sweep_params(config)))
+    config = without_hydra(config)
+    experiments = [to_run_config(at_point(config, point)) for point in points]  # raises on a value that is not allowed
+    assert len({experiment.key for experiment in experiments}) > 1

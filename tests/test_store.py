@@ -1,0 +1,266 @@
+"""The store: what is written is read back, nothing is overwritten, and nothing half-written is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kbit.config import Experiment, ModelConfig, QuantConfig
+from kbit.experiment import Result
+from kbit.measurement import Measurement
+from kbit.store import SCHEMA_VERSION, Store, read_failures, read_results
+
+ACCURACY = Measurement("nano_cloze", "acc", 0.5, 0.4, 0.6, 100)
+LOSS = Measurement("nano_held_out", "cross_entropy", 3.0, math.nan, math.nan, 1)
+
+
+def make_result(quant: QuantConfig | None = None, model: str = "toy", loss: float = 3.0) -> Result:
+    """A result with two measurements, invented."""
+    experiment = Experiment(ModelConfig(model), quant or QuantConfig())
+    return Result(
+        key=experiment.key,
+        experiment=experiment,
+        family="toys",
+        architecture="ToyForCausalLM",
+        parameters=1000,
+        quantized_parameters=900,
+        total_bits=5425,
+        bits_per_param=4.25,
+        coverage=1.0,
+        skipped=(),
+        measurements=(ACCURACY, dataclasses.replace(LOSS, value=loss)),
+        model_revision="0" * 64,
+        checkpoint_dtype="float16",
+        weights_hash="0" * 32,
+        tasks=(),
+        text=None,
+        truncated=0,
+        versions={"python": "3.11"},
+        git_commit="",
+        device="none",
+        threads=1,
+        seconds_quantize=0.1,
+        seconds_evaluate=0.2,
+        peak_memory_bytes=1,
+        finished="2026-01-01T00:00:00+00:00",
+    )
+
+
+def files_of(store: Store) -> list[str]:
+    """Every file of the store, hidden ones too."""
+    return sorted(path.name for path in store.path.rglob("*") if path.is_file())
+
+
+def race(path: str, loss: float) -> None:
+    """Write 50 results as soon as the other process is there too: what each of two writers does."""
+    Path(path, f"ready-{loss}").touch()
+    while len(list(Path(path).glob("ready-*"))) < 2:
+        time.sleep(0.001)
+    store = Store(Path(path) / "results")
+    for number in range(50):
+        store.write(make_result(model=f"toy-{number}", loss=loss))
+
+
+def test_result_is_read_back(tmp_path: Path) -> None:
+    result = make_result(QuantConfig(bits=5, data_type="nf", block_size=128, scale_format="bf16"))
+    Store(tmp_path).write(result)
+    table = read_results(tmp_path)
+    assert table["metric"].tolist() == ["acc", "cross_entropy"]
+    row = table.iloc[0]
+    expected = {
+        "key": result.key,
+        "model": "toy",
+        "family": "toys",
+        "parameters": 1000,
+        "quantized_parameters": 900,
+        "dtype": "float32",
+        "bits": 5,
+        "data_type": "nf",
+        "block_size": 128,
+        "scale_format": "bf16",
+        "method": "rtn",
+        "bits_per_param": 4.25,
+        "total_bits": 5425,
+        "task": "nano_cloze",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "n": 100,
+    }
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_columns_have_their_types(tmp_path: Path) -> None:
+    Store(tmp_path).write(make_result())
+    types = read_results(tmp_path).dtypes
+    assert types["block_size"] == types["exponent_bits"] == pd.Int64Dtype()
+    assert all(pd.api.types.is_float_dtype(types[name]) for name in ("value", "low", "high", "bits_per_param"))
+    assert all(pd.api.types.is_integer_dtype(types[name]) for name in ("bits", "n", "parameters", "total_bits"))
+
+
+def test_block_size_of_a_whole_tensor_is_missing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(make_result(QuantConfig(block_size=None)))
+    store.write(make_result(QuantConfig(block_size=32)))
+    sizes = read_results(tmp_path)["block_size"]
+    assert sizes.isna().sum() == 2
+    assert sizes.dropna().tolist() == [32, 32]
+
+
+def test_float_has_its_exponent_bits_and_int_has_none(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for data_type in ("float", "int"):
+        store.write(make_result(QuantConfig(data_type=data_type, exponent_bits=2)))
+    rows = read_results(tmp_path).groupby("data_type").first()
+    assert rows.loc["float", "exponent_bits"] == 2
+    assert rows.loc["float", "float_bias"] == "ieee"
+    assert rows.loc["int", ["exponent_bits", "float_bias"]].isna().all()
+
+
+def test_baseline_has_no_quantizer(tmp_path: Path) -> None:
+    Store(tmp_path).write(make_result(QuantConfig(bits=16, data_type="int", block_size=32)))
+    table = read_results(tmp_path)
+    assert (table["bits"] == 16).all()
+    quantizer = ["data_type", "exponent_bits", "float_bias", "block_size", "scale_format", "method"]
+    assert table[quantizer].isna().all(axis=None)
+
+
+def test_undefined_interval_stays_undefined(tmp_path: Path) -> None:
+    Store(tmp_path).write(make_result())
+    loss = read_results(tmp_path).query("metric == 'cross_entropy'").iloc[0]
+    assert math.isnan(loss["low"])
+    assert math.isnan(loss["high"])
+
+
+def test_full_configuration_is_kept(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write(result)
+    record = json.loads((store.path / "experiments" / f"{result.key}.json").read_text())
+    assert record["experiment"] == json.loads(json.dumps(dataclasses.asdict(result.experiment)))
+    assert record["schema_version"] == SCHEMA_VERSION
+
+
+def test_first_result_of_a_key_stays(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(make_result(loss=3.0))
+    store.write(make_result(loss=9.0))
+    table = read_results(tmp_path).query("metric == 'cross_entropy'")
+    assert table["value"].tolist() == [3.0]
+    assert len(files_of(store)) == 1
+
+
+def test_failure_is_recorded_with_its_reason(tmp_path: Path) -> None:
+    store, experiment = Store(tmp_path), make_result().experiment
+    store.write_failure(experiment, "ValueError: no", "Traceback ...")
+    assert store.failed_keys() == {experiment.key}
+    assert store.finished_keys() == set()
+    row = read_failures(tmp_path).iloc[0]
+    assert (row["key"], row["model"], row["bits"], row["reason"]) == (experiment.key, "toy", 4, "ValueError: no")
+
+
+def test_failure_gives_no_row_of_results(tmp_path: Path) -> None:
+    Store(tmp_path).write_failure(make_result().experiment, "ValueError: no", "")
+    assert read_results(tmp_path).empty
+
+
+def test_later_failure_replaces_the_earlier_one(tmp_path: Path) -> None:
+    store, experiment = Store(tmp_path), make_result().experiment
+    for reason in ("first", "second"):
+        store.write_failure(experiment, reason, "")
+    assert read_failures(tmp_path)["reason"].tolist() == ["second"]
+
+
+def test_success_replaces_the_failure(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write_failure(result.experiment, "ValueError: no", "")
+    store.write(result)
+    assert store.failed_keys() == set()
+    assert store.finished_keys() == {result.key}
+    assert read_failures(tmp_path).empty
+
+
+def test_half_written_file_is_ignored(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write(result)
+    (store.path / "experiments" / ".0123456789abcdef-x1y2z3").write_text('{"key": "0123')  # a killed writer leaves this
+    assert store.finished_keys() == {result.key}
+    assert set(read_results(tmp_path)["key"]) == {result.key}
+
+
+def test_writing_leaves_no_temporary_file(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write(result)
+    store.write_failure(make_result(model="other").experiment, "no", "")
+    assert [name for name in files_of(store) if not name.endswith(".json")] == []
+
+
+def test_two_processes_writing_the_same_keys_leave_one_valid_file_each(tmp_path: Path) -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['race'](sys.argv[2], float(sys.argv[3]))"
+    writers = [subprocess.Popen([sys.executable, "-c", code, __file__, str(tmp_path), loss]) for loss in ("1", "2")]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert len(files_of(Store(tmp_path / "results"))) == 50
+    losses = read_results(tmp_path / "results").query("metric == 'cross_entropy'")["value"]
+    assert len(losses) == 50
+    assert set(losses) <= {1.0, 2.0}
+
+
+def test_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("not a folder")
+    with pytest.raises(OSError, match=r"cannot write to .*/results: Not a directory"):
+        Store(tmp_path / "results")
+
+
+def test_folder_that_cannot_be_made_is_a_clear_error() -> None:
+    with pytest.raises(OSError, match=r"results=/proc/kbit: cannot write to /proc/kbit"):
+        Store("/proc/kbit")
+
+
+@pytest.mark.parametrize("read", [read_results, read_failures], ids=["results", "failures"])
+def test_missing_store_is_not_an_empty_one(read: object, tmp_path: Path) -> None:
+    assert callable(read)
+    with pytest.raises(FileNotFoundError, match=r"no results at .*/nowhere: start with `kbit run`"):
+        read(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_newer_schema_is_refused(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write(result)
+    path = store.path / "experiments" / f"{result.key}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
+    with pytest.raises(ValueError, match=rf"{result.key}.json was written by a newer kbit \(schema {SCHEMA_VERSION + 1}\)"):
+        read_results(tmp_path)
+
+
+def test_field_added_later_does_not_hide_old_results(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write(result)
+    path = store.path / "experiments" / f"{result.key}.json"
+    record = json.loads(path.read_text())
+    del record["experiment"]["quant"]["scale_format"]  # as a store has it from before the field was there
+    path.write_text(json.dumps(record))
+    assert (read_results(tmp_path)["scale_format"] == "fp16").all()
+
+
+def test_empty_store_has_the_columns(tmp_path: Path) -> None:
+    Store(tmp_path)
+    assert {"key", "bits", "block_size", "value"} <= set(read_results(tmp_path).columns)
+
+
+def test_thousands_of_results_load(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = dataclasses.asdict(make_result()) | {"schema_version": SCHEMA_VERSION}
+    for number in range(2000):
+        text = json.dumps(record | {"key": f"{number:016x}"})
+        (store.path / "experiments" / f"{number:016x}.json").write_text(text)
+    table = read_results(tmp_path)
+    assert table["key"].nunique() == 2000
+    assert len(table) == 4000
