@@ -9,16 +9,22 @@ al. 2023; bitsandbytes' codebook makers of November 2022 are the public code clo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
+from kbit import fitted
+
+T = TypeVar("T")
+
 Codebook = Float32[np.ndarray, " values"]
 
-DATA_TYPES: Final = ("int", "float", "dynamic", "quantile", "nf")
+DATA_TYPES: Final = ("int", "float", "dynamic", "quantile", "nf", "af", "learned", "table")
+ADAPTIVE: Final = ("quantile", "learned")  # made for each tensor and stored with it
 FLOAT_BIASES: Final = ("ieee", "bnb", "paper")
 MIN_BITS: Final = 2
 MAX_BITS: Final = 8
@@ -45,19 +51,25 @@ def make_codebook(
     *,
     exponent_bits: int | None = None,
     float_bias: str = "ieee",
+    block_size: int | None = None,
+    table: Sequence[float] | None = None,
     tensor: NDArray[Any] | None = None,
+    seed: int = 0,
 ) -> Codebook:
-    """Return the codebook of a data type: sorted float32 values, max |value| = 1.
+    """Return the codebook of a data type: sorted float32 values within [-1, 1].
 
     Args:
         data_type: one of DATA_TYPES.
         bits: 2..8.
         exponent_bits: float only; 1..bits-1, default the paper's (PAPER_EXPONENT_BITS).
         float_bias: float only; where the subnormals lie ("ieee", "bnb" or "paper").
-        tensor: quantile only; the tensor whose empirical quantiles make the table (any shape).
+        block_size: af only; the block size that the code is optimal for.
+        table: table only; the user's values.
+        tensor: quantile: the tensor; learned: its normalised values (any shape).
+        seed: learned only; of the sample that k-means sees.
 
     Raises:
-        ValueError: a value outside its allowed set, or quantile without a tensor.
+        ValueError: a value outside its allowed set, or an argument that the data type needs and does not get.
     """
     check_choice("data_type", data_type, DATA_TYPES)
     check_bits(bits)
@@ -71,10 +83,15 @@ def make_codebook(
             return dynamic_codebook(bits)
         case "nf":
             return nf_codebook(bits)
+        case "af":
+            return _as_codebook(fitted.af_values(bits, _needed("af", block_size=block_size)))
+        case "quantile":
+            return _as_codebook(fitted.quantile_values(bits, _needed("quantile", tensor=tensor)))
+        case "learned":
+            values = _needed("learned", tensor=tensor).ravel()
+            return _as_codebook(fitted.learned_values(bits, values.astype(np.float32, copy=False), seed))
         case _:
-            if tensor is None:
-                raise ValueError("data_type 'quantile' needs the tensor whose quantiles it takes: pass tensor=")
-            return quantile_codebook(bits, tensor)
+            return table_codebook(bits, _needed("table", table=table))
 
 
 def int_codebook(bits: int) -> Codebook:
@@ -130,33 +147,38 @@ def nf_codebook(bits: int) -> Codebook:
     return _as_codebook(values / np.abs(values).max())
 
 
-def quantile_codebook(bits: int, tensor: NDArray[Any]) -> Codebook:
-    """Quantile quantization: midpoints of the tensor's empirical quantiles, plus 0 (paper, Appendix A, eq. 6).
-
-    q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|; Q is exact (a sort). The
-    values are rounded to float16, since a per-tensor codebook is stored and counted at 16 bits a value. Duplicates
-    merge. A tensor whose quantiles are all 0 (more than all but a tail is 0) gets {-1, 0, 1}.
-    """
-    levels = 2**bits
-    edges = np.quantile(tensor.astype(np.float64, copy=False), np.arange(1, levels + 1) / (levels + 1))
-    midpoints = (edges[:-1] + edges[1:]) / 2
-    largest = np.abs(midpoints).max()
-    if largest == 0:
-        return int_codebook(2)
-    return _as_codebook(np.append(midpoints / largest, 0.0).astype(np.float16))
+def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
+    """A user's own values, sorted; at most 2^k of them, within [-1, 1], at least two distinct."""
+    values = np.array(table, np.float64)
+    if not np.isfinite(values).all() or np.abs(values).max(initial=0) > 1:
+        raise ValueError(f"table={list(table)} has values outside [-1, 1]")
+    codebook = _as_codebook(values)
+    if not 2 <= codebook.size <= 2**bits:
+        raise ValueError(f"table has {codebook.size} distinct values; bits={bits} allows 2..{2**bits}")
+    return codebook
 
 
-def decision_thresholds(codebook: Codebook) -> Float32[np.ndarray, " thresholds"]:
+def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float32[np.ndarray, " thresholds"]:
     """Return the len(codebook) - 1 float32 thresholds t_j such that code(v) = number of j with v >= t_j.
 
-    t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away from zero,
-    so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint, which for
-    float32 v is v >= the next float32 above it.
+    nearest: t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away
+    from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint, which
+    for float32 v is v >= the next float32 above it. truncate: towards zero, so t_j is the neighbour farther from zero
+    (the midpoint where zero lies between them). floor: t_j = codebook[j + 1]; stochastic rounding goes up from there.
     """
     wide = codebook.astype(np.float64)
-    midpoints = ((wide[:-1] + wide[1:]) / 2).astype(np.float32)
-    above = np.nextafter(midpoints, np.float32(np.inf))
-    return np.where(midpoints < 0, above, midpoints)
+    below, above = wide[:-1], wide[1:]
+    midpoints = ((below + above) / 2).astype(np.float32)
+    match rounding:
+        case "nearest":
+            thresholds, exclusive = midpoints, midpoints < 0
+        case "truncate":
+            exclusive = above <= 0
+            thresholds = np.where(below >= 0, above, np.where(exclusive, below, midpoints)).astype(np.float32)
+            exclusive |= (thresholds < 0) & (below < 0) & (above > 0)
+        case _:
+            return codebook[1:].copy()
+    return np.where(exclusive, np.nextafter(thresholds, np.float32(np.inf)), thresholds)
 
 
 def check_bits(bits: int) -> None:
@@ -175,6 +197,28 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the allowed words."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}")
+
+
+def natural_peak(data_type: str, bits: int, exponent_bits: int | None = None) -> float:
+    """Return the largest value, in [1, 2), of the grid that a power-of-two scale leaves exact.
+
+    A codebook divided by its maximum hides that ints and floats lie on powers of two: E2M1 is 0, 0.5, 1, 1.5, ... 6, with
+    peak 6 / 4 = 1.5. Block formats with a shared exponent (MX, BFP) are these grids. 1 for tables without such a grid.
+    """
+    if data_type == "int":
+        return 2 - 2.0 ** (2 - bits)
+    if data_type == "float":
+        exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
+        return 2 - 2.0 ** -(bits - 1 - exponent_bits)
+    return 1.0
+
+
+def _needed(data_type: str, **argument: T | None) -> T:
+    """Return the one argument, which this data type cannot do without."""
+    ((name, value),) = argument.items()
+    if value is None:
+        raise ValueError(f"data_type {data_type!r} needs {name}=")
+    return value
 
 
 def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:

@@ -2,42 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from kbit.datatypes import Codebook, decision_thresholds
+from kbit.datatypes import ADAPTIVE, Codebook, decision_thresholds
 from kbit.kernels import cpu
+from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
 
-FP16_MAX = 65504.0  # the largest float16
+Values = NDArray[Any]  # flat float32, float16, or the bits of bfloat16 as uint16
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized tensor: x ~ codebook[codes] * scales, per block of the flattened tensor.
+    """A quantized tensor as it is stored: x ~ codebook[code] * scale + offset.
 
     Attributes:
-        codes: uint8 [n], an index into the codebook for each element in row-major order.
-        scales: float32 [blocks], already rounded to spec.scale_format.
+        codes: uint8 [ceil(n bits / 8)], packed: see kbit.reference.pack.
+        scales, offsets: what the formats store, by name (kbit.scales); offsets is empty but for minmax.
+        center: float16 [1], the mean that centering subtracted; empty without.
         codebook: float32 [values], sorted.
-        shape: of the original tensor.
-        dtype: of the original tensor; dequantize returns it.
+        shape, dtype: of the original tensor; dequantize returns it.
         spec: how it was quantized.
     """
 
-    codes: UInt8[np.ndarray, " n"]
-    scales: Float32[np.ndarray, " blocks"]
+    codes: NDArray[np.uint8]
+    scales: Stored
+    offsets: Stored
+    center: NDArray[np.float16]
     codebook: Codebook
     shape: tuple[int, ...]
     dtype: torch.dtype
     spec: QuantSpec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes: spec.count_bits(shape), rounded up to whole bytes."""
+        stored = [self.codes, *self.scales.values(), *self.offsets.values(), self.center]
+        own_codebook = 2 * 2**self.spec.bits if self.spec.data_type in ADAPTIVE else 0  # float16 each
+        return sum(array.nbytes for array in stored) + own_codebook
+
+    def unpack_codes(self) -> NDArray[np.uint8]:
+        """Return one code per element, uint8 [n], in row-major order."""
+        return cpu.unpack(self.codes, self.spec.bits, int(np.prod(self.shape)))
+
+    def save(self, path: str | Path) -> None:
+        """Write the tensor to a safetensors file; load gives it back bit for bit."""
+        tensors = {"codes": self.codes, "center": self.center, "codebook": self.codebook}
+        tensors |= {f"scales.{name}": array for name, array in self.scales.items()}
+        tensors |= {f"offsets.{name}": array for name, array in self.offsets.items()}
+        description = {"spec": asdict(self.spec), "shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
+        save_file(tensors, path, metadata={"kbit": json.dumps(description)})
+
+    @staticmethod
+    def load(path: str | Path) -> QuantizedTensor:
+        """Read what save wrote.
+
+        Raises:
+            ValueError: a safetensors file that kbit did not write.
+        """
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if "kbit" not in metadata:
+                raise ValueError(f"{path} is not a quantized tensor written by kbit")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        description = json.loads(metadata["kbit"])
+        return QuantizedTensor(
+            tensors["codes"],
+            {name.removeprefix("scales."): array for name, array in tensors.items() if name.startswith("scales.")},
+            {name.removeprefix("offsets."): array for name, array in tensors.items() if name.startswith("offsets.")},
+            tensors["center"],
+            tensors["codebook"],
+            tuple(description["shape"]),
+            getattr(torch, description["dtype"]),
+            QuantSpec(**description["spec"]),
+        )
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Everything that decides a tensor's codes: its blocks, and the scales and table used for them."""
+
+    row: int
+    block_size: int
+    scales: Scales
+    offsets: Scales
+    stored_scales: Stored
+    stored_offsets: Stored
+    center: NDArray[np.float16]
+    codebook: Codebook
+    thresholds: Float32[np.ndarray, " thresholds"]
+    seed: int | None
 
 
 def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor:
@@ -51,16 +117,25 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
-    codebook = spec.make_codebook(values)
-    codes, scales = cpu.quantize(values, decision_thresholds(codebook), _block_size(values, spec), spec.scale_format)
-    return QuantizedTensor(codes, scales, codebook, tuple(tensor.shape), tensor.dtype, spec)
+    grid = _make_grid(values, tensor.shape, spec)
+    codes = cpu.quantize(
+        values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed
+    )
+    packed = cpu.pack(codes, spec.bits)
+    shape = tuple(tensor.shape)
+    return QuantizedTensor(
+        packed, grid.stored_scales, grid.stored_offsets, grid.center, grid.codebook, shape, tensor.dtype, spec
+    )
 
 
 def dequantize(q: QuantizedTensor) -> torch.Tensor:
-    """Return codebook[code] * scale, computed in float32 and cast to the original dtype, in the original shape."""
-    block_size = q.spec.block_size or q.codes.size
-    values = cpu.dequantize(q.codes, q.scales, q.codebook, block_size)
-    return torch.from_numpy(values).to(q.dtype).reshape(q.shape)
+    """Return codebook[code] * scale + offset, computed in float32 and cast to the original dtype and shape."""
+    row, block_size = _block_shape(q.shape, q.spec)
+    scales = _decode_scales(q.scales, q.spec)
+    offsets = _add_center(decode_scales(q.offsets, q.spec.offset_format) if q.offsets else None, q.center, scales)
+    result = torch.empty(q.shape, dtype=q.dtype if q.dtype != torch.float64 else torch.float32)
+    cpu.dequantize(q.unpack_codes(), scales, offsets, q.codebook, row, block_size, _as_array(result.view(-1)))
+    return result.to(q.dtype)
 
 
 def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
@@ -70,20 +145,98 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
-    codebook = spec.make_codebook(values)
-    thresholds = decision_thresholds(codebook)
-    result = cpu.fake_quantize(values, codebook, thresholds, _block_size(values, spec), spec.scale_format)
+    grid = _make_grid(values, tensor.shape, spec)
+    dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+    result = torch.empty(tensor.shape, dtype=dtype)
+    cpu.fake_quantize(
+        values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed,
+        _as_array(result.view(-1)),
+    )  # fmt: skip
     if isinstance(x, np.ndarray):
-        return result.astype(x.dtype, copy=False).reshape(x.shape)
-    return torch.from_numpy(result).to(device=x.device, dtype=x.dtype).reshape(x.shape)
+        return result.numpy().astype(x.dtype, copy=False)
+    return result.to(device=x.device, dtype=x.dtype)
 
 
-def check_scale_range(largest: float, spec: QuantSpec) -> None:
-    """Raise ValueError if a block whose max |x| is `largest` has a scale beyond scale_format's range."""
-    if spec.scale_format == "fp16" and largest > FP16_MAX:
-        raise ValueError(
-            f"max |x| = {largest:.6g} is beyond scale_format=fp16 (largest {FP16_MAX:g}): use scale_format=bf16 or fp32"
-        )
+def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
+    """Choose and round the scales and offsets, and make the codebook."""
+    row, block_size = _block_shape(shape, spec)
+    low, high = cpu.block_extremes(values, row, block_size)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        finite = _to_float32(values).isfinite()
+        raise ValueError(f"{int((~finite).sum())} of {values.size} values are NaN or Inf")
+    center = np.empty(0, np.float16)
+    if spec.centering:
+        center = np.array([_to_float32(values).mean(dtype=torch.float64)], np.float16)
+        low, high = low - center.astype(np.float32), high - center.astype(np.float32)
+    adaptive = spec.data_type in ADAPTIVE
+    codebook = None if adaptive else spec.make_codebook()
+    bounds = (np.float32(-1), np.float32(1)) if codebook is None else (codebook[0], codebook[-1])
+    stored_scales = encode_scales(_choose_scales(low, high, bounds, spec), spec.scale_format)
+    scales = _decode_scales(stored_scales, spec)
+    stored_offsets: Stored = {}
+    if spec.normalization == "minmax":
+        stored_offsets = encode_scales(low - bounds[0] * scales, spec.offset_format)
+    offsets = decode_scales(stored_offsets, spec.offset_format) if stored_offsets else None
+    offsets = _add_center(offsets, center, scales)
+    if codebook is None:
+        codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, row, block_size, spec))
+    stochastic = spec.rounding == "stochastic"
+    thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
+    seed = spec.seed if stochastic else None
+    return _Grid(
+        row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed
+    )
+
+
+def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float32], spec: QuantSpec) -> Scales:
+    """Return the scale of each block before it is rounded to its format."""
+    match spec.normalization:
+        case "minmax":
+            return (high - low) / (bounds[1] - bounds[0])
+        case "signed_absmax":
+            return np.where(high >= -low, high, low)
+    largest = np.maximum(high, -low)
+    if spec.scale_format != "e8m0":
+        return largest
+    # MX and BFP share the exponent of the largest number (floor). A table that does not lie on a grid of powers of two
+    # would be clipped by up to a half: its scale is the next power of two above.
+    fractions, exponents = np.frexp(largest)
+    on_grid = spec.data_type in ("int", "float")
+    exponents = np.where((fractions == 0.5) | on_grid, exponents - 1, exponents)
+    return np.where(largest > 0, np.ldexp(np.float32(1), np.clip(exponents, -126, 127)), np.float32(0))
+
+
+def _decode_scales(stored: Stored, spec: QuantSpec) -> Scales:
+    """Return the scales; without a sign a double-quantized scale that lands below zero is 0."""
+    scales = decode_scales(stored, spec.scale_format)
+    return np.maximum(scales, np.float32(0)) if spec.normalization != "signed_absmax" else scales
+
+
+def _add_center(offsets: Scales | None, center: NDArray[np.float16], scales: Scales) -> Scales:
+    """Return the offset of each block: the block's own plus the tensor's mean."""
+    total = np.zeros_like(scales) if offsets is None else offsets
+    return total + center.astype(np.float32) if center.size else total
+
+
+def _adaptive_sample(
+    values: Values, scales: Scales, offsets: Scales, row: int, block_size: int, spec: QuantSpec
+) -> NDArray[np.float32]:
+    """Return what an adaptive codebook is fitted to: the tensor itself (quantile) or its normalised values (learned)."""
+    x = _to_float32(values).numpy()
+    if spec.data_type == "quantile":
+        return x
+    lengths = np.full((row + block_size - 1) // block_size, block_size)
+    lengths[-1] = row - block_size * (lengths.size - 1)
+    lengths = np.tile(lengths, x.size // row)
+    scale = np.repeat(scales, lengths)
+    return np.divide(x - np.repeat(offsets, lengths), scale, out=np.zeros_like(x), where=scale != 0)
+
+
+def _block_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
+    """Return the elements of a row (the whole tensor if layout=flat) and of a block, which is at most a row."""
+    elements = int(np.prod(shape))
+    row = shape[-1] if spec.layout == "row" and len(shape) else elements
+    return row, min(spec.block_size or row, row)
 
 
 def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:
@@ -93,8 +246,8 @@ def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.array(x, order="C", copy=True))
 
 
-def _flatten(x: torch.Tensor, spec: QuantSpec) -> Float32[np.ndarray, " n"]:
-    """Return x as a flat, contiguous float32 array on the CPU, checked."""
+def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
+    """Return x as a flat, contiguous array on the CPU in its own dtype (float64 as float32), checked."""
     if spec.is_baseline:
         raise ValueError(f"bits={spec.bits} is the unquantized baseline: there is nothing to quantize")
     if x.is_meta:
@@ -103,14 +256,16 @@ def _flatten(x: torch.Tensor, spec: QuantSpec) -> Float32[np.ndarray, " n"]:
         raise ValueError(f"dtype {x.dtype} is not a floating-point type")
     if x.numel() == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no elements to quantize")
-    values = x.detach().to("cpu", torch.float32).contiguous().view(-1).numpy()
-    finite = np.isfinite(values)
-    if not finite.all():
-        raise ValueError(f"{values.size - int(finite.sum())} of {values.size} values are NaN or Inf")
-    check_scale_range(float(np.abs(values).max()), spec)
-    return values
+    flat = x.detach().to("cpu").contiguous().view(-1)
+    return _as_array(flat if flat.dtype in (torch.float16, torch.bfloat16) else flat.float())
 
 
-def _block_size(values: Float32[np.ndarray, " n"], spec: QuantSpec) -> int:
-    """Elements per block; a block size beyond the tensor is the whole tensor."""
-    return min(spec.block_size or values.size, values.size)
+def _as_array(flat: torch.Tensor) -> Values:
+    """Return the tensor's memory as an array; NumPy has no bfloat16, so that one comes as its bits."""
+    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+
+
+def _to_float32(values: Values) -> torch.Tensor:
+    """Return a float32 copy of what _as_array gave."""
+    flat = torch.from_numpy(values)
+    return (flat.view(torch.bfloat16) if values.dtype == np.uint16 else flat).float()

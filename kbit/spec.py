@@ -4,33 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kbit import datatypes
 from kbit.datatypes import Codebook, check_bits, check_choice, check_exponent_bits
+from kbit.scales import SCALE_FORMATS, count_scale_bits
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
-SCALE_BITS: Final = {"fp16": 16, "bf16": 16, "fp32": 32}
 CODEBOOK_VALUE_BITS: Final = 16  # a per-tensor codebook is stored as float16
+CENTER_BITS: Final = 16  # the tensor mean that centering subtracts is stored as float16
+
+LAYOUTS: Final = ("flat", "row")
+NORMALIZATIONS: Final = ("absmax", "signed_absmax", "minmax")
+ROUNDINGS: Final = ("nearest", "stochastic", "truncate")
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Block-wise quantization to k bits: x ~ codebook[code] * scale, one scale per block.
-
-    The tensor is flattened in row-major order and cut into blocks of block_size elements (the last may be short);
-    scale = max |x| of the block, rounded to scale_format; code = nearest codebook value to x / scale.
+    """Block-wise quantization to k bits: x ~ codebook[code] * scale + offset, a scale (and offset) per block.
 
     Attributes:
         bits: 2..8, or 16 for the unquantized baseline.
-        data_type: int, float, dynamic, quantile or nf.
+        data_type: int, float, dynamic, quantile, nf, af, learned, or table (the user's own values).
         exponent_bits: float only, 1..bits-1; None is the paper's choice (3 bits: 2; 4..8 bits: 3).
         float_bias: float only; ieee, bnb or paper: where the subnormals lie.
-        block_size: elements per block, >= 1; None is the whole tensor.
-        scale_format: fp16 (as the paper counts them), bf16 or fp32.
+        table: data_type=table only: its values, within [-1, 1], at most 2^bits.
+        block_size: elements per block, >= 1; None is the whole tensor (the whole row if layout=row).
+        layout: flat: blocks run over the flattened tensor, as in the paper; row: they restart at each row (index of all
+            dimensions but the last).
+        normalization: absmax: scale = max |x|, offset 0. signed_absmax: scale = the x of largest magnitude, sign kept.
+            minmax: scale and offset map [min x, max x] to the codebook's range (zero point).
+        centering: subtract the tensor's mean first (paper, Appendix B).
+        scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0 (powers of two: BFP, MX), fp8 (NVFP4), dq8
+            (QLoRA's double quantization). Offsets take the same format, or fp16 beside e8m0, fp8 and dq8.
+        rounding: nearest; stochastic (up with the probability that makes it unbiased, seeded); truncate (towards 0).
+        seed: of stochastic rounding and of data_type=learned.
 
     Raises:
         ValueError: a value outside its allowed set, named with what is allowed.
@@ -40,13 +53,24 @@ class QuantSpec:
     data_type: str = "float"
     exponent_bits: int | None = None
     float_bias: str = "ieee"
+    table: tuple[float, ...] | None = None
     block_size: int | None = 64
+    layout: str = "flat"
+    normalization: str = "absmax"
+    centering: bool = False
     scale_format: str = "fp16"
+    rounding: str = "nearest"
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.table is not None:
+            object.__setattr__(self, "table", tuple(float(value) for value in self.table))  # YAML gives a list
         check_choice("data_type", self.data_type, datatypes.DATA_TYPES)
         check_choice("float_bias", self.float_bias, datatypes.FLOAT_BIASES)
-        check_choice("scale_format", self.scale_format, tuple(SCALE_BITS))
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} is not >= 1 (null is the whole tensor)")
         if self.bits == BASELINE_BITS:
@@ -55,13 +79,32 @@ class QuantSpec:
             check_bits(self.bits)
         except ValueError as error:
             raise ValueError(f"{error}, nor {BASELINE_BITS} (the unquantized baseline)") from None
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
         if self.data_type == "float" and self.exponent_bits is not None:
             check_exponent_bits(self.bits, self.exponent_bits)
+        if self.data_type == "table":
+            if self.table is None:
+                raise ValueError("data_type=table needs quant.table, such as [-1, 0.3, 0.5, 1]")
+            datatypes.table_codebook(self.bits, self.table)
+        if self.data_type == "af" and self.block_size is None:
+            raise ValueError("data_type=af is made for a block size: block_size=null has none")
+        if self.scale_format == "e8m0" and self.normalization != "absmax":
+            raise ValueError(
+                f"scale_format=e8m0 has neither sign nor fraction: normalization={self.normalization} needs another; "
+                "allowed is absmax"
+            )
 
     @property
     def is_baseline(self) -> bool:
         """Whether this is the unquantized 16-bit model."""
         return self.bits == BASELINE_BITS
+
+    @property
+    def offset_format(self) -> str:
+        """The format of minmax's offsets."""
+        return self.scale_format if self.scale_format in ("fp16", "bf16", "fp32") else "fp16"
 
     def canonical(self) -> QuantSpec:
         """Return the same quantizer with every field that has no effect at its default.
@@ -71,31 +114,63 @@ class QuantSpec:
         """
         if self.is_baseline:
             return QuantSpec(bits=BASELINE_BITS)
-        if self.data_type != "float":
-            return dataclasses.replace(self, exponent_bits=None, float_bias="ieee")
-        exponent_bits = self.exponent_bits or datatypes.PAPER_EXPONENT_BITS[self.bits]
-        has_mantissa = exponent_bits < self.bits - 1  # without one there are no subnormals for float_bias to place
-        return dataclasses.replace(
-            self, exponent_bits=exponent_bits, float_bias=self.float_bias if has_mantissa else "ieee"
-        )
+        spec = self
+        if spec.data_type == "float":
+            exponent_bits = spec.exponent_bits or datatypes.PAPER_EXPONENT_BITS[spec.bits]
+            spec = dataclasses.replace(spec, exponent_bits=exponent_bits)
+            if exponent_bits == spec.bits - 1:  # no mantissa, so no subnormals for float_bias to place
+                spec = dataclasses.replace(spec, float_bias="ieee")
+        else:
+            spec = dataclasses.replace(spec, exponent_bits=None, float_bias="ieee")
+        if spec.data_type != "table":
+            spec = dataclasses.replace(spec, table=None)
+        if spec.rounding != "stochastic" and spec.data_type != "learned":
+            spec = dataclasses.replace(spec, seed=0)
+        return spec
 
-    def make_codebook(self, tensor: NDArray[Any]) -> Codebook:
-        """Return this spec's codebook; the tensor (any shape) matters to data types that adapt to it."""
-        return datatypes.make_codebook(
+    def make_codebook(self, tensor: NDArray[Any] | None = None) -> Codebook:
+        """Return this spec's codebook.
+
+        Args:
+            tensor: for quantile the tensor, for learned its normalised values; not needed otherwise.
+        """
+        codebook = datatypes.make_codebook(
             self.data_type,
             self.bits,
             exponent_bits=self.exponent_bits,
             float_bias=self.float_bias,
+            block_size=self.block_size,
+            table=self.table,
             tensor=tensor,
+            seed=self.seed,
         )
+        if self.scale_format != "e8m0":
+            return codebook
+        peak = np.float32(datatypes.natural_peak(self.data_type, self.bits, self.exponent_bits))
+        return np.asarray(codebook * peak, np.float32)
 
-    def count_bits(self, elements: int) -> int:
-        """Return the bits that a tensor of this many elements takes: codes, block scales and its own codebook."""
+    def count_blocks(self, shape: Sequence[int]) -> int:
+        """Return the number of blocks of a tensor of this shape."""
+        elements = math.prod(shape)
+        if elements == 0:
+            return 0
+        row = shape[-1] if self.layout == "row" and len(shape) else elements
+        return (elements // row) * math.ceil(row / (self.block_size or row))
+
+    def count_bits(self, shape: Sequence[int]) -> int:
+        """Return the bits of a tensor of this shape: codes, scales, offsets, mean and its own codebook."""
+        elements = math.prod(shape)
         if self.is_baseline or elements == 0:
             return BASELINE_BITS * elements
-        blocks = math.ceil(elements / self.block_size) if self.block_size else 1
-        codebook = 2**self.bits * CODEBOOK_VALUE_BITS if self.data_type == "quantile" else 0
-        return self.bits * elements + SCALE_BITS[self.scale_format] * blocks + codebook
+        blocks = self.count_blocks(shape)
+        bits = self.bits * elements + count_scale_bits(blocks, self.scale_format)
+        if self.normalization == "minmax":
+            bits += count_scale_bits(blocks, self.offset_format)
+        if self.centering:
+            bits += CENTER_BITS
+        if self.data_type in datatypes.ADAPTIVE:
+            bits += 2**self.bits * CODEBOOK_VALUE_BITS
+        return bits
 
     def label(self) -> str:
         """Return the short name used in tables and plots, such as nf4 or float4-e3m0; 16-bit for the baseline."""

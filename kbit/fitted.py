@@ -1,0 +1,107 @@
+"""Codebooks fitted to a distribution or to a tensor: quantile, abnormal float, learned.
+
+Those of a tensor are stored with it and counted at 16 bits a value, so their values are rounded to float16.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Float32
+from numpy.typing import NDArray
+
+_GRID: Final = 20_001  # points of [-1, 1] on which the distribution is tabulated: spacing 1e-4, interpolated
+_TOLERANCE: Final = 1e-8  # largest move of a value in the last round: below float32's spacing near 1
+_MAX_ROUNDS: Final = 20_000
+_LEARNED_SAMPLE: Final = 2**18  # values that k-means sees: its centres move by less than float16 rounding beyond that
+
+
+def quantile_values(bits: int, tensor: NDArray[Any]) -> NDArray[np.float64]:
+    """Quantile quantization: midpoints of the tensor's empirical quantiles, plus 0 (paper, Appendix A, eq. 6).
+
+    q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|; Q is exact (a sort).
+    Duplicates merge. A tensor whose quantiles are all 0 (all but a tail of it is 0) gets {-1, 0, 1}.
+    """
+    levels = 2**bits
+    edges = np.quantile(tensor.astype(np.float64, copy=False), np.arange(1, levels + 1) / (levels + 1))
+    midpoints = (edges[:-1] + edges[1:]) / 2
+    largest = np.abs(midpoints).max()
+    if largest == 0:
+        return np.array([-1.0, 0.0, 1.0])
+    return _as_float16(np.append(midpoints / largest, 0.0))
+
+
+@functools.lru_cache(maxsize=32)
+def af_values(bits: int, block_size: int) -> NDArray[np.float64]:
+    """Abnormal float: the code of least expected absolute error for normal values in blocks of this size.
+
+    X = w / max |w| over a block of B values w ~ N(0, 1). With probability 1/B it is +-1; otherwise, given the maximum m,
+    it is N(0, 1/m^2) cut to [-1, 1]. -1, 0 and 1 are in the code; every other value is the median of X between the
+    midpoints to its neighbours, iterated to a fixed point (Yoshida, arXiv 2306.06965). As there, 2^(k-1) - 1 values lie
+    below 0 and 2^(k-1) above.
+    """
+    grid = np.linspace(-1, 1, _GRID)
+    cumulative = _normalized_cdf(grid, block_size)
+    code = np.concatenate([np.linspace(-1, 0, 2 ** (bits - 1)), np.linspace(0, 1, 2 ** (bits - 1) + 1)[1:]])
+    free = (code != 0) & (np.abs(code) != 1)
+    for _ in range(_MAX_ROUNDS):
+        borders = np.interp((code[:-1] + code[1:]) / 2, grid, cumulative)
+        medians = np.interp((borders[:-1] + borders[1:]) / 2, cumulative, grid)
+        moved = np.where(free[1:-1], medians, code[1:-1])
+        if np.abs(moved - code[1:-1]).max(initial=0) < _TOLERANCE:
+            break
+        code[1:-1] = moved
+    return code
+
+
+def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> NDArray[np.float64]:
+    """K-means of a tensor's normalised values (Lloyd's algorithm in one dimension), with 0 kept as a value.
+
+    Starts from the values' quantiles, on a seeded sample of at most 2^18 of them; one centre stays on 0, so that zero
+    blocks are exact.
+    """
+    sample = values
+    if values.size > _LEARNED_SAMPLE:
+        sample = np.random.default_rng(seed).choice(values, _LEARNED_SAMPLE, replace=False)
+    ordered = np.sort(sample.astype(np.float64))
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
+    centres = np.unique(np.quantile(ordered, (np.arange(2**bits) + 0.5) / 2**bits))
+    zero = np.abs(centres).argmin()
+    centres[zero] = 0.0
+    for _ in range(_MAX_ROUNDS):
+        borders = np.searchsorted(ordered, (centres[:-1] + centres[1:]) / 2)
+        edges = np.concatenate([[0], borders, [ordered.size]])
+        counts = np.diff(edges)
+        means = np.divide(np.diff(sums[edges]), counts, out=centres.copy(), where=counts > 0)
+        means[zero] = 0.0
+        if np.abs(means - centres).max() < _TOLERANCE:
+            break
+        centres = means
+    return _as_float16(np.clip(centres, -1, 1))
+
+
+def _normalized_cdf(grid: NDArray[np.float64], block_size: int) -> NDArray[np.float64]:
+    """P(X <= x) for a value of a block of B normal values divided by the block's largest magnitude.
+
+    Averages, over the distribution of the maximum m of B - 1 other magnitudes and the value itself, the cut normal; the
+    atoms of 1/(2B) at -1 and +1 are added.
+    """
+    from scipy.special import ndtr
+
+    m = np.linspace(1e-4, 8, 4001)
+    below = 2 * ndtr(m) - 1
+    cdf_of_maximum = below**block_size
+    weights = np.diff(cdf_of_maximum)
+    centre = (m[:-1] + m[1:]) / 2
+    inside = 2 * ndtr(centre) - 1
+    cdf = np.zeros_like(grid)
+    for weight, maximum, mass in zip(weights, centre, inside, strict=True):
+        if weight > 1e-12:
+            cdf += weight * (ndtr(grid * maximum) - ndtr(-maximum)) / mass
+    return 1 / (2 * block_size) + (1 - 1 / block_size) * cdf / max(weights.sum(), 1e-300)
+
+
+def _as_float16(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.unique(values.astype(np.float16)).astype(np.float64)
