@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -122,12 +122,13 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Loa
     location = locate_model(name)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # safetensors, tokenizers and transformers each raise types of their own here
         raise OSError(f"model {name!r} cannot be loaded from {location}: {error}") from error
+    model, info = loading
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         raise OSError(f"model {name!r} at {location} lacks {len(missing)} tensors, such as {missing[0]}")
     checkpoint_dtype = torch.float16 if model.dtype == torch.float32 else model.dtype

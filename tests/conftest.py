@@ -65,7 +65,8 @@ def build_tiny() -> Callable[..., Any]:
         config = getattr(transformers, class_name)(vocab_size=vocab_size, **sizes, **special, **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return transformers.AutoModelForCausalLM.from_config(config).eval()
+            model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            return model.eval()
 
     return build
 

@@ -71,7 +71,7 @@ def test_random_models_score_as_under_lm_eval(
 
 
 def test_a_trained_model_scores_as_under_lm_eval(requests: list[Any]) -> None:
-    loaded = load_model("nano-neox-98k")
+    loaded = load_model("nano-neox-1m")
     theirs = score(reference(loaded.model, loaded.tokenizer), requests)
     mine = score(Scorer(loaded.model, loaded.tokenizer), requests)
     assert largest_difference(mine, theirs) < TOLERANCE
@@ -178,7 +178,8 @@ def test_bfloat16_logits_are_scored_in_float32(build_tiny: Build, tokenizer: Any
     in_bfloat16 = score(Scorer(model, tokenizer), some)
     upcast = score(Scorer(model.float(), tokenizer), some)
     assert len(some) == 96
-    # A log-softmax in bfloat16 leaves 17 distinct values here, up to 0.5 away (user_needs.md 21).
-    print("distinct", len({v for v, _ in in_bfloat16}), largest_difference(in_bfloat16, upcast))
+    # A log-softmax in bfloat16 left 17 distinct values of 96, up to 0.5 off, in float32 96 and 0.007 (measured with
+    # lm-eval on a tiny Llama; 0.010 here). On trained models the bfloat16 logits themselves are off by more.
+
     assert len({value for value, _ in in_bfloat16}) >= 0.9 * 96
     assert largest_difference(in_bfloat16, upcast) < 0.02
