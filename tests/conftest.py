@@ -11,6 +11,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # the first numba kernel gives this number to torch as well (OpenMP)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
