@@ -84,8 +84,8 @@ def locate_model(name: str) -> str:
 def identify_model(name: str) -> str:
     """Return what names a model wherever it lies: its name, or for a local folder its last part and a fingerprint.
 
-    The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study must
-    not read all weights. The result of an experiment has the hash of all of them.
+    The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
+    must not read all weights. The result of an experiment has the hash of all of them.
     """
     folder = Path(name)
     if name in STUDIED or not folder.is_dir():

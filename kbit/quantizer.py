@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
@@ -52,14 +55,17 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
     codebook = spec.make_codebook(values)
-    codes, scales = cpu.quantize(values, decision_thresholds(codebook), _block_size(values, spec), spec.scale_format)
+    thresholds = decision_thresholds(codebook)
+    with torch_threads_kept():
+        codes, scales = cpu.quantize(values, thresholds, _block_size(values, spec), spec.scale_format)
     return QuantizedTensor(codes, scales, codebook, tuple(tensor.shape), tensor.dtype, spec)
 
 
 def dequantize(q: QuantizedTensor) -> torch.Tensor:
     """Return codebook[code] * scale, computed in float32 and cast to the original dtype, in the original shape."""
     block_size = q.spec.block_size or q.codes.size
-    values = cpu.dequantize(q.codes, q.scales, q.codebook, block_size)
+    with torch_threads_kept():
+        values = cpu.dequantize(q.codes, q.scales, q.codebook, block_size)
     return torch.from_numpy(values).to(q.dtype).reshape(q.shape)
 
 
@@ -72,10 +78,27 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     values = _flatten(tensor, spec)
     codebook = spec.make_codebook(values)
     thresholds = decision_thresholds(codebook)
-    result = cpu.fake_quantize(values, codebook, thresholds, _block_size(values, spec), spec.scale_format)
+    with torch_threads_kept():
+        result = cpu.fake_quantize(values, codebook, thresholds, _block_size(values, spec), spec.scale_format)
     if isinstance(x, np.ndarray):
         return result.astype(x.dtype, copy=False).reshape(x.shape)
     return torch.from_numpy(result).to(device=x.device, dtype=x.dtype).reshape(x.shape)
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Run numba kernels on as many threads as torch uses, and leave torch's number as it was.
+
+    Both use the same OpenMP runtime, and numba sets its thread count there at each launch: without this a model would
+    compute on other threads after its first quantization than before, and sums differ in the last digits.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def check_scale_range(largest: float, spec: QuantSpec) -> None:

@@ -95,11 +95,9 @@ class Worker:
 
         silence_libraries()
         if threads is not None:
-            import numba
             import torch
 
-            torch.set_num_threads(threads)
-            numba.set_num_threads(min(threads, numba.get_num_threads()))
+            torch.set_num_threads(threads)  # the kernels follow: see kbit.quantizer.torch_threads_kept
         self._store = Store(store_path)
         self._device = device
         self._session: Session | None = None
