@@ -311,3 +311,15 @@ def test_other_scale_formats_hold_what_fp16_cannot() -> None:
     for scale_format in ("bf16", "fp32"):
         result = fake_quantize(torch.tensor([1e5]), QuantSpec(scale_format=scale_format))
         assert result.item() == pytest.approx(1e5, rel=2.0**-8)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_kernels_leave_torchs_thread_count_alone(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        fake_quantize(torch.ones(1000), QuantSpec())
+        dequantize(quantize(torch.ones(1000), QuantSpec()))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
