@@ -8,8 +8,9 @@ import functools
 import shutil
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,6 +18,9 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.config import RunConfig
+
+if TYPE_CHECKING:  # takes half a second, and only some commands need it
+    import pandas as pd
 
 _USAGE = """\
 usage: kbit <command> [arguments]
@@ -62,8 +66,14 @@ def main() -> None:
 def run_hydra(arguments: list[str]) -> None:
     """Run Hydra on these command-line arguments, as `kbit run` does."""
     register_schema()
-    sys.argv = ["kbit run", *arguments]
-    _hydra_main()
+    flags_first = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # argparse insists
+    sys.argv = ["kbit run", *flags_first]
+    try:
+        _hydra_main()
+    except SystemExit:
+        for hint in _unknown_keys(arguments):
+            print(f"kbit: {hint}", file=sys.stderr)
+        raise
 
 
 def register_schema() -> None:
@@ -76,6 +86,8 @@ def register_schema() -> None:
     Plugins.instance()  # registers Hydra's launchers
     ConfigStore.instance().repo["hydra"]["launcher"].pop("basic.yaml", None)
     OmegaConf.register_new_resolver("kbit.scratch", _scratch_folder, replace=True)
+    OmegaConf.register_new_resolver("kbit.studies", lambda: _list_files("sweeps"), replace=True)
+    OmegaConf.register_new_resolver("kbit.presets", lambda: _list_files("conf/quant"), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://kbit.conf", config_name="run")
@@ -98,8 +110,11 @@ def draw_figures(arguments: list[str]) -> None:
 
     try:
         results = read_results(options.results)
-        for figure in save_figures(results, options.out, options.names or None):
+        figures = save_figures(results, options.out, options.names or None)
+        for figure in figures:
             print(f"{figure.name}: " + (f"not drawn: {figure.skipped}" if figure.skipped else str(figure.paths[0])))
+        if not any(figure.paths for figure in figures):
+            sys.exit("kbit: error: these results allow no figure")
         print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
         print(f"\n{finding(results)}")
     except (ValueError, OSError) as error:
@@ -119,12 +134,12 @@ def show_results(arguments: list[str]) -> None:
     try:
         table = (read_failures if options.failures else read_results)(options.results)
         if options.where:
-            table = table.query(options.where)
+            table = _select_rows(table, options.where)
         if options.csv:
             table.to_csv(options.csv, index=False)
             print(f"{len(table)} rows written to {options.csv}")
             return
-    except Exception as error:  # DataFrame.query raises whatever the expression does
+    except (ValueError, OSError) as error:
         sys.exit(f"kbit: error: {error}")
     shown = ["model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"]
     print((table if options.failures else table[shown]).to_string(index=False, na_rep="-"))
@@ -138,6 +153,30 @@ def list_models() -> None:
         print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
 
 
+def _select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the rows that a pandas query finds."""
+    try:
+        return table.query(where)
+    except Exception as error:  # query raises whatever the expression does
+        raise ValueError(f"--where {where!r}: {error}; the columns are {', '.join(table.columns)}") from None
+
+
+def _unknown_keys(arguments: list[str]) -> list[str]:
+    """Say of each override whose key the schema lacks what the keys there are; Hydra names only the key."""
+    hints = []
+    for argument in arguments:
+        key, is_override, _ = argument.partition("=")
+        node: Any = OmegaConf.structured(RunConfig)
+        for part in key.lstrip("+~").split(".") if is_override and not key.startswith(("hydra", "+", "-")) else ():
+            if not isinstance(node, DictConfig):
+                break
+            if part not in node:
+                hints.append(f"{key}: no key {part!r}; allowed are {', '.join(str(name) for name in node)}")
+                break
+            node = node[part]
+    return hints
+
+
 def _multirun(arguments: list[str]) -> list[str]:
     return arguments if {"-m", "--multirun"} & set(arguments) else ["-m", *arguments]
 
@@ -149,6 +188,12 @@ def _make_writable(node: Any) -> None:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
             _make_writable(child)
+
+
+def _list_files(folder: str) -> str:
+    """Return the names of a folder's YAML files, for the help text."""
+    root = Path(str(files("kbit"))) / folder
+    return ", ".join(sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml")))
 
 
 @functools.cache

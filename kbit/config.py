@@ -6,6 +6,7 @@ conf/ holds the values (defaults and groups); this module holds the fields, thei
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.datatypes import check_choice
+from kbit.families import identify_model
 from kbit.spec import QuantSpec
+from kbit.taskfiles import identify_tasks
 from kbit.textdata import identify_text
 
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
@@ -124,13 +127,15 @@ class Experiment:
             quant |= {"method": self.quant.method}
             quant |= {name: getattr(self.quant, name) for name in ("include", "exclude") if getattr(self.quant, name)}
         limit = self.eval.limit if self.eval.tasks else None
-        evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": limit}
+        tasks = identify_tasks(self.eval.tasks, self.eval.task_path)
+        evaluation: dict[str, Any] = {"tasks": tasks, "limit": limit}
         if self.eval.perplexity is not None:
             text = identify_text(self.eval.perplexity)
             evaluation |= {"perplexity": text, "perplexity_windows": self.eval.perplexity_windows}
-        return {"model": dataclasses.asdict(self.model), "quant": quant, "eval": evaluation}
+        model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
+        return {"model": model, "quant": quant, "eval": evaluation}
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """16 hexadecimal digits of the sha256 of the content: the experiment's identity in the store."""
         return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
@@ -162,7 +167,7 @@ class RayConfig:
             raise ValueError(f"ray.num_workers={self.num_workers} is not >= 1 (null: as many as the CPUs allow)")
         if self.cpus_per_worker < 1:
             raise ValueError(f"ray.cpus_per_worker={self.cpus_per_worker} is not >= 1")
-        if self.gpus_per_worker < 0:
+        if not self.gpus_per_worker >= 0:  # so that NaN is refused, too
             raise ValueError(f"ray.gpus_per_worker={self.gpus_per_worker:g} is not >= 0")
 
 

@@ -162,9 +162,9 @@ def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float3
     """Return the len(codebook) - 1 float32 thresholds t_j such that code(v) = number of j with v >= t_j.
 
     nearest: t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away
-    from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint, which
-    for float32 v is v >= the next float32 above it. truncate: towards zero, so t_j is the neighbour farther from zero
-    (the midpoint where zero lies between them). floor: t_j = codebook[j + 1]; stochastic rounding goes up from there.
+    from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint,
+    which for float32 v is v >= the next float32 above it. truncate: towards zero, so t_j is the neighbour farther from
+    zero (the midpoint if zero lies between). floor: t_j = codebook[j + 1]; stochastic rounding goes up from there.
     """
     wide = codebook.astype(np.float64)
     below, above = wide[:-1], wide[1:]
@@ -202,8 +202,8 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def natural_peak(data_type: str, bits: int, exponent_bits: int | None = None) -> float:
     """Return the largest value, in [1, 2), of the grid that a power-of-two scale leaves exact.
 
-    A codebook divided by its maximum hides that ints and floats lie on powers of two: E2M1 is 0, 0.5, 1, 1.5, ... 6, with
-    peak 6 / 4 = 1.5. Block formats with a shared exponent (MX, BFP) are these grids. 1 for tables without such a grid.
+    A codebook divided by its maximum hides that ints and floats lie on powers of two: E2M1 is 0, 0.5, 1, 1.5, ... 6,
+    with peak 6 / 4 = 1.5. Block formats with a shared exponent (MX, BFP) are these grids. 1 for tables without one.
     """
     if data_type == "int":
         return 2 - 2.0 ** (2 - bits)

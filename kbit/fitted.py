@@ -37,10 +37,11 @@ def quantile_values(bits: int, tensor: NDArray[Any]) -> NDArray[np.float64]:
 def af_values(bits: int, block_size: int) -> NDArray[np.float64]:
     """Abnormal float: the code of least expected absolute error for normal values in blocks of this size.
 
-    X = w / max |w| over a block of B values w ~ N(0, 1). With probability 1/B it is +-1; otherwise, given the maximum m,
-    it is N(0, 1/m^2) cut to [-1, 1]. -1, 0 and 1 are in the code; every other value is the median of X between the
-    midpoints to its neighbours, iterated to a fixed point (Yoshida, arXiv 2306.06965). As there, 2^(k-1) - 1 values lie
-    below 0 and 2^(k-1) above.
+    X = w / max |w| over a block of B values w ~ N(0, 1). With probability 1/B it is +-1; otherwise, given the maximum
+    m, it is N(0, 1/m^2) cut to [-1, 1]. -1, 0 and 1 are in the code; every other value is the median of X between the
+    midpoints to its neighbours, iterated to a fixed point (after Yoshida, arXiv 2306.06965). As there, 2^(k-1) - 1
+    values lie below 0 and 2^(k-1) above. (The published AF4 for B = 64 differs around 0, at a 3.4% larger expected
+    error: it is the preset af4_published.)
     """
     grid = np.linspace(-1, 1, _GRID)
     cumulative = _normalized_cdf(grid, block_size)
@@ -88,7 +89,7 @@ def _normalized_cdf(grid: NDArray[np.float64], block_size: int) -> NDArray[np.fl
     Averages, over the distribution of the maximum m of B - 1 other magnitudes and the value itself, the cut normal; the
     atoms of 1/(2B) at -1 and +1 are added.
     """
-    from scipy.special import ndtr
+    from scipy.special import ndtr  # slow to import, and only this data type needs it
 
     m = np.linspace(1e-4, 8, 4001)
     below = 2 * ndtr(m) - 1
@@ -100,7 +101,8 @@ def _normalized_cdf(grid: NDArray[np.float64], block_size: int) -> NDArray[np.fl
     for weight, maximum, mass in zip(weights, centre, inside, strict=True):
         if weight > 1e-12:
             cdf += weight * (ndtr(grid * maximum) - ndtr(-maximum)) / mass
-    return 1 / (2 * block_size) + (1 - 1 / block_size) * cdf / max(weights.sum(), 1e-300)
+    smooth: NDArray[np.float64] = cdf / weights.sum()
+    return 1 / (2 * block_size) + (1 - 1 / block_size) * smooth
 
 
 def _as_float16(values: NDArray[np.float64]) -> NDArray[np.float64]:

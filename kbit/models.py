@@ -6,13 +6,15 @@ blocked as the equivalent Linear) and fused 3-D expert weights. Not quantized: e
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -21,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.datatypes import check_choice
 from kbit.families import locate_model
-from kbit.quantizer import check_scale_range, fake_quantize
+from kbit.quantizer import fake_quantize
+from kbit.scales import check_scale_range
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 log = logging.getLogger(__name__)
@@ -122,12 +125,13 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Loa
     location = locate_model(name)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # safetensors, tokenizers and transformers each raise types of their own here
         raise OSError(f"model {name!r} cannot be loaded from {location}: {error}") from error
+    model, info = loading
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         raise OSError(f"model {name!r} at {location} lacks {len(missing)} tensors, such as {missing[0]}")
     checkpoint_dtype = torch.float16 if model.dtype == torch.float32 else model.dtype
@@ -175,11 +179,13 @@ def quantize_model(
     names = [tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized]
     for name in names:
         try:
-            check_scale_range(float(parameters[name].detach().abs().max()), spec)
+            check_scale_range(float(parameters[name].detach().abs().max()), spec.scale_format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     for name in names:
-        _quantize_parameter(parameters[name], spec, transposed=_is_conv1d(model, name))
+        # tensors of one model must not share their random numbers
+        own_seed = dataclasses.replace(spec, seed=spec.seed + zlib.crc32(name.encode()))
+        _quantize_parameter(parameters[name], own_seed, transposed=_is_conv1d(model, name))
     if not spec.is_baseline:
         model.kbit_report = report  # type: ignore[assignment]
     return report
@@ -195,7 +201,8 @@ def plan_quantization(
         in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
         reason = _why_not(names, parameter, owner, include, exclude)
         quantized = not reason and not spec.is_baseline
-        bits = spec.count_bits(parameter.numel()) if quantized else BASELINE_BITS * parameter.numel()
+        blocked_shape = parameter.shape[::-1] if isinstance(owner, Conv1D) else parameter.shape
+        bits = spec.count_bits(blocked_shape) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):

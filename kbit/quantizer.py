@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numba
 import numpy as np
 import torch
 from jaxtyping import Float32
@@ -55,11 +58,12 @@ class QuantizedTensor:
 
     def unpack_codes(self) -> NDArray[np.uint8]:
         """Return one code per element, uint8 [n], in row-major order."""
-        return cpu.unpack(self.codes, self.spec.bits, int(np.prod(self.shape)))
+        with torch_threads_kept():
+            return cpu.unpack(self.codes, self.spec.bits, int(np.prod(self.shape)))
 
     def save(self, path: str | Path) -> None:
         """Write the tensor to a safetensors file; load gives it back bit for bit."""
-        tensors = {"codes": self.codes, "center": self.center, "codebook": self.codebook}
+        tensors: dict[str, NDArray[Any]] = {"codes": self.codes, "center": self.center, "codebook": self.codebook}
         tensors |= {f"scales.{name}": array for name, array in self.scales.items()}
         tensors |= {f"offsets.{name}": array for name, array in self.offsets.items()}
         description = {"spec": asdict(self.spec), "shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
@@ -118,10 +122,11 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
     grid = _make_grid(values, tensor.shape, spec)
-    codes = cpu.quantize(
-        values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed
-    )
-    packed = cpu.pack(codes, spec.bits)
+    with torch_threads_kept():
+        codes = cpu.quantize(
+            values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed
+        )
+        packed = cpu.pack(codes, spec.bits)
     shape = tuple(tensor.shape)
     return QuantizedTensor(
         packed, grid.stored_scales, grid.stored_offsets, grid.center, grid.codebook, shape, tensor.dtype, spec
@@ -134,7 +139,9 @@ def dequantize(q: QuantizedTensor) -> torch.Tensor:
     scales = _decode_scales(q.scales, q.spec)
     offsets = _add_center(decode_scales(q.offsets, q.spec.offset_format) if q.offsets else None, q.center, scales)
     result = torch.empty(q.shape, dtype=q.dtype if q.dtype != torch.float64 else torch.float32)
-    cpu.dequantize(q.unpack_codes(), scales, offsets, q.codebook, row, block_size, _as_array(result.view(-1)))
+    codes = q.unpack_codes()
+    with torch_threads_kept():
+        cpu.dequantize(codes, scales, offsets, q.codebook, row, block_size, _as_array(result.view(-1)))
     return result.to(q.dtype)
 
 
@@ -148,19 +155,37 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     grid = _make_grid(values, tensor.shape, spec)
     dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
     result = torch.empty(tensor.shape, dtype=dtype)
-    cpu.fake_quantize(
-        values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed,
-        _as_array(result.view(-1)),
-    )  # fmt: skip
+    with torch_threads_kept():
+        cpu.fake_quantize(
+            values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed,
+            _as_array(result.view(-1)),
+        )  # fmt: skip
     if isinstance(x, np.ndarray):
         return result.numpy().astype(x.dtype, copy=False)
     return result.to(device=x.device, dtype=x.dtype)
 
 
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Run numba kernels on as many threads as torch uses, and leave torch's number as it was.
+
+    Both use the same OpenMP runtime, and numba sets its thread count there at each launch: without this a model would
+    compute on other threads after its first quantization than before, and sums differ in the last digits.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
 def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
     """Choose and round the scales and offsets, and make the codebook."""
     row, block_size = _block_shape(shape, spec)
-    low, high = cpu.block_extremes(values, row, block_size)
+    with torch_threads_kept():
+        low, high = cpu.block_extremes(values, row, block_size)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         finite = _to_float32(values).isfinite()
         raise ValueError(f"{int((~finite).sum())} of {values.size} values are NaN or Inf")
@@ -183,19 +208,16 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
     stochastic = spec.rounding == "stochastic"
     thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
     seed = spec.seed if stochastic else None
-    return _Grid(
-        row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed
-    )
+    return _Grid(row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed)
 
 
 def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float32], spec: QuantSpec) -> Scales:
     """Return the scale of each block before it is rounded to its format."""
-    match spec.normalization:
-        case "minmax":
-            return (high - low) / (bounds[1] - bounds[0])
-        case "signed_absmax":
-            return np.where(high >= -low, high, low)
-    largest = np.maximum(high, -low)
+    if spec.normalization == "minmax":
+        return np.asarray((high - low) / (bounds[1] - bounds[0]), np.float32)
+    if spec.normalization == "signed_absmax":
+        return np.asarray(np.where(high >= -low, high, low), np.float32)
+    largest = np.asarray(np.maximum(high, -low), np.float32)
     if spec.scale_format != "e8m0":
         return largest
     # MX and BFP share the exponent of the largest number (floor). A table that does not lie on a grid of powers of two
@@ -203,13 +225,14 @@ def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float
     fractions, exponents = np.frexp(largest)
     on_grid = spec.data_type in ("int", "float")
     exponents = np.where((fractions == 0.5) | on_grid, exponents - 1, exponents)
-    return np.where(largest > 0, np.ldexp(np.float32(1), np.clip(exponents, -126, 127)), np.float32(0))
+    powers = np.ldexp(np.float32(1), np.clip(exponents, -126, 127))
+    return np.asarray(np.where(largest > 0, powers, np.float32(0)), np.float32)
 
 
 def _decode_scales(stored: Stored, spec: QuantSpec) -> Scales:
     """Return the scales; without a sign a double-quantized scale that lands below zero is 0."""
     scales = decode_scales(stored, spec.scale_format)
-    return np.maximum(scales, np.float32(0)) if spec.normalization != "signed_absmax" else scales
+    return scales if spec.normalization == "signed_absmax" else np.maximum(scales, np.float32(0))
 
 
 def _add_center(offsets: Scales | None, center: NDArray[np.float16], scales: Scales) -> Scales:
@@ -221,15 +244,17 @@ def _add_center(offsets: Scales | None, center: NDArray[np.float16], scales: Sca
 def _adaptive_sample(
     values: Values, scales: Scales, offsets: Scales, row: int, block_size: int, spec: QuantSpec
 ) -> NDArray[np.float32]:
-    """Return what an adaptive codebook is fitted to: the tensor itself (quantile) or its normalised values (learned)."""
-    x = _to_float32(values).numpy()
+    """Return what an adaptive codebook is fitted to: the tensor (quantile) or its normalised values (learned)."""
+    x: NDArray[np.float32] = _to_float32(values).numpy()
     if spec.data_type == "quantile":
         return x
     lengths = np.full((row + block_size - 1) // block_size, block_size)
     lengths[-1] = row - block_size * (lengths.size - 1)
     lengths = np.tile(lengths, x.size // row)
     scale = np.repeat(scales, lengths)
-    return np.divide(x - np.repeat(offsets, lengths), scale, out=np.zeros_like(x), where=scale != 0)
+    normalized: NDArray[np.float32] = np.zeros_like(x)
+    np.divide(x - np.repeat(offsets, lengths), scale, out=normalized, where=scale != 0)
+    return normalized
 
 
 def _block_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
@@ -262,7 +287,8 @@ def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
 
 def _as_array(flat: torch.Tensor) -> Values:
     """Return the tensor's memory as an array; NumPy has no bfloat16, so that one comes as its bits."""
-    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+    array: Values = flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+    return array
 
 
 def _to_float32(values: Values) -> torch.Tensor:

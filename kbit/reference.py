@@ -39,8 +39,8 @@ def quantize(
 ) -> Codes:
     """Return the code of each value: v = (x - offset_b) / scale_b (0 where the scale is 0), code = thresholds <= v.
 
-    With a seed the rounding is stochastic: thresholds are the codebook's own values, so the code is the neighbour below,
-    and it goes up by one if u < (v - below) / (above - below), u uniform from the seed and the element's index.
+    With a seed the rounding is stochastic: thresholds are the codebook's own values, so the code is the neighbour
+    below, and goes up by one if u < (v - below) / (above - below), u uniform from the seed and the element's index.
     """
     codes = np.empty(x.size, np.uint8)
     for b, block in enumerate(iterate_blocks(x.size, row, block_size)):
@@ -55,9 +55,7 @@ def quantize(
     return codes
 
 
-def dequantize(
-    codes: Codes, scales: Scales, offsets: Scales, codebook: Codebook, row: int, block_size: int
-) -> Values:
+def dequantize(codes: Codes, scales: Scales, offsets: Scales, codebook: Codebook, row: int, block_size: int) -> Values:
     """Return codebook[code] * scale_b + offset_b."""
     values = np.empty(codes.size, np.float32)
     for b, block in enumerate(iterate_blocks(codes.size, row, block_size)):

@@ -6,12 +6,12 @@ gets. All functions work on one float32 per block.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
@@ -22,8 +22,8 @@ Stored = dict[str, NDArray[Any]]
 
 SCALE_FORMATS: Final = ("fp16", "fp32", "bf16", "e8m0", "fp8", "dq8")
 
-# Smallest positive value of each floating-point format: a scale below it is stored as it, never as 0.
-_SMALLEST: Final = {"fp16": 2.0**-24, "bf16": 2.0**-133, "fp32": 2.0**-149, "fp8": 2.0**-9}
+# A scale below its format's smallest positive value is stored as that, never as 0.
+_FP16_SMALLEST: Final = np.float32(2.0**-24)
 _LARGEST: Final = {"fp16": 65504.0, "bf16": 3.3895313892515355e38, "fp32": 3.4028234663852886e38}
 _FP8_MAX: Final = 448.0  # the largest E4M3 number
 _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, section 3)
@@ -40,29 +40,36 @@ def encode_scales(scales: Scales, scale_format: str) -> Stored:
     Raises:
         ValueError: a scale beyond the format's range.
     """
-    if scale_format in _LARGEST and (largest := float(np.abs(scales).max())) > _LARGEST[scale_format]:
+    check_scale_range(float(np.abs(scales).max()), scale_format)
+    match scale_format:
+        case "fp16":
+            rounded = scales.astype(np.float16)
+            smallest = np.copysign(_FP16_SMALLEST, scales).astype(np.float16)
+            return {"scales": np.where((rounded == 0) & (scales != 0), smallest, rounded)}
+        case "bf16":
+            words = scales.view(np.uint32)
+            halves = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+            return {"scales": np.where((halves & 0x7FFF == 0) & (scales != 0), halves | 1, halves)}
+        case "fp32":
+            return {"scales": scales}
+        case "e8m0":
+            exponents = np.where(scales > 0, np.frexp(scales)[1] - 1, -_E8M0_BIAS)
+            return {"scales": (np.clip(exponents, -127, 127) + _E8M0_BIAS).astype(np.uint8)}
+        case "fp8":
+            tensor_scale = np.float32(np.abs(scales).max() / _FP8_MAX) or np.float32(1)
+            codes = _encode_e4m3(np.asarray(scales / tensor_scale, np.float32))
+            return {"scales": codes, "tensor_scale": np.array([tensor_scale], np.float32)}
+        case _:
+            return _encode_double(scales)
+
+
+def check_scale_range(largest: float, scale_format: str) -> None:
+    """Raise ValueError if a scale of this magnitude is beyond the format's range."""
+    if largest > _LARGEST.get(scale_format, math.inf):
         raise ValueError(
             f"a block scale of {largest:.6g} is beyond scale_format={scale_format} (largest "
             f"{_LARGEST[scale_format]:g}): use scale_format=bf16 or fp32"
         )
-    match scale_format:
-        case "fp16":
-            return {"scales": _keep_nonzero(scales, scales.astype(np.float16), scale_format).astype(np.float16)}
-        case "bf16":
-            rounded = _keep_nonzero(scales, _cast(scales, torch.bfloat16), scale_format)
-            return {"scales": (rounded.view(np.uint32) >> 16).astype(np.uint16)}
-        case "fp32":
-            return {"scales": scales}
-        case "e8m0":
-            exponents = np.frexp(scales)[1] - 1  # 0 gives -1: such a block's codes are all 0 whatever the scale
-            return {"scales": (np.clip(exponents, -127, 127) + _E8M0_BIAS).astype(np.uint8)}
-        case "fp8":
-            tensor_scale = np.float32(np.abs(scales).max() / _FP8_MAX) or np.float32(1)
-            relative = _keep_nonzero(scales, _cast(scales / tensor_scale, torch.float8_e4m3fn), scale_format)
-            codes = torch.from_numpy(relative).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-            return {"scales": codes, "tensor_scale": np.array([tensor_scale], np.float32)}
-        case _:
-            return _encode_double(scales)
 
 
 def decode_scales(stored: Mapping[str, NDArray[Any]], scale_format: str) -> Scales:
@@ -72,12 +79,13 @@ def decode_scales(stored: Mapping[str, NDArray[Any]], scale_format: str) -> Scal
         case "fp16" | "fp32":
             return codes.astype(np.float32)
         case "bf16":
-            return (codes.astype(np.uint32) << 16).view(np.float32)
+            words = codes.astype(np.uint32) << 16
+            return np.frombuffer(words.tobytes(), np.float32)
         case "e8m0":
             return np.ldexp(np.float32(1), codes.astype(np.int32) - _E8M0_BIAS).astype(np.float32)
         case "fp8":
-            relative = torch.from_numpy(codes.copy()).view(torch.float8_e4m3fn).float().numpy()
-            return np.asarray(relative * stored["tensor_scale"][0], np.float32)
+            magnitudes = np.asarray(_e4m3_values()[codes & 0x7F] * stored["tensor_scale"][0], np.float32)
+            return np.where(codes & 0x80, -magnitudes, magnitudes)
         case _:
             second = np.repeat(stored["second_scales"], _DQ_BLOCK)[: codes.size]
             return np.asarray(dynamic_codebook(8)[codes] * second + stored["mean"][0], np.float32)
@@ -110,13 +118,22 @@ def _encode_double(scales: Scales) -> Stored:
     return {"scales": codes[: scales.size], "second_scales": second, "mean": np.array([mean], np.float32)}
 
 
-def _cast(values: NDArray[np.float32], dtype: torch.dtype) -> Scales:
-    """Round to a torch dtype, to nearest, ties to even, and back."""
-    rounded: NDArray[np.float32] = torch.from_numpy(np.ascontiguousarray(values)).to(dtype).float().numpy()
-    return rounded
+@functools.cache
+def _e4m3_values() -> Scales:
+    """The 127 finite values >= 0 of OCP's E4M3 by code: bias 7, subnormals, no infinity, code 127 is NaN."""
+    codes = np.arange(127)
+    exponents, fractions = codes >> 3, (codes & 7) / 8
+    values = np.where(exponents == 0, fractions * 2.0**-6, (1 + fractions) * 2.0 ** (exponents - 7.0))
+    return values.astype(np.float32)
 
 
-def _keep_nonzero(scales: Scales, rounded: NDArray[Any], scale_format: str) -> Scales:
-    """Replace a nonzero scale that rounded to 0 by the format's smallest number of its sign."""
-    smallest = np.copysign(np.float32(_SMALLEST[scale_format]), scales)
-    return np.where((rounded == 0) & (scales != 0), smallest, rounded.astype(np.float32))
+def _encode_e4m3(values: Scales) -> NDArray[np.uint8]:
+    """Round to E4M3: to nearest, ties to the even code, beyond 448 to 448, a nonzero value never to 0."""
+    table = _e4m3_values().astype(np.float64)
+    midpoints = (table[:-1] + table[1:]) / 2
+    magnitudes = np.abs(values).astype(np.float64)
+    codes = np.searchsorted(midpoints, magnitudes, side="left")  # of a tie the lower code
+    is_tie = np.append(midpoints, np.inf)[codes] == magnitudes
+    codes = np.maximum(codes + (is_tie & (codes % 2 == 1)), magnitudes > 0)
+    signs = np.where(values < 0, np.uint8(0x80), np.uint8(0))
+    return np.asarray(codes.astype(np.uint8) | signs)

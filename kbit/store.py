@@ -121,7 +121,10 @@ def _read_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no results at {Path(path).absolute()}: start with `kbit run`")
     for file in sorted(folder.glob("*.json")):
-        record = json.loads(file.read_text())
+        try:
+            record = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, and its experiment will run again") from None
         if record["schema_version"] > SCHEMA_VERSION:
             raise ValueError(f"{file} was written by a newer kbit (schema {record['schema_version']})")
         yield record

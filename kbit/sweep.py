@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import traceback
 from collections import deque
@@ -94,11 +95,9 @@ class Worker:
 
         silence_libraries()
         if threads is not None:
-            import numba
             import torch
 
-            torch.set_num_threads(threads)
-            numba.set_num_threads(min(threads, numba.get_num_threads()))
+            torch.set_num_threads(threads)  # the kernels follow: see kbit.quantizer.torch_threads_kept
         self._store = Store(store_path)
         self._device = device
         self._session: Session | None = None
@@ -198,6 +197,9 @@ def _dispatch(
         try:
             yield ray.get(ready[0])
             idle.append(worker)
+        except ray.exceptions.RayTaskError as error:  # not the experiment: recording its end failed
+            idle.append(worker)
+            yield Outcome(experiment, f"its end could not be recorded: {error.cause}")
         except ray.exceptions.RayActorError as error:
             holding.pop(worker, None)
             idle.append(start_worker())
@@ -228,6 +230,8 @@ def _start_ray(config: RayConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     local = config.address == "local"
+    if ":" in config.address and "://" not in config.address:
+        _check_reachable(config.address)
     ray.init(
         address=config.address,
         include_dashboard=False if local else None,
@@ -236,6 +240,15 @@ def _start_ray(config: RayConfig) -> None:
     )
     if not local:
         print(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError if nothing answers at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster at ray.address={address}: {error}") from None
 
 
 def _count_workers(config: RayConfig) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -23,3 +25,22 @@ def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
             if match := re.search(r"^task:\s*([\w-]+)\s*$", path.read_text(), flags=re.MULTILINE):
                 found[match.group(1)] = path
     return found
+
+
+def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
+    """Return what names the tasks wherever they lie, sorted: a user's own carry the hash of their folder's content."""
+    if task_path is None:
+        return sorted(names)
+    own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
+    if not own & set(names):
+        return sorted(names)
+    folder_hash = _hash_files(sorted(path for path in Path(task_path).resolve().rglob("*") if path.is_file()))
+    return sorted(f"{name}@{folder_hash}" if name in own else name for name in names)
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        if "__pycache__" not in path.parts:
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

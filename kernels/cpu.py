@@ -47,9 +47,9 @@ class SearchTable(NamedTuple):
 def block_extremes(x: Values, row: int, block_size: int) -> tuple[Scales, Scales]:
     """Return the least and the largest value of each block; NaN or Inf where a block holds one."""
     words, kind = _as_words(x)
-    if block_size <= CHUNK:
-        return _short_block_extremes(words, kind, row, block_size)
-    return _long_block_extremes(words, kind, row, block_size)
+    find = _short_block_extremes if block_size <= CHUNK else _long_block_extremes
+    low, high = find(words, kind, row, block_size)
+    return low, high
 
 
 def quantize(
@@ -270,7 +270,7 @@ def _long_block_extremes(words, kind, row, block_size):
 
 @_jit()
 def _extremes(values):
-    """Least and largest value, on integers that order as the floats do (NaN outside +-Inf), since integers vectorise."""
+    """Least and largest value, on integers that order as floats do (NaN outside +-Inf), since integers vectorise."""
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
     for word in values.view(np.int32):
         ordered = np.int32(word ^ ((word >> 31) & 0x7FFFFFFF))

@@ -11,6 +11,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # the first numba kernel gives this number to torch as well (OpenMP)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -65,7 +66,8 @@ def build_tiny() -> Callable[..., Any]:
         config = getattr(transformers, class_name)(vocab_size=vocab_size, **sizes, **special, **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return transformers.AutoModelForCausalLM.from_config(config).eval()
+            model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            return model.eval()
 
     return build
 

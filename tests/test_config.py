@@ -166,6 +166,24 @@ def test_every_scientific_field_changes_the_key() -> None:
     assert len({experiment.key for experiment in experiments}) == len(experiments)
 
 
+def test_a_local_model_counts_by_its_content_not_its_path(tmp_path: Path) -> None:
+    for folder, weights in [("a/model", b"one"), ("b/model", b"one"), ("c/model", b"two")]:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").write_bytes(weights)
+    same, copy, other = (Experiment(model=ModelConfig(name=str(tmp_path / f / "model"))) for f in "abc")
+    assert same.key == copy.key != other.key
+
+
+def test_a_users_own_task_counts_by_its_folders_content(tmp_path: Path) -> None:
+    def key_with(text: str) -> str:
+        (tmp_path / "mine.yaml").write_text(f"task: piqa\n# {text}\n")
+        return with_eval(tasks=("piqa",), task_path=str(tmp_path)).key
+
+    shipped = with_eval(tasks=("piqa",)).key
+    assert len({shipped, key_with("one"), key_with("two")}) == 3
+    assert with_eval(tasks=("winogrande",), task_path=str(tmp_path)).key == with_eval(tasks=("winogrande",)).key
+
+
 def test_a_text_counts_by_its_content_not_its_path(tmp_path: Path) -> None:
     for name, text in [("one.txt", "a b c"), ("same.txt", "a b c"), ("other.txt", "a b d")]:
         (tmp_path / name).write_text(text)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kbit.datatypes import (
-    DATA_TYPES,
     PAPER_EXPONENT_BITS,
     data_type_label,
     decision_thresholds,
@@ -20,10 +19,10 @@ from kbit.datatypes import (
     int_codebook,
     make_codebook,
     nf_codebook,
-    quantile_codebook,
 )
 
 BITS = range(2, 9)
+TYPES = ["int", "float", "dynamic", "quantile", "nf", "af", "learned"]
 FLOAT_SPLITS = [(bits, exponent) for bits in BITS for exponent in range(1, bits)]
 GOLDEN_BIAS = {"V0": "ieee", "V1": "bnb", "V2": "paper"}  # names of the golden table -> ours
 
@@ -82,7 +81,7 @@ def test_quantile_of_a_normal_sample_approaches_the_ideal_table(shared: Path) ->
     sample = np.random.default_rng(0).standard_normal(2**20).astype(np.float32)
     for bits in (3, 4, 5):
         ideal = np.array(golden["quantile of N(0,1), paper eq.6 (i=1..2^k-1)", bits])
-        codebook = quantile_codebook(bits, sample)
+        codebook = make_codebook("quantile", bits, tensor=sample)
         nearest = np.abs(codebook[:, None] - ideal).min(axis=1)
         # Standard error of an extreme quantile at p = 1/33 of 2^20 values is below 0.003; four of them, and float16.
         assert nearest.max() < 0.012
@@ -94,24 +93,25 @@ def test_quantile_follows_equation_6_exactly() -> None:
     q = np.quantile(x, [0.2, 0.4, 0.6, 0.8])
     midpoints = (q[:-1] + q[1:]) / 2
     expected = np.unique(np.append(midpoints / np.abs(midpoints).max(), 0).astype(np.float16).astype(np.float32))
-    np.testing.assert_array_equal(quantile_codebook(2, x), expected)
+    np.testing.assert_array_equal(make_codebook("quantile", 2, tensor=x), expected)
 
 
 def test_quantile_of_an_almost_empty_tensor_keeps_its_outliers() -> None:
     x = np.zeros(1000)
     x[3] = 5.0
-    np.testing.assert_array_equal(quantile_codebook(4, x), [-1, 0, 1])
+    np.testing.assert_array_equal(make_codebook("quantile", 4, tensor=x), [-1, 0, 1])
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("data_type", DATA_TYPES)
+@pytest.mark.parametrize("data_type", TYPES)
 def test_codebook_is_a_sorted_normalized_table_with_an_exact_zero(data_type: str, bits: int) -> None:
     sample = np.random.default_rng(1).standard_normal(4096)
-    codebook = make_codebook(data_type, bits, tensor=sample)
+    codebook = make_codebook(data_type, bits, tensor=sample / np.abs(sample).max(), block_size=64)
     assert codebook.dtype == np.float32
     assert 2 <= codebook.size <= 2**bits
     assert (np.diff(codebook) > 0).all()
-    assert np.abs(codebook).max() == 1
+    assert np.abs(codebook).max() <= 1
+    assert data_type == "learned" or np.abs(codebook).max() == 1
     assert (codebook == 0).sum() == 1
     assert not codebook.flags.writeable
 
@@ -153,8 +153,8 @@ def test_thresholds_are_midpoints_and_ties_go_away_from_zero() -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_all_values_decode_to_themselves_and_neighbours_split_at_their_midpoint(bits: int) -> None:
     sample = np.random.default_rng(2).standard_normal(4096)
-    for data_type in DATA_TYPES:
-        codebook = make_codebook(data_type, bits, tensor=sample)
+    for data_type in TYPES:
+        codebook = make_codebook(data_type, bits, tensor=sample / np.abs(sample).max(), block_size=64)
         thresholds = decision_thresholds(codebook)
         codes = (codebook[:, None] >= thresholds).sum(axis=1)
         np.testing.assert_array_equal(codes, np.arange(codebook.size))
@@ -178,7 +178,10 @@ def test_labels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data_type": "floot", "bits": 4}, "'floot' is not one of: int, float, dynamic, quantile, nf"),
+        (
+            {"data_type": "floot", "bits": 4},
+            "'floot' is not one of: int, float, dynamic, quantile, nf, af, learned, table",
+        ),
         ({"data_type": "int", "bits": 1}, "bits=1 is not in 2..8"),
         ({"data_type": "int", "bits": 9}, "bits=9 is not in 2..8"),
         (
@@ -187,9 +190,59 @@ def test_labels() -> None:
         ),
         ({"data_type": "float", "bits": 4, "exponent_bits": 0}, "exponent_bits=0 does not fit bits=4"),
         ({"data_type": "float", "bits": 4, "float_bias": "x"}, "float_bias='x' is not one of: ieee, bnb, paper"),
-        ({"data_type": "quantile", "bits": 4}, "needs the tensor"),
+        ({"data_type": "quantile", "bits": 4}, "data_type 'quantile' needs tensor="),
+        ({"data_type": "af", "bits": 4}, "data_type 'af' needs block_size="),
+        ({"data_type": "table", "bits": 4}, "data_type 'table' needs table="),
+        ({"data_type": "table", "bits": 4, "table": [0.0, 2.0]}, "values outside"),
+        (
+            {"data_type": "table", "bits": 2, "table": [-1.0, -0.5, 0.0, 0.5, 1.0]},
+            "5 distinct values; bits=2 allows 2..4",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("..", r"\.\.")):
         make_codebook(**arguments)  # type: ignore[arg-type]
+
+
+def expected_absolute_error(codebook: np.ndarray, normalized: np.ndarray) -> float:
+    """Mean distance of the values to the nearest value of the table."""
+    codes = (normalized[:, None] >= decision_thresholds(codebook)).sum(axis=1)
+    return float(np.abs(normalized - codebook[codes]).mean())
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 1024])
+def test_abnormal_float_has_less_absolute_error_than_normal_float(block_size: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2**18 // block_size, block_size)).astype(np.float32)
+    normalized = (x / np.abs(x).max(axis=1, keepdims=True)).ravel()
+    af = expected_absolute_error(make_codebook("af", 4, block_size=block_size), normalized)
+    assert af < expected_absolute_error(make_codebook("nf", 4), normalized)
+
+
+def test_abnormal_float_is_better_than_the_published_table(shared: Path) -> None:
+    with (shared / "reference/tables/bnb_4bit_tables_exact.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["type"].startswith("af4")]
+    published = np.array([float(row["value_normalized"]) for row in rows], np.float32)
+    ours = make_codebook("af", 4, block_size=64)
+    x = np.random.default_rng(0).standard_normal((2**12, 64)).astype(np.float32)
+    normalized = (x / np.abs(x).max(axis=1, keepdims=True)).ravel()
+    assert ours.size == published.size == 16
+    assert expected_absolute_error(ours, normalized) < expected_absolute_error(published, normalized)
+
+
+def test_learned_values_have_less_squared_error_than_any_fixed_table() -> None:
+    x = np.random.default_rng(0).laplace(size=(2**12, 64)).astype(np.float32)
+    normalized = (x / np.abs(x).max(axis=1, keepdims=True)).ravel()
+
+    def squared_error(codebook: np.ndarray) -> float:
+        codes = (normalized[:, None] >= decision_thresholds(codebook)).sum(axis=1)
+        return float(((normalized - codebook[codes]) ** 2).mean())
+
+    learned = squared_error(make_codebook("learned", 4, tensor=normalized))
+    assert all(learned < squared_error(make_codebook(t, 4)) for t in ("int", "float", "dynamic", "nf"))
+
+
+def test_truncation_thresholds_are_the_neighbours_farther_from_zero() -> None:
+    thresholds = decision_thresholds(np.array([-1, -0.5, 0, 0.5, 1], np.float32), "truncate")
+    above = np.nextafter(np.array([-1, -0.5], np.float32), np.float32(1))
+    np.testing.assert_array_equal(thresholds, [*above, 0.5, 1])

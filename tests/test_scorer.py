@@ -16,7 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from kbit.evaluation import PreparedTask, prepare_task, score_tasks
 from kbit.models import load_model
-from kbit.scorer import NonFiniteError, Scorer
+from kbit.scorer import NonFiniteError, Scorer, _branch_arguments, _Row, _row_tokens, _Sequence, _share_prefixes
 from kbit.taskfiles import find_local_tasks
 from kbit.tasks import load_tasks
 
@@ -71,7 +71,7 @@ def test_random_models_score_as_under_lm_eval(
 
 
 def test_a_trained_model_scores_as_under_lm_eval(requests: list[Any]) -> None:
-    loaded = load_model("nano-neox-98k")
+    loaded = load_model("nano-neox-1m")
     theirs = score(reference(loaded.model, loaded.tokenizer), requests)
     mine = score(Scorer(loaded.model, loaded.tokenizer), requests)
     assert largest_difference(mine, theirs) < TOLERANCE
@@ -178,7 +178,36 @@ def test_bfloat16_logits_are_scored_in_float32(build_tiny: Build, tokenizer: Any
     in_bfloat16 = score(Scorer(model, tokenizer), some)
     upcast = score(Scorer(model.float(), tokenizer), some)
     assert len(some) == 96
-    # A log-softmax in bfloat16 leaves 17 distinct values here, up to 0.5 away (user_needs.md 21).
-    print("distinct", len({v for v, _ in in_bfloat16}), largest_difference(in_bfloat16, upcast))
+    # A log-softmax in bfloat16 left 17 distinct values of 96, up to 0.5 off, in float32 96 and 0.007 (measured with
+    # lm-eval on a tiny Llama; 0.010 here). On trained models the bfloat16 logits themselves are off by more.
+
     assert len({value for value, _ in in_bfloat16}) >= 0.9 * 96
     assert largest_difference(in_bfloat16, upcast) < 0.02
+
+
+def test_requests_that_begin_alike_share_a_row() -> None:
+    texts = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 8], [9, 9, 9, 9], [9, 9, 9, 9]]
+    rows = _share_prefixes([_Sequence(i, tokens, tokens[-1:]) for i, tokens in enumerate(texts)])
+    layout = {tuple(s.index for s in row.sequences): (row.prefix, _row_tokens(row)) for row in rows}
+    # of two equal sequences the second has no tokens of its own
+    assert layout == {(0, 1): (5, [1, 2, 3, 4, 5, 6, 7, 8]), (2, 3): (4, [9, 9, 9, 9])}
+
+
+def test_a_branch_sees_the_prefix_and_itself_only() -> None:
+    sequences = [_Sequence(0, [1, 2, 3], [4]), _Sequence(1, [1, 2, 5, 6], [7])]
+    arguments = _branch_arguments([_Row(2, sequences)], torch.float32)
+    visible = arguments["attention_mask"][0, 0] == 0
+    rows = ["10000", "11000", "11100", "11010", "11011"]
+    assert [["01"[int(seen)] for seen in row] for row in visible] == [list(row) for row in rows]
+    assert arguments["position_ids"].tolist() == [[0, 1, 2, 2, 3]]
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "opt", "llama", "mixtral"])
+def test_sharing_prefixes_does_not_change_the_scores(build_tiny: Build, tokenizer: Any, architecture: str) -> None:
+    model = build_tiny(architecture, vocab_size=1024)
+    context = "Once upon a time there was a little girl who lived near the wood, and she"
+    requests = [ask(context, ending) for ending in (" ran.", " ran away.", " was a", " ate the apple", " ran.")]
+    shared, alone = Scorer(model, tokenizer), Scorer(model, tokenizer)
+    assert shared._shares_prefixes
+    alone._shares_prefixes = False
+    assert largest_difference(score(shared, requests), score(alone, requests)) < 1e-4  # float32 sums of some 40 nats

@@ -40,7 +40,7 @@ def test_fields_with_effect_do() -> None:
     ],
 )
 def test_bits_are_counted(spec: QuantSpec, elements: int, bits: int) -> None:
-    assert spec.count_bits(elements) == bits
+    assert spec.count_bits((elements,)) == bits
 
 
 def test_labels_for_people() -> None:
@@ -53,11 +53,11 @@ def test_labels_for_people() -> None:
     [
         ({"bits": 1}, r"bits=1 is not in 2\.\.8, nor 16"),
         ({"bits": 9}, r"bits=9 is not in 2\.\.8, nor 16"),
-        ({"data_type": "fp"}, "data_type='fp' is not one of: int, float, dynamic, quantile, nf"),
+        ({"data_type": "fp"}, "data_type='fp' is not one of: int, float, dynamic, quantile, nf, af, learned, table"),
         ({"bits": 4, "exponent_bits": 7}, r"exponent_bits=7 does not fit bits=4: allowed are 1\.\.3"),
         ({"block_size": 0}, "block_size=0 is not >= 1"),
         ({"float_bias": "intel"}, "float_bias='intel' is not one of"),
-        ({"scale_format": "int8"}, "scale_format='int8' is not one of: fp16, bf16, fp32"),
+        ({"scale_format": "int8"}, "scale_format='int8' is not one of: fp16, fp32, bf16, e8m0, fp8, dq8"),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, object], message: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-import time
+import multiprocessing
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pandas as pd
@@ -59,12 +58,10 @@ def files_of(store: Store) -> list[str]:
     return sorted(path.name for path in store.path.rglob("*") if path.is_file())
 
 
-def race(path: str, loss: float) -> None:
+def race(path: Path, loss: float, start: Barrier) -> None:
     """Write 50 results as soon as the other process is there too: what each of two writers does."""
-    Path(path, f"ready-{loss}").touch()
-    while len(list(Path(path).glob("ready-*"))) < 2:
-        time.sleep(0.001)
-    store = Store(Path(path) / "results")
+    store = Store(path)
+    start.wait(timeout=60)
     for number in range(50):
         store.write(make_result(model=f"toy-{number}", loss=loss))
 
@@ -203,11 +200,16 @@ def test_writing_leaves_no_temporary_file(tmp_path: Path) -> None:
 
 
 def test_two_processes_writing_the_same_keys_leave_one_valid_file_each(tmp_path: Path) -> None:
-    code = "import runpy, sys; runpy.run_path(sys.argv[1])['race'](sys.argv[2], float(sys.argv[3]))"
-    writers = [subprocess.Popen([sys.executable, "-c", code, __file__, str(tmp_path), loss]) for loss in ("1", "2")]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
-    assert len(files_of(Store(tmp_path / "results"))) == 50
-    losses = read_results(tmp_path / "results").query("metric == 'cross_entropy'")["value"]
+    context = multiprocessing.get_context("fork")  # a fresh process would spend 10 seconds on imports
+    start = context.Barrier(2)
+    writers = [context.Process(target=race, args=(tmp_path, loss, start)) for loss in (1.0, 2.0)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=120)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(files_of(Store(tmp_path))) == 50
+    losses = read_results(tmp_path).query("metric == 'cross_entropy'")["value"]
     assert len(losses) == 50
     assert set(losses) <= {1.0, 2.0}
 
@@ -236,7 +238,9 @@ def test_newer_schema_is_refused(tmp_path: Path) -> None:
     store.write(result)
     path = store.path / "experiments" / f"{result.key}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
-    with pytest.raises(ValueError, match=rf"{result.key}.json was written by a newer kbit \(schema {SCHEMA_VERSION + 1}\)"):
+    with pytest.raises(
+        ValueError, match=rf"{result.key}.json was written by a newer kbit \(schema {SCHEMA_VERSION + 1}\)"
+    ):
         read_results(tmp_path)
 
 

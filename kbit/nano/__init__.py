@@ -1,0 +1,1 @@
+"""The nano models and tasks: a k-bit study that runs offline."""

@@ -1,0 +1,106 @@
+"""Intervals of accuracies and means."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kbit.measurement import Measurement, mean_accuracy, measure_accuracy, measure_mean, transform, wilson_interval
+
+proportions = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+finite = st.floats(-1e6, 1e6)
+
+
+def test_wilson_of_24_right_out_of_24() -> None:
+    low, high = wilson_interval(24, 24)
+    assert round(low, 3) == 0.862  # n / (n + z^2) = 24 / 27.84
+    assert high == 1.0
+
+
+def test_wilson_of_half_right_is_the_textbook_interval() -> None:
+    low, high = wilson_interval(50, 100)
+    # centre 1/2; half = z sqrt(1/400 + z^2/40000) / (1 + z^2/100) = 1.96 * 0.05095 / 1.03841 = 0.09617
+    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
+
+
+def test_wilson_is_symmetric_between_right_and_wrong() -> None:
+    low, high = wilson_interval(7, 30)
+    mirrored_low, mirrored_high = wilson_interval(23, 30)
+    assert (low, high) == pytest.approx((1 - mirrored_high, 1 - mirrored_low), abs=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "expected"), [(0, (0.0, 0.793)), (1, (0.207, 1.0))])
+def test_wilson_of_one_item(successes: int, expected: tuple[float, float]) -> None:
+    low, high = wilson_interval(successes, 1)
+    assert (round(low, 3), round(high, 3)) == expected  # 1 / (1 + z^2) = 0.207
+
+
+@given(proportions)
+def test_wilson_holds_the_proportion_and_has_a_width(case: tuple[int, int]) -> None:
+    successes, n = case
+    low, high = wilson_interval(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1
+    assert low < high
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200))
+def test_an_accuracy_lies_within_its_interval(correct: list[bool]) -> None:
+    m = measure_accuracy("task", "acc", [float(c) for c in correct])
+    assert m.low <= m.value <= m.high
+    assert m.n == len(correct)
+    assert m.value == pytest.approx(sum(correct) / len(correct), abs=1e-12)
+
+
+def test_a_mean_has_the_normal_interval() -> None:
+    m = measure_mean("text", "cross_entropy", [1.0, 2.0, 3.0, 4.0])
+    half = 1.959964 * math.sqrt(5 / 3) / 2  # s^2 = (2.25 + 0.25 + 0.25 + 2.25) / 3, n = 4
+    assert (m.value, m.low, m.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), rel=1e-6)
+    assert m.n == 4
+
+
+def test_a_single_value_has_no_interval() -> None:
+    m = measure_mean("text", "cross_entropy", [1.5])
+    assert m.value == 1.5
+    assert math.isnan(m.low)
+    assert math.isnan(m.high)
+    assert m.n == 1
+
+
+@given(st.lists(finite, min_size=2, max_size=50))
+def test_a_mean_lies_within_its_interval(values: list[float]) -> None:
+    m = measure_mean("text", "cross_entropy", values)
+    assert m.low <= m.value <= m.high
+
+
+def test_a_transformed_measurement_keeps_its_task_and_count() -> None:
+    m = transform(Measurement("text", "cross_entropy", 1.0, 0.5, 2.0, 8), "perplexity", math.exp)
+    assert m == Measurement("text", "perplexity", math.e, math.exp(0.5), math.exp(2.0), 8)
+
+
+def test_a_missing_interval_stays_missing_when_transformed() -> None:
+    assert math.isnan(transform(measure_mean("text", "cross_entropy", [1.0]), "perplexity", math.exp).low)
+
+
+def test_the_mean_accuracy_adds_the_distances_in_squares() -> None:
+    one = Measurement("a", "acc", 0.5, 0.5 - 0.03, 0.5 + 0.06, 100)
+    two = Measurement("b", "acc", 0.7, 0.7 - 0.04, 0.7 + 0.08, 300)
+    mean = mean_accuracy([one, two])
+    assert mean.value == pytest.approx(0.6)
+    assert mean.low == pytest.approx(0.6 - 0.05 / 2)  # sqrt(0.03^2 + 0.04^2) = 0.05
+    assert mean.high == pytest.approx(0.6 + 0.10 / 2)
+    assert (mean.task, mean.metric, mean.n) == ("mean_zero_shot", "acc", 400)
+
+
+def test_each_task_weighs_the_same_in_the_mean() -> None:
+    large, small = measure_accuracy("a", "acc", [1.0] * 1000), measure_accuracy("b", "acc", [0.0] * 10)
+    assert mean_accuracy([large, small]).value == 0.5
+
+
+@given(st.lists(proportions, min_size=2, max_size=6))
+def test_the_mean_accuracy_lies_within_its_interval(cases: list[tuple[int, int]]) -> None:
+    mean = mean_accuracy([Measurement("t", "acc", k / n, *wilson_interval(k, n), n) for k, n in cases])
+    assert mean.low <= mean.value <= mean.high
+    assert mean.low < mean.high

@@ -1,0 +1,168 @@
+"""Cross entropy on fixed windows: the definition, and the recorded losses of the shipped models."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kbit.models import LoadedModel, load_model
+from kbit.perplexity import Windows, make_windows, measure_cross_entropy
+from kbit.scorer import NonFiniteError
+from kbit.textdata import read_documents
+
+Build = Callable[..., Any]
+
+CONTEXT = 256
+STORY = "Once upon a time there was a mouse who lived in a clock. "
+
+
+@pytest.fixture(scope="module")
+def nano() -> LoadedModel:
+    return load_model("nano-neox-98k")
+
+
+@pytest.fixture(scope="module")
+def windows(tokenizer: Any) -> Windows:
+    return make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=8)
+
+
+# Held-out losses recorded when the models were trained (their model card): 256 windows of 256 tokens, float32.
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [("nano-neox-98k", 3.6851), ("nano-neox-332k", 3.5017), ("nano-neox-1m", 3.3605), ("nano-neox-3m", 3.1981)],
+)
+def test_the_recorded_held_out_loss_is_reproduced(name: str, recorded: float, tokenizer: Any) -> None:
+    all_windows = make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=256)
+    nats, _, _ = measure_cross_entropy(load_model(name).model, all_windows, batch_size=16)
+    assert nats.value == pytest.approx(recorded, abs=1e-4)  # recorded to four decimals
+    assert nats.n == 256
+
+
+def test_windows_are_consecutive_and_do_not_overlap(tokenizer: Any, windows: Windows) -> None:
+    documents, sha256 = read_documents("nano_held_out")
+    stream = [0, *tokenizer(documents[0])["input_ids"]]  # the first document is longer than these windows
+    assert windows.tokens.flatten().tolist() == stream[: 8 * CONTEXT]
+    assert windows.tokens.shape == (8, CONTEXT)
+    assert windows.sha256 == sha256
+
+
+def test_every_document_starts_with_one_end_of_text_token(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["one mouse", "two mice"]))
+    one, two = tokenizer("one mouse")["input_ids"], tokenizer("two mice")["input_ids"]
+    whole = make_windows(str(path), tokenizer, context=len(one) + len(two) + 2, max_windows=None)
+    assert whole.tokens.tolist() == [[0, *one, 0, *two]]
+
+
+def test_what_is_left_after_the_last_window_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "story.txt"
+    path.write_text(STORY * 10)
+    ids = [0, *tokenizer(STORY * 10)["input_ids"]]
+    cut = make_windows(str(path), tokenizer, context=50, max_windows=None)
+    assert cut.tokens.flatten().tolist() == ids[: len(ids) // 50 * 50]
+    assert len(ids) % 50 != 0
+
+
+def test_a_window_of_l_tokens_predicts_l_minus_1(nano: LoadedModel, windows: Windows) -> None:
+    with torch.no_grad():
+        log_probabilities = nano.model(windows.tokens).logits.log_softmax(-1)
+    predicted = log_probabilities[:, :-1].gather(2, windows.tokens[:, 1:, None])
+    assert predicted.numel() == 8 * (CONTEXT - 1)
+    nats, _, _ = measure_cross_entropy(nano.model, windows, batch_size=8)
+    assert nats.value == pytest.approx(-predicted.mean().item(), abs=1e-5)  # float32 sums of 2,040 terms near 4
+
+
+def test_bits_per_byte_and_perplexity_are_the_loss_in_other_units(nano: LoadedModel, windows: Windows) -> None:
+    nats, bits_per_byte, perplexity = measure_cross_entropy(nano.model, windows, batch_size=8)
+    assert [m.metric for m in (nats, bits_per_byte, perplexity)] == ["cross_entropy", "bits_per_byte", "perplexity"]
+    assert bits_per_byte.value == pytest.approx(nats.value / (math.log(2) * windows.bytes_per_token))
+    assert perplexity.value == pytest.approx(math.exp(nats.value))
+    assert perplexity.low == pytest.approx(math.exp(nats.low))
+    assert nats.low < nats.value < nats.high
+
+
+def test_bytes_are_counted_in_utf8(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "accents.txt"
+    path.write_text("é" * 100, encoding="utf-8")
+    tokens = 1 + len(tokenizer("é" * 100)["input_ids"])
+    whole = make_windows(str(path), tokenizer, context=tokens, max_windows=None)
+    assert whole.bytes_per_token == 200 / tokens  # the end-of-text token covers no byte
+
+
+def test_a_random_model_is_near_the_uniform_loss(build_tiny: Build, windows: Windows) -> None:
+    nats, _, _ = measure_cross_entropy(build_tiny("llama", vocab_size=1024), windows, batch_size=8)
+    # Logits of standard deviation s cost about s^2/2 nats more than ln V; here s = 0.02 sqrt(64) = 0.16.
+    assert nats.value == pytest.approx(math.log(1024), abs=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_does_not_matter(nano: LoadedModel, windows: Windows, batch_size: int) -> None:
+    reference = measure_cross_entropy(nano.model, windows, batch_size=8)[0].value
+    assert measure_cross_entropy(nano.model, windows, batch_size=batch_size)[0].value == pytest.approx(
+        reference, abs=1e-5
+    )
+
+
+def test_a_single_window_has_no_interval(nano: LoadedModel, tokenizer: Any) -> None:
+    one = make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=1)
+    nats, _, _ = measure_cross_entropy(nano.model, one, batch_size=8)
+    assert math.isfinite(nats.value)
+    assert math.isnan(nats.low)
+
+
+def test_a_nan_weight_is_an_error_and_no_number(build_tiny: Build, windows: Windows) -> None:
+    model = build_tiny("gpt2", vocab_size=1024)
+    with torch.no_grad():
+        model.transformer.h[1].ln_1.weight[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="nano_held_out"):
+        measure_cross_entropy(model, windows, batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".txt", bytes), (".txt.gz", gzip.compress), (".txt.xz", lzma.compress), (".txt.bz2", bz2.compress)],
+)
+def test_a_plain_text_is_one_document_compressed_or_not(
+    tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / f"story{suffix}"
+    path.write_bytes(compress(b"line one\nline two\n"))
+    documents, sha256 = read_documents(str(path))
+    assert documents == ["line one\nline two\n"]
+    assert sha256 == "e9024f1a07d29d52ad3aa5e1a18e94db1f3a9fd32b89e39d47c472cd99071e13"  # by sha256sum
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".jsonl", bytes), (".jsonl.gz", gzip.compress)])
+def test_json_lines_are_one_document_a_line(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"stories{suffix}"
+    path.write_bytes(compress(b'{"text": "one"}\n\n{"text": "two", "id": 7}\n'))
+    assert read_documents(str(path))[0] == ["one", "two"]
+
+
+def test_a_record_without_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "stories.jsonl"
+    path.write_text('{"text": "one"}\n{"story": "two"}\n')
+    with pytest.raises(ValueError, match=r"stories\.jsonl: record 2 has no field 'text'"):
+        read_documents(str(path))
+
+
+def test_a_text_that_is_not_there_names_the_path_and_the_embedded_ones(tmp_path: Path) -> None:
+    missing = tmp_path / "nothing.txt"
+    with pytest.raises(FileNotFoundError, match=rf"nano_held_out.*{missing}"):
+        read_documents(str(missing))
+
+
+def test_a_text_shorter_than_a_window_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("Too short.")
+    with pytest.raises(ValueError, match=r"has \d+ tokens, less than one window of 256"):
+        make_windows(str(path), tokenizer, context=CONTEXT, max_windows=None)

@@ -1,0 +1,273 @@
+"""The sweep engine: what it plans, and that one failure costs one experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig, RayConfig
+from kbit.families import EMBEDDED
+from kbit.store import Store, read_failures, read_results
+from kbit.sweep import (
+    Outcome,
+    Plan,
+    Worker,
+    _count_workers,
+    _dispatch,
+    _take,
+    check_experiment,
+    finish,
+    make_plan,
+    run_in_process,
+)
+
+SMALL = EvalConfig(tasks=(), perplexity_windows=4)
+MODEL = "nano-neox-98k"
+
+
+def make_experiment(bits: int, model: str = MODEL, data_type: str = "int") -> Experiment:
+    """A perplexity of four windows: tenths of a second."""
+    return Experiment(ModelConfig(model), QuantConfig(bits=bits, data_type=data_type), SMALL)
+
+
+def touch(store: Path, kind: str, experiment: Experiment) -> None:
+    """Let the store have a file for an experiment; a plan looks at names only."""
+    (store / kind).mkdir(parents=True, exist_ok=True)
+    (store / kind / f"{experiment.key}.json").touch()
+
+
+def run(experiments: Sequence[Experiment], store: Path, *, fail_fast: bool = False) -> tuple[Plan, list[Outcome]]:
+    """Plan and run in this process, as the command line does."""
+    plan = make_plan(experiments, store)
+    return plan, finish(run_in_process(plan.to_run, str(store), "cpu"), plan, fail_fast=fail_fast)
+
+
+def copy_model(folder: Path) -> Path:
+    """A copy of the smallest embedded model, to be damaged."""
+    return Path(shutil.copytree(EMBEDDED / MODEL, folder / "model"))
+
+
+@pytest.fixture
+def nan_model(tmp_path: Path) -> Path:
+    """A model with three NaN in one weight."""
+    folder = copy_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.0.attention.dense.weight"
+    weights[name].view(-1)[:3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def truncated_model(tmp_path: Path) -> Path:
+    """A model whose weight file was cut in half, as by a full disk."""
+    folder = copy_model(tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return folder
+
+
+def test_plan_counts_asked_and_distinct(tmp_path: Path) -> None:
+    experiments = [make_experiment(bits) for bits in (4, 4, 5, 4)]
+    plan = make_plan(experiments, tmp_path / "none")
+    assert (plan.asked, len(plan.distinct), plan.done, plan.failed, len(plan.to_run)) == (4, 2, 0, 0, 2)
+    assert not (tmp_path / "none").exists()
+
+
+def test_plan_drops_what_is_done_and_what_failed(tmp_path: Path) -> None:
+    done, failed, fresh = (make_experiment(bits) for bits in (3, 4, 5))
+    touch(tmp_path, "experiments", done)
+    touch(tmp_path, "failures", failed)
+    plan = make_plan([done, failed, fresh], tmp_path)
+    assert (plan.done, plan.failed, plan.to_run) == (1, 1, (fresh,))
+    assert plan.describe() == (
+        "3 asked, 3 distinct, 1 done, 1 failed before (retry_failed=true runs them again), 1 to run"
+    )
+
+
+def test_plan_tries_failed_ones_again_if_asked(tmp_path: Path) -> None:
+    failed = make_experiment(4)
+    touch(tmp_path, "failures", failed)
+    plan = make_plan([failed], tmp_path, retry_failed=True)
+    assert (plan.failed, plan.to_run) == (0, (failed,))
+    assert plan.describe() == "1 asked, 1 distinct, 0 done, 1 to run"
+
+
+def test_plan_does_not_count_a_failure_that_has_a_result_since(tmp_path: Path) -> None:
+    done = make_experiment(4)
+    for kind in ("experiments", "failures"):
+        touch(tmp_path, kind, done)
+    plan = make_plan([done], tmp_path)
+    assert (plan.done, plan.failed, plan.to_run) == (1, 0, ())
+
+
+def test_plan_does_not_count_other_results_of_the_store(tmp_path: Path) -> None:
+    touch(tmp_path, "experiments", make_experiment(8))
+    assert make_plan([make_experiment(4)], tmp_path).done == 0
+
+
+def test_plan_runs_large_models_first_and_keeps_each_together(tmp_path: Path) -> None:
+    models = ["nano-neox-98k", "nano-neox-1m", "nano-neox-332k"]
+    plan = make_plan([make_experiment(bits, model) for bits in (4, 5) for model in models], tmp_path)
+    assert [e.model.name for e in plan.to_run] == [
+        *["nano-neox-1m"] * 2,
+        *["nano-neox-332k"] * 2,
+        *["nano-neox-98k"] * 2,
+    ]
+
+
+def test_an_option_without_effect_is_no_experiment_of_its_own(tmp_path: Path) -> None:
+    quants = [QuantConfig(data_type="int", exponent_bits=exponent_bits) for exponent_bits in (1, 2, 3)]
+    plan = make_plan([Experiment(quant=quant) for quant in quants], tmp_path)
+    assert (plan.asked, len(plan.to_run)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "words"),
+    [
+        (Experiment(ModelConfig("nano-neox-98")), "'nano-neox-98' .* nano-neox-98k"),
+        (Experiment(eval=EvalConfig(perplexity="missing.txt")), "'missing.txt' .*nano_held_out"),
+        (Experiment(eval=EvalConfig(tasks=("nano_clozee",))), "'nano_clozee'.* nano_cloze"),
+        (Experiment(eval=EvalConfig(task_path="/nowhere")), "/nowhere"),
+    ],
+    ids=["model", "text", "task", "folder of tasks"],
+)
+def test_unknown_name_is_refused_before_any_work(experiment: Experiment, words: str) -> None:
+    with pytest.raises((ValueError, OSError), match=words):
+        check_experiment(experiment)
+
+
+def test_worker_takes_its_own_model_first() -> None:
+    pending = [make_experiment(4, "a"), make_experiment(4, "b"), make_experiment(5, "b")]
+    taken = _take(pending, ModelConfig("b"), {ModelConfig("a"), ModelConfig("b")})
+    assert taken == make_experiment(4, "b")
+    assert len(pending) == 2
+
+
+def test_worker_then_takes_a_model_that_nobody_holds() -> None:
+    pending = [make_experiment(4, "a"), make_experiment(4, "b"), make_experiment(4, "c")]
+    assert _take(pending, ModelConfig("x"), {ModelConfig("a"), ModelConfig("b")}).model.name == "c"
+
+
+def test_worker_else_helps_with_any_model() -> None:
+    pending = [make_experiment(4, "a"), make_experiment(4, "b")]
+    assert _take(pending, None, {ModelConfig("a"), ModelConfig("b")}).model.name == "a"
+
+
+def test_experiments_run_and_are_stored(tmp_path: Path) -> None:
+    plan, failures = run([make_experiment(bits) for bits in (3, 8, 16)], tmp_path)
+    assert failures == []
+    losses = read_results(tmp_path).query("metric == 'cross_entropy'").set_index("bits")["value"]
+    assert losses[3] > losses[16]
+    assert abs(losses[8] - losses[16]) < 0.1 * (losses[3] - losses[16])  # the weights are restored in between
+    assert make_plan(plan.distinct, tmp_path).to_run == ()
+
+
+def test_model_with_nan_fails_and_the_others_finish(tmp_path: Path, nan_model: Path) -> None:
+    good, bad = make_experiment(4), make_experiment(4, str(nan_model))
+    _, failures = run([bad, good], tmp_path / "results")
+    assert [outcome.experiment for outcome in failures] == [bad]
+    assert Store(tmp_path / "results").finished_keys() == {good.key}
+    reason = read_failures(tmp_path / "results").set_index("key").loc[bad.key, "reason"]
+    assert "gpt_neox.layers.0.attention.dense.weight (3 of " in str(reason)
+
+
+def test_truncated_weights_fail_and_the_others_finish(tmp_path: Path, truncated_model: Path) -> None:
+    good, bad = make_experiment(4), make_experiment(4, str(truncated_model))
+    _, failures = run([bad, good], tmp_path / "results")
+    assert [outcome.experiment for outcome in failures] == [bad]
+    assert str(truncated_model) in failures[0].error
+    assert Store(tmp_path / "results").finished_keys() == {good.key}
+
+
+def test_quantizer_that_fails_leaves_the_model_intact_for_the_next(tmp_path: Path) -> None:
+    good = make_experiment(4)
+    bad = dataclasses.replace(good, quant=QuantConfig(bits=4, exclude="mlp", data_type="int"))
+    _, failures = run([bad, good], tmp_path / "both")
+    run([good], tmp_path / "alone")
+    assert ["quant.min_coverage=0.9" in outcome.error for outcome in failures] == [True]
+    both, alone = (read_results(tmp_path / name)["value"].tolist() for name in ("both", "alone"))
+    assert both == alone
+
+
+def test_fail_fast_stops_at_the_first_failure(tmp_path: Path) -> None:
+    bad = dataclasses.replace(make_experiment(4), quant=QuantConfig(bits=4, exclude="mlp"))
+    _, failures = run([bad, make_experiment(5), make_experiment(6)], tmp_path, fail_fast=True)
+    assert len(failures) == 1
+    assert Store(tmp_path).finished_keys() == set()
+
+
+def test_device_that_is_not_there_is_a_failure_not_another_device(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4))
+    assert "no CUDA device" in outcome.error
+    assert Store(tmp_path).finished_keys() == set()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Ray with two CPUs and no GPU."""
+    import ray
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def make_fragile_actor(ray: Any, poisoned: str) -> Any:
+    """An actor class like Worker, which ends its own process at one experiment; its result is its process id."""
+
+    class Fragile:  # in a function, so that Ray sends the class itself: workers cannot import this file
+        def run(self, experiment: Experiment) -> Outcome:
+            if experiment.key == poisoned:
+                os._exit(9)
+            return Outcome(experiment, "")
+
+    return ray.remote(Fragile).options(num_cpus=1, max_restarts=0)
+
+
+def test_experiment_that_kills_its_worker_twice_fails_and_the_others_finish(cluster: Any, tmp_path: Path) -> None:
+    experiments = [make_experiment(bits) for bits in (3, 4, 5, 6)]
+    actor = make_fragile_actor(cluster, poisoned=experiments[1].key)
+    started: list[Any] = []
+
+    def start_worker() -> Any:
+        started.append(actor.remote())
+        return started[-1]
+
+    outcomes = list(_dispatch(list(experiments), start_worker, 2, Store(tmp_path)))
+    failed = {outcome.experiment.key: outcome.error for outcome in outcomes if outcome.error}
+    assert failed.keys() == {experiments[1].key}
+    assert "the worker died 2 times" in failed[experiments[1].key]
+    assert {outcome.experiment.key for outcome in outcomes} == {experiment.key for experiment in experiments}
+    assert Store(tmp_path).failed_keys() == {experiments[1].key}
+    assert len(started) == 4  # two at the start, and one for each death
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (RayConfig(gpus_per_worker=1), "1 workers .*ray.gpus_per_worker=1 .* 2 CPUs and 0 GPUs"),
+        (RayConfig(num_workers=100), "100 workers .* 2 CPUs and 0 GPUs"),
+        (RayConfig(cpus_per_worker=64), "ray.cpus_per_worker=64 .* 2 CPUs and 0 GPUs"),
+    ],
+    ids=["a GPU", "100 workers", "64 CPUs"],
+)
+def test_more_than_the_cluster_has_is_refused(cluster: Any, config: RayConfig, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        _count_workers(config)
+
+
+def test_workers_default_to_what_the_cpus_allow(cluster: Any) -> None:
+    assert (_count_workers(RayConfig()), _count_workers(RayConfig(cpus_per_worker=2))) == (2, 1)

@@ -1,0 +1,227 @@
+"""Tasks: the shipped ones against lm-eval's definitions, a user's own folder, and damaged data."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+import socket
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import pytest
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from kbit.evaluation import prepare_task
+from kbit.taskfiles import EMBEDDED_TASKS, find_local_tasks
+from kbit.tasks import load_tasks
+from kbit.textdata import read_bytes, read_json_lines
+
+SHIPPED = sorted(find_local_tasks())
+LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
+ITEMS = 200
+
+YAML = """
+task: my_task
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: rows/DATA
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{q}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: gold
+metric_list: [{metric: acc}, {metric: acc_norm}]
+metadata: {version: 2.5}
+"""
+ROWS = b'{"q": "One", "choices": ["two", "three"], "gold": 0}\n{"q": "Red", "choices": ["a", "b"], "gold": 1}\n'
+
+
+def write_task(folder: Path, data_name: str, data: bytes | None) -> str:
+    """Write a task folder with one task and, unless it is None, its data; return the folder."""
+    (folder / "rows").mkdir(parents=True)
+    (folder / "my_task.yaml").write_text(YAML.replace("DATA", data_name))
+    if data is not None:
+        (folder / "rows" / data_name).write_bytes(data)
+    return str(folder)
+
+
+# ---- the shipped tasks
+
+
+def test_shipped_tasks_load_from_any_folder_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a task reached for the network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    loaded = load_tasks(SHIPPED)
+    assert [task.name for task in loaded] == SHIPPED
+    assert len(SHIPPED) == 8
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_task_records_which_data_it_has(name: str) -> None:
+    [task] = load_tasks([name])
+    assert task.source == f"{name}.jsonl.xz"
+    assert task.sha256 == sha256(lzma.decompress((EMBEDDED_TASKS / "data" / task.source).read_bytes())).hexdigest()
+    assert task.version == "1.0"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_acc_bytes_is_measured_where_acc_norm_is(name: str) -> None:
+    [loaded] = load_tasks([name])
+    metrics = set(loaded.task.aggregation())
+    assert ("acc_bytes" in metrics) == ("acc_norm" in metrics)
+    assert "acc" in metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "definition"),
+    [
+        ("lambada_openai", "lambada/lambada_openai.yaml"),
+        ("piqa", "piqa/piqa.yaml"),
+        ("winogrande", "winogrande/default.yaml"),
+        ("hellaswag", "hellaswag/hellaswag.yaml"),
+    ],
+)
+def test_a_task_of_the_paper_asks_what_lm_evals_own_definition_asks(name: str, definition: str) -> None:
+    """Only the source of the rows is replaced in lm-eval's YAML."""
+    theirs_config = load_yaml(LM_EVAL_TASKS / definition)
+    rows = read_json_lines(EMBEDDED_TASKS / "data" / f"{name}.jsonl.xz")[:ITEMS]
+    splits = [theirs_config[key] for key in theirs_config if key.endswith("_split") and theirs_config[key]]
+
+    def shipped_rows(**_: Any) -> datasets.DatasetDict:
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in splits})
+
+    theirs = ConfigurableTask(config=theirs_config | {"custom_dataset": shipped_rows})
+    theirs.set_config(key="num_fewshot", value=0)
+    theirs.build_all_requests(limit=ITEMS, rank=0, world_size=1)
+    [loaded] = load_tasks([name])
+    mine = prepare_task(loaded, ITEMS).instances
+
+    assert [i.arguments for i in mine] == [i.arguments for i in theirs.instances]
+    assert [i.doc_id for i in mine] == [i.doc_id for i in theirs.instances]
+    assert len({i.doc_id for i in mine}) == ITEMS
+    pairs = list(zip(mine, theirs.instances, strict=True))
+    assert [loaded.task.doc_to_target(i.doc) for i, _ in pairs] == [theirs.doc_to_target(i.doc) for _, i in pairs]
+    # For WinoGrande the index of the right answer is where other tasks have their text.
+    assert [loaded.task.doc_to_text(i.doc) for i, _ in pairs] == [theirs.doc_to_text(i.doc) for _, i in pairs]
+    assert set(theirs.aggregation()) <= set(loaded.task.aggregation())
+    assert loaded.version == str(theirs.VERSION)
+
+
+def test_the_limit_takes_the_first_items() -> None:
+    [loaded] = load_tasks(["nano_swap"])
+    few = [(i.doc_id, i.arguments) for i in prepare_task(loaded, 3).instances]
+    [again] = load_tasks(["nano_swap"])
+    more = [(i.doc_id, i.arguments) for i in prepare_task(again, 5).instances]
+    assert few == more[: len(few)]
+    assert {doc_id for doc_id, _ in few} == {0, 1, 2}
+
+
+# ---- a user's own folder
+
+
+@pytest.mark.parametrize(("data_name", "compress"), [("d.jsonl", bytes), ("d.jsonl.gz", gzip.compress)])
+def test_a_users_data_is_found_beside_the_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_name: str, compress: Callable[[bytes], bytes]
+) -> None:
+    folder = write_task(tmp_path / "tasks", data_name, compress(ROWS))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    [loaded] = load_tasks(["my_task"], "../tasks")
+    assert [i.arguments for i in prepare_task(loaded).instances] == [
+        ("One", " two"),
+        ("One", " three"),
+        ("Red", " a"),
+        ("Red", " b"),
+    ]
+    assert loaded.version == "2.5"
+    assert loaded.sha256 == sha256(ROWS).hexdigest()
+    assert load_tasks(["my_task"], folder)[0].sha256 == loaded.sha256
+
+
+def test_a_users_task_wins_over_the_shipped_one_of_its_name(tmp_path: Path) -> None:
+    folder = Path(write_task(tmp_path / "tasks", "d.jsonl", ROWS))
+    text = (folder / "my_task.yaml").read_text()
+    (folder / "my_task.yaml").write_text(text.replace("task: my_task", "task: piqa"))
+    [loaded] = load_tasks(["piqa"], str(folder))
+    assert loaded.source == "d.jsonl"
+
+
+def test_a_yaml_may_include_another(tmp_path: Path) -> None:
+    folder = Path(write_task(tmp_path / "tasks", "d.jsonl", ROWS))
+    shared_part = (folder / "my_task.yaml").read_text().replace("task: my_task\n", "")
+    (folder / "_base.yaml").write_text(shared_part)
+    (folder / "my_task.yaml").write_text("include: _base.yaml\ntask: my_task\n")
+    assert len(prepare_task(load_tasks(["my_task"], str(folder))[0]).instances) == 4
+
+
+def test_missing_data_is_an_error_with_the_absolute_path(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", "d.jsonl", None)
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "tasks" / "rows" / "d.jsonl")):
+        load_tasks(["my_task"], folder)
+
+
+def test_a_folder_that_is_not_there_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"eval\.task_path: no folder at {tmp_path / 'no_tasks'}"):
+        load_tasks(["piqa"], str(tmp_path / "no_tasks"))
+
+
+def test_an_unknown_task_names_the_local_ones(tmp_path: Path) -> None:
+    folder = write_task(tmp_path / "tasks", "d.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"unknown task 'piqqa'.*hellaswag, lambada_openai, my_task, nano_choice"):
+        load_tasks(["piqqa"], folder)
+
+
+# ---- damaged data
+
+
+@pytest.mark.parametrize(
+    ("data_name", "damaged"),
+    [
+        ("d.jsonl.xz", lzma.compress(ROWS)[:-20]),
+        ("d.jsonl.gz", gzip.compress(ROWS)[:-20]),
+        ("d.jsonl.gz", gzip.compress(ROWS)[:10] + b"\xff" * 40),
+        ("d.jsonl.bz2", b"not compressed at all"),
+    ],
+    ids=["xz cut", "gz cut", "gz garbage", "bz2 garbage"],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, data_name: str, damaged: bytes) -> None:
+    folder = write_task(tmp_path / "tasks", data_name, damaged)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/tasks/rows/{data_name} is damaged"):
+        load_tasks(["my_task"], folder)
+
+
+def test_a_damaged_copy_of_a_shipped_file_is_named(tmp_path: Path) -> None:
+    copy = tmp_path / "piqa.jsonl.xz"
+    shutil.copy(EMBEDDED_TASKS / "data" / "piqa.jsonl.xz", copy)
+    content = bytearray(copy.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    copy.write_bytes(content)
+    with pytest.raises(ValueError, match=r"piqa\.jsonl\.xz is damaged"):
+        read_bytes(copy)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"), [(b'{"q": "unfinished', "Unterminated string"), (b"[1, 2]", "not a JSON object")]
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, why: str) -> None:
+    folder = write_task(tmp_path / "tasks", "d.jsonl", ROWS + line + b"\n")
+    with pytest.raises(ValueError, match=rf"d\.jsonl, line 3: {why}"):
+        load_tasks(["my_task"], folder)
+
+
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"a": "x\u2028y\u0085z"}\r\n\n{"a": "last"}', encoding="utf-8")  # both allowed inside JSON strings
+    assert read_json_lines(path) == [{"a": "x\u2028y\u0085z"}, {"a": "last"}]
