@@ -11,7 +11,7 @@ Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,7 +26,19 @@ VARIANT: Final = ["family", "data_type", "block_size"]  # what is held fixed whi
 POINT: Final = [*VARIANT, "bits", "model"]  # one marker of a figure
 READING: Final = ["total_bits", "value", "low", "high"]
 CURVE_COLUMNS: Final = ["family", "bits", "data_type", "block_size", "model", *READING]
-REPEAT_COLUMNS: Final = ["exponent_bits", "float_bias", "method", "task", "metric", "n"]
+REPEAT_COLUMNS: Final = ["exponent_bits", "method", "task", "metric"]
+# Settings that make a variant of a data type: column, default, how its name says so.
+SETTINGS: Final = (
+    ("float_bias", "ieee", "{}"),
+    ("layout", "flat", "{}"),
+    ("normalization", "absmax", "{}"),
+    ("centering", False, "centred"),
+    ("scale_format", "fp16", "{} scales"),
+    ("rounding", "nearest", "{}"),
+    ("method", "rtn", "{}"),
+    ("include", None, "with {}"),
+    ("exclude", None, "without {}"),
+)
 BASELINE_ONLY: Final = "16-bit only"  # the variant of a family that was never quantized
 BUDGETS: Final = 200  # grid points over the budgets compared: shares come out to half a percent
 # Rounding of the interpolation is near 1e-16 and accuracies of 10^6 items differ by 1e-6: between the two is
@@ -69,8 +81,7 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     """Return the points of all precision curves of one measurement.
 
     A variant is a (family, data type, block size). The family's 16-bit baseline belongs to each of its
-    variants. Exponent bits, float bias and methods other than the paper's become part of the data type's name
-    ("float E2", "float bnb", "nf gptq"). Of several results for one point those on the most items count.
+    variants. Settings other than the paper's become part of the data type's name ("float E2", "nf row", "nf gptq").
     Seeds are averaged, the interval's ends too: the items are the same under each seed, so more seeds do not
     narrow the interval.
 
@@ -85,14 +96,14 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
 
     Raises:
         ValueError: a column is missing.
-        AmbiguousResults: experiments of the same seed and number of items share a point.
+        AmbiguousResults: experiments of the same seed share a point, or a family was measured in several ways.
     """
     missing = [column for column in [*CURVE_COLUMNS, *REPEAT_COLUMNS] if column not in results]
     if missing:
         raise ValueError(f"results lack the columns {missing}; pass what kbit.read_results returns")
     rows = results[(results["metric"] == metric) & (results["task"] == task)]
-    settings = (rows[column] for column in ("data_type", "bits", "exponent_bits", "float_bias", "method"))
-    names = [name_data_type(*setting) for setting in zip(*settings, strict=True)]
+    refuse_mixed_evaluations(rows)
+    names = [name_data_type(row) for row in rows.to_dict("records")]
     rows = rows.assign(
         data_type=pd.Series(names, rows.index, dtype=object), block_size=rows["block_size"].astype("Int64")
     )
@@ -104,21 +115,22 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     return points.sort_values([*VARIANT, "bits", "total_bits", "model"], ignore_index=True)[CURVE_COLUMNS]
 
 
-def name_data_type(data_type: object, bits: int, exponent_bits: object, float_bias: object, method: str) -> str | None:
-    """Return the data type followed by exponent bits, float bias and method where they are not the default.
+def name_data_type(row: Mapping[Any, Any]) -> str | None:
+    """Return the data type followed by every setting that is not the default; None for the unquantized baseline.
 
-    The defaults are the paper's exponent bits, "ieee" and round to nearest. None for the unquantized
-    baseline.
+    The defaults are the paper's: its exponent bits, "ieee", flat absmax blocks, float16 scales, round to nearest.
     """
-    if bits == BASELINE_BITS:
+    if row["bits"] == BASELINE_BITS:
         return None
-    parts = [str(data_type)]
-    if data_type == "float" and not is_missing(exponent_bits) and exponent_bits != PAPER_EXPONENT_BITS[bits]:
+    parts = [str(row["data_type"])]
+    exponent_bits = row["exponent_bits"]
+    is_float = row["data_type"] == "float" and not is_missing(exponent_bits)
+    if is_float and exponent_bits != PAPER_EXPONENT_BITS[row["bits"]]:
         parts.append(f"E{exponent_bits}")
-    if data_type == "float" and not is_missing(float_bias) and float_bias != "ieee":
-        parts.append(str(float_bias))
-    if method != "rtn":
-        parts.append(method)
+    for column, default, words in SETTINGS:
+        value = row.get(column, default)
+        if not is_missing(value) and value != default:
+            parts.append(words.format(value))
     return " ".join(parts)
 
 
@@ -127,10 +139,22 @@ def is_missing(value: object) -> bool:
     return bool(pd.isna(value))  # type: ignore[call-overload]
 
 
+def refuse_mixed_evaluations(rows: pd.DataFrame) -> None:
+    """Raise AmbiguousResults if one family was measured in several ways: other tasks, items, windows or dtype."""
+    if "evaluation" not in rows:
+        return
+    for family, group in rows.groupby("family"):
+        ways = sorted(group["evaluation"].unique())
+        if len(ways) > 1:
+            raise AmbiguousResults(
+                f"{family} was measured in {len(ways)} ways that do not compare: {'; '.join(ways)}. "
+                f"Keep one: --where \"evaluation == '{ways[0]}'\""
+            )
+
+
 def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per point: the results on the most items, averaged over seeds."""
-    by_point = points.groupby(POINT, dropna=False)
-    points = points[points["n"] == by_point["n"].transform("max")]
+    """Return one row per point, averaged over seeds; the same value twice (measured beside other tasks) is one."""
+    points = points.drop_duplicates([*POINT, *points.columns.intersection(["seed"]), *READING])
     refuse_ambiguous(points)
     merged = points.groupby(POINT, dropna=False).agg(
         {"total_bits": "first", "value": "mean", "low": "mean", "high": "mean"}
@@ -190,22 +214,20 @@ def interpolate(curve: pd.DataFrame, total_bits: npt.ArrayLike, column: str = "v
 
 
 def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS) -> Floats:
-    """Return log-spaced budgets at which at least two precisions of one variant are defined, perhaps none.
+    """Return log-spaced budgets at which every quantized precision of one variant is defined, perhaps none.
 
-    They run from where the second curve starts to where the second last ends. A precision measured at one
-    size only is a point, not a curve, and does not take part.
+    Outside them a precision would win only because the others have no model that small or that large, which says
+    nothing about precisions. With a single quantized precision the baseline takes its place beside it. A precision
+    measured at one size only is a point, not a curve, and does not take part.
     """
     ends = curves.groupby("bits")["total_bits"].agg(["min", "max"])
     ends = ends[ends["max"] > ends["min"]]
-    if len(ends) < 2:
+    quantized = ends[ends.index < BASELINE_BITS]
+    compared = quantized if len(quantized) >= 2 else ends
+    low, high = compared["min"].max(), compared["max"].min()
+    if len(compared) < 2 or low >= high:
         return np.empty(0)
-    low, high = ends["min"].nsmallest(2).max(), ends["max"].nlargest(2).min()
-    if low >= high:
-        return np.empty(0)
-    budgets = np.geomspace(low, high, count)
-    starts, stops = ends["min"].to_numpy()[:, None], ends["max"].to_numpy()[:, None]
-    defined = ((budgets >= starts) & (budgets <= stops)).sum(axis=0)
-    return np.asarray(budgets[defined >= 2], dtype=np.float64)
+    return np.asarray(np.geomspace(low, high, count), dtype=np.float64)
 
 
 def tabulate_curves(curves: pd.DataFrame, column: str = "value") -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import functools
+import os
 import shutil
 import sys
 import tempfile
@@ -42,6 +43,17 @@ examples:
 def main() -> None:
     """Entry point of the console script."""
     command, *arguments = sys.argv[1:] or ["--help"]
+    try:
+        run_command(command, arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone: `kbit results | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run_command(command: str, arguments: list[str]) -> None:
+    """Run one command of the console script."""
     match command:
         case "run":
             run_hydra(arguments)
@@ -67,13 +79,10 @@ def run_hydra(arguments: list[str]) -> None:
     """Run Hydra on these command-line arguments, as `kbit run` does."""
     register_schema()
     flags_first = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # argparse insists
+    if hints := _unknown_keys(arguments):  # before Hydra, which would advise to add the key
+        sys.exit("\n".join(f"kbit: error: {hint}" for hint in hints))
     sys.argv = ["kbit run", *flags_first]
-    try:
-        _hydra_main()
-    except SystemExit:
-        for hint in _unknown_keys(arguments):
-            print(f"kbit: {hint}", file=sys.stderr)
-        raise
+    _hydra_main()
 
 
 def register_schema() -> None:
@@ -102,6 +111,7 @@ def draw_figures(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("kbit figures", description="Draw the figures that the results allow.")
     parser.add_argument("names", nargs="*", help="figures to draw (default: all that the results allow)")
     parser.add_argument("--results", default="results", help="folder of the store (default: results)")
+    parser.add_argument("--where", help="draw these rows only: a pandas query, such as \"data_type == 'nf'\"")
     parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
     options = parser.parse_args(arguments)
     from kbit.analysis.curves import finding
@@ -110,6 +120,8 @@ def draw_figures(arguments: list[str]) -> None:
 
     try:
         results = read_results(options.results)
+        if options.where:
+            results = _select_rows(results, options.where)
         figures = save_figures(results, options.out, options.names or None)
         for figure in figures:
             print(f"{figure.name}: " + (f"not drawn: {figure.skipped}" if figure.skipped else str(figure.paths[0])))
@@ -169,6 +181,9 @@ def _unknown_keys(arguments: list[str]) -> list[str]:
         node: Any = OmegaConf.structured(RunConfig)
         for part in key.lstrip("+~").split(".") if is_override and not key.startswith(("hydra", "+", "-")) else ():
             if not isinstance(node, DictConfig):
+                break
+            if key == "sweeps":
+                hints.append(f"{key}: a ready study is added, not set: +{argument}")
                 break
             if part not in node:
                 hints.append(f"{key}: no key {part!r}; allowed are {', '.join(str(name) for name in node)}")

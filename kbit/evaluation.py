@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kbit.measurement import Measurement, mean_accuracy, measure_accuracy, measure_mean, transform
+from kbit.quiet import silence_libraries
 from kbit.scorer import Scorer
 from kbit.tasks import LoadedTask, load_tasks
 
@@ -49,6 +50,7 @@ def evaluate(
         ValueError, FileNotFoundError: see load_tasks.
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
+    silence_libraries()
     prepared = [prepare_task(task, limit) for task in load_tasks(tasks, task_path)]
     return score_tasks(Scorer(model, tokenizer, batch_size), prepared)
 

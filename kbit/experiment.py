@@ -115,7 +115,6 @@ class Session:
     """
 
     def __init__(self, model: ModelConfig, device: str = "cpu") -> None:
-        check_device(device)
         self.config = model
         self.device = device
         self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device)
@@ -219,9 +218,3 @@ def _record_task(task: LoadedTask) -> TaskRecord:
 def run_experiment(experiment: Experiment, device: str = "cpu") -> Result:
     """Run one experiment from scratch; see Session to run several on one model."""
     return Session(experiment.model, device).run(experiment)
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError if the device is not there: kbit never falls back to another one."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: no CUDA device is available here; use device=cpu")

@@ -5,6 +5,7 @@ Hydra imports this at every start, so nothing heavy is imported here at the top.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ class SweepLauncher(Launcher):
         assert self._context is not None  # Hydra calls setup first
         assert self._config is not None
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+        if config.hydra.sweeper != self._config.hydra.sweeper or config.hydra.launcher != self._config.hydra.launcher:
+            sys.exit(
+                f"kbit: error: {' '.join(overrides)}: a swept choice brings a sweeper or launcher of its own, which "
+                "Hydra would ignore; give one study (or launcher) at a time"
+            )
         with open_dict(config):
             del config["hydra"]
         return config

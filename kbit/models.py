@@ -18,22 +18,20 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from kbit.config import DTYPES
 from kbit.datatypes import check_choice
 from kbit.families import locate_model
 from kbit.quantizer import fake_quantize
+from kbit.quiet import silence_libraries
 from kbit.scales import check_scale_range
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 log = logging.getLogger(__name__)
 
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 MIN_COVERAGE: Final = 0.9  # of the block matrices' parameters; less means the model's layers were not understood
 
 
@@ -121,7 +119,9 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Loa
         ValueError: unknown name or dtype, or weights that are not finite.
         OSError: files that are missing, truncated or cannot be downloaded; the message names the model.
     """
-    check_choice("model.dtype", dtype, tuple(DTYPES))
+    check_choice("model.dtype", dtype, DTYPES)
+    check_device(device)
+    silence_libraries()
     location = locate_model(name)
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=False)
@@ -130,18 +130,29 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Loa
         )
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # safetensors, tokenizers and transformers each raise types of their own here
-        raise OSError(f"model {name!r} cannot be loaded from {location}: {error}") from error
+        where = location if Path(location).is_dir() else f"{location} on the hub (there is no such folder here)"
+        raise OSError(f"model {name!r} cannot be loaded from {where}: {error}") from error
     model, info = loading
+    if not tokenizer("a b")["input_ids"]:  # transformers makes an empty one of a folder without tokenizer files
+        raise OSError(f"model {name!r} at {location} has no usable tokenizer: its tokenizer files are missing")
     if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
         raise OSError(f"model {name!r} at {location} lacks {len(missing)} tensors, such as {missing[0]}")
-    checkpoint_dtype = torch.float16 if model.dtype == torch.float32 else model.dtype
+    checkpoint_dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     check_finite(model)
     module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
-    module.to(checkpoint_dtype)
-    module.to(device=device, dtype=DTYPES[dtype]).eval()
+    for parameter in module.parameters():  # not buffers: rotary frequencies stay float32, as transformers keeps them
+        parameter.data = parameter.data.to(checkpoint_dtype).to(getattr(torch, dtype))
+    module.to(device=device).eval()
     check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
     revision = hash_folder(Path(location)) if Path(location).is_dir() else str(config._commit_hash)
     return LoadedModel(model, tokenizer, str(checkpoint_dtype).removeprefix("torch."), revision)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if the device is not there: kbit never falls back to another one."""
+    index = int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and torch.cuda.device_count() <= index:
+        raise ValueError(f"device={device}: there are {torch.cuda.device_count()} CUDA devices here; use device=cpu")
 
 
 def quantize_model(
@@ -165,12 +176,16 @@ def quantize_model(
         ValueError: the model is quantized already with another spec; coverage too low; a weight holds NaN or Inf, or is
             beyond scale_format's range; an include that finds nothing. The model is unchanged then.
     """
-    done: QuantizationReport | None = getattr(model, "kbit_report", None)
+    asked = (spec.canonical(), include, exclude)
+    done: tuple[tuple[object, ...], QuantizationReport] | None = getattr(model, "kbit_quantized", None)
     if done is not None:
-        if done.spec.canonical() != spec.canonical():
-            raise ValueError(f"the model is already quantized with {done.spec}: load it again, or restore its weights")
+        if done[0] != asked:
+            raise ValueError(
+                f"the model is already quantized with {done[0]} (spec, include, exclude), not {asked}: "
+                "load it again, or restore its weights"
+            )
         log.warning("the model is already quantized with this spec: nothing done")
-        return done
+        return done[1]
     report = plan_quantization(model, spec, include=include, exclude=exclude)
     if not spec.is_baseline and report.coverage < min_coverage:
         raise ValueError(_describe_low_coverage(report, min_coverage))
@@ -185,9 +200,9 @@ def quantize_model(
     for name in names:
         # tensors of one model must not share their random numbers
         own_seed = dataclasses.replace(spec, seed=spec.seed + zlib.crc32(name.encode()))
-        _quantize_parameter(parameters[name], own_seed, transposed=_is_conv1d(model, name))
+        _quantize_parameter(parameters[name], own_seed, transposed=_is_transposed(_owner(model, name)))
     if not spec.is_baseline:
-        model.kbit_report = report  # type: ignore[assignment]
+        model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
 
 
@@ -197,12 +212,12 @@ def plan_quantization(
     """Return the report that quantize_model would return, without touching the model (meta tensors will do)."""
     tensors = []
     for names, parameter in _distinct_parameters(model):
-        owner = model.get_submodule(names[0].rpartition(".")[0])
+        owner = _owner(model, names[0])
         in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
         reason = _why_not(names, parameter, owner, include, exclude)
         quantized = not reason and not spec.is_baseline
-        blocked_shape = parameter.shape[::-1] if isinstance(owner, Conv1D) else parameter.shape
-        bits = spec.count_bits(blocked_shape) if quantized else BASELINE_BITS * parameter.numel()
+        blocked = parameter.transpose(-1, -2) if parameter.ndim >= 2 and _is_transposed(owner) else parameter
+        bits = spec.count_bits(blocked.shape) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):
@@ -223,8 +238,8 @@ def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)
-    if hasattr(model, "kbit_report"):
-        del model.kbit_report
+    if hasattr(model, "kbit_quantized"):
+        del model.kbit_quantized
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -232,7 +247,7 @@ def hash_weights(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for names, parameter in _distinct_parameters(model):
         digest.update(f"{names} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        data = parameter.detach().to("cpu").contiguous().view(torch.uint8)
+        data = parameter.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()
 
@@ -261,11 +276,11 @@ def check_finite(model: nn.Module) -> None:
 
 
 def _quantize_parameter(parameter: nn.Parameter, spec: QuantSpec, *, transposed: bool) -> None:
-    """Replace a weight by its quantized values; a Conv1D weight [in, out] is blocked like a Linear's [out, in]."""
+    """Replace a weight by its quantized values; one stored as [in, out] is blocked like a Linear's [out, in]."""
     weight = parameter.detach()
-    result = fake_quantize(weight.t() if transposed else weight, spec)
+    result = fake_quantize(weight.transpose(-1, -2) if transposed else weight, spec)
     with torch.no_grad():
-        parameter.copy_(result.t() if transposed else result)
+        parameter.copy_(result.transpose(-1, -2) if transposed else result)
 
 
 def _distinct_parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
@@ -291,7 +306,8 @@ def _why_not(
         return "outside the transformer blocks"
     if parameter.ndim < 2:
         return "not a matrix (bias or norm)"
-    if isinstance(owner, nn.Linear | Conv1D) or parameter.ndim == 3:  # 3-D: fused expert weights
+    is_convolution = isinstance(owner, _ConvNd)
+    if isinstance(owner, nn.Linear | Conv1D) or (parameter.ndim == 3 and not is_convolution):  # 3-D: fused experts
         return ""
     return f"matrix of {type(owner).__name__}, which is neither a linear layer nor fused experts"
 
@@ -301,8 +317,14 @@ def _is_in_block(name: str) -> bool:
     return re.search(r"\.\d+\.", name) is not None
 
 
-def _is_conv1d(model: nn.Module, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """Return the module that a parameter belongs to."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _is_transposed(owner: nn.Module) -> bool:
+    """Whether the module stores its matrices as [..., in, out]: GPT-2's Conv1D, and experts that say so (GPT-OSS)."""
+    return isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
 
 
 def _describe_low_coverage(report: QuantizationReport, min_coverage: float) -> str:

@@ -8,7 +8,7 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Silence transformers, datasets and lm-eval in this process; called by the command line and by workers only."""
+    """Silence transformers, datasets and lm-eval in this process: their bars and notices, not their errors."""
     import datasets
     import lm_eval.api.task
     import tqdm

@@ -36,11 +36,12 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         for experiment in {(e.model.name, e.eval): e for e in experiments}.values():
             check_experiment(experiment)
         plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
-        print(plan.describe())
         if plan_only:
+            print(plan.describe())
             return
         _check_device(settings, engine)
         store_path = str(Store(settings.results).path)
+        print(plan.describe())
     except (ValueError, OSError) as error:
         _fail(str(error))
     if plan.to_run:
@@ -55,7 +56,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         except KeyboardInterrupt:
             print(f"\nstopped; finished results are kept in {store_path}: the same command goes on", file=sys.stderr)
             sys.exit(130)
-    _report(configs, store_path)
+    _report(configs, settings, store_path)
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
@@ -72,12 +73,12 @@ def _check_device(settings: RunConfig, engine: str) -> None:
     if engine == "ray" and settings.ray.gpus_per_worker == 0:
         raise ValueError(f"device={settings.device} on Ray needs ray.gpus_per_worker > 0, such as 1 or 0.5")
     if engine == "process" or settings.ray.address == "local":
-        from kbit.experiment import check_device
+        from kbit.models import check_device
 
         check_device(settings.device)
 
 
-def _report(configs: Sequence[RunConfig], store_path: str) -> None:
+def _report(configs: Sequence[RunConfig], settings: RunConfig, store_path: str) -> None:
     """Say what the store now has of what was asked; exit with 1 if not all of it."""
     from kbit.store import Store, read_failures
 
@@ -87,6 +88,8 @@ def _report(configs: Sequence[RunConfig], store_path: str) -> None:
         if len(distinct) == 1:
             print(describe_results(store_path, next(iter(distinct))))
         print(f"{len(distinct)} of {len(distinct)} asked results are in {store_path}")
+        if len(distinct) > 1:
+            print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
         return
     reasons = read_failures(store_path).set_index("key")["reason"]
     for key in sorted(missing):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +73,15 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+        before = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+        if before != [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]:
+            raise ValueError(
+                "lm-eval tied weights of the model that were not tied (its lm_head, quantized on its own?): "
+                "set model.config.tie_word_embeddings=False before evaluating"
+            )
         self.truncated = 0
-        self._shares_prefixes = model.config.model_type in PREFIX_SHARING
+        self._shares_prefixes = _can_share_prefixes(model.config)
         self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -90,14 +96,15 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood of the continuation, whether greedy decoding would give it) for each request."""
         sequences = [self._split(i, context, continuation) for i, (_, context, continuation) in enumerate(requests)]
-        rows = _share_prefixes(sequences) if self._shares_prefixes else [_Row(0, [s]) for s in sequences]
-        rows.sort(key=lambda row: row.length)  # rows of like length together: little padding
+        batch_size = override_bs or int(self.batch_size)
+        # A row is at most as long as the model's context and holds at most a batch, however much all requests share.
+        rows = _share_prefixes(sequences, batch_size if self._shares_prefixes else 1, self.max_length)
+        rows.sort(key=lambda row: -row.length)  # like lengths together: little padding; out of memory shows at once
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch in _batches(rows, override_bs or int(self.batch_size)):
+        for batch in _batches(rows, batch_size):
             for index, log_likelihood, greedy in self._score_rows(batch):
                 if not math.isfinite(log_likelihood):
-                    continuation = requests[index][0][1]
-                    raise NonFiniteError(f"log-likelihood {log_likelihood} for continuation {continuation!r}")
+                    raise NonFiniteError(f"log-likelihood {log_likelihood} for request {requests[index][0]!r}")
                 results[index] = (log_likelihood, greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
         return results
@@ -130,8 +137,16 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             yield sequence.index, scores.double().sum().item(), bool(hit.all())
 
 
-def _share_prefixes(sequences: list[_Sequence]) -> list[_Row]:
-    """Put sequences that begin alike into one row, as long as that makes the row shorter than the two apart.
+def _can_share_prefixes(config: Any) -> bool:
+    """Whether a mask of ours may replace the model's own: a tested architecture with full attention in every layer."""
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    return config.model_type in PREFIX_SHARING and full and getattr(config, "sliding_window", None) is None
+
+
+def _share_prefixes(sequences: list[_Sequence], most: int, longest: int) -> list[_Row]:
+    """Put sequences that begin alike into one row, if that saves half of the second's tokens.
+
+    A row gets at most `most` sequences and, with more than one, `longest` tokens.
 
     Sorted as words in a dictionary, sequences with a common beginning are neighbours.
     """
@@ -142,7 +157,8 @@ def _share_prefixes(sequences: list[_Sequence]) -> list[_Row]:
             shared = _common_length(last.sequences[-1].tokens, sequence.tokens)
             prefix = min(shared, last.prefix)
             joined = _Row(prefix, [*last.sequences, sequence])
-            if joined.length < last.length + len(sequence.tokens) // 2:
+            saves = joined.length < last.length + len(sequence.tokens) // 2
+            if saves and len(joined.sequences) <= most and joined.length <= longest:
                 rows[-1] = joined
                 continue
         rows.append(_Row(len(sequence.tokens), [sequence]))

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +30,8 @@ SCHEMA_VERSION: Final = 1
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 _COLUMNS: Final = (
     "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
-    "bits", "data_type", "exponent_bits", "float_bias", "block_size", "scale_format", "method",
+    "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
+    "scale_format", "rounding", "seed", "method", "include", "exclude", "evaluation",
     "bits_per_param", "total_bits", "task", "metric", "value", "low", "high", "n",
 )  # fmt: skip
 
@@ -88,9 +90,10 @@ class Store:
 def read_results(path: str | Path = "results") -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
-    Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, bits, data_type, exponent_bits,
-    float_bias, block_size (missing: whole tensor), scale_format, method, bits_per_param, total_bits, task, metric,
-    value, low, high (95% interval), n. The quantizer's columns are missing for the 16-bit baseline.
+    Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
+    (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
+    (values compare only where it is equal), bits_per_param, total_bits, task, metric, value, low, high (95% interval),
+    n.
 
     Raises:
         FileNotFoundError: there is no store at path.
@@ -137,21 +140,32 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     shared |= {"model": experiment["model"]["name"], "dtype": experiment["model"]["dtype"], "bits": quant["bits"]}
     spec = QuantSpec(**{f.name: quant[f.name] for f in dataclasses.fields(QuantSpec) if f.name in quant}).canonical()
     if not spec.is_baseline:
-        shared |= dataclasses.asdict(spec) | {"method": quant["method"]}
+        shared |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
         shared |= {} if spec.data_type == "float" else {"float_bias": None}
     for measurement in record["measurements"]:
-        yield shared | measurement
+        yield shared | measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}
+
+
+def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:
+    """Return what must be equal for two values of a measurement to compare: dtype, and items or windows."""
+    evaluation, dtype = experiment["eval"], experiment["model"]["dtype"]
+    if task in evaluation["tasks"]:
+        return f"{dtype}, {evaluation['limit'] or 'all'} items"
+    if task == "mean_zero_shot":
+        return f"{dtype}, {evaluation['limit'] or 'all'} items, {' '.join(sorted(evaluation['tasks']))}"
+    return f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
 
 
 def _write_once(path: Path, record: dict[str, Any]) -> None:
     """Write JSON so that readers see the whole file or none, and a file that exists stays as it is."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.stem}-", delete=False) as file:
-        json.dump(record | {"schema_version": SCHEMA_VERSION}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
     try:
-        os.link(file.name, path)  # atomic, and refuses to overwrite
+        with temporary.open("w") as file:
+            json.dump(record | {"schema_version": SCHEMA_VERSION}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # atomic, and refuses to overwrite
     except FileExistsError:
         pass  # another process finished the same experiment first
     finally:
-        Path(file.name).unlink()
+        temporary.unlink(missing_ok=True)

@@ -136,6 +136,7 @@ def run_on_ray(
     """
     import ray
 
+    print("starting Ray ..." if config.address == "local" else f"joining Ray at {config.address} ...", file=sys.stderr)
     _start_ray(config)
     try:
         count = min(_count_workers(config), len(experiments))
@@ -200,7 +201,7 @@ def _dispatch(
         except ray.exceptions.RayTaskError as error:  # not the experiment: recording its end failed
             idle.append(worker)
             yield Outcome(experiment, f"its end could not be recorded: {error.cause}")
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:  # the worker died: killed, out of memory, could not start
             holding.pop(worker, None)
             idle.append(start_worker())
             tries[experiment.key] = tries.get(experiment.key, 0) + 1

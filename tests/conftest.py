@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # the first numba kernel gives this number to torch as well (OpenMP)
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of reference tables and data that do not ship; tests that need it skip where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip("the folder of reference data is not here")
-    return SHARED
-
+os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that a test can ask for
 
 # Two layers, hidden size 64, four heads, a context of 256 tokens: (configuration class, its own names for them).
 TINY: dict[str, tuple[str, dict[str, Any]]] = {

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -248,7 +251,8 @@ def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
 # --- refusing
 
 BAD_RUNS: list[tuple[list[str], list[str]]] = [
-    (["quant.bitz=3"], ["bitz", "QuantConfig"]),
+    (["quant.bitz=3"], ["no key 'bitz'", "bits, data_type"]),
+    (["sweeps=nano/bit_level"], ["+sweeps=nano/bit_level"]),
     (["modle.name=x"], ["modle"]),
     (["quant.bits=four"], ["quant.bits", "'four'", "Integer"]),
     (["quant.data_type=flaot"], ["data_type='flaot'", "int, float, dynamic, quantile, nf"]),
@@ -294,7 +298,10 @@ def test_plan_refuses_what_run_refuses(kbit: Kbit) -> None:
 def test_refusal_of_the_console_script_has_no_traceback(tmp_path: Path) -> None:
     done = run_script("run", "quant.data_type=flaot", cwd=tmp_path)
     assert (done.code, done.out) == (1, "")
-    assert done.err == "kbit: error: data_type='flaot' is not one of: int, float, dynamic, quantile, nf\n"
+    assert (
+        done.err
+        == "kbit: error: data_type='flaot' is not one of: int, float, dynamic, quantile, nf, af, learned, table\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -376,3 +383,32 @@ def test_bad_query_is_named_with_the_columns(kbit: Kbit, study: Path, where: str
 def test_export_to_a_missing_folder_is_refused(kbit: Kbit, study: Path) -> None:
     done = kbit("results", "--csv", "nowhere/out.csv")
     assert (done.code, "nowhere" in done.err) == (1, True)
+
+
+def test_studies_cannot_be_swept(kbit: Kbit) -> None:
+    done = kbit("plan", "+sweeps=nano/bit_level,nano/bit_level")
+    assert done.code == 1
+    assert "a swept choice brings a sweeper or launcher of its own" in done.err
+
+
+def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_path: Path) -> None:
+    arguments = ["run", "-m", "quant.bits=3,4,5,6", "eval.tasks=[]", "ray.num_workers=1", "model.name=nano-neox-1m"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    sweep = subprocess.Popen(
+        [str(CONSOLE_SCRIPT), *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("results/experiments/*.json")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        children = psutil.Process(sweep.pid).children(recursive=True)
+        sweep.send_signal(signal.SIGINT)
+        _, err = sweep.communicate(timeout=30)
+    finally:
+        sweep.kill()
+    assert sweep.returncode == 130
+    assert "finished results are kept" in err
+    assert TRACEBACK not in err
+    assert 1 <= len(list(tmp_path.glob("results/experiments/*.json"))) < 4
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]

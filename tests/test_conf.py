@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
@@ -16,14 +17,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kbit.cli import register_schema
 from kbit.config import RunConfig
+from kbit.quantizer import fake_quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = sorted(path.relative_to(ROOT / "sweeps").with_suffix("") for path in (ROOT / "sweeps").rglob("*.yaml"))
+QUANTS = sorted(path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml"))
 EVALS = sorted(path.stem for path in (ROOT / "conf" / "eval").glob("*.yaml"))
 LAUNCHERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 HELPS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "help").glob("*.yaml"))
 TESTED = {"run", *(f"eval/{n}" for n in EVALS), *(f"hydra/launcher/{n}" for n in LAUNCHERS)} | {
-    f"hydra/help/{n}" for n in HELPS
+    *(f"hydra/help/{n}" for n in HELPS),
+    *(f"quant/{n}" for n in QUANTS),
 }
 
 
@@ -77,10 +81,22 @@ def test_defaults_are_those_of_the_code() -> None:
 def test_run_yaml_names_every_key() -> None:
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "run.yaml"))
     assert isinstance(written, dict)
+    written["quant"] = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "quant" / "default.yaml"))
     named = {key for key in written if key not in {"defaults", "hydra"}} | {"eval"}
     assert named == {field.name for field in dataclasses.fields(RunConfig)}
     for section in ("model", "quant", "ray"):
         assert set(written[section]) == {f.name for f in dataclasses.fields(getattr(RunConfig(), section))}
+
+
+@pytest.mark.parametrize("name", QUANTS)
+def test_every_preset_quantizes_as_its_file_says(name: str) -> None:
+    config = to_run_config(compose_config(f"quant={name}"))
+    for key, value in OmegaConf.load(ROOT / "conf" / "quant" / f"{name}.yaml").items():
+        ours = getattr(config.quant, str(key))
+        assert (list(ours) if isinstance(ours, tuple) else ours) == value
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    error = (fake_quantize(x, config.quant.spec) - x).pow(2).mean().sqrt().item()
+    assert error < 0.5 * 2.0 ** (3 - config.quant.bits)  # each further bit halves the error of 3-bit, at worst 0.5
 
 
 @pytest.mark.parametrize("name", EVALS)

@@ -23,7 +23,7 @@ BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(bits=3, exponent_bits=7), ["exponent_bits=7", "bits=3", "1..2"]),
     (lambda: QuantConfig(exponent_bits=0), ["exponent_bits=0", "1..3"]),
     (lambda: QuantConfig(float_bias="ocp"), ["float_bias='ocp'", "ieee, bnb, paper"]),
-    (lambda: QuantConfig(scale_format="fp8"), ["scale_format='fp8'", "fp16, bf16, fp32"]),
+    (lambda: QuantConfig(scale_format="fp9"), ["scale_format='fp9'", "fp16, fp32, bf16"]),
     (lambda: QuantConfig(block_size=0), ["block_size=0", ">= 1"]),
     (lambda: QuantConfig(block_size=-64), ["block_size=-64", ">= 1"]),
     (lambda: QuantConfig(method="gptqq"), ["quant.method='gptqq'", "rtn"]),

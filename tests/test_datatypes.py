@@ -22,15 +22,17 @@ from kbit.datatypes import (
 )
 
 BITS = range(2, 9)
+# Tables computed from the published formulas and from bitsandbytes' public history; each row names its source.
+GOLDEN = Path(__file__).parent / "golden"
 TYPES = ["int", "float", "dynamic", "quantile", "nf", "af", "learned"]
 FLOAT_SPLITS = [(bits, exponent) for bits in BITS for exponent in range(1, bits)]
 GOLDEN_BIAS = {"V0": "ieee", "V1": "bnb", "V2": "paper"}  # names of the golden table -> ours
 
 
-def read_golden(shared: Path) -> dict[tuple[str, int], list[float]]:
+def read_golden() -> dict[tuple[str, int], list[float]]:
     """Return sorted values by (codebook, bits) of the table of computed codebooks."""
     values: dict[tuple[str, int], list[float]] = defaultdict(list)
-    with (shared / "reference/tables/codebooks_computed.csv").open() as file:
+    with (GOLDEN / "codebooks_computed.csv").open() as file:
         for row in csv.DictReader(file):
             values[row["codebook"], int(row["k_bits"])].append(float(row["value_normalized"]))
     return {name: sorted(set(v)) for name, v in values.items()}
@@ -43,8 +45,8 @@ def assert_equals_golden(codebook: np.ndarray, golden: list[float]) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_int_dynamic_and_nf_equal_the_golden_tables(shared: Path, bits: int) -> None:
-    golden = read_golden(shared)
+def test_int_dynamic_and_nf_equal_the_golden_tables(bits: int) -> None:
+    golden = read_golden()
     assert_equals_golden(int_codebook(bits), golden["int (symmetric, 2^k-1 levels)", bits])
     assert_equals_golden(dynamic_codebook(bits), golden["dynamic exponent signed", bits])
     name = "NormalFloat k, offset(k)=1-0.5*(1/(2(2^k-1))+1/(2*2^k))"
@@ -54,30 +56,30 @@ def test_int_dynamic_and_nf_equal_the_golden_tables(shared: Path, bits: int) -> 
         assert_equals_golden(nf_codebook(bits), golden[name, bits])
 
 
-def test_every_golden_float_table_is_reproduced(shared: Path) -> None:
-    tables = {name: values for name, values in read_golden(shared).items() if name[0].startswith("float ")}
+def test_every_golden_float_table_is_reproduced() -> None:
+    tables = {name: values for name, values in read_golden().items() if name[0].startswith("float ")}
     assert len(tables) == 36  # twelve splits x three conventions
     for (name, bits), golden in tables.items():
         _, split, version = name.split()
         assert_equals_golden(float_codebook(bits, int(split[1]), GOLDEN_BIAS[version]), golden)
 
 
-def test_nf4_is_the_published_table_bit_for_bit(shared: Path) -> None:
-    with (shared / "reference/tables/bnb_4bit_tables_exact.csv").open() as file:
+def test_nf4_is_the_published_table_bit_for_bit() -> None:
+    with (GOLDEN / "bnb_4bit_tables_exact.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["type"] == "nf4"]
     published = np.array([float(row["value_normalized"]) for row in rows], np.float32)
     assert nf_codebook(4).tobytes() == published.tobytes()
 
 
-def test_float_with_the_papers_bias_is_the_fp4_kernel_table(shared: Path) -> None:
-    with (shared / "reference/tables/bnb_4bit_tables_exact.csv").open() as file:
+def test_float_with_the_papers_bias_is_the_fp4_kernel_table() -> None:
+    with (GOLDEN / "bnb_4bit_tables_exact.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["type"].startswith("fp4")]
     published = sorted({float(row["value_normalized"]) + 0.0 for row in rows})
     np.testing.assert_array_equal(float_codebook(4, 2, "paper"), np.array(published, np.float32))
 
 
-def test_quantile_of_a_normal_sample_approaches_the_ideal_table(shared: Path) -> None:
-    golden = read_golden(shared)
+def test_quantile_of_a_normal_sample_approaches_the_ideal_table() -> None:
+    golden = read_golden()
     sample = np.random.default_rng(0).standard_normal(2**20).astype(np.float32)
     for bits in (3, 4, 5):
         ideal = np.array(golden["quantile of N(0,1), paper eq.6 (i=1..2^k-1)", bits])
@@ -219,8 +221,8 @@ def test_abnormal_float_has_less_absolute_error_than_normal_float(block_size: in
     assert af < expected_absolute_error(make_codebook("nf", 4), normalized)
 
 
-def test_abnormal_float_is_better_than_the_published_table(shared: Path) -> None:
-    with (shared / "reference/tables/bnb_4bit_tables_exact.csv").open() as file:
+def test_abnormal_float_is_better_than_the_published_table() -> None:
+    with (GOLDEN / "bnb_4bit_tables_exact.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["type"].startswith("af4")]
     published = np.array([float(row["value_normalized"]) for row in rows], np.float32)
     ours = make_codebook("af", 4, block_size=64)

@@ -195,5 +195,5 @@ def test_a_single_window_leaves_the_interval_undefined(session: Session) -> None
 
 def test_a_device_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="device=cuda: no CUDA device"):
+    with pytest.raises(ValueError, match="device=cuda: there are 0 CUDA devices"):
         Session(SMALL, device="cuda")

@@ -161,7 +161,7 @@ def test_a_tied_head_is_included_by_either_name_and_stays_tied(build_tiny: Build
     report = quantize_model(model, NF4, include=include)
     assert torch.equal(model.lm_head.weight, fake_quantize(before, NF4))
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert report_of(report, "lm_head").bits == NF4.count_bits(259 * 64)
+    assert report_of(report, "lm_head").bits == NF4.count_bits((259, 64))
 
 
 # ---- bits
@@ -212,7 +212,7 @@ def test_quantizing_with_another_spec_is_refused(build_tiny: Build) -> None:
     model = build_tiny("llama")
     quantize_model(model, NF4)
     once = hash_weights(model)
-    with pytest.raises(ValueError, match=r"already quantized with QuantSpec\(bits=4, data_type='nf'"):
+    with pytest.raises(ValueError, match=r"already quantized with \(QuantSpec\(bits=4, data_type='nf'"):
         quantize_model(model, QuantSpec(bits=3, data_type="int"))
     assert hash_weights(model) == once
 
@@ -360,3 +360,47 @@ def test_a_weight_file_that_lacks_a_tensor_is_refused(tmp_path: Path, build_tiny
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(OSError, match=r"layers\.2\."):  # else the third layer would be random
         load_model(str(tmp_path))
+
+
+def test_rotary_frequencies_stay_float32() -> None:
+    loaded = load_model("nano-neox-98k", dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(EMBEDDED / "nano-neox-98k", dtype=torch.float32)
+    buffers = dict(loaded.model.named_buffers())
+    assert buffers
+    for name, expected in plain.named_buffers():
+        assert torch.equal(buffers[name], expected), name
+
+
+def test_weights_stored_as_in_out_are_blocked_along_the_input() -> None:
+    experts = torch.nn.Module()
+    experts.is_transposed = True  # type: ignore[assignment]
+    experts.gate_up_proj = torch.nn.Parameter(torch.randn(2, 48, 96, generator=torch.Generator().manual_seed(0)))
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([experts])
+    before = experts.gate_up_proj.detach().clone()
+    quantize_model(model, NF4)
+    expected = fake_quantize(before.transpose(-1, -2), NF4).transpose(-1, -2)
+    assert torch.equal(experts.gate_up_proj.detach(), expected)
+
+
+def test_a_convolution_is_not_taken_for_experts() -> None:
+    model = torch.nn.Module()
+    block = torch.nn.ModuleDict({"conv": torch.nn.Conv1d(8, 8, 4), "linear": torch.nn.Linear(64, 64)})
+    model.layers = torch.nn.ModuleList([block])
+    report = quantize_model(model, NF4)
+    reasons = {t.name: t.reason for t in report.tensors}
+    assert "matrix of Conv1d" in reasons["layers.0.conv.weight"]
+    assert reasons["layers.0.linear.weight"] == ""
+
+
+def test_quantizing_again_with_another_selection_is_refused(build_tiny: Build) -> None:
+    model = build_tiny("llama")
+    quantize_model(model, NF4)
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize_model(model, NF4, include="lm_head")
+
+
+def test_a_scalar_parameter_is_hashed() -> None:
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(torch.tensor(2.0))
+    assert hash_weights(model) != hash_weights(torch.nn.Module())

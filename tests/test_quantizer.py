@@ -474,3 +474,14 @@ def test_kernels_leave_torchs_thread_count_alone(threads: int) -> None:
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("block_size", [3, 64, 4096, 4097, None])
+def test_two_threads_give_what_the_reference_gives(block_size: int | None) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rounding in ROUNDINGS:
+            assert_equals_reference(awkward_values(30_001), QuantSpec(block_size=block_size, rounding=rounding))
+    finally:
+        torch.set_num_threads(before)

@@ -168,7 +168,7 @@ def test_a_nan_weight_is_an_error_and_no_number(build_tiny: Build, tokenizer: An
     model = build_tiny("gpt2", vocab_size=1024)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="nan for continuation ' on the mat'"):
+    with pytest.raises(NonFiniteError, match=r"nan for request .*' on the mat'"):
         score(Scorer(model, tokenizer), [ask("The cat sat", " on the mat")])
 
 
@@ -187,7 +187,7 @@ def test_bfloat16_logits_are_scored_in_float32(build_tiny: Build, tokenizer: Any
 
 def test_requests_that_begin_alike_share_a_row() -> None:
     texts = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 8], [9, 9, 9, 9], [9, 9, 9, 9]]
-    rows = _share_prefixes([_Sequence(i, tokens, tokens[-1:]) for i, tokens in enumerate(texts)])
+    rows = _share_prefixes([_Sequence(i, tokens, tokens[-1:]) for i, tokens in enumerate(texts)], 8, 99)
     layout = {tuple(s.index for s in row.sequences): (row.prefix, _row_tokens(row)) for row in rows}
     # of two equal sequences the second has no tokens of its own
     assert layout == {(0, 1): (5, [1, 2, 3, 4, 5, 6, 7, 8]), (2, 3): (4, [9, 9, 9, 9])}
@@ -211,3 +211,23 @@ def test_sharing_prefixes_does_not_change_the_scores(build_tiny: Build, tokenize
     assert shared._shares_prefixes
     alone._shares_prefixes = False
     assert largest_difference(score(shared, requests), score(alone, requests)) < 1e-4  # float32 sums of some 40 nats
+
+
+def test_a_row_grows_neither_beyond_the_batch_nor_beyond_the_context() -> None:
+    sequences = [_Sequence(i, [*range(50), 100 + i, 7], [7]) for i in range(100)]
+    rows = _share_prefixes(sequences, 8, 64)
+    assert max(len(row.sequences) for row in rows) == 7  # 50 + 7 x 2 tokens
+    assert max(row.length for row in rows) == 64
+    assert max(len(row.sequences) for row in _share_prefixes(sequences, 4, 64)) == 4
+
+
+def test_sliding_window_attention_is_not_given_a_mask_of_ours(build_tiny: Build, tokenizer: Any) -> None:
+    assert not Scorer(build_tiny("mixtral", vocab_size=1024, sliding_window=8), tokenizer)._shares_prefixes
+    assert Scorer(build_tiny("mixtral", vocab_size=1024), tokenizer)._shares_prefixes
+
+
+def test_a_head_that_lm_eval_ties_again_is_an_error(build_tiny: Build, tokenizer: Any) -> None:
+    model = build_tiny("llama", vocab_size=1024, tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="tie_word_embeddings=False"):
+        Scorer(model, tokenizer)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import os
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -268,3 +269,11 @@ def test_thousands_of_results_load(tmp_path: Path) -> None:
     table = read_results(tmp_path)
     assert table["key"].nunique() == 2000
     assert len(table) == 4000
+
+
+def test_a_colleague_may_read_a_result(tmp_path: Path) -> None:
+    Store(tmp_path).write(make_result())
+    (file,) = (tmp_path / "experiments").glob("*.json")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask

@@ -209,7 +209,7 @@ def test_device_that_is_not_there_is_a_failure_not_another_device(tmp_path: Path
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
     outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4))
-    assert "no CUDA device" in outcome.error
+    assert "there are 0 CUDA devices here" in outcome.error
     assert Store(tmp_path).finished_keys() == set()
 
 

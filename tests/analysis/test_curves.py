@@ -117,11 +117,16 @@ def test_interpolation_never_extrapolates() -> None:
     assert interpolate(curve, [10, 100]).tolist() == [1.0, 2.0]
 
 
-def test_budgets_stay_where_two_precisions_are_defined() -> None:
+def test_budgets_stay_where_every_quantized_precision_is_defined() -> None:
     points: Points = {3: {10: 0.1, 100: 0.2}, 4: {50: 0.1, 1000: 0.9}, 16: {500: 0.1, 2000: 0.2}}
     budgets = best_precision(mean_curves(make_results(points)), higher_is_better=True)["total_bits"]
-    assert (budgets.min(), budgets.max()) == (50, 1000)
-    assert not budgets.between(100, 500, inclusive="neither").any()
+    assert (budgets.min(), budgets.max()) == (50, pytest.approx(100))
+
+
+def test_one_quantized_precision_is_compared_with_the_baseline() -> None:
+    points: Points = {4: {50: 0.1, 1000: 0.9}, 16: {500: 0.1, 2000: 0.2}}
+    budgets = best_precision(mean_curves(make_results(points)), higher_is_better=True)["total_bits"]
+    assert (budgets.min(), budgets.max()) == (pytest.approx(500), pytest.approx(1000))
 
 
 def test_equal_curves_are_a_tie_not_a_winner() -> None:
@@ -130,7 +135,7 @@ def test_equal_curves_are_a_tie_not_a_winner() -> None:
     assert shares["bits"].isna().tolist() == [True]
     assert shares["share"].tolist() == [1.0]
     assert "the precisions tie over 100% of the budgets" in finding(results)
-    assert judge_four_bit(mean_curves(results), ZERO_SHOT).startswith("Does not hold: 4-bit is best over 0%")
+    assert judge_four_bit(mean_curves(results), ZERO_SHOT).startswith("Cannot be told: 4-bit is best over 0%")
 
 
 def test_the_baseline_belongs_to_every_variant_of_its_family_only() -> None:
@@ -162,24 +167,36 @@ def test_other_exponents_biases_and_methods_are_variants_of_their_own() -> None:
     assert curves["data_type"].tolist() == ["float", "float E2", "float E2 bnb", "nf gptq"]
 
 
-def test_seeds_are_averaged_and_the_most_items_count() -> None:
+def test_other_settings_are_variants_of_their_own() -> None:
+    settings: list[dict[str, Any]] = [{}, {"scale_format": "fp32"}, {"layout": "row", "centering": True}]
+    parts = [make_results({4: {10: 0.1}}, **setting) for setting in settings]
+    curves = mean_curves(pd.concat(parts, ignore_index=True))
+    assert curves["data_type"].tolist() == ["nf", "nf fp32 scales", "nf row centred"]
+
+
+def test_seeds_are_averaged() -> None:
     points: Points = {4: {10: 0.2, 100: 0.4}}
     other: Points = {4: {10: 0.4, 100: 0.6}}
-    smoke: Points = {4: {10: 0.9, 100: 0.9}}
-    parts = [make_results(points), make_results(other, seed=1), make_results(smoke, n=20)]
-    curves = mean_curves(pd.concat(parts, ignore_index=True))
+    curves = mean_curves(pd.concat([make_results(points), make_results(other, seed=1)], ignore_index=True))
     assert curves["value"].tolist() == pytest.approx([0.3, 0.5])
     assert curves["low"].tolist() == pytest.approx([0.29, 0.49])
 
 
 def test_two_results_for_one_point_are_refused_and_what_differs_is_named() -> None:
-    parts = [make_results(CROSSING, scale_format="fp16"), make_results(CROSSING, scale_format="fp32")]
+    parts = [make_results(CROSSING, dtype="float32"), make_results(CROSSING, dtype="float16", low=0.0)]
     results = pd.concat(parts, ignore_index=True)
-    with pytest.raises(AmbiguousResults, match=r"m1000000 at 3 bit \(nf block 64\) has 2 results .* scale_format;"):
+    with pytest.raises(AmbiguousResults, match=r"m1000000 at 3 bit \(nf block 64\) has 2 results .* dtype;"):
         mean_curves(results)
-    assert "has 2 results that differ in scale_format" in finding(results)
+    assert "has 2 results that differ in dtype" in finding(results)
     with pytest.raises(AmbiguousResults, match="a setting that is not a column"):
-        mean_curves(results.drop(columns="scale_format"))
+        mean_curves(results.drop(columns="dtype"))
+
+
+def test_values_measured_in_different_ways_are_never_in_one_curve() -> None:
+    easy, hard = "float32, all items, nano_cloze", "float32, 5 items, piqa"
+    parts = [make_results(CROSSING, evaluation=easy), make_results({5: {10: 0.1}}, evaluation=hard)]
+    with pytest.raises(AmbiguousResults, match=r"toy was measured in 2 ways that do not compare: .*5 items.*--where"):
+        mean_curves(pd.concat(parts, ignore_index=True))
 
 
 def test_a_store_without_seeds_is_read() -> None:
@@ -229,20 +246,27 @@ def test_the_finding_has_a_sentence_per_family_and_sums_up_variants() -> None:
     assert ". beta, nf block 64, at equal total bits: " in text
 
 
-def test_the_claim_counts_only_budgets_that_four_bit_reaches() -> None:
+def test_the_claim_counts_only_shared_budgets() -> None:
     points: Points = {4: {10: 0.4, 100: 0.6}, 8: {20: 0.3, 1000: 0.5}, 16: {40: 0.2, 2000: 0.5}}
     curves = mean_curves(make_results(points))
     shares = optimal_share(best_precision(curves, higher_is_better=True))
-    assert shares.loc[shares["bits"] == 4, "share"].item() < 0.5  # beyond 100 bits, 8-bit wins by default
+    assert shares["share"].tolist() == [1.0]  # beyond 100 bits 8-bit would win by default
     trial = try_four_bit(curves, higher_is_better=True)
     assert (trial.share, trial.apart, trial.grade, trial.rivals) == (1.0, 1.0, "holds", ())
 
 
 def test_the_claim_is_refuted_with_the_better_precision_named() -> None:
-    points: Points = {4: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}}
+    points: Points = {4: {10: 0.4, 100: 0.6}, 5: {10: 0.5, 100: 0.7}}
     text = judge_four_bit(mean_curves(make_results(points)), ZERO_SHOT)
-    assert text.startswith("Does not hold: 4-bit is best over 0% of the budgets it reaches (else 5-bit)")
-    assert "0.01 worse than the best other precision" in text
+    assert text.startswith("Does not hold: 4-bit is best over 0% of the shared budgets (else 5-bit)")
+    assert "0.1 worse than the best other precision" in text
+
+
+def test_a_lead_inside_the_intervals_decides_nothing() -> None:
+    points: Points = {4: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}}  # intervals reach from -0.01 to +0.02
+    text = judge_four_bit(mean_curves(make_results(points)), ZERO_SHOT)
+    assert text.startswith("Cannot be told: 4-bit is best over 0% of the shared budgets")
+    assert text.endswith("the two 95% intervals overlap at every budget.")
 
 
 def test_the_claim_is_not_tested_without_four_bit() -> None:

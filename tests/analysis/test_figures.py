@@ -200,7 +200,7 @@ def test_claim_and_verdict_stand_below() -> None:
     caption = " ".join(figure.fig.texts[0].get_text().split())
     assert figure.claim in caption
     assert figure.verdict in caption
-    assert figure.verdict.startswith("Holds: 4-bit is best over ")
+    assert figure.verdict.startswith("Cannot be told: 4-bit is best over ")
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
