@@ -177,15 +177,8 @@ def quantize_model(
             beyond scale_format's range; an include that finds nothing. The model is unchanged then.
     """
     asked = (spec.canonical(), include, exclude)
-    done: tuple[tuple[object, ...], QuantizationReport] | None = getattr(model, "kbit_quantized", None)
-    if done is not None:
-        if done[0] != asked:
-            raise ValueError(
-                f"the model is already quantized with {done[0]} (spec, include, exclude), not {asked}: "
-                "load it again, or restore its weights"
-            )
-        log.warning("the model is already quantized with this spec: nothing done")
-        return done[1]
+    if (done := _find_earlier_report(model, asked)) is not None:
+        return done
     report = plan_quantization(model, spec, include=include, exclude=exclude)
     if not spec.is_baseline and report.coverage < min_coverage:
         raise ValueError(_describe_low_coverage(report, min_coverage))
@@ -273,6 +266,20 @@ def check_finite(model: nn.Module) -> None:
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
         raise ValueError(f"NaN or Inf in weight {bad[0]}{more}")
+
+
+def _find_earlier_report(model: nn.Module, asked: tuple[object, ...]) -> QuantizationReport | None:
+    """Return the report of an earlier quantization with the same settings (and say so), None if there was none."""
+    done: tuple[tuple[object, ...], QuantizationReport] | None = getattr(model, "kbit_quantized", None)
+    if done is None:
+        return None
+    if done[0] != asked:
+        raise ValueError(
+            f"the model is already quantized with {done[0]} (spec, include, exclude), not {asked}: "
+            "load it again, or restore its weights"
+        )
+    log.warning("the model is already quantized with this spec: nothing done")
+    return done[1]
 
 
 def _quantize_parameter(parameter: nn.Parameter, spec: QuantSpec, *, transposed: bool) -> None:
