@@ -1,4 +1,9 @@
-"""Quantize tensors: the public functions on torch tensors and NumPy arrays, and what they check at the door."""
+"""Quantize tensors: the public functions on torch tensors and NumPy arrays, and what they check at the door.
+
+A tensor is quantized on its own device (kbit.backend): on the CPU, or on a GPU on torch's current stream. Both give the
+same bits but for a quantile codebook of float32 values, which a GPU estimates (kbit.quantiles), and a mean
+(spec.centering) that lies within float64's rounding of the middle between two float16 numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +17,27 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from kbit import fitted
+from kbit.backend import Backend, choose_backend
 from kbit.datatypes import ADAPTIVE, Codebook, decision_thresholds
 from kbit.kernels import cpu
+from kbit.quantiles import estimate_quantiles
 from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
 
-Values = NDArray[Any]  # flat float32, float16, or the bits of bfloat16 as uint16
+Values = Float[torch.Tensor, " n"]  # contiguous float32, float16 or bfloat16
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized tensor as it is stored: x ~ codebook[code] * scale + offset.
+    """A quantized tensor as it is stored, on the CPU: x ~ codebook[code] * scale + offset.
 
     Attributes:
         codes: uint8 [ceil(n bits / 8)], packed: see kbit.reference.pack.
@@ -113,56 +121,91 @@ class _Grid:
 def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor:
     """Quantize a tensor of any shape and of dtype float16, bfloat16, float32 or float64.
 
-    A strided view gives what its contiguous copy gives, and x is not changed. Float64 is rounded to float32 first.
+    A strided view gives what its contiguous copy gives, and x is not changed. Float64 is rounded to float32 first. The
+    work is done on x's device; the result is on the CPU.
 
     Raises:
         ValueError: spec is the 16-bit baseline; x is empty, holds NaN or Inf (with the count), is a meta tensor, is
-            not floating point, or has a block maximum beyond scale_format's range.
+            not floating point, or has a block maximum beyond scale_format's range; its device is no CPU or CUDA GPU.
+        ImportError: x is on a GPU and numba-cuda (the extra kbit[cuda]) is not installed.
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
-    grid = _make_grid(values, tensor.shape, spec)
+    backend = choose_backend(values.device)
+    grid = _make_grid(values, tensor.shape, spec, backend)
     with torch_threads_kept():
-        codes = cpu.quantize(
-            values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed
-        )
-        packed = cpu.pack(codes, spec.bits)
+        codes = backend.kernels.quantize(
+            backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook, grid.thresholds,
+            grid.row, grid.block_size, grid.seed,
+        )  # fmt: skip
+        packed = backend.get(backend.kernels.pack(codes, spec.bits))
     shape = tuple(tensor.shape)
     return QuantizedTensor(
         packed, grid.stored_scales, grid.stored_offsets, grid.center, grid.codebook, shape, tensor.dtype, spec
     )
 
 
-def dequantize(q: QuantizedTensor) -> torch.Tensor:
-    """Return codebook[code] * scale + offset, computed in float32 and cast to the original dtype and shape."""
+def dequantize(q: QuantizedTensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return codebook[code] * scale + offset, computed in float32 and cast to the original dtype and shape.
+
+    Args:
+        q: from quantize or QuantizedTensor.load.
+        device: where to compute the result, which stays there: cpu, cuda or cuda:N. See quantize for the errors.
+    """
+    backend = choose_backend(torch.device(device))
     row, block_size = _block_shape(q.shape, q.spec)
     scales = _decode_scales(q.scales, q.spec)
     offsets = _add_center(decode_scales(q.offsets, q.spec.offset_format) if q.offsets else None, q.center, scales)
-    result = torch.empty(q.shape, dtype=q.dtype if q.dtype != torch.float64 else torch.float32)
-    codes = q.unpack_codes()
+    result = torch.empty(q.shape, dtype=_computed_dtype(q.dtype), device=backend.device)
     with torch_threads_kept():
-        cpu.dequantize(codes, scales, offsets, q.codebook, row, block_size, _as_array(result.view(-1)))
+        codes = backend.kernels.unpack(backend.put(q.codes), q.spec.bits, result.numel())
+        backend.kernels.dequantize(
+            codes, backend.put(scales), backend.put(offsets), q.codebook, row, block_size, backend.view(result.view(-1))
+        )
     return result.to(q.dtype)
 
 
 def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     """Return dequantize(quantize(x, spec)) without storing codes: what the model computes with after quantization.
 
-    Same kind, dtype and shape as x; see quantize for the conditions.
+    Same kind, dtype, shape and device as x; see quantize for the conditions.
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
-    grid = _make_grid(values, tensor.shape, spec)
-    dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-    result = torch.empty(tensor.shape, dtype=dtype)
-    with torch_threads_kept():
-        cpu.fake_quantize(
-            values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed,
-            _as_array(result.view(-1)),
-        )  # fmt: skip
+    backend = choose_backend(values.device)
+    result = torch.empty(tensor.shape, dtype=values.dtype, device=values.device)
+    if not (_is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result)):
+        grid = _make_grid(values, tensor.shape, spec, backend)
+        with torch_threads_kept():
+            backend.kernels.fake_quantize(
+                backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook,
+                grid.thresholds, grid.row, grid.block_size, grid.seed, backend.view(result.view(-1)),
+            )  # fmt: skip
     if isinstance(x, np.ndarray):
         return result.numpy().astype(x.dtype, copy=False)
-    return result.to(device=x.device, dtype=x.dtype)
+    return result.to(x.dtype)
+
+
+def _is_fused(spec: QuantSpec, backend: Backend) -> bool:
+    """Whether one kernel finds the scales and quantizes: it reads and writes each weight once."""
+    return (
+        backend.is_gpu
+        and spec.normalization == "absmax"
+        and spec.scale_format in backend.kernels.FUSED_SCALE_FORMATS
+        and spec.rounding != "stochastic"
+        and spec.data_type not in ADAPTIVE
+        and not spec.centering
+    )
+
+
+def _fake_quantize_fused(values: Values, spec: QuantSpec, backend: Backend, result: torch.Tensor) -> bool:
+    """Fill result; False if a block holds NaN or Inf or a maximum beyond the scale's format."""
+    codebook, refused = spec.make_codebook(), backend.put(np.zeros(1, np.uint8))
+    backend.kernels.fake_quantize_absmax(
+        backend.view(values), codebook, decision_thresholds(codebook, spec.rounding),
+        *_block_shape(result.shape, spec), spec.scale_format, backend.view(result.view(-1)), refused,
+    )  # fmt: skip
+    return not backend.get(refused)[0]
 
 
 @contextmanager
@@ -181,17 +224,17 @@ def torch_threads_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
+def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> _Grid:
     """Choose and round the scales and offsets, and make the codebook."""
     row, block_size = _block_shape(shape, spec)
     with torch_threads_kept():
-        low, high = cpu.block_extremes(values, row, block_size)
+        extremes = backend.kernels.block_extremes(backend.view(values), row, block_size)
+    low, high = map(backend.get, extremes)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        finite = _to_float32(values).isfinite()
-        raise ValueError(f"{int((~finite).sum())} of {values.size} values are NaN or Inf")
+        raise ValueError(f"{int((~values.isfinite()).sum())} of {values.numel()} values are NaN or Inf")
     center = np.empty(0, np.float16)
     if spec.centering:
-        center = np.array([_to_float32(values).mean(dtype=torch.float64)], np.float16)
+        center = np.array([float(values.float().mean(dtype=torch.float64))], np.float16)
         low, high = low - center.astype(np.float32), high - center.astype(np.float32)
     adaptive = spec.data_type in ADAPTIVE
     codebook = None if adaptive else spec.make_codebook()
@@ -204,7 +247,7 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
     offsets = decode_scales(stored_offsets, spec.offset_format) if stored_offsets else None
     offsets = _add_center(offsets, center, scales)
     if codebook is None:
-        codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, row, block_size, spec))
+        codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, (row, block_size), spec, backend))
     stochastic = spec.rounding == "stochastic"
     thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
     seed = spec.seed if stochastic else None
@@ -242,18 +285,24 @@ def _add_center(offsets: Scales | None, center: NDArray[np.float16], scales: Sca
 
 
 def _adaptive_sample(
-    values: Values, scales: Scales, offsets: Scales, row: int, block_size: int, spec: QuantSpec
-) -> NDArray[np.float32]:
-    """Return what an adaptive codebook is fitted to: the tensor (quantile) or its normalised values (learned)."""
-    x: NDArray[np.float32] = _to_float32(values).numpy()
+    values: Values, scales: Scales, offsets: Scales, block_shape: tuple[int, int], spec: QuantSpec, backend: Backend
+) -> NDArray[Any]:
+    """Return what an adaptive codebook is fitted to, on the CPU.
+
+    quantile: the tensor; of one on a GPU 2^k + 2 numbers with its quantiles at i / (2^k + 1), estimated there. learned:
+    a sample of the normalised values (fitted.sample_indices), the same on each device.
+    """
     if spec.data_type == "quantile":
-        return x
-    lengths = np.full((row + block_size - 1) // block_size, block_size)
-    lengths[-1] = row - block_size * (lengths.size - 1)
-    lengths = np.tile(lengths, x.size // row)
-    scale = np.repeat(scales, lengths)
-    normalized: NDArray[np.float32] = np.zeros_like(x)
-    np.divide(x - np.repeat(offsets, lengths), scale, out=normalized, where=scale != 0)
+        if not backend.is_gpu:
+            return values.float().numpy()
+        edges = estimate_quantiles(values, fitted.quantile_positions(spec.bits))
+        return np.concatenate([edges[:1], edges, edges[-1:]])
+    row, block_size = block_shape
+    at = fitted.sample_indices(values.numel(), spec.seed)
+    blocks = at // row * -(-row // block_size) + at % row // block_size
+    shifted = values[torch.from_numpy(at).to(values.device)].float().cpu().numpy() - offsets[blocks]
+    normalized: NDArray[np.float32] = np.zeros_like(shifted)
+    np.divide(shifted, scales[blocks], out=normalized, where=scales[blocks] != 0)
     return normalized
 
 
@@ -272,7 +321,7 @@ def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:
 
 
 def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
-    """Return x as a flat, contiguous array on the CPU in its own dtype (float64 as float32), checked."""
+    """Return x flat and contiguous, in its own dtype (float64 as float32) and on its own device, checked."""
     if spec.is_baseline:
         raise ValueError(f"bits={spec.bits} is the unquantized baseline: there is nothing to quantize")
     if x.is_meta:
@@ -281,17 +330,9 @@ def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
         raise ValueError(f"dtype {x.dtype} is not a floating-point type")
     if x.numel() == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no elements to quantize")
-    flat = x.detach().to("cpu").contiguous().view(-1)
-    return _as_array(flat if flat.dtype in (torch.float16, torch.bfloat16) else flat.float())
+    return x.detach().contiguous().view(-1).to(_computed_dtype(x.dtype))
 
 
-def _as_array(flat: torch.Tensor) -> Values:
-    """Return the tensor's memory as an array; NumPy has no bfloat16, so that one comes as its bits."""
-    array: Values = flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
-    return array
-
-
-def _to_float32(values: Values) -> torch.Tensor:
-    """Return a float32 copy of what _as_array gave."""
-    flat = torch.from_numpy(values)
-    return (flat.view(torch.bfloat16) if values.dtype == np.uint16 else flat).float()
+def _computed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what the kernels read and write for a tensor of this dtype."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
