@@ -24,13 +24,18 @@ def quantile_values(bits: int, tensor: NDArray[Any]) -> NDArray[np.float64]:
     q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|; Q is exact (a sort).
     Duplicates merge. A tensor whose quantiles are all 0 (all but a tail of it is 0) gets {-1, 0, 1}.
     """
-    levels = 2**bits
-    edges = np.quantile(tensor.astype(np.float64, copy=False), np.arange(1, levels + 1) / (levels + 1))
+    edges = np.quantile(tensor.astype(np.float64, copy=False), quantile_positions(bits))
     midpoints = (edges[:-1] + edges[1:]) / 2
     largest = np.abs(midpoints).max()
     if largest == 0:
         return np.array([-1.0, 0.0, 1.0])
     return _as_float16(np.append(midpoints / largest, 0.0))
+
+
+def quantile_positions(bits: int) -> NDArray[np.float64]:
+    """Return i / (2^k + 1), i = 1 .. 2^k: the quantiles that quantile_values rests on."""
+    positions: NDArray[np.float64] = np.arange(1, 2**bits + 1) / (2**bits + 1)
+    return positions
 
 
 @functools.lru_cache(maxsize=32)
@@ -60,13 +65,10 @@ def af_values(bits: int, block_size: int) -> NDArray[np.float64]:
 def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> NDArray[np.float64]:
     """K-means of a tensor's normalised values (Lloyd's algorithm in one dimension), with 0 kept as a value.
 
-    Starts from the values' quantiles, on a seeded sample of at most 2^18 of them; one centre stays on 0, so that zero
-    blocks are exact.
+    Starts from the values' quantiles, on a seeded sample (sample_indices); one centre stays on 0, so that zero blocks
+    are exact.
     """
-    sample = values
-    if values.size > _LEARNED_SAMPLE:
-        sample = np.random.default_rng(seed).choice(values, _LEARNED_SAMPLE, replace=False)
-    ordered = np.sort(sample.astype(np.float64))
+    ordered = np.sort(values[sample_indices(values.size, seed)].astype(np.float64))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     centres = np.unique(np.quantile(ordered, (np.arange(2**bits) + 0.5) / 2**bits))
     zero = np.abs(centres).argmin()
@@ -81,6 +83,13 @@ def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> N
             break
         centres = means
     return _as_float16(np.clip(centres, -1, 1))
+
+
+def sample_indices(n: int, seed: int) -> NDArray[np.int64]:
+    """Return which of n values k-means sees: all, or 2^18 drawn with replacement (a permutation would cost more)."""
+    if n <= _LEARNED_SAMPLE:
+        return np.arange(n)
+    return np.random.default_rng(seed).integers(0, n, _LEARNED_SAMPLE)
 
 
 def _normalized_cdf(grid: NDArray[np.float64], block_size: int) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from kbit.config import DTYPES
 from kbit.datatypes import check_choice
 from kbit.families import locate_model
-from kbit.quantizer import fake_quantize
+from kbit.quantizer import fake_quantize_
 from kbit.quiet import silence_libraries
 from kbit.scales import check_scale_range
 from kbit.spec import BASELINE_BITS, QuantSpec
@@ -285,9 +285,7 @@ def _find_earlier_report(model: nn.Module, asked: tuple[object, ...]) -> Quantiz
 def _quantize_parameter(parameter: nn.Parameter, spec: QuantSpec, *, transposed: bool) -> None:
     """Replace a weight by its quantized values; one stored as [in, out] is blocked like a Linear's [out, in]."""
     weight = parameter.detach()
-    result = fake_quantize(weight.transpose(-1, -2) if transposed else weight, spec)
-    with torch.no_grad():
-        parameter.copy_(result.transpose(-1, -2) if transposed else result)
+    fake_quantize_(weight.transpose(-1, -2) if transposed else weight, spec)
 
 
 def _distinct_parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:

@@ -22,8 +22,6 @@ Stored = dict[str, NDArray[Any]]
 
 SCALE_FORMATS: Final = ("fp16", "fp32", "bf16", "e8m0", "fp8", "dq8")
 
-# A scale below its format's smallest positive value is stored as that, never as 0.
-_FP16_SMALLEST: Final = np.float32(2.0**-24)
 _LARGEST: Final = {"fp16": 65504.0, "bf16": 3.3895313892515355e38, "fp32": 3.4028234663852886e38}
 _FP8_MAX: Final = 448.0  # the largest E4M3 number
 _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, section 3)
@@ -43,13 +41,11 @@ def encode_scales(scales: Scales, scale_format: str) -> Stored:
     check_scale_range(float(np.abs(scales).max()), scale_format)
     match scale_format:
         case "fp16":
-            rounded = scales.astype(np.float16)
-            smallest = np.copysign(_FP16_SMALLEST, scales).astype(np.float16)
-            return {"scales": np.where((rounded == 0) & (scales != 0), smallest, rounded)}
+            return {"scales": _keep_nonzero(scales.astype(np.float16).view(np.uint16), scales).view(np.float16)}
         case "bf16":
             words = scales.view(np.uint32)
             halves = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
-            return {"scales": np.where((halves & 0x7FFF == 0) & (scales != 0), halves | 1, halves)}
+            return {"scales": _keep_nonzero(halves, scales)}
         case "fp32":
             return {"scales": scales}
         case "e8m0":
@@ -79,8 +75,7 @@ def decode_scales(stored: Mapping[str, NDArray[Any]], scale_format: str) -> Scal
         case "fp16" | "fp32":
             return codes.astype(np.float32)
         case "bf16":
-            words = codes.astype(np.uint32) << 16
-            return np.frombuffer(words.tobytes(), np.float32)
+            return (codes.astype(np.uint32) << 16).view(np.float32)
         case "e8m0":
             return np.ldexp(np.float32(1), codes.astype(np.int32) - _E8M0_BIAS).astype(np.float32)
         case "fp8":
@@ -104,6 +99,11 @@ def count_scale_bits(blocks: int, scale_format: str) -> int:
             return 8 * blocks + 32
         case _:
             return 8 * blocks + 32 * math.ceil(blocks / _DQ_BLOCK) + 32
+
+
+def _keep_nonzero(words: NDArray[np.uint16], scales: Scales) -> NDArray[np.uint16]:
+    """Make the smallest number of its sign, bit pattern 1, of what rounding made 0 though the scale is not."""
+    return np.where((words & 0x7FFF == 0) & (scales != 0), words | 1, words)
 
 
 def _encode_double(scales: Scales) -> Stored:

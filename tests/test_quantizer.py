@@ -241,14 +241,6 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         QuantizedTensor.load(tmp_path / "x.safetensors")
 
 
-def test_index_arithmetic_is_64_bit() -> None:
-    # blocks beyond 2^31 elements, without allocating them: the kernel's own function
-    n = 2**33
-    assert cpu._block_of(np.int64(n - 1), np.int64(n), np.int64(64)) == (n // 64 - 1, n)
-    row = 2**32 + 5
-    assert cpu._block_of(np.int64(row), np.int64(row), np.int64(64)) == (-(-row // 64), row + 64)
-
-
 @pytest.mark.parametrize(
     ("block_size", "spec", "rmse"),
     [
