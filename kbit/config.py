@@ -172,6 +172,22 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """A study: a union of grids. See sweeps/.
+
+    Attributes:
+        grids: each maps keys (quant.bits) to values: a list, or a string as on Hydra's command line (3,4 or
+            range(3,9)). The study is every combination of the first, then of the second, ...
+        exclude: points to leave out, those that have all of the given values (one value or a list for each key).
+        unite: names of other studies, to run as one; a study with it has nothing else.
+    """
+
+    grids: list[dict[str, Any]] = field(default_factory=list)
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    unite: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class RunConfig(Experiment):
     """An experiment and how to run it: the schema of `kbit run`.
 
@@ -181,6 +197,7 @@ class RunConfig(Experiment):
         ray: of a multirun.
         fail_fast: stop at the first failed experiment.
         retry_failed: run experiments again that are recorded as failed.
+        study: of a multirun; what a file of sweeps/ asks for beyond plain values.
     """
 
     results: str = "results"
@@ -188,6 +205,7 @@ class RunConfig(Experiment):
     ray: RayConfig = field(default_factory=RayConfig)
     fail_fast: bool = False
     retry_failed: bool = False
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):

@@ -385,10 +385,15 @@ def test_export_to_a_missing_folder_is_refused(kbit: Kbit, study: Path) -> None:
     assert (done.code, "nowhere" in done.err) == (1, True)
 
 
-def test_studies_cannot_be_swept(kbit: Kbit) -> None:
-    done = kbit("plan", "+sweeps=nano/bit_level,nano/bit_level")
+def test_several_studies_are_one_sweep(kbit: Kbit) -> None:
+    done = kbit("plan", "+sweeps=nano/bit_level,nano/bit_level", "model.name=nano-neox-98k")
+    assert (done.code, done.out) == (0, "12 asked, 6 distinct, 0 done, 6 to run\n")
+
+
+def test_a_launcher_cannot_be_swept(kbit: Kbit) -> None:
+    done = kbit("plan", "hydra/launcher=basic,kbit")
     assert done.code == 1
-    assert "a swept choice brings a sweeper or launcher of its own" in done.err
+    assert "hydra/launcher=basic" in done.err
 
 
 def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_path: Path) -> None:
