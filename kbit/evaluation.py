@@ -42,16 +42,20 @@ class TaskScores:
     Attributes:
         measurements: every metric of every task, then the mean accuracy if there are several tasks.
         items: the correctness of each item, for each accuracy.
+        truncated: requests of each task, by name, that lost tokens to the model's context length.
+        first_tokens: of each task, by name: what was sent for its first request; empty for a generation task.
     """
 
     measurements: list[Measurement]
     items: list[ItemValues]
+    truncated: dict[str, int]
+    first_tokens: dict[str, tuple[int, ...]]
 
 
 def evaluate(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     batch_size: int = 32,
     limit: int | None = None,
@@ -62,8 +66,8 @@ def evaluate(
     Args:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
-        tasks: names: shipped, in task_path, or lm-eval's own when online.
-        batch_size: sequences per forward pass.
+        tasks: one name or several: shipped, in task_path, or lm-eval's own when online.
+        batch_size: see EvalConfig.
         limit: evaluate only the first items of each task.
         task_path: a folder with the user's own task YAMLs.
 
@@ -72,12 +76,19 @@ def evaluate(
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
     silence_libraries()
-    prepared = [prepare_task(task, limit) for task in load_tasks(tasks, task_path)]
+    names = [tasks] if isinstance(tasks, str) else tasks
+    prepared = [prepare_task(task, limit) for task in load_tasks(names, task_path)]
     return score_tasks(Scorer(model, tokenizer, batch_size), prepared).measurements
 
 
 def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
-    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise."""
+    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise.
+
+    Raises:
+        ValueError: limit is less than 1; or a row lacks a field that the task asks for: names task, file and field.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not >= 1 (None: all items)")
     task = loaded.task
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
@@ -88,15 +99,17 @@ def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
 
 def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
     """Score prepared tasks and measure each; with more than one task, the mean accuracy comes last."""
-    values = [
-        (task.loaded, metric, of_items) for task in tasks for metric, of_items in _score_task(scorer, task).items()
-    ]
+    values, truncated, first_tokens = [], {}, {}
+    for task in tasks:
+        scorer.truncated, scorer.first_tokens = 0, ()
+        values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]
+        truncated[task.loaded.name], first_tokens[task.loaded.name] = scorer.truncated, scorer.first_tokens
     measurements = [_measure(*value) for value in values]
     accuracies = [m for m in measurements if m.metric == "acc"]
     if len(accuracies) > 1:
         measurements.append(mean_accuracy(accuracies))
     items = [encode_items(task.name, metric, v) for task, metric, v in values if _is_accuracy(metric, v)]
-    return TaskScores(measurements, items)
+    return TaskScores(measurements, items, truncated, first_tokens)
 
 
 def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:

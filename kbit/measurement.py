@@ -21,7 +21,8 @@ class Measurement:
 
     Attributes:
         task: an lm-eval task, the name of a text, or mean_zero_shot.
-        metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy (nats per token), bits_per_byte.
+        metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy and kl_divergence (nats per token), bits_per_byte,
+            top1_agreement, word_perplexity, byte_perplexity.
         value: the estimate.
         low, high: 95% interval; NaN where it is not defined (one item of a mean).
         n: items (or windows) that it rests on.
@@ -55,6 +56,18 @@ def measure_mean(task: str, metric: str, values: Sequence[float]) -> Measurement
     mean = fmean(values)
     half = Z_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Measurement(task, metric, mean, mean - half, mean + half, len(values))
+
+
+def measure_ratio(task: str, metric: str, values: Sequence[float], weights: Sequence[float]) -> Measurement:
+    """Return r = sum(values) / sum(weights) with the interval of a ratio of totals; NaN for a single item.
+
+    r +- 1.96 sqrt(n / (n - 1) sum (v_i - r w_i)^2) / sum(weights), the usual linearization (Cochran 1977, section 6.3).
+    """
+    n, total = len(values), math.fsum(weights)
+    ratio = math.fsum(values) / total
+    squares = math.fsum((v - ratio * w) ** 2 for v, w in zip(values, weights, strict=True))
+    half = Z_95 * math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan
+    return Measurement(task, metric, ratio, ratio - half, ratio + half, n)
 
 
 def transform(measurement: Measurement, metric: str, function: Callable[[float], float]) -> Measurement:

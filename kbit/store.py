@@ -180,6 +180,8 @@ def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:
         return f"{dtype}, {evaluation['limit'] or 'all'} items"
     if task == "mean_zero_shot":
         return f"{dtype}, {evaluation['limit'] or 'all'} items, {' '.join(sorted(evaluation['tasks']))}"
+    if evaluation.get("perplexity_kind") == "rolling":
+        return f"{dtype}, rolling"
     return f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
 
 

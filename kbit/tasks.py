@@ -33,7 +33,7 @@ class LoadedTask:
         version: of the task definition.
         source: the data's file name, or the hub data set.
         sha256: over the uncompressed data files; empty for a hub data set.
-        revision: the hub data set's fingerprint; empty for local files.
+        fingerprint: of the loaded rows as `datasets` computes it, for a hub data set; empty for local files.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LoadedTask:
     version: str
     source: str
     sha256: str
-    revision: str
+    fingerprint: str
 
 
 def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[LoadedTask]:
