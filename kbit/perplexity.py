@@ -22,8 +22,9 @@ from lm_eval.api.instance import Instance
 from torch import nn
 
 from kbit.budget import TokenBudget
+from kbit.head import compare_heads, score_targets
 from kbit.measurement import ItemValues, Measurement, encode_items, measure_mean, measure_ratio, transform
-from kbit.scorer import NonFiniteError, Scorer, iterate_logits, score_targets, splits_at_head
+from kbit.scorer import NonFiniteError, Scorer, splits_at_head
 from kbit.textdata import read_documents
 
 MAX_WINDOW: Final = 2048  # tokens: what quantization papers use; less where the model's context is shorter
@@ -183,21 +184,14 @@ def _measure_windows(model: Any, windows: Windows, reference: Reference | None, 
     hidden, targets = _run_trunk(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()
     head = model.get_output_embeddings()
     if reference is None:
-        values = -score_targets(head, hidden, targets)[0][:, None]
+        places = torch.arange(len(targets), device=model.device)
+        columns = [-score_targets(head, hidden, places, targets)[0]]
     else:
         baseline = reference.hidden[rows].flatten(0, 1).to(model.device)
-        pairs = zip(iterate_logits(head, hidden), iterate_logits(reference.head, baseline), strict=True)
-        values = torch.cat([_compare(mine, theirs, targets[places]) for (places, mine), (_, theirs) in pairs])
-    return values.double().view(*tokens[:, 1:].shape, -1).mean(dim=1).cpu()
-
-
-def _compare(logits: torch.Tensor, baseline: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return loss, divergence from the baseline and agreement [n, 3] of float32 logits [n, V] of both models."""
-    log_p, log_baseline = logits.log_softmax(-1), baseline.log_softmax(-1)
-    loss = -log_p.gather(1, targets[:, None])[:, 0]
-    divergence = F.kl_div(log_p, log_baseline, reduction="none", log_target=True).sum(-1)
-    agreement = logits.argmax(-1) == baseline.argmax(-1)
-    return torch.stack([loss, divergence, agreement.float()], dim=1)
+        log_p, divergence, agreement = compare_heads(head, hidden, reference.head, baseline, targets)
+        columns = [-log_p, divergence, agreement]
+    values = torch.stack([column.double() for column in columns], dim=-1)
+    return values.view(*tokens[:, 1:].shape, -1).mean(dim=1).cpu()
 
 
 def _measure_whole_logits(model: Any, windows: Windows, rows: slice) -> torch.Tensor:

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.budget import TokenBudget
+from kbit.head import score_targets
 from kbit.layout import Batch, Query, Row, build_batch, find_visible, order_rows, share_prefixes, take_batch
 
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -37,7 +38,6 @@ PREFIX_SHARING: Final = frozenset(
 # A batch size counts sequences of this many tokens. On a CPU 32 of them (2,048 tokens) keep activations in its caches:
 # four times as many cost a third more time; a GPU wants many more at once.
 TOKENS_PER_SEQUENCE: Final = {"cpu": 64, "cuda": 512}
-LOGITS_AT_ONCE: Final = 2**24  # 64 MiB of float32: the vocabulary logits of more places are computed in pieces
 _PROBE: Final = 8  # tokens
 
 
@@ -160,9 +160,11 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if self.path == "hflm":
             return self._score_by_hflm(rows)
         batch = build_batch(rows)
-        hidden = _run_trunk(self.model, batch).flatten(0, 1)[batch.scored.to(self.device)]
+        # branches predict their first token from the same place, and differ only in a few words: each place once
+        scored, places = batch.scored.to(self.device).unique(return_inverse=True)
+        hidden = _run_trunk(self.model, batch).flatten(0, 1)[scored]
         head = self.model.get_output_embeddings()
-        log_likelihoods, hits = score_targets(head, hidden, batch.targets.to(self.device))
+        log_likelihoods, hits = score_targets(head, hidden, places, batch.targets.to(self.device))
         starts = np.cumsum([0, *batch.lengths[:-1]])
         sums = np.add.reduceat(log_likelihoods.double().cpu().numpy(), starts)
         greedy = np.logical_and.reduceat(hits.cpu().numpy(), starts)
@@ -176,32 +178,6 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return [(query.index, *score) for query, score in zip(queries, scores, strict=True)]
 
 
-def score_targets(head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-probability [n], float32, of each target and whether it is the most likely token [n].
-
-    Args:
-        head: the output embedding.
-        hidden: [n, hidden size], of the trunk.
-        targets: int64 [n].
-    """
-    log_probabilities, hits = [], []
-    for places, logits in iterate_logits(head, hidden):
-        target = targets[places]
-        largest, likeliest = logits.max(dim=-1, keepdim=True)
-        at_target = logits.gather(1, target[:, None]) - largest
-        log_probabilities.append((at_target - logits.sub_(largest).exp_().sum(-1, keepdim=True).log_())[:, 0])
-        hits.append(likeliest[:, 0] == target)
-    return torch.cat(log_probabilities), torch.cat(hits)
-
-
-def iterate_logits(head: nn.Linear, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (places, their float32 vocabulary logits [places, V]) of hidden states [n, hidden size], piece by piece."""
-    step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    for start in range(0, len(hidden), step):
-        places = slice(start, start + step)
-        yield places, head(hidden[places]).float()
-
-
 @torch.no_grad()
 def splits_at_head(model: Any) -> bool:
     """Whether the logits are the output embedding of the trunk's last hidden state, bit for bit, on a few tokens.
@@ -209,7 +185,7 @@ def splits_at_head(model: Any) -> bool:
     Not so where something follows the head (a soft cap, a scale) or where the model is built in another way.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or model.base_model is model:
+    if type(head) is not nn.Linear or model.base_model is model:
         return False
     probe = torch.arange(_PROBE, device=model.device)[None] % head.weight.shape[0]
     hidden = getattr(model.base_model(probe, use_cache=False), "last_hidden_state", None)
