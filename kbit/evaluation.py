@@ -19,7 +19,7 @@ from kbit.measurement import (
 )
 from kbit.quiet import silence_libraries
 from kbit.scorer import Scorer
-from kbit.tasks import LoadedTask, load_tasks
+from kbit.tasks import LoadedTask, errors_named, load_tasks
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,21 @@ def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=1234)  # lm-eval's default
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    with errors_named(loaded.definition):
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+            _check_answers(task)
     return PreparedTask(loaded, task.instances)
+
+
+def _check_answers(task: Any) -> None:
+    """Raise ValueError at a right answer that is none of the choices: lm-eval would count the item as wrong."""
+    for doc in {instance.doc_id: instance.doc for instance in task.instances}.values():
+        choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+        for answer in target if isinstance(target, list) else [target]:
+            if not (answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)):
+                fields = ", ".join(doc)
+                raise ValueError(f"doc_to_target gives {answer!r}, which is none of {choices}; a row has {fields}")
 
 
 def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:

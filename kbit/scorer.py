@@ -35,9 +35,9 @@ Request = tuple[tuple[str, str], list[int], list[int]]
 PREFIX_SHARING: Final = frozenset(
     {"bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi", "qwen2", "qwen3"}
 )
-# A batch size counts sequences of this many tokens. On a CPU 32 of them (2,048 tokens) keep activations in its caches:
-# four times as many cost a third more time; a GPU wants many more at once.
-TOKENS_PER_SEQUENCE: Final = {"cpu": 64, "cuda": 512}
+# A batch size counts sequences of this many tokens. On a CPU 32 of them (1,024 tokens) keep activations in its caches:
+# eight times as many cost a third more time; a GPU wants many more at once.
+TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}
 _PROBE: Final = 8  # tokens
 
 

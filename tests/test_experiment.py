@@ -141,7 +141,7 @@ def test_a_result_identifies_its_data(fresh_nf4: Result) -> None:
         assert task.version == "1.0"
         assert task.truncated == 0
         assert 2 < len(task.first_tokens) <= 64
-    assert (fresh_nf4.scorer, fresh_nf4.batch_tokens) == ("prefix sharing", 2048)
+    assert (fresh_nf4.scorer, fresh_nf4.batch_tokens) == ("prefix sharing", 1024)
     assert fresh_nf4.text is not None
     assert fresh_nf4.text.sha256 == read_documents("nano_held_out")[1]
     assert (fresh_nf4.text.windows, fresh_nf4.text.window_length) == (4, 256)

@@ -281,7 +281,7 @@ def test_when_memory_runs_out_batches_are_halved(
 
     monkeypatch.setattr(loaded.model.base_model, "forward", with_little_memory)
     assert largest_difference(score(scorer, some), expected) < TOLERANCE
-    assert scorer.budget.tokens == 512  # from 2,048
+    assert scorer.budget.tokens == 512  # from 1,024
     scorer.set_batch_size(32)
     assert scorer.budget.tokens == 512  # what was learnt is kept
     monkeypatch.setattr(loaded.model.base_model, "forward", _raise(error))
