@@ -8,6 +8,7 @@ nothing is written to a dataset cache and the same YAML works from any folder, o
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -50,24 +51,28 @@ class LoadedTask:
 
 
 def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[LoadedTask]:
-    """Load tasks by name, looking in task_path, then among the shipped tasks, then in lm-eval's own (online only).
+    """Load tasks by name: of task_path, else shipped, else lm-eval's own, whose data is on the hub or in its cache.
 
     Raises:
-        ValueError: an unknown task, with the local names.
+        ValueError: an unknown task, with the local names; a group of tasks; a wrong definition, with its path.
         FileNotFoundError: data that is missing; names the path or data set looked for.
     """
     local = find_local_tasks(task_path)
     unknown = [name for name in names if name not in local]
-    if unknown and os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ValueError(
-            f"unknown task {unknown[0]!r}; local tasks are {', '.join(sorted(local))}, "
-            "and lm-eval's own need the hub (HF_HUB_OFFLINE=1 is set)"
-        )
-    # Indexing lm-eval's 14,000 definitions takes seconds, so only where one of them is asked for.
-    manager = TaskManager(include_defaults=bool(unknown))
-    if missing := [name for name in unknown if name not in manager.all_tasks]:
-        raise ValueError(f"unknown task {missing[0]!r}; local tasks are {', '.join(sorted(local))}")
+    manager = _make_manager(include_defaults=bool(unknown))
+    for name in unknown:
+        if name in manager.all_groups or name in manager.all_tags:
+            raise ValueError(f"{name!r} is a group of lm-eval tasks: name its tasks, so that each is measured")
+        if name not in manager.all_tasks:
+            here = ", ".join(sorted(local))
+            raise ValueError(f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own")
     return [_load_local(name, local[name]) if name in local else _load_hub(name, manager, name) for name in names]
+
+
+@functools.cache
+def _make_manager(*, include_defaults: bool) -> TaskManager:
+    """Index lm-eval's 14,000 definitions: takes seconds, so once, and only where one of them is asked for."""
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _load_local(name: str, yaml_path: Path) -> LoadedTask:
@@ -75,7 +80,7 @@ def _load_local(name: str, yaml_path: Path) -> LoadedTask:
     with errors_named(str(yaml_path)):
         config = load_yaml(yaml_path)
     if config.get("dataset_path") != "json":
-        return _load_hub(name, TaskManager(include_defaults=False), config)
+        return _load_hub(name, _make_manager(include_defaults=False), config)
     digest = hashlib.sha256()
     sources: list[str] = []
 
@@ -128,7 +133,8 @@ def _load_hub(name: str, manager: TaskManager, spec: str | dict[str, Any]) -> Lo
     try:
         task = manager.load([spec])["tasks"][name]
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(f"task {name!r}: its data cannot be loaded: {error}") from error
+        offline = " (HF_HUB_OFFLINE=1 is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise FileNotFoundError(f"task {name!r}: its data cannot be loaded{offline}: {error}") from error
     source = f"{task.DATASET_PATH}:{task.DATASET_NAME or 'default'}"
     split = next(iter(task.dataset.values()))
     return LoadedTask(name, task, name, str(task.VERSION), source, "", str(split._fingerprint))
