@@ -19,6 +19,7 @@ from kbit.measurement import (
     mean_accuracy,
     measure_accuracy,
     measure_mean,
+    measure_ratio,
     transform,
     wilson_interval,
 )
@@ -86,6 +87,19 @@ def test_a_single_value_has_no_interval() -> None:
 def test_a_mean_lies_within_its_interval(values: list[float]) -> None:
     m = measure_mean("text", "cross_entropy", values)
     assert m.low <= m.value <= m.high
+
+
+def test_a_ratio_of_totals_is_textbook() -> None:
+    m = measure_ratio("text", "word_perplexity", [2.0, 8.0], [1.0, 3.0])
+    # r = 10/4; deviations 2 - 2.5 and 8 - 7.5: sqrt(2/1 (0.25 + 0.25)) / 4 = 1/4
+    assert (m.value, m.low, m.high) == pytest.approx((2.5, 2.5 - 1.959964 / 4, 2.5 + 1.959964 / 4), rel=1e-6)
+    assert math.isnan(measure_ratio("text", "word_perplexity", [2.0], [1.0]).low)
+
+
+@given(st.lists(finite, min_size=2, max_size=50))
+def test_a_ratio_to_equal_weights_is_a_mean(values: list[float]) -> None:
+    ratio, mean = measure_ratio("t", "m", values, [1.0] * len(values)), measure_mean("t", "m", values)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((mean.value, mean.low, mean.high), rel=1e-6, abs=1e-6)
 
 
 def test_a_transformed_measurement_keeps_its_task_and_count() -> None:
