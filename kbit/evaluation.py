@@ -112,7 +112,9 @@ def _check_answers(task: Any) -> None:
 
 def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
     """Score prepared tasks and measure each; with more than one task, the mean accuracy comes last."""
-    values, truncated, first_tokens = [], {}, {}
+    values: list[tuple[LoadedTask, str, list[Any]]] = []
+    truncated: dict[str, int] = {}
+    first_tokens: dict[str, tuple[int, ...]] = {}
     for task in tasks:
         scorer.truncated, scorer.first_tokens = 0, ()
         values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]

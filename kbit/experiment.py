@@ -7,7 +7,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -252,7 +252,8 @@ class Session:
 
     def _make_reference(self, experiment: Experiment) -> Reference | None:
         """Return the 16-bit model's states on the text: computed once, kept for every variant."""
-        model, config = self._loaded.model, experiment.eval
+        model: Any = self._loaded.model
+        config = experiment.eval
         if config.perplexity is None or config.perplexity_kind != "windows" or not splits_at_head(model):
             return None
         self._scorer.set_batch_size(config.batch_size)

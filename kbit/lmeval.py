@@ -66,11 +66,12 @@ class QuantizedLM(Scorer):
         if unknown := sorted(quantizer.keys() - set(fields)):
             raise ValueError(f"--model_args: no key {unknown[0]!r}; of the quantizer there are {', '.join(fields)}")
         nulls = ("none", "null")
-        spec = QuantSpec(**{k: None if str(v).lower() in nulls else v for k, v in quantizer.items()})
+        values: dict[str, Any] = {k: None if str(v).lower() in nulls else v for k, v in quantizer.items()}
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
-        options = {"include": include, "exclude": exclude, "min_coverage": min_coverage}
-        self.report = quantize_model(loaded.model, spec, **options)
-        asked = int(batch_size) if str(batch_size).isdigit() else DEFAULT_BATCH_SIZE
+        self.report = quantize_model(
+            loaded.model, QuantSpec(**values), include=include, exclude=exclude, min_coverage=min_coverage
+        )
+        asked = int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_BATCH_SIZE
         super().__init__(loaded.model, loaded.tokenizer, asked)
         # lm-eval's command line says 1 unless told otherwise, which is for loops that pad; it changes no score
         self.budget = TokenBudget(max(asked, DEFAULT_BATCH_SIZE) * TOKENS_PER_SEQUENCE[self.device.type])

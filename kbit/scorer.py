@@ -84,7 +84,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 "set model.config.tie_word_embeddings=False before evaluating"
             )
         self.path = _choose_path(model)
-        self._set_budget()
+        self._set_budget(batch_size)
         self.truncated = 0
         self.first_tokens: tuple[int, ...] = ()
         self._layouts: dict[tuple[tuple[str, str], ...], _Layout] = {}
@@ -93,11 +93,11 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     def set_batch_size(self, batch_size: int) -> None:
         """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one."""
         if batch_size != self.batch_size_per_gpu:
-            self.batch_size_per_gpu = batch_size
-            self._set_budget()
+            self._set_budget(batch_size)
 
-    def _set_budget(self) -> None:
-        self.budget = TokenBudget(self.batch_size_per_gpu * TOKENS_PER_SEQUENCE[self.device.type])
+    def _set_budget(self, batch_size: int) -> None:
+        self.batch_size_per_gpu: int = batch_size  # HFLM's, for generation
+        self.budget = TokenBudget(batch_size * TOKENS_PER_SEQUENCE[self.device.type])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, greedy) of each request; tokens and rows are kept for the next call that asks it."""
@@ -161,7 +161,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             return self._score_by_hflm(rows)
         batch = build_batch(rows)
         # branches predict their first token from the same place, and differ only in a few words: each place once
-        scored, places = batch.scored.to(self.device).unique(return_inverse=True)
+        scored, places = torch.unique(batch.scored.to(self.device), return_inverse=True)
         hidden = _run_trunk(self.model, batch).flatten(0, 1)[scored]
         head = self.model.get_output_embeddings()
         log_likelihoods, hits = score_targets(head, hidden, places, batch.targets.to(self.device))
@@ -239,7 +239,8 @@ def _alibi_of(trunk: Any, positions: torch.Tensor) -> Iterator[None]:
 
     def build_alibi(mask: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
         two_keys = torch.ones(1, 2, dtype=torch.long, device=mask.device)
-        slopes = type(trunk).build_alibi_tensor(trunk, two_keys, heads, torch.float32)[:, :, 1]  # [heads, 1]
+        alibi: torch.Tensor = type(trunk).build_alibi_tensor(trunk, two_keys, heads, torch.float32)
+        slopes = alibi[:, :, 1]  # at position 1: [heads, 1]
         return (slopes * positions[:, None]).flatten(0, 1)[:, None].to(dtype)
 
     trunk.build_alibi_tensor = build_alibi

@@ -159,7 +159,8 @@ def test_the_distance_from_a_reference_does_not_depend_on_the_batch(
 ) -> None:
     """Of a random model from a trained one, a large distance; the reference from batches of another size, too."""
     model = build_tiny("gpt_neox", vocab_size=1024)
-    head, whole = nano.model.get_output_embeddings(), TokenBudget(8 * CONTEXT)
+    baseline: Any = nano.model
+    head, whole = baseline.get_output_embeddings(), TokenBudget(8 * CONTEXT)
     first = Reference(compute_reference(nano.model, windows, whole), head)
     second = Reference(compute_reference(nano.model, windows, TokenBudget(budget)), head)
     expected = measure_cross_entropy(model, windows, whole, first).measurements
