@@ -1,4 +1,4 @@
-"""The command line: `kbit run | plan | figures | results | models`."""
+"""The command line: `kbit run | plan | figures | results | models | doctor`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ usage: kbit <command> [arguments]
   figures  draw the figures that the results allow                            kbit figures --help
   results  print or export the results                                        kbit results --help
   models   list the models that have a short name
+  doctor   say what works here: devices, hub, and the data that the same arguments as of run ask for
 
 examples:
   kbit run quant.bits=3 quant.data_type=nf
@@ -65,6 +66,8 @@ def run_command(command: str, arguments: list[str]) -> None:
             show_results(arguments)
         case "models":
             list_models()
+        case "doctor":
+            examine(arguments)
         case "-h" | "--help" | "help":
             print(_USAGE, end="")
         case "--version":
@@ -72,7 +75,7 @@ def run_command(command: str, arguments: list[str]) -> None:
 
             print(f"kbit {version('kbit')}")
         case _:
-            sys.exit(f"kbit: unknown command {command!r}; allowed are run, plan, figures, results, models")
+            sys.exit(f"kbit: unknown command {command!r}; allowed are run, plan, figures, results, models, doctor")
 
 
 def run_hydra(arguments: list[str]) -> None:
@@ -163,6 +166,27 @@ def list_models() -> None:
 
     for model in STUDIED.values():
         print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
+
+
+def examine(arguments: list[str]) -> None:
+    """Report what works here, without running a model; exit with 1 if something asked for is missing: `kbit doctor`."""
+    if hints := _unknown_keys(arguments):
+        sys.exit("\n".join(f"kbit: error: {hint}" for hint in hints))
+    register_schema()
+    from kbit.doctor import diagnose
+    from kbit.run import to_run_config
+
+    with hydra.initialize_config_module("kbit.conf", version_base="1.3"):
+        try:
+            config = to_run_config(hydra.compose("run", arguments))
+        except hydra.errors.HydraException as error:
+            sys.exit(f"kbit: error: {error}")
+    missing = 0
+    for finding in diagnose(config):
+        print(finding, flush=True)
+        missing += finding.missing
+    if missing:
+        sys.exit(f"kbit: {missing} of what this configuration asks for cannot be had here")
 
 
 def _select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
