@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kbit.measurement import Measurement, mean_accuracy, measure_accuracy, measure_mean, transform
+from kbit.measurement import (
+    ItemValues,
+    Measurement,
+    encode_items,
+    mean_accuracy,
+    measure_accuracy,
+    measure_mean,
+    transform,
+)
 from kbit.quiet import silence_libraries
 from kbit.scorer import Scorer
 from kbit.tasks import LoadedTask, load_tasks
@@ -25,6 +33,19 @@ class PreparedTask:
 
     loaded: LoadedTask
     instances: list[Any]
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What was measured on tasks.
+
+    Attributes:
+        measurements: every metric of every task, then the mean accuracy if there are several tasks.
+        items: the correctness of each item, for each accuracy.
+    """
+
+    measurements: list[Measurement]
+    items: list[ItemValues]
 
 
 def evaluate(
@@ -52,7 +73,7 @@ def evaluate(
     """
     silence_libraries()
     prepared = [prepare_task(task, limit) for task in load_tasks(tasks, task_path)]
-    return score_tasks(Scorer(model, tokenizer, batch_size), prepared)
+    return score_tasks(Scorer(model, tokenizer, batch_size), prepared).measurements
 
 
 def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
@@ -65,17 +86,21 @@ def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
     return PreparedTask(loaded, task.instances)
 
 
-def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> list[Measurement]:
+def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
     """Score prepared tasks and measure each; with more than one task, the mean accuracy comes last."""
-    measurements = [measurement for task in tasks for measurement in _score_task(scorer, task)]
+    values = [
+        (task.loaded, metric, of_items) for task in tasks for metric, of_items in _score_task(scorer, task).items()
+    ]
+    measurements = [_measure(*value) for value in values]
     accuracies = [m for m in measurements if m.metric == "acc"]
     if len(accuracies) > 1:
         measurements.append(mean_accuracy(accuracies))
-    return measurements
+    items = [encode_items(task.name, metric, v) for task, metric, v in values if _is_accuracy(metric, v)]
+    return TaskScores(measurements, items)
 
 
-def _score_task(scorer: Scorer, prepared: PreparedTask) -> list[Measurement]:
-    """Ask the model, let lm-eval filter and judge each item, and measure every metric."""
+def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
+    """Ask the model, let lm-eval filter and judge each item; return each metric's values in item order."""
     by_type: dict[str, list[Any]] = defaultdict(list)
     for instance in prepared.instances:
         instance.resps = []  # of an earlier variant
@@ -95,16 +120,24 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> list[Measurement]:
         responses = [instance.filtered_resps[name_of_filter] for instance in instances]
         for metric, value in task.process_results(instances[0].doc, responses).items():
             values[metric].append(value)
-    return [_measure(prepared.loaded, metric, of_items) for metric, of_items in values.items()]
+    return values
 
 
 def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> Measurement:
     """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean."""
-    if not all(isinstance(value, int | float) for value in values):  # such as F1: only lm-eval can aggregate it
+    if not _are_numbers(values):  # such as F1: only lm-eval can aggregate it
         value = loaded.task.aggregation()[metric](values)
         return Measurement(loaded.name, metric, float(value), math.nan, math.nan, len(values))
-    if metric.startswith("acc"):
+    if _is_accuracy(metric, values):
         return measure_accuracy(loaded.name, metric, values)
     if metric == "perplexity":  # lm-eval keeps the log-likelihood of each item
         return transform(measure_mean(loaded.name, metric, [-value for value in values]), metric, math.exp)
     return measure_mean(loaded.name, metric, values)
+
+
+def _is_accuracy(metric: str, values: list[Any]) -> bool:
+    return metric.startswith("acc") and _are_numbers(values)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)

@@ -13,7 +13,7 @@ from kbit import provenance
 from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.evaluation import PreparedTask, prepare_task, score_tasks
 from kbit.families import family_of
-from kbit.measurement import Measurement
+from kbit.measurement import ItemValues, Measurement
 from kbit.models import (
     LoadedModel,
     QuantizationReport,
@@ -78,6 +78,8 @@ class Result:
         versions, git_commit, device, threads: of the software and the machine.
         seconds_quantize, seconds_evaluate, peak_memory_bytes: cost.
         finished: UTC, ISO 8601.
+        items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
+            empty in results from before they were kept.
     """
 
     key: str
@@ -105,6 +107,7 @@ class Result:
     seconds_evaluate: float
     peak_memory_bytes: int
     finished: str
+    items: tuple[ItemValues, ...] = ()
 
 
 class Session:
@@ -154,10 +157,12 @@ class Session:
         self._scorer.truncated = 0
         self._scorer.batch_size_per_gpu = config.batch_size
         tasks = self._prepare_tasks(config)
-        measurements = score_tasks(self._scorer, tasks)
+        scores = score_tasks(self._scorer, tasks)
+        measurements, items = scores.measurements, scores.items
         windows = self._make_windows(config)
         if windows is not None:
-            measurements += measure_cross_entropy(model, windows, batch_size=config.batch_size)
+            of_text = measure_cross_entropy(model, windows, batch_size=config.batch_size)
+            measurements, items = measurements + of_text.measurements, items + of_text.items
         if hash_weights(model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         return Result(
@@ -190,6 +195,7 @@ class Session:
             seconds_evaluate=0.0,
             peak_memory_bytes=0,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            items=tuple(items),
         )
 
     def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:

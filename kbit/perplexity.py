@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
 
-from kbit.measurement import Measurement, measure_mean, transform
+from kbit.measurement import ItemValues, Measurement, encode_items, measure_mean, transform
 from kbit.scorer import NonFiniteError
 from kbit.textdata import read_documents
 
@@ -34,6 +34,19 @@ class Windows:
     bytes_per_token: float
 
 
+@dataclass(frozen=True)
+class TextScores:
+    """What was measured on a text.
+
+    Attributes:
+        measurements: cross_entropy (nats per token), bits_per_byte, perplexity.
+        items: the cross entropy of each window.
+    """
+
+    measurements: list[Measurement]
+    items: list[ItemValues]
+
+
 def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | None) -> Windows:
     """Tokenize a text: each document preceded by one end-of-text token, all joined, cut into windows of `context`.
 
@@ -55,7 +68,7 @@ def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | 
 
 
 @torch.no_grad()
-def measure_cross_entropy(model: Any, windows: Windows, *, batch_size: int) -> list[Measurement]:
+def measure_cross_entropy(model: Any, windows: Windows, *, batch_size: int) -> TextScores:
     """Return the cross entropy in nats per token, in bits per byte, and the perplexity, over all windows.
 
     In a window of L tokens the last L - 1 are predicted, each from those before it; softmax in float32. The interval is
@@ -74,8 +87,6 @@ def measure_cross_entropy(model: Any, windows: Windows, *, batch_size: int) -> l
         raise NonFiniteError(f"cross entropy on {windows.name!r} is not finite")
     nats = measure_mean(windows.name, "cross_entropy", losses)
     nats_to_bits_per_byte = 1 / (math.log(2) * windows.bytes_per_token)
-    return [
-        nats,
-        transform(nats, "bits_per_byte", lambda x: x * nats_to_bits_per_byte),
-        transform(nats, "perplexity", math.exp),
-    ]
+    in_bits = transform(nats, "bits_per_byte", lambda x: x * nats_to_bits_per_byte)
+    measurements = [nats, in_bits, transform(nats, "perplexity", math.exp)]
+    return TextScores(measurements, [encode_items(windows.name, "cross_entropy", losses)])

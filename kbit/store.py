@@ -11,15 +11,18 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from kbit.config import Experiment
+from kbit.measurement import ItemValues, decode_items
 from kbit.spec import QuantSpec
 
 if TYPE_CHECKING:  # the store is read without loading torch
@@ -117,6 +120,30 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     ]
     columns = ["key", "model", "bits", "data_type", "block_size", "reason", "finished"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
+
+
+def read_items(
+    path: str | Path, task: str, metric: str, keys: Collection[str] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Return the value of each item [n] by experiment key, in item order: 0 or 1 for acc, nats for cross_entropy.
+
+    Experiments without such items are left out: another task, or a store from before items were kept.
+
+    Args:
+        path: of the store.
+        task, metric: as in read_results; metrics with items are acc, acc_norm, acc_bytes, and those of windows.
+        keys: of the experiments to read; None is all.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    found = {}
+    for record in _read_records(path, "experiments"):
+        if keys is None or record["key"] in keys:
+            for items in record.get("items", ()):
+                if (items["task"], items["metric"]) == (task, metric):
+                    found[record["key"]] = decode_items(ItemValues(**items))
+    return found
 
 
 def _read_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 
 from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
 from kbit.experiment import Result, Session, run_experiment
+from kbit.measurement import decode_items
 from kbit.taskfiles import EMBEDDED_TASKS
 from kbit.textdata import read_bytes, read_documents
 
@@ -156,6 +157,20 @@ def test_a_result_measures_every_metric_with_an_interval(fresh_nf4: Result) -> N
     for m in fresh_nf4.measurements:
         assert m.low <= m.value <= m.high
         assert m.low < m.high
+
+
+def test_a_result_keeps_the_items_of_its_measurements(fresh_nf4: Result) -> None:
+    items = {(i.task, i.metric): decode_items(i) for i in fresh_nf4.items}
+    assert set(items) == {
+        ("nano_cloze", "acc"),
+        *(("nano_choice", metric) for metric in ("acc", "acc_norm", "acc_bytes")),
+        ("nano_held_out", "cross_entropy"),
+    }
+    for m in fresh_nf4.measurements:
+        if (m.task, m.metric) in items:
+            assert len(items[m.task, m.metric]) == m.n
+            # accuracies exactly; a loss near 4 is kept in float32, good to 2.4e-7
+            assert items[m.task, m.metric].mean() == pytest.approx(m.value, abs=1e-6)
 
 
 def test_one_item_is_enough_for_a_result(session: Session) -> None:

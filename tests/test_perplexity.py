@@ -42,7 +42,7 @@ def windows(tokenizer: Any) -> Windows:
 )
 def test_the_recorded_held_out_loss_is_reproduced(name: str, recorded: float, tokenizer: Any) -> None:
     all_windows = make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=256)
-    nats, _, _ = measure_cross_entropy(load_model(name).model, all_windows, batch_size=16)
+    nats, _, _ = measure_cross_entropy(load_model(name).model, all_windows, batch_size=16).measurements
     assert nats.value == pytest.approx(recorded, abs=1e-4)  # recorded to four decimals
     assert nats.n == 256
 
@@ -77,12 +77,12 @@ def test_a_window_of_l_tokens_predicts_l_minus_1(nano: LoadedModel, windows: Win
         log_probabilities = nano.model(windows.tokens).logits.log_softmax(-1)
     predicted = log_probabilities[:, :-1].gather(2, windows.tokens[:, 1:, None])
     assert predicted.numel() == 8 * (CONTEXT - 1)
-    nats, _, _ = measure_cross_entropy(nano.model, windows, batch_size=8)
+    nats, _, _ = measure_cross_entropy(nano.model, windows, batch_size=8).measurements
     assert nats.value == pytest.approx(-predicted.mean().item(), abs=1e-5)  # float32 sums of 2,040 terms near 4
 
 
 def test_bits_per_byte_and_perplexity_are_the_loss_in_other_units(nano: LoadedModel, windows: Windows) -> None:
-    nats, bits_per_byte, perplexity = measure_cross_entropy(nano.model, windows, batch_size=8)
+    nats, bits_per_byte, perplexity = measure_cross_entropy(nano.model, windows, batch_size=8).measurements
     assert [m.metric for m in (nats, bits_per_byte, perplexity)] == ["cross_entropy", "bits_per_byte", "perplexity"]
     assert bits_per_byte.value == pytest.approx(nats.value / (math.log(2) * windows.bytes_per_token))
     assert perplexity.value == pytest.approx(math.exp(nats.value))
@@ -99,22 +99,22 @@ def test_bytes_are_counted_in_utf8(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_random_model_is_near_the_uniform_loss(build_tiny: Build, windows: Windows) -> None:
-    nats, _, _ = measure_cross_entropy(build_tiny("llama", vocab_size=1024), windows, batch_size=8)
+    nats, _, _ = measure_cross_entropy(build_tiny("llama", vocab_size=1024), windows, batch_size=8).measurements
     # Logits of standard deviation s cost about s^2/2 nats more than ln V; here s = 0.02 sqrt(64) = 0.16.
     assert nats.value == pytest.approx(math.log(1024), abs=0.05)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_size_does_not_matter(nano: LoadedModel, windows: Windows, batch_size: int) -> None:
-    reference = measure_cross_entropy(nano.model, windows, batch_size=8)[0].value
-    assert measure_cross_entropy(nano.model, windows, batch_size=batch_size)[0].value == pytest.approx(
+    reference = measure_cross_entropy(nano.model, windows, batch_size=8).measurements[0].value
+    assert measure_cross_entropy(nano.model, windows, batch_size=batch_size).measurements[0].value == pytest.approx(
         reference, abs=1e-5
     )
 
 
 def test_a_single_window_has_no_interval(nano: LoadedModel, tokenizer: Any) -> None:
     one = make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=1)
-    nats, _, _ = measure_cross_entropy(nano.model, one, batch_size=8)
+    nats, _, _ = measure_cross_entropy(nano.model, one, batch_size=8).measurements
     assert math.isfinite(nats.value)
     assert math.isnan(nats.low)
 

@@ -89,7 +89,7 @@ def test_measurements_equal_lm_evals_own_evaluation(shipped_tasks: list[Prepared
         bootstrap_iters=0,
         log_samples=False,
     )["results"]
-    *measured, mean = score_tasks(Scorer(loaded.model, loaded.tokenizer), shipped_tasks)
+    *measured, mean = score_tasks(Scorer(loaded.model, loaded.tokenizer), shipped_tasks).measurements
     assert len(measured) == 2 * 2 + 4 * 3 + 2 * 1  # perplexity and acc; acc, acc_norm and acc_bytes; acc alone
     for m in measured:
         # accuracies are equal; a perplexity is exp of a mean log-likelihood that is good to TOLERANCE
