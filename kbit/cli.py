@@ -114,8 +114,8 @@ def draw_figures(arguments: list[str]) -> None:
     parser.add_argument("--where", help="draw these rows only: a pandas query, such as \"data_type == 'nf'\"")
     parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
     options = parser.parse_args(arguments)
-    from kbit.analysis.curves import finding
     from kbit.analysis.figures import save_figures
+    from kbit.analysis.findings import finding
     from kbit.store import read_results
 
     try:

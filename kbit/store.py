@@ -96,14 +96,16 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
     (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
     (values compare only where it is equal), bits_per_param, total_bits, task, metric, value, low, high (95% interval),
-    n.
+    n. The table's attrs["store"] is the path, for those who need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
     """
     rows = [row for record in _read_records(path, "experiments") for row in _rows(record)]
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
-    return table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table.attrs["store"] = str(path)
+    return table
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
@@ -138,19 +140,20 @@ def read_items(
         FileNotFoundError: there is no store at path.
     """
     found = {}
-    for record in _read_records(path, "experiments"):
-        if keys is None or record["key"] in keys:
-            for items in record.get("items", ()):
-                if (items["task"], items["metric"]) == (task, metric):
-                    found[record["key"]] = decode_items(ItemValues(**items))
+    for record in _read_records(path, "experiments", keys):
+        for items in record.get("items", ()):
+            if (items["task"], items["metric"]) == (task, metric):
+                found[record["key"]] = decode_items(ItemValues(**items))
     return found
 
 
-def _read_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
+def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of these keys that are there; None: all."""
     folder = Path(path) / kind
     if not folder.is_dir():
         raise FileNotFoundError(f"no results at {Path(path).absolute()}: start with `kbit run`")
-    for file in sorted(folder.glob("*.json")):
+    wanted = folder.glob("*.json") if keys is None else (folder / f"{key}.json" for key in keys)
+    for file in sorted(file for file in wanted if file.exists()):
         try:
             record = json.loads(file.read_text())
         except json.JSONDecodeError as error:
