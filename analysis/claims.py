@@ -125,9 +125,8 @@ def try_precision(
         return Trial(bits, np.nan)
     sign = 1.0 if measure.higher_is_better else -1.0
     rival = (sign * others).idxmax(axis=1)
-    lead = sign * (
-        value.loc[others.index, bits] - others.to_numpy()[range(len(rival)), others.columns.get_indexer(rival)]
-    )
+    best = sign * (sign * others).max(axis=1)
+    lead = sign * (value.loc[others.index, bits] - best)
     weights = weigh_points(curves, others.index.to_numpy(dtype=np.float64))
     rows = [weights[bits][place] - weights[name][place] for place, name in enumerate(rival)]
     draws = draw_values(curves, measure, results)
@@ -295,7 +294,8 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
             for variant, group in split_variants(curves):
-                trials = {bits: try_precision(group, measure, results, bits) for bits in tabulate_curves(group)}
+                precisions = [int(str(bits)) for bits in tabulate_curves(group)]
+                trials = {bits: try_precision(group, measure, results, bits) for bits in precisions}
                 tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
                 if tested:
                     compared = ", ".join(map(str, sorted(tested)))

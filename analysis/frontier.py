@@ -128,10 +128,13 @@ def resample_means(scores: Floats, count: int, rng: np.random.Generator) -> Floa
     return np.asarray(weights @ scores.T / n, dtype=np.float64)
 
 
-def weigh_points(curves: pd.DataFrame, budgets: Floats, by: str = "bits") -> dict[object, Floats]:
+def weigh_points(
+    curves: pd.DataFrame, budgets: Floats, by: str = "bits", *, extend: bool = False
+) -> dict[object, Floats]:
     """Return the interpolation of each curve as a matrix [budgets, points]: value at a budget = row @ values.
 
-    The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN.
+    The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN,
+    or with `extend` beyond its largest model the value of that model: a budget need not be spent.
     """
     x = np.log(curves["total_bits"].to_numpy(dtype=np.float64))
     matrices: dict[object, Floats] = {}
@@ -139,10 +142,10 @@ def weigh_points(curves: pd.DataFrame, budgets: Floats, by: str = "bits") -> dic
         order = np.asarray(places)[np.argsort(x[np.asarray(places)], kind="stable")]
         if np.unique(x[order]).size < 2:
             continue
-        unit = np.eye(len(curves))[order]
-        matrices[name] = np.stack(
-            [np.interp(np.log(budgets), x[order], column, left=np.nan, right=np.nan) for column in unit.T], axis=1
-        )
+        right = None if extend else np.nan
+        matrices[name] = np.zeros((budgets.size, len(curves)))
+        for place, unit in zip(order, np.eye(order.size), strict=True):
+            matrices[name][:, place] = np.interp(np.log(budgets), x[order], unit, left=np.nan, right=right)
     return matrices
 
 
@@ -172,7 +175,8 @@ def choose_precision(
 ) -> pd.DataFrame:
     """Return, for one budget of bits, every curve that exists there, best first, with its chance to be the best.
 
-    This is the table to read for "which model fits into B bits": all precisions, data types and block sizes compete.
+    This is the table to read for "which model fits into B bits": all precisions, data types and block sizes compete,
+    each with the largest model that fits (between two sizes: interpolated).
 
     Args:
         curves: from precision_curves; one family.
@@ -186,7 +190,7 @@ def choose_precision(
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
     points = curves[~is_twin].reset_index(drop=True)
     points["curve"] = points.groupby([*VARIANT, "bits"], dropna=False).ngroup()
-    matrices = weigh_points(points, np.array([budget]), "curve")
+    matrices = weigh_points(points, np.array([budget]), "curve", extend=True)
     weights = {curve: matrix[0] for curve, matrix in matrices.items() if not np.isnan(matrix).any()}
     if not weights:
         return pd.DataFrame(columns=CHOICE)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -184,18 +184,15 @@ def choose_scale(points: pd.DataFrame) -> Floats:
 
 def fit_once(design: Design, y: Floats, scale: Floats) -> Floats:
     """Return the parameters that fit best, from several starts, by scipy's trust-region solver."""
-    fits = [
-        least_squares(
-            lambda theta: (design.predict(theta) - y) / scale,
-            start,
-            jac=lambda theta: design.slope(theta) / scale[:, None],  # type: ignore[arg-type]
-            loss="soft_l1",
-            f_scale=SOFTNESS,
-            x_scale="jac",
-            max_nfev=500,
-        )
-        for start in guess_starts(design, y)
-    ]
+
+    def residuals(theta: Floats) -> Floats:
+        return (design.predict(theta) - y) / scale
+
+    def slopes(theta: Floats) -> Floats:
+        return design.slope(theta) / scale[:, None]
+
+    solver: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "max_nfev": 500}
+    fits = [least_squares(residuals, start, jac=slopes, **solver) for start in guess_starts(design, y)]
     return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
 
 
@@ -282,7 +279,7 @@ def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: 
     Raises:
         TooFewPoints: see fit_law.
     """
-    largest = points.loc[points["parameters"].idxmax(), "model"]
+    largest = points.sort_values("parameters")["model"].iloc[-1]
     known, held = points[points["model"] != largest], points[points["model"] == largest]
     precisions = [int(k) for k in known["bits"].unique()]
     held = held[held["bits"].isin(precisions)]

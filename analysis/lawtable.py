@@ -15,7 +15,7 @@ from kbit.analysis.selections import select_block_sizes, select_precisions
 from kbit.spec import BASELINE_BITS
 
 CLAIM: Final = (
-    "Power laws in parameters and bits fit poorly; precisions are nearly parallel curves (the paper, section 4)."
+    "Do power laws in parameters and bits fit poorly, and precisions run nearly parallel, as the paper has it?"
 )
 BLOCK_LAW_BITS: Final = 4
 # Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907); arXiv 2505.14302, W4A16.

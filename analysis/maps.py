@@ -39,7 +39,7 @@ def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
         needs = "two data types in two block sizes at one precision, each at two or more sizes of one family"
         raise MissingResults(describe_lack("data_types_map", needs, ("nano/data_types", "nano/block_size")))
     data = pd.concat(maps.values(), ignore_index=True)
-    winners = [table.loc[table["loss"].idxmin()] for table in maps.values()]
+    winners = [table.sort_values("loss").iloc[0] for table in maps.values()]
     verdict = "; ".join(
         f"{row['panel']}: best is {row['data_type']} {name_block(row['block_size'])} ({row['bits_per_param']:.2f} bits)"
         for row in winners
@@ -133,7 +133,7 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("sensitivity", needs, ("nano/sensitivity",)))
     parts = []
     for model, group in data.groupby("model", sort=False):
-        worst = group.loc[group["loss"].idxmax()]
+        worst = group.sort_values("loss").iloc[-1]
         parts.append(f"{model}: {worst['part']} ({worst['loss']:+.3f})")
     verdict = f"The most sensitive part is, of {'; '.join(parts)}."
     with matplotlib.style.context(["default", STYLE]):

@@ -70,7 +70,8 @@ def read_loss(results: pd.DataFrame) -> pd.Series[float]:
 
 def read_perplexity(results: pd.DataFrame) -> pd.Series[float]:
     """Return exp(cross entropy) of each experiment, capped as in the paper."""
-    return np.exp(read_loss(results)).clip(upper=PERPLEXITY_CAP)  # type: ignore[no-any-return]
+    loss = read_loss(results)
+    return pd.Series(np.minimum(np.exp(loss.to_numpy(dtype=np.float64)), PERPLEXITY_CAP), loss.index)
 
 
 def read_divergence(results: pd.DataFrame) -> pd.Series[float]:

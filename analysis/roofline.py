@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import matplotlib.style
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -80,7 +79,7 @@ def tabulate_roofline(devices: tuple[Device, ...] = DEVICES) -> pd.DataFrame:
         {"device": device.name, "bits": bits, "batch": batch, "seconds": estimate_seconds(device, bits, batch)}
         for device in devices
         for bits in PRECISIONS
-        for batch in 2 ** np.arange(11)
+        for batch in (2**power for power in range(11))
     ]
     table = pd.DataFrame(rows)
     whole = table[table["bits"] == 16].set_index(["device", "batch"])["seconds"]

@@ -41,7 +41,8 @@ def most_points(points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     if points.empty:
         return points
     counts = points.groupby(["family", *columns], dropna=False).size().reset_index(name="count")
-    counts["rank"] = [tuple(map(rank_setting, row)) for row in counts[columns].itertuples(index=False)]
+    ranks = [tuple(map(rank_setting, row)) for row in counts[columns].itertuples(index=False)]
+    counts["rank"] = pd.Series(ranks, counts.index, dtype=object)
     best = counts.sort_values(["count", "rank"], ascending=[False, True]).drop_duplicates("family")
     return points.merge(best[["family", *columns]], on=["family", *columns])
 

@@ -80,6 +80,7 @@ class Result:
         finished: UTC, ISO 8601.
         items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
             empty in results from before they were kept.
+        weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
     """
 
     key: str
@@ -108,6 +109,7 @@ class Result:
     peak_memory_bytes: int
     finished: str
     items: tuple[ItemValues, ...] = ()
+    weight_rmse: float | None = None
 
 
 class Session:
@@ -196,6 +198,7 @@ class Session:
             peak_memory_bytes=0,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             items=tuple(items),
+            weight_rmse=report.weight_rmse,
         )
 
     def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:

@@ -35,7 +35,7 @@ _COLUMNS: Final = (
     "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
     "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
     "scale_format", "rounding", "seed", "method", "include", "exclude", "evaluation",
-    "bits_per_param", "total_bits", "task", "metric", "value", "low", "high", "n",
+    "bits_per_param", "total_bits", "weight_rmse", "task", "metric", "value", "low", "high", "n",
 )  # fmt: skip
 
 
@@ -95,8 +95,9 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
 
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
     (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
-    (values compare only where it is equal), bits_per_param, total_bits, task, metric, value, low, high (95% interval),
-    n. The table's attrs["store"] is the path, for those who need the items behind a value (read_items).
+    (values compare only where it is equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized
+    weights), task, metric, value, low, high (95% interval), n. The table's attrs["store"] is the path, for those who
+    need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
@@ -122,6 +123,22 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     ]
     columns = ["key", "model", "bits", "data_type", "block_size", "reason", "finished"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
+
+
+def read_provenance(path: str | Path = "results") -> pd.DataFrame:
+    """Return where the results come from: git_commit, device, versions, experiments, first, last; one row per origin.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = [
+        {name: record[name] for name in ("git_commit", "device", "finished")}
+        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
+        for record in _read_records(path, "experiments")
+    ]
+    table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
+    origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
+    return origins.agg(experiments="size", first="min", last="max").reset_index()
 
 
 def read_items(
