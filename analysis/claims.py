@@ -18,9 +18,11 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves import (
+    TIE,
     VARIANT,
     ZERO_SHOT,
     AmbiguousResults,
+    Floats,
     Measure,
     find_cross_entropy,
     precision_curves,
@@ -28,7 +30,7 @@ from kbit.analysis.curves import (
     split_variants,
     tabulate_curves,
 )
-from kbit.analysis.frontier import best_chances, draw_values, mean_interval, weigh_points
+from kbit.analysis.frontier import Draws, best_chances, draw_values, mean_interval, weigh_points
 
 CLAIMED_BITS: Final = 4
 HOLDS: Final = 0.9  # "almost universally": at nine budgets in ten or more
@@ -107,43 +109,64 @@ class Contrast:
         return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
 
 
-def try_precision(
-    curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None = None, bits: int = CLAIMED_BITS
-) -> Trial:
-    """Return how one precision does against every other precision of one variant.
+@dataclass(frozen=True)
+class Race:
+    """The precisions of one variant at its shared budgets, ready to be compared.
+
+    Attributes:
+        values: index total_bits, a column per precision, better is larger (losses are negated).
+        weights: by precision, see frontier.weigh_points; draws: of the points that they weigh.
+        sign: -1 for losses.
+        chances: frontier.best_chances; None without intervals.
+    """
+
+    values: pd.DataFrame
+    weights: dict[object, Floats]
+    draws: Draws
+    sign: float
+    chances: pd.DataFrame | None
+
+
+def line_up(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None = None) -> Race:
+    """Return the race of one variant.
 
     Args:
         curves: one variant of precision_curves.
         measure: what the curves show.
         results: see frontier.draw_values.
-        bits: the precision on trial.
     """
-    value = tabulate_curves(curves)
-    reached = value[bits].notna() if bits in value else pd.Series(False, value.index)
-    others = value[reached].drop(columns=bits, errors="ignore").dropna(how="all")
+    sign = 1.0 if measure.higher_is_better else -1.0
+    values = sign * tabulate_curves(curves)
+    draws = draw_values(curves, measure, results)
+    weights = weigh_points(curves, values.index.to_numpy(dtype=np.float64))
+    known = not values.empty and not np.isnan(draws.values).any()
+    chances = best_chances(curves, draws, measure.higher_is_better) if known else None
+    return Race(values, weights, draws, sign, chances)
+
+
+def try_precision(race: Race, bits: int = CLAIMED_BITS) -> Trial:
+    """Return how one precision does against every other precision of a race."""
+    reached = race.values[bits].notna() if bits in race.values else pd.Series(False, race.values.index)
+    others = race.values[reached].drop(columns=bits, errors="ignore").dropna(how="all")
     if others.empty:
         return Trial(bits, np.nan)
-    sign = 1.0 if measure.higher_is_better else -1.0
-    rival = (sign * others).idxmax(axis=1)
-    best = sign * (sign * others).max(axis=1)
-    lead = sign * (value.loc[others.index, bits] - best)
-    weights = weigh_points(curves, others.index.to_numpy(dtype=np.float64))
-    rows = [weights[bits][place] - weights[name][place] for place, name in enumerate(rival)]
-    draws = draw_values(curves, measure, results)
-    low, high = mean_interval(draws, sign * np.mean(rows, axis=0))
-    known = not np.isnan(draws.values).any()
-    chance = best_chances(curves, draws, measure.higher_is_better)[bits].loc[others.index] if known else None
+    rival = others.idxmax(axis=1)
+    lead = race.values.loc[others.index, bits] - others.max(axis=1)
+    places = np.flatnonzero(race.values.index.isin(others.index))
+    rows = [race.weights[bits][place] - race.weights[name][place] for place, name in zip(places, rival, strict=True)]
+    low, high = mean_interval(race.draws, race.sign * np.mean(rows, axis=0))
+    chance = None if race.chances is None else race.chances[bits].loc[others.index]
     return Trial(
         bits,
-        share=float((lead > 0).mean()),
+        share=float((lead > TIE).mean()),
         gap=float(lead.mean()),
         low=low,
         high=high,
         chance=np.nan if chance is None else float(chance.mean()),
         ahead=np.nan if chance is None else float((chance >= SURE).mean()),
         behind=np.nan if chance is None else float((chance <= 1 - SURE).mean()),
-        rivals=tuple(int(name) for name in rival[lead <= 0].value_counts().index),
-        source=draws.source if known else "",
+        rivals=tuple(int(name) for name in rival[lead <= TIE].value_counts().index),
+        source="" if chance is None else race.draws.source,
     )
 
 
@@ -155,7 +178,7 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         measure: what the curves show.
         results: see frontier.draw_values.
     """
-    panels = [(variant, try_precision(group, measure, results)) for variant, group in split_variants(curves)]
+    panels = [(variant, try_precision(line_up(group, measure, results))) for variant, group in split_variants(curves)]
     trials = [trial for _, trial in panels]
     if len(trials) == 1:
         return describe_trial(trials[0], measure)
@@ -294,8 +317,10 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
             for variant, group in split_variants(curves):
-                precisions = [int(str(bits)) for bits in tabulate_curves(group)]
-                trials = {bits: try_precision(group, measure, results, bits) for bits in precisions}
+                if not shared_budgets(group).size:
+                    continue
+                race = line_up(group, measure, results)
+                trials = {bits: try_precision(race, bits) for bits in (int(str(name)) for name in race.values)}
                 tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
                 if tested:
                     compared = ", ".join(map(str, sorted(tested)))

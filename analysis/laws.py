@@ -23,9 +23,11 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from scipy.optimize import least_squares
 
 from kbit.analysis.curves import Floats
+from kbit.measurement import Z_95
 from kbit.spec import BASELINE_BITS
 
 LAWS: Final = ("power", "offset", "kumar", "block")
@@ -33,6 +35,7 @@ ON_DELTA: Final = ("kumar", "block")  # these describe the loss added by quantiz
 SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
 DRAWS: Final = 400
 STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
+SETTLED: Final = 1e-9  # relative change of the objective: parameters are then within 1e-4 of their standard errors
 MIN_SPARE: Final = 2  # fewer points than parameters + 2 say nothing about the law's form
 
 
@@ -143,8 +146,9 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
 
     minimize sum_i rho((y_i - f(x_i)) / (s_i softness)),  rho(z) = 2 (sqrt(1 + z^2) - 1)   (scipy's soft_l1)
 
-    The bootstrap resamples the standardized residuals, enlarged by sqrt(n / (n - p)) for the p parameters they were
-    fitted with, puts them on the fitted values and fits again.
+    The bootstrap resamples the standardized residuals, puts them on the fitted values and fits again. Residuals of n points
+    and p parameters are too small by sqrt((n - p) / n), and their spread is itself uncertain, which Student's t counts:
+    they are enlarged by sqrt(n / (n - p)) t(n - p) / t(infinity), t at 97.5%.
 
     Args:
         law: one of LAWS.
@@ -169,7 +173,8 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
     fitted = design.predict(parameters)
     standard = (y - fitted) / scale
     rng = np.random.default_rng(seed)
-    noise = rng.choice(standard - standard.mean(), (draws, n)) * np.sqrt(n / (n - p))
+    larger = np.sqrt(n / (n - p)) * stats.t.ppf(0.975, n - p) / Z_95
+    noise = rng.choice(standard - standard.mean(), (draws, n)) * larger
     sample = refit(design, fitted + noise * scale, scale, parameters)
     spread = float(np.sum((y - y.mean()) ** 2))
     r2 = 1 - float(np.sum((y - fitted) ** 2)) / spread if spread else np.nan
@@ -234,7 +239,7 @@ def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floa
         tried = measure_cost(design, theta + step, samples, scale)
         better = tried < cost
         theta = np.where(better[:, None], theta + step, theta)
-        converged = np.abs(cost - tried) <= 1e-12 * cost
+        converged = np.abs(cost - tried) <= SETTLED * cost
         cost = np.where(better, tried, cost)
         damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
         if converged.all():

@@ -1,4 +1,4 @@
-"""One self-contained page with every experiment of a store: filters, hover, Pareto frontier, verdicts, failures, origin.
+"""One self-contained page with every experiment of a store: filters, hover, Pareto frontier, verdicts, failures.
 
 The page opens from the file system without a network: plotly's script, the data and the page's own script
 (report_page.js) are inside it.

@@ -140,7 +140,7 @@ function draw() {
     });
   }
   const layout = {
-    xaxis: { title: { text: "total model bits" }, type: "log" },
+    xaxis: { title: { text: "total model bits" }, type: "log", dtick: "D2", exponentformat: "SI" },
     yaxis: { title: { text: `${measure.label} (${measure.lower ? "lower" : "higher"} is better)` } },
     font: { size: 14 }, margin: { t: 20, r: 20 }, hovermode: "closest", legend: { title: { text: byId("hue").selectedOptions[0].text } },
   };
