@@ -84,7 +84,7 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     A variant is a (family, data type, block size). The family's 16-bit baseline belongs to each of its
     variants. Settings other than the paper's become part of the data type's name ("float E2", "nf row", "nf gptq").
     Seeds are averaged, the interval's ends too: the items are the same under each seed, so more seeds do not
-    narrow the interval.
+    narrow the interval. A value that is missing is no point.
 
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results); a column seed is optional.
@@ -103,7 +103,7 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     missing = [column for column in [*CURVE_COLUMNS, *REPEAT_COLUMNS] if column not in results]
     if missing:
         raise ValueError(f"results lack the columns {missing}; pass what kbit.read_results returns")
-    rows = results[(results["metric"] == metric) & (results["task"] == task)]
+    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
     refuse_mixed_evaluations(rows)
     rows = rows.assign(data_type=name_data_types(rows), block_size=rows["block_size"].astype("Int64"))
     is_baseline = rows["bits"] == BASELINE_BITS
@@ -232,12 +232,16 @@ def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits")
         curves: points of one panel; `by` tells its curves apart.
         count: budgets.
     """
-    ends = curves.groupby(by).agg(low=("total_bits", "min"), high=("total_bits", "max"), bits=("bits", "min"))
-    ends = ends[ends["high"] > ends["low"]]
-    quantized = ends[ends["bits"] < BASELINE_BITS]
+    place = pd.factorize(curves[by])[0]
+    sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy(dtype=np.float64)
+    ends = [(sizes[place == k].min(), sizes[place == k].max(), bits[place == k].min()) for k in range(max(place) + 1)]
+    ends = [end for end in ends if end[1] > end[0]]
+    quantized = [end for end in ends if end[2] < BASELINE_BITS]
     compared = quantized if len(quantized) >= 2 else ends
-    low, high = compared["low"].max(), compared["high"].min()
-    if len(compared) < 2 or low >= high:
+    if len(compared) < 2:
+        return np.empty(0)
+    low, high = max(end[0] for end in compared), min(end[1] for end in compared)
+    if low >= high:
         return np.empty(0)
     return np.asarray(np.geomspace(low, high, count), dtype=np.float64)
 

@@ -42,7 +42,7 @@ class Draws:
     @property
     def source(self) -> str:
         """Say how the draws were made, for captions."""
-        return "paired bootstrap over items" if self.paired else "unpaired draws from intervals: no items in this store"
+        return "paired bootstrap over items" if self.paired else "unpaired: no items in this store"
 
 
 def find_pareto_frontier(points: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame:

@@ -146,9 +146,9 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
 
     minimize sum_i rho((y_i - f(x_i)) / (s_i softness)),  rho(z) = 2 (sqrt(1 + z^2) - 1)   (scipy's soft_l1)
 
-    The bootstrap resamples the standardized residuals, puts them on the fitted values and fits again. Residuals of n points
-    and p parameters are too small by sqrt((n - p) / n), and their spread is itself uncertain, which Student's t counts:
-    they are enlarged by sqrt(n / (n - p)) t(n - p) / t(infinity), t at 97.5%.
+    The bootstrap resamples the standardized residuals, puts them on the fitted values and fits again. Residuals of n
+    points and p parameters are too small by sqrt((n - p) / n), and their spread is itself uncertain, which Student's t
+    counts: they are enlarged by sqrt(n / (n - p)) t(n - p) / t(infinity), t at 97.5%.
 
     Args:
         law: one of LAWS.

@@ -127,7 +127,7 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
         MissingResults: no model has two such experiments and its 16-bit baseline.
     """
     measure = find_measures(results)[-1] if len(results) and find_measures(results) else ZERO_SHOT
-    data = pd.DataFrame() if results.empty else tabulate_sensitivity(results, measure)
+    data = tabulate_sensitivity(results, measure) if "exclude" in results else pd.DataFrame()
     if data.empty:
         needs = "experiments that quantize one layer each, and the 16-bit model"
         raise MissingResults(describe_lack("sensitivity", needs, ("nano/sensitivity",)))

@@ -99,7 +99,7 @@ def increase(values: pd.Series[float], results: pd.DataFrame) -> pd.Series[float
     about = results.drop_duplicates("key").set_index("key").loc[values.index, ["model", "bits"]]
     is_base = about["bits"] == 16
     base = pd.Series(values[is_base].to_numpy(), about.loc[is_base, "model"]).groupby(level=0).first()
-    return (values - about["model"].map(base))[~is_base].dropna()
+    return (values - about["model"].map(base.to_dict()).astype(np.float64))[~is_base].dropna()
 
 
 RELATIONS: Final = (

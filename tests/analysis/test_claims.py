@@ -50,7 +50,7 @@ def test_a_lead_inside_the_noise_decides_nothing(make_points: Build) -> None:
     curves = make_points({4: {10: 0.40, 100: 0.60}, 5: {10: 0.401, 100: 0.601}}, error=0.01)
     text = judge_four_bit(curves, ZERO_SHOT)
     assert text.startswith("Cannot be told: 4-bit is best over 0% of the shared budgets")
-    assert "unpaired draws from intervals" in text
+    assert "unpaired: no items" in text
 
 
 def test_the_claim_is_not_tested_without_four_bit(make_points: Build) -> None:
