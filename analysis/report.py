@@ -85,13 +85,12 @@ def try_table(make: Callable[[pd.DataFrame], pd.DataFrame], results: pd.DataFram
 
 def list_measures(results: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the measurements that can be shown: metric, task, label, lower (whether lower is better)."""
-    pairs = results[["metric", "task"]].drop_duplicates()
-    pairs = pairs[pairs["metric"].isin(METRICS)]
-    order = {metric: place for place, metric in enumerate(METRICS)}
-    found = sorted(pairs.itertuples(index=False), key=lambda p: (order[p.metric], p.task != "mean_zero_shot", p.task))
+    pairs = {(str(metric), str(task)) for metric, task in results.groupby(["metric", "task"]).groups}
+    shown = [pair for pair in pairs if pair[0] in METRICS]
+    ordered = sorted(shown, key=lambda pair: (METRICS.index(pair[0]), pair[1] != "mean_zero_shot", pair[1]))
     return [
-        {"metric": p.metric, "task": p.task, "label": f"{p.metric}: {p.task}", "lower": p.metric in LOSSES}
-        for p in found
+        {"metric": metric, "task": task, "label": f"{metric}: {task}", "lower": metric in LOSSES}
+        for metric, task in ordered
     ]
 
 
@@ -110,7 +109,8 @@ def collect_columns(results: pd.DataFrame) -> dict[str, list[Any]]:
             **{name: rows[name].astype(float) for name in ("total_bits", "bits_per_param", "value", "low", "high")},
         }
     )
-    return {str(name): [None if is_missing(cell) else cell for cell in table[name].tolist()] for name in table}
+    columns = {str(name): cells for name, cells in table.to_dict("list").items()}
+    return {name: [None if is_missing(cell) else cell for cell in cells] for name, cells in columns.items()}
 
 
 def name_block_size(block_size: Any, bits: int) -> str:

@@ -199,13 +199,13 @@ def quantize_model(
             check_scale_range(float(parameters[name].detach().abs().max()), spec.scale_format)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    error = norm = 0.0
+    lost = norm = 0.0
     for name in names:
         # tensors of one model must not share their random numbers
         own_seed = dataclasses.replace(spec, seed=spec.seed + zlib.crc32(name.encode()))
         norm += _sum_squares(parameters[name].detach())
-        error += _quantize_parameter(parameters[name], own_seed, transposed=_is_transposed(_owner(model, name)))
-    report = dataclasses.replace(report, weight_rmse=math.sqrt(error / norm) if norm else 0.0)
+        lost += _quantize_parameter(parameters[name], own_seed, transposed=_is_transposed(_owner(model, name)))
+    report = dataclasses.replace(report, weight_rmse=math.sqrt(lost / norm) if norm else 0.0)
     if not spec.is_baseline:
         model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
@@ -309,8 +309,8 @@ def _quantize_parameter(parameter: nn.Parameter, spec: QuantSpec, *, transposed:
 
 
 def _sum_squares(values: torch.Tensor) -> float:
-    """Return the sum of the squared values, added up in float64 without a float64 copy of a large weight."""
-    return float(sum(torch.linalg.vector_norm(rows, dtype=torch.float64).item() ** 2 for rows in values.split(1024)))
+    """Return the sum of the squared values, added up in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _distinct_parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:

@@ -76,8 +76,8 @@ def test_the_fast_solver_equals_scipy(law: str) -> None:
 def test_one_wild_point_moves_a_robust_fit_little() -> None:
     points = add_noise(make_points("kumar"), 0)
     clean = fit_law("kumar", points, draws=10).parameters
-    points.loc[7, "y"] += 30 * points.loc[7, "error"]
-    wild = fit_law("kumar", points, draws=10).parameters
+    shift = np.where(np.arange(len(points)) == 7, 30 * points["error"], 0.0)
+    wild = fit_law("kumar", points.assign(y=points["y"] + shift), draws=10).parameters
     assert wild == pytest.approx(clean, rel=0.05)
 
 
