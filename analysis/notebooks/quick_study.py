@@ -1,7 +1,7 @@
 """The store that the notebooks read: yours, or a quick study made on the spot.
 
-Set KBIT_RESULTS to a store, or run `make demo` first (it writes results/ at the top). Without either a study of 15 small
-experiments on embedded models runs in a temporary folder; it takes seconds, and its numbers are rough.
+Set KBIT_RESULTS to a store, or run `make demo` first (it writes results/ at the top). Without either a study of 15
+small experiments on embedded models runs in a temporary folder; it takes seconds, and its numbers are rough.
 """
 
 from __future__ import annotations

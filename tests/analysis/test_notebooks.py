@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,12 +24,23 @@ def test_outputs_are_cleared(path: Path) -> None:
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
 
 
+@pytest.fixture(scope="module")
+def quick_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The store that a notebook makes where there is none, made once."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        module: Any = importlib.import_module("quick_study")
+    finally:
+        sys.path.remove(str(FOLDER))
+    return str(module.run_quick_study(str(tmp_path_factory.mktemp("quick"))))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_answers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_and_answers(path: Path, quick_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("KBIT_RESULTS", os.devnull)  # no store: the notebook makes its own
+    monkeypatch.setenv("KBIT_RESULTS", quick_store)
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=170, resources={"metadata": {"path": str(FOLDER)}})
