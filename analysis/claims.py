@@ -37,6 +37,7 @@ HOLDS: Final = 0.9  # "almost universally": at nine budgets in ten or more
 HOLDS_MOSTLY: Final = 0.5  # at more budgets than not
 SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
 NEGLIGIBLE: Final = {True: 0.005, False: 0.01}  # "no gain": half a point of accuracy, a hundredth of a nat
+MOST_VARIANTS: Final = 4  # a table that is read; --where shows others
 GRADES: Final = ("holds", "mostly holds", "does not hold", "cannot be told", "is not tested")
 
 Expectation = Literal["better", "worse", "no better"]
@@ -299,7 +300,9 @@ def find_measures(results: pd.DataFrame) -> list[Measure]:
 
 
 def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the statement "k-bit is optimal" for every family, variant and measure, with its margin.
+    """Return the statement "k-bit is optimal" for every family and measure, with its margin.
+
+    Of a family's variants (data type and block size) those with the most points, MOST_VARIANTS at most.
 
     Returns:
         Columns family, data_type, block_size, measure, precisions (that were compared), bits (the one that is best over
@@ -316,7 +319,8 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
             except AmbiguousResults as error:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
-            for variant, group in split_variants(curves):
+            largest = sorted(split_variants(curves), key=lambda pair: -len(pair[1]))[:MOST_VARIANTS]
+            for variant, group in largest:
                 if not shared_budgets(group).size:
                     continue
                 race = line_up(group, measure, results)

@@ -23,7 +23,7 @@ from kbit.measurement import Z_95
 from kbit.spec import BASELINE_BITS
 from kbit.store import read_items
 
-CHOICE: Final = ["data_type", "block_size", "bits", "value", "low", "high", "chance"]
+CHOICE: Final = ["total_bits", "data_type", "block_size", "bits", "value", "low", "high", "chance"]
 DRAWS: Final = 1000  # a probability near 1/2 is known to 0.03, an end of a 95% interval to 1% of its rank
 
 
@@ -171,9 +171,9 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
 
 
 def choose_precision(
-    curves: pd.DataFrame, measure: Measure, budget: float, results: pd.DataFrame | None = None
+    curves: pd.DataFrame, measure: Measure, budgets: Sequence[float], results: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Return, for one budget of bits, every curve that exists there, best first, with its chance to be the best.
+    """Return, for each budget of bits, every curve that exists there, best first, with its chance to be the best.
 
     This is the table to read for "which model fits into B bits": all precisions, data types and block sizes compete,
     each with the largest model that fits (between two sizes: interpolated).
@@ -181,25 +181,40 @@ def choose_precision(
     Args:
         curves: from precision_curves; one family.
         measure: what the curves show.
-        budget: bits of the whole model.
+        budgets: bits of the whole model.
         results: see draw_values.
 
     Returns:
-        Columns data_type, block_size, bits, value, low, high (95%, from the draws), chance.
+        Columns total_bits (the budget), data_type, block_size, bits, value, low, high (95%, from the draws), chance.
     """
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
     points = curves[~is_twin].reset_index(drop=True)
     points["curve"] = points.groupby([*VARIANT, "bits"], dropna=False).ngroup()
-    matrices = weigh_points(points, np.array([budget]), "curve", extend=True)
-    weights = {curve: matrix[0] for curve, matrix in matrices.items() if not np.isnan(matrix).any()}
-    if not weights:
-        return pd.DataFrame(columns=CHOICE)
-    values = draw_values(points, measure, results).values @ np.stack(list(weights.values())).T
+    draws = draw_values(points, measure, results).values
+    value = points["value"].to_numpy(dtype=np.float64)
+    about = points.drop_duplicates("curve").set_index("curve")[CHOICE[1:4]]
+    known: list[list[tuple[object, float, Floats]]] = [[] for _ in budgets]
+    for curve, matrix in weigh_points(points, np.asarray(budgets, dtype=np.float64), "curve", extend=True).items():
+        for place in np.flatnonzero(~np.isnan(matrix).any(axis=1)):
+            own = np.flatnonzero(matrix[place])  # two points of thousands
+            weights = matrix[place, own]
+            known[place].append((curve, float(value[own] @ weights), draws[:, own] @ weights))
+    parts = [
+        rank_choices(about, found, measure).assign(total_bits=budget)
+        for budget, found in zip(budgets, known, strict=True)
+        if found
+    ]
+    return pd.concat(parts, ignore_index=True)[CHOICE] if parts else pd.DataFrame(columns=CHOICE)
+
+
+def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]], measure: Measure) -> pd.DataFrame:
+    """Return the rows of choose_precision for one budget: of each curve its name, its value there and its draws."""
+    draws = np.stack([drawn for _, _, drawn in found], axis=1)
     sign = 1.0 if measure.higher_is_better else -1.0
-    table = points.drop_duplicates("curve").set_index("curve").loc[list(weights), CHOICE[:3]]
-    table["value"] = np.stack(list(weights.values())) @ points["value"].to_numpy(dtype=np.float64)
-    table["low"], table["high"] = np.quantile(values, [0.025, 0.975], axis=0)
-    table["chance"] = np.bincount((sign * values).argmax(axis=1), minlength=len(weights)) / len(values)
+    table = about.loc[[curve for curve, _, _ in found]].reset_index(drop=True)
+    table["value"] = [value for _, value, _ in found]
+    table["low"], table["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
+    table["chance"] = np.bincount((sign * draws).argmax(axis=1), minlength=len(found)) / len(draws)
     return table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
 
 

@@ -24,7 +24,7 @@ TABLE_2: Final = (
     "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
 )
 TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
-BUDGET_STEPS: Final = 8  # budgets that the frontier's table lists
+BUDGET_STEPS: Final = 6  # budgets that the frontier's table lists
 SHOWN: Final = 28  # rows of a table that a page holds
 
 
@@ -178,8 +178,7 @@ def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> p
     frontier = find_pareto_frontier(curves, measure.higher_is_better)
     budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), BUDGET_STEPS + 2)[1:-1]
     rows = []
-    for budget in budgets:
-        choices = choose_precision(curves, measure, float(budget), results)
+    for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:
             continue
         names = [

@@ -140,7 +140,7 @@ def test_the_choice_for_a_budget_ranks_all_curves(make_points: Build) -> None:
     points = make_points(
         {3: {10: 0.1, 100: 0.2}, 4: {10: 0.5, 100: 0.6}, 8: {50: 0.3, 500: 0.4}, 5: {200: 0.9, 400: 1.0}}
     )
-    table = choose_precision(points, ZERO_SHOT, 100)
+    table = choose_precision(points, ZERO_SHOT, [100])
     assert table["bits"].tolist() == [4, 8, 3]  # no 5-bit model is that small
     assert table["chance"].tolist() == [1, 0, 0]
     assert (table["low"] < table["value"]).all()
@@ -149,12 +149,12 @@ def test_the_choice_for_a_budget_ranks_all_curves(make_points: Build) -> None:
 
 def test_a_budget_need_not_be_spent(make_points: Build) -> None:
     points = make_points({4: {10: 0.5, 100: 0.6}, 8: {50: 0.3, 500: 0.4}})
-    table = choose_precision(points, ZERO_SHOT, 400)  # 4 bits have no model that large: the largest serves
+    table = choose_precision(points, ZERO_SHOT, [400])  # 4 bits have no model that large: the largest serves
     assert (table["bits"].iloc[0], table["value"].iloc[0]) == (4, pytest.approx(0.6))
-    assert choose_precision(points, ZERO_SHOT, 5).empty
+    assert choose_precision(points, ZERO_SHOT, [5]).empty
 
 
 def test_the_baseline_competes_once(make_points: Build) -> None:
     points = make_points({4: {10: 0.5, 100: 0.6}, 16: {40: 0.3, 400: 0.4}})
     twice = pd.concat([points, points[points["bits"] == 16].assign(data_type="int")], ignore_index=True)
-    assert choose_precision(twice, ZERO_SHOT, 100)["bits"].tolist() == [4, 16]
+    assert choose_precision(twice, ZERO_SHOT, [100])["bits"].tolist() == [4, 16]
