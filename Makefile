@@ -10,6 +10,7 @@ export HF_HUB_OFFLINE := 1
 demo: $(VENV)/runtime.stamp
 	$(BIN)/kbit run +sweeps=nano/bit_level
 	$(BIN)/kbit figures
+	$(BIN)/kbit report
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

@@ -31,6 +31,7 @@ from kbit.analysis.curves import (
     tabulate_curves,
 )
 from kbit.analysis.frontier import Draws, best_chances, draw_values, mean_interval, weigh_points
+from kbit.analysis.selections import rank_setting
 
 CLAIMED_BITS: Final = 4
 HOLDS: Final = 0.9  # "almost universally": at nine budgets in ten or more
@@ -270,7 +271,7 @@ def judge_contrasts(
     if not tested:
         return "Not tested: in no panel do the two kinds of curves meet at equal total bits."
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
-    limit = f" (by more than {negligible:g})" if expected == "no better" else ""
+    limit = f" (better by less than {negligible:g} counts as no better)" if expected == "no better" else ""
     parts = [f"{panel}: {describe_contrast(test, measure)}" for panel, test in tested[:4]]
     more = f"; and {len(tested) - 4} more" if len(tested) > 4 else ""
     head = f"It {grades}" if len(tests) == 1 else f"Of {len(tests)} panels it {grades}"
@@ -319,8 +320,7 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
             except AmbiguousResults as error:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
-            largest = sorted(split_variants(curves), key=lambda pair: -len(pair[1]))[:MOST_VARIANTS]
-            for variant, group in largest:
+            for variant, group in sorted(split_variants(curves), key=rank_variant)[:MOST_VARIANTS]:
                 if not shared_budgets(group).size:
                     continue
                 race = line_up(group, measure, results)
@@ -333,6 +333,12 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
         {"block_size": "Int64", "bits": "Int64"}
     )
+
+
+def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
+    """Return the place of a variant: the most points first, of equals the paper's settings (selections.rank_setting)."""
+    variant, points = part
+    return -len(points), rank_setting(variant["data_type"]), rank_setting(variant["block_size"])
 
 
 def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:

@@ -81,11 +81,14 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for family, of_family in results.groupby("family"):
-        measure = find_cross_entropy(of_family)
-        for law in LAWS if measure else ():
+        if (measure := find_cross_entropy(of_family)) is None:
+            continue
+        is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
+        losses = results[is_meant & (results["task"] == measure.task)]
+        for law in LAWS:
             row: dict[str, Any] = {"family": family, "law": law}
             try:
-                points = collect_points(law, results, str(family), measure)  # type: ignore[arg-type]
+                points = collect_points(law, losses, str(family), measure)
                 if points.empty:
                     raise TooFewPoints("no quantized models beside their 16-bit baseline")
                 rows.append(row | describe_fit(law, points))

@@ -24,7 +24,7 @@ TABLE_2: Final = (
     "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
 )
 TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
-BUDGET_STEPS: Final = 6  # budgets that the frontier's table lists
+BUDGET_STEPS: Final = 5  # budgets that the frontier's table lists
 SHOWN: Final = 28  # rows of a table that a page holds
 
 
@@ -171,7 +171,8 @@ def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> p
     Raises:
         AmbiguousResults: see precision_curves.
     """
-    curves = precision_curves(results[results["family"] == family], measure.metric, measure.task)
+    is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
+    curves = precision_curves(results[is_meant], measure.metric, measure.task)
     curves = curves[(curves["bits"] == 16) | ~has_settings(curves["data_type"])]
     if curves["model"].nunique() < 2:
         return pd.DataFrame()

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from kbit.analysis.claims import (
+    MOST_VARIANTS,
     Contrast,
     contrast_curves,
     judge_contrasts,
@@ -127,7 +128,8 @@ def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
     table = tabulate_verdicts(planted)
     assert set(table["family"]) == {"opt", "pythia"}
     assert set(table["measure"]) == {"mean zero-shot accuracy", "cross entropy"}
-    best = table[(table["data_type"] == "nf") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
+    assert table.groupby(["family", "measure"]).size().tolist() == [MOST_VARIANTS] * 4
+    best = table[(table["data_type"] == "float") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
     assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 8, 16"] * 2
     assert (table.loc[table["grade"] == "cannot be told", "low"] <= 0).all()
     assert (table["share"] <= 1).all()
