@@ -336,7 +336,7 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
-    """Return the place of a variant: the most points first, of equals the paper's settings (selections.rank_setting)."""
+    """Return the place of a variant: the most points first, of equals the paper's settings."""
     variant, points = part
     return -len(points), rank_setting(variant["data_type"]), rank_setting(variant["block_size"])
 

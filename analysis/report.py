@@ -85,7 +85,8 @@ def try_table(make: Callable[[pd.DataFrame], pd.DataFrame], results: pd.DataFram
 
 def list_measures(results: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the measurements that can be shown: metric, task, label, lower (whether lower is better)."""
-    pairs = {(str(metric), str(task)) for metric, task in results.groupby(["metric", "task"]).groups}
+    distinct = results[["metric", "task"]].drop_duplicates()
+    pairs = zip(distinct["metric"].astype(str), distinct["task"].astype(str), strict=True)
     shown = [pair for pair in pairs if pair[0] in METRICS]
     ordered = sorted(shown, key=lambda pair: (METRICS.index(pair[0]), pair[1] != "mean_zero_shot", pair[1]))
     return [

@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,7 +87,7 @@ class QuantizationReport:
 
     spec: QuantSpec
     tensors: tuple[TensorReport, ...]
-    weight_rmse: float | None = None
+    weight_rmse: float | None = field(default=None, compare=False)  # a plan is equal to the report of its execution
 
     @property
     def parameters(self) -> int:
