@@ -26,7 +26,7 @@ PUBLISHED: Final = {
 }
 
 
-def collect_points(law: str, results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+def collect_points(law: str, curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
     """Return the points that a law describes: model, parameters, bits, block_size, y, error; perhaps none.
 
     Of a family's variants the one measured most. y is the cross entropy, or what quantization adds to it; its standard
@@ -34,27 +34,22 @@ def collect_points(law: str, results: pd.DataFrame, family: str, measure: Measur
 
     Args:
         law: one of laws.LAWS.
-        results: the store.
-        family: whose models.
+        curves: of one family, from precision_curves.
         measure: cross entropy on which text.
-
-    Raises:
-        AmbiguousResults: see precision_curves.
+        results: the table that the curves come from: sizes of the models, and where their items are.
     """
-    rows = results[results["family"] == family]
-    points = precision_curves(rows, measure.metric, measure.task)
-    base = points[points["bits"] == BASELINE_BITS].drop_duplicates("model")
+    base = curves[curves["bits"] == BASELINE_BITS].drop_duplicates("model")
     if law == "block":
-        chosen = select_block_sizes(points, BLOCK_LAW_BITS)
+        chosen = select_block_sizes(curves, BLOCK_LAW_BITS)
         chosen = chosen[chosen["block_size"].notna()]
     else:
-        chosen = select_precisions(points)
+        chosen = select_precisions(curves)
         chosen = chosen[chosen["bits"] < BASELINE_BITS]
     if chosen.empty or base.empty:
         return pd.DataFrame()
     everything = pd.concat([base, chosen], ignore_index=True)
     draws = draw_values(everything, measure, results).values
-    parameters = rows.drop_duplicates("model").set_index("model")["parameters"]
+    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
     everything = everything.assign(
         y=everything["value"], error=draws.std(axis=0), parameters=everything["model"].map(parameters).astype(float)
     )
@@ -85,10 +80,11 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
             continue
         is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
         losses = results[is_meant & (results["task"] == measure.task)]
+        curves = precision_curves(losses, measure.metric, measure.task)
         for law in LAWS:
             row: dict[str, Any] = {"family": family, "law": law}
             try:
-                points = collect_points(law, losses, str(family), measure)
+                points = collect_points(law, curves, measure, losses)
                 if points.empty:
                     raise TooFewPoints("no quantized models beside their 16-bit baseline")
                 rows.append(row | describe_fit(law, points))
