@@ -1,4 +1,4 @@
-"""The command line: `kbit run | plan | figures | results | models | doctor`."""
+"""The command line: `kbit run | plan | figures | report | results | models | doctor`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ usage: kbit <command> [arguments]
   run      quantize and evaluate one model, or with -m / +sweeps=... a grid   kbit run --help
   plan     say what the same arguments would run, and run nothing
   figures  draw the figures that the results allow                            kbit figures --help
+  report   write one page with every experiment, to open in a browser         kbit report --help
   results  print or export the results                                        kbit results --help
   models   list the models that have a short name
   doctor   say what works here: devices, hub, and the data that the same arguments as of run ask for
@@ -62,6 +63,8 @@ def run_command(command: str, arguments: list[str]) -> None:
             run_hydra([*_multirun(arguments), "hydra.launcher.plan_only=true"])
         case "figures":
             draw_figures(arguments)
+        case "report":
+            make_report(arguments)
         case "results":
             show_results(arguments)
         case "models":
@@ -75,7 +78,8 @@ def run_command(command: str, arguments: list[str]) -> None:
 
             print(f"kbit {version('kbit')}")
         case _:
-            sys.exit(f"kbit: unknown command {command!r}; allowed are run, plan, figures, results, models, doctor")
+            allowed = "run, plan, figures, report, results, models, doctor"
+            sys.exit(f"kbit: unknown command {command!r}; allowed are {allowed}")
 
 
 def run_hydra(arguments: list[str]) -> None:
@@ -117,8 +121,8 @@ def draw_figures(arguments: list[str]) -> None:
     parser.add_argument("--where", help="draw these rows only: a pandas query, such as \"data_type == 'nf'\"")
     parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
     options = parser.parse_args(arguments)
-    from kbit.analysis.curves import finding
     from kbit.analysis.figures import save_figures
+    from kbit.analysis.findings import finding
     from kbit.store import read_results
 
     try:
@@ -127,13 +131,29 @@ def draw_figures(arguments: list[str]) -> None:
             results = _select_rows(results, options.where)
         figures = save_figures(results, options.out, options.names or None)
         for figure in figures:
-            print(f"{figure.name}: " + (f"not drawn: {figure.skipped}" if figure.skipped else str(figure.paths[0])))
+            shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"
+            print(f"{figure.name}: {shown}")
         if not any(figure.paths for figure in figures):
             sys.exit("kbit: error: these results allow no figure")
         print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
         print(f"\n{finding(results)}")
     except (ValueError, OSError) as error:
         sys.exit(f"kbit: error: {error}")
+
+
+def make_report(arguments: list[str]) -> None:
+    """Write the report of a store: `kbit report`."""
+    parser = argparse.ArgumentParser("kbit report", description="Write one page with every experiment of a store.")
+    parser.add_argument("--results", default="results", help="folder of the store (default: results)")
+    parser.add_argument("--out", default="report.html", type=Path, help="the page (default: report.html)")
+    options = parser.parse_args(arguments)
+    from kbit.analysis.report import write_report
+
+    try:
+        write_report(options.results, options.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"kbit: error: {error}")
+    print(f"{options.out.absolute()}: open it in a browser, no network is needed")
 
 
 def show_results(arguments: list[str]) -> None:

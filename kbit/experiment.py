@@ -103,6 +103,7 @@ class Result:
         items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
             empty in results from before they were kept.
         scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory.
+        weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
     """
 
     key: str
@@ -133,6 +134,7 @@ class Result:
     items: tuple[ItemValues, ...] = ()
     scorer: str = ""
     batch_tokens: int = 0
+    weight_rmse: float | None = None
 
 
 class Session:
@@ -222,6 +224,7 @@ class Session:
             items=tuple(items),
             scorer=self._scorer.path,
             batch_tokens=self._scorer.budget.tokens,
+            weight_rmse=report.weight_rmse,
         )
 
     def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:

@@ -35,7 +35,7 @@ _COLUMNS: Final = (
     "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
     "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
     "scale_format", "rounding", "seed", "method", "include", "exclude", "evaluation",
-    "bits_per_param", "total_bits", "task", "metric", "value", "low", "high", "n",
+    "bits_per_param", "total_bits", "weight_rmse", "task", "metric", "value", "low", "high", "n",
 )  # fmt: skip
 
 
@@ -95,15 +95,18 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
 
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
     (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
-    (values compare only where it is equal), bits_per_param, total_bits, task, metric, value, low, high (95% interval),
-    n.
+    (values compare only where it is equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized
+    weights), task, metric, value, low, high (95% interval), n. The table's attrs["store"] is the path, for those who
+    need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
     """
     rows = [row for record in _read_records(path, "experiments") for row in _rows(record)]
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
-    return table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table.attrs["store"] = str(path)
+    return table
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
@@ -122,6 +125,22 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 
+def read_provenance(path: str | Path = "results") -> pd.DataFrame:
+    """Return where the results come from: git_commit, device, versions, experiments, first, last; one row per origin.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = [
+        {name: record[name] for name in ("git_commit", "device", "finished")}
+        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
+        for record in _read_records(path, "experiments")
+    ]
+    table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
+    origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
+    return origins.agg(experiments="size", first="min", last="max").reset_index()
+
+
 def read_items(
     path: str | Path, task: str, metric: str, keys: Collection[str] | None = None
 ) -> dict[str, NDArray[np.float64]]:
@@ -138,19 +157,20 @@ def read_items(
         FileNotFoundError: there is no store at path.
     """
     found = {}
-    for record in _read_records(path, "experiments"):
-        if keys is None or record["key"] in keys:
-            for items in record.get("items", ()):
-                if (items["task"], items["metric"]) == (task, metric):
-                    found[record["key"]] = decode_items(ItemValues(**items))
+    for record in _read_records(path, "experiments", keys):
+        for items in record.get("items", ()):
+            if (items["task"], items["metric"]) == (task, metric):
+                found[record["key"]] = decode_items(ItemValues(**items))
     return found
 
 
-def _read_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
+def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of these keys that are there; None: all."""
     folder = Path(path) / kind
     if not folder.is_dir():
         raise FileNotFoundError(f"no results at {Path(path).absolute()}: start with `kbit run`")
-    for file in sorted(folder.glob("*.json")):
+    wanted = folder.glob("*.json") if keys is None else (folder / f"{key}.json" for key in keys)
+    for file in sorted(file for file in wanted if file.exists()):
         try:
             record = json.loads(file.read_text())
         except json.JSONDecodeError as error:

@@ -237,7 +237,7 @@ def test_version(tmp_path: Path) -> None:
 def test_usage_names_every_command(kbit: Kbit, arguments: tuple[str, ...]) -> None:
     done = kbit(*arguments)
     assert done.code == 0
-    assert all(f"\n  {command} " in done.out for command in ("run", "plan", "figures", "results", "models"))
+    assert all(f"\n  {command} " in done.out for command in ("run", "plan", "figures", "report", "results", "models"))
 
 
 def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
@@ -352,7 +352,7 @@ def test_unknown_command_names_the_commands(kbit: Kbit) -> None:
     done = kbit("rnu")
     assert done.code == 1
     assert "'rnu'" in done.err
-    assert "run, plan, figures, results, models" in done.err
+    assert "run, plan, figures, report, results, models" in done.err
 
 
 def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
@@ -363,7 +363,7 @@ def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
     assert not (study / "figures").exists()
 
 
-@pytest.mark.parametrize("command", ["figures", "results"])
+@pytest.mark.parametrize("command", ["figures", "report", "results"])
 def test_missing_store_is_named(kbit: Kbit, tmp_path: Path, command: str) -> None:
     done = kbit(command)
     assert done.code == 1

@@ -16,7 +16,7 @@ import pytest
 from kbit.config import Experiment, ModelConfig, QuantConfig
 from kbit.experiment import Result
 from kbit.measurement import Measurement, encode_items
-from kbit.store import SCHEMA_VERSION, Store, read_failures, read_items, read_results
+from kbit.store import SCHEMA_VERSION, Store, read_failures, read_items, read_provenance, read_results
 
 ACCURACY = Measurement("nano_cloze", "acc", 0.5, 0.4, 0.6, 100)
 LOSS = Measurement("nano_held_out", "cross_entropy", 3.0, math.nan, math.nan, 1)
@@ -301,3 +301,19 @@ def test_a_store_from_before_items_were_kept_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps(record))
     assert len(read_results(tmp_path)) == 2
     assert read_items(tmp_path, "nano_cloze", "acc") == {}
+
+
+def test_provenance_has_a_row_for_each_origin(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for model, device in (("a", "CPU 1"), ("b", "CPU 1"), ("c", "CPU 2")):
+        store.write(dataclasses.replace(make_result(model=model), device=device))
+    origins = read_provenance(tmp_path).set_index("device")
+    assert origins["experiments"].to_dict() == {"CPU 1": 2, "CPU 2": 1}
+    assert (origins["first"] <= origins["last"]).all()
+
+
+def test_the_table_knows_its_store(tmp_path: Path) -> None:
+    Store(tmp_path).write(make_result())
+    results = read_results(tmp_path)
+    assert results.attrs["store"] == str(tmp_path)
+    assert results[results["bits"] < 16].attrs["store"] == str(tmp_path)
