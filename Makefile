@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test lint types check clean
 
 demo: $(VENV)/runtime.stamp
-	$(BIN)/kbit run +sweeps=nano/bit_level
+	$(BIN)/kbit run +sweeps=nano/quick
 	$(BIN)/kbit figures
 	$(BIN)/kbit report
 

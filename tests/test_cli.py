@@ -195,7 +195,8 @@ def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
 
 
 def test_plan_of_a_ready_study(kbit: Kbit) -> None:
-    assert "24 asked, 24 distinct, 0 done, 24 to run" in kbit("plan", "+sweeps=nano/bit_level").out
+    assert "78 asked, 78 distinct, 0 done, 78 to run" in kbit("plan", "+sweeps=nano/bit_level").out
+    assert "24 asked, 24 distinct, 0 done, 24 to run" in kbit("plan", "+sweeps=nano/quick").out
 
 
 def test_plan_works_without_ray_too(kbit: Kbit) -> None:
