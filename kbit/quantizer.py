@@ -92,7 +92,7 @@ class QuantizedTensor:
             tensors["codebook"],
             tuple(description["shape"]),
             getattr(torch, description["dtype"]),
-            QuantSpec(**description["spec"]),
+            QuantSpec.from_json(description["spec"]),
         )
 
 

@@ -185,7 +185,7 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     experiment, quant = record["experiment"], record["experiment"]["quant"]
     shared: dict[str, Any] = {name: record[name] for name in _COLUMNS if name in record}
     shared |= {"model": experiment["model"]["name"], "dtype": experiment["model"]["dtype"], "bits": quant["bits"]}
-    spec = QuantSpec(**{f.name: quant[f.name] for f in dataclasses.fields(QuantSpec) if f.name in quant}).canonical()
+    spec = QuantSpec.from_json(quant).canonical()
     if not spec.is_baseline:
         shared |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
         shared |= {} if spec.data_type == "float" else {"float_bias": None}
