@@ -101,12 +101,12 @@ def _hash_file(path: Path, _modified: int) -> str:
 
 
 def locate_text(name: str) -> Path | None:
-    """Return the file of an embedded text or of a path, None for a text of the hub that can be had.
+    """Return the file of an embedded text or of a path, None for a text of the hub.
 
     A path wins over the hub: a file named c4 is that file.
 
     Raises:
-        FileNotFoundError: none of them; offline, also a text of the hub that is not in the local cache.
+        FileNotFoundError: none of them.
     """
     embedded = {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
     path = embedded.get(name, Path(name))
@@ -117,6 +117,14 @@ def locate_text(name: str) -> Path | None:
             f"text {name!r} is neither embedded ({', '.join(sorted(embedded))}) nor on the hub "
             f"({', '.join(sorted(HUB_TEXTS))}) nor a file at {path.resolve()}"
         )
-    if os.environ.get("HF_HUB_OFFLINE") == "1":  # quick, and better known before any work
-        load_hub_text(name)
     return None
+
+
+def check_text(name: str) -> None:
+    """Raise the error that a text which cannot be had would give later: quickly, so not by a download.
+
+    Raises:
+        FileNotFoundError: see locate_text; offline, also a text of the hub that is not in the local cache.
+    """
+    if locate_text(name) is None and os.environ.get("HF_HUB_OFFLINE") == "1":
+        load_hub_text(name)

@@ -9,8 +9,10 @@ from typing import Any
 import datasets
 import pytest
 
+from kbit.config import EvalConfig, Experiment
 from kbit.hubtext import HUB_TEXTS, load_hub_text
-from kbit.textdata import identify_text, locate_text, read_documents
+from kbit.sweep import check_experiment
+from kbit.textdata import check_text, identify_text, locate_text, read_documents
 
 ROWS = {
     "wikitext2": [{"text": " = Title = \n"}, {"text": ""}, {"text": " A line . \n"}],
@@ -62,4 +64,11 @@ def test_wikitext2_is_gptqs(hub: list[Any]) -> None:
 @pytest.mark.parametrize("name", sorted(HUB_TEXTS))
 def test_offline_it_is_a_clear_error_before_any_work(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=rf"text '{name}' is the data set .* \(HF_HUB_OFFLINE=1 is set\)"):
-        locate_text(name)
+        check_text(name)
+
+
+def test_a_study_of_the_hubs_text_is_planned_offline() -> None:
+    experiment = Experiment(eval=EvalConfig(tasks=(), perplexity="pile_cc"))
+    check_experiment(experiment, planned_only=True)
+    with pytest.raises(FileNotFoundError, match="pile_cc"):
+        check_experiment(experiment)
