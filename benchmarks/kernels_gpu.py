@@ -2,6 +2,8 @@
 
     python benchmarks/kernels_gpu.py [--size 4096] [--repeats 50]
 
+Needs the extra kbit[cuda]; bitsandbytes is skipped, with a word, where it is not installed. First every kernel, and
+kbit.quantize and kbit.fake_quantize on them, must equal the CPU's results bit for bit.
 GB/s counts the bytes that an operation must read and write once: weights at 2 bytes, codes at 1 (bitsandbytes' 4-bit
 codes at 1/2), scales at 4. Copy is torch's copy of the same weights. Calls go over several tensors in turn, together
 larger than the card's cache, and are queued behind a pause, so that CUDA events measure the card and not Python. Prints
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import statistics
 import sys
@@ -26,6 +29,9 @@ import torch
 from kbit.datatypes import Codebook, decision_thresholds, make_codebook
 from kbit.kernels import cpu
 from kbit.kernels import cuda as kernels
+from kbit.quantizer import fake_quantize
+from kbit.quantizer import quantize as quantize_tensor
+from kbit.spec import QuantSpec
 
 torch_cuda: Any = torch.cuda  # partly annotated
 
@@ -82,6 +88,7 @@ def list_kbit_calls(
     xs, outs = [as_words(x) for x in tensors], [as_words(torch.empty_like(x)) for x in tensors]
     scales = [x.view(-1, block_size).abs().amax(1).float() for x in tensors]
     zeros = torch.zeros_like(scales[0])
+    refused = torch.zeros(1, dtype=torch.uint8, device=xs[0].device)
     codes = [kernels.quantize(xs[i], scales[i], zeros, codebook, thresholds, *shape) for i in range(len(xs))]
     yield "block_extremes", lambda i: kernels.block_extremes(xs[i], *shape), 2 * n + 2 * scale_bytes
     yield (
@@ -101,7 +108,7 @@ def list_kbit_calls(
     )
     yield (
         "fake_quantize_absmax",
-        lambda i: kernels.fake_quantize_absmax(xs[i], codebook, thresholds, *shape, "fp32", outs[i]),
+        lambda i: kernels.fake_quantize_absmax(xs[i], codebook, thresholds, *shape, "fp32", outs[i], refused),
         4 * n,
     )
 
@@ -131,8 +138,19 @@ def list_bitsandbytes_calls(
         yield "dequantize_blockwise", lambda i: bnb.dequantize_blockwise(*quantized[i]), 3 * n + scale_bytes
 
 
+def find_public_errors(x: torch.Tensor, spec: QuantSpec) -> list[str]:
+    """Return which of kbit's own functions give another result on the card than on the CPU."""
+    on_cpu = x.cpu()
+    same = {
+        "kbit.quantize": np.array_equal(quantize_tensor(x, spec).codes, quantize_tensor(on_cpu, spec).codes),
+        "kbit.fake_quantize": torch.equal(fake_quantize(x, spec).cpu(), fake_quantize(on_cpu, spec)),
+    }
+    return [name for name, is_same in same.items() if not is_same]
+
+
 def find_errors(x: torch.Tensor, codebook: Codebook, block_size: int) -> list[str]:
     """Return the operations whose result is not that of kbit.kernels.cpu, bit for bit."""
+    refused = torch.zeros(1, dtype=torch.uint8, device=x.device)
     words, n, thresholds = as_words(x), x.numel(), decision_thresholds(codebook)
     on_cpu = words.cpu().numpy()
     low, high = cpu.block_extremes(on_cpu, n, block_size)
@@ -151,7 +169,7 @@ def find_errors(x: torch.Tensor, codebook: Codebook, block_size: int) -> list[st
             words, device_scales, device_zeros, codebook, thresholds, n, block_size, None, out
         ),
         "fake_quantize_absmax": lambda: kernels.fake_quantize_absmax(
-            words, codebook, thresholds, n, block_size, "fp32", out
+            words, codebook, thresholds, n, block_size, "fp32", out, refused
         ),
     }
     for name, operation in operations.items():
@@ -160,6 +178,15 @@ def find_errors(x: torch.Tensor, codebook: Codebook, block_size: int) -> list[st
         if not np.array_equal(out.cpu().numpy().view(np.uint16), values.view(np.uint16)):
             errors.append(name)
     return errors
+
+
+def check_all(size: int) -> Iterator[str]:
+    """Yield what is wrong, by format, block size and dtype."""
+    for (bits, data_type), block_size, dtype in itertools.product(FORMATS, BLOCK_SIZES, DTYPES):
+        x = torch.randn(size * size, device="cuda").to(dtype)
+        errors = find_errors(x, make_codebook(data_type, bits), block_size)
+        if errors := errors + find_public_errors(x, QuantSpec(bits, data_type, block_size=block_size)):
+            yield f"WRONG at {bits} bits, block {block_size}, {dtype}: {', '.join(errors)}"
 
 
 def list_rows(size: int, repeats: int, with_bitsandbytes: bool) -> Iterator[Row]:
@@ -206,15 +233,13 @@ def main() -> int:
     if not torch_cuda.is_available():
         print("no CUDA device: torch finds no GPU, so there is nothing to measure", file=sys.stderr)
         return 2
-    for bits, data_type in FORMATS:
-        for block_size in BLOCK_SIZES:
-            for dtype in DTYPES:
-                x = torch.randn(arguments.size**2, device="cuda").to(dtype)
-                if errors := find_errors(x, make_codebook(data_type, bits), block_size):
-                    print(f"WRONG at {bits} bits, block {block_size}, {dtype}: {', '.join(errors)}", file=sys.stderr)
-                    return 1
-    print("correct: all kernels equal kbit.kernels.cpu bit for bit")
+    if wrong := list(check_all(arguments.size)):
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    print("correct: all kernels, and kbit.quantize and fake_quantize on them, equal the CPU's bit for bit")
     versions = {package: find_version(package) for package in ("torch", "numba", "numba-cuda", "bitsandbytes")}
+    if versions["bitsandbytes"] is None:
+        print("bitsandbytes is not installed: skipped")
     device = torch_cuda.get_device_name()
     print(f"{device}, {versions}\n")
     print(f"{'library':14}{'operation':22}{'bits':>5}{'block':>7}  {'dtype':10}{'us':>9}{'GB/s':>9}{'of copy':>9}")

@@ -1,4 +1,9 @@
-"""Quantize tensors: the public functions on torch tensors and NumPy arrays, and what they check at the door."""
+"""Quantize tensors: the public functions on torch tensors and NumPy arrays, and what they check at the door.
+
+A tensor is quantized on its own device (kbit.backend): on the CPU, or on a GPU on torch's current stream. Both give the
+same bits but for a quantile codebook of float32 values, which a GPU estimates (kbit.quantiles), and a mean
+(spec.centering) that lies within float64's rounding of the middle between two float16 numbers.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +17,28 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from kbit import fitted
+from kbit.backend import Backend, choose_backend
 from kbit.datatypes import ADAPTIVE, Codebook, decision_thresholds
-from kbit.fitted import quantile_positions, sample_indices
 from kbit.kernels import cpu
 from kbit.kernels.cpu_select import quantiles
+from kbit.quantiles import estimate_quantiles
 from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
 
-Values = NDArray[Any]  # flat float32, float16, or the bits of bfloat16 as uint16
+Values = Float[torch.Tensor, " n"]  # contiguous float32, float16 or bfloat16
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A quantized tensor as it is stored: x ~ codebook[code] * scale + offset.
+    """A quantized tensor as it is stored, on the CPU: x ~ codebook[code] * scale + offset.
 
     Attributes:
         codes: uint8 [ceil(n bits / 8)], packed: see kbit.reference.pack.
@@ -115,67 +122,107 @@ class _Grid:
 def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor:
     """Quantize a tensor of any shape and of dtype float16, bfloat16, float32 or float64.
 
-    A strided view gives what its contiguous copy gives, and x is not changed. Float64 is rounded to float32 first.
+    A strided view gives what its contiguous copy gives, and x is not changed. Float64 is rounded to float32 first. The
+    work is done on x's device; the result is on the CPU.
 
     Raises:
         ValueError: spec is the 16-bit baseline; x is empty, holds NaN or Inf (with the count), is a meta tensor, is
-            not floating point, or has a block maximum beyond scale_format's range.
+            not floating point, or has a block maximum beyond scale_format's range; its device is no CPU or CUDA GPU.
+        ImportError: x is on a GPU and numba-cuda (the extra kbit[cuda]) is not installed.
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
-    grid = _make_grid(values, tensor.shape, spec)
+    backend = choose_backend(values.device)
+    grid = _make_grid(values, tensor.shape, spec, backend)
     with torch_threads_kept():
-        packed = cpu.quantize(
-            values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed,
-            spec.bits,
+        codes = backend.kernels.quantize(
+            backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook, grid.thresholds,
+            grid.row, grid.block_size, grid.seed, spec.bits,
         )  # fmt: skip
+        packed = backend.get(codes)
     shape = tuple(tensor.shape)
     return QuantizedTensor(
         packed, grid.stored_scales, grid.stored_offsets, grid.center, grid.codebook, shape, tensor.dtype, spec
     )
 
 
-def dequantize(q: QuantizedTensor) -> torch.Tensor:
-    """Return codebook[code] * scale + offset, computed in float32 and cast to the original dtype and shape."""
+def dequantize(q: QuantizedTensor, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Return codebook[code] * scale + offset, computed in float32 and cast to the original dtype and shape.
+
+    Args:
+        q: from quantize or QuantizedTensor.load.
+        device: where to compute the result, which stays there: cpu, cuda or cuda:N. See quantize for the errors.
+    """
+    backend = choose_backend(torch.device(device))
     row, block_size = _block_shape(q.shape, q.spec)
     scales = _decode_scales(q.scales, q.spec)
     offsets = _add_center(decode_scales(q.offsets, q.spec.offset_format) if q.offsets else None, q.center, scales)
-    result = _allocate(q.shape, q.dtype)
+    result = backend.allocate(q.shape, _computed_dtype(q.dtype))
     with torch_threads_kept():
-        cpu.dequantize(q.codes, scales, offsets, q.codebook, row, block_size, _as_array(result.view(-1)), q.spec.bits)
+        backend.kernels.dequantize(
+            backend.put(q.codes), backend.put(scales), backend.put(offsets), q.codebook, row, block_size,
+            backend.view(result.view(-1)), q.spec.bits,
+        )  # fmt: skip
     return result.to(q.dtype)
 
 
 def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     """Return dequantize(quantize(x, spec)) without storing codes: what the model computes with after quantization.
 
-    Same kind, dtype and shape as x; see quantize for the conditions.
+    Same kind, dtype, shape and device as x; see quantize for the conditions.
     """
     tensor = _as_tensor(x)
-    result = _allocate(tensor.shape, tensor.dtype)
-    _fake_quantize_into(result, tensor, spec)
+    values = _flatten(tensor, spec)
+    result = choose_backend(tensor.device).allocate(tensor.shape, values.dtype)
+    _fake_quantize_into(result, values, spec)
     if isinstance(x, np.ndarray):
         return result.numpy().astype(x.dtype, copy=False)
-    return result.to(device=x.device, dtype=x.dtype)
+    return result.to(x.dtype)
 
 
 def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Replace x by fake_quantize(x, spec) and return it; a contiguous x needs no memory of its size."""
-    if x.is_contiguous() and x.dtype != torch.float64 and x.device.type == "cpu":
-        _fake_quantize_into(x, x, spec)
+    if x.is_contiguous() and x.dtype != torch.float64:
+        _fake_quantize_into(x, _flatten(x, spec), spec)
     else:
         x.copy_(fake_quantize(x, spec))
     return x
 
 
-def _fake_quantize_into(result: torch.Tensor, x: torch.Tensor, spec: QuantSpec) -> None:
-    values = _flatten(x, spec)
-    grid = _make_grid(values, x.shape, spec)
+def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -> None:
+    """Fill result, whose memory may be that of the values."""
+    backend = choose_backend(values.device)
+    in_place = result.data_ptr() == values.data_ptr()
+    if not in_place and _is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result):
+        return
+    grid = _make_grid(values, result.shape, spec, backend)
     with torch_threads_kept():
-        cpu.fake_quantize(
-            values, grid.scales, grid.offsets, grid.codebook, grid.thresholds, grid.row, grid.block_size, grid.seed,
-            _as_array(result.view(-1)),
+        backend.kernels.fake_quantize(
+            backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook,
+            grid.thresholds, grid.row, grid.block_size, grid.seed, backend.view(result.view(-1)),
         )  # fmt: skip
+
+
+def _is_fused(spec: QuantSpec, backend: Backend) -> bool:
+    """Whether one kernel finds the scales and quantizes: it reads and writes each weight once."""
+    return (
+        backend.is_gpu
+        and spec.normalization == "absmax"
+        and spec.scale_format in backend.kernels.FUSED_SCALE_FORMATS
+        and spec.rounding != "stochastic"
+        and spec.data_type not in ADAPTIVE
+        and not spec.centering
+    )
+
+
+def _fake_quantize_fused(values: Values, spec: QuantSpec, backend: Backend, result: torch.Tensor) -> bool:
+    """Fill result, not in place; False if a block holds NaN or Inf or a maximum beyond the scale's format."""
+    codebook, refused = spec.make_codebook(), backend.put(np.zeros(1, np.uint8))
+    backend.kernels.fake_quantize_absmax(
+        backend.view(values), codebook, decision_thresholds(codebook, spec.rounding),
+        *_block_shape(result.shape, spec), spec.scale_format, backend.view(result.view(-1)), refused,
+    )  # fmt: skip
+    return not backend.get(refused)[0]
 
 
 @contextmanager
@@ -194,17 +241,17 @@ def torch_threads_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
+def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> _Grid:
     """Choose and round the scales and offsets, and make the codebook."""
     row, block_size = _block_shape(shape, spec)
     with torch_threads_kept():
-        low, high = cpu.block_extremes(values, row, block_size)
+        extremes = backend.kernels.block_extremes(backend.view(values), row, block_size)
+    low, high = map(backend.get, extremes)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        finite = _to_float32(values).isfinite()
-        raise ValueError(f"{int((~finite).sum())} of {values.size} values are NaN or Inf")
+        raise ValueError(f"{int((~values.isfinite()).sum())} of {values.numel()} values are NaN or Inf")
     center = np.empty(0, np.float16)
     if spec.centering:
-        center = np.array([_to_float32(values).mean(dtype=torch.float64)], np.float16)
+        center = np.array([float(values.float().mean(dtype=torch.float64))], np.float16)
         low, high = low - center.astype(np.float32), high - center.astype(np.float32)
     adaptive = spec.data_type in ADAPTIVE
     codebook = None if adaptive else spec.make_codebook()
@@ -217,7 +264,7 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec) -> _Grid:
     offsets = decode_scales(stored_offsets, spec.offset_format) if stored_offsets else None
     offsets = _add_center(offsets, center, scales)
     if codebook is None:
-        codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, row, block_size, spec))
+        codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, (row, block_size), spec, backend))
     stochastic = spec.rounding == "stochastic"
     thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
     seed = spec.seed if stochastic else None
@@ -255,20 +302,24 @@ def _add_center(offsets: Scales | None, center: NDArray[np.float16], scales: Sca
 
 
 def _adaptive_sample(
-    values: Values, scales: Scales, offsets: Scales, row: int, block_size: int, spec: QuantSpec
+    values: Values, scales: Scales, offsets: Scales, block_shape: tuple[int, int], spec: QuantSpec, backend: Backend
 ) -> NDArray[Any]:
-    """Return a small array that an adaptive codebook can be fitted to as well as to the tensor.
+    """Return what an adaptive codebook is fitted to, on the CPU.
 
-    quantile: 2^k + 2 numbers with the tensor's quantiles at i / (2^k + 1). learned: a sample of the normalised values.
+    quantile: 2^k + 2 numbers with the tensor's quantiles at i / (2^k + 1), exact on the CPU and estimated on a GPU.
+    learned: a sample of the normalised values (fitted.sample_indices), the same on each device.
     """
     if spec.data_type == "quantile":
+        positions = fitted.quantile_positions(spec.bits)
         with torch_threads_kept():
-            edges = quantiles(values, quantile_positions(spec.bits))
+            edges = (
+                estimate_quantiles(values, positions) if backend.is_gpu else quantiles(backend.view(values), positions)
+            )
         return np.concatenate([edges[:1], edges, edges[-1:]])
-    at = sample_indices(values.size, spec.seed)
-    in_row, per_row = at % row, (row + block_size - 1) // block_size
-    blocks = at // row * per_row + in_row // block_size
-    shifted = _to_float32(values[at]).numpy() - offsets[blocks]
+    row, block_size = block_shape
+    at = fitted.sample_indices(values.numel(), spec.seed)
+    blocks = at // row * -(-row // block_size) + at % row // block_size
+    shifted = values[torch.from_numpy(at).to(values.device)].float().cpu().numpy() - offsets[blocks]
     normalized: NDArray[np.float32] = np.zeros_like(shifted)
     np.divide(shifted, scales[blocks], out=normalized, where=scales[blocks] != 0)
     return normalized
@@ -289,7 +340,7 @@ def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:
 
 
 def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
-    """Return x as a flat, contiguous array on the CPU in its own dtype (float64 as float32), checked."""
+    """Return x flat and contiguous, in its own dtype (float64 as float32) and on its own device, checked."""
     if spec.is_baseline:
         raise ValueError(f"bits={spec.bits} is the unquantized baseline: there is nothing to quantize")
     if x.is_meta:
@@ -298,27 +349,9 @@ def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
         raise ValueError(f"dtype {x.dtype} is not a floating-point type")
     if x.numel() == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no elements to quantize")
-    flat = x.detach().to("cpu").contiguous().view(-1)
-    return _as_array(flat if flat.dtype in (torch.float16, torch.bfloat16) else flat.float())
+    return x.detach().contiguous().view(-1).to(_computed_dtype(x.dtype))
 
 
-def _allocate(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return an empty tensor to compute in (float32 for float64), in memory that NumPy gets.
-
-    NumPy asks for huge pages, torch does not: a fresh 64 MB tensor is filled three times faster.
-    """
-    if dtype in (torch.float64, torch.float32):
-        return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.from_numpy(np.empty(shape, np.uint16)).view(dtype)
-
-
-def _as_array(flat: torch.Tensor) -> Values:
-    """Return the tensor's memory as an array; NumPy has no bfloat16, so that one comes as its bits."""
-    array: Values = flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
-    return array
-
-
-def _to_float32(values: Values) -> torch.Tensor:
-    """Return a float32 copy of what _as_array gave."""
-    flat = torch.from_numpy(values)
-    return (flat.view(torch.bfloat16) if values.dtype == np.uint16 else flat).float()
+def _computed_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what the kernels read and write for a tensor of this dtype."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32

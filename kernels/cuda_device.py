@@ -1,0 +1,198 @@
+"""Device code of kbit.kernels.cuda: what one thread computes by itself.
+
+Primitives state each hardware operation and what it means in NumPy, which is what numba's simulator runs; everything
+else is written once, in them. Functions without annotations are compiled: numba infers their types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+try:
+    import numba_cuda  # noqa: F401 (it takes the place of the older numba.cuda that numba still ships)
+except ImportError as error:
+    raise ImportError(
+        "quantizing on a GPU needs numba-cuda: pip install 'kbit[cuda]', or '.[cuda]' in a clone"
+    ) from error
+from numba import config, cuda
+from numba.cuda import libdevice
+
+SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])  # numba reads NUMBA_ENABLE_CUDASIM when it is imported
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+MOST_THREADS = 1024  # of a thread block, by the hardware
+
+_NAN = np.float32(np.nan)
+_NAN_WORD = np.uint64(0xFFFFFFFFFFFFFFFF)  # NaN in each of the formats
+ALL_BITS = np.uint32(0xFFFFFFFF)
+_SIGN_BIT = np.uint32(0x80000000)
+
+
+# ---- primitives: the hardware's operations, and their meaning in NumPy ----
+
+
+def compile_device(function: Any) -> Any:
+    """Compile the function for the device; simulated kernels call it as it is, which is much faster."""
+    return function if SIMULATED else cuda.jit(device=True)(function)
+
+
+def primitive(in_numpy: Any) -> Any:
+    """Compile the function for the device; the simulator gets in_numpy instead."""
+    return (lambda function: in_numpy) if SIMULATED else compile_device
+
+
+@primitive(lambda a, b: np.float32(a) + np.float32(b))
+def _add(a, b):
+    return libdevice.fadd_rn(a, b)
+
+
+@primitive(lambda a, b: np.float32(a) - np.float32(b))
+def _subtract(a, b):
+    return libdevice.fsub_rn(a, b)
+
+
+@primitive(lambda a, b: np.float32(a) * np.float32(b))
+def _multiply(a, b):
+    return libdevice.fmul_rn(a, b)
+
+
+@primitive(lambda a, b: np.float32(a) / np.float32(b))
+def _divide(a, b):
+    return libdevice.fdiv_rn(a, b)
+
+
+@primitive(lambda bits: np.uint32(bits).view(np.float32))
+def as_float(bits):
+    return libdevice.int_as_float(np.int32(bits))
+
+
+@primitive(lambda value: np.float32(value).view(np.uint32))
+def as_bits(value):
+    return np.uint32(libdevice.float_as_int(value))
+
+
+@primitive(lambda half: np.float32(np.uint16(half).view(np.float16)))
+def _half_to_float(half):
+    return libdevice.half2float(np.int16(half))
+
+
+@primitive(lambda value: np.float32(value).astype(np.float16).view(np.uint16))
+def _float_to_half(value):
+    return np.uint16(libdevice.float2half_rn(value))
+
+
+# ---- device functions: one word, one value ----
+
+
+@compile_device
+def get_value(word, lane, kind):
+    """Value number `lane` of a word, as float32."""
+    if kind == FLOAT32:
+        return as_float(np.uint32((word >> np.uint64(32 * lane)) & np.uint64(0xFFFFFFFF)))
+    half = np.uint32((word >> np.uint64(16 * lane)) & np.uint64(0xFFFF))
+    if kind == FLOAT16:
+        return _half_to_float(half)
+    return as_float(np.uint32(half << np.uint32(16)))
+
+
+@compile_device
+def _to_bits(value, kind):
+    """Bits of a float32 rounded to the kind, to nearest, ties to even."""
+    if kind == FLOAT32:
+        return np.uint64(as_bits(value))
+    if kind == FLOAT16:
+        return np.uint64(_float_to_half(value))
+    bits = as_bits(value)
+    return np.uint64(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@compile_device
+def _find_code(v, table, steps):
+    """The number of thresholds <= v; table[j] is threshold j - 1."""
+    code = np.uint32(0)
+    for step in range(steps):
+        probe = np.uint32(code | np.uint32(1 << (steps - 1 - step)))
+        code = probe if v >= table[probe] else code
+    return code
+
+
+@compile_device
+def _round_up_at_random(v, code, table, steps, top, key, index):
+    """Stochastic rounding: from the value below, up by one with the probability that makes it unbiased."""
+    below = table[np.uint32((1 << steps) + code)]
+    above = table[np.uint32((1 << steps) + min(np.int64(code) + 1, top))]
+    share = _divide(_subtract(v, below), _subtract(above, below))
+    bits = _mix(np.uint64(index) * np.uint64(0x9E3779B97F4A7C15) + key) >> np.uint64(40)
+    uniform = _multiply(np.float32(np.uint32(bits)), np.float32(2.0**-24))
+    return np.uint32(code + 1) if above > below and share > uniform else code
+
+
+def mix_seed(z):
+    """The finalizer of splitmix64. See kbit.reference.uniform."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+_mix = compile_device(mix_seed)
+
+
+@compile_device
+def encode_word(word, scale, offset, table, kind, lanes, steps, stochastic, top, key, index):
+    """Codes of a word's values, 8 bits each; the word's first value is number index * lanes of the array."""
+    codes = np.uint64(0)
+    for lane in range(lanes):
+        v = _divide(_subtract(get_value(word, lane, kind), offset), scale)
+        v = v if scale != np.float32(0) else np.float32(0)
+        code = _find_code(v, table, steps)
+        if stochastic:
+            code = _round_up_at_random(v, code, table, steps, top, key, index * lanes + lane)
+        codes |= np.uint64(code) << np.uint64(8 * lane)
+    return codes
+
+
+@compile_device
+def decode_word(codes, scale, offset, table, kind, lanes, steps):
+    """The word of values that the codes stand for; NaN where the scale is."""
+    word = np.uint64(0)
+    for lane in range(lanes):
+        code = (codes >> np.uint64(8 * lane)) & np.uint64((1 << steps) - 1)
+        value = _add(_multiply(table[np.uint32((1 << steps) + np.uint32(code))], scale), offset)
+        word |= _to_bits(value, kind) << np.uint64((32 if kind == FLOAT32 else 16) * lane)
+    return word if scale == scale else _NAN_WORD
+
+
+@compile_device
+def word_peak(word, kind, lanes):
+    """The largest magnitude in a word, as bits of its kind without the sign, which order as the numbers do."""
+    peak = np.uint32(0)
+    for lane in range(lanes):
+        if kind == FLOAT32:
+            magnitude = np.uint32((word >> np.uint64(32 * lane)) & np.uint64(0x7FFFFFFF))
+        else:
+            magnitude = np.uint32((word >> np.uint64(16 * lane)) & np.uint64(0x7FFF))
+        peak = max(peak, magnitude)
+    return peak
+
+
+@compile_device
+def to_ordered(value):
+    """An unsigned integer that orders as the floats do, NaN outside +-Inf."""
+    bits = as_bits(value)
+    return np.uint32(bits ^ (ALL_BITS if bits >= _SIGN_BIT else _SIGN_BIT))
+
+
+@compile_device
+def from_ordered(ordered):
+    return as_float(np.uint32(ordered ^ (_SIGN_BIT if ordered >= _SIGN_BIT else ALL_BITS)))
+
+
+@compile_device
+def round_scale(peak, scale_kind, smallest, largest):
+    """Round a block's maximum to the scale's format: never to 0 unless it is 0, NaN beyond the range."""
+    scale = get_value(_to_bits(peak, scale_kind), 0, scale_kind)
+    if scale == np.float32(0) and peak > np.float32(0):
+        scale = smallest
+    return scale if peak <= largest else _NAN

@@ -1,0 +1,268 @@
+"""The kernels of kbit.kernels.cuda: one function compiled for each combination of its constants that is used.
+
+What asks for the thread's place is here as well: the simulator replaces the name `cuda` in a kernel's own module alone.
+Arrays are words (see kbit.kernels.cuda); n, row, block and shift are a Layout's, in words. Threads loop, so any grid
+gives the same result.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import cuda, types
+
+from kbit.kernels.cuda_device import (
+    ALL_BITS,
+    MOST_THREADS,
+    SIMULATED,
+    as_bits,
+    as_float,
+    compile_device,
+    decode_word,
+    encode_word,
+    from_ordered,
+    get_value,
+    primitive,
+    round_scale,
+    to_ordered,
+    word_peak,
+)
+
+# ---- blocks and groups of threads ----
+
+_EXCHANGE = np.zeros(MOST_THREADS if SIMULATED else 0, np.uint32)
+
+
+def _simulated_shuffle(value, distance):
+    """The simulator has no shuffles and runs one thread block at a time: exchange through memory, between barriers."""
+    _EXCHANGE[cuda.threadIdx.x] = value
+    cuda.syncthreads()
+    value = _EXCHANGE[cuda.threadIdx.x ^ distance]
+    cuda.syncthreads()
+    return value
+
+
+@primitive(_simulated_shuffle)
+def _shuffle(value, distance):
+    """Return the value of the thread at this distance (xor) in the warp; all threads of the warp must call it."""
+    return np.uint32(cuda.shfl_xor_sync(0xFFFFFFFF, np.int32(value), distance))
+
+
+@compile_device
+def block_of(i, row, block, shift):
+    """The block of word i."""
+    if shift >= 0:
+        return i >> shift
+    r = i // row
+    return r * ((row + block - 1) // block) + (i - r * row) // block
+
+
+@compile_device
+def block_span(b, n, row, block):
+    """The first word of block b and the number of its words, none or less after the last block."""
+    if row == n:  # the usual case, without the divisions
+        start = b * block
+        return start, min(block, n - start)
+    per_row = (row + block - 1) // block
+    in_row = (b % per_row) * block
+    start = (b // per_row) * row + in_row
+    return start, min(block, row - in_row, n - start)
+
+
+@compile_device
+def group_max(value, group):
+    """The largest value of a group of threads, to each of them; all threads of the thread block must call it."""
+    distance = min(group, 32) // 2
+    while distance > 0:
+        value = max(value, _shuffle(value, distance))
+        distance //= 2
+    if group > 32:  # the group is the thread block
+        of_warps = cuda.shared.array(32, types.uint32)
+        if cuda.threadIdx.x % 32 == 0:
+            of_warps[cuda.threadIdx.x // 32] = value
+        cuda.syncthreads()
+        for warp in range(group // 32):
+            value = max(value, of_warps[warp])
+        cuda.syncthreads()
+    return value
+
+
+@compile_device
+def load_table(source, table):
+    """Copy thresholds and codebook to shared memory."""
+    i = cuda.threadIdx.x
+    while i < source.size:  # a range whose step is not a constant would cost a division
+        table[i] = source[i]
+        i += cuda.blockDim.x
+    cuda.syncthreads()
+
+
+# ---- kernels ----
+
+
+@functools.cache
+def make_extremes(kind: int, lanes: int, group: int) -> Any:
+    """Least and largest value of each block, by a group of threads that loops over it."""
+
+    @cuda.jit
+    def extremes(words, n, row, block, blocks, low, high):
+        member, groups = cuda.threadIdx.x % group, cuda.blockDim.x // group
+        first = cuda.blockIdx.x * groups
+        while first < blocks:  # the same for all threads, as the barriers and shuffles in it need
+            b = first + cuda.threadIdx.x // group
+            start, count = block_span(b, n, row, block)
+            least, most = np.uint32(0), np.uint32(0)  # least: the largest complement
+            for i in range(member, count, group):
+                for lane in range(lanes):
+                    ordered = to_ordered(get_value(np.uint64(words[start + i]), lane, kind))
+                    least, most = max(least, np.uint32(ordered ^ ALL_BITS)), max(most, ordered)
+            least, most = group_max(least, group), group_max(most, group)
+            if member == 0 and b < blocks:
+                low[b], high[b] = from_ordered(np.uint32(least ^ ALL_BITS)), from_ordered(most)
+            first += cuda.gridDim.x * groups
+
+    return extremes
+
+
+@functools.cache
+def make_encode(kind: int, lanes: int, steps: int, stochastic: bool) -> Any:
+    """Values to codes, word by word."""
+    size = 2 << steps
+
+    @cuda.jit
+    def encode(words, scales, offsets, tables, top, key, n, row, block, shift, codes):
+        table = cuda.shared.array(size, types.float32)
+        load_table(tables, table)
+        i = cuda.grid(1)
+        while i < n:
+            b = block_of(i, row, block, shift)
+            word = np.uint64(words[i])
+            codes[i] = encode_word(word, scales[b], offsets[b], table, kind, lanes, steps, stochastic, top, key, i)
+            i += cuda.gridsize(1)
+
+    return encode
+
+
+@functools.cache
+def make_decode(kind: int, lanes: int, steps: int) -> Any:
+    """Codes to values, word by word."""
+    size = 2 << steps
+
+    @cuda.jit
+    def decode(codes, scales, offsets, tables, n, row, block, shift, words):
+        table = cuda.shared.array(size, types.float32)
+        load_table(tables, table)
+        i = cuda.grid(1)
+        while i < n:
+            b = block_of(i, row, block, shift)
+            words[i] = decode_word(np.uint64(codes[i]), scales[b], offsets[b], table, kind, lanes, steps)
+            i += cuda.gridsize(1)
+
+    return decode
+
+
+@functools.cache
+def make_encode_decode(kind: int, lanes: int, steps: int, stochastic: bool) -> Any:
+    """Values to the values that their codes stand for, word by word."""
+    size = 2 << steps
+
+    @cuda.jit
+    def encode_decode(words, scales, offsets, tables, top, key, n, row, block, shift, out):
+        table = cuda.shared.array(size, types.float32)
+        load_table(tables, table)
+        i = cuda.grid(1)
+        while i < n:
+            b = block_of(i, row, block, shift)
+            scale, offset, word = scales[b], offsets[b], np.uint64(words[i])
+            codes = encode_word(word, scale, offset, table, kind, lanes, steps, stochastic, top, key, i)
+            out[i] = decode_word(codes, scale, offset, table, kind, lanes, steps)
+            i += cuda.gridsize(1)
+
+    return encode_decode
+
+
+@functools.cache
+def make_absmax(kind: int, lanes: int, steps: int, group: int, held: int) -> Any:
+    """The fused kernel: a group of threads holds a block in registers, `held` words each."""
+    size = 2 << steps
+
+    @cuda.jit
+    def absmax(words, tables, scale_kind, smallest, largest, n, row, block, blocks, out, refused):
+        table = cuda.shared.array(size, types.float32)
+        load_table(tables, table)
+        kept = cuda.local.array(held, types.uint64)  # the loops over it are unrolled, so it is registers
+        member, groups = cuda.threadIdx.x % group, cuda.blockDim.x // group
+        first = cuda.blockIdx.x * groups
+        while first < blocks:  # the same for all threads, as the barriers and shuffles in it need
+            start, count = block_span(first + cuda.threadIdx.x // group, n, row, block)
+            for j in range(held):
+                i = member + j * group
+                kept[j] = np.uint64(words[start + i]) if i < count else np.uint64(0)
+            peak = np.uint32(0)
+            for j in range(held):
+                peak = max(peak, word_peak(kept[j], kind, lanes))
+            peak = get_value(np.uint64(group_max(peak, group)), 0, kind)
+            scale, offset = round_scale(peak, scale_kind, smallest, largest), np.float32(0)
+            if member == 0 and scale != scale:  # several threads may: all write the same
+                refused[0] = 1
+            for j in range(held):
+                codes = encode_word(kept[j], scale, offset, table, kind, lanes, steps, False, 0, np.uint64(0), 0)
+                i = member + j * group
+                if i < count:
+                    out[start + i] = decode_word(codes, scale, offset, table, kind, lanes, steps)
+            first += cuda.gridDim.x * groups
+
+    return absmax
+
+
+@functools.cache
+def make_absmax_scales() -> Any:
+    """Scales of blocks from their extremes, in place: low becomes the scale and high the offset 0."""
+
+    @cuda.jit
+    def absmax_scales(blocks, scale_kind, smallest, largest, low, high, refused):
+        for b in range(cuda.grid(1), blocks, cuda.gridsize(1)):
+            magnitude = np.uint32(0x7FFFFFFF)  # on bits, so that NaN counts as the largest
+            peak = max(np.uint32(as_bits(low[b]) & magnitude), np.uint32(as_bits(high[b]) & magnitude))
+            scale = round_scale(as_float(peak), scale_kind, smallest, largest)
+            low[b], high[b] = scale, np.float32(0)
+            if scale != scale:
+                refused[0] = 1
+
+    return absmax_scales
+
+
+@functools.cache
+def make_pack() -> Any:
+    """Eight codes fill exactly `bits` bytes: the work of a thread."""
+
+    @cuda.jit
+    def pack_codes(codes, bits, n, packed):
+        for eight in range(cuda.grid(1), (n + 7) // 8, cuda.gridsize(1)):
+            stream = np.uint64(0)
+            for i in range(8 * eight, 8 * eight + 8):
+                stream = (stream << np.uint64(bits)) | np.uint64(codes[i] if i < n else 0)
+            for j in range(bits):
+                if eight * bits + j < packed.size:
+                    packed[eight * bits + j] = (stream >> np.uint64(8 * (bits - 1 - j))) & np.uint64(0xFF)
+
+    return pack_codes
+
+
+@functools.cache
+def make_unpack() -> Any:
+    """The reverse of make_pack."""
+
+    @cuda.jit
+    def unpack_codes(packed, bits, n, codes):
+        for eight in range(cuda.grid(1), (n + 7) // 8, cuda.gridsize(1)):
+            stream = np.uint64(0)
+            for j in range(eight * bits, eight * bits + bits):
+                stream = (stream << np.uint64(8)) | np.uint64(packed[j] if j < packed.size else 0)
+            for j in range(8):
+                if 8 * eight + j < n:
+                    codes[8 * eight + j] = (stream >> np.uint64(bits * (7 - j))) & np.uint64((1 << bits) - 1)
+
+    return unpack_codes

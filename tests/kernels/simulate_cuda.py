@@ -1,0 +1,120 @@
+"""A process of its own, since numba decides on import whether to simulate: run by test_cuda.py.
+
+Prints as JSON what is wrong, by name of the case: of the kernels against kbit.reference, and of kbit's public functions
+with these kernels in the place of the CPU's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import cuda_cases
+import numba
+import numpy as np
+import torch
+from cuda_cases import DTYPES, Array, as_words, compare
+
+from kbit import quantizer, reference
+from kbit.backend import Backend, choose_backend
+from kbit.kernels import cuda as kernels
+from kbit.scales import SCALE_FORMATS
+from kbit.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
+
+CPU = choose_backend(torch.device("cpu"))
+GPU = Backend(torch.device("cpu"), kernels, is_gpu=True)  # the simulated one: its memory is the CPU's
+
+
+def list_specs() -> Iterator[QuantSpec]:
+    """Every scale format, normalization and rounding; data type, block size and layout take turns beside them."""
+    types = itertools.cycle([(4, "nf"), (3, "learned"), (8, "int"), (4, "quantile"), (5, "dynamic"), (6, "float")])
+    for i, fields in enumerate(itertools.product(SCALE_FORMATS, NORMALIZATIONS, ROUNDINGS)):
+        scale_format, normalization, rounding = fields
+        bits, data_type = next(types)
+        if scale_format != "e8m0" or normalization == "absmax":
+            yield QuantSpec(
+                bits, data_type, block_size=(16, 5, None)[i // 3 % 3], layout=("flat", "row")[i // 2 % 2],
+                normalization=normalization, centering=i % 4 == 3, scale_format=scale_format, rounding=rounding, seed=i,
+            )  # fmt: skip
+    for scale_format in ("fp16", "bf16", "fp32"):  # fused
+        yield QuantSpec(4, "nf", block_size=20, scale_format=scale_format)
+
+
+def find_differences(x: torch.Tensor, spec: QuantSpec) -> Iterator[str]:
+    """Compare quantize, dequantize and fake_quantize on the simulated GPU with the plain definition."""
+    values = x.view(-1).to(torch.float32 if x.dtype == torch.float64 else x.dtype)
+    # the estimated quantiles are tested by themselves; everything else must be what the CPU has
+    grid = quantizer._make_grid(values, x.shape, spec, GPU if spec.data_type == "quantile" else CPU)
+    tables, shape = (grid.scales, grid.offsets, grid.codebook), (grid.row, grid.block_size)
+    codes = reference.quantize(values.float().numpy(), *tables, grid.thresholds, *shape, grid.seed)
+    expected = torch.from_numpy(reference.dequantize(codes, *tables, *shape)).to(values.dtype)
+    q = quantizer.quantize(x, spec)
+    yield from compare("quantize", q.unpack_codes(), codes)
+    for name, result in (
+        ("dequantize", quantizer.dequantize(q, "cuda")),
+        ("fake_quantize", quantizer.fake_quantize(x, spec)),
+    ):
+        if result.shape != x.shape or result.dtype != x.dtype:
+            yield f"{name}: {result.dtype} {tuple(result.shape)}"
+        yield from compare(name, as_words(result.to(values.dtype)).ravel(), as_words(expected))
+
+
+def check_public_functions() -> dict[str, list[str]]:
+    """Return the differences by spec, and the errors that bad values must raise."""
+    differences: dict[str, list[str]] = {}
+    with patch.object(quantizer, "choose_backend", lambda device: GPU):
+        dtypes = itertools.cycle([*DTYPES.values(), torch.float64])
+        for spec in list_specs():
+            dtype = next(dtypes)
+            x = torch.from_numpy(cuda_cases.awkward_values(56)).to(dtype).view(2, 28)
+            differences[f"{spec} {dtype}"] = list(find_differences(x, spec))
+        differences["errors"] = list(find_missing_errors())
+    return differences
+
+
+def find_missing_errors() -> Iterator[str]:
+    """The fused kernel raises nothing itself: what it refuses must come out as the error that the CPU gives."""
+    spec = QuantSpec(4, "nf", block_size=16)
+    for value, message in ((np.nan, "1 of 32 values are NaN or Inf"), (65520.0, "beyond scale_format=fp16")):
+        x = torch.ones(32)
+        x[20] = value
+        try:
+            quantizer.fake_quantize(x, spec)
+        except ValueError as error:
+            if message not in str(error):
+                yield f"{value}: {error}"
+        else:
+            yield f"{value}: no error"
+
+
+def find_shared_array(shared: Any, shape: int, dtype: Any) -> Array:
+    """Return a thread block's array for the line that calls this, the same one to all of its threads.
+
+    Takes the place of the simulator's own, which looks the array up and stores a new one in two steps: threads that
+    come at the same time each keep an array of their own there. dict.setdefault is one step.
+    """
+    caller = sys._getframe(1)
+    line = caller.f_code.co_filename, caller.f_lineno
+    array: Array = shared._allocations.setdefault(line, np.empty(shape, numba.np.numpy_support.as_dtype(dtype)))
+    return array
+
+
+def main() -> None:
+    importlib.import_module("numba.cuda.simulator.kernelapi").FakeCUDAShared.array = find_shared_array
+    warnings.simplefilter("ignore")  # NumPy's, of overflow in integers that are meant to wrap
+    sys.setswitchinterval(1e-5)  # seconds; the simulator polls its threads, and would keep them waiting for 5 ms
+    results = {str(case): cuda_cases.check_case(case, np.array, np.asarray) for case in cuda_cases.CASES}
+    results["pack"] = cuda_cases.check_pack(np.array, np.asarray)
+    results["special"] = cuda_cases.check_special_values(np.array, np.asarray)
+    results["tiny"] = cuda_cases.check_tiny_scales(np.array, np.asarray)
+    print(json.dumps({"kernels": results, "public": check_public_functions()}))
+
+
+if __name__ == "__main__":
+    main()
