@@ -8,8 +8,9 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test lint types check clean
 
 demo: $(VENV)/runtime.stamp
-	$(BIN)/kbit run +sweeps=nano/bit_level
+	$(BIN)/kbit run +sweeps=nano/quick
 	$(BIN)/kbit figures
+	$(BIN)/kbit report
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
@@ -24,7 +25,7 @@ types: $(VENV)/dev.stamp
 check: lint types test
 
 clean:
-	rm -rf $(VENV) results figures build dist *.egg-info
+	rm -rf $(VENV) results figures report.html build dist *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

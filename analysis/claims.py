@@ -1,119 +1,349 @@
-"""The paper's central claim, tested on the curves at hand: is 4-bit precision best at equal total bits?
+"""The paper's claims, tested on the curves at hand, each with its margin and a 95% interval.
 
-Only budgets that every quantized precision reaches count (curves.shared_budgets): above the family's largest model in
-3 bit a wider precision would win by default, because there is no larger model.
+Two forms cover them all. "k-bit is optimal": at equal total bits, is precision k the best (Trial)? And "this is better
+than that": one group of curves against another at equal total bits (Contrast).
+
+Only budgets that every quantized curve reaches count (curves.shared_budgets): above the family's largest model in 3 bit
+a wider precision would win by default, because there is no larger model.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves import Measure, split_variants, tabulate_curves
+from kbit.analysis.curves import (
+    TIE,
+    VARIANT,
+    ZERO_SHOT,
+    AmbiguousResults,
+    Floats,
+    Measure,
+    find_cross_entropy,
+    precision_curves,
+    shared_budgets,
+    split_variants,
+    tabulate_curves,
+)
+from kbit.analysis.frontier import Draws, best_chances, draw_values, mean_interval, weigh_points
+from kbit.analysis.selections import rank_setting
 
 CLAIMED_BITS: Final = 4
 HOLDS: Final = 0.9  # "almost universally": at nine budgets in ten or more
 HOLDS_MOSTLY: Final = 0.5  # at more budgets than not
+SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
+NEGLIGIBLE: Final = {True: 0.005, False: 0.01}  # "no gain": half a point of accuracy, a hundredth of a nat
+MOST_VARIANTS: Final = 4  # a table that is read; --where shows others
 GRADES: Final = ("holds", "mostly holds", "does not hold", "cannot be told", "is not tested")
+
+Expectation = Literal["better", "worse", "no better"]
+Split = Callable[[str, Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """4-bit against the best other precision, over the shared budgets of one variant.
+    """One precision against the best other one, over the shared budgets of one variant.
 
     Attributes:
-        share: of the budgets, where 4-bit is best; NaN if it meets no other precision.
-        gap: median lead of 4-bit over the best other (< 0: it trails), in the measure's unit.
-        apart: share of the budgets where 4-bit leads and the two 95% intervals do not overlap; NaN without
-            intervals. A cautious reading: on the same items a lead can be real though the intervals overlap.
-        behind: the same for the budgets where 4-bit trails.
-        rivals: the best other precision at each budget where 4-bit is not best, most frequent first.
+        bits: the precision on trial.
+        share: of the budgets, where it is best; NaN if it meets no other precision.
+        gap, low, high: its mean lead over the best other (< 0: it trails), in the measure's unit, with 95% interval.
+        chance: the probability that it is best, averaged over the budgets; NaN without intervals.
+        ahead: share of the budgets where that probability is 97.5% or more; behind: where it is 2.5% or less.
+        rivals: the best other precision at each budget where it is not best, most frequent first.
+        source: how the uncertainty was found.
     """
 
+    bits: int
     share: float
-    gap: float
-    apart: float
-    behind: float
-    rivals: tuple[int, ...]
+    gap: float = np.nan
+    low: float = np.nan
+    high: float = np.nan
+    chance: float = np.nan
+    ahead: float = np.nan
+    behind: float = np.nan
+    rivals: tuple[int, ...] = ()
+    source: str = ""
 
     @property
     def grade(self) -> str:
         """One of GRADES."""
         if np.isnan(self.share):
             return "is not tested"
-        if self.apart == 0 and self.behind == 0:
+        if self.low <= 0 <= self.high and not self.ahead and not self.behind:
             return "cannot be told"
         if self.share >= HOLDS:
             return "holds"
         return "mostly holds" if self.share > HOLDS_MOSTLY else "does not hold"
 
 
-def try_four_bit(curves: pd.DataFrame, higher_is_better: bool) -> Trial:
-    """Return how 4-bit does against every other precision of one variant."""
-    value = tabulate_curves(curves)
-    reached = value[CLAIMED_BITS].notna() if CLAIMED_BITS in value else pd.Series(False, value.index)
-    others = value[reached].drop(columns=CLAIMED_BITS, errors="ignore").dropna(how="all")
+@dataclass(frozen=True)
+class Contrast:
+    """One group of curves against another, at equal total bits, averaged over the shared budgets of a panel.
+
+    Attributes:
+        gap, low, high: mean advantage of the first group (> 0: better), with the 95% interval; NaN if untested.
+        better, worse: the names of the two groups' curves.
+        source: how the uncertainty was found.
+    """
+
+    gap: float
+    low: float
+    high: float
+    better: tuple[str, ...] = ()
+    worse: tuple[str, ...] = ()
+    source: str = ""
+
+    def grade(self, expected: Expectation, negligible: float) -> str:
+        """Return one of GRADES: whether the first group is better, worse, or no better by more than `negligible`."""
+        if np.isnan(self.gap):
+            return "is not tested"
+        low, high = (self.gap, self.gap) if np.isnan(self.low) else (self.low, self.high)
+        if expected == "worse":
+            low, high = -high, -low
+        elif expected == "no better":
+            low, high = negligible - high, negligible - low
+        return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+
+
+@dataclass(frozen=True)
+class Race:
+    """The precisions of one variant at its shared budgets, ready to be compared.
+
+    Attributes:
+        values: index total_bits, a column per precision, better is larger (losses are negated).
+        weights: by precision, see frontier.weigh_points; draws: of the points that they weigh.
+        sign: -1 for losses.
+        chances: frontier.best_chances; None without intervals.
+    """
+
+    values: pd.DataFrame
+    weights: dict[object, Floats]
+    draws: Draws
+    sign: float
+    chances: pd.DataFrame | None
+
+
+def line_up(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None = None) -> Race:
+    """Return the race of one variant.
+
+    Args:
+        curves: one variant of precision_curves.
+        measure: what the curves show.
+        results: see frontier.draw_values.
+    """
+    sign = 1.0 if measure.higher_is_better else -1.0
+    values = sign * tabulate_curves(curves)
+    draws = draw_values(curves, measure, results)
+    weights = weigh_points(curves, values.index.to_numpy(dtype=np.float64))
+    known = not values.empty and not np.isnan(draws.values).any()
+    chances = best_chances(curves, draws, measure.higher_is_better) if known else None
+    return Race(values, weights, draws, sign, chances)
+
+
+def try_precision(race: Race, bits: int = CLAIMED_BITS) -> Trial:
+    """Return how one precision does against every other precision of a race."""
+    reached = race.values[bits].notna() if bits in race.values else pd.Series(False, race.values.index)
+    others = race.values[reached].drop(columns=bits, errors="ignore").dropna(how="all")
     if others.empty:
-        return Trial(np.nan, np.nan, np.nan, np.nan, ())
-    sign = 1.0 if higher_is_better else -1.0
-    rival = (sign * others).idxmax(axis=1)
-    gap = sign * value.loc[others.index, CLAIMED_BITS] - (sign * others).max(axis=1)
-    beaten = rival[gap <= 0].value_counts()
-    ends = ("low", "high")
+        return Trial(bits, np.nan)
+    rival = others.idxmax(axis=1)
+    lead = race.values.loc[others.index, bits] - others.max(axis=1)
+    places = np.flatnonzero(race.values.index.isin(others.index))
+    rows = [race.weights[bits][place] - race.weights[name][place] for place, name in zip(places, rival, strict=True)]
+    low, high = mean_interval(race.draws, race.sign * np.mean(rows, axis=0))
+    chance = None if race.chances is None else race.chances[bits].loc[others.index]
     return Trial(
-        share=float((gap > 0).mean()),
-        gap=float(gap.median()),
-        apart=measure_apart(curves, rival, *(ends if higher_is_better else ends[::-1]), above=higher_is_better),
-        behind=measure_apart(curves, rival, *(ends[::-1] if higher_is_better else ends), above=not higher_is_better),
-        rivals=tuple(int(bits) for bits in beaten.index),
+        bits,
+        share=float((lead > TIE).mean()),
+        gap=float(lead.mean()),
+        low=low,
+        high=high,
+        chance=np.nan if chance is None else float(chance.mean()),
+        ahead=np.nan if chance is None else float((chance >= SURE).mean()),
+        behind=np.nan if chance is None else float((chance <= 1 - SURE).mean()),
+        rivals=tuple(int(name) for name in rival[lead <= TIE].value_counts().index),
+        source="" if chance is None else race.draws.source,
     )
 
 
-def measure_apart(curves: pd.DataFrame, rival: pd.Series[int], own: str, other: str, *, above: bool) -> float:
-    """Return the share of budgets where 4-bit's interval end `own` is above (or below) its rival's end `other`."""
-    mine = tabulate_curves(curves, own).loc[rival.index, CLAIMED_BITS].to_numpy()
-    table = tabulate_curves(curves, other).loc[rival.index]
-    rivals = table.to_numpy()[np.arange(len(rival)), table.columns.get_indexer(pd.Index(rival))]
-    if np.isnan(mine).any() or np.isnan(rivals).any():
-        return float("nan")
-    return float(np.mean(mine > rivals if above else mine < rivals))
-
-
-def judge_four_bit(curves: pd.DataFrame, measure: Measure) -> str:
-    """Return one sentence: whether 4-bit is best at equal total bits on these curves, and by how much.
+def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None = None) -> str:
+    """Return whether 4-bit is best at equal total bits on these curves, and by how much.
 
     Args:
         curves: from precision_curves; any number of families and variants.
         measure: what the curves show.
+        results: see frontier.draw_values.
     """
-    trials = [try_four_bit(group, measure.higher_is_better) for _, group in split_variants(curves)]
+    panels = [(variant, try_precision(line_up(group, measure, results))) for variant, group in split_variants(curves)]
+    trials = [trial for _, trial in panels]
     if len(trials) == 1:
-        return describe_trial(trials[0])
-    counts = Counter(trial.grade for trial in trials)
-    grades = ", ".join(f"{grade} in {counts[grade]}" for grade in GRADES if counts[grade])
+        return describe_trial(trials[0], measure)
     tested = [trial.share for trial in trials if not np.isnan(trial.share)]
     if not tested:
         return f"Not tested: in none of {len(trials)} panels does a 4-bit curve meet another precision."
     return (
-        f"Of {len(trials)} panels it {grades}. On average 4-bit is best over {np.mean(tested):.0%} "
-        f"of the shared budgets (from {min(tested):.0%} to {max(tested):.0%})."
+        f"Of {len(trials)} panels it {count_grades(trial.grade for trial in trials)}. On average 4-bit is best over "
+        f"{np.mean(tested):.0%} of the shared budgets (from {min(tested):.0%} to {max(tested):.0%})."
     )
 
 
-def describe_trial(trial: Trial) -> str:
+def describe_trial(trial: Trial, measure: Measure) -> str:
     """Return the sentences for a single variant."""
     if np.isnan(trial.share):
-        return "Not tested: no 4-bit curve meets another precision at equal total bits."
+        return f"Not tested: no {trial.bits}-bit curve meets another precision at equal total bits."
     rivals = f" (else {' or '.join(f'{bits}-bit' for bits in trial.rivals[:2])})" if trial.rivals else ""
-    gap = f"{abs(trial.gap):.2g} {'better' if trial.gap > 0 else 'worse'} than" if trial.gap else "level with"
-    clear = "" if np.isnan(trial.apart) else f", and clear of its 95% interval over {trial.apart:.0%}"
-    if trial.grade == "cannot be told":
-        clear = "; but the two 95% intervals overlap at every budget"
+    gap = f"{describe_gap(trial.gap, trial.low, trial.high, measure)} the best other precision"
+    chance = ""
+    if not np.isnan(trial.chance):
+        chance = (
+            f". Its chance to be best is {trial.chance:.0%} on average and beyond {SURE:.1%} over {trial.ahead:.0%}"
+        )
+        chance += f" ({trial.source})"
     return (
-        f"{trial.grade.capitalize()}: 4-bit is best over {trial.share:.0%} of the shared budgets"
-        f"{rivals}, at the median {gap} the best other precision{clear}."
+        f"{trial.grade.capitalize()}: {trial.bits}-bit is best over {trial.share:.0%} of the shared budgets{rivals}, "
+        f"on average {gap}{chance}."
     )
+
+
+def describe_gap(gap: float, low: float, high: float, measure: Measure) -> str:
+    """Return for example "0.0123 better (95% interval +0.0100 to +0.0140) than"."""
+    unit = "" if measure.higher_is_better else " nats"
+    interval = "" if np.isnan(low) else f" (95% interval {low:+.4f} to {high:+.4f})"
+    if not gap:
+        return f"level{interval} with"
+    return f"{abs(gap):.4f}{unit} {'better' if gap > 0 else 'worse'}{interval} than"
+
+
+def contrast_curves(
+    curves: pd.DataFrame,
+    groups: tuple[Sequence[str], Sequence[str]],
+    measure: Measure,
+    results: pd.DataFrame | None = None,
+) -> Contrast:
+    """Return the mean advantage of the first group of curves over the second, at equal total bits.
+
+    gap = mean over budgets b of  mean_(i in first) y_i(b) - mean_(j in second) y_j(b);  > 0 is better
+
+    Args:
+        curves: points of one panel; column series tells its curves apart.
+        groups: names of series.
+        measure: what the curves show.
+        results: see frontier.draw_values.
+    """
+    first, second = ([name for name in group if name in set(curves["series"])] for group in groups)
+    kept = curves[curves["series"].isin([*first, *second])].reset_index(drop=True)
+    budgets = shared_budgets(kept, by="series") if first and second else np.empty(0)
+    if not budgets.size:
+        return Contrast(np.nan, np.nan, np.nan)
+    weights = weigh_points(kept, budgets, "series")
+    means = [np.mean([weights[name] for name in group if name in weights], axis=0) for group in (first, second)]
+    sign = 1.0 if measure.higher_is_better else -1.0
+    row = sign * np.mean(means[0] - means[1], axis=0)
+    draws = draw_values(kept, measure, results)
+    gap = float(kept["value"].to_numpy(dtype=np.float64) @ row)
+    return Contrast(gap, *mean_interval(draws, row), tuple(first), tuple(second), draws.source)
+
+
+def judge_contrasts(
+    curves: pd.DataFrame, split: Split, expected: Expectation, measure: Measure, results: pd.DataFrame | None = None
+) -> str:
+    """Return whether one group of curves is better (or worse, or no better) than another, panel by panel.
+
+    Args:
+        curves: points with columns panel and series.
+        split: (panel, its series in order) -> names of the first and of the second group.
+        expected: what the paper says of the first group.
+        measure: what the curves show.
+        results: see frontier.draw_values.
+    """
+    tests: list[tuple[str, Contrast]] = []
+    for panel, group in curves.groupby("panel", sort=False):
+        names = list(dict.fromkeys(group["series"]))
+        tests.append((str(panel), contrast_curves(group, split(str(panel), names), measure, results)))
+    negligible = NEGLIGIBLE[measure.higher_is_better]
+    tested = [(panel, test) for panel, test in tests if not np.isnan(test.gap)]
+    if not tested:
+        return "Not tested: in no panel do the two kinds of curves meet at equal total bits."
+    grades = count_grades(test.grade(expected, negligible) for _, test in tests)
+    limit = f" (better by less than {negligible:g} counts as no better)" if expected == "no better" else ""
+    parts = [f"{panel}: {describe_contrast(test, measure)}" for panel, test in tested[:4]]
+    more = f"; and {len(tested) - 4} more" if len(tested) > 4 else ""
+    head = f"It {grades}" if len(tests) == 1 else f"Of {len(tests)} panels it {grades}"
+    return f"{head}{limit}. {'; '.join(parts)}{more} ({tested[0][1].source})."
+
+
+def describe_contrast(test: Contrast, measure: Measure) -> str:
+    """Return for example "block 64 is 0.01 better (...) than block 1024"."""
+    first, second = (", ".join(group) for group in (test.better, test.worse))
+    verb = "is" if len(test.better) == 1 else "are on average"
+    return f"{first} {verb} {describe_gap(test.gap, test.low, test.high, measure)} {second}"
+
+
+def count_grades(grades: Iterable[str]) -> str:
+    """Return for example "holds in 2, cannot be told in 1"; a single grade alone."""
+    counts = Counter(grades)
+    if sum(counts.values()) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{grade} in {counts[grade]}" for grade in GRADES if counts[grade])
+
+
+def find_measures(results: pd.DataFrame) -> list[Measure]:
+    """Return the measures of the study that the results hold: mean zero-shot accuracy, cross entropy."""
+    has_accuracy = ((results["metric"] == ZERO_SHOT.metric) & (results["task"] == ZERO_SHOT.task)).any()
+    loss = find_cross_entropy(results)
+    return [*([ZERO_SHOT] if has_accuracy else []), *([loss] if loss else [])]
+
+
+def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the statement "k-bit is optimal" for every family and measure, with its margin.
+
+    Of a family's variants (data type and block size) those with the most points, MOST_VARIANTS at most.
+
+    Returns:
+        Columns family, data_type, block_size, measure, precisions (that were compared), bits (the one that is best over
+        most budgets), share, gap, low, high, chance, grade (of "this precision is optimal"), four_bit (the grade of the
+        paper's claim), source.
+        Variants whose curves never meet are left out; a family measured in several ways has one row, with the reason
+        as its grade.
+    """
+    rows: list[dict[str, Any]] = []
+    for family, of_family in results.groupby("family"):
+        for measure in find_measures(of_family):
+            try:
+                curves = precision_curves(of_family, measure.metric, measure.task)
+            except AmbiguousResults as error:
+                rows.append({"family": family, "measure": measure.name, "grade": str(error)})
+                continue
+            for variant, group in sorted(split_variants(curves), key=rank_variant)[:MOST_VARIANTS]:
+                if not shared_budgets(group).size:
+                    continue
+                race = line_up(group, measure, results)
+                trials = {bits: try_precision(race, bits) for bits in (int(str(name)) for name in race.values)}
+                tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
+                if tested:
+                    compared = ", ".join(map(str, sorted(tested)))
+                    rows.append(variant | {"measure": measure.name, "precisions": compared} | describe_best(tested))
+    columns = ["bits", "share", "gap", "low", "high", "chance", "grade", "four_bit", "source"]
+    return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
+        {"block_size": "Int64", "bits": "Int64"}
+    )
+
+
+def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
+    """Return the place of a variant: the most points first, of equals the paper's settings."""
+    variant, points = part
+    return -len(points), rank_setting(variant["data_type"]), rank_setting(variant["block_size"])
+
+
+def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:
+    """Return the row of the precision that is best over most budgets (of equals: with the largest gap)."""
+    best = max(tested.values(), key=lambda trial: (trial.share, trial.gap))
+    fields = ("bits", "share", "gap", "low", "high", "chance", "grade", "source")
+    claim = tested[CLAIMED_BITS].grade if CLAIMED_BITS in tested else "is not tested"
+    return {name: getattr(best, name) for name in fields} | {"four_bit": claim}

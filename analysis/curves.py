@@ -25,7 +25,7 @@ from kbit.spec import BASELINE_BITS
 VARIANT: Final = ["family", "data_type", "block_size"]  # what is held fixed while precisions are compared
 POINT: Final = [*VARIANT, "bits", "model"]  # one marker of a figure
 READING: Final = ["total_bits", "value", "low", "high"]
-CURVE_COLUMNS: Final = ["family", "bits", "data_type", "block_size", "model", *READING]
+CURVE_COLUMNS: Final = ["family", "bits", "data_type", "block_size", "model", *READING, "key"]
 REPEAT_COLUMNS: Final = ["exponent_bits", "method", "task", "metric"]
 # Settings that make a variant of a data type: column, default, how its name says so.
 SETTINGS: Final = (
@@ -36,6 +36,7 @@ SETTINGS: Final = (
     ("scale_format", "fp16", "{} scales"),
     ("rounding", "nearest", "{}"),
     ("method", "rtn", "{}"),
+    ("outlier_fraction", 0.0, "outliers {:.3g}"),
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),
 )
@@ -83,7 +84,7 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     A variant is a (family, data type, block size). The family's 16-bit baseline belongs to each of its
     variants. Settings other than the paper's become part of the data type's name ("float E2", "nf row", "nf gptq").
     Seeds are averaged, the interval's ends too: the items are the same under each seed, so more seeds do not
-    narrow the interval.
+    narrow the interval. A value that is missing is no point.
 
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results); a column seed is optional.
@@ -91,8 +92,9 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
         task: for example "mean_zero_shot", or the name of a text.
 
     Returns:
-        Columns family, bits, data_type, block_size (NA: whole tensor), model, total_bits, value, low, high;
-        sorted. Empty if nothing was measured. A family with only a baseline has one variant, data_type None.
+        Columns family, bits, data_type, block_size (NA: whole tensor), model, total_bits, value, low, high, key (of
+        the experiment; several seeds: their keys, separated by blanks); sorted. Empty if nothing was measured. A family
+        with only a baseline has one variant, data_type None.
 
     Raises:
         ValueError: a column is missing.
@@ -101,18 +103,24 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     missing = [column for column in [*CURVE_COLUMNS, *REPEAT_COLUMNS] if column not in results]
     if missing:
         raise ValueError(f"results lack the columns {missing}; pass what kbit.read_results returns")
-    rows = results[(results["metric"] == metric) & (results["task"] == task)]
+    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
     refuse_mixed_evaluations(rows)
-    names = [name_data_type(row) for row in rows.to_dict("records")]
-    rows = rows.assign(
-        data_type=pd.Series(names, rows.index, dtype=object), block_size=rows["block_size"].astype("Int64")
-    )
+    rows = rows.assign(data_type=name_data_types(rows), block_size=rows["block_size"].astype("Int64"))
     is_baseline = rows["bits"] == BASELINE_BITS
     variants = rows.loc[~is_baseline, VARIANT].drop_duplicates()
     baseline = rows[is_baseline].drop(columns=["data_type", "block_size"])
     baseline = baseline.merge(variants, on="family", how="left")
     points = merge_repeats(pd.concat([rows[~is_baseline], baseline], ignore_index=True))
     return points.sort_values([*VARIANT, "bits", "total_bits", "model"], ignore_index=True)[CURVE_COLUMNS]
+
+
+def name_data_types(rows: pd.DataFrame) -> pd.Series[str]:
+    """Return name_data_type of every row, worked out once for each distinct setting."""
+    columns = ["bits", "data_type", "exponent_bits", *(name for name, _, _ in SETTINGS if name in rows)]
+    group = rows.groupby(columns, dropna=False, sort=False, observed=True).ngroup()
+    first = rows[~group.duplicated()].to_dict("records")
+    names = dict(zip(group.unique(), map(name_data_type, first), strict=True))
+    return pd.Series([names[number] for number in group], rows.index, dtype=object)
 
 
 def name_data_type(row: Mapping[Any, Any]) -> str | None:
@@ -156,8 +164,10 @@ def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
     """Return one row per point, averaged over seeds; the same value twice (measured beside other tasks) is one."""
     points = points.drop_duplicates([*POINT, *points.columns.intersection(["seed"]), *READING])
     refuse_ambiguous(points)
+    if not points.duplicated(POINT).any():  # one seed, as nearly always: joining 35,000 groups takes seconds
+        return points[[*POINT, *READING, "key"]]
     merged = points.groupby(POINT, dropna=False).agg(
-        {"total_bits": "first", "value": "mean", "low": "mean", "high": "mean"}
+        {"total_bits": "first", "value": "mean", "low": "mean", "high": "mean", "key": " ".join}
     )
     return merged.reset_index()
 
@@ -213,28 +223,36 @@ def interpolate(curve: pd.DataFrame, total_bits: npt.ArrayLike, column: str = "v
     return np.asarray(np.interp(budgets, x, y, left=np.nan, right=np.nan), dtype=np.float64)
 
 
-def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS) -> Floats:
-    """Return log-spaced budgets at which every quantized precision of one variant is defined, perhaps none.
+def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits") -> Floats:
+    """Return log-spaced budgets at which every quantized curve of one panel is defined, perhaps none.
 
-    Outside them a precision would win only because the others have no model that small or that large, which says
-    nothing about precisions. With a single quantized precision the baseline takes its place beside it. A precision
-    measured at one size only is a point, not a curve, and does not take part.
+    Outside them a curve would win only because the others have no model that small or that large, which says
+    nothing about precisions. With a single quantized curve the 16-bit baseline takes its place beside it. A curve
+    of one size only is a point and does not take part.
+
+    Args:
+        curves: points of one panel; `by` tells its curves apart.
+        count: budgets.
     """
-    ends = curves.groupby("bits")["total_bits"].agg(["min", "max"])
-    ends = ends[ends["max"] > ends["min"]]
-    quantized = ends[ends.index < BASELINE_BITS]
+    place = pd.factorize(curves[by])[0]
+    sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy(dtype=np.float64)
+    ends = [(sizes[place == k].min(), sizes[place == k].max(), bits[place == k].min()) for k in range(max(place) + 1)]
+    ends = [end for end in ends if end[1] > end[0]]
+    quantized = [end for end in ends if end[2] < BASELINE_BITS]
     compared = quantized if len(quantized) >= 2 else ends
-    low, high = compared["min"].max(), compared["max"].min()
-    if len(compared) < 2 or low >= high:
+    if len(compared) < 2:
+        return np.empty(0)
+    low, high = max(end[0] for end in compared), min(end[1] for end in compared)
+    if low >= high:
         return np.empty(0)
     return np.asarray(np.geomspace(low, high, count), dtype=np.float64)
 
 
-def tabulate_curves(curves: pd.DataFrame, column: str = "value") -> pd.DataFrame:
-    """Return one variant at its shared budgets: index total_bits, a column per bits, NaN where undefined."""
-    budgets = shared_budgets(curves)
-    sizes = curves.groupby("bits")["total_bits"].nunique()
-    columns = {bits: interpolate(curves[curves["bits"] == bits], budgets, column) for bits in sizes[sizes > 1].index}
+def tabulate_curves(curves: pd.DataFrame, column: str = "value", by: str = "bits") -> pd.DataFrame:
+    """Return one panel at its shared budgets: index total_bits, a column per curve, NaN where undefined."""
+    budgets = shared_budgets(curves, by=by)
+    sizes = curves.groupby(by)["total_bits"].nunique()
+    columns = {name: interpolate(curves[curves[by] == name], budgets, column) for name in sizes[sizes > 1].index}
     return pd.DataFrame(columns, index=pd.Index(budgets, name="total_bits"))
 
 
@@ -283,78 +301,3 @@ def optimal_share(best: pd.DataFrame) -> pd.DataFrame:
     counts["bits"] = counts["bits"].astype("Int64")
     order = [*VARIANT, "share"]
     return counts.sort_values(order, ascending=[True, True, True, False], ignore_index=True, kind="stable")
-
-
-def finding(results: pd.DataFrame) -> str:
-    """Return what the results say about the best precision at equal bits, a plain sentence per family."""
-    if results.empty:
-        return "No results yet."
-    families = sorted(results["family"].unique())
-    return " ".join(describe_family(results[results["family"] == family], str(family)) for family in families)
-
-
-def describe_family(results: pd.DataFrame, family: str) -> str:
-    """Return one family's sentence: its best precision by accuracy and by cross entropy, or why none."""
-    reason = explain_too_few(results)
-    if reason:
-        return f"{family}: the best precision at equal total bits {reason}."
-    try:
-        clauses, variants = describe_measures(results)
-    except AmbiguousResults as error:
-        return f"{family}: {error}."
-    if not variants:
-        return f"{family}: neither mean zero-shot accuracy nor cross entropy was measured."
-    scope = variants[0] if len(variants) == 1 else f"{len(variants)} variants of data type and block size"
-    return f"{family}, {scope}, at equal total bits: {'; '.join(clauses)}."
-
-
-def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
-    """Return a clause per measure of one family, and the names of the variants measured."""
-    clauses: list[str] = []
-    variants: set[str] = set()
-    for label, measure in ((ZERO_SHOT.name, ZERO_SHOT), ("cross entropy", find_cross_entropy(results))):
-        curves = None if measure is None else precision_curves(results, measure.metric, measure.task)
-        if measure is None or curves is None or curves.empty:
-            clauses.append(f"{label} was not measured")
-            continue
-        variants.update(name_variant(v["data_type"], v["block_size"]) for v, _ in split_variants(curves))
-        clauses.append(describe_curves(curves, measure))
-    return clauses, sorted(variants)
-
-
-def describe_curves(curves: pd.DataFrame, measure: Measure) -> str:
-    """Return the clause for one family and measure: the best precision and over which share of budgets."""
-    shares = optimal_share(best_precision(curves, measure.higher_is_better))
-    if shares.empty:
-        reason = explain_too_few(curves) or "needs two precisions that overlap, each at two sizes or more"
-        return f"the best precision by {measure.name} {reason}"
-    variants = sum(1 for _ in split_variants(curves))
-    if variants == 1:
-        return describe_shares(shares, measure)
-    # The first row of a variant is its largest share.
-    winners = shares.groupby(VARIANT, dropna=False).head(1)["bits"].value_counts(dropna=False, sort=True)
-    leader, *others = [f"{name_bits(bits)} in {count}" for bits, count in winners.items()]
-    rest = f" ({', '.join(others)})" if others else ""
-    return f"most often best by {measure.name} is {leader} of {variants} variants{rest}"
-
-
-def describe_shares(shares: pd.DataFrame, measure: Measure) -> str:
-    """Return for example "4-bit is best over 71% of the budgets by cross entropy (3-bit 29%)"."""
-    (leader, share), *others = list(zip(shares["bits"], shares["share"], strict=True))
-    verdict = "the precisions tie" if is_missing(leader) else f"{name_bits(leader)} is best"
-    rest = ", ".join(f"{name_bits(bits)} {part:.0%}" for bits, part in others)
-    return f"{verdict} over {share:.0%} of the budgets by {measure.name}" + (f" ({rest})" if rest else "")
-
-
-def name_bits(bits: object) -> str:
-    """Return "4-bit", or "tied" for NA."""
-    return "tied" if is_missing(bits) else f"{bits}-bit"
-
-
-def explain_too_few(rows: pd.DataFrame) -> str | None:
-    """Return "needs at least two model sizes (has ... only)", or the same for precisions; None if neither."""
-    for column, what, unit in (("model", "model sizes", ""), ("bits", "precisions", "-bit")):
-        found = rows[column].unique()
-        if len(found) < 2:
-            return f"needs at least two {what} (has {found[0]}{unit} only)"
-    return None

@@ -1,4 +1,4 @@
-"""The paper's figures, rebuilt from the results: each a named function that also checks the paper's claim.
+"""Every figure and table by name: draw what the results allow, write it, or say what is missing.
 
 Drawn with matplotlib.figure.Figure objects alone: no pyplot, no backend choice, no global setting left
 changed.
@@ -9,49 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import matplotlib.style
 import pandas as pd
-from matplotlib.figure import Figure
 
-from kbit.analysis.claims import judge_four_bit
-from kbit.analysis.curves import (
-    VARIANT,
-    ZERO_SHOT,
-    AmbiguousResults,
-    Measure,
-    find_cross_entropy,
-    precision_curves,
-)
-from kbit.analysis.panels import STYLE, draw_panels
-
-STUDY: Final = "kbit run +sweeps=nano/bit_level"  # the ready study that measures what these figures need
-
-
-class MissingResults(ValueError):
-    """The store lacks what a figure needs; the message says which study to run."""
-
-
-@dataclass(frozen=True)
-class PaperFigure:
-    """One figure of the paper on this store's data.
-
-    Attributes:
-        name: for example "figure_2".
-        fig: the drawing.
-        data: exactly what is drawn, one row per marker and panel: precision_curves' columns, then metric and
-        task.
-        claim: what the paper says, one sentence.
-        verdict: what these results say about it, computed.
-    """
-
-    name: str
-    fig: Figure
-    data: pd.DataFrame
-    claim: str
-    verdict: str
+from kbit.analysis.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy, precision_curves
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.lawtable import draw_laws
+from kbit.analysis.maps import draw_data_types_map, draw_sensitivity
+from kbit.analysis.panels import draw_panels
+from kbit.analysis.paper import CURVE_FIGURES, CurveFigure
+from kbit.analysis.published import match_published
+from kbit.analysis.relations import RELATIONS, draw_relation
+from kbit.analysis.roofline import figure_16
+from kbit.analysis.styles import STYLE, TooManyCurves
+from kbit.analysis.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 
 
 @dataclass(frozen=True)
@@ -71,47 +46,49 @@ class SavedFigure:
     skipped: str | None = None
 
 
-def figure_2(results: pd.DataFrame) -> PaperFigure:
-    """Draw mean zero-shot accuracy against total bits, a line per precision, a panel per family and variant.
+def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
+    """Draw a figure of curves; below it the paper's claim and these results' verdict.
+
+    Points far above the best curve's losses are off the axis and named in the panel (the paper caps its curves at
+    perplexity 100), so that the curves in question stay readable. Of several texts, the one with the most results.
 
     Args:
+        definition: which figure, see paper.CURVE_FIGURES.
         results: long form, one row per experiment and measurement (kbit.read_results).
 
     Raises:
-        MissingResults: no family has mean zero-shot accuracy at two sizes and two precisions.
-
-    Dettmers & Zettlemoyer 2023, figure 2 (and 7, the same with all families).
+        MissingResults: no panel has two curves of two sizes each; the message names the study to run.
+        AmbiguousResults: see curves.precision_curves.
     """
-    claim = "At a fixed number of total model bits, 4-bit is best for almost all sizes and families."
-    tasks = 0 if results.empty else count_tasks(results)
-    y_label = ZERO_SHOT.name + (f" ({tasks} task{'s' if tasks > 1 else ''})" if tasks else "")
-    return draw_bit_level("figure_2", results, ZERO_SHOT, y_label, claim)
+    measure = find_measure(results, loss=definition.loss)
+    points = pd.DataFrame() if measure is None else precision_curves(results, measure.metric, measure.task)
+    curves = pd.DataFrame() if points.empty else keep_comparable(definition.select(points))
+    if measure is None or curves.empty:
+        what = "cross entropy" if definition.loss else ZERO_SHOT.name
+        raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
+    verdict = definition.judge(curves, measure, results)
+    published = match_published(curves, measure)
+    with matplotlib.style.context(["default", STYLE]):
+        notes = [*describe_choice(points, curves), describe_bars(curves, measure), describe_sources(published)]
+        fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)
+        write_verdict(fig, definition.name, definition.claim, verdict, *notes)
+    data = curves.assign(metric=measure.metric, task=measure.task)
+    return PaperFigure(definition.name, fig, data, definition.claim, verdict)
 
 
-def figure_13(results: pd.DataFrame) -> PaperFigure:
-    """Draw cross entropy against total model bits: figure 2 by the measure with less noise.
-
-    Of several texts, the one with the most results. Points far above the 16-bit curve are off the axis and
-    named in the panel (the paper caps its curves at perplexity 100), so that the curves in question stay
-    readable.
-
-    Args:
-        results: long form, one row per experiment and measurement (kbit.read_results).
-
-    Raises:
-        MissingResults: no family has cross entropy at two sizes and two precisions.
-
-    Dettmers & Zettlemoyer 2023, figure 13.
-    """
-    claim = "By cross entropy, too, 4-bit is best at a fixed number of total model bits."
-    measure = None if results.empty else find_cross_entropy(results)
-    return draw_bit_level("figure_13", results, measure, "cross entropy (nats per token)", claim)
+def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:
+    """Return the measure that a figure shows; None if the results lack it."""
+    if results.empty:
+        return None
+    return find_cross_entropy(results) if loss else ZERO_SHOT
 
 
-FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
-    "figure_2": figure_2,
-    "figure_13": figure_13,
-}
+def name_axis(results: pd.DataFrame, measure: Measure) -> str:
+    """Return the label of the y axis: the measure with its unit or number of tasks."""
+    if not measure.higher_is_better:
+        return f"{measure.name} (nats per token)"
+    tasks = count_tasks(results)
+    return measure.name + (f" ({tasks} task{'s' if tasks > 1 else ''})" if tasks else "")
 
 
 def count_tasks(results: pd.DataFrame) -> int:
@@ -120,39 +97,48 @@ def count_tasks(results: pd.DataFrame) -> int:
     return int(tasks[tasks != ZERO_SHOT.task].nunique())
 
 
-def draw_bit_level(name: str, results: pd.DataFrame, measure: Measure | None, y_label: str, claim: str) -> PaperFigure:
-    """Draw one measure against total model bits; below it the paper's claim and these results' verdict."""
-    curves = pd.DataFrame()
-    if measure is not None and not results.empty:
-        curves = precision_curves(results, measure.metric, measure.task)
-    if measure is None or not has_two_curves(curves):
-        raise MissingResults(
-            f"{name} needs {y_label.split(' (')[0]} at two precisions, each at two or more sizes of one "
-            f"family, and these results lack it; run: {STUDY}"
-        )
-    verdict = judge_four_bit(curves, measure)
-    caption = [
-        f"Paper ({name.replace('_', ' ')}): {claim}",
-        f"These results: {verdict}",
-        describe_bars(curves, measure),
-    ]
-    with matplotlib.style.context(["default", STYLE]):
-        fig = draw_panels(curves, y_label, measure.higher_is_better, caption)
-    return PaperFigure(name, fig, curves.assign(metric=measure.metric, task=measure.task), claim, verdict)
-
-
-def has_two_curves(curves: pd.DataFrame) -> bool:
-    """Whether some variant has two precisions with two sizes each: less is points, not curves to compare."""
+def keep_comparable(curves: pd.DataFrame) -> pd.DataFrame:
+    """Return the panels that have two curves of two sizes each: less is points, not curves to compare."""
     if curves.empty:
-        return False
-    sizes = curves.groupby([*VARIANT, "bits"], dropna=False)["model"].nunique()
-    return bool((sizes[sizes >= 2].groupby(VARIANT, dropna=False).size() >= 2).any())
+        return curves
+    sizes = curves.groupby(["panel", "series"])["model"].nunique()
+    lines = sizes[sizes >= 2].groupby("panel").size()
+    return curves[curves["panel"].isin(lines[lines >= 2].index)].reset_index(drop=True)
+
+
+def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Say how much of the store a figure leaves out."""
+    families = points[points["family"].isin(curves["family"])]
+    left = len(families.drop_duplicates(["family", "key"])) - len(curves.drop_duplicates(["family", "key"]))
+    return [f"Left out: {left} points of the same families with other settings (choose with --where)."] if left else []
 
 
 def describe_bars(curves: pd.DataFrame, measure: Measure) -> str:
-    """Return the caption's last line: what the bars are, and which text was read."""
+    """Return the line of the caption that says what the bars are, and which text was read."""
     bars = "" if curves["low"].isna().all() else "Bars: 95% intervals. "
     return f"{bars}Measured on {measure.task}." if measure.metric == "cross_entropy" else bars.strip()
+
+
+def describe_sources(published: pd.DataFrame) -> str:
+    """Say where the published points are from."""
+    if published.empty:
+        return ""
+    return "Circles: published values; " + "; ".join(sorted(published["source"].unique())) + "."
+
+
+FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
+    **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
+    "figure_16": figure_16,
+    "table_1": table_1,
+    "table_2": table_2,
+    "verdicts": draw_verdicts,
+    "frontier": draw_frontier,
+    "laws": draw_laws,
+    "data_types_map": draw_data_types_map,
+    **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
+    "sensitivity": draw_sensitivity,
+    "anchors": draw_anchors,
+}
 
 
 def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None = None) -> list[SavedFigure]:
@@ -169,7 +155,7 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
 
     Raises:
         ValueError: a name is not a figure; or a figure asked for by name cannot be drawn (MissingResults,
-            AmbiguousResults).
+            AmbiguousResults). Nothing is written then.
     """
     unknown = [name for name in names or () if name not in FIGURES]
     if unknown:
@@ -178,7 +164,7 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
     for name in dict.fromkeys(FIGURES if names is None else names):
         try:
             drawn.append(FIGURES[name](results))
-        except (MissingResults, AmbiguousResults) as error:
+        except (MissingResults, AmbiguousResults, TooManyCurves) as error:
             if names is not None:
                 raise
             drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numba
+import numba.cuda
 import numpy as np
-from numba import cuda as numba_cuda
 
 from kbit.datatypes import decision_thresholds, make_codebook
 from kbit.kernels import cuda as kernels
@@ -57,6 +57,8 @@ VARIANTS = (
     Variant("float16", 8, 4096, unaligned=True),
 )
 
+numba_any: Any = numba  # partly annotated
+
 
 class Launch(NamedTuple):
     """A kernel, the threads of its blocks, and its arguments."""
@@ -68,7 +70,7 @@ class Launch(NamedTuple):
     @property
     def signature(self) -> tuple[Any, ...]:
         """The arguments' numba types."""
-        return tuple(numba.typeof(argument) for argument in self.arguments)
+        return tuple(numba_any.typeof(argument) for argument in self.arguments)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def pretend_device(architecture: tuple[int, int]) -> Iterator[None]:
 def compile_ptx(launch: Launch, architecture: tuple[int, int]) -> str:
     """Compile a kernel for the types of the arguments that it was to be started with."""
     with pretend_device(architecture):
-        ptx, _ = numba_cuda.compile(
+        ptx, _ = numba_any.cuda.compile(
             launch.kernel.py_func, launch.signature, device=False, abi="numba", cc=architecture, output="ptx"
         )
     return str(ptx)

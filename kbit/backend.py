@@ -6,6 +6,7 @@ since the stored form of a tensor (kbit.quantizer.QuantizedTensor) is NumPy arra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -37,6 +38,17 @@ class Backend:
         """Return the memory of a flat tensor as the kernels take it; bfloat16 comes as its bits, uint16."""
         words = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
         return words.numpy() if self.device.type == "cpu" else words
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return an empty tensor of float32, float16 or bfloat16 for a result.
+
+        On the CPU in memory that NumPy gets: it asks for huge pages, torch does not, and a fresh 64 MB tensor is filled
+        three times faster.
+        """
+        if self.device.type != "cpu":
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        words = torch.from_numpy(np.empty(tuple(shape), np.float32 if dtype == torch.float32 else np.uint16))
+        return words.view(dtype)
 
     def put(self, array: NDArray[Any]) -> DeviceArray:
         """Return the array on the device."""

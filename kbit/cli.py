@@ -1,4 +1,4 @@
-"""The command line: `kbit run | plan | figures | results | models`."""
+"""The command line: `kbit run | plan | figures | report | results | models | doctor`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ usage: kbit <command> [arguments]
   run      quantize and evaluate one model, or with -m / +sweeps=... a grid   kbit run --help
   plan     say what the same arguments would run, and run nothing
   figures  draw the figures that the results allow                            kbit figures --help
+  report   write one page with every experiment, to open in a browser         kbit report --help
   results  print or export the results                                        kbit results --help
   models   list the models that have a short name
+  doctor   say what works here: devices, hub, and the data that the same arguments as of run ask for
 
 examples:
   kbit run quant.bits=3 quant.data_type=nf
@@ -61,10 +63,14 @@ def run_command(command: str, arguments: list[str]) -> None:
             run_hydra([*_multirun(arguments), "hydra.launcher.plan_only=true"])
         case "figures":
             draw_figures(arguments)
+        case "report":
+            make_report(arguments)
         case "results":
             show_results(arguments)
         case "models":
             list_models()
+        case "doctor":
+            examine(arguments)
         case "-h" | "--help" | "help":
             print(_USAGE, end="")
         case "--version":
@@ -72,7 +78,8 @@ def run_command(command: str, arguments: list[str]) -> None:
 
             print(f"kbit {version('kbit')}")
         case _:
-            sys.exit(f"kbit: unknown command {command!r}; allowed are run, plan, figures, results, models")
+            allowed = "run, plan, figures, report, results, models, doctor"
+            sys.exit(f"kbit: unknown command {command!r}; allowed are {allowed}")
 
 
 def run_hydra(arguments: list[str]) -> None:
@@ -114,8 +121,8 @@ def draw_figures(arguments: list[str]) -> None:
     parser.add_argument("--where", help="draw these rows only: a pandas query, such as \"data_type == 'nf'\"")
     parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
     options = parser.parse_args(arguments)
-    from kbit.analysis.curves import finding
     from kbit.analysis.figures import save_figures
+    from kbit.analysis.findings import finding
     from kbit.store import read_results
 
     try:
@@ -124,13 +131,29 @@ def draw_figures(arguments: list[str]) -> None:
             results = _select_rows(results, options.where)
         figures = save_figures(results, options.out, options.names or None)
         for figure in figures:
-            print(f"{figure.name}: " + (f"not drawn: {figure.skipped}" if figure.skipped else str(figure.paths[0])))
+            shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"
+            print(f"{figure.name}: {shown}")
         if not any(figure.paths for figure in figures):
             sys.exit("kbit: error: these results allow no figure")
         print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
         print(f"\n{finding(results)}")
     except (ValueError, OSError) as error:
         sys.exit(f"kbit: error: {error}")
+
+
+def make_report(arguments: list[str]) -> None:
+    """Write the report of a store: `kbit report`."""
+    parser = argparse.ArgumentParser("kbit report", description="Write one page with every experiment of a store.")
+    parser.add_argument("--results", default="results", help="folder of the store (default: results)")
+    parser.add_argument("--out", default="report.html", type=Path, help="the page (default: report.html)")
+    options = parser.parse_args(arguments)
+    from kbit.analysis.report import write_report
+
+    try:
+        write_report(options.results, options.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"kbit: error: {error}")
+    print(f"{options.out.absolute()}: open it in a browser, no network is needed")
 
 
 def show_results(arguments: list[str]) -> None:
@@ -163,6 +186,27 @@ def list_models() -> None:
 
     for model in STUDIED.values():
         print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
+
+
+def examine(arguments: list[str]) -> None:
+    """Report what works here, without running a model; exit with 1 if something asked for is missing: `kbit doctor`."""
+    if hints := _unknown_keys(arguments):
+        sys.exit("\n".join(f"kbit: error: {hint}" for hint in hints))
+    register_schema()
+    from kbit.doctor import diagnose
+    from kbit.run import to_run_config
+
+    with hydra.initialize_config_module("kbit.conf", version_base="1.3"):
+        try:
+            config = to_run_config(hydra.compose("run", arguments))
+        except hydra.errors.HydraException as error:
+            sys.exit(f"kbit: error: {error}")
+    missing = 0
+    for finding in diagnose(config):
+        print(finding, flush=True)
+        missing += finding.missing
+    if missing:
+        sys.exit(f"kbit: {missing} of what this configuration asks for cannot be had here")
 
 
 def _select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from kbit.textdata import identify_text
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
 METHODS: Final = ("rtn",)  # rtn: round to nearest, no calibration data
 DTYPES: Final = ("float32", "bfloat16", "float16")
+PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.perplexity
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,13 @@ class EvalConfig:
     Attributes:
         tasks: lm-eval task names, zero-shot.
         limit: only the first items of each task; None is all.
-        batch_size: sequences per forward pass; no effect on what is measured.
-        perplexity: a text to measure cross entropy on: embedded name or path; None is none.
-        perplexity_windows: at most this many windows of the model's context (at most 2048 tokens); None is all.
+        batch_size: of a forward pass, as a budget: sequences of 32 tokens on a CPU (32: 1,024 tokens), of 512 on a
+            GPU; no effect on what is measured.
+        perplexity: a text to measure cross entropy on: embedded name, path, or hub text (wikitext2, c4, pile_cc); None
+            is none.
+        perplexity_kind: windows (fixed, per token: the papers' definition) or rolling (lm-eval's, per word).
+        perplexity_windows: at most this many windows of the model's context (at most 2048 tokens); None is all. Rolling
+            perplexity is always of the whole text.
         task_path: a folder with the user's own task YAMLs.
     """
 
@@ -90,6 +95,7 @@ class EvalConfig:
     limit: int | None = None
     batch_size: int = 32
     perplexity: str | None = "nano_held_out"
+    perplexity_kind: str = "windows"
     perplexity_windows: int | None = 256
     task_path: str | None = None
 
@@ -99,6 +105,7 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"eval.{name}={value} is not >= 1")
+        check_choice("eval.perplexity_kind", self.perplexity_kind, PERPLEXITY_KINDS)
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"eval.tasks={list(self.tasks)} names a task twice")
         if not self.tasks and self.perplexity is None:
@@ -130,8 +137,11 @@ class Experiment:
         tasks = identify_tasks(self.eval.tasks, self.eval.task_path)
         evaluation: dict[str, Any] = {"tasks": tasks, "limit": limit}
         if self.eval.perplexity is not None:
-            text = identify_text(self.eval.perplexity)
-            evaluation |= {"perplexity": text, "perplexity_windows": self.eval.perplexity_windows}
+            evaluation |= {"perplexity": identify_text(self.eval.perplexity)}
+            if self.eval.perplexity_kind == "windows":
+                evaluation |= {"perplexity_windows": self.eval.perplexity_windows}
+            else:
+                evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": quant, "eval": evaluation}
 
@@ -172,6 +182,22 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class StudyConfig:
+    """A study: a union of grids. See sweeps/.
+
+    Attributes:
+        grids: each maps keys (quant.bits) to values: a list, or a string as on Hydra's command line (3,4 or
+            range(3,9)). The study is every combination of the first, then of the second, ...
+        exclude: points to leave out, those that have all of the given values (one value or a list for each key).
+        unite: names of other studies, to run as one; a study with it has nothing else.
+    """
+
+    grids: list[dict[str, Any]] = field(default_factory=list)
+    exclude: list[dict[str, Any]] = field(default_factory=list)
+    unite: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class RunConfig(Experiment):
     """An experiment and how to run it: the schema of `kbit run`.
 
@@ -181,6 +207,7 @@ class RunConfig(Experiment):
         ray: of a multirun.
         fail_fast: stop at the first failed experiment.
         retry_failed: run experiments again that are recorded as failed.
+        study: of a multirun; what a file of sweeps/ asks for beyond plain values.
     """
 
     results: str = "results"
@@ -188,6 +215,7 @@ class RunConfig(Experiment):
     ray: RayConfig = field(default_factory=RayConfig)
     fail_fast: bool = False
     retry_failed: bool = False
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):

@@ -69,7 +69,8 @@ def make_codebook(
         seed: learned only; of the sample that k-means sees.
 
     Raises:
-        ValueError: a value outside its allowed set, or an argument that the data type needs and does not get.
+        ValueError: a value outside its allowed set, or an argument that the data type needs and does not get, or
+            a tensor that is empty or holds NaN or Inf.
     """
     check_choice("data_type", data_type, DATA_TYPES)
     check_bits(bits)
@@ -86,9 +87,9 @@ def make_codebook(
         case "af":
             return _as_codebook(fitted.af_values(bits, _needed("af", block_size=block_size)))
         case "quantile":
-            return _as_codebook(fitted.quantile_values(bits, _needed("quantile", tensor=tensor)))
+            return _as_codebook(fitted.quantile_values(bits, _finite(_needed("quantile", tensor=tensor))))
         case "learned":
-            values = _needed("learned", tensor=tensor).ravel()
+            values = _finite(_needed("learned", tensor=tensor)).ravel()
             return _as_codebook(fitted.learned_values(bits, values.astype(np.float32, copy=False), seed))
         case _:
             return table_codebook(bits, _needed("table", table=table))
@@ -219,6 +220,15 @@ def _needed(data_type: str, **argument: T | None) -> T:
     if value is None:
         raise ValueError(f"data_type {data_type!r} needs {name}=")
     return value
+
+
+def _finite(tensor: NDArray[Any]) -> NDArray[Any]:
+    """Return the tensor, which must hold numbers."""
+    if tensor.size == 0:
+        raise ValueError(f"tensor of shape {tensor.shape} has no elements to fit a codebook to")
+    if bad := int((~np.isfinite(tensor)).sum()):
+        raise ValueError(f"{bad} of {tensor.size} values of the tensor are NaN or Inf")
+    return tensor
 
 
 def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:

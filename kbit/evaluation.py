@@ -8,10 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kbit.measurement import Measurement, mean_accuracy, measure_accuracy, measure_mean, transform
+from kbit.measurement import (
+    ItemValues,
+    Measurement,
+    encode_items,
+    mean_accuracy,
+    measure_accuracy,
+    measure_mean,
+    transform,
+)
 from kbit.quiet import silence_libraries
 from kbit.scorer import Scorer
-from kbit.tasks import LoadedTask, load_tasks
+from kbit.tasks import LoadedTask, errors_named, load_tasks
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,27 @@ class PreparedTask:
     instances: list[Any]
 
 
+@dataclass(frozen=True)
+class TaskScores:
+    """What was measured on tasks.
+
+    Attributes:
+        measurements: every metric of every task, then the mean accuracy if there are several tasks.
+        items: the correctness of each item, for each accuracy.
+        truncated: requests of each task, by name, that lost tokens to the model's context length.
+        first_tokens: of each task, by name: what was sent for its first request; empty for a generation task.
+    """
+
+    measurements: list[Measurement]
+    items: list[ItemValues]
+    truncated: dict[str, int]
+    first_tokens: dict[str, tuple[int, ...]]
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     batch_size: int = 32,
     limit: int | None = None,
@@ -41,8 +66,8 @@ def evaluate(
     Args:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
-        tasks: names: shipped, in task_path, or lm-eval's own when online.
-        batch_size: sequences per forward pass.
+        tasks: one name or several: shipped, in task_path, or lm-eval's own when online.
+        batch_size: see EvalConfig.
         limit: evaluate only the first items of each task.
         task_path: a folder with the user's own task YAMLs.
 
@@ -51,31 +76,59 @@ def evaluate(
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
     silence_libraries()
-    prepared = [prepare_task(task, limit) for task in load_tasks(tasks, task_path)]
-    return score_tasks(Scorer(model, tokenizer, batch_size), prepared)
+    names = [tasks] if isinstance(tasks, str) else tasks
+    prepared = [prepare_task(task, limit) for task in load_tasks(names, task_path)]
+    return score_tasks(Scorer(model, tokenizer, batch_size), prepared).measurements
 
 
 def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
-    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise."""
+    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise.
+
+    Raises:
+        ValueError: limit is less than 1; or a row lacks a field that the task asks for: names task, file and field.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not >= 1 (None: all items)")
     task = loaded.task
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=1234)  # lm-eval's default
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    with errors_named(loaded.definition):
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+            _check_answers(task)
     return PreparedTask(loaded, task.instances)
 
 
-def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> list[Measurement]:
+def _check_answers(task: Any) -> None:
+    """Raise ValueError at a right answer that is none of the choices: lm-eval would count the item as wrong."""
+    for doc in {instance.doc_id: instance.doc for instance in task.instances}.values():
+        choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+        for answer in target if isinstance(target, list) else [target]:
+            if not (answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)):
+                fields = ", ".join(doc)
+                raise ValueError(f"doc_to_target gives {answer!r}, which is none of {choices}; a row has {fields}")
+
+
+def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
     """Score prepared tasks and measure each; with more than one task, the mean accuracy comes last."""
-    measurements = [measurement for task in tasks for measurement in _score_task(scorer, task)]
+    values: list[tuple[LoadedTask, str, list[Any]]] = []
+    truncated: dict[str, int] = {}
+    first_tokens: dict[str, tuple[int, ...]] = {}
+    for task in tasks:
+        scorer.truncated, scorer.first_tokens = 0, ()
+        values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]
+        truncated[task.loaded.name], first_tokens[task.loaded.name] = scorer.truncated, scorer.first_tokens
+    measurements = [_measure(*value) for value in values]
     accuracies = [m for m in measurements if m.metric == "acc"]
     if len(accuracies) > 1:
         measurements.append(mean_accuracy(accuracies))
-    return measurements
+    items = [encode_items(task.name, metric, v) for task, metric, v in values if _is_accuracy(metric, v)]
+    return TaskScores(measurements, items, truncated, first_tokens)
 
 
-def _score_task(scorer: Scorer, prepared: PreparedTask) -> list[Measurement]:
-    """Ask the model, let lm-eval filter and judge each item, and measure every metric."""
+def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
+    """Ask the model, let lm-eval filter and judge each item; return each metric's values in item order."""
     by_type: dict[str, list[Any]] = defaultdict(list)
     for instance in prepared.instances:
         instance.resps = []  # of an earlier variant
@@ -95,16 +148,24 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> list[Measurement]:
         responses = [instance.filtered_resps[name_of_filter] for instance in instances]
         for metric, value in task.process_results(instances[0].doc, responses).items():
             values[metric].append(value)
-    return [_measure(prepared.loaded, metric, of_items) for metric, of_items in values.items()]
+    return values
 
 
 def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> Measurement:
     """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean."""
-    if not all(isinstance(value, int | float) for value in values):  # such as F1: only lm-eval can aggregate it
+    if not _are_numbers(values):  # such as F1: only lm-eval can aggregate it
         value = loaded.task.aggregation()[metric](values)
         return Measurement(loaded.name, metric, float(value), math.nan, math.nan, len(values))
-    if metric.startswith("acc"):
+    if _is_accuracy(metric, values):
         return measure_accuracy(loaded.name, metric, values)
     if metric == "perplexity":  # lm-eval keeps the log-likelihood of each item
         return transform(measure_mean(loaded.name, metric, [-value for value in values]), metric, math.exp)
     return measure_mean(loaded.name, metric, values)
+
+
+def _is_accuracy(metric: str, values: list[Any]) -> bool:
+    return metric.startswith("acc") and _are_numbers(values)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any, Final
 
 import torch
 
 from kbit import provenance
 from kbit.config import EvalConfig, Experiment, ModelConfig
-from kbit.evaluation import PreparedTask, prepare_task, score_tasks
+from kbit.evaluation import PreparedTask, TaskScores, prepare_task, score_tasks
 from kbit.families import family_of
-from kbit.measurement import Measurement
+from kbit.measurement import ItemValues, Measurement
 from kbit.models import (
     LoadedModel,
     QuantizationReport,
@@ -24,25 +26,45 @@ from kbit.models import (
     quantize_model,
     restore_weights,
 )
-from kbit.perplexity import MAX_WINDOW, Windows, make_windows, measure_cross_entropy
-from kbit.scorer import Scorer
+from kbit.perplexity import (
+    MAX_WINDOW,
+    Reference,
+    TextScores,
+    Windows,
+    compute_reference,
+    make_windows,
+    measure_cross_entropy,
+    measure_rolling,
+)
+from kbit.scorer import Scorer, splits_at_head
 from kbit.tasks import LoadedTask, load_tasks
+from kbit.textdata import read_documents
+
+FIRST_TOKENS: Final = 64  # recorded of a task's first request: enough to see a tokenizer's or a prompt's fault
 
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """Which data a task's numbers come from."""
+    """Which data a task's numbers come from, and what of it the model was sent.
+
+    Attributes:
+        name, version, source, sha256, fingerprint: see LoadedTask.
+        truncated: requests that lost tokens to the model's context length.
+        first_tokens: of the first request, context and continuation, at most 64.
+    """
 
     name: str
     version: str
     source: str
     sha256: str
-    revision: str
+    fingerprint: str
+    truncated: int
+    first_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Which tokens a cross entropy comes from."""
+    """Which tokens a cross entropy comes from: all windows of one length, or (rolling, length 0) whole documents."""
 
     name: str
     sha256: str
@@ -78,6 +100,10 @@ class Result:
         versions, git_commit, device, threads: of the software and the machine.
         seconds_quantize, seconds_evaluate, peak_memory_bytes: cost.
         finished: UTC, ISO 8601.
+        items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
+            empty in results from before they were kept.
+        scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory.
+        weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
     """
 
     key: str
@@ -105,6 +131,10 @@ class Result:
     seconds_evaluate: float
     peak_memory_bytes: int
     finished: str
+    items: tuple[ItemValues, ...] = ()
+    scorer: str = ""
+    batch_tokens: int = 0
+    weight_rmse: float | None = None
 
 
 class Session:
@@ -121,6 +151,7 @@ class Session:
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._tasks: dict[tuple[tuple[str, ...], int | None, str | None], list[PreparedTask]] = {}
         self._windows: dict[tuple[str, int | None], Windows] = {}
+        self._hidden: dict[tuple[str, int | None], torch.Tensor] = {}  # of the 16-bit model, see compute_reference
 
     def run(self, experiment: Experiment) -> Result:
         """Quantize, evaluate, restore the weights, and return the result.
@@ -133,12 +164,13 @@ class Session:
             raise ValueError(f"this session holds {self.config}, not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
         options = {"include": quant.include, "exclude": quant.exclude}
+        reference = self._make_reference(experiment)  # while the weights have 16 bits
         original = copy_weights(model, plan_quantization(model, quant.spec, **options))
         try:
             start = time.perf_counter()
             report = quantize_model(model, quant.spec, **options, min_coverage=quant.min_coverage)
             quantized = time.perf_counter()
-            result = self._evaluate(experiment, report)
+            result = self._evaluate(experiment, report, reference)
             return dataclasses.replace(
                 result,
                 seconds_quantize=quantized - start,
@@ -148,16 +180,15 @@ class Session:
         finally:
             restore_weights(model, original)
 
-    def _evaluate(self, experiment: Experiment, report: QuantizationReport) -> Result:
+    def _evaluate(self, experiment: Experiment, report: QuantizationReport, reference: Reference | None) -> Result:
         model, config = self._loaded.model, experiment.eval
         weights_hash = hash_weights(model)
-        self._scorer.truncated = 0
-        self._scorer.batch_size_per_gpu = config.batch_size
+        self._scorer.set_batch_size(config.batch_size)
         tasks = self._prepare_tasks(config)
-        measurements = score_tasks(self._scorer, tasks)
-        windows = self._make_windows(config)
-        if windows is not None:
-            measurements += measure_cross_entropy(model, windows, batch_size=config.batch_size)
+        scores = score_tasks(self._scorer, tasks)
+        measurements, items = scores.measurements, scores.items
+        text, of_text = self._measure_text(config, reference)
+        measurements, items = measurements + of_text.measurements, items + of_text.items
         if hash_weights(model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         return Result(
@@ -179,9 +210,9 @@ class Session:
             model_revision=self._loaded.revision,
             checkpoint_dtype=self._loaded.checkpoint_dtype,
             weights_hash=weights_hash,
-            tasks=tuple(_record_task(prepared.loaded) for prepared in tasks),
-            text=None if windows is None else TextRecord(windows.name, windows.sha256, *windows.tokens.shape),
-            truncated=self._scorer.truncated,
+            tasks=tuple(_record_task(prepared.loaded, scores) for prepared in tasks),
+            text=text,
+            truncated=sum(scores.truncated.values()),
             versions=provenance.package_versions(),
             git_commit=provenance.git_commit(),
             device=provenance.describe_device(self.device),
@@ -190,6 +221,10 @@ class Session:
             seconds_evaluate=0.0,
             peak_memory_bytes=0,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            items=tuple(items),
+            scorer=self._scorer.path,
+            batch_tokens=self._scorer.budget.tokens,
+            weight_rmse=report.weight_rmse,
         )
 
     def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:
@@ -199,20 +234,45 @@ class Session:
             self._tasks[wanted] = [prepare_task(task, config.limit) for task in loaded]
         return self._tasks[wanted]
 
-    def _make_windows(self, config: EvalConfig) -> Windows | None:
+    def _measure_text(self, config: EvalConfig, reference: Reference | None) -> tuple[TextRecord | None, TextScores]:
+        """Measure the text that the configuration asks for, if any, and say which tokens it has."""
         if config.perplexity is None:
-            return None
-        wanted = (config.perplexity, config.perplexity_windows)
-        if wanted not in self._windows:
-            context = min(MAX_WINDOW, int(self._scorer.max_length))
-            self._windows[wanted] = make_windows(
-                config.perplexity, self._loaded.tokenizer, context=context, max_windows=config.perplexity_windows
+            return None, TextScores([], [])
+        if config.perplexity_kind == "rolling":
+            documents, sha256 = read_documents(config.perplexity)
+            return TextRecord(config.perplexity, sha256, len(documents), 0), measure_rolling(
+                self._scorer, config.perplexity
             )
-        return self._windows[wanted]
+        windows = self._make_windows(config.perplexity, config.perplexity_windows)
+        scores = measure_cross_entropy(self._loaded.model, windows, self._scorer.budget, reference)
+        return TextRecord(windows.name, windows.sha256, *windows.tokens.shape), scores
+
+    def _make_windows(self, text: str, most: int | None) -> Windows:
+        if (text, most) not in self._windows:
+            context = min(MAX_WINDOW, int(self._scorer.max_length))
+            self._windows[text, most] = make_windows(text, self._loaded.tokenizer, context=context, max_windows=most)
+        return self._windows[text, most]
+
+    def _make_reference(self, experiment: Experiment) -> Reference | None:
+        """Return the 16-bit model's states on the text: computed once, kept for every variant."""
+        model: Any = self._loaded.model
+        config = experiment.eval
+        if config.perplexity is None or config.perplexity_kind != "windows" or not splits_at_head(model):
+            return None
+        self._scorer.set_batch_size(config.batch_size)
+        wanted = (config.perplexity, config.perplexity_windows)
+        windows = self._make_windows(*wanted)
+        if wanted not in self._hidden:
+            self._hidden[wanted] = compute_reference(model, windows, self._scorer.budget)
+        head = model.get_output_embeddings()
+        # quant.include is the only way to quantize a head; the copy is of the head as it was
+        return Reference(self._hidden[wanted], head if experiment.quant.include is None else copy.deepcopy(head))
 
 
-def _record_task(task: LoadedTask) -> TaskRecord:
-    return TaskRecord(task.name, task.version, task.source, task.sha256, task.revision)
+def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:
+    sent = scores.first_tokens[task.name][:FIRST_TOKENS]
+    truncated = scores.truncated[task.name]
+    return TaskRecord(task.name, task.version, task.source, task.sha256, task.fingerprint, truncated, sent)
 
 
 def run_experiment(experiment: Experiment, device: str = "cpu") -> Result:

@@ -36,6 +36,7 @@ def _hub_family(family: str, organisation: str, names: str) -> list[StudiedModel
     return [StudiedModel(name, family, f"{organisation}/{name}") for name in names.split()]
 
 
+_NANO_FAMILIES: Final = ("nano-gpt2", "nano-opt", "nano-bloom")  # the paper's other architectures, see kbit/nano
 _PYTHIA_SIZES: Final = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
 # The paper (December 2022) used Pythia before its retraining of April 2023: the weights now named -v0. Weights of
@@ -44,6 +45,7 @@ STUDIED: Final[dict[str, StudiedModel]] = {
     model.name: model
     for model in [
         *(StudiedModel(f"nano-neox-{size}", "nano-neox") for size in ("98k", "332k", "1m", "3m", "7m")),
+        *(StudiedModel(f"{family}-{size}", family) for family in _NANO_FAMILIES for size in ("98k", "332k", "1m")),
         StudiedModel("nano-stories-260k", "nano-stories"),
         *_hub_family("pythia", "EleutherAI", " ".join(f"pythia-{size}-v0" for size in _PYTHIA_SIZES)),
         StudiedModel("gpt-neox-20b", "pythia", "EleutherAI/gpt-neox-20b"),

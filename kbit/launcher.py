@@ -1,4 +1,4 @@
-"""The Hydra launcher: hands all jobs of a multirun to the sweep engine at once.
+"""The Hydra sweeper and launcher: all jobs of a multirun go to the sweep engine at once.
 
 Hydra imports this at every start, so nothing heavy is imported here at the top.
 """
@@ -9,10 +9,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
+
+class SweepSweeper(BasicSweeper):
+    """Hydra's sweeper, less its composing every job's configuration once before the launcher does."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Leave it to the launcher, which composes all configurations before any work."""
 
 
 class SweepLauncher(Launcher):
@@ -36,15 +44,21 @@ class SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose every job's configuration and run them; exits with 1 unless every asked result exists."""
-        from kbit.run import run_configs, to_run_config
+        from kbit.grid import Composer
+        from kbit.run import fail, run_configs
 
-        configs = [to_run_config(self._compose(overrides)) for overrides in job_overrides]
+        assert self._context is not None  # Hydra calls setup first
+        composer = Composer(self._load, self._context.config_loader)
+        try:
+            configs = [config for overrides in job_overrides for config in composer.expand(overrides)]
+        except ValueError as error:
+            fail(str(error))
         run_configs(configs, engine=self.engine, plan_only=self.plan_only)
         return [_completed(overrides) for overrides in job_overrides]
 
-    def _compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Return the job's own configuration, without Hydra's node."""
-        assert self._context is not None  # Hydra calls setup first
+    def _load(self, overrides: Sequence[str]) -> DictConfig:
+        """Return a configuration as Hydra composes it, without Hydra's node."""
+        assert self._context is not None
         assert self._config is not None
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         if config.hydra.sweeper != self._config.hydra.sweeper or config.hydra.launcher != self._config.hydra.launcher:

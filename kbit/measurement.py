@@ -1,12 +1,16 @@
-"""A measurement: one number with its 95% interval and the count it rests on."""
+"""A measurement: one number with its 95% interval and the count it rests on; and the items it was computed from."""
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 Z_95: Final = 1.959963984540054  # the 97.5% quantile of N(0, 1): two-sided 95%
 
@@ -17,7 +21,8 @@ class Measurement:
 
     Attributes:
         task: an lm-eval task, the name of a text, or mean_zero_shot.
-        metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy (nats per token), bits_per_byte.
+        metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy and kl_divergence (nats per token), bits_per_byte,
+            top1_agreement, word_perplexity, byte_perplexity.
         value: the estimate.
         low, high: 95% interval; NaN where it is not defined (one item of a mean).
         n: items (or windows) that it rests on.
@@ -53,6 +58,18 @@ def measure_mean(task: str, metric: str, values: Sequence[float]) -> Measurement
     return Measurement(task, metric, mean, mean - half, mean + half, len(values))
 
 
+def measure_ratio(task: str, metric: str, values: Sequence[float], weights: Sequence[float]) -> Measurement:
+    """Return r = sum(values) / sum(weights) with the interval of a ratio of totals; NaN for a single item.
+
+    r +- 1.96 sqrt(n / (n - 1) sum (v_i - r w_i)^2) / sum(weights), the usual linearization (Cochran 1977, section 6.3).
+    """
+    n, total = len(values), math.fsum(weights)
+    ratio = math.fsum(values) / total
+    squares = math.fsum((v - ratio * w) ** 2 for v, w in zip(values, weights, strict=True))
+    half = Z_95 * math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan
+    return Measurement(task, metric, ratio, ratio - half, ratio + half, n)
+
+
 def transform(measurement: Measurement, metric: str, function: Callable[[float], float]) -> Measurement:
     """Return the same measurement on another, increasing scale: value and bounds mapped by the function."""
     value, low, high = (function(x) for x in (measurement.value, measurement.low, measurement.high))
@@ -70,3 +87,48 @@ def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:
     below = math.sqrt(sum((m.value - m.low) ** 2 for m in accuracies)) / tasks
     above = math.sqrt(sum((m.high - m.value) ** 2 for m in accuracies)) / tasks
     return Measurement("mean_zero_shot", "acc", mean, mean - below, mean + above, sum(m.n for m in accuracies))
+
+
+@dataclass(frozen=True)
+class ItemValues:
+    """The values of every item that a measurement was computed from, compact: for paired comparisons of two variants.
+
+    Attributes:
+        task, metric: of the measurement.
+        n: items (or windows), in order.
+        encoding: bits (every value is 0 or 1: np.packbits, big-endian) or float32 (little-endian).
+        data: the bytes, base64.
+    """
+
+    task: str
+    metric: str
+    n: int
+    encoding: str
+    data: str
+
+
+def encode_items(task: str, metric: str, values: Sequence[float]) -> ItemValues:
+    """Pack the values of a measurement's items: one bit each if all are 0 or 1, else float32."""
+    array = np.asarray(values, dtype=np.float64)
+    if np.isin(array, (0.0, 1.0)).all():
+        encoding, content = "bits", np.packbits(array.astype(bool)).tobytes()
+    else:
+        encoding, content = "float32", array.astype("<f4").tobytes()
+    return ItemValues(task, metric, len(array), encoding, base64.b64encode(content).decode("ascii"))
+
+
+def decode_items(items: ItemValues) -> NDArray[np.float64]:
+    """Return the values [n] in item order.
+
+    Raises:
+        ValueError: an encoding that is neither bits nor float32, or data of another length than n items take.
+    """
+    content = base64.b64decode(items.data, validate=True)
+    sizes = {"bits": -(-items.n // 8), "float32": 4 * items.n}
+    if items.encoding not in sizes:
+        raise ValueError(f"items of {items.task} {items.metric}: encoding {items.encoding!r} is not bits or float32")
+    if len(content) != sizes[items.encoding]:
+        raise ValueError(f"items of {items.task} {items.metric}: {len(content)} bytes do not hold {items.n} items")
+    if items.encoding == "bits":
+        return np.unpackbits(np.frombuffer(content, np.uint8), count=items.n).astype(np.float64)
+    return np.frombuffer(content, "<f4").astype(np.float64)

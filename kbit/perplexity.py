@@ -1,20 +1,35 @@
-"""Cross entropy of a model on fixed, non-overlapping windows of a text (the quantization papers' definition)."""
+"""How well a model predicts a text, by the two definitions that are often confused, and how far it is from its 16 bits.
+
+windows   Fixed, non-overlapping windows, each predicted from its own beginning; nats per *token*. The quantization
+          papers' definition (GPTQ, section 5.1: WikiText-2 and C4, windows of 2,048 tokens).
+rolling   lm-eval's: every token of every document, each with as much context as fits; per *word* and byte.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
+from lm_eval.api.instance import Instance
+from torch import nn
 
-from kbit.measurement import Measurement, measure_mean, transform
-from kbit.scorer import NonFiniteError
+from kbit.budget import TokenBudget
+from kbit.head import compare_heads, score_targets
+from kbit.measurement import ItemValues, Measurement, encode_items, measure_mean, measure_ratio, transform
+from kbit.scorer import NonFiniteError, Scorer, splits_at_head
 from kbit.textdata import read_documents
 
-MAX_WINDOW = 2048  # tokens: what quantization papers use; less where the model's context is shorter
+MAX_WINDOW: Final = 2048  # tokens: what quantization papers use; less where the model's context is shorter
+_MARGIN: Final = 64  # tokens at a cut that may differ from those of the whole text
+_CHARACTERS_PER_TOKEN: Final = 8  # more than a tokenizer's usual 3 to 5, so that one attempt is enough
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,35 @@ class Windows:
     bytes_per_token: float
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The 16-bit model on the windows: its last hidden states, from which its logits are computed again piece by piece.
+
+    Logits would be V numbers a token instead of the hidden size, some 50 times as many.
+
+    Attributes:
+        hidden: [windows, window length - 1, hidden size], see compute_reference.
+        head: the 16-bit model's output embedding.
+    """
+
+    hidden: Float[torch.Tensor, "windows length hidden"]
+    head: nn.Linear
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What was measured on a text.
+
+    Attributes:
+        measurements: cross_entropy (nats per token), bits_per_byte, perplexity, and with a reference kl_divergence
+            (nats per token) and top1_agreement; or word_perplexity, byte_perplexity and bits_per_byte (rolling).
+        items: cross_entropy, kl_divergence and top1_agreement of each window.
+    """
+
+    measurements: list[Measurement]
+    items: list[ItemValues]
+
+
 def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | None) -> Windows:
     """Tokenize a text: each document preceded by one end-of-text token, all joined, cut into windows of `context`.
 
@@ -42,11 +86,8 @@ def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | 
         ValueError: the text is shorter than one window.
     """
     documents, sha256 = read_documents(name)
-    start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids: list[int] = []
-    for document in documents:
-        ids += start + tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = min(len(ids) // context, max_windows or len(ids))
+    ids = _tokenize(documents, tokenizer, None if max_windows is None else max_windows * context)
+    windows = len(ids) // context
     if windows == 0:
         raise ValueError(f"text {name!r} has {len(ids)} tokens, less than one window of {context}")
     tokens = torch.tensor(ids[: windows * context]).view(windows, context)
@@ -55,27 +96,153 @@ def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | 
 
 
 @torch.no_grad()
-def measure_cross_entropy(model: Any, windows: Windows, *, batch_size: int) -> list[Measurement]:
-    """Return the cross entropy in nats per token, in bits per byte, and the perplexity, over all windows.
+def compute_reference(
+    model: Any, windows: Windows, budget: TokenBudget
+) -> Float[torch.Tensor, "windows length hidden"]:
+    """Return the last hidden states of a model on the windows' tokens but the last, in the model's dtype, on the CPU.
 
-    In a window of L tokens the last L - 1 are predicted, each from those before it; softmax in float32. The interval is
+    They lie in a temporary file that is mapped into memory, so that a text larger than memory does no harm; the file
+    has no name any more and goes with the tensor.
+    """
+    count, length = windows.tokens.shape
+    hidden_size = model.get_output_embeddings().weight.shape[1]
+    size = count * (length - 1) * hidden_size
+    with tempfile.NamedTemporaryFile(prefix="kbit-") as file:
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
+    hidden = flat.view(count, length - 1, hidden_size)
+    for rows, states in _iterate_windows(windows, budget, lambda rows: _run_trunk(model, windows.tokens[rows])):
+        hidden[rows] = states.cpu()
+    return hidden
+
+
+@torch.no_grad()
+def measure_cross_entropy(
+    model: Any, windows: Windows, budget: TokenBudget, reference: Reference | None = None
+) -> TextScores:
+    """Measure a model on windows; with a reference also how far it is from the 16-bit model.
+
+    In a window of L tokens the last L - 1 are predicted, each from those before it; softmax in float32. Intervals are
     over windows, as tokens within one are not independent.
+
+        kl_divergence = mean over tokens of sum_v p16(v) (log p16(v) - log p(v)),   0 for the 16-bit model itself
+        top1_agreement = share of tokens where both models' most likely next token is the same
+
+    Args:
+        model: a causal language model; one whose logits are not its head's on its trunk's states (see kbit.scorer) has
+            its logits computed as a whole and no reference.
+        windows: the text.
+        budget: of tokens for each forward pass.
+        reference: of the 16-bit model on the same windows.
 
     Raises:
         NonFiniteError: a window's loss is NaN or infinite.
     """
-    losses: list[float] = []
-    for batch in torch.split(windows.tokens, batch_size):
-        tokens = batch.to(model.device)
-        logits = model(tokens[:, :-1], use_cache=False).logits.float()
-        token_losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        losses += token_losses.mean(dim=1).tolist()
-    if not all(math.isfinite(loss) for loss in losses):
+    if splits_at_head(model):
+        measure = functools.partial(_measure_windows, model, windows, reference)
+    else:
+        measure = functools.partial(_measure_whole_logits, model, windows)
+    values = [of_windows for _, of_windows in _iterate_windows(windows, budget, measure)]
+    names = ("cross_entropy", "kl_divergence", "top1_agreement")
+    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=False))
+    if not all(math.isfinite(loss) for loss in by_metric["cross_entropy"]):
         raise NonFiniteError(f"cross entropy on {windows.name!r} is not finite")
-    nats = measure_mean(windows.name, "cross_entropy", losses)
-    nats_to_bits_per_byte = 1 / (math.log(2) * windows.bytes_per_token)
-    return [
-        nats,
-        transform(nats, "bits_per_byte", lambda x: x * nats_to_bits_per_byte),
-        transform(nats, "perplexity", math.exp),
+    nats, *others = (measure_mean(windows.name, metric, of_windows) for metric, of_windows in by_metric.items())
+    in_bits = transform(nats, "bits_per_byte", lambda x: x / (math.log(2) * windows.bytes_per_token))
+    items = [encode_items(windows.name, metric, of_windows) for metric, of_windows in by_metric.items()]
+    return TextScores([nats, in_bits, transform(nats, "perplexity", math.exp), *others], items)
+
+
+def measure_rolling(scorer: Scorer, name: str) -> TextScores:
+    """Measure a text as lm-eval's rolling log-likelihood tasks do (its wikitext): per word and per byte.
+
+    Every token of a document is predicted, the first from the end-of-text token; words are what white space separates.
+
+        word_perplexity = exp(-sum log p / words),   bits_per_byte = -sum log p / (bytes ln 2)
+
+    Sums are over all documents; intervals over documents, so not defined for a text of one.
+
+    Raises:
+        NonFiniteError: a log-likelihood is NaN or infinite.
+    """
+    documents, _ = read_documents(name)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(documents)]
+    nats = [-log_likelihood for log_likelihood in scorer.loglikelihood_rolling(requests, disable_tqdm=True)]
+    words = [len(re.split(r"\s+", text)) for text in documents]
+    per_word = measure_ratio(name, "word_perplexity", nats, words)
+    per_byte = measure_ratio(name, "byte_perplexity", nats, [len(text.encode()) for text in documents])
+    measurements = [
+        transform(per_word, "word_perplexity", math.exp),
+        transform(per_byte, "byte_perplexity", math.exp),
+        transform(per_byte, "bits_per_byte", lambda x: x / math.log(2)),
     ]
+    return TextScores(measurements, [])
+
+
+def _measure_windows(model: Any, windows: Windows, reference: Reference | None, rows: slice) -> torch.Tensor:
+    """Return each window's mean loss, and with a reference divergence and agreement [windows, 1 or 3]."""
+    tokens = windows.tokens[rows].to(model.device)
+    hidden, targets = _run_trunk(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()
+    head = model.get_output_embeddings()
+    if reference is None:
+        places = torch.arange(len(targets), device=model.device)
+        columns = [-score_targets(head, hidden, places, targets)[0]]
+    else:
+        baseline = reference.hidden[rows].flatten(0, 1).to(model.device)
+        log_p, divergence, agreement = compare_heads(head, hidden, reference.head, baseline, targets)
+        columns = [-log_p, divergence, agreement]
+    values = torch.stack([column.double() for column in columns], dim=-1)
+    return values.view(*tokens[:, 1:].shape, -1).mean(dim=1).cpu()
+
+
+def _measure_whole_logits(model: Any, windows: Windows, rows: slice) -> torch.Tensor:
+    """Return the mean loss of each window [windows, 1], from the logits as the model itself gives them."""
+    tokens = windows.tokens[rows].to(model.device)
+    logits = model(tokens[:, :-1], use_cache=False).logits.float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return losses.double().mean(dim=1, keepdim=True).cpu()
+
+
+def _run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states of tokens [windows, L], those of the last token left out."""
+    hidden: torch.Tensor = model.base_model(tokens[:, :-1].to(model.device), use_cache=False).last_hidden_state
+    return hidden
+
+
+def _iterate_windows(
+    windows: Windows, budget: TokenBudget, function: Callable[[slice], torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (rows, what the function returns for these rows), as many windows at once as the budget has tokens for."""
+    count, length = windows.tokens.shape
+    done = 0
+    while done < count:
+        rows = slice(done, min(count, done + max(1, budget.tokens // length)))
+        result = budget.attempt(rows.stop - rows.start, functools.partial(function, rows))
+        if result is not None:
+            yield rows, result
+            done = rows.stop
+
+
+def _tokenize(documents: Sequence[str], tokenizer: Any, limit: int | None) -> list[int]:
+    """Return the token ids of all documents, each after an end-of-text token; with a limit, the first so many."""
+    start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    ids: list[int] = []
+    for document in documents:
+        if limit is not None and len(ids) >= limit:
+            break
+        ids += start + _tokenize_start(document, tokenizer, limit and limit - len(ids))
+    return ids[:limit]
+
+
+def _tokenize_start(text: str, tokenizer: Any, limit: int | None) -> list[int]:
+    """Return a text's token ids, with a limit at least the first so many; of a long text only the start is read.
+
+    A cut changes the tokens beside it, not those before: tokenizers split at white space first, or merge neighbours.
+    """
+    length = len(text) if limit is None else _CHARACTERS_PER_TOKEN * (limit + _MARGIN)
+    while True:
+        ids: list[int] = tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"]
+        if length >= len(text):
+            return ids
+        if limit is not None and len(ids) >= limit + _MARGIN:
+            return ids[:-_MARGIN]
+        length *= 2

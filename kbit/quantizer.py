@@ -26,6 +26,7 @@ from kbit import fitted
 from kbit.backend import Backend, choose_backend
 from kbit.datatypes import ADAPTIVE, Codebook, decision_thresholds
 from kbit.kernels import cpu
+from kbit.kernels.cpu_select import quantiles
 from kbit.quantiles import estimate_quantiles
 from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
@@ -98,7 +99,7 @@ class QuantizedTensor:
             tensors["codebook"],
             tuple(description["shape"]),
             getattr(torch, description["dtype"]),
-            QuantSpec(**description["spec"]),
+            QuantSpec.from_json(description["spec"]),
         )
 
 
@@ -136,9 +137,9 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     with torch_threads_kept():
         codes = backend.kernels.quantize(
             backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook, grid.thresholds,
-            grid.row, grid.block_size, grid.seed,
+            grid.row, grid.block_size, grid.seed, spec.bits,
         )  # fmt: skip
-        packed = backend.get(backend.kernels.pack(codes, spec.bits))
+        packed = backend.get(codes)
     shape = tuple(tensor.shape)
     return QuantizedTensor(
         packed, grid.stored_scales, grid.stored_offsets, grid.center, grid.codebook, shape, tensor.dtype, spec
@@ -156,12 +157,12 @@ def dequantize(q: QuantizedTensor, device: torch.device | str = "cpu") -> torch.
     row, block_size = _block_shape(q.shape, q.spec)
     scales = _decode_scales(q.scales, q.spec)
     offsets = _add_center(decode_scales(q.offsets, q.spec.offset_format) if q.offsets else None, q.center, scales)
-    result = torch.empty(q.shape, dtype=_computed_dtype(q.dtype), device=backend.device)
+    result = backend.allocate(q.shape, _computed_dtype(q.dtype))
     with torch_threads_kept():
-        codes = backend.kernels.unpack(backend.put(q.codes), q.spec.bits, result.numel())
         backend.kernels.dequantize(
-            codes, backend.put(scales), backend.put(offsets), q.codebook, row, block_size, backend.view(result.view(-1))
-        )
+            backend.put(q.codes), backend.put(scales), backend.put(offsets), q.codebook, row, block_size,
+            backend.view(result.view(-1)), q.spec.bits,
+        )  # fmt: skip
     return result.to(q.dtype)
 
 
@@ -172,18 +173,34 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
-    backend = choose_backend(values.device)
-    result = torch.empty(tensor.shape, dtype=values.dtype, device=values.device)
-    if not (_is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result)):
-        grid = _make_grid(values, tensor.shape, spec, backend)
-        with torch_threads_kept():
-            backend.kernels.fake_quantize(
-                backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook,
-                grid.thresholds, grid.row, grid.block_size, grid.seed, backend.view(result.view(-1)),
-            )  # fmt: skip
+    result = choose_backend(tensor.device).allocate(tensor.shape, values.dtype)
+    _fake_quantize_into(result, values, spec)
     if isinstance(x, np.ndarray):
         return result.numpy().astype(x.dtype, copy=False)
     return result.to(x.dtype)
+
+
+def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Replace x by fake_quantize(x, spec) and return it; a contiguous x needs no memory of its size."""
+    if x.is_contiguous() and x.dtype != torch.float64:
+        _fake_quantize_into(x, _flatten(x, spec), spec)
+    else:
+        x.copy_(fake_quantize(x, spec))
+    return x
+
+
+def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -> None:
+    """Fill result, whose memory may be that of the values."""
+    backend = choose_backend(values.device)
+    in_place = result.data_ptr() == values.data_ptr()
+    if not in_place and _is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result):
+        return
+    grid = _make_grid(values, result.shape, spec, backend)
+    with torch_threads_kept():
+        backend.kernels.fake_quantize(
+            backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook,
+            grid.thresholds, grid.row, grid.block_size, grid.seed, backend.view(result.view(-1)),
+        )  # fmt: skip
 
 
 def _is_fused(spec: QuantSpec, backend: Backend) -> bool:
@@ -199,7 +216,7 @@ def _is_fused(spec: QuantSpec, backend: Backend) -> bool:
 
 
 def _fake_quantize_fused(values: Values, spec: QuantSpec, backend: Backend, result: torch.Tensor) -> bool:
-    """Fill result; False if a block holds NaN or Inf or a maximum beyond the scale's format."""
+    """Fill result, not in place; False if a block holds NaN or Inf or a maximum beyond the scale's format."""
     codebook, refused = spec.make_codebook(), backend.put(np.zeros(1, np.uint8))
     backend.kernels.fake_quantize_absmax(
         backend.view(values), codebook, decision_thresholds(codebook, spec.rounding),
@@ -289,13 +306,15 @@ def _adaptive_sample(
 ) -> NDArray[Any]:
     """Return what an adaptive codebook is fitted to, on the CPU.
 
-    quantile: the tensor; of one on a GPU 2^k + 2 numbers with its quantiles at i / (2^k + 1), estimated there. learned:
-    a sample of the normalised values (fitted.sample_indices), the same on each device.
+    quantile: 2^k + 2 numbers with the tensor's quantiles at i / (2^k + 1), exact on the CPU and estimated on a GPU.
+    learned: a sample of the normalised values (fitted.sample_indices), the same on each device.
     """
     if spec.data_type == "quantile":
-        if not backend.is_gpu:
-            return values.float().numpy()
-        edges = estimate_quantiles(values, fitted.quantile_positions(spec.bits))
+        positions = fitted.quantile_positions(spec.bits)
+        with torch_threads_kept():
+            edges = (
+                estimate_quantiles(values, positions) if backend.is_gpu else quantiles(backend.view(values), positions)
+            )
         return np.concatenate([edges[:1], edges, edges[-1:]])
     row, block_size = block_shape
     at = fitted.sample_indices(values.numel(), spec.seed)

@@ -16,7 +16,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
     try:
         run_config = OmegaConf.to_object(config)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     assert isinstance(run_config, RunConfig)  # the schema says so
     return run_config
 
@@ -34,7 +34,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         _check_settings(configs)
         experiments = [config.experiment for config in configs]
         for experiment in {(e.model.name, e.eval): e for e in experiments}.values():
-            check_experiment(experiment)
+            check_experiment(experiment, planned_only=plan_only)
         plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
         if plan_only:
             print(plan.describe())
@@ -43,7 +43,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         store_path = str(Store(settings.results).path)
         print(plan.describe())
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     if plan.to_run:
         try:
             if engine == "process":
@@ -52,7 +52,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
                 outcomes = run_on_ray(plan.to_run, store_path, settings.device, settings.ray)
             finish(outcomes, plan, fail_fast=settings.fail_fast)
         except (ValueError, ConnectionError) as error:
-            _fail(str(error))
+            fail(str(error))
         except KeyboardInterrupt:
             print(f"\nstopped; finished results are kept in {store_path}: the same command goes on", file=sys.stderr)
             sys.exit(130)
@@ -94,7 +94,7 @@ def _report(configs: Sequence[RunConfig], settings: RunConfig, store_path: str) 
     reasons = read_failures(store_path).set_index("key")["reason"]
     for key in sorted(missing):
         print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}", file=sys.stderr)
-    _fail(f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store_path}/failures")
+    fail(f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store_path}/failures")
 
 
 def describe_results(store_path: str, key: str) -> str:
@@ -107,6 +107,7 @@ def describe_results(store_path: str, key: str) -> str:
     return f"{head}\n{rows[['task', 'metric', 'value', 'low', 'high', 'n']].to_string(index=False)}"
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """Print why nothing can be run, and exit with 1."""
     print(f"kbit: error: {message}", file=sys.stderr)
     sys.exit(1)

@@ -1,33 +1,44 @@
 """Log-likelihoods for lm-eval: an HFLM whose scores are float32, finite, and computed once for shared beginnings.
 
-The requests of an item share most of their tokens: four endings of one context, two texts that differ in one word. Here
-requests whose token sequences begin alike are laid out in one row, the shared prefix once and then each branch, with an
-attention mask that lets a branch see the prefix and itself, and positions that continue the prefix:
+Three things make it fast: what the answers of an item share is computed once (see kbit.layout), vocabulary logits are
+computed at the scored places only, and a task's tokens and rows are made once and kept for every variant of the model.
+How a model is scored is its `path`, the first of these that is known to be right for it:
 
-    tokens     p0 p1 p2 | a3 a4 | b3 b4 b5
-    positions   0  1  2 |  3  4 |  3  4  5
-
-so each sequence is computed as if it were alone, and the prefix once. Architectures that take their positions from the
-attention mask (BLOOM's ALiBi), or that are not tested with such masks, get one sequence in each row.
+    prefix sharing        architectures that tests hold equal to one sequence per row, with full attention in each layer
+    one sequence per row  the logits are the output embedding of the trunk's last hidden state, on a probe, bit for bit
+    hflm                  any other model: lm-eval's own loop
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kbit.budget import TokenBudget
+from kbit.head import score_targets
+from kbit.layout import Batch, Query, Row, build_batch, find_visible, order_rows, share_prefixes, take_batch
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 
-# Architectures (config.model_type) whose models take a 4-D attention mask and explicit positions; tests hold them equal
-# to one sequence per row.
-PREFIX_SHARING: Final = frozenset({"gpt_neox", "gpt2", "opt", "llama", "mixtral"})
+# Architectures (config.model_type) whose models take a 4-D attention mask and positions of ours.
+PREFIX_SHARING: Final = frozenset(
+    {"bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi", "qwen2", "qwen3"}
+)
+# A batch size counts sequences of this many tokens. On a CPU 32 of them (1,024 tokens) keep activations in its caches:
+# eight times as many cost a third more time; a GPU wants many more at once.
+TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}
+_PROBE: Final = 8  # tokens
 
 
 class NonFiniteError(ArithmeticError):
@@ -35,186 +46,205 @@ class NonFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """One request as the model sees it.
+class _Layout:
+    """The requests of one call as rows, and what of them is recorded."""
 
-    Attributes:
-        index: of the request.
-        tokens: fed to the model.
-        targets: scored; target j is predicted at position len(tokens) - len(targets) + j.
-    """
-
-    index: int
-    tokens: list[int]
-    targets: list[int]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Sequences with a common beginning: `prefix` tokens shared by all, then each one's own."""
-
-    prefix: int
-    sequences: list[_Sequence]
-
-    @property
-    def length(self) -> int:
-        return self.prefix + sum(len(s.tokens) - self.prefix for s in self.sequences)
+    requests: list[Request]
+    rows: list[Row]
+    truncated: int
+    first_tokens: tuple[int, ...]
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     """lm-eval's Hugging Face model with its log-likelihood loop replaced; everything else (generation too) is HFLM's.
 
-    Differences: shared beginnings are computed once; log-softmax in float32 always; a NaN or Inf raises NonFiniteError
-    instead of becoming an answer; a continuation longer than the model's context is scored on its last tokens that fit,
-    where HFLM stops on an assertion. Sequences that lose tokens on the left are counted.
+    Differences: log-softmax in float32 always; a NaN or Inf raises NonFiniteError instead of becoming an answer; a
+    continuation longer than the model's context is scored on its last tokens that fit, where HFLM stops on an
+    assertion; no cache of logits, which lm-eval reads at wrong places for equal tokens that are split differently.
 
     Attributes:
+        path: how the model is scored (see the module).
+        budget: of a forward pass; halved when memory runs out.
         truncated: requests so far whose context or continuation lost tokens to the model's context length.
+        first_tokens: context and continuation of the first request of the last call, as sent to the model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
         before = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            softmax_dtype=torch.float32,
+            logits_cache=False,
+        )
         if before != [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]:
             raise ValueError(
                 "lm-eval tied weights of the model that were not tied (its lm_head, quantized on its own?): "
                 "set model.config.tie_word_embeddings=False before evaluating"
             )
+        self.path = _choose_path(model)
+        self._set_budget(batch_size)
         self.truncated = 0
-        self._shares_prefixes = _can_share_prefixes(model.config)
-        self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self.first_tokens: tuple[int, ...] = ()
+        self._layouts: dict[tuple[tuple[str, str], ...], _Layout] = {}
+        self._last_layout = _Layout([], [], 0, ())
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokenize a request as HFLM does, once: the variants of a model share its tokenizer."""
-        pair = (context, continuation)
-        if pair not in self._encoded:
-            self._encoded[pair] = super()._encode_pair(context, continuation)
-        return self._encoded[pair]
+    def set_batch_size(self, batch_size: int) -> None:
+        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one."""
+        if batch_size != self.batch_size_per_gpu:
+            self._set_budget(batch_size)
+
+    def _set_budget(self, batch_size: int) -> None:
+        self.batch_size_per_gpu: int = batch_size  # HFLM's, for generation
+        self.budget = TokenBudget(batch_size * TOKENS_PER_SEQUENCE[self.device.type])
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, greedy) of each request; tokens and rows are kept for the next call that asks it."""
+        asked = tuple(instance.args for instance in requests)
+        if asked in self._layouts:
+            return self._score(self._layouts[asked])
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self._layouts[asked] = self._last_layout
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Return (log-likelihood of the continuation, whether greedy decoding would give it) for each request."""
-        sequences = [self._split(i, context, continuation) for i, (_, context, continuation) in enumerate(requests)]
-        batch_size = override_bs or int(self.batch_size)
-        # A row is at most as long as the model's context and holds at most a batch, however much all requests share.
-        rows = _share_prefixes(sequences, batch_size if self._shares_prefixes else 1, self.max_length)
-        rows.sort(key=lambda row: -row.length)  # like lengths together: little padding; out of memory shows at once
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch in _batches(rows, batch_size):
-            for index, log_likelihood, greedy in self._score_rows(batch):
+        """Return (log-likelihood of the continuation, whether greedy decoding would give it) for each request.
+
+        Raises:
+            ValueError: a request with nothing to score.
+            NonFiniteError: a log-likelihood is NaN or infinite.
+        """
+        self._last_layout = self._lay_out(list(requests))
+        return self._score(self._last_layout)
+
+    def _lay_out(self, requests: list[Request]) -> _Layout:
+        """Cut each request to what fits and arrange them in rows."""
+        longest = self.max_length
+        queries = [_cut(i, context + rest, rest, longest) for i, (_, context, rest) in enumerate(requests)]
+        for request, query in zip(requests, queries, strict=True):
+            if not query.targets:
+                raise ValueError(f"request {request[0]!r} has no token to score")
+        alone = [Row(len(query.tokens), [query]) for query in queries]
+        rows = order_rows(share_prefixes(queries, longest) if self.path == "prefix sharing" else alone)
+        truncated = sum(len(c) + len(k) > longest + 1 for _, c, k in requests)
+        first = (*queries[0].tokens, queries[0].targets[-1]) if queries else ()
+        return _Layout(requests, rows, truncated, first)
+
+    def _score(self, layout: _Layout) -> list[tuple[float, bool]]:
+        """Score a layout's rows batch by batch, smaller ones when memory runs out."""
+        self.truncated += layout.truncated
+        self.first_tokens = layout.first_tokens
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(layout.requests)
+        done = 0
+        while done < len(layout.rows):
+            rows = take_batch(layout.rows, done, self.budget.tokens)
+            scores = self.budget.attempt(len(rows), functools.partial(self._score_rows, rows))
+            if scores is None:
+                continue
+            done += len(rows)
+            for index, log_likelihood, greedy in scores:
+                text = layout.requests[index][0]
                 if not math.isfinite(log_likelihood):
-                    raise NonFiniteError(f"log-likelihood {log_likelihood} for request {requests[index][0]!r}")
+                    raise NonFiniteError(f"log-likelihood {log_likelihood} for request {text!r}")
                 results[index] = (log_likelihood, greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+                if text is not None:  # a window of a rolling log-likelihood has none
+                    self.cache_hook.add_partial("loglikelihood", text, results[index])
         return results
 
-    def _split(self, index: int, context: list[int], continuation: list[int]) -> _Sequence:
-        """Cut a request to what fits: the last max_length tokens are fed, each of which predicts the next."""
-        tokens = context + continuation
-        if len(tokens) > self.max_length + 1:
-            self.truncated += 1
-            tokens = tokens[-(self.max_length + 1) :]
-        return _Sequence(index, tokens[:-1], continuation[-(len(tokens) - 1) :])
-
     @torch.no_grad()
-    def _score_rows(self, rows: list[_Row]) -> Iterator[tuple[int, float, bool]]:
-        """Yield (request, log-likelihood, greedy) for each sequence of the rows, in one forward pass."""
-        arguments = {} if all(len(row.sequences) == 1 for row in rows) else _branch_arguments(rows, self.model.dtype)
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(_row_tokens(row)) for row in rows], batch_first=True)
-        # Without branches padding on the right needs no mask: under causal attention no scored token sees it.
-        inputs = {"input_ids": tokens, **arguments}
-        output = self.model(**{name: value.to(self.device) for name, value in inputs.items()}, use_cache=False)
-        places = [(r, column) for r, row in enumerate(rows) for column in _scored_columns(row)]
-        at = torch.tensor(places, device=self.device).T
-        logits = output.logits[at[0], at[1]].float()
-        sequences = [sequence for row in rows for sequence in row.sequences]
-        targets = torch.tensor([t for s in sequences for t in s.targets], device=self.device)
-        log_likelihoods = -F.cross_entropy(logits, targets, reduction="none")
-        lengths = [len(s.targets) for s in sequences]
-        hits = torch.split(logits.argmax(dim=-1) == targets, lengths)
-        for sequence, scores, hit in zip(sequences, torch.split(log_likelihoods, lengths), hits, strict=True):
-            yield sequence.index, scores.double().sum().item(), bool(hit.all())
+    def _score_rows(self, rows: list[Row]) -> list[tuple[int, float, bool]]:
+        """Return (request, log-likelihood, greedy) for each query of the rows, from one forward pass."""
+        if self.path == "hflm":
+            return self._score_by_hflm(rows)
+        batch = build_batch(rows)
+        # branches predict their first token from the same place, and differ only in a few words: each place once
+        scored, places = torch.unique(batch.scored.to(self.device), return_inverse=True)
+        hidden = _run_trunk(self.model, batch).flatten(0, 1)[scored]
+        head = self.model.get_output_embeddings()
+        log_likelihoods, hits = score_targets(head, hidden, places, batch.targets.to(self.device))
+        starts = np.cumsum([0, *batch.lengths[:-1]])
+        sums = np.add.reduceat(log_likelihoods.double().cpu().numpy(), starts)
+        greedy = np.logical_and.reduceat(hits.cpu().numpy(), starts)
+        return list(zip(batch.indices, sums.tolist(), greedy.tolist(), strict=True))
+
+    def _score_by_hflm(self, rows: list[Row]) -> list[tuple[int, float, bool]]:
+        """Score rows of one query each by lm-eval's own loop."""
+        queries = [query for row in rows for query in row.queries]
+        requests = [(None, q.tokens[: len(q.tokens) - len(q.targets) + 1], q.targets) for q in queries]
+        scores = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=len(requests))
+        return [(query.index, *score) for query, score in zip(queries, scores, strict=True)]
 
 
-def _can_share_prefixes(config: Any) -> bool:
-    """Whether a mask of ours may replace the model's own: a tested architecture with full attention in every layer."""
-    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    return config.model_type in PREFIX_SHARING and full and getattr(config, "sliding_window", None) is None
+@torch.no_grad()
+def splits_at_head(model: Any) -> bool:
+    """Whether the logits are the output embedding of the trunk's last hidden state, bit for bit, on a few tokens.
 
-
-def _share_prefixes(sequences: list[_Sequence], most: int, longest: int) -> list[_Row]:
-    """Put sequences that begin alike into one row, if that saves half of the second's tokens.
-
-    A row gets at most `most` sequences and, with more than one, `longest` tokens.
-
-    Sorted as words in a dictionary, sequences with a common beginning are neighbours.
+    Not so where something follows the head (a soft cap, a scale) or where the model is built in another way.
     """
-    rows: list[_Row] = []
-    for sequence in sorted(sequences, key=lambda s: s.tokens):
-        if rows:
-            last = rows[-1]
-            shared = _common_length(last.sequences[-1].tokens, sequence.tokens)
-            prefix = min(shared, last.prefix)
-            joined = _Row(prefix, [*last.sequences, sequence])
-            saves = joined.length < last.length + len(sequence.tokens) // 2
-            if saves and len(joined.sequences) <= most and joined.length <= longest:
-                rows[-1] = joined
-                continue
-        rows.append(_Row(len(sequence.tokens), [sequence]))
-    return rows
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or model.base_model is model:
+        return False
+    probe = torch.arange(_PROBE, device=model.device)[None] % head.weight.shape[0]
+    hidden = getattr(model.base_model(probe, use_cache=False), "last_hidden_state", None)
+    return hidden is not None and torch.equal(head(hidden), model(probe, use_cache=False).logits)
 
 
-def _common_length(a: list[int], b: list[int]) -> int:
-    """Return how many tokens two sequences share from the start."""
-    for i, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return i
-    return min(len(a), len(b))
+def _choose_path(model: Any) -> str:
+    """Return how the model can be scored; see the module."""
+    config = model.config
+    if not splits_at_head(model):
+        return "hflm"
+    full = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    if config.model_type in PREFIX_SHARING and full and getattr(config, "sliding_window", None) is None:
+        return "prefix sharing"
+    return "one sequence per row"
 
 
-def _row_tokens(row: _Row) -> list[int]:
-    """Return the prefix, then each sequence's own tokens."""
-    own = [token for s in row.sequences for token in s.tokens[row.prefix :]]
-    return row.sequences[0].tokens[: row.prefix] + own
+def _cut(index: int, tokens: list[int], continuation: list[int], longest: int) -> Query:
+    """Cut a request to what fits: its last `longest` tokens but one are fed, each of which predicts the next."""
+    tokens = tokens[-(longest + 1) :]
+    return Query(index, tokens[:-1], continuation[-(len(tokens) - 1) :])
 
 
-def _scored_columns(row: _Row) -> Iterator[int]:
-    """Yield, for each target of each sequence, the column of the row that predicts it."""
-    start = row.prefix
-    for sequence in row.sequences:
-        n = len(sequence.tokens)
-        for position in range(n - len(sequence.targets), n):
-            yield position if position < row.prefix else start + position - row.prefix
-        start += n - row.prefix
+def _run_trunk(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the last hidden states [rows, length, hidden size] of a batch."""
+    tokens = batch.tokens.to(model.device)
+    if not batch.has_branches:  # padding on the right needs no mask: under causal attention no scored place sees it
+        hidden: torch.Tensor = model.base_model(tokens, use_cache=False).last_hidden_state
+        return hidden
+    visible = find_visible(batch)[:, None].to(model.device)
+    mask = torch.zeros(visible.shape, dtype=model.dtype, device=model.device)
+    mask.masked_fill_(~visible, torch.finfo(model.dtype).min)
+    positions = batch.positions.to(model.device)
+    if model.config.model_type == "bloom":
+        with _alibi_of(model.base_model, positions):
+            hidden = model.base_model(tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    else:
+        hidden = model.base_model(
+            tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+    return hidden
 
 
-def _branch_arguments(rows: list[_Row], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the attention mask [rows, 1, length, length] (0 or the least number) and the positions [rows, length]."""
-    length = max(row.length for row in rows)
-    visible = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
-    positions = torch.zeros(len(rows), length, dtype=torch.long)
-    for r, row in enumerate(rows):
-        p, start = row.prefix, row.prefix
-        visible[r, :p, :p] = torch.ones(p, p, dtype=torch.bool).tril()
-        positions[r, :p] = torch.arange(p)
-        for sequence in row.sequences:
-            n = len(sequence.tokens) - p
-            visible[r, start : start + n, :p] = True
-            visible[r, start : start + n, start : start + n] = torch.ones(n, n, dtype=torch.bool).tril()
-            positions[r, start : start + n] = torch.arange(p, p + n)
-            start += n
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-    return {"attention_mask": mask[:, None], "position_ids": positions}
+@contextlib.contextmanager
+def _alibi_of(trunk: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Let BLOOM build its position bias from positions [rows, length] of ours; it takes no position_ids.
 
+    Its bias is slope_h * position of the key, the same for every query: softmax(x + c) = softmax(x) makes that equal to
+    slope_h times the distance (Press et al. 2022), so a key in a branch needs its own position only.
+    """
 
-def _batches(rows: list[_Row], size: int) -> Iterator[list[_Row]]:
-    """Cut the rows into batches of about `size` sequences."""
-    batch: list[_Row] = []
-    for row in rows:
-        if batch and sum(len(r.sequences) for r in batch) + len(row.sequences) > size:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    def build_alibi(mask: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        two_keys = torch.ones(1, 2, dtype=torch.long, device=mask.device)
+        alibi: torch.Tensor = type(trunk).build_alibi_tensor(trunk, two_keys, heads, torch.float32)
+        slopes = alibi[:, :, 1]  # at position 1: [heads, 1]
+        return (slopes * positions[:, None]).flatten(0, 1)[:, None].to(dtype)
+
+    trunk.build_alibi_tensor = build_alibi
+    try:
+        yield
+    finally:
+        del trunk.build_alibi_tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -95,6 +95,17 @@ class QuantSpec:
                 f"scale_format=e8m0 has neither sign nor fraction: normalization={self.normalization} needs another; "
                 "allowed is absmax"
             )
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> QuantSpec:
+        """Return the spec again that went through dataclasses.asdict and JSON.
+
+        Fields that it lacks, written by an earlier version, are at their default; what is no field is ignored.
+        """
+        known = {field.name: values[field.name] for field in dataclasses.fields(QuantSpec) if field.name in values}
+        if known.get("table") is not None:
+            known["table"] = tuple(known["table"])  # JSON has lists
+        return QuantSpec(**known)
 
     @property
     def is_baseline(self) -> bool:

@@ -11,15 +11,18 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from kbit.config import Experiment
+from kbit.measurement import ItemValues, decode_items
 from kbit.spec import QuantSpec
 
 if TYPE_CHECKING:  # the store is read without loading torch
@@ -32,7 +35,7 @@ _COLUMNS: Final = (
     "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
     "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
     "scale_format", "rounding", "seed", "method", "include", "exclude", "evaluation",
-    "bits_per_param", "total_bits", "task", "metric", "value", "low", "high", "n",
+    "bits_per_param", "total_bits", "weight_rmse", "task", "metric", "value", "low", "high", "n",
 )  # fmt: skip
 
 
@@ -92,15 +95,18 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
 
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
     (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
-    (values compare only where it is equal), bits_per_param, total_bits, task, metric, value, low, high (95% interval),
-    n.
+    (values compare only where it is equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized
+    weights), task, metric, value, low, high (95% interval), n. The table's attrs["store"] is the path, for those who
+    need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
     """
     rows = [row for record in _read_records(path, "experiments") for row in _rows(record)]
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
-    return table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table.attrs["store"] = str(path)
+    return table
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
@@ -119,11 +125,52 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 
-def _read_records(path: str | Path, kind: str) -> Iterator[dict[str, Any]]:
+def read_provenance(path: str | Path = "results") -> pd.DataFrame:
+    """Return where the results come from: git_commit, device, versions, experiments, first, last; one row per origin.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = [
+        {name: record[name] for name in ("git_commit", "device", "finished")}
+        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
+        for record in _read_records(path, "experiments")
+    ]
+    table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
+    origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
+    return origins.agg(experiments="size", first="min", last="max").reset_index()
+
+
+def read_items(
+    path: str | Path, task: str, metric: str, keys: Collection[str] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Return the value of each item [n] by experiment key, in item order: 0 or 1 for acc, nats for cross_entropy.
+
+    Experiments without such items are left out: another task, or a store from before items were kept.
+
+    Args:
+        path: of the store.
+        task, metric: as in read_results; metrics with items are acc, acc_norm, acc_bytes, and those of windows.
+        keys: of the experiments to read; None is all.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    found = {}
+    for record in _read_records(path, "experiments", keys):
+        for items in record.get("items", ()):
+            if (items["task"], items["metric"]) == (task, metric):
+                found[record["key"]] = decode_items(ItemValues(**items))
+    return found
+
+
+def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of these keys that are there; None: all."""
     folder = Path(path) / kind
     if not folder.is_dir():
         raise FileNotFoundError(f"no results at {Path(path).absolute()}: start with `kbit run`")
-    for file in sorted(folder.glob("*.json")):
+    wanted = folder.glob("*.json") if keys is None else (folder / f"{key}.json" for key in keys)
+    for file in sorted(file for file in wanted if file.exists()):
         try:
             record = json.loads(file.read_text())
         except json.JSONDecodeError as error:
@@ -138,7 +185,7 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     experiment, quant = record["experiment"], record["experiment"]["quant"]
     shared: dict[str, Any] = {name: record[name] for name in _COLUMNS if name in record}
     shared |= {"model": experiment["model"]["name"], "dtype": experiment["model"]["dtype"], "bits": quant["bits"]}
-    spec = QuantSpec(**{f.name: quant[f.name] for f in dataclasses.fields(QuantSpec) if f.name in quant}).canonical()
+    spec = QuantSpec.from_json(quant).canonical()
     if not spec.is_baseline:
         shared |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
         shared |= {} if spec.data_type == "float" else {"float_bias": None}
@@ -153,6 +200,8 @@ def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:
         return f"{dtype}, {evaluation['limit'] or 'all'} items"
     if task == "mean_zero_shot":
         return f"{dtype}, {evaluation['limit'] or 'all'} items, {' '.join(sorted(evaluation['tasks']))}"
+    if evaluation.get("perplexity_kind") == "rolling":
+        return f"{dtype}, rolling"
     return f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
 
 

@@ -23,7 +23,7 @@ from kbit.config import Experiment, RayConfig
 from kbit.families import locate_model
 from kbit.store import Store
 from kbit.taskfiles import find_local_tasks
-from kbit.textdata import locate_text
+from kbit.textdata import check_text, locate_text
 
 if TYPE_CHECKING:
     from kbit.experiment import Session
@@ -76,11 +76,14 @@ def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retr
     return Plan(len(experiments), tuple(distinct.values()), len(done), failed_count, tuple(to_run))
 
 
-def check_experiment(experiment: Experiment) -> None:
-    """Raise the error that an unknown model, task or text would give later, before any work."""
+def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:
+    """Raise the error that an unknown model, task or text would give later, before any work.
+
+    What is only planned need not be here: a study of the hub's texts is planned offline.
+    """
     locate_model(experiment.model.name)
     if experiment.eval.perplexity is not None:
-        locate_text(experiment.eval.perplexity)
+        (locate_text if planned_only else check_text)(experiment.eval.perplexity)
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
 

@@ -11,6 +11,9 @@ from typing import Final
 
 EMBEDDED_TASKS: Final = Path(str(files("kbit"))) / "assets" / "tasks"
 
+# Not a YAML parser's work: lm-eval's tags (!function) run code when they are parsed.
+_TASK_NAME: Final = re.compile(r"""^task:\s*(["']?)([^"'\s#\[{]+)\1\s*(?:\#.*)?$""", re.MULTILINE)
+
 
 def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
     """Return the YAML of every local task by name; the user's folder wins over the shipped one."""
@@ -22,8 +25,8 @@ def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
     found = {}
     for folder in folders:
         for path in sorted(folder.rglob("*.yaml")):
-            if match := re.search(r"^task:\s*([\w-]+)\s*$", path.read_text(), flags=re.MULTILINE):
-                found[match.group(1)] = path
+            if match := _TASK_NAME.search(path.read_text()):
+                found[match.group(2)] = path
     return found
 
 

@@ -7,14 +7,18 @@ nothing is written to a dataset cache and the same YAML works from any folder, o
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
+import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # private, but the only reader of `include` and `!function`
@@ -30,70 +34,107 @@ class LoadedTask:
     Attributes:
         name: as asked for.
         task: lm-eval's Task object.
+        definition: the path of its YAML; for lm-eval's own, its name.
         version: of the task definition.
         source: the data's file name, or the hub data set.
         sha256: over the uncompressed data files; empty for a hub data set.
-        revision: the hub data set's fingerprint; empty for local files.
+        fingerprint: of the loaded rows as `datasets` computes it, for a hub data set; empty for local files.
     """
 
     name: str
     task: Any
+    definition: str
     version: str
     source: str
     sha256: str
-    revision: str
+    fingerprint: str
 
 
 def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[LoadedTask]:
-    """Load tasks by name, looking in task_path, then among the shipped tasks, then in lm-eval's own (online only).
+    """Load tasks by name: of task_path, else shipped, else lm-eval's own, whose data is on the hub or in its cache.
 
     Raises:
-        ValueError: an unknown task, with the local names.
+        ValueError: an unknown task, with the local names; a group of tasks; a wrong definition, with its path.
         FileNotFoundError: data that is missing; names the path or data set looked for.
     """
     local = find_local_tasks(task_path)
     unknown = [name for name in names if name not in local]
-    if unknown and os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ValueError(
-            f"unknown task {unknown[0]!r}; local tasks are {', '.join(sorted(local))}, "
-            "and lm-eval's own need the hub (HF_HUB_OFFLINE=1 is set)"
-        )
-    # Indexing lm-eval's 14,000 definitions takes seconds, so only where one of them is asked for.
-    manager = TaskManager(include_defaults=bool(unknown))
-    if missing := [name for name in unknown if name not in manager.all_tasks]:
-        raise ValueError(f"unknown task {missing[0]!r}; local tasks are {', '.join(sorted(local))}")
+    manager = _make_manager(include_defaults=bool(unknown))
+    for name in unknown:
+        if name in manager.all_groups or name in manager.all_tags:
+            raise ValueError(f"{name!r} is a group of lm-eval tasks: name its tasks, so that each is measured")
+        if name not in manager.all_tasks:
+            here = ", ".join(sorted(local))
+            raise ValueError(f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own")
     return [_load_local(name, local[name]) if name in local else _load_hub(name, manager, name) for name in names]
+
+
+@functools.cache
+def _make_manager(*, include_defaults: bool) -> TaskManager:
+    """Index lm-eval's 14,000 definitions: takes seconds, so once, and only where one of them is asked for."""
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _load_local(name: str, yaml_path: Path) -> LoadedTask:
     """Load a task from its YAML; JSON data files are read here, through lm-eval's custom_dataset hook."""
-    config = load_yaml(yaml_path)
+    with errors_named(str(yaml_path)):
+        config = load_yaml(yaml_path)
     if config.get("dataset_path") != "json":
-        return _load_hub(name, TaskManager(include_defaults=False), config)
+        return _load_hub(name, _make_manager(include_defaults=False), config)
     digest = hashlib.sha256()
     sources: list[str] = []
 
-    def read_splits(*, data_files: dict[str, str], **_: Any) -> datasets.DatasetDict:  # lm-eval passes metadata too
+    def read_splits(*, data_files: Any = None, **_: Any) -> datasets.DatasetDict:  # lm-eval passes metadata too
         splits = {}
-        for split, file in data_files.items():
-            path = yaml_path.parent / file
-            digest.update(read_bytes(path))
-            sources.append(path.name)
-            splits[split] = datasets.Dataset.from_list(read_json_lines(path))
+        for split, files in _split_files(data_files).items():
+            rows = []
+            for path in (yaml_path.parent / file for file in files):
+                digest.update(read_bytes(path))
+                sources.append(path.name)
+                rows += read_json_lines(path)
+            splits[split] = datasets.Dataset.from_list(rows)
         return datasets.DatasetDict(splits)
 
     metrics = config.get("metric_list", [])
     if any(metric["metric"] == "acc_norm" for metric in metrics):  # papers normalise by bytes, lm-eval by characters
         metrics = [*metrics, {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
-    task = ConfigurableTask(config=config | {"custom_dataset": read_splits, "metric_list": metrics})
-    return LoadedTask(name, task, str(task.VERSION), ", ".join(sources), digest.hexdigest(), "")
+    with errors_named(str(yaml_path)):
+        task = ConfigurableTask(config=config | {"custom_dataset": read_splits, "metric_list": metrics})
+    return LoadedTask(name, task, str(yaml_path), str(task.VERSION), ", ".join(sources), digest.hexdigest(), "")
+
+
+def _split_files(data_files: Any) -> dict[str, list[str]]:
+    """Return the files of each split, of data_files as `datasets` takes it: a file or a list of them (split train), or
+    either for each split."""
+    by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
+    listed = {split: [files] if isinstance(files, str) else files for split, files in by_split.items()}
+    if not all(isinstance(files, list) and files for files in listed.values()) or not listed:
+        raise ValueError(
+            f"dataset_kwargs.data_files={data_files!r} is not a file, a list of files, or a dictionary of them"
+        )
+    return listed
+
+
+@contextlib.contextmanager
+def errors_named(definition: str) -> Iterator[None]:
+    """Turn what lm-eval raises for a wrong definition, or rows that do not fit it, into a ValueError with its path."""
+    try:
+        yield
+    except jinja2.UndefinedError as error:
+        raise ValueError(f"{definition}: a template asks for a field that a row has not: {error}") from error
+    except KeyError as error:
+        what = "a split or field of this name" if error.args[0] else "a metric of metric_list in lm-eval"
+        raise ValueError(f"{definition}: there is no {error.args[0] or 'such thing'}: {what}") from error
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{definition}: {str(error) or type(error).__name__ + ' in lm-eval'}") from error
 
 
 def _load_hub(name: str, manager: TaskManager, spec: str | dict[str, Any]) -> LoadedTask:
     try:
         task = manager.load([spec])["tasks"][name]
     except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(f"task {name!r}: its data cannot be loaded: {error}") from error
+        offline = " (HF_HUB_OFFLINE=1 is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise FileNotFoundError(f"task {name!r}: its data cannot be loaded{offline}: {error}") from error
     source = f"{task.DATASET_PATH}:{task.DATASET_NAME or 'default'}"
     split = next(iter(task.dataset.values()))
-    return LoadedTask(name, task, str(task.VERSION), source, "", str(split._fingerprint))
+    return LoadedTask(name, task, name, str(task.VERSION), source, "", str(split._fingerprint))

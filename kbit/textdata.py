@@ -1,4 +1,4 @@
-"""Local text and JSON-lines files, plain or compressed, and the identity of their content."""
+"""Text and JSON-lines files, plain or compressed, texts by name, and the identity of their content."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
+
+from kbit.hubtext import HUB_TEXTS, load_hub_text
 
 EMBEDDED_TEXTS: Final = Path(str(files("kbit"))) / "assets" / "text"
 
@@ -66,14 +69,17 @@ def read_documents(name: str) -> tuple[list[str], str]:
     """Return the documents of a text and the sha256 of its uncompressed content.
 
     Args:
-        name: an embedded text (nano_held_out), or the path of a file: JSON lines (.jsonl) with a field "text", one
-            document a line, or any other text file, which is one document; .xz, .gz and .bz2 are decompressed.
+        name: an embedded text (nano_held_out); the path of a file: JSON lines (.jsonl) with a field "text", one
+            document a line, or any other text file, which is one document; .xz, .gz and .bz2 are decompressed; or a
+            text of the hub (wikitext2, c4, pile_cc).
 
     Raises:
-        FileNotFoundError: neither; names the path and the embedded texts.
+        FileNotFoundError: none of them; names the path and the texts there are.
         ValueError: a JSON line without a "text".
     """
     path = locate_text(name)
+    if path is None:
+        return list(load_hub_text(name)), hashlib.sha256("\n".join(load_hub_text(name)).encode()).hexdigest()
     digest = hashlib.sha256(read_bytes(path)).hexdigest()
     if ".jsonl" not in path.suffixes:
         return [read_bytes(path).decode("utf-8")], digest
@@ -84,9 +90,9 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
 
 def identify_text(name: str) -> str:
-    """Return what names a text wherever it lies: the embedded name, else the sha256 of the file's content."""
+    """Return what names a text wherever it lies: an embedded or hub text's name, the sha256 of a file's content."""
     path = locate_text(name)
-    return name if path.parent == EMBEDDED_TEXTS else _hash_file(path, path.stat().st_mtime_ns)
+    return name if path is None or path.parent == EMBEDDED_TEXTS else _hash_file(path, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,12 +100,31 @@ def _hash_file(path: Path, _modified: int) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
-def locate_text(name: str) -> Path:
-    """Return the file of an embedded text or of a path."""
+def locate_text(name: str) -> Path | None:
+    """Return the file of an embedded text or of a path, None for a text of the hub.
+
+    A path wins over the hub: a file named c4 is that file.
+
+    Raises:
+        FileNotFoundError: none of them.
+    """
     embedded = {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
     path = embedded.get(name, Path(name))
-    if not path.is_file():
+    if path.is_file():
+        return path
+    if name not in HUB_TEXTS:
         raise FileNotFoundError(
-            f"text {name!r} is neither embedded ({', '.join(sorted(embedded))}) nor a file at {path.resolve()}"
+            f"text {name!r} is neither embedded ({', '.join(sorted(embedded))}) nor on the hub "
+            f"({', '.join(sorted(HUB_TEXTS))}) nor a file at {path.resolve()}"
         )
-    return path
+    return None
+
+
+def check_text(name: str) -> None:
+    """Raise the error that a text which cannot be had would give later: quickly, so not by a download.
+
+    Raises:
+        FileNotFoundError: see locate_text; offline, also a text of the hub that is not in the local cache.
+    """
+    if locate_text(name) is None and os.environ.get("HF_HUB_OFFLINE") == "1":
+        load_hub_text(name)

@@ -4,8 +4,8 @@ Arrays are one-dimensional and contiguous. Values (x, out) are float32, float16,
 are converted chunk by chunk, so no float32 copy of the tensor is made. Index arithmetic is 64-bit.
 
 How a code is found. The code of v is the number of thresholds <= v. The upper 16 bits of a float32 (sign, exponent, 7
-fraction bits) cut [-2, 2] into cells that get finer towards zero, as codebooks do. A table holds, for each cell, the
-number of thresholds at or below its lowest value; what is left is to compare v with the next threshold, or with the
+fraction bits) cut the line into cells that get finer towards zero, as codebooks do. A table holds, for each cell, the
+number of thresholds at or below its least value; what is left is to compare v with the next threshold, or with the
 next few where a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow
 with k, and is the same for every data type.
 """
@@ -13,12 +13,32 @@ with k, and is the same for every data type.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
-from numba import njit, prange, types
-from numba.extending import overload
+from jaxtyping import Float, Float32, UInt8, UInt64
+from numba import prange
+
+from kbit.kernels.cpu_chunks import (
+    CHUNK,
+    copy_bytes,
+    denormalize,
+    extremes,
+    find_codes,
+    first_block,
+    jit,
+    load,
+    look_up,
+    mix,
+    next_block,
+    normalize,
+    pack_codes,
+    round_up_at_random,
+    round_values,
+    store,
+    typed_words,
+    unpack_codes,
+)
 
 Values = Float[np.ndarray, " n"]
 Codes = UInt8[np.ndarray, " n"]
@@ -27,26 +47,36 @@ Scales = Float32[np.ndarray, " blocks"]
 Thresholds = Float32[np.ndarray, " thresholds"]
 Codebook = Float32[np.ndarray, " values"]
 
-# Elements that one task of a parallel loop handles: enough to hide the scheduling, few enough to stay in the L1 cache.
-CHUNK = 4096
 
-# Cells of one sign: the upper half-words of the float32 numbers 0.0 .. 2.0, of which 2.0 = 0x40000000 is the last.
-_CELLS = 0x4000 + 1
+class Grid(NamedTuple):
+    """The blocks of a tensor, and what their codes mean."""
 
-_FLOAT32, _FLOAT16, _BFLOAT16 = 0, 1, 2
+    scales: Scales
+    offsets: Scales
+    codebook: Codebook  # padded to 256 with its last value, so that any uint8 is a valid index
+    row: int
+    block_size: int
 
 
 class SearchTable(NamedTuple):
     """Thresholds prepared for the search: see the module's docstring."""
 
-    first: UInt8[np.ndarray, " cells"]  # thresholds at or below the cell's lowest value; cells of v >= 0, then of v < 0
-    thresholds: Thresholds  # padded with +inf to 256, so that the comparison after the last one fails
-    compares: int  # the most thresholds that lie inside one cell
+    first: UInt8[np.ndarray, " 65536"]  # by upper half-word: thresholds at or below the least value that begins with it
+    thresholds: Thresholds  # padded with +inf to 257, so that the comparison after the last one fails
+    compares: int  # the most thresholds that lie inside one cell, at least 1
+
+
+class Rounding(NamedTuple):
+    """Whether to round stochastically, and with which numbers."""
+
+    stochastic: bool
+    key: np.uint64  # the mixed seed
+    levels: int  # values of the codebook
 
 
 def block_extremes(x: Values, row: int, block_size: int) -> tuple[Scales, Scales]:
     """Return the least and the largest value of each block; NaN or Inf where a block holds one."""
-    words, kind = _as_words(x)
+    words, kind = typed_words(x)
     find = _short_block_extremes if block_size <= CHUNK else _long_block_extremes
     low, high = find(words, kind, row, block_size)
     return low, high
@@ -61,21 +91,29 @@ def quantize(
     row: int,
     block_size: int,
     seed: int | None = None,
-) -> Codes:
-    """Return the code of each value. See kbit.reference.quantize."""
-    words, kind = _as_words(x)
-    codes = np.empty(x.size, np.uint8)
-    table = _search_table(thresholds.tobytes())
-    _encode(words, kind, scales, offsets, _pad(codebook), *table, codebook.size, row, block_size, *_key(seed), codes)
-    return codes
+    bits: int = 8,
+) -> Packed:
+    """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.reference.quantize."""
+    words, kind = typed_words(x)
+    packed = np.empty((x.size * bits + 7) // 8, np.uint8)
+    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
+    _encode(words, kind, grid, _search_table(thresholds.tobytes()), _make_rounding(seed, codebook), bits, packed)
+    return packed
 
 
 def dequantize(
-    codes: Codes, scales: Scales, offsets: Scales, codebook: Codebook, row: int, block_size: int, out: Values
+    codes: Packed,
+    scales: Scales,
+    offsets: Scales,
+    codebook: Codebook,
+    row: int,
+    block_size: int,
+    out: Values,
+    bits: int = 8,
 ) -> Values:
     """Fill out with codebook[code] * scale + offset. See kbit.reference.dequantize."""
-    words, kind = _as_words(out)
-    _decode(codes, scales, offsets, _pad(codebook), row, block_size, words, kind)
+    words, kind = typed_words(out)
+    _decode(codes, bits, Grid(scales, offsets, _pad(codebook), row, block_size), _pairs(codebook, bits), words, kind)
     return out
 
 
@@ -90,13 +128,11 @@ def fake_quantize(
     seed: int | None,
     out: Values,
 ) -> Values:
-    """Fill out with dequantize(quantize(x)), without an array of codes. See kbit.reference.fake_quantize."""
-    words, kind = _as_words(x)
-    table = _search_table(thresholds.tobytes())
-    out_words, _ = _as_words(out)
-    _encode_decode(
-        words, kind, scales, offsets, _pad(codebook), *table, codebook.size, row, block_size, *_key(seed), out_words
-    )
+    """Fill out, which may be x, with dequantize(quantize(x)), without an array of codes. See kbit.reference."""
+    words, kind = typed_words(x)
+    out_words, _ = typed_words(out)
+    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
+    _encode_decode(words, kind, grid, _search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words)
     return out
 
 
@@ -114,312 +150,178 @@ def unpack(packed: Packed, bits: int, n: int) -> Codes:
     return codes
 
 
-def _as_words(x: Values) -> tuple[Any, int]:
-    """Return the array as float32, or as uint16 bits, with the kind of number they are."""
-    if x.dtype == np.float32:
-        return x, _FLOAT32
-    if x.dtype == np.float16:
-        return x.view(np.uint16), _FLOAT16
-    return x, _BFLOAT16
-
-
 def _pad(codebook: Codebook) -> Codebook:
-    """Pad to 256 values with the last one, so that any uint8 is a valid index."""
     padded = np.full(256, codebook[-1], np.float32)
     padded[: codebook.size] = codebook
     return padded
 
 
-def _key(seed: int | None) -> tuple[bool, np.uint64]:
-    """Return whether the rounding is stochastic, and the mixed seed."""
-    if seed is None:
-        return False, np.uint64(0)
-    return True, np.uint64(_mix(np.uint64(seed)))
+def _pairs(codebook: Codebook, bits: int) -> UInt64[np.ndarray, " 256"]:
+    """Return the two values of each pair of codes, code_1 * 2^bits + code_2, as one word; of use for bits <= 4."""
+    pairs = np.zeros((256, 2), np.float32)
+    if bits <= 4:
+        values = _pad(codebook)[: 2**bits]
+        pairs[: 4**bits] = np.stack([np.repeat(values, 2**bits), np.tile(values, 2**bits)], axis=1)
+    return pairs.view(np.uint64)[:, 0]
+
+
+def _make_rounding(seed: int | None, codebook: Codebook) -> Rounding:
+    key = np.uint64(0) if seed is None else np.uint64(mix(np.uint64(seed)))
+    return Rounding(seed is not None, key, codebook.size)
 
 
 @functools.lru_cache(maxsize=64)
 def _search_table(thresholds_bytes: bytes) -> SearchTable:
-    """Count, for each cell, the thresholds at or below its lowest value and inside it (bytes, to be hashable)."""
+    """Count, for each cell, the thresholds at or below its least value and inside it (bytes, to be hashable)."""
     thresholds = np.frombuffer(thresholds_bytes, np.float32)
-    magnitude = np.arange(_CELLS, dtype=np.uint32) << 16
-    inner, outer = magnitude.view(np.float32), (magnitude | 0xFFFF).view(np.float32)
-    lowest = np.concatenate([inner, -outer])  # a negative cell begins at its largest magnitude
-    highest = np.concatenate([outer, -inner])
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    ends = upper.view(np.float32), (upper | 0xFFFF).view(np.float32)
+    lowest, highest = np.minimum(*ends), np.maximum(*ends)  # a negative cell begins at its largest magnitude
     first = np.searchsorted(thresholds, lowest, side="right")
     compares = (np.searchsorted(thresholds, highest, side="right") - first).max()
     padded = np.full(257, np.inf, np.float32)
     padded[: thresholds.size] = thresholds
-    return SearchTable(first.astype(np.uint8), padded, int(compares))
+    return SearchTable(first.astype(np.uint8), padded, max(1, int(compares)))
 
 
-def _jit(parallel: bool = False) -> Any:
-    return njit(parallel=parallel, cache=True, error_model="numpy")  # numpy: x / 0 is no exception, so loops vectorise
+# A parallel loop only hands out chunks: what is written inside of it numba optimises less well (measured: 1.5 times
+# slower) than a function that it calls.
 
 
-def _load(words: Any, kind: int, start: int, end: int, buffer: Any) -> None:
-    """Convert values start..end to float32 in the buffer; compiled per type by _load_any."""
-    raise NotImplementedError
-
-
-@overload(_load, inline="never")
-def _load_any(words, kind, start, end, buffer):
-    if isinstance(words.dtype, types.Float):
-
-        def load_float32(words, kind, start, end, buffer):
-            for i in range(end - start):
-                buffer[i] = words[start + i]
-
-        return load_float32
-
-    def load_16_bits(words, kind, start, end, buffer):
-        if kind == _BFLOAT16:
-            for i in range(end - start):
-                buffer[i] = np.int32(np.int32(words[start + i]) << 16).view(np.float32)
-            return
-        for i in range(end - start):
-            # float16: shift exponent and fraction into float32's place; 2^112 corrects the bias, for subnormals too
-            word = np.int32(words[start + i])
-            magnitude = np.int32((word & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112)
-            magnitude = magnitude if magnitude < np.float32(65536) else np.float32(np.inf)  # exponent 31: Inf and NaN
-            buffer[i] = -magnitude if word & 0x8000 else magnitude
-
-    return load_16_bits
-
-
-def _store(values: Any, count: int, words: Any, kind: int, start: int) -> None:
-    """Round float32 values to the type of words; compiled per type by _store_any."""
-    raise NotImplementedError
-
-
-@overload(_store, inline="never")
-def _store_any(values, count, words, kind, start):
-    if isinstance(words.dtype, types.Float):
-
-        def store_float32(values, count, words, kind, start):
-            for i in range(count):
-                words[start + i] = values[i]
-
-        return store_float32
-
-    def store_16_bits(values, count, words, kind, start):
-        if kind == _BFLOAT16:
-            for i in range(count):
-                word = np.int64(np.float32(values[i]).view(np.int32))
-                words[start + i] = (word + 0x7FFF + ((word >> 16) & 1)) >> 16  # to nearest, ties to even
-            return
-        for i in range(count):
-            words[start + i] = _to_float16(values[i])
-
-    return store_16_bits
-
-
-@_jit()
-def _to_float16(value):
-    """Bits of the nearest float16, ties to even; beyond its range infinite."""
-    word = np.int64(np.float32(value).view(np.int32))
-    sign, magnitude = (word >> 16) & 0x8000, word & 0x7FFFFFFF
-    normal = (magnitude + 0xFFF + ((magnitude >> 13) & 1) - (112 << 23)) >> 13  # 112: difference of the biases
-    # below 2^-14 a float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 to 1
-    small = np.float32(abs(np.float32(value)) + np.float32(0.5)) - np.float32(0.5)
-    subnormal = np.int64(small * np.float32(2.0**24))
-    return sign | (subnormal if magnitude < (113 << 23) else min(normal, 0x7C00))
-
-
-@_jit(parallel=True)
+@jit(parallel=True)
 def _short_block_extremes(words, kind, row, block_size):
     """Extremes of blocks no longer than a chunk: each task takes whole blocks."""
-    n = np.int64(words.size)
-    per_row = (row + block_size - 1) // block_size
-    blocks = (n // row) * per_row
+    blocks = np.int64(words.size) // row * ((row + block_size - 1) // block_size)
     low, high = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
-    per_task = max(1, CHUNK // block_size)
+    per_task = CHUNK // block_size
     for task in prange((blocks + per_task - 1) // per_task):
-        buffer = np.empty(CHUNK, np.float32)
-        for b in range(task * per_task, min(blocks, (task + 1) * per_task)):
-            start = (b // per_row) * row + (b % per_row) * block_size
-            end = min(start + block_size, (b // per_row + 1) * row)
-            _load(words, kind, start, end, buffer)
-            low[b], high[b] = _extremes(buffer[: end - start])
+        _find_extremes(words, kind, row, block_size, task * per_task, min(blocks, (task + 1) * per_task), low, high)
     return low, high
 
 
-@_jit(parallel=True)
+@jit()
+def _find_extremes(words, kind, row, block_size, b, last, low, high):
+    buffer = np.empty(CHUNK, np.float32)
+    per_row = (row + block_size - 1) // block_size
+    start = (b // per_row) * row + (b % per_row) * block_size
+    _, row_end, block_end = first_block(start, row, block_size)
+    while b < last:
+        load(words, kind, start, block_end - start, buffer)
+        low[b], high[b] = extremes(buffer, 0, block_end - start)
+        start = block_end
+        b, row_end, block_end = next_block(b, row_end, block_end, row, block_size)
+
+
+@jit(parallel=True)
 def _long_block_extremes(words, kind, row, block_size):
     """Extremes of blocks longer than a chunk: each task takes a chunk, so that one block still uses every core."""
-    n = np.int64(words.size)
-    per_row = (row + block_size - 1) // block_size
-    blocks = (n // row) * per_row
-    chunks = (min(block_size, row) + CHUNK - 1) // CHUNK
-    low, high = np.full(blocks * chunks, np.inf, np.float32), np.full(blocks * chunks, -np.inf, np.float32)
+    blocks = np.int64(words.size) // row * ((row + block_size - 1) // block_size)
+    chunks = (block_size + CHUNK - 1) // CHUNK
+    low, high = np.empty(blocks * chunks, np.float32), np.empty(blocks * chunks, np.float32)
     for c in prange(blocks * chunks):
-        buffer = np.empty(CHUNK, np.float32)
-        b = c // chunks
-        start = (b // per_row) * row + (b % per_row) * block_size
-        end = min(start + block_size, (b // per_row + 1) * row)
-        start += (c % chunks) * CHUNK
-        if start < end:
-            end = min(end, start + CHUNK)
-            _load(words, kind, start, end, buffer)
-            low[c], high[c] = _extremes(buffer[: end - start])
+        low[c], high[c] = _find_chunk_extremes(words, kind, row, block_size, c // chunks, c % chunks)
     block_low, block_high = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     for b in range(blocks):
-        block_low[b], _ = _extremes(low[b * chunks : (b + 1) * chunks])
-        _, block_high[b] = _extremes(high[b * chunks : (b + 1) * chunks])
+        block_low[b], _ = extremes(low, b * chunks, chunks)
+        _, block_high[b] = extremes(high, b * chunks, chunks)
     return block_low, block_high
 
 
-@_jit()
-def _extremes(values):
-    """Least and largest value, on integers that order as floats do (NaN outside +-Inf), since integers vectorise."""
-    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for word in values.view(np.int32):
-        ordered = np.int32(word ^ ((word >> 31) & 0x7FFFFFFF))
-        low, high = min(low, ordered), max(high, ordered)
-    return _from_ordered(low), _from_ordered(high)
+@jit()
+def _find_chunk_extremes(words, kind, row, block_size, b, chunk):
+    per_row = (row + block_size - 1) // block_size
+    start = (b // per_row) * row + (b % per_row) * block_size
+    end = min(start + block_size, (b // per_row + 1) * row)
+    start += chunk * CHUNK
+    count = min(end - start, CHUNK)
+    if count <= 0:  # the last block of a row may be shorter
+        return np.float32(np.inf), np.float32(-np.inf)
+    buffer = np.empty(CHUNK, np.float32)
+    load(words, kind, start, count, buffer)
+    return extremes(buffer, 0, count)
 
 
-@_jit()
-def _from_ordered(ordered):
-    return np.int32(ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(np.float32)
-
-
-@_jit(parallel=True)
-def _encode(
-    words, kind, scales, offsets, codebook, first, thresholds, compares, levels, row, block_size, stochastic, key, codes
-):
+@jit(parallel=True)
+def _encode(words, kind, grid, table, rounding, bits, packed):
     n = np.int64(words.size)
     for c in prange((n + CHUNK - 1) // CHUNK):
-        start, end = c * CHUNK, min(n, (c + 1) * CHUNK)
-        buffer = np.empty(CHUNK, np.float32)
-        _load(words, kind, start, end, buffer)
-        _normalize(buffer, start, end, scales, offsets, row, block_size)
-        _find_codes(buffer, end - start, first, thresholds, compares, codes[start:end])
-        if stochastic:
-            _round_up_at_random(buffer, codebook, levels, key, start, codes[start:end])
+        _encode_chunk(words, kind, grid, table, rounding, bits, packed, c * CHUNK, min(n, (c + 1) * CHUNK))
 
 
-@_jit(parallel=True)
-def _decode(codes, scales, offsets, codebook, row, block_size, words, kind):
-    n = np.int64(codes.size)
-    for c in prange((n + CHUNK - 1) // CHUNK):
-        start, end = c * CHUNK, min(n, (c + 1) * CHUNK)
-        buffer = np.empty(CHUNK, np.float32)
-        _denormalize(codes[start:end], codebook, start, end, scales, offsets, row, block_size, buffer)
-        _store(buffer, end - start, words, kind, start)
+@jit()
+def _encode_chunk(words, kind, grid, table, rounding, bits, packed, start, end):
+    buffer, codes = np.empty(CHUNK, np.float32), np.zeros(CHUNK, np.uint8)
+    load(words, kind, start, end - start, buffer)
+    normalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
+    _round_to_codes(buffer, start, end - start, grid.codebook, table, rounding, codes)
+    pack_codes(codes, end - start, bits, packed, start * bits // 8)
 
 
-@_jit(parallel=True)
-def _encode_decode(
-    words, kind, scales, offsets, codebook, first, thresholds, compares, levels, row, block_size, stochastic, key, out
-):
+@jit()
+def _round_to_codes(buffer, start, count, codebook, table, rounding, codes):
+    find_codes(buffer, count, table.first, table.thresholds, table.compares, codes)
+    if rounding.stochastic:
+        round_up_at_random(buffer, count, codebook, rounding.levels, rounding.key, start, codes)
+
+
+@jit(parallel=True)
+def _decode(packed, bits, grid, pairs, words, kind):
     n = np.int64(words.size)
     for c in prange((n + CHUNK - 1) // CHUNK):
-        start, end = c * CHUNK, min(n, (c + 1) * CHUNK)
-        buffer, codes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
-        _load(words, kind, start, end, buffer)
-        _normalize(buffer, start, end, scales, offsets, row, block_size)
-        _find_codes(buffer, end - start, first, thresholds, compares, codes)
-        if stochastic:
-            _round_up_at_random(buffer, codebook, levels, key, start, codes[: end - start])
-        _denormalize(codes, codebook, start, end, scales, offsets, row, block_size, buffer)
-        _store(buffer, end - start, out, kind, start)
+        _decode_chunk(packed, bits, grid, pairs, words, kind, c * CHUNK, min(n, (c + 1) * CHUNK))
 
 
-@_jit()
-def _block_of(i, row, block_size):
-    """Return the block of element i and the element after the block's last."""
-    r = i // row
-    in_row = (i - r * row) // block_size
-    return r * ((row + block_size - 1) // block_size) + in_row, min((r + 1) * row, r * row + (in_row + 1) * block_size)
+@jit()
+def _decode_chunk(packed, bits, grid, pairs, words, kind, start, end):
+    buffer, codes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
+    if bits <= 4:  # two codes of k bits are one of 2k: half of the work
+        count = (end - start + 1) // 2
+        unpack_codes(packed, start * bits // 8, count, 2 * bits, codes)
+        look_up(codes, count, pairs, buffer.view(np.uint64))
+    else:
+        unpack_codes(packed, start * bits // 8, end - start, bits, codes)
+        look_up(codes, end - start, grid.codebook, buffer)
+    denormalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
+    store(buffer, end - start, words, kind, start)
 
 
-@_jit()
-def _normalize(buffer, start, end, scales, offsets, row, block_size):
-    """Replace the buffer's values by v = (x - offset) / scale, 0 where the scale is 0."""
-    i = start
-    while i < end:
-        b, stop = _block_of(i, row, block_size)
-        scale, offset, stop = scales[b], offsets[b], min(stop, end)
-        for j in range(i - start, stop - start):
-            buffer[j] = (buffer[j] - offset) / scale
-        if scale == np.float32(0):
-            buffer[i - start : stop - start] = np.float32(0)
-        i = stop
+@jit(parallel=True)
+def _encode_decode(words, kind, grid, table, rounding, out):
+    n = np.int64(words.size)
+    for c in prange((n + CHUNK - 1) // CHUNK):
+        _encode_decode_chunk(words, kind, grid, table, rounding, out, c * CHUNK, min(n, (c + 1) * CHUNK))
 
 
-@_jit()
-def _denormalize(codes, codebook, start, end, scales, offsets, row, block_size, buffer):
-    """Fill the buffer with codebook[code] * scale + offset."""
-    i = start
-    while i < end:
-        b, stop = _block_of(i, row, block_size)
-        scale, offset, stop = scales[b], offsets[b], min(stop, end)
-        for j in range(i - start, stop - start):
-            buffer[j] = codebook[codes[j]] * scale + offset
-        i = stop
+@jit()
+def _encode_decode_chunk(words, kind, grid, table, rounding, out, start, end):
+    buffer, count = np.empty(CHUNK, np.float32), end - start
+    load(words, kind, start, count, buffer)
+    normalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
+    if table.compares == 1 and not rounding.stochastic:
+        round_values(buffer, count, table.first, table.thresholds, grid.codebook)
+    else:
+        codes = np.empty(CHUNK, np.uint8)
+        _round_to_codes(buffer, start, count, grid.codebook, table, rounding, codes)
+        look_up(codes, count, grid.codebook, buffer)
+    denormalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
+    store(buffer, count, out, kind, start)
 
 
-@_jit()
-def _find_codes(buffer, count, first, thresholds, compares, codes):
-    """Codes of normalised values. All thresholds lie within [-2, 2], so values may be clipped to it."""
-    for j in range(count):
-        v = min(max(buffer[j], np.float32(-2)), np.float32(2))
-        word = np.uint32(np.float32(v).view(np.int32)) >> np.uint32(16)
-        code = np.int64(first[word if word < 0x8000 else word - np.uint32(0x8000 - _CELLS)])
-        for _ in range(compares):
-            code += v >= thresholds[code]
-        codes[j] = code
-
-
-@_jit()
-def _round_up_at_random(buffer, codebook, levels, key, start, codes):
-    """Stochastic rounding: from the value below, up by one with the probability that makes it unbiased."""
-    for j in range(codes.size):
-        code = np.int64(codes[j])
-        if code + 1 < levels:
-            share = (buffer[j] - codebook[code]) / (codebook[code + 1] - codebook[code])
-            bits = _mix(np.uint64(start + j) * np.uint64(0x9E3779B97F4A7C15) + key) >> np.uint64(40)
-            codes[j] = code + (share > np.float32(bits) * np.float32(2.0**-24))
-
-
-@_jit()
-def _mix(z):
-    """The finalizer of splitmix64. See kbit.reference.uniform."""
-    z = np.uint64(z)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-@_jit(parallel=True)
+@jit(parallel=True)
 def _pack(codes, bits, packed):
-    """Eight codes fill exactly `bits` bytes, so tasks of CHUNK codes write disjoint bytes."""
     n = np.int64(codes.size)
     for c in prange((n + CHUNK - 1) // CHUNK):
         start, end = c * CHUNK, min(n, (c + 1) * CHUNK)
-        position, held, word = start * bits // 8, 0, np.uint32(0)
-        for i in range(start, end):
-            word = np.uint32((word << np.uint32(bits)) | np.uint32(codes[i]))
-            held += bits
-            while held >= 8:
-                held -= 8
-                packed[position] = (word >> np.uint32(held)) & np.uint32(0xFF)
-                position += 1
-        if held:
-            packed[position] = (word << np.uint32(8 - held)) & np.uint32(0xFF)
+        buffer = np.zeros(CHUNK, np.uint8)
+        copy_bytes(codes, start, buffer, 0, end - start)
+        pack_codes(buffer, end - start, bits, packed, start * bits // 8)
 
 
-@_jit(parallel=True)
+@jit(parallel=True)
 def _unpack(packed, bits, codes):
     n = np.int64(codes.size)
-    mask = np.uint32((1 << bits) - 1)
     for c in prange((n + CHUNK - 1) // CHUNK):
         start, end = c * CHUNK, min(n, (c + 1) * CHUNK)
-        position, held, word = start * bits // 8, 0, np.uint32(0)
-        for i in range(start, end):
-            while held < bits:
-                word = np.uint32((word << np.uint32(8)) | np.uint32(packed[position]))
-                position += 1
-                held += 8
-            held -= bits
-            codes[i] = (word >> np.uint32(held)) & mask
+        buffer = np.empty(CHUNK, np.uint8)
+        unpack_codes(packed, start * bits // 8, end - start, bits, buffer)
+        copy_bytes(buffer, 0, codes, start, end - start)

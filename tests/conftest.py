@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -36,6 +36,12 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 256},
     ),
+}
+_LLAMA_LIKE: Final = ("mistral", "qwen2", "qwen3", "olmo2", "phi", "gemma2")
+_CLASSES: Final = ("MistralConfig", "Qwen2Config", "Qwen3Config", "Olmo2Config", "PhiConfig", "Gemma2Config")
+TINY |= {
+    name: (config, TINY["llama"][1] | {"num_key_value_heads": 4})
+    for name, config in zip(_LLAMA_LIKE, _CLASSES, strict=True)
 }
 
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
@@ -195,7 +192,8 @@ def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
 
 
 def test_plan_of_a_ready_study(kbit: Kbit) -> None:
-    assert "24 asked, 24 distinct, 0 done, 24 to run" in kbit("plan", "+sweeps=nano/bit_level").out
+    assert "78 asked, 78 distinct, 0 done, 78 to run" in kbit("plan", "+sweeps=nano/bit_level").out
+    assert "24 asked, 24 distinct, 0 done, 24 to run" in kbit("plan", "+sweeps=nano/quick").out
 
 
 def test_plan_works_without_ray_too(kbit: Kbit) -> None:
@@ -207,7 +205,7 @@ def test_plan_works_without_ray_too(kbit: Kbit) -> None:
 
 def test_results_are_exported_with_all_columns(kbit: Kbit, study: Path, tmp_path: Path) -> None:
     done = kbit("results", "--csv", str(tmp_path / "out.csv"))
-    assert (done.code, done.out) == (0, f"3 rows written to {tmp_path / 'out.csv'}\n")
+    assert (done.code, done.out) == (0, f"5 rows written to {tmp_path / 'out.csv'}\n")  # of the text
     assert pd.read_csv(tmp_path / "out.csv").columns.tolist() == read_results(study / "results").columns.tolist()
 
 
@@ -237,7 +235,7 @@ def test_version(tmp_path: Path) -> None:
 def test_usage_names_every_command(kbit: Kbit, arguments: tuple[str, ...]) -> None:
     done = kbit(*arguments)
     assert done.code == 0
-    assert all(f"\n  {command} " in done.out for command in ("run", "plan", "figures", "results", "models"))
+    assert all(f"\n  {command} " in done.out for command in ("run", "plan", "figures", "report", "results", "models"))
 
 
 def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
@@ -352,7 +350,7 @@ def test_unknown_command_names_the_commands(kbit: Kbit) -> None:
     done = kbit("rnu")
     assert done.code == 1
     assert "'rnu'" in done.err
-    assert "run, plan, figures, results, models" in done.err
+    assert "run, plan, figures, report, results, models" in done.err
 
 
 def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
@@ -363,7 +361,7 @@ def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
     assert not (study / "figures").exists()
 
 
-@pytest.mark.parametrize("command", ["figures", "results"])
+@pytest.mark.parametrize("command", ["figures", "report", "results"])
 def test_missing_store_is_named(kbit: Kbit, tmp_path: Path, command: str) -> None:
     done = kbit(command)
     assert done.code == 1
@@ -385,30 +383,12 @@ def test_export_to_a_missing_folder_is_refused(kbit: Kbit, study: Path) -> None:
     assert (done.code, "nowhere" in done.err) == (1, True)
 
 
-def test_studies_cannot_be_swept(kbit: Kbit) -> None:
-    done = kbit("plan", "+sweeps=nano/bit_level,nano/bit_level")
+def test_several_studies_are_one_sweep(kbit: Kbit) -> None:
+    done = kbit("plan", "+sweeps=nano/bit_level,nano/bit_level", "model.name=nano-neox-98k")
+    assert (done.code, done.out) == (0, "12 asked, 6 distinct, 0 done, 6 to run\n")
+
+
+def test_a_launcher_cannot_be_swept(kbit: Kbit) -> None:
+    done = kbit("plan", "hydra/launcher=basic,kbit")
     assert done.code == 1
-    assert "a swept choice brings a sweeper or launcher of its own" in done.err
-
-
-def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_path: Path) -> None:
-    arguments = ["run", "-m", "quant.bits=3,4,5,6", "eval.tasks=[]", "ray.num_workers=1", "model.name=nano-neox-1m"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    sweep = subprocess.Popen(
-        [str(CONSOLE_SCRIPT), *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("results/experiments/*.json")) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        children = psutil.Process(sweep.pid).children(recursive=True)
-        sweep.send_signal(signal.SIGINT)
-        _, err = sweep.communicate(timeout=30)
-    finally:
-        sweep.kill()
-    assert sweep.returncode == 130
-    assert "finished results are kept" in err
-    assert TRACEBACK not in err
-    assert 1 <= len(list(tmp_path.glob("results/experiments/*.json"))) < 4
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert "hydra/launcher=basic" in done.err

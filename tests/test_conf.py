@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from kbit.cli import register_schema
 from kbit.config import RunConfig
+from kbit.grid import Composer
 from kbit.quantizer import fake_quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = sorted(path.relative_to(ROOT / "sweeps").with_suffix("") for path in (ROOT / "sweeps").rglob("*.yaml"))
 QUANTS = sorted(path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml"))
 EVALS = sorted(path.stem for path in (ROOT / "conf" / "eval").glob("*.yaml"))
+SWEEPERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "sweeper").glob("*.yaml"))
 LAUNCHERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 HELPS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "help").glob("*.yaml"))
 TESTED = {"run", *(f"eval/{n}" for n in EVALS), *(f"hydra/launcher/{n}" for n in LAUNCHERS)} | {
     *(f"hydra/help/{n}" for n in HELPS),
+    *(f"hydra/sweeper/{n}" for n in SWEEPERS),
     *(f"quant/{n}" for n in QUANTS),
 }
 
@@ -51,20 +52,6 @@ def to_run_config(config: DictConfig) -> RunConfig:
     return run_config
 
 
-def sweep_params(config: DictConfig) -> dict[str, list[str]]:
-    """The axes of a study: key -> the values it takes, as overrides."""
-    overrides = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return {str(o.key_or_group): [str(v) for v in o.sweep_string_iterator()] for o in parsed}
-
-
-def without_hydra(config: DictConfig) -> DictConfig:
-    """The configuration without Hydra's own node."""
-    with open_dict(config):
-        del config["hydra"]
-    return config
-
-
 def test_every_yaml_of_conf_is_tested_here() -> None:
     found = {str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml")}
     assert found == TESTED
@@ -84,7 +71,7 @@ def test_run_yaml_names_every_key() -> None:
     written["quant"] = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "quant" / "default.yaml"))
     named = {key for key in written if key not in {"defaults", "hydra"}} | {"eval"}
     assert named == {field.name for field in dataclasses.fields(RunConfig)}
-    for section in ("model", "quant", "ray"):
+    for section in ("model", "quant", "ray", "study"):
         assert set(written[section]) == {f.name for f in dataclasses.fields(getattr(RunConfig(), section))}
 
 
@@ -114,6 +101,12 @@ def test_launcher_composes_and_is_kbits(name: str) -> None:
 def test_launchers_differ_in_their_engine(launcher: str, engine: str) -> None:
     config = compose("run", [f"hydra/launcher={launcher}"], return_hydra_config=True)
     assert (config.hydra.launcher.engine, config.hydra.launcher.plan_only) == (engine, False)
+
+
+@pytest.mark.parametrize("name", SWEEPERS)
+def test_sweeper_composes_and_is_kbits(name: str) -> None:
+    config = compose("run", [f"hydra/sweeper={name}"], return_hydra_config=True)
+    assert config.hydra.sweeper._target_ == "hydra_plugins.kbit_launcher.KbitSweeper"
 
 
 @pytest.mark.parametrize("name", HELPS)
@@ -151,45 +144,16 @@ def test_null_is_the_whole_tensor() -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS, ids=str)
-def test_study_is_a_multirun(name: Path) -> None:
+def test_study_is_a_multirun_with_kbits_launcher(name: Path) -> None:
+    """Hydra ignores a launcher chosen in a file of sweeps/: the study would run with another than it says."""
     config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
     assert config.hydra.mode.name == "MULTIRUN"
-    assert sweep_params(config)
-
-
-@pytest.mark.parametrize("name", SWEEPS, ids=str)
-def test_study_leaves_the_launcher_alone(name: Path) -> None:
-    """Hydra ignores a launcher chosen in a file of sweeps/: the study would run with another than it says."""
+    assert config.study.grids or config.study.unite
     assert "launcher" not in (ROOT / "sweeps" / name).with_suffix(".yaml").read_text()
 
 
 @pytest.mark.parametrize("name", SWEEPS, ids=str)
-def test_study_names_real_keys(name: Path) -> None:
-    config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
-    params = sweep_params(config)
-    missing = object()
-    assert [key for key in params if OmegaConf.select(config, key, default=missing) is missing] == []
-
-
-def all_points(params: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    """Every combination of a study's axes."""
-    for values in itertools.product(*params.values()):
-        yield dict(zip(params, values, strict=True))
-
-
-def at_point(config: DictConfig, point: dict[str, str]) -> DictConfig:
-    """The study's configuration at one of its points."""
-    copy: DictConfig = OmegaConf.merge(config)  # type: ignore[assignment]  # a DictConfig stays one
-    parsed: Sequence[Any] = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in point.items()])
-    for override in parsed:
-        OmegaConf.update(copy, str(override.key_or_group), override.value())
-    return copy
-
-
-@pytest.mark.parametrize("name", SWEEPS, ids=str)
 def test_every_point_of_a_study_is_a_valid_experiment(name: Path) -> None:
-    config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
-    points = list(all_points(sweep_params(config)))
-    config = without_hydra(config)
-    experiments = [to_run_config(at_point(config, point)) for point in points]  # raises on a value that is not allowed
-    assert len({experiment.key for experiment in experiments}) > 1
+    composer = Composer(lambda overrides: compose("run", list(overrides)), GlobalHydra.instance().config_loader())
+    configs = list(composer.expand([f"+sweeps={name}"]))  # raises on a value that is not allowed
+    assert len({config.experiment.key for config in configs}) > 1

@@ -33,6 +33,7 @@ BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(exclude="(fc"), ["quant.exclude='(fc'", "regular expression"]),
     (lambda: ModelConfig(dtype="fp16"), ["model.dtype='fp16'", "float32, bfloat16, float16"]),
     (lambda: EvalConfig(limit=0), ["eval.limit=0", ">= 1"]),
+    (lambda: EvalConfig(perplexity_kind="sliding"), ["eval.perplexity_kind", "'sliding'", "windows, rolling"]),
     (lambda: EvalConfig(batch_size=0), ["eval.batch_size=0", ">= 1"]),
     (lambda: EvalConfig(perplexity_windows=-1), ["eval.perplexity_windows=-1", ">= 1"]),
     (lambda: EvalConfig(tasks=("piqa", "piqa")), ["piqa", "twice"]),
@@ -117,6 +118,13 @@ def test_limit_means_nothing_without_tasks() -> None:
 
 def test_windows_mean_nothing_without_a_text() -> None:
     assert with_eval(perplexity=None, perplexity_windows=5).key == with_eval(perplexity=None).key
+
+
+def test_the_definition_of_perplexity_is_content() -> None:
+    assert with_eval(perplexity_kind="windows").key == Experiment().key
+    rolling = with_eval(perplexity_kind="rolling")
+    assert rolling.key != Experiment().key
+    assert with_eval(perplexity_kind="rolling", perplexity_windows=3).key == rolling.key  # it has no windows
 
 
 def test_batch_size_does_not_change_the_key() -> None:

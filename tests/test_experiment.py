@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from datetime import datetime
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 
 from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
 from kbit.experiment import Result, Session, run_experiment
+from kbit.measurement import decode_items
 from kbit.taskfiles import EMBEDDED_TASKS
 from kbit.textdata import read_bytes, read_documents
 
@@ -136,6 +139,9 @@ def test_a_result_identifies_its_data(fresh_nf4: Result) -> None:
     for task in fresh_nf4.tasks:
         assert task.sha256 == sha256(read_bytes(EMBEDDED_TASKS / "data" / task.source)).hexdigest()
         assert task.version == "1.0"
+        assert task.truncated == 0
+        assert 2 < len(task.first_tokens) <= 64
+    assert (fresh_nf4.scorer, fresh_nf4.batch_tokens) == ("prefix sharing", 1024)
     assert fresh_nf4.text is not None
     assert fresh_nf4.text.sha256 == read_documents("nano_held_out")[1]
     assert (fresh_nf4.text.windows, fresh_nf4.text.window_length) == (4, 256)
@@ -152,10 +158,26 @@ def test_a_result_measures_every_metric_with_an_interval(fresh_nf4: Result) -> N
         ("nano_held_out", "cross_entropy", 4),
         ("nano_held_out", "bits_per_byte", 4),
         ("nano_held_out", "perplexity", 4),
+        ("nano_held_out", "kl_divergence", 4),
+        ("nano_held_out", "top1_agreement", 4),
     ]
     for m in fresh_nf4.measurements:
         assert m.low <= m.value <= m.high
         assert m.low < m.high
+
+
+def test_a_result_keeps_the_items_of_its_measurements(fresh_nf4: Result) -> None:
+    items = {(i.task, i.metric): decode_items(i) for i in fresh_nf4.items}
+    assert set(items) == {
+        ("nano_cloze", "acc"),
+        *(("nano_choice", metric) for metric in ("acc", "acc_norm", "acc_bytes")),
+        *(("nano_held_out", metric) for metric in ("cross_entropy", "kl_divergence", "top1_agreement")),
+    }
+    for m in fresh_nf4.measurements:
+        if (m.task, m.metric) in items:
+            assert len(items[m.task, m.metric]) == m.n
+            # accuracies exactly; a loss near 4 is kept in float32, good to 2.4e-7
+            assert items[m.task, m.metric].mean() == pytest.approx(m.value, abs=1e-6)
 
 
 def test_one_item_is_enough_for_a_result(session: Session) -> None:
@@ -174,6 +196,36 @@ def test_fewer_bits_lose_more(session: Session, fresh_nf4: Result, fresh_int3: R
     baseline = session.run(Experiment(SMALL, SIXTEEN, EVAL))
     assert loss(baseline) < loss(fresh_nf4) < loss(fresh_int3)
     assert baseline.total_bits == 16 * baseline.parameters > fresh_nf4.total_bits > fresh_int3.total_bits
+
+
+def test_the_distance_from_16_bits_is_0_at_16_bits_and_grows_with_fewer(session: Session) -> None:
+    text = EvalConfig(tasks=(), perplexity_windows=4)
+    quantizers = [SIXTEEN, *(QuantConfig(bits=bits, data_type="int") for bits in (8, 6, 5, 4, 3))]
+    results = [session.run(Experiment(SMALL, quant, text)) for quant in quantizers]
+    measured = [{m.metric: m.value for m in result.measurements} for result in results]
+    divergences = [m["kl_divergence"] for m in measured]
+    assert divergences[0] == 0
+    assert divergences == sorted(divergences)
+    assert divergences[1] > 0
+    agreements = [m["top1_agreement"] for m in measured]
+    assert agreements[0] == 1
+    assert agreements == sorted(agreements, reverse=True)
+    assert agreements[-1] < 0.9
+
+
+def test_a_quantized_head_is_compared_with_the_one_it_was() -> None:
+    text = EvalConfig(tasks=(), perplexity_windows=2)
+    with_head = Session(LLAMA).run(Experiment(LLAMA, dataclasses.replace(INT3, include="lm_head"), text))
+    assert next(m.value for m in with_head.measurements if m.metric == "kl_divergence") > 0.01
+
+
+def test_rolling_perplexity_is_the_whole_texts(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["one small mouse", "two mice sat down"]))
+    result = session.run(Experiment(SMALL, NF4, EvalConfig(tasks=(), perplexity=str(path), perplexity_kind="rolling")))
+    assert [m.metric for m in result.measurements] == ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+    assert result.text is not None
+    assert (result.text.windows, result.text.window_length) == (2, 0)
 
 
 def test_a_tied_head_can_be_quantized_and_survives_the_evaluation() -> None:

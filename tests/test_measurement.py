@@ -1,14 +1,28 @@
-"""Intervals of accuracies and means."""
+"""Intervals of accuracies and means, and the compact form of their items."""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import math
+import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.measurement import Measurement, mean_accuracy, measure_accuracy, measure_mean, transform, wilson_interval
+from kbit.measurement import (
+    Measurement,
+    decode_items,
+    encode_items,
+    mean_accuracy,
+    measure_accuracy,
+    measure_mean,
+    measure_ratio,
+    transform,
+    wilson_interval,
+)
 
 proportions = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 finite = st.floats(-1e6, 1e6)
@@ -75,6 +89,19 @@ def test_a_mean_lies_within_its_interval(values: list[float]) -> None:
     assert m.low <= m.value <= m.high
 
 
+def test_a_ratio_of_totals_is_textbook() -> None:
+    m = measure_ratio("text", "word_perplexity", [2.0, 8.0], [1.0, 3.0])
+    # r = 10/4; deviations 2 - 2.5 and 8 - 7.5: sqrt(2/1 (0.25 + 0.25)) / 4 = 1/4
+    assert (m.value, m.low, m.high) == pytest.approx((2.5, 2.5 - 1.959964 / 4, 2.5 + 1.959964 / 4), rel=1e-6)
+    assert math.isnan(measure_ratio("text", "word_perplexity", [2.0], [1.0]).low)
+
+
+@given(st.lists(finite, min_size=2, max_size=50))
+def test_a_ratio_to_equal_weights_is_a_mean(values: list[float]) -> None:
+    ratio, mean = measure_ratio("t", "m", values, [1.0] * len(values)), measure_mean("t", "m", values)
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((mean.value, mean.low, mean.high), rel=1e-6, abs=1e-6)
+
+
 def test_a_transformed_measurement_keeps_its_task_and_count() -> None:
     m = transform(Measurement("text", "cross_entropy", 1.0, 0.5, 2.0, 8), "perplexity", math.exp)
     assert m == Measurement("text", "perplexity", math.e, math.exp(0.5), math.exp(2.0), 8)
@@ -104,3 +131,41 @@ def test_the_mean_accuracy_lies_within_its_interval(cases: list[tuple[int, int]]
     mean = mean_accuracy([Measurement("t", "acc", k / n, *wilson_interval(k, n), n) for k, n in cases])
     assert mean.low <= mean.value <= mean.high
     assert mean.low < mean.high
+
+
+# ---- the items a measurement was computed from
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=100))
+def test_zeros_and_ones_take_one_bit_each(correct: list[bool]) -> None:
+    items = encode_items("task", "acc", [float(c) for c in correct])
+    assert (items.task, items.metric, items.n, items.encoding) == ("task", "acc", len(correct), "bits")
+    assert len(base64.b64decode(items.data)) == math.ceil(len(correct) / 8)
+    assert decode_items(items).tolist() == correct
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=50))
+def test_other_values_come_back_as_float32(values: list[float]) -> None:
+    items = encode_items("text", "cross_entropy", values)
+    assert decode_items(items).tolist() == values
+
+
+def test_the_stored_form_of_items_is_fixed() -> None:
+    """What stores on disk hold: the first item is the highest bit; float32 is little-endian."""
+    assert encode_items("t", "acc", [1.0, 0.0, 1.0]).data == base64.b64encode(bytes([0b1010_0000])).decode()
+    assert encode_items("t", "cross_entropy", [1.5]).data == base64.b64encode(struct.pack("<f", 1.5)).decode()
+
+
+def test_an_accuracy_is_the_mean_of_its_items() -> None:
+    correct = [1.0, 0.0, 0.0, 1.0, 1.0]
+    assert decode_items(encode_items("t", "acc", correct)).mean() == measure_accuracy("t", "acc", correct).value
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"encoding": "float64"}, "'float64' is not bits or float32"), ({"n": 99}, "1 bytes do not hold 99 items")],
+)
+def test_damaged_items_are_an_error(change: dict[str, Any], why: str) -> None:
+    items = encode_items("t", "acc", [1.0, 0.0])
+    with pytest.raises(ValueError, match=why):
+        decode_items(dataclasses.replace(items, **change))

@@ -19,7 +19,7 @@ import kbit.kernels.cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("conf", "kernels", "analysis", "sweeps")
-MAX_ASSET_BYTES = 40_000_000  # the wheel is installed to run on a laptop, and PyPI's limit is 100 MB
+MAX_ASSET_BYTES = 60_000_000  # the wheel is installed to run on a laptop, and PyPI's limit is 100 MB
 
 
 def run_python(*arguments: str, cwd: Path, python_path: Path | None = None) -> str:
@@ -173,5 +173,8 @@ def test_study_and_figures_work_from_the_wheel_in_another_folder(installed: Path
     assert len(list((tmp_path / "results" / "experiments").glob("*.json"))) == 6
     run_python(kbit_script, "figures", cwd=tmp_path, python_path=installed)
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert figures == {"figure_13.png", "figure_13.svg", "figure_13.csv"}  # figure 2 needs tasks
+    assert {"figure_13.png", "figure_13.svg", "figure_13.csv"} <= figures
+    assert "figure_2.png" not in figures  # needs tasks
     assert set(pd.read_csv(tmp_path / "figures" / "figure_13.csv")["bits"]) == {3, 4, 16}
+    run_python(kbit_script, "report", cwd=tmp_path, python_path=installed)
+    assert "6 experiments, 0 failed" in (tmp_path / "report.html").read_text()

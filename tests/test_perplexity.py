@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -11,12 +12,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
+import kbit.perplexity
+from kbit.budget import TokenBudget
 from kbit.models import LoadedModel, load_model
-from kbit.perplexity import Windows, make_windows, measure_cross_entropy
-from kbit.scorer import NonFiniteError
+from kbit.perplexity import (
+    Reference,
+    Windows,
+    compute_reference,
+    make_windows,
+    measure_cross_entropy,
+    measure_rolling,
+)
+from kbit.scorer import NonFiniteError, Scorer
+from kbit.tasks import load_tasks
 from kbit.textdata import read_documents
 
 Build = Callable[..., Any]
@@ -42,7 +56,7 @@ def windows(tokenizer: Any) -> Windows:
 )
 def test_the_recorded_held_out_loss_is_reproduced(name: str, recorded: float, tokenizer: Any) -> None:
     all_windows = make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=256)
-    nats, _, _ = measure_cross_entropy(load_model(name).model, all_windows, batch_size=16)
+    nats, _, _ = measure_cross_entropy(load_model(name).model, all_windows, TokenBudget(16 * CONTEXT)).measurements
     assert nats.value == pytest.approx(recorded, abs=1e-4)  # recorded to four decimals
     assert nats.n == 256
 
@@ -63,6 +77,31 @@ def test_every_document_starts_with_one_end_of_text_token(tmp_path: Path, tokeni
     assert whole.tokens.tolist() == [[0, *one, 0, *two]]
 
 
+@pytest.mark.parametrize(
+    "text", [STORY * 3000, "Cafés, naïveté, «déjà vu»… " * 4000, "a" * 200_000, "\n \n\t" * 40_000]
+)
+def test_only_the_start_of_a_long_text_is_tokenized(
+    tmp_path: Path, tokenizer: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(text, encoding="utf-8")
+    whole = [0, *tokenizer(text)["input_ids"]]
+    read: list[int] = []
+    monkeypatch.setattr(kbit.perplexity, "_tokenize_start", _noting(read, kbit.perplexity._tokenize_start))
+    windows = make_windows(str(path), tokenizer, context=CONTEXT, max_windows=3)
+    assert windows.tokens.flatten().tolist() == whole[: 3 * CONTEXT]
+    assert read[0] < len(whole)
+
+
+def _noting(read: list[int], tokenize: Callable[..., list[int]]) -> Callable[..., list[int]]:
+    def start(*arguments: Any) -> list[int]:
+        ids = tokenize(*arguments)
+        read.append(len(ids))
+        return ids
+
+    return start
+
+
 def test_what_is_left_after_the_last_window_is_dropped(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "story.txt"
     path.write_text(STORY * 10)
@@ -77,12 +116,12 @@ def test_a_window_of_l_tokens_predicts_l_minus_1(nano: LoadedModel, windows: Win
         log_probabilities = nano.model(windows.tokens).logits.log_softmax(-1)
     predicted = log_probabilities[:, :-1].gather(2, windows.tokens[:, 1:, None])
     assert predicted.numel() == 8 * (CONTEXT - 1)
-    nats, _, _ = measure_cross_entropy(nano.model, windows, batch_size=8)
+    nats, _, _ = measure_cross_entropy(nano.model, windows, TokenBudget(8 * CONTEXT)).measurements
     assert nats.value == pytest.approx(-predicted.mean().item(), abs=1e-5)  # float32 sums of 2,040 terms near 4
 
 
 def test_bits_per_byte_and_perplexity_are_the_loss_in_other_units(nano: LoadedModel, windows: Windows) -> None:
-    nats, bits_per_byte, perplexity = measure_cross_entropy(nano.model, windows, batch_size=8)
+    nats, bits_per_byte, perplexity = measure_cross_entropy(nano.model, windows, TokenBudget(8 * CONTEXT)).measurements
     assert [m.metric for m in (nats, bits_per_byte, perplexity)] == ["cross_entropy", "bits_per_byte", "perplexity"]
     assert bits_per_byte.value == pytest.approx(nats.value / (math.log(2) * windows.bytes_per_token))
     assert perplexity.value == pytest.approx(math.exp(nats.value))
@@ -99,22 +138,93 @@ def test_bytes_are_counted_in_utf8(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_random_model_is_near_the_uniform_loss(build_tiny: Build, windows: Windows) -> None:
-    nats, _, _ = measure_cross_entropy(build_tiny("llama", vocab_size=1024), windows, batch_size=8)
+    nats, _, _ = measure_cross_entropy(
+        build_tiny("llama", vocab_size=1024), windows, TokenBudget(8 * CONTEXT)
+    ).measurements
     # Logits of standard deviation s cost about s^2/2 nats more than ln V; here s = 0.02 sqrt(64) = 0.16.
     assert nats.value == pytest.approx(math.log(1024), abs=0.05)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_batch_size_does_not_matter(nano: LoadedModel, windows: Windows, batch_size: int) -> None:
-    reference = measure_cross_entropy(nano.model, windows, batch_size=8)[0].value
-    assert measure_cross_entropy(nano.model, windows, batch_size=batch_size)[0].value == pytest.approx(
-        reference, abs=1e-5
-    )
+    reference = measure_cross_entropy(nano.model, windows, TokenBudget(8 * CONTEXT)).measurements[0].value
+    assert measure_cross_entropy(nano.model, windows, TokenBudget(batch_size * CONTEXT)).measurements[
+        0
+    ].value == pytest.approx(reference, abs=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 3 * CONTEXT])
+def test_the_distance_from_a_reference_does_not_depend_on_the_batch(
+    build_tiny: Build, nano: LoadedModel, windows: Windows, budget: int
+) -> None:
+    """Of a random model from a trained one, a large distance; the reference from batches of another size, too."""
+    model = build_tiny("gpt_neox", vocab_size=1024)
+    baseline: Any = nano.model
+    head, whole = baseline.get_output_embeddings(), TokenBudget(8 * CONTEXT)
+    first = Reference(compute_reference(nano.model, windows, whole), head)
+    second = Reference(compute_reference(nano.model, windows, TokenBudget(budget)), head)
+    expected = measure_cross_entropy(model, windows, whole, first).measurements
+    for m, n in zip(
+        expected, measure_cross_entropy(model, windows, TokenBudget(budget), second).measurements, strict=True
+    ):
+        assert m.metric == n.metric
+        assert m.value == pytest.approx(n.value, rel=1e-4)  # float32 in other batches
+    divergence = next(m for m in expected if m.metric == "kl_divergence")
+    assert divergence.value > 1
+    assert divergence.low < divergence.value < divergence.high
+
+
+def test_a_model_whose_head_is_not_its_last_step_is_measured_on_its_own_logits(
+    build_tiny: Build, windows: Windows
+) -> None:
+    model = build_tiny("gemma2", vocab_size=1024, head_dim=16)  # caps its logits
+    with torch.no_grad():
+        model.lm_head.weight.mul_(300)  # so that the cap of 30 matters
+        tokens = windows.tokens[:1]
+        log_p = model(tokens).logits.log_softmax(-1)[:, :-1].gather(2, tokens[:, 1:, None])
+    one = dataclasses.replace(windows, tokens=tokens)
+    scores = measure_cross_entropy(model, one, TokenBudget(CONTEXT))
+    assert [i.metric for i in scores.items] == ["cross_entropy"]
+    assert scores.measurements[0].value == pytest.approx(-log_p.mean().item(), rel=1e-5)
+
+
+# ---- lm-eval's rolling definition
+
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+"""
+
+
+def test_rolling_perplexity_is_lm_evals(tmp_path: Path, nano: LoadedModel) -> None:
+    texts = [STORY * 20, "A café — and a mouse.", "Then it rained."]  # the first is longer than the context
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "rolling.yaml").write_text(ROLLING.replace("FILE", "text.jsonl"))
+    scorer = Scorer(nano.model, nano.tokenizer)
+    mine = {m.metric: m for m in measure_rolling(scorer, str(tmp_path / "text.jsonl")).measurements}
+    [task] = load_tasks(["rolling"], str(tmp_path))
+    theirs = lm_eval.simple_evaluate(
+        HFLM(nano.model, tokenizer=nano.tokenizer, softmax_dtype=torch.float32),
+        tasks=[task.task],
+        task_manager=TaskManager(include_defaults=False),
+        bootstrap_iters=0,
+    )["results"]["rolling"]
+    for metric, m in mine.items():
+        assert m.value == pytest.approx(theirs[f"{metric},none"], rel=1e-4)
+        assert m.low < m.value < m.high
+        assert m.n == 3
+    assert set(mine) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
 
 
 def test_a_single_window_has_no_interval(nano: LoadedModel, tokenizer: Any) -> None:
     one = make_windows("nano_held_out", tokenizer, context=CONTEXT, max_windows=1)
-    nats, _, _ = measure_cross_entropy(nano.model, one, batch_size=8)
+    nats, _, _ = measure_cross_entropy(nano.model, one, TokenBudget(8 * CONTEXT)).measurements
     assert math.isfinite(nats.value)
     assert math.isnan(nats.low)
 
@@ -124,7 +234,7 @@ def test_a_nan_weight_is_an_error_and_no_number(build_tiny: Build, windows: Wind
     with torch.no_grad():
         model.transformer.h[1].ln_1.weight[0] = float("nan")
     with pytest.raises(NonFiniteError, match="nano_held_out"):
-        measure_cross_entropy(model, windows, batch_size=8)
+        measure_cross_entropy(model, windows, TokenBudget(8 * CONTEXT))
 
 
 @pytest.mark.parametrize(

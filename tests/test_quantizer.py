@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from safetensors.numpy import save_file
 
 from kbit import reference
 from kbit.backend import choose_backend
-from kbit.datatypes import ADAPTIVE, make_codebook
-from kbit.kernels import cpu
-from kbit.quantizer import QuantizedTensor, _make_grid, dequantize, fake_quantize, quantize
+from kbit.datatypes import ADAPTIVE
+from kbit.quantizer import _make_grid, dequantize, fake_quantize, quantize
 from kbit.scales import SCALE_FORMATS
 from kbit.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
 
@@ -178,77 +175,12 @@ def test_row_layout_keeps_rows_apart() -> None:
     assert (fake_quantize(x, dataclasses.replace(spec, layout="flat")) != rows).any()
 
 
-@pytest.mark.parametrize(("exponent_bits", "bits", "name"), [(2, 4, "float4_e2m1fn"), (2, 6, "float6_e2m3fn"),
-                                                             (3, 6, "float6_e3m2fn")])  # fmt: skip
-def test_microscaling_equals_the_definition_with_ml_dtypes(exponent_bits: int, bits: int, name: str) -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    element = getattr(ml_dtypes, name)
-    x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
-    largest_exponent = int(np.floor(np.log2(float(ml_dtypes.finfo(element).max))))
-    shared = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1, keepdims=True))) - largest_exponent)  # OCP MX, section 6.3
-    limit = float(ml_dtypes.finfo(element).max)
-    expected = np.clip(x / shared, -limit, limit).astype(element).astype(np.float32) * shared
-    spec = QuantSpec(bits=bits, exponent_bits=exponent_bits, layout="row", block_size=32, scale_format="e8m0")
-    ours = fake_quantize(x, spec)
-    ties = np.abs(np.abs(ours - x) - np.abs(expected - x)) < 1e-7  # they round ties to even, kbit away from zero
-    assert ((ours == expected) | ties).all()
-    assert (ours == expected).mean() > 0.999
-
-
-def test_nvfp4_scales_are_e4m3_times_one_float32() -> None:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    x = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
-    q = quantize(x, QuantSpec(bits=4, exponent_bits=2, layout="row", block_size=16, scale_format="fp8"))
-    block_max = np.abs(x).reshape(-1, 16).max(axis=1)
-    tensor_scale = np.float32(block_max.max() / 448)
-    expected = (block_max / tensor_scale).astype(ml_dtypes.float8_e4m3fn)
-    np.testing.assert_array_equal(q.scales["scales"], expected.view(np.uint8))
-    assert q.scales["tensor_scale"][0] == tensor_scale
-
-
 def test_double_quantization_costs_little_error() -> None:
     x = np.random.default_rng(0).standard_normal(2**16).astype(np.float32)
     plain = fake_quantize(x, QuantSpec(bits=4, data_type="nf", scale_format="fp32"))
     double = fake_quantize(x, QuantSpec(bits=4, data_type="nf", scale_format="dq8"))
     rmse = [float(np.sqrt(((x - y) ** 2).mean())) for y in (plain, double)]
     assert rmse[0] < rmse[1] < 1.01 * rmse[0]  # QLoRA: no loss of quality
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_packing_is_dense_and_reversible(bits: int) -> None:
-    for n in (1, 7, 8, 9, 4095, 4096, 4097, 20_001):
-        codes = np.random.default_rng(n).integers(0, 2**bits, n).astype(np.uint8)
-        packed = cpu.pack(codes, bits)
-        assert packed.size == -(-n * bits // 8)
-        np.testing.assert_array_equal(packed, reference.pack(codes, bits))
-        np.testing.assert_array_equal(cpu.unpack(packed, bits, n), codes)
-        np.testing.assert_array_equal(reference.unpack(packed, bits, n), codes)
-
-
-@pytest.mark.parametrize("preset", [{}, {"scale_format": "dq8"}, {"normalization": "minmax", "centering": True},
-                                    {"data_type": "quantile"}, {"scale_format": "bf16", "layout": "row"}])  # fmt: skip
-def test_a_saved_tensor_loads_bit_for_bit(preset: dict[str, Any], tmp_path: Path) -> None:
-    x = torch.randn(9, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
-    q = quantize(x, QuantSpec(**preset))
-    q.save(tmp_path / "q.safetensors")
-    loaded = QuantizedTensor.load(tmp_path / "q.safetensors")
-    assert (loaded.spec, loaded.shape, loaded.dtype, loaded.nbytes) == (q.spec, q.shape, q.dtype, q.nbytes)
-    assert torch.equal(dequantize(loaded), dequantize(q))
-    np.testing.assert_array_equal(loaded.codes, q.codes)
-
-
-def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    save_file({"a": np.zeros(3)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="not a quantized tensor written by kbit"):
-        QuantizedTensor.load(tmp_path / "x.safetensors")
-
-
-def test_index_arithmetic_is_64_bit() -> None:
-    # blocks beyond 2^31 elements, without allocating them: the kernel's own function
-    n = 2**33
-    assert cpu._block_of(np.int64(n - 1), np.int64(n), np.int64(64)) == (n // 64 - 1, n)
-    row = 2**32 + 5
-    assert cpu._block_of(np.int64(row), np.int64(row), np.int64(64)) == (-(-row // 64), row + 64)
 
 
 @pytest.mark.parametrize(
@@ -412,34 +344,6 @@ def test_short_last_block_uses_only_its_own_elements(x: np.ndarray[Any, Any], sp
     size = spec.block_size or x.size
     pieces = [fake_quantize(x[i : i + size], spec) for i in range(0, x.size, size)]
     np.testing.assert_array_equal(fake_quantize(x, spec), np.concatenate(pieces))
-
-
-def test_bitsandbytes_nf4_and_fp4_agree() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    x = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
-    pairs = [
-        ("nf4", QuantSpec(bits=4, data_type="nf", scale_format="fp32")),
-        ("fp4", QuantSpec(bits=4, data_type="float", exponent_bits=2, float_bias="paper", scale_format="fp32")),
-    ]
-    for quant_type, spec in pairs:
-        packed, state = functional.quantize_4bit(x, blocksize=64, quant_type=quant_type)
-        theirs = functional.dequantize_4bit(packed, state).flatten()
-        assert torch.equal(fake_quantize(x, spec), theirs)
-
-
-def test_bitsandbytes_dynamic_8_bit_agrees() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    x = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
-    quantized, state = functional.quantize_blockwise(x, blocksize=256)
-    theirs = functional.dequantize_blockwise(quantized, state)
-    codebook = make_codebook("dynamic", 8)
-    np.testing.assert_allclose(np.sort(state.code.numpy()), codebook, rtol=1e-6)
-    ours = fake_quantize(x, QuantSpec(bits=8, data_type="dynamic", block_size=256, scale_format="fp32"))
-    # bitsandbytes' CPU search is not exactly nearest (up to 5% of the gap off), so ours may be nearer, never farther
-    scale = x.view(-1, 256).abs().amax(dim=1).repeat_interleave(256)
-    assert ((ours - x).abs() <= (theirs - x).abs() + scale * 2.0**-22).all()
-    same_code = (ours - theirs).abs() <= scale * 2.0**-22
-    assert same_code.float().mean() > 0.995
 
 
 @pytest.mark.parametrize(

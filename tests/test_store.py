@@ -15,8 +15,8 @@ import pytest
 
 from kbit.config import Experiment, ModelConfig, QuantConfig
 from kbit.experiment import Result
-from kbit.measurement import Measurement
-from kbit.store import SCHEMA_VERSION, Store, read_failures, read_results
+from kbit.measurement import Measurement, encode_items
+from kbit.store import SCHEMA_VERSION, Store, read_failures, read_items, read_provenance, read_results
 
 ACCURACY = Measurement("nano_cloze", "acc", 0.5, 0.4, 0.6, 100)
 LOSS = Measurement("nano_held_out", "cross_entropy", 3.0, math.nan, math.nan, 1)
@@ -277,3 +277,43 @@ def test_a_colleague_may_read_a_result(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_items_are_read_by_experiment(tmp_path: Path) -> None:
+    store, plain = Store(tmp_path), make_result(model="without items")
+    items = (encode_items("nano_cloze", "acc", [1.0, 0.0]), encode_items("nano_held_out", "cross_entropy", [2.5, 3.5]))
+    with_items = [dataclasses.replace(make_result(model=name), items=items) for name in ("one", "two")]
+    for result in (plain, *with_items):
+        store.write(result)
+    found = read_items(tmp_path, "nano_cloze", "acc")
+    assert {key: values.tolist() for key, values in found.items()} == {r.key: [1.0, 0.0] for r in with_items}
+    assert read_items(tmp_path, "nano_held_out", "cross_entropy")[with_items[0].key].tolist() == [2.5, 3.5]
+    assert set(read_items(tmp_path, "nano_cloze", "acc", keys={with_items[1].key})) == {with_items[1].key}
+    assert read_items(tmp_path, "nano_cloze", "acc_norm") == {}
+
+
+def test_a_store_from_before_items_were_kept_is_read(tmp_path: Path) -> None:
+    store, result = Store(tmp_path), make_result()
+    store.write(result)
+    path = store.path / "experiments" / f"{result.key}.json"
+    record = json.loads(path.read_text())
+    del record["items"]
+    path.write_text(json.dumps(record))
+    assert len(read_results(tmp_path)) == 2
+    assert read_items(tmp_path, "nano_cloze", "acc") == {}
+
+
+def test_provenance_has_a_row_for_each_origin(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for model, device in (("a", "CPU 1"), ("b", "CPU 1"), ("c", "CPU 2")):
+        store.write(dataclasses.replace(make_result(model=model), device=device))
+    origins = read_provenance(tmp_path).set_index("device")
+    assert origins["experiments"].to_dict() == {"CPU 1": 2, "CPU 2": 1}
+    assert (origins["first"] <= origins["last"]).all()
+
+
+def test_the_table_knows_its_store(tmp_path: Path) -> None:
+    Store(tmp_path).write(make_result())
+    results = read_results(tmp_path)
+    assert results.attrs["store"] == str(tmp_path)
+    assert results[results["bits"] < 16].attrs["store"] == str(tmp_path)

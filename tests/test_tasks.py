@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import datasets
 import lm_eval
@@ -17,6 +17,7 @@ import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
+import kbit.tasks
 from kbit.evaluation import prepare_task
 from kbit.taskfiles import EMBEDDED_TASKS, find_local_tasks
 from kbit.tasks import load_tasks
@@ -177,10 +178,95 @@ def test_a_folder_that_is_not_there_is_an_error_with_its_path(tmp_path: Path) ->
         load_tasks(["piqa"], str(tmp_path / "no_tasks"))
 
 
-def test_an_unknown_task_names_the_local_ones(tmp_path: Path) -> None:
+class FewTasks:
+    """Stands in for lm-eval's index, which takes seconds to build."""
+
+    all_groups: Final = ("mmlu",)
+    all_tags: Final = ("ai2_arc",)
+    all_tasks: Final = ("mmlu", "ai2_arc", "arc_easy")
+
+    def load(self, _: list[str]) -> None:
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("piqqa", ValueError, r"unknown task 'piqqa'.*hellaswag, lambada_openai, my_task, nano_choice"),
+        ("mmlu", ValueError, "'mmlu' is a group of lm-eval tasks: name its tasks"),
+        ("ai2_arc", ValueError, "'ai2_arc' is a group"),
+        (
+            "arc_easy",
+            FileNotFoundError,
+            r"'arc_easy': its data cannot be loaded \(HF_HUB_OFFLINE=1 is set\): Couldn't reach",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_had_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], message: str
+) -> None:
     folder = write_task(tmp_path / "tasks", "d.jsonl", ROWS)
-    with pytest.raises(ValueError, match=r"unknown task 'piqqa'.*hellaswag, lambada_openai, my_task, nano_choice"):
-        load_tasks(["piqqa"], folder)
+    monkeypatch.setattr(kbit.tasks, "_make_manager", lambda **_: FewTasks())
+    with pytest.raises(error, match=message):
+        load_tasks([name], folder)
+
+
+# ---- a user's definition
+
+
+def rewrite(folder: str, *changes: tuple[str, str]) -> str:
+    path = Path(folder) / "my_task.yaml"
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("line", ['task: "my_task"', "task: 'my_task'", "task: my_task  # mine", "task:   my_task"])
+def test_a_name_may_be_quoted_or_commented(tmp_path: Path, line: str) -> None:
+    folder = rewrite(write_task(tmp_path, "d.jsonl", ROWS), ("task: my_task", line))
+    assert load_tasks(["my_task"], folder)[0].name == "my_task"
+
+
+@pytest.mark.parametrize(
+    ("data_files", "split", "items"),
+    [
+        ("data_files: rows/d.jsonl", "train", 2),  # as `datasets` reads it: the split is train
+        ("data_files: [rows/d.jsonl, rows/d.jsonl]", "train", 4),
+        ("data_files: {test: [rows/d.jsonl, rows/d.jsonl]}", "test", 4),
+    ],
+)
+def test_data_files_are_given_as_datasets_takes_them(tmp_path: Path, data_files: str, split: str, items: int) -> None:
+    folder = rewrite(
+        write_task(tmp_path, "d.jsonl", ROWS),
+        ("data_files:\n    test: rows/d.jsonl", data_files),
+        ("test_split: test", f"test_split: {split}"),
+    )
+    assert len(load_tasks(["my_task"], folder)[0].task.eval_docs) == items
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{{q}}", "{{question}}", "a template asks for a field that a row has not: 'question' is undefined"),
+        ("{{choices}}", "{{options}}", "'options' is undefined"),
+        (
+            "doc_to_target: gold",
+            "doc_to_target: answer",
+            r"doc_to_target gives 'answer', which is none of \['two', 'three'\]",
+        ),
+        ("test_split: test", "test_split: dev", "there is no dev: a split or field"),
+        ("metric: acc}", "metric: accuracy_of_mine}", "a metric of metric_list"),
+        ("test: rows/d.jsonl", "test: 3", "data_files={'test': 3} is not a file"),
+        ("metric_list: [", "metric_list: [[", "did not find expected"),
+    ],
+)
+def test_a_wrong_definition_is_an_error_with_its_path(tmp_path: Path, old: str, new: str, message: str) -> None:
+    folder = rewrite(write_task(tmp_path, "d.jsonl", ROWS), (old, new))
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path}/my_task\.yaml: .*{message}"):
+        prepare_task(load_tasks(["my_task"], folder)[0])
 
 
 # ---- damaged data

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.analysis.claims import judge_four_bit, try_four_bit
+from kbit.analysis.claims import judge_four_bit
 from kbit.analysis.curves import (
     ZERO_SHOT,
     AmbiguousResults,
     best_precision,
-    finding,
     interpolate,
     optimal_share,
     precision_curves,
 )
+from kbit.analysis.findings import finding
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value
 
@@ -244,36 +244,3 @@ def test_the_finding_has_a_sentence_per_family_and_sums_up_variants() -> None:
     assert text.startswith("alpha, 4 variants of data type and block size, at equal total bits: ")
     assert "in 4 of 4 variants" in text
     assert ". beta, nf block 64, at equal total bits: " in text
-
-
-def test_the_claim_counts_only_shared_budgets() -> None:
-    points: Points = {4: {10: 0.4, 100: 0.6}, 8: {20: 0.3, 1000: 0.5}, 16: {40: 0.2, 2000: 0.5}}
-    curves = mean_curves(make_results(points))
-    shares = optimal_share(best_precision(curves, higher_is_better=True))
-    assert shares["share"].tolist() == [1.0]  # beyond 100 bits 8-bit would win by default
-    trial = try_four_bit(curves, higher_is_better=True)
-    assert (trial.share, trial.apart, trial.grade, trial.rivals) == (1.0, 1.0, "holds", ())
-
-
-def test_the_claim_is_refuted_with_the_better_precision_named() -> None:
-    points: Points = {4: {10: 0.4, 100: 0.6}, 5: {10: 0.5, 100: 0.7}}
-    text = judge_four_bit(mean_curves(make_results(points)), ZERO_SHOT)
-    assert text.startswith("Does not hold: 4-bit is best over 0% of the shared budgets (else 5-bit)")
-    assert "0.1 worse than the best other precision" in text
-
-
-def test_a_lead_inside_the_intervals_decides_nothing() -> None:
-    points: Points = {4: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}}  # intervals reach from -0.01 to +0.02
-    text = judge_four_bit(mean_curves(make_results(points)), ZERO_SHOT)
-    assert text.startswith("Cannot be told: 4-bit is best over 0% of the shared budgets")
-    assert text.endswith("the two 95% intervals overlap at every budget.")
-
-
-def test_the_claim_is_not_tested_without_four_bit() -> None:
-    points: Points = {3: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}}
-    assert judge_four_bit(mean_curves(make_results(points)), ZERO_SHOT).startswith("Not tested")
-
-
-def test_a_measure_without_intervals_says_nothing_about_them() -> None:
-    results = make_results(CROSSING, low=np.nan, high=np.nan)
-    assert "interval" not in judge_four_bit(mean_curves(results), ZERO_SHOT)

@@ -1,0 +1,224 @@
+"""Uncertainty of curves: which one is best at a budget of bits, and with what probability.
+
+Two variants of a model are scored on the same items, so most of the chance in their accuracies is shared and cancels
+in their difference. The bootstrap keeps it: one draw resamples the items of each task once, for all points of a panel
+(Koehn 2004, paired bootstrap). Interpolation is linear in the values, so a curve at all budgets is one matrix product.
+
+Where a store has no scores of single items, points are drawn independently from their own 95% intervals; differences
+then look less certain than they are, and `Draws.paired` is False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from kbit.analysis.curves import VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets
+from kbit.measurement import Z_95
+from kbit.spec import BASELINE_BITS
+from kbit.store import read_items
+
+CHOICE: Final = ["total_bits", "data_type", "block_size", "bits", "value", "low", "high", "chance"]
+DRAWS: Final = 1000  # a probability near 1/2 is known to 0.03, an end of a 95% interval to 1% of its rank
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap draws of the points of one panel.
+
+    Attributes:
+        values: [draws, points], the points in the order of the curves they were drawn for.
+        paired: whether items were resampled together for all points; False: drawn from intervals, independently.
+    """
+
+    values: Floats
+    paired: bool
+
+    @property
+    def source(self) -> str:
+        """Say how the draws were made, for captions."""
+        return "paired bootstrap over items" if self.paired else "unpaired: no items in this store"
+
+
+def find_pareto_frontier(points: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame:
+    """Return the points that no other point of the table beats: fewer bits and a value at least as good.
+
+    Args:
+        points: columns total_bits and value; any families and variants together.
+
+    Returns:
+        The rows of the frontier in order of total_bits; of equal points the first stays.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    ordered = points.assign(_rank=-sign * points["value"]).sort_values(["total_bits", "_rank"], kind="stable")
+    best = (sign * ordered["value"]).cummax().shift(fill_value=-np.inf)
+    return ordered[sign * ordered["value"] > best].drop(columns="_rank")
+
+
+def draw_values(
+    curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None = None, count: int = DRAWS, seed: int = 0
+) -> Draws:
+    """Return bootstrap draws of every point of a panel, paired if the store of the results has the items.
+
+    Args:
+        curves: from precision_curves (or rows of it).
+        measure: what the curves show.
+        results: the table that the curves come from; it says where its store is (results.attrs["store"]).
+        count: draws.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    items = None if results is None else read_panel_items(curves, measure, results)
+    if items is not None:
+        return Draws(np.mean([resample_means(task, count, rng) for task in items], axis=0), paired=True)
+    value = curves["value"].to_numpy(dtype=np.float64)
+    error = ((curves["high"] - curves["low"]) / (2 * Z_95)).to_numpy(dtype=np.float64)
+    return Draws(value + error * rng.standard_normal((count, value.size)), paired=False)
+
+
+def read_panel_items(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Floats] | None:
+    """Return the scores behind a panel's points, an array [points, items] for each task; None if any is missing.
+
+    Points of several seeds are the mean over their experiments.
+    """
+    store = results.attrs.get("store")
+    if store is None:
+        return None
+    keys = [str(key).split() for key in curves["key"]]
+    wanted = sorted({key for group in keys for key in group})
+    rows = results[results["key"].isin(wanted) & (results["metric"] == measure.metric)]
+    tasks = sorted(set(rows["task"]) - {ZERO_SHOT.task}) if measure.task == ZERO_SHOT.task else [measure.task]
+    arrays: list[Floats] = []
+    for task in tasks:
+        scores = read_scores(store, task, measure.metric, tuple(wanted))
+        if scores is None:
+            return None
+        arrays.append(np.stack([np.mean([scores[key] for key in group], axis=0) for group in keys]))
+    return arrays or None
+
+
+@lru_cache(maxsize=16)
+def read_scores(store: str, task: str, metric: str, keys: tuple[str, ...]) -> dict[str, Floats] | None:
+    """Return the scores of the items of every experiment; None if one lacks them or was scored on others.
+
+    Several figures ask for the same points; what a key stands for does not change.
+    """
+    if len(read_items(store, task, metric, keys[:1])) < 1:  # a store without items need not be read whole
+        return None
+    scores = read_items(store, task, metric, keys)
+    same = len(scores) == len(keys) and len({array.size for array in scores.values()}) == 1
+    return scores if same else None
+
+
+def resample_means(scores: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """Return means over resampled items, [count, points]; every draw takes the same items for all points.
+
+    Args:
+        scores: [points, items].
+        count: draws.
+        rng: source of the draws.
+    """
+    n = scores.shape[1]
+    weights = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(count)])
+    return np.asarray(weights @ scores.T / n, dtype=np.float64)
+
+
+def weigh_points(
+    curves: pd.DataFrame, budgets: Floats, by: str = "bits", *, extend: bool = False
+) -> dict[object, Floats]:
+    """Return the interpolation of each curve as a matrix [budgets, points]: value at a budget = row @ values.
+
+    The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN,
+    or with `extend` beyond its largest model the value of that model: a budget need not be spent.
+    """
+    x = np.log(curves["total_bits"].to_numpy(dtype=np.float64))
+    matrices: dict[object, Floats] = {}
+    for name, places in curves.reset_index(drop=True).groupby(by).groups.items():
+        order = np.asarray(places)[np.argsort(x[np.asarray(places)], kind="stable")]
+        if np.unique(x[order]).size < 2:
+            continue
+        right = None if extend else np.nan
+        matrices[name] = np.zeros((budgets.size, len(curves)))
+        for place, unit in zip(order, np.eye(order.size), strict=True):
+            matrices[name][:, place] = np.interp(np.log(budgets), x[order], unit, left=np.nan, right=right)
+    return matrices
+
+
+def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by: str = "bits") -> pd.DataFrame:
+    """Return the probability of each curve of one panel to be the best at each shared budget.
+
+    P(best) = share of the draws in which the curve is best of those defined at the budget.
+
+    Returns:
+        Index total_bits (the budgets), a column for each curve; rows sum to 1. Empty if the curves never meet.
+    """
+    budgets = shared_budgets(curves, by=by)
+    matrices = weigh_points(curves, budgets, by)
+    if not budgets.size:
+        return pd.DataFrame(columns=list(matrices), index=pd.Index(budgets, name="total_bits"))
+    sign = 1.0 if higher_is_better else -1.0
+    counts = np.zeros((budgets.size, len(matrices)))
+    for chunk in np.array_split(draws.values, max(1, len(draws.values) // 100)):  # all draws at once would be large
+        values = np.stack([sign * chunk @ matrix.T for matrix in matrices.values()])
+        winners = np.nanargmax(values, axis=0)
+        counts += np.stack([(winners == place).sum(axis=0) for place in range(len(matrices))], axis=1)
+    return pd.DataFrame(counts / len(draws.values), pd.Index(budgets, name="total_bits"), columns=list(matrices))
+
+
+def choose_precision(
+    curves: pd.DataFrame, measure: Measure, budgets: Sequence[float], results: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Return, for each budget of bits, every curve that exists there, best first, with its chance to be the best.
+
+    This is the table to read for "which model fits into B bits": all precisions, data types and block sizes compete,
+    each with the largest model that fits (between two sizes: interpolated).
+
+    Args:
+        curves: from precision_curves; one family.
+        measure: what the curves show.
+        budgets: bits of the whole model.
+        results: see draw_values.
+
+    Returns:
+        Columns total_bits (the budget), data_type, block_size, bits, value, low, high (95%, from the draws), chance.
+    """
+    is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
+    points = curves[~is_twin].reset_index(drop=True)
+    points["curve"] = points.groupby([*VARIANT, "bits"], dropna=False).ngroup()
+    draws = draw_values(points, measure, results).values
+    value = points["value"].to_numpy(dtype=np.float64)
+    about = points.drop_duplicates("curve").set_index("curve")[CHOICE[1:4]]
+    known: list[list[tuple[object, float, Floats]]] = [[] for _ in budgets]
+    for curve, matrix in weigh_points(points, np.asarray(budgets, dtype=np.float64), "curve", extend=True).items():
+        for place in np.flatnonzero(~np.isnan(matrix).any(axis=1)):
+            own = np.flatnonzero(matrix[place])  # two points of thousands
+            weights = matrix[place, own]
+            known[place].append((curve, float(value[own] @ weights), draws[:, own] @ weights))
+    parts = [
+        rank_choices(about, found, measure).assign(total_bits=budget)
+        for budget, found in zip(budgets, known, strict=True)
+        if found
+    ]
+    return pd.concat(parts, ignore_index=True)[CHOICE] if parts else pd.DataFrame(columns=CHOICE)
+
+
+def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]], measure: Measure) -> pd.DataFrame:
+    """Return the rows of choose_precision for one budget: of each curve its name, its value there and its draws."""
+    draws = np.stack([drawn for _, _, drawn in found], axis=1)
+    sign = 1.0 if measure.higher_is_better else -1.0
+    table = about.loc[[curve for curve, _, _ in found]].reset_index(drop=True)
+    table["value"] = [value for _, value, _ in found]
+    table["low"], table["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
+    table["chance"] = np.bincount((sign * draws).argmax(axis=1), minlength=len(found)) / len(draws)
+    return table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
+
+
+def mean_interval(draws: Draws, weights: Sequence[float] | Floats) -> tuple[float, float]:
+    """Return the 95% interval of a linear combination of a panel's points; NaN if a point has no interval."""
+    low, high = np.quantile(draws.values @ np.asarray(weights, dtype=np.float64), [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,178 @@
+"""The laws compared on a store: a row per law and family, with what each gets wrong."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from kbit.analysis.curves import Measure, find_cross_entropy, precision_curves
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, draw_table, write_verdict
+from kbit.analysis.frontier import draw_values
+from kbit.analysis.laws import LAWS, ON_DELTA, Fit, TooFewPoints, check_held_out, fit_law
+from kbit.analysis.selections import select_block_sizes, select_precisions
+from kbit.spec import BASELINE_BITS
+
+CLAIM: Final = (
+    "Do power laws in parameters and bits fit poorly, and precisions run nearly parallel, as the paper has it?"
+)
+BLOCK_LAW_BITS: Final = 4
+TABLE_DRAWS: Final = 200  # the ends of 95% intervals rest on 5 draws each: enough for the two digits shown
+# Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907); arXiv 2505.14302, W4A16.
+PUBLISHED: Final = {
+    "kumar": {"N exponent": 0.3439, "1 / g": 1 / 0.5907, "D exponent": 0.5068},
+    "block": {"N exponent": 0.3589, "G exponent": 0.3533, "D exponent": 0.161},
+}
+
+
+def collect_points(law: str, curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the points that a law describes: model, parameters, bits, block_size, y, error; perhaps none.
+
+    Of a family's variants the one measured most. y is the cross entropy, or what quantization adds to it; its standard
+    error comes from the draws of frontier.draw_values, so that of a difference on the same text is small.
+
+    Args:
+        law: one of laws.LAWS.
+        curves: of one family, from precision_curves.
+        measure: cross entropy on which text.
+        results: the table that the curves come from: sizes of the models, and where their items are.
+    """
+    base = curves[curves["bits"] == BASELINE_BITS].drop_duplicates("model")
+    if law == "block":
+        chosen = select_block_sizes(curves, BLOCK_LAW_BITS)
+        chosen = chosen[chosen["block_size"].notna()]
+    else:
+        chosen = select_precisions(curves)
+        chosen = chosen[chosen["bits"] < BASELINE_BITS]
+    if chosen.empty or base.empty:
+        return pd.DataFrame()
+    everything = pd.concat([base, chosen], ignore_index=True)
+    draws = draw_values(everything, measure, results).values
+    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
+    everything = everything.assign(
+        y=everything["value"], error=draws.std(axis=0), parameters=everything["model"].map(parameters).astype(float)
+    )
+    if law not in ON_DELTA:
+        return everything
+    places = {model: place for place, model in enumerate(base["model"])}
+    added = everything[len(base) :]
+    added = added[added["model"].isin(places)]
+    against = [places[model] for model in added["model"]]
+    deltas = draws[:, added.index] - draws[:, against]
+    y = added["value"].to_numpy(dtype=np.float64) - base["value"].to_numpy(dtype=np.float64)[against]
+    return added.assign(y=y, error=deltas.std(axis=0)).reset_index(drop=True)
+
+
+def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per family and law: how well it fits, what it predicts of the largest model, its parameters.
+
+    Returns:
+        Columns family, law, points, r2, rmse, worst (the largest residual, nats), held_out (the model), held_out_rmse,
+        inside, naive_rmse, parameters (text with 95% intervals), and reason where a law could not be fitted.
+
+    Raises:
+        AmbiguousResults: see precision_curves.
+    """
+    rows: list[dict[str, Any]] = []
+    for family, of_family in results.groupby("family"):
+        if (measure := find_cross_entropy(of_family)) is None:
+            continue
+        is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
+        losses = results[is_meant & (results["task"] == measure.task)]
+        curves = precision_curves(losses, measure.metric, measure.task)
+        for law in LAWS:
+            row: dict[str, Any] = {"family": family, "law": law}
+            try:
+                points = collect_points(law, curves, measure, losses)
+                if points.empty:
+                    raise TooFewPoints("no quantized models beside their 16-bit baseline")
+                rows.append(row | describe_fit(law, points))
+            except TooFewPoints as error:
+                rows.append(row | {"reason": str(error)})
+    columns = ["points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse", "parameters"]
+    return pd.DataFrame(rows, columns=["family", "law", *columns, "reason"])
+
+
+def describe_fit(law: str, points: pd.DataFrame) -> dict[str, Any]:
+    """Return the columns of compare_laws for one fit.
+
+    Raises:
+        TooFewPoints: see fit_law.
+    """
+    fit = fit_law(law, points, draws=TABLE_DRAWS)
+    row: dict[str, Any] = {
+        "points": len(points),
+        "r2": fit.r2,
+        "rmse": fit.rmse,
+        "parameters": describe_parameters(fit),
+    }
+    row["worst"] = float(np.abs(fit.residuals).max())
+    try:
+        check = check_held_out(law, points, draws=TABLE_DRAWS)
+    except TooFewPoints:
+        return row
+    return row | {
+        "held_out": check.model,
+        "held_out_rmse": check.rmse,
+        "inside": check.inside,
+        "naive_rmse": check.naive,
+    }
+
+
+def describe_parameters(fit: Fit) -> str:
+    """Return the exponents with their 95% intervals, beside published ones."""
+    words = []
+    for name, value, (low, high) in zip(fit.design.names, fit.parameters, fit.intervals, strict=True):
+        known = PUBLISHED.get(fit.law, {}).get(name)
+        paper = "" if known is None else f", published {known:.3g}"
+        words.append(f"{name} {value:.3g} ({low:.3g} to {high:.3g}{paper})")
+    return "; ".join(words)
+
+
+def draw_laws(results: pd.DataFrame) -> PaperFigure:
+    """Compare the laws: residuals of each, and its prediction of the largest model from the smaller ones.
+
+    Raises:
+        MissingResults: no family has enough points for any law.
+        AmbiguousResults: see precision_curves.
+    """
+    data = pd.DataFrame() if results.empty else compare_laws(results)
+    if data.empty or data["rmse"].isna().all():
+        needs = "cross entropy at two or more precisions and several sizes of one family, with the 16-bit models"
+        raise MissingResults(describe_lack("laws", needs, ("nano/bit_level", "paper/figure_13")))
+    fitted = data[data["rmse"].notna()]
+    verdict = judge_laws(fitted)
+    shown = pd.DataFrame(
+        {
+            "family": fitted["family"],
+            "law": fitted["law"],
+            "points": fitted["points"].astype(int).astype(str),
+            "R2": fitted["r2"].map("{:.3f}".format),
+            "RMSE (nats)": fitted["rmse"].map("{:.4f}".format),
+            "largest model": fitted["held_out"].fillna("-"),
+            "RMSE there": fitted["held_out_rmse"].map("{:.4f}".format).replace("nan", "-"),
+            "naive": fitted["naive_rmse"].map("{:.4f}".format).replace("nan", "-"),
+            "parameters (95% intervals)": fitted["parameters"],
+        }
+    )
+    fig = draw_table(shown, "Laws of quantized models' cross entropy")
+    note = (
+        "power, offset: of the loss; kumar, block: of what quantization adds to it. naive: as the next smaller model."
+    )
+    write_verdict(fig, "laws", CLAIM, verdict, note)
+    return PaperFigure("laws", fig, data, CLAIM, verdict)
+
+
+def judge_laws(fitted: pd.DataFrame) -> str:
+    """Say whether the bivariate power law fits worse than a base curve with offsets, family by family."""
+    wide = fitted.pivot(index="family", columns="law", values="rmse").reindex(columns=["power", "offset"]).dropna()
+    if wide.empty:
+        return "Not tested: power law and offsets were not both fitted."
+    ratio = wide["power"] / wide["offset"]
+    worse = int((ratio > 1).sum())
+    grade = "Holds" if worse == len(ratio) else "Does not hold" if not worse else "Holds in part"
+    return (
+        f"{grade}: in {worse} of {len(ratio)} families the bivariate power law leaves larger residuals than a base "
+        f"curve with offsets (RMSE {wide['power'].mean():.4f} against {wide['offset'].mean():.4f} nats)."
+    )

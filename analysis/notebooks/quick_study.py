@@ -1,0 +1,40 @@
+"""The store that the notebooks read: yours, or a quick study made on the spot.
+
+Set KBIT_RESULTS to a store, or run `make demo` first (it writes results/ at the top). Without either a study of 15
+small experiments on embedded models runs in a temporary folder; it takes seconds, and its numbers are rough.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.experiment import Session
+from kbit.store import Store
+
+TOP: Final = Path(__file__).resolve().parents[2]
+MODELS: Final = ("nano-neox-98k", "nano-neox-332k", "nano-neox-1m")
+PRECISIONS: Final = (3, 4, 5, 6, 16)
+EVALUATION: Final = EvalConfig(tasks=(), perplexity_windows=16)
+
+
+def find_store() -> str:
+    """Return the path of the store to read: KBIT_RESULTS, results/ at the top, or a quick study's."""
+    wanted = os.environ.get("KBIT_RESULTS") or str(TOP / "results")
+    if (Path(wanted) / "experiments").is_dir():
+        return wanted
+    return run_quick_study(tempfile.mkdtemp(prefix="kbit-quick-study-"))
+
+
+def run_quick_study(path: str) -> str:
+    """Measure cross entropy on a few windows of held-out text; return the path of the store."""
+    store = Store(path)
+    for name in MODELS:
+        session = Session(ModelConfig(name))
+        for bits in PRECISIONS:
+            quantizer = QuantConfig(bits=bits, data_type="nf", block_size=64)
+            store.write(session.run(Experiment(session.config, quantizer, EVALUATION)))
+    return path

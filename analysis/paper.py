@@ -1,0 +1,266 @@
+"""The paper's figures that are curves: what each shows, what the paper says of it, and how that is tested.
+
+Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling laws", ICML 2023 (arXiv 2212.09720v2).
+The numbers of the figures are the paper's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import pandas as pd
+
+from kbit.analysis.claims import Expectation, Split, judge_contrasts, judge_four_bit
+from kbit.analysis.curves import Measure
+from kbit.analysis.selections import (
+    select_block_sizes,
+    select_data_types,
+    select_exponents,
+    select_gptq,
+    select_outliers,
+    select_precisions,
+)
+
+Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], str]
+STRONG_TYPES: Final = ("quantile", "float")  # "quantile and float are better than integer and dynamic exponent"
+WEAK_TYPES: Final = ("int", "dynamic")
+
+
+@dataclass(frozen=True)
+class CurveFigure:
+    """A figure of curves against total model bits.
+
+    Attributes:
+        name: for example "figure_2".
+        claim: what the paper says, one sentence.
+        select: points of all curves -> those drawn, with panel and series.
+        judge: (points drawn, measure, results) -> what these results say of the claim.
+        needs: what the results must hold, for the message where they do not.
+        studies: ready studies that measure it.
+        loss: whether it shows cross entropy; otherwise mean zero-shot accuracy.
+    """
+
+    name: str
+    claim: str
+    select: Callable[[pd.DataFrame], pd.DataFrame]
+    judge: Judge
+    needs: str
+    studies: tuple[str, ...]
+    loss: bool = False
+
+
+def split_quantile(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare quantile with the mean of the paper's other data types."""
+    return ["quantile"], [name for name in series if name in ("float", *WEAK_TYPES)]
+
+
+def split_block_sizes(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare the smallest with the largest block size up to 1024: the paper's range; series are in order of size."""
+    sizes = [name for name in series if name.startswith("block ") and name.split()[1].isdigit()]
+    within = [name for name in sizes if 64 <= int(name.split()[1]) <= 1024]
+    ends = within if len(within) >= 2 else sizes
+    return ends[:1], ends[-1:]
+
+
+def split_data_types(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare the paper's strong data types with its weak ones."""
+    return [name for name in series if name in STRONG_TYPES], [name for name in series if name in WEAK_TYPES]
+
+
+def split_exponents(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare the heuristic's number of exponent bits, ceil(k / 2), with the mean of the others (Appendix C.4)."""
+    bits = int(panel.split("-bit")[0].split()[-1])
+    best = f"E{-(-bits // 2)}"
+    return [best], [name for name in series if name != best]
+
+
+def split_outliers(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare a precision with and without outliers in 16 bit."""
+    kept = [name for name in series if "outliers" in name]
+    return kept, [name.split(" with")[0] for name in kept]
+
+
+def split_methods(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare GPTQ without blocks with zero-shot float in blocks of 64."""
+    gptq = [name for name in series if "gptq" in name]
+    return [name for name in gptq if "whole" in name] or gptq[-1:], [name for name in series if "gptq" not in name]
+
+
+def judge_precisions(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+    """Test "4-bit is best at equal total bits"."""
+    return judge_four_bit(curves, measure, results)
+
+
+def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+    """Test both parts of figure 3: the panels of block sizes and those of data types."""
+    is_block = curves["series"].str.startswith("block ")
+    parts = [
+        ("Block size", curves[is_block], split_block_sizes),
+        ("Data type", curves[~is_block], split_data_types),
+    ]
+    return " ".join(
+        f"{what}: {judge_contrasts(points, split, 'better', measure, results)}"
+        for what, points, split in parts
+        if len(points)
+    )
+
+
+def judge_by(split: Split, expected: Expectation) -> Judge:
+    """Return a judge that compares two groups of curves in each panel, see claims.judge_contrasts."""
+    return lambda curves, measure, results: judge_contrasts(curves, split, expected, measure, results)
+
+
+def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+    """Test all three parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits."""
+    is_three = curves["panel"].str.contains(", 3-bit")
+    parts: list[tuple[str, pd.DataFrame, Split, Expectation]] = [
+        ("3-bit gains", curves[is_three], split_outliers, "better"),
+        ("3-bit with outliers against 4-bit", curves[is_three], lambda _, names: (names[1:2], ["4-bit"]), "worse"),
+        ("4-bit gains nothing", curves[~is_three], split_outliers, "no better"),
+    ]
+    return " ".join(
+        f"{what}: {judge_contrasts(points, split, expected, measure, results)}"
+        for what, points, split, expected in parts
+        if len(points)
+    )
+
+
+def judge_gptq(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+    """Test both parts of figure 5: at 3 bits GPTQ without blocks loses to blocked float, at 4 bits they are level."""
+    parts = []
+    for panel, group in curves.groupby("panel", sort=False):
+        expected: Expectation = "worse" if ", 3-bit" in str(panel) else "no better"
+        parts.append(judge_contrasts(group, split_methods, expected, measure, results))
+    return " ".join(parts)
+
+
+def join(*selects: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """Return a selection that shows the panels of several."""
+    return lambda points: pd.concat([select(points) for select in selects], ignore_index=True)
+
+
+_PRECISIONS = "two precisions, each at two or more sizes of one family"
+_BLOCKS = "{} bits with two block sizes of one data type, each at two or more sizes of one family"
+_TYPES = "{} bits with two data types of one block size, each at two or more sizes of one family"
+
+CURVE_FIGURES: Final = (
+    CurveFigure(
+        "figure_1",
+        "For OPT, accuracy at equal total bits rises from 16 to 8 to 4 bits and falls again at 3 bits.",
+        partial(select_precisions, bits=(3, 4, 8, 16), family="opt"),
+        judge_precisions,
+        _PRECISIONS,
+        ("nano/bit_level", "paper/figure_1"),
+    ),
+    CurveFigure(
+        "figure_2",
+        "At a fixed number of total model bits, 4-bit is best for almost all sizes and families.",
+        select_precisions,
+        judge_precisions,
+        _PRECISIONS,
+        ("nano/bit_level", "paper/figure_2"),
+    ),
+    CurveFigure(
+        "figure_3",
+        "At 4 bits, small blocks and the data types quantile and float improve the scaling; for Pythia, block 64 "
+        "instead of 1024 gains nearly as much as a fifth bit.",
+        join(partial(select_block_sizes, bits=4, family="pythia"), partial(select_data_types, bits=4, family="pythia")),
+        judge_block_sizes_and_types,
+        "4 bits with two block sizes or two data types, each at two or more sizes of one family",
+        ("nano/block_size", "nano/data_types", "paper/figure_3"),
+    ),
+    CurveFigure(
+        "figure_4",
+        "16-bit outliers (proxy quantization) stabilize 3-bit, which still does not reach 4-bit; 4-bit gains nothing.",
+        join(*(partial(select_outliers, bits=bits, family="opt") for bits in (3, 4))),
+        judge_outliers,
+        "3 or 4 bits with and without outliers in 16 bit, at two or more sizes of one family",
+        ("nano/outliers", "paper/figure_4"),
+    ),
+    CurveFigure(
+        "figure_5",
+        "Without blocks, GPTQ at 3 bits scales worse than zero-shot float with blocks of 64; at 4 bits they are level.",
+        join(*(partial(select_gptq, bits=bits, family="opt") for bits in (3, 4))),
+        judge_gptq,
+        "GPTQ beside float with blocks of 64, each at two or more sizes of one family",
+        ("nano/gptq", "paper/figure_5"),
+    ),
+    CurveFigure(
+        "figure_7",
+        "4-bit is best or as good as 5-bit in every family; BLOOM and BLOOMZ scale alike.",
+        select_precisions,
+        judge_precisions,
+        _PRECISIONS,
+        ("nano/bit_level", "paper/figure_7"),
+    ),
+    CurveFigure(
+        "figure_8",
+        "At 4 bits smaller blocks improve the scaling: most for Pythia and GPT-2, less for BLOOM and OPT.",
+        partial(select_block_sizes, bits=4),
+        judge_by(split_block_sizes, "better"),
+        _BLOCKS.format(4),
+        ("nano/block_size", "paper/figure_8"),
+    ),
+    CurveFigure(
+        "figure_9",
+        "At 4 bits the data types quantile and float scale better than int and dynamic exponent.",
+        partial(select_data_types, bits=4),
+        judge_by(split_data_types, "better"),
+        _TYPES.format(4),
+        ("nano/data_types", "paper/figure_9"),
+    ),
+    CurveFigure(
+        "figure_10",
+        "At 6 bits no data type improves the scaling.",
+        partial(select_data_types, bits=6),
+        judge_by(split_data_types, "no better"),
+        _TYPES.format(6),
+        ("nano/data_types", "paper/figure_10"),
+    ),
+    CurveFigure(
+        "figure_11",
+        "At 6 bits smaller blocks do not improve the scaling.",
+        partial(select_block_sizes, bits=6),
+        judge_by(split_block_sizes, "no better"),
+        _BLOCKS.format(6),
+        ("nano/block_size", "paper/figure_11"),
+    ),
+    CurveFigure(
+        "figure_12",
+        "A float does best with at least half of its bits, rounded up, as exponent bits.",
+        partial(select_exponents, family="opt"),
+        judge_by(split_exponents, "better"),
+        "float with two numbers of exponent bits at one precision, each at two or more sizes of one family",
+        ("nano/exponent_bits", "paper/figure_12"),
+    ),
+    CurveFigure(
+        "figure_13",
+        "By cross entropy, too, 4-bit is best at a fixed number of total model bits.",
+        select_precisions,
+        judge_precisions,
+        _PRECISIONS,
+        ("nano/bit_level", "paper/figure_13"),
+        loss=True,
+    ),
+    CurveFigure(
+        "figure_14",
+        "By cross entropy quantile is the best 4-bit data type, across models and scales.",
+        partial(select_data_types, bits=4),
+        judge_by(split_quantile, "better"),
+        _TYPES.format(4),
+        ("nano/data_types", "paper/figure_14"),
+        loss=True,
+    ),
+    CurveFigure(
+        "figure_15",
+        "By cross entropy, too, smaller blocks improve the 4-bit scaling.",
+        partial(select_block_sizes, bits=4),
+        judge_by(split_block_sizes, "better"),
+        _BLOCKS.format(4),
+        ("nano/block_size", "paper/figure_15"),
+        loss=True,
+    ),
+)

@@ -1,0 +1,231 @@
+"""Does one number predict another? Perplexity and accuracy, weight error and loss, KL divergence and accuracy.
+
+One point is one experiment. Points of one model are not independent, so an interval of a correlation resamples models
+where there are enough of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from kbit.analysis.curves import ZERO_SHOT, find_cross_entropy
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
+from kbit.analysis.styles import STYLE, style_series
+
+PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
+PERPLEXITY_CAP: Final = 100.0  # the paper cuts curves there as unstable (Appendix C.5)
+MIN_POINTS: Final = 4
+MIN_MODELS: Final = 8  # below, resampling models says little
+DRAWS: Final = 1000
+
+Values = Callable[[pd.DataFrame], "pd.Series[float]"]
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A scatter plot of experiments.
+
+    Attributes:
+        name: of the figure.
+        claim: the question, or what the paper says.
+        x, y: results -> one value per experiment, index key.
+        x_label, y_label: of the axes.
+        needs: what the results must hold.
+        studies: ready studies that measure it.
+        rank: whether ranks are correlated (Spearman) in place of values (Pearson).
+        log_x: whether x has a log axis.
+    """
+
+    name: str
+    claim: str
+    x: Values
+    y: Values
+    x_label: str
+    y_label: str
+    needs: str
+    studies: tuple[str, ...]
+    rank: bool = True
+    log_x: bool = False
+
+
+def read_accuracy(results: pd.DataFrame) -> pd.Series[float]:
+    """Return the mean zero-shot accuracy of each experiment."""
+    return read_metric(results, ZERO_SHOT.metric, ZERO_SHOT.task)
+
+
+def read_loss(results: pd.DataFrame) -> pd.Series[float]:
+    """Return the cross entropy of each experiment, of the text with the most results."""
+    measure = find_cross_entropy(results)
+    return read_metric(results, "cross_entropy", measure.task if measure else "")
+
+
+def read_perplexity(results: pd.DataFrame) -> pd.Series[float]:
+    """Return exp(cross entropy) of each experiment, capped as in the paper."""
+    loss = read_loss(results)
+    return pd.Series(np.minimum(np.exp(loss.to_numpy(dtype=np.float64)), PERPLEXITY_CAP), loss.index)
+
+
+def read_divergence(results: pd.DataFrame) -> pd.Series[float]:
+    """Return the KL divergence from the same model at 16 bit of each quantized experiment."""
+    rows = results[(results["metric"] == "kl_divergence") & (results["bits"] < 16)]
+    return rows.drop_duplicates("key").set_index("key")["value"]
+
+
+def read_weight_error(results: pd.DataFrame) -> pd.Series[float]:
+    """Return the relative error of the quantized weights, sqrt(sum (w - w')^2 / sum w^2), of each experiment."""
+    if "weight_rmse" not in results:
+        return pd.Series(dtype=np.float64)
+    rows = results[results["bits"] < 16].drop_duplicates("key")
+    return rows.set_index("key")["weight_rmse"].dropna().astype(np.float64)
+
+
+def read_metric(results: pd.DataFrame, metric: str, task: str) -> pd.Series[float]:
+    """Return one measurement of each experiment, index key."""
+    rows = results[(results["metric"] == metric) & (results["task"] == task)]
+    return rows.drop_duplicates("key").set_index("key")["value"]
+
+
+def increase(values: pd.Series[float], results: pd.DataFrame) -> pd.Series[float]:
+    """Return each quantized experiment's value less that of its model at 16 bit; without a baseline it is left out."""
+    about = results.drop_duplicates("key").set_index("key").loc[values.index, ["model", "bits"]]
+    is_base = about["bits"] == 16
+    base = pd.Series(values[is_base].to_numpy(), about.loc[is_base, "model"]).groupby(level=0).first()
+    return (values - about["model"].map(base.to_dict()).astype(np.float64))[~is_base].dropna()
+
+
+RELATIONS: Final = (
+    Relation(
+        "perplexity_accuracy",
+        f"Is perplexity as good a measure as zero-shot accuracy? The paper: r = {PAPER_R} over its experiments.",
+        read_perplexity,
+        read_accuracy,
+        f"perplexity (per token, capped at {PERPLEXITY_CAP:.0f})",
+        "mean zero-shot accuracy",
+        "mean zero-shot accuracy and cross entropy of the same experiments",
+        ("nano/bit_level", "paper/figure_2"),
+        rank=False,
+    ),
+    Relation(
+        "kl_accuracy",
+        "Does the KL divergence from the 16-bit model tell how much accuracy is lost?",
+        read_divergence,
+        lambda results: -increase(read_accuracy(results), results),
+        "KL divergence from the 16-bit model (nats per token)",
+        "accuracy lost",
+        "KL divergence and mean zero-shot accuracy of the same experiments, with the 16-bit models",
+        ("nano/bit_level",),
+        log_x=True,
+    ),
+    Relation(
+        "error_loss",
+        "Does the error of the weights tell how much the model loses?",
+        read_weight_error,
+        lambda results: increase(read_loss(results), results),
+        "relative error of the quantized weights",
+        "cross entropy added (nats per token)",
+        "weight_rmse (stored with every experiment since it is measured) and cross entropy, with the 16-bit models",
+        ("nano/bit_level", "nano/data_types"),
+        log_x=True,
+    ),
+)
+
+
+def gather_points(relation: Relation, results: pd.DataFrame) -> pd.DataFrame:
+    """Return key, family, model, bits, data_type, block_size, x, y of the experiments that have both values."""
+    both = pd.concat({"x": relation.x(results), "y": relation.y(results)}, axis=1).dropna()
+    about = results.drop_duplicates("key").set_index("key")
+    columns = ["family", "model", "bits", "data_type", "block_size"]
+    return about.loc[both.index, columns].join(both).reset_index(names="key")
+
+
+def correlate(points: pd.DataFrame, rank: bool, seed: int = 0) -> tuple[float, float, float, str]:
+    """Return the correlation of x and y with its 95% interval, and how the interval was found.
+
+    Models are resampled where there are MIN_MODELS or more (the points of a model hang together); otherwise the
+    interval is Fisher's, as if points were independent, and too narrow.
+
+    Args:
+        points: columns x, y, model.
+        rank: Spearman's rho in place of Pearson's r.
+    """
+    if rank:
+        points = points.assign(x=points["x"].rank(), y=points["y"].rank())
+    test = stats.pearsonr(points["x"], points["y"])
+    r = float(test.statistic)
+    models = [group[["x", "y"]].to_numpy() for _, group in points.groupby("model")]
+    if len(models) < MIN_MODELS:
+        interval = test.confidence_interval(0.95)
+        return r, float(interval.low), float(interval.high), "Fisher's, points taken as independent: too narrow"
+    rng = np.random.default_rng(seed)
+    draws = [np.concatenate([models[k] for k in rng.integers(0, len(models), len(models))]) for _ in range(DRAWS)]
+    low, high = np.nanquantile([np.corrcoef(draw.T)[0, 1] for draw in draws], [0.025, 0.975])
+    return r, float(low), float(high), f"bootstrap over {len(models)} models"
+
+
+def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
+    """Draw one relation: a marker per experiment by precision, the correlation below.
+
+    Raises:
+        MissingResults: fewer than MIN_POINTS experiments have both values.
+    """
+    points = pd.DataFrame() if results.empty else gather_points(relation, results)
+    points = points[points["x"] > 0] if relation.log_x and len(points) else points
+    if len(points) < MIN_POINTS or points["x"].nunique() < 2 or points["y"].nunique() < 2:
+        raise MissingResults(describe_lack(relation.name, relation.needs, relation.studies))
+    r, low, high, source = correlate(points, relation.rank)
+    letter = "rho" if relation.rank else "r"
+    verdict = f"{letter} = {r:.2f} (95% interval {low:.2f} to {high:.2f}, {source}) over {len(points)} experiments"
+    if relation.name == "perplexity_accuracy":
+        inside = "within" if low <= PAPER_R <= high else "outside"
+        verdict += f"; the paper's {PAPER_R} is {inside} the interval"
+    per_model = [correlate(group, relation.rank)[0] for _, group in points.groupby("model") if is_varied(group)]
+    if per_model:
+        verdict += f". Within one model: {min(per_model):.2f} to {max(per_model):.2f} over {len(per_model)} models"
+    fig = scatter(points, relation)
+    write_verdict(fig, relation.name, relation.claim, verdict + ".")
+    return PaperFigure(relation.name, fig, points, relation.claim, verdict + ".")
+
+
+def is_varied(points: pd.DataFrame) -> bool:
+    """Whether a correlation of these points is defined."""
+    return len(points) >= MIN_POINTS and points["x"].nunique() > 1 and points["y"].nunique() > 1
+
+
+def scatter(points: pd.DataFrame, relation: Relation) -> Figure:
+    """Draw the points, a style per precision."""
+    with matplotlib.style.context(["default", STYLE]):
+        fig = Figure(figsize=(6.0 + LEGEND_WIDTH, 4.3), layout="constrained")
+        axes = fig.add_subplot()
+        styles = style_series(f"{bits}-bit" for bits in sorted(points["bits"].unique()))
+        alpha = float(np.clip(60 / len(points), 0.25, 0.9))  # dense clouds show their density
+        for bits, group in points.groupby("bits"):
+            style = styles[f"{bits}-bit"]
+            size = 9 if style.marker == "*" else 6
+            axes.plot(
+                group["x"],
+                group["y"],
+                linestyle="none",
+                marker=style.marker,
+                color=style.color,
+                markersize=size,
+                markeredgecolor="white",
+                markeredgewidth=0.4,
+                alpha=alpha,
+                rasterized=len(points) > 2000,
+            )
+        axes.set_xscale("log" if relation.log_x else "linear")
+        axes.set_xlabel(relation.x_label)
+        axes.set_ylabel(relation.y_label)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
+        draw_legend(fig, styles, lines=False)
+    return fig

@@ -1,0 +1,178 @@
+"""Which points a figure shows: each function takes the points of all curves and says in which panel and curve they lie.
+
+The paper varies one thing a figure: the precision (2, 7, 13), the block size (8, 11, 15), the data type (9, 10, 14), a
+float's exponent bits (12), outliers kept in 16 bit (4), a method with data (5). What else a store holds is left out;
+where the choice is open, the setting with the most points is shown, and its name stands in the panel's title.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from kbit.analysis.curves import VARIANT, is_missing, name_variant
+from kbit.datatypes import PAPER_EXPONENT_BITS
+from kbit.spec import BASELINE_BITS
+
+WHOLE: Final = 2**62  # the place of "whole tensor" among block sizes: the largest block
+# Of settings with equally many points the first of these is shown: the paper's own before later ones.
+DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "learned", "table")
+USUAL_BLOCK: Final = 64
+OUTLIERS: Final = re.compile(r" outliers ([\d.]+)$")  # as curves.name_data_type writes it
+RIVAL_BITS: Final = 4
+
+Row = Mapping[Any, Any]
+
+
+def prefer_family(points: pd.DataFrame, family: str) -> pd.DataFrame:
+    """Return the points of one family; where it is absent, those of the family with the most models."""
+    if family in set(points["family"]):
+        return points[points["family"] == family]
+    models = points.groupby("family")["model"].nunique()
+    return points[points["family"] == (models.idxmax() if len(models) else family)]
+
+
+def most_points(points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Return, for each family, the points of the setting of `columns` that has the most points."""
+    if points.empty:
+        return points
+    counts = points.groupby(["family", *columns], dropna=False).size().reset_index(name="count")
+    ranks = [tuple(map(rank_setting, row)) for row in counts[columns].itertuples(index=False)]
+    counts["rank"] = pd.Series(ranks, counts.index, dtype=object)
+    best = counts.sort_values(["count", "rank"], ascending=[False, True]).drop_duplicates("family")
+    return points.merge(best[["family", *columns]], on=["family", *columns])
+
+
+def rank_setting(value: Any) -> tuple[int, int, str]:
+    """Return the place of a data type, block size or family among its like."""
+    if isinstance(value, str):
+        name = value.split()[0]
+        place = DATA_TYPE_ORDER.index(name) if name in DATA_TYPE_ORDER else len(DATA_TYPE_ORDER)
+        return (place, value.count(" "), value)
+    block = WHOLE if is_missing(value) else int(value)
+    return (0 if block == USUAL_BLOCK else 1, block, "")
+
+
+def mark(
+    points: pd.DataFrame, panel: Callable[[Row], str], series: Callable[[Row], str], order: Sequence[str]
+) -> pd.DataFrame:
+    """Return the points with the panel and series of each row, sorted by panel, `order`, total_bits."""
+    rows = points.to_dict("records")
+    marked = points.assign(panel=[panel(row) for row in rows], series=[series(row) for row in rows])
+    return marked.sort_values(["panel", *order, "total_bits"], kind="stable", ignore_index=True)
+
+
+def select_precisions(points: pd.DataFrame, bits: Sequence[int] = (), family: str | None = None) -> pd.DataFrame:
+    """Return a panel per family and a curve per precision: the variant that was measured most.
+
+    Args:
+        points: from curves.precision_curves.
+        bits: precisions to show; empty is all.
+        family: the one family to show, see prefer_family; None is all.
+    """
+    points = prefer_family(points, family) if family else points
+    points = points[points["bits"].isin(bits)] if bits else points
+    chosen = most_points(points[points["bits"] < BASELINE_BITS], ["data_type", "block_size"])
+    shown = points.merge(chosen[VARIANT].drop_duplicates(), on=VARIANT)
+    return mark(
+        shown,
+        lambda row: f"{row['family']}, {name_variant(row['data_type'], row['block_size'])}",
+        lambda row: f"{row['bits']}-bit",
+        ["bits"],
+    )
+
+
+def select_block_sizes(points: pd.DataFrame, bits: int, family: str | None = None) -> pd.DataFrame:
+    """Return a panel per family and a curve per block size, at one precision, for the data type measured most."""
+    points = prefer_family(points, family) if family else points
+    shown = most_points(points[(points["bits"] == bits) & ~has_settings(points["data_type"])], ["data_type"])
+    shown = shown.assign(_place=shown["block_size"].fillna(WHOLE))
+    marked = mark(shown, lambda row: f"{row['family']}, {bits}-bit {row['data_type']}", name_block, ["_place"])
+    return marked.drop(columns="_place")
+
+
+def select_data_types(points: pd.DataFrame, bits: int, family: str | None = None) -> pd.DataFrame:
+    """Return a panel per family and a curve per data type, at one precision, for the block size measured most."""
+    points = prefer_family(points, family) if family else points
+    shown = most_points(points[(points["bits"] == bits) & ~has_settings(points["data_type"])], ["block_size"])
+    return mark(
+        shown,
+        lambda row: f"{row['family']}, {bits}-bit {name_block(row)}",
+        lambda row: str(row["data_type"]),
+        ["data_type"],
+    )
+
+
+def has_settings(names: pd.Series[str]) -> pd.Series[bool]:
+    """Whether a data type's name has settings of its own, as "nf row" has; true of a missing name."""
+    return pd.Series([is_missing(name) or " " in name for name in names], names.index, dtype=bool)
+
+
+def name_block(row: Row) -> str:
+    """Return "block 64" or "whole tensor"."""
+    return "whole tensor" if is_missing(row["block_size"]) else f"block {row['block_size']}"
+
+
+def select_exponents(points: pd.DataFrame, family: str) -> pd.DataFrame:
+    """Return a panel per precision and a curve per number of exponent bits of the data type float."""
+    points = prefer_family(points, family)
+    is_float = [re.fullmatch(r"float( E\d)?", str(name)) is not None for name in points["data_type"]]
+    shown = most_points(points[np.array(is_float, dtype=bool) & (points["bits"] < BASELINE_BITS)], ["block_size"])
+    return mark(
+        shown,
+        lambda row: f"{row['family']}, {row['bits']}-bit float {name_block(row)}",
+        lambda row: f"E{find_exponent(row)}",
+        ["series"],
+    )
+
+
+def find_exponent(row: Row) -> int:
+    """Return the exponent bits of a float: those in its name, or the paper's."""
+    name = str(row["data_type"])
+    return int(name[-1]) if " " in name else PAPER_EXPONENT_BITS[row["bits"]]
+
+
+def select_outliers(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:
+    """Return a panel with one precision with and without 16-bit outliers; at 3 bits also 4 bits without.
+
+    The paper asks whether 3-bit with outliers catches up with 4-bit (section 5.2).
+    """
+    points = prefer_family(points, family)
+    pairs = [OUTLIERS.sub("", str(name)) for name in points["data_type"]]
+    points = points.assign(_base=pairs, _kept=[OUTLIERS.search(str(name)) is not None for name in points["data_type"]])
+    chosen = most_points(points[points["_kept"] & (points["bits"] == bits)], ["_base", "block_size"])
+    shown = points.merge(
+        chosen[["family", "_base", "block_size"]].drop_duplicates(), on=["family", "_base", "block_size"]
+    )
+    is_rival = (shown["bits"] == RIVAL_BITS) & ~shown["_kept"] & (bits < RIVAL_BITS)
+    marked = mark(
+        shown[(shown["bits"] == bits) | is_rival],
+        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",
+        name_outliers,
+        ["bits", "_kept"],
+    )
+    return marked.drop(columns=["_base", "_kept"])
+
+
+def name_outliers(row: Row) -> str:
+    """Return "3-bit" or "3-bit with 2% outliers"."""
+    found = OUTLIERS.search(str(row["data_type"]))
+    return f"{row['bits']}-bit" + (f" with {100 * float(found[1]):.3g}% outliers" if found else "")
+
+
+def select_gptq(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:
+    """Return a panel with GPTQ, per block size, beside zero-shot float with blocks of 64, at one precision."""
+    points = prefer_family(points[points["bits"] == bits], family)
+    is_gptq = np.array(["gptq" in str(name).split() for name in points["data_type"]], dtype=bool)
+    is_float = ((points["data_type"] == "float") & (points["block_size"] == USUAL_BLOCK)).to_numpy(dtype=bool)
+    shown = points[(is_gptq | is_float) & is_gptq.any()]
+    return mark(
+        shown,
+        lambda row: f"{row['family']}, {bits}-bit",
+        lambda row: name_variant(row["data_type"], row["block_size"]),
+        ["series"],
+    )

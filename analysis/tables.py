@@ -1,0 +1,213 @@
+"""The figures that are tables: the paper's tables 1 and 2, the verdicts, the frontier, and published anchors."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kbit.analysis.claims import find_measures, tabulate_verdicts
+from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, draw_table, write_verdict
+from kbit.analysis.frontier import choose_precision, find_pareto_frontier
+from kbit.analysis.panels import format_bits
+from kbit.analysis.published import compare_anchors, read_published
+from kbit.analysis.selections import has_settings
+
+TABLE_1: Final = (
+    "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
+)
+TABLE_2: Final = (
+    "The standard deviation of a layer's weights, per hidden unit, predicts where the next layer's inputs are large: "
+    "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
+)
+TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
+BUDGET_STEPS: Final = 5  # budgets that the frontier's table lists
+SHOWN: Final = 28  # rows of a table that a page holds
+
+
+def finish_table(
+    name: str, data: pd.DataFrame, shown: pd.DataFrame, title: str, claim: str, verdict: str, *notes: str
+) -> PaperFigure:
+    """Draw a table with claim and verdict below it; at most SHOWN rows, all of them in the data."""
+    left = len(shown) - SHOWN
+    fig: Figure = draw_table(shown.head(SHOWN), title)
+    more = f"{left} more rows are in the CSV." if left > 0 else ""
+    write_verdict(fig, name, claim, verdict, *notes, more)
+    return PaperFigure(name, fig, data, claim, verdict)
+
+
+def table_1(results: pd.DataFrame) -> PaperFigure:
+    """Compare the perplexity of 2-bit GPTQ and 3-bit float by block size, the paper's values beside ours.
+
+    Raises:
+        MissingResults: no model has both at one block size.
+    """
+    text = None if results.empty else find_cross_entropy(results)
+    rows = pd.DataFrame() if text is None else precision_curves(results, text.metric, text.task)
+    if rows.empty or text is None:
+        raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
+    is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
+    is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
+    pick = ["model", "block_size", "value"]
+    both = rows[is_gptq][pick].merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
+    if both.empty:
+        needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
+        raise MissingResults(describe_lack("table_1", needs, ("nano/gptq", "paper/table_1")))
+    data = both.assign(gptq_2bit=np.exp(both["value_gptq"]), float_3bit=np.exp(both["value_float"]), text=text.task)
+    data = data[["model", "text", "block_size", "gptq_2bit", "float_3bit"]]
+    paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2")
+    data = pd.concat([data, paper[[*data.columns, "source"]]], ignore_index=True)
+    wins = int((both["value_gptq"] < both["value_float"]).sum())
+    verdict = (
+        f"{'Holds' if wins == len(both) else 'Does not hold' if not wins else 'Holds in part'}: 2-bit GPTQ is lower "
+    )
+    verdict += f"in {wins} of {len(both)} pairs."
+    shown = data.drop(columns="source").round(3).fillna("whole")
+    return finish_table("table_1", data, shown, "Perplexity of 2-bit GPTQ and 3-bit float", TABLE_1, verdict)
+
+
+def table_2(results: pd.DataFrame) -> PaperFigure:
+    """Show the Spearman correlation of weight deviation and outlier magnitude, the paper's values beside ours.
+
+    Raises:
+        MissingResults: it was not measured.
+    """
+    rows = results[results["metric"] == TABLE_2_METRIC] if len(results) else results
+    if rows.empty:
+        needs = f"measurements of {TABLE_2_METRIC} (weight deviation against the size of the next layer's inputs)"
+        raise MissingResults(describe_lack("table_2", needs, ("nano/outliers", "paper/table_2")))
+    ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
+    columns = ["relation", "model", "spearman", "source"]
+    data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)
+    means = ours.groupby("relation")["spearman"].mean()
+    order = means.reindex(["feed_forward", "attention", "control"])
+    holds = bool(order.is_monotonic_decreasing and order.notna().all())
+    verdict = f"{'Holds' if holds else 'Does not hold'}: means {', '.join(f'{k} {v:.2f}' for k, v in order.items())}."
+    wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
+    return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict)
+
+
+def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
+    """Show for every family, variant and measure which precision is optimal, by how much and how surely.
+
+    Raises:
+        MissingResults: no variant has two precisions that meet.
+    """
+    table = pd.DataFrame() if results.empty else tabulate_verdicts(results)
+    if table.empty or table["bits"].isna().all():
+        needs = "two precisions, each at two or more sizes of one family"
+        raise MissingResults(describe_lack("verdicts", needs, ("nano/bit_level", "paper/figure_2")))
+    claim = "Which precision is optimal at equal total bits, by how much, and does 4-bit, as the paper has it?"
+    grades = table["four_bit"].value_counts()
+    tested = ", ".join(f"{grade} in {count}" for grade, count in grades.items())
+    winners = table["bits"].value_counts()
+    leader = ", ".join(f"{bits}-bit in {count}" for bits, count in winners.items())
+    verdict = f"Best over most budgets: {leader} of {len(table)} rows. The claim for 4 bits: {tested}."
+    shown = pd.DataFrame(
+        {
+            "family": table["family"],
+            "variant": [name_variant(*pair) for pair in zip(table["data_type"], table["block_size"], strict=True)],
+            "measure": table["measure"],
+            "bits compared": table["precisions"],
+            "best": table["bits"].astype("string").fillna("?") + "-bit",
+            "of budgets": table["share"].map("{:.0%}".format),
+            "lead (95% interval)": [
+                f"{gap:+.4f} ({low:+.4f} to {high:+.4f})"
+                for gap, low, high in zip(table["gap"], table["low"], table["high"], strict=True)
+            ],
+            "P(best)": table["chance"].map("{:.0%}".format),
+            "so": table["grade"],
+            "4-bit": table["four_bit"],
+        }
+    )
+    note = f"Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
+    return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, note)
+
+
+def draw_frontier(results: pd.DataFrame) -> PaperFigure:
+    """Show, for budgets across the range of each family, the best model to have and the probability that it is.
+
+    All precisions, data types and block sizes of the family compete; settings beyond these are left out.
+
+    Raises:
+        MissingResults: no measure was taken at two sizes.
+    """
+    parts = [tabulate_frontier(results, family, m) for family, m in list_family_measures(results)]
+    data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if data.empty:
+        needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
+        raise MissingResults(describe_lack("frontier", needs, ("nano/bit_level", "paper/figure_2")))
+    claim = "For a budget of bits, which precision, data type and block size is best, and how sure is that?"
+    sure = int((data["chance"] >= 0.95).sum())
+    verdict = f"At {sure} of {len(data)} budgets one choice is best with 95% or more."
+    shown = pd.DataFrame(
+        {
+            "family": data["family"],
+            "measure": data["measure"],
+            "budget": data["total_bits"].map(format_bits),
+            "best": data["choice"],
+            "value": data["value"].map("{:.3f}".format),
+            "P(best)": data["chance"].map("{:.0%}".format),
+            "next best": data["next"] + data["next_chance"].map(" ({:.0%})".format),
+        }
+    )
+    note = "P(best): among all curves that reach the budget; neighbours of one data type share it."
+    return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, note)
+
+
+def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
+    """Return every family with each measure it has."""
+    if results.empty:
+        return []
+    return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
+
+
+def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+    """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
+
+    Raises:
+        AmbiguousResults: see precision_curves.
+    """
+    is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
+    curves = precision_curves(results[is_meant], measure.metric, measure.task)
+    curves = curves[(curves["bits"] == 16) | ~has_settings(curves["data_type"])]
+    if curves["model"].nunique() < 2:
+        return pd.DataFrame()
+    frontier = find_pareto_frontier(curves, measure.higher_is_better)
+    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), BUDGET_STEPS + 2)[1:-1]
+    rows = []
+    for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
+        if len(choices) < 2:
+            continue
+        names = [
+            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(kind, block)}")
+            for bits, kind, block in zip(choices["bits"], choices["data_type"], choices["block_size"], strict=True)
+        ]
+        first, second = choices.iloc[0], choices.iloc[1]
+        rows.append(
+            {"family": family, "measure": measure.name, "total_bits": budget, "choice": names[0]}
+            | {name: first[name] for name in ("value", "low", "high", "chance")}
+            | {"next": names[1], "next_chance": second["chance"]}
+        )
+    return pd.DataFrame(rows)
+
+
+def draw_anchors(results: pd.DataFrame) -> PaperFigure:
+    """Compare our 16-bit values with published ones of the same models: is the evaluation itself right?
+
+    Raises:
+        MissingResults: no model here has published values.
+    """
+    data = pd.DataFrame() if results.empty else compare_anchors(results)
+    if data.empty:
+        needs = "a 16-bit model whose accuracies are published (OPT, BLOOM, Pythia) on the paper's tasks"
+        raise MissingResults(describe_lack("anchors", needs, ("paper/figure_2",)))
+    claim = "Do the unquantized models score what others published for them?"
+    verdict = f"{int(data['inside'].sum())} of {len(data)} published values lie in our 95% interval; "
+    verdict += f"the largest difference is {data['difference'].abs().max():.3f}."
+    numbers = data[["value", "low", "high", "published", "difference"]].round(3)
+    shown = pd.concat([data[["model", "task", "metric"]], numbers, data[["inside"]]], axis=1)
+    return finish_table("anchors", data, shown, "Ours and published", claim, verdict)

@@ -1,0 +1,46 @@
+"""How much goes through a model at once: a budget of tokens that adapts to the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass
+class TokenBudget:
+    """The tokens of a forward pass, padding included.
+
+    Attributes:
+        tokens: halved each time that memory runs out.
+    """
+
+    tokens: int
+
+    def attempt(self, rows: int, function: Callable[[], T]) -> T | None:
+        """Return the function's result on a batch of so many rows; if memory runs out, halve the budget, return None.
+
+        Raises:
+            MemoryError: memory ran out on a single row, so that no smaller batch would do.
+        """
+        try:
+            return function()
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not _is_out_of_memory(error):
+                raise
+            if rows == 1:
+                raise MemoryError(f"not even one sequence fits into memory: {error}") from None
+        # after the except block, whose error holds the frames and so the tensors of the attempt
+        self.tokens = max(1, self.tokens // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on the card or on the CPU, where torch has no error of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,182 @@
+"""Studies as unions of grids, and their configurations composed fast.
+
+Hydra composes a job's configuration in 30 ms and more, nearly all of it spent on choosing files. Here each distinct
+choice of files is composed once, by Hydra; plain values (quant.bits=4) are then set on a copy of it. Each distinct
+value is still checked and converted by OmegaConf against the schema, once. What is not a plain value goes Hydra's way.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import operator
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kbit.config import RunConfig
+
+T = TypeVar("T")
+Values = dict[str, Any]  # of a configuration: nested
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A configuration as Hydra composed it for one choice of files."""
+
+    config: DictConfig
+    values: Values
+    interpolates: bool  # a value depends on others, so that setting one may change two
+
+
+class Composer:
+    """Composes the configurations of a sweep's jobs.
+
+    Args:
+        load: Hydra's own way from overrides to a configuration, without Hydra's node.
+        loader: Hydra's, which knows the configuration groups.
+    """
+
+    def __init__(self, load: Callable[[Sequence[str]], DictConfig], loader: ConfigLoader) -> None:
+        self._load = load
+        self._loader = loader
+        self._parser = OverridesParser.create(config_loader=loader)
+        self._parse = functools.cache(self._parser.parse_override)
+        self._is_plain = functools.cache(self._find_whether_plain)
+        self._base = functools.cache(self._compose_base)
+        self._leaf = functools.cache(self._find_leaf)
+
+    def expand(self, overrides: Sequence[str]) -> Iterator[RunConfig]:
+        """Yield the configurations of one job: its own, or those of the study that it names.
+
+        Keys that the job sets itself stay as it sets them, whatever the study's grids say.
+
+        Raises:
+            ValueError: a value that the schema's checks refuse, or a study that is not well formed.
+            HydraException, OmegaConfBaseException: what Hydra raises for these overrides.
+        """
+        files, _ = self._split(overrides)
+        study = self._base(files).values["study"]
+        if study["unite"]:
+            for name in study["unite"]:
+                others = [o for o in overrides if self._parse(o).key_or_group != "sweeps"]
+                yield from self.expand([f"+sweeps={name}", *others])
+        elif study["grids"]:
+            own = {self._parse(o).key_or_group for o in overrides}
+            for grid in study["grids"]:
+                for point in self._list_points({key: v for key, v in grid.items() if key not in own}):
+                    values = self._compose_values([*overrides, *point])
+                    if not any(_matches(values, exclusion) for exclusion in study["exclude"]):
+                        yield build(RunConfig, values)
+        else:
+            yield self.compose(overrides)
+
+    def compose(self, overrides: Sequence[str]) -> RunConfig:
+        """Return what OmegaConf.to_object(Hydra's composition of these overrides) is.
+
+        Raises:
+            see expand.
+        """
+        return build(RunConfig, self._compose_values(overrides))
+
+    def _compose_values(self, overrides: Sequence[str]) -> Values:
+        """Return a configuration's values, which may not be valid together yet."""
+        files, plain = self._split(overrides)
+        base = self._base(files)
+        leaves = [self._leaf(files, override) for override in plain]
+        if base.interpolates or None in leaves:
+            return _to_values(self._load(overrides))
+        values = copy_nodes(base.values)
+        for path, value in typing.cast(list[tuple[list[str], Any]], leaves):
+            node = values
+            for part in path[:-1]:
+                node = node[part]
+            node[path[-1]] = value
+        return values
+
+    def _list_points(self, grid: Mapping[str, Any]) -> list[list[str]]:
+        """Return the overrides of each point of a grid; its values are written as on Hydra's command line, or lists."""
+        strings = [f"{key}={_write(value)}" for key, value in grid.items()]
+        try:
+            return BasicSweeper.split_arguments(self._parser.parse_overrides(strings), None)[0]
+        except HydraException as error:
+            raise ValueError(f"grid {dict(grid)}: {error}") from None
+
+    def _split(self, overrides: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+        """Divide overrides into those that Hydra must compose and plain values."""
+        files = tuple(o for o in overrides if not self._is_plain(o))
+        return files, [o for o in overrides if self._is_plain(o)]
+
+    def _find_whether_plain(self, override: str) -> bool:
+        parsed = self._parse(override)
+        if parsed.type != OverrideType.CHANGE or parsed.package is not None:
+            return False
+        value = parsed.value()
+        if isinstance(value, list | dict) or (isinstance(value, str) and "${" in value):
+            return False
+        return not self._loader.get_group_options(parsed.key_or_group)
+
+    def _compose_base(self, files: tuple[str, ...]) -> _Base:
+        config = self._load(files)
+        return _Base(config, _to_values(config), "${" in OmegaConf.to_yaml(config))
+
+    def _find_leaf(self, files: tuple[str, ...], override: str) -> tuple[list[str], Any] | None:
+        """Return where an override puts which value, converted to the schema's type; None: let Hydra do it."""
+        parsed = self._parse(override)
+        config = copy.deepcopy(self._base(files).config)
+        try:
+            OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
+        except OmegaConfBaseException:
+            return None  # Hydra's own message names the key and what is allowed
+        return parsed.key_or_group.split("."), OmegaConf.select(config, parsed.key_or_group)
+
+
+def build(cls: type[T], values: Values) -> T:
+    """Return a dataclass, nested ones included, from the values of its fields, which its own checks then see."""
+    types = _field_types(typing.cast(Any, cls))
+    return cls(**{k: build(types[k], v) if dataclasses.is_dataclass(types[k]) else v for k, v in values.items()})
+
+
+def copy_nodes(values: Values) -> Values:
+    """Copy nested dicts, not what is in them."""
+    return {key: copy_nodes(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+@functools.cache
+def _field_types(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _to_values(config: DictConfig) -> Values:
+    return typing.cast(Values, OmegaConf.to_container(config, resolve=True))
+
+
+def _matches(values: Values, exclusion: Mapping[str, Any]) -> bool:
+    """Whether every key of the exclusion has its value, or one of its list of values."""
+    for key, wanted in exclusion.items():
+        try:
+            value = functools.reduce(operator.getitem, key.split("."), values)
+        except (KeyError, TypeError):
+            raise ValueError(f"study.exclude: no key {key!r}") from None
+        if value not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def _write(value: Any) -> str:
+    """Return a YAML value as Hydra's command line has it; a list is a sweep."""
+    if isinstance(value, list):
+        return ",".join(_write(item) for item in value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,64 @@
+"""The texts of the quantization papers on the hub: WikiText-2, C4 and the Pile's Common Crawl part."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class HubText:
+    """Where a text is and how its rows make documents.
+
+    Attributes:
+        dataset, config, data_files, split: for datasets.load_dataset.
+        keep: which rows are of the text.
+        joined: rows are lines of one document, joined by blank lines (GPTQ's WikiText-2), not documents.
+    """
+
+    dataset: str
+    config: str | None
+    data_files: str | None
+    split: str
+    keep: Callable[[dict[str, Any]], bool] = lambda row: True
+    joined: bool = False
+
+
+HUB_TEXTS: Final = {
+    # Both as GPTQ has them (Frantar et al. 2023, github.com/IST-DASLab/gptq, datautils.py): the raw test split, and the
+    # first shard of the validation split.
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", joined=True),
+    "c4": HubText("allenai/c4", None, "en/c4-validation.00000-of-00008.json.gz", "train"),
+    # Dettmers & Zettlemoyer measure cross entropy on The Pile Common Crawl; the Pile's own page is gone.
+    "pile_cc": HubText(
+        "monology/pile-uncopyrighted",
+        None,
+        "test.jsonl.zst",
+        "train",
+        keep=lambda row: bool(row["meta"]["pile_set_name"] == "Pile-CC"),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def load_hub_text(name: str) -> tuple[str, ...]:
+    """Return the documents of one of HUB_TEXTS, from the hub or from the local cache of `datasets`.
+
+    Raises:
+        FileNotFoundError: neither reachable nor in the cache.
+    """
+    import datasets  # takes a second, and local texts do without
+
+    text = HUB_TEXTS[name]
+    try:
+        rows = datasets.load_dataset(text.dataset, text.config, data_files=text.data_files, split=text.split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # offline, it is one of all these
+        offline = " (HF_HUB_OFFLINE=1 is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise FileNotFoundError(
+            f"text {name!r} is the data set {text.dataset} of the hub, which cannot be loaded{offline}: {error}"
+        ) from error
+    documents = [row["text"] for row in rows if text.keep(row)]
+    return ("\n\n".join(documents),) if text.joined else tuple(documents)

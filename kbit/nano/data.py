@@ -1,0 +1,81 @@
+"""The training text of the nano models: from a folder of plain texts to one stream of tokens.
+
+Nothing is fetched. The folder holds what SOURCES names; four books are held out (they are the embedded text
+`nano_held_out`, and the nano tasks are made from them). Tokenizer and split are shared by all families, so that their
+losses compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jaxtyping import Int64
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kbit.nano.tasks import BOOKS
+from kbit.textdata import read_documents
+
+SOURCES: Final = ("gutenberg-children/*.txt", "tinystories/*train*.jsonl")  # one book a file; one story a line
+VOCABULARY: Final = 1024
+END_OF_TEXT: Final = "<|endoftext|>"  # id 0: begins every document
+
+MAX_STEPS: Final = 1_000_000  # of one training: its batches' seeds are then no other seed's
+MAX_SEED: Final = 2**32 // MAX_STEPS - 1  # torch's CPU generator reads the lower 32 bits of a seed
+
+Tokens = Int64[torch.Tensor, " tokens"]
+
+
+def read_training_documents(folder: str | Path) -> list[str]:
+    """Return the documents of SOURCES below a folder, sorted by file name, less the held-out books.
+
+    Raises:
+        FileNotFoundError: a pattern of SOURCES matches nothing there.
+    """
+    documents: list[str] = []
+    for pattern in SOURCES:
+        paths = [path for path in sorted(Path(folder).glob(pattern)) if path.stem not in BOOKS]
+        if not paths:
+            raise FileNotFoundError(f"no training text {pattern} in {Path(folder).resolve()}")
+        documents += [document for path in paths for document in read_documents(str(path))[0]]
+    return documents
+
+
+def train_tokenizer(documents: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
+    """Return a byte-level BPE tokenizer (as GPT-2's: any text round-trips) learned from the documents.
+
+    The merges depend on the text alone. From the training text come those of the shipped tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def tokenize_stream(documents: Iterable[str], tokenizer: Any) -> Tokens:
+    """Return all documents as one stream, each preceded by one end-of-text token."""
+    ids: list[int] = []
+    for document in documents:
+        ids += [tokenizer.eos_token_id, *tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
+    return torch.tensor(ids)
+
+
+def draw_batch(
+    stream: Tokens, step: int, *, seed: int, batch_size: int, context: int
+) -> Int64[torch.Tensor, "batch context"]:
+    """Return `batch_size` windows of `context` consecutive tokens at random places.
+
+    The places depend on seed and step alone, so that a resumed training draws what an undisturbed one would.
+    """
+    generator = torch.Generator().manual_seed(seed * MAX_STEPS + step)
+    starts = torch.randint(len(stream) - context + 1, (batch_size, 1), generator=generator)
+    return stream[starts + torch.arange(context)]

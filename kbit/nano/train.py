@@ -1,0 +1,274 @@
+"""Trains a nano model on the CPU and exports it: the recipe of the embedded families.
+
+    python -m kbit.nano.train family=opt size=332k data=FOLDER out=FOLDER
+
+AdamW (betas 0.9 and 0.95; weight decay 0.1 on matrices), gradient norm clipped at 1, linear warm-up over 5% of the
+steps, then cosine to 10% of the peak; 16 windows of 256 tokens a step; bfloat16 autocast over float32 weights.
+
+OUT/nano-<family>-<size> is the model folder (see export.py); beside it are a checkpoint and a CSV of the losses. The
+same command after an interruption goes on at the checkpoint, and ends at the same weights as an undisturbed run: every
+batch depends on seed and step alone. Bit-equal results need the same number of threads, CPU type and torch. nano-neox
+was trained with this recipe, but with batches drawn otherwise: training it again gives another model of the family.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import hydra
+import torch
+import torch.nn.functional as F
+from hydra.core.config_store import ConfigStore
+from jaxtyping import Int64
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from kbit.datatypes import check_choice
+from kbit.families import locate_model
+from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model, default_tokens
+from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
+from kbit.nano.export import Training, export_model
+from kbit.quiet import silence_libraries
+
+BETAS: Final = (0.9, 0.95)
+WEIGHT_DECAY: Final = 0.1
+MAX_GRADIENT_NORM: Final = 1.0
+WARM_UP: Final = 0.05  # of the steps
+LAST_LR: Final = 0.1  # of the peak
+LOG_EVERY: Final = 10  # steps that one row of the CSV averages
+
+
+@dataclass
+class TrainConfig:
+    """What to train: the schema of `python -m kbit.nano.train`.
+
+    Attributes:
+        family: neox, gpt2, opt or bloom.
+        size: 98k, 332k, 1m, 3m or 7m.
+        data: folder of the training text (see data.py).
+        out: folder for the model, its checkpoint and its losses.
+        tokens: training length; None is that of the shipped model.
+        lr: peak learning rate; None is the size's.
+        batch_size: windows of 256 tokens a step.
+        seed: of the first weights and of the batches.
+        threads: CPU threads.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    family: str = "gpt2"
+    size: str = "98k"
+    data: str = MISSING
+    out: str = "nano"
+    tokens: int | None = None
+    lr: float | None = None
+    batch_size: int = 16
+    seed: int = 0
+    threads: int = 1
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        check_choice("family", self.family, FAMILIES)
+        check_choice("size", self.size, tuple(SIZES))
+        for name in ("tokens", "lr", "batch_size", "threads", "checkpoint_every"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value} is not > 0")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed={self.seed} is not in 0..{MAX_SEED}")
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"{self.steps} steps are more than {MAX_STEPS}: lower tokens or raise batch_size")
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return f"nano-{self.family}-{self.size}"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: as many as cover the tokens."""
+        tokens = self.tokens or default_tokens(self.family, self.size)
+        return math.ceil(tokens / (self.batch_size * CONTEXT))
+
+    @property
+    def peak_lr(self) -> float:
+        """The highest learning rate."""
+        return self.lr or SIZES[self.size].peak_lr
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the weights: a checkpoint of another content is refused."""
+        return {"family": self.family, "size": self.size, "steps": self.steps, "lr": self.peak_lr} | {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "threads": self.threads,
+        }
+
+
+@dataclass
+class State:
+    """A training in progress.
+
+    Attributes:
+        model: in training mode, float32.
+        optimizer: AdamW over its parameters.
+        step: steps done.
+        losses: rows of the CSV: (step, mean loss of the steps since the last row in nats a token).
+        recent: losses of the steps since the last row.
+        cpu_seconds: spent so far; unlike wall time it does not count pauses.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+
+
+def schedule_lr(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate of a step (0, 1, ..., steps - 1): linear warm-up, then cosine to LAST_LR of the peak."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - 1 - warm_up)
+    return peak * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_state(config: TrainConfig) -> State:
+    """Return the state before the first step."""
+    model = build_model(config.family, config.size, config.seed)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return State(model, torch.optim.AdamW(groups, lr=config.peak_lr, betas=BETAS, fused=True))
+
+
+def take_step(state: State, batch: Int64[torch.Tensor, "batch context"], lr: float) -> float:
+    """Make one optimizer step and return the loss before it, in nats a token."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = state.model(batch[:, :-1], use_cache=False).logits
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), MAX_GRADIENT_NORM)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    return loss.item()
+
+
+def train(config: TrainConfig, stream: Tokens, *, stop_at: int | None = None) -> State:
+    """Train to the last step, or to `stop_at`, from the checkpoint in `config.out` if there is one.
+
+    Raises:
+        ValueError: the checkpoint is of another configuration, or a loss is not finite.
+    """
+    torch.set_num_threads(config.threads)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    state = make_state(config)
+    restore_checkpoint(config, state)
+    steps = range(state.step, min(config.steps, stop_at or config.steps))
+    began = time.process_time()
+    for step in tqdm(steps, config.name, initial=state.step, total=config.steps, mininterval=5):
+        batch = draw_batch(stream, step, seed=config.seed, batch_size=config.batch_size, context=CONTEXT)
+        loss = take_step(state, batch, schedule_lr(step, config.steps, config.peak_lr))
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{config.name}: the loss of step {step} is {loss}; try a lower lr than {config.peak_lr:g}"
+            )
+        _log_loss(state, loss)
+        if state.step % config.checkpoint_every == 0 or step == steps[-1]:
+            state.cpu_seconds += time.process_time() - began
+            began = time.process_time()
+            save_checkpoint(config, state)
+    return state
+
+
+def save_checkpoint(config: TrainConfig, state: State) -> None:
+    """Write the state, and the losses as CSV, so that an interruption at any moment leaves a whole checkpoint."""
+    path = _checkpoint_path(config)
+    content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    content |= {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "config": config.content}
+    torch.save(content, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    with (Path(config.out) / f"{config.name}.csv").open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", "tokens", "lr", "loss"])
+        for step, loss in state.losses:
+            lr = schedule_lr(step - 1, config.steps, config.peak_lr)
+            rows.writerow([step, step * config.batch_size * CONTEXT, f"{lr:.3e}", f"{loss:.4f}"])
+
+
+def restore_checkpoint(config: TrainConfig, state: State) -> None:
+    """Set the state to that of the checkpoint, if there is one.
+
+    Raises:
+        ValueError: the checkpoint is of another configuration.
+    """
+    path = _checkpoint_path(config)
+    if not path.exists():
+        return
+    saved = torch.load(path, weights_only=True)
+    if saved["config"] != config.content:
+        raise ValueError(f"{path} is the checkpoint of {saved['config']}, not of {config.content}: remove one of them")
+    state.model.load_state_dict(saved["model"])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    for name in ("step", "losses", "recent", "cpu_seconds"):
+        setattr(state, name, saved[name])
+
+
+def _checkpoint_path(config: TrainConfig) -> Path:
+    return Path(config.out) / f"{config.name}.checkpoint"
+
+
+def _log_loss(state: State, loss: float) -> None:
+    state.step += 1
+    state.recent.append(loss)
+    if state.step % LOG_EVERY == 0:
+        state.losses.append((state.step, sum(state.recent) / len(state.recent)))
+        state.recent.clear()
+
+
+def run_training(config: TrainConfig) -> Path:
+    """Read the text, train, export; return the model's folder."""
+    silence_libraries()
+    tokenizer = AutoTokenizer.from_pretrained(locate_model("nano-neox-98k"))
+    documents = read_training_documents(config.data)
+    stream = tokenize_stream(documents, tokenizer)
+    state = train(config, stream)
+    training = Training(
+        name=config.name,
+        content=config.content,
+        tokens=config.steps * config.batch_size * CONTEXT,
+        stream_tokens=len(stream),
+        documents=len(documents),
+        cpu_seconds=state.cpu_seconds,
+        losses=Path(config.out) / f"{config.name}.csv",
+    )
+    return export_model(state.model, tokenizer, training, Path(config.out) / config.name)
+
+
+ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://kbit.nano", config_name="train")
+def main(config: DictConfig) -> None:
+    """Command line: see the module's docstring."""
+    try:
+        train_config = OmegaConf.to_object(config)
+        assert isinstance(train_config, TrainConfig)  # the schema says so
+        print(run_training(train_config))
+    except (ValueError, OSError, MissingMandatoryValue) as error:
+        sys.exit(f"kbit.nano.train: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

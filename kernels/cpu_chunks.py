@@ -1,0 +1,304 @@
+"""What the CPU kernels do to one chunk of a tensor, in buffers that stay in the L1 cache.
+
+Loops run over unsigned indices: numba then adds no test for negative ones, and LLVM vectorises the loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+# Elements of a chunk: enough to hide the scheduling of a task, few enough for the L1 cache. A multiple of 8, so that
+# the packed codes of a chunk are whole bytes.
+CHUNK = 4096
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+
+# Unsigned constants, as numba makes a float of an unsigned and a signed integer together. The masks keep the lower half
+# of each 16, 32 and 64 bits.
+_1, _8, _16, _32 = (np.uint64(i) for i in (1, 8, 16, 32))
+_BYTES, _HALVES, _LOWER = (np.uint64(i) for i in (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF))
+
+
+def jit(parallel: bool = False) -> Any:
+    """Compile, keep on disk, and let x / 0 be IEEE's (an exception would keep loops from being vectorised)."""
+    return njit(parallel=parallel, cache=True, error_model="numpy")
+
+
+def typed_words(x: Any) -> tuple[Any, int]:
+    """Return an array of values as float32, or as uint16 bits, with the kind of number they are."""
+    if x.dtype == np.float32:
+        return x, FLOAT32
+    if x.dtype == np.float16:
+        return x.view(np.uint16), FLOAT16
+    return x, BFLOAT16
+
+
+def load(words: Any, kind: int, start: int, count: int, buffer: Any) -> None:
+    """Convert `count` values from `start` on to float32 in the buffer; compiled per type by _load_any."""
+    raise NotImplementedError
+
+
+@overload(load, inline="never")
+def _load_any(words, kind, start, count, buffer):
+    if isinstance(words.dtype, types.Float):
+
+        def load_float32(words, kind, start, count, buffer):
+            for i in range(np.uint64(count)):
+                buffer[i] = words[np.uint64(start) + i]
+
+        return load_float32
+
+    def load_16_bits(words, kind, start, count, buffer):
+        if kind == BFLOAT16:
+            for i in range(np.uint64(count)):
+                buffer[i] = np.uint32(np.uint32(words[np.uint64(start) + i]) << np.uint32(16)).view(np.float32)
+            return
+        for i in range(np.uint64(count)):
+            # float16: shift exponent and fraction into float32's place; 2^112 corrects the bias, for subnormals too
+            word = np.uint32(words[np.uint64(start) + i])
+            magnitude = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
+            magnitude = magnitude if magnitude < np.float32(65536) else np.float32(np.inf)  # exponent 31: Inf and NaN
+            buffer[i] = -magnitude if word & np.uint32(0x8000) else magnitude
+
+    return load_16_bits
+
+
+def store(values: Any, count: int, words: Any, kind: int, start: int) -> None:
+    """Round float32 values to the type of words; compiled per type by _store_any."""
+    raise NotImplementedError
+
+
+@overload(store, inline="never")
+def _store_any(values, count, words, kind, start):
+    if isinstance(words.dtype, types.Float):
+
+        def store_float32(values, count, words, kind, start):
+            for i in range(np.uint64(count)):
+                words[np.uint64(start) + i] = values[i]
+
+        return store_float32
+
+    def store_16_bits(values, count, words, kind, start):
+        if kind == BFLOAT16:
+            for i in range(np.uint64(count)):
+                word = np.float32(values[i]).view(np.uint32)
+                odd = np.uint32((word >> np.uint32(16)) & np.uint32(1))
+                rounded = np.uint32(word + np.uint32(0x7FFF) + odd)  # to nearest, ties to even
+                words[np.uint64(start) + i] = np.uint16(np.uint32(rounded >> np.uint32(16)))
+            return
+        for i in range(np.uint64(count)):
+            words[np.uint64(start) + i] = _to_float16(values[i])
+
+    return store_16_bits
+
+
+@jit()
+def _to_float16(value):
+    """Bits of the nearest float16, ties to even; beyond its range infinite."""
+    word = np.float32(value).view(np.uint32)
+    sign = np.uint32((word >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = np.uint32(word & np.uint32(0x7FFFFFFF))
+    odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+    # 112: difference of the biases. Where the subtraction wraps around, the subnormal branch is taken.
+    normal = np.uint32(np.uint32(magnitude + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> np.uint32(13))
+    # below 2^-14 a float16 is a multiple of 2^-24, which is the spacing of float32 from 0.5 to 1
+    small = np.float32(magnitude.view(np.float32) + np.float32(0.5))
+    subnormal = np.uint32(small.view(np.uint32) - np.uint32(0x3F000000))
+    if magnitude < np.uint32(113 << 23):
+        return np.uint16(sign | subnormal)
+    return np.uint16(sign | min(normal, np.uint32(0x7C00)))
+
+
+@jit()
+def extremes(values, start, count):
+    """Least and largest value, on integers that order as floats do (NaN outside +-Inf), since integers vectorise."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(np.uint64(start), np.uint64(start + count)):
+        word = np.float32(values[i]).view(np.int32)
+        ordered = np.int32(word ^ np.int32(np.int32(word >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        low, high = min(low, ordered), max(high, ordered)
+    return _from_ordered(low), _from_ordered(high)
+
+
+@jit()
+def _from_ordered(ordered):
+    return np.int32(ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+@jit()
+def first_block(start, row, block_size):
+    """Return the block of element `start`, where its row ends, and where the block ends."""
+    r = start // row
+    in_row = (start - r * row) // block_size
+    row_end = (r + 1) * row
+    return (
+        r * ((row + block_size - 1) // block_size) + in_row,
+        row_end,
+        min(row_end, r * row + (in_row + 1) * block_size),
+    )
+
+
+@jit()
+def next_block(b, row_end, block_end, row, block_size):
+    """Return what first_block gives for the element after the block; no division, which short blocks would feel."""
+    if block_end == row_end:
+        row_end += row
+    return b + 1, row_end, min(row_end, block_end + block_size)
+
+
+@jit()
+def normalize(buffer, start, end, scales, offsets, row, block_size):
+    """Replace the buffer's values by v = (x - offset) / scale, 0 where the scale is 0."""
+    b, row_end, block_end = first_block(start, row, block_size)
+    i = start
+    while i < end:
+        scale, offset, stop = scales[b], offsets[b], min(block_end, end)
+        if scale == np.float32(0):
+            buffer[i - start : stop - start] = np.float32(0)
+        else:
+            for j in range(np.uint64(i - start), np.uint64(stop - start)):
+                buffer[j] = (buffer[j] - offset) / scale
+        i = stop
+        b, row_end, block_end = next_block(b, row_end, block_end, row, block_size)
+
+
+@jit()
+def denormalize(buffer, start, end, scales, offsets, row, block_size):
+    """Replace the buffer's codebook values by value * scale + offset."""
+    b, row_end, block_end = first_block(start, row, block_size)
+    i = start
+    while i < end:
+        scale, offset, stop = scales[b], offsets[b], min(block_end, end)
+        for j in range(np.uint64(i - start), np.uint64(stop - start)):
+            buffer[j] = buffer[j] * scale + offset
+        i = stop
+        b, row_end, block_end = next_block(b, row_end, block_end, row, block_size)
+
+
+@jit()
+def look_up(codes, count, table, values):
+    """Fill values with table[code]."""
+    for j in range(np.uint64(count)):
+        values[j] = table[codes[j]]
+
+
+@jit()
+def round_values(buffer, count, first, thresholds, codebook):
+    """Replace normalised values by their codebook values: find_codes and look_up in one, where compares is 1."""
+    for j in range(np.uint64(count)):
+        v = buffer[j]
+        code = first[np.uint32(np.float32(v).view(np.uint32) >> np.uint32(16))]
+        buffer[j] = codebook[np.uint8(code + np.uint8(v >= thresholds[code]))]
+
+
+@jit()
+def find_codes(buffer, count, first, thresholds, compares, codes):
+    """Codes of normalised values: what the table knows from the upper half of v, then comparisons. See kernels.cpu."""
+    for j in range(np.uint64(count)):
+        v = buffer[j]
+        code = first[np.uint32(np.float32(v).view(np.uint32) >> np.uint32(16))]
+        codes[j] = code + np.uint8(v >= thresholds[code])
+    for _ in range(1, compares):
+        for j in range(np.uint64(count)):
+            codes[j] += np.uint8(buffer[j] >= thresholds[codes[j]])
+
+
+@jit()
+def round_up_at_random(buffer, count, codebook, levels, key, start, codes):
+    """Stochastic rounding: from the value below, up by one with the probability that makes it unbiased."""
+    for j in range(np.uint64(count)):
+        code = np.int64(codes[j])
+        if code + 1 < levels:
+            share = (buffer[j] - codebook[code]) / (codebook[code + 1] - codebook[code])
+            bits = mix((np.uint64(start) + j) * np.uint64(0x9E3779B97F4A7C15) + key) >> np.uint64(40)
+            codes[j] = code + (share > np.float32(bits) * np.float32(2.0**-24))
+
+
+@jit()
+def mix(z):
+    """The finalizer of splitmix64. See kbit.reference.uniform."""
+    z = np.uint64(z)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@jit()
+def swap_bytes(word):
+    """Reverse the bytes of a 64-bit word (LLVM makes one instruction of it)."""
+    word = (word & _BYTES) << _8 | ((word >> _8) & _BYTES)
+    word = (word & _HALVES) << _16 | ((word >> _16) & _HALVES)
+    return word << _32 | word >> _32
+
+
+@jit()
+def copy_bytes(source, source_start, target, target_start, count):
+    """Copy bytes (numba's own slice assignment goes byte by byte, through a copy)."""
+    for i in range(np.uint64(count)):
+        target[np.uint64(target_start) + i] = source[np.uint64(source_start) + i]
+
+
+@jit()
+def pack_codes(codes, count, bits, packed, position):
+    """Write `count` codes, `bits` each, from byte `position` on. The codes after them in their group of 8 must be 0.
+
+    Eight codes are one (little-endian) 64-bit word. It is closed up in three steps to 8 * bits bits, which are appended
+    to a stream of big-endian words.
+    """
+    if bits == 8:
+        copy_bytes(codes, 0, packed, position, count)
+        return
+    k, width = np.uint64(bits), np.uint64(8 * bits)
+    groups, stream = codes.view(np.uint64), np.empty(CHUNK // 8, np.uint64)
+    held, free, w = np.uint64(0), np.uint64(64), np.uint64(0)
+    for g in range(np.uint64(count + 7) // _8):
+        word = groups[g]
+        word = (word & _BYTES) << k | ((word >> _8) & _BYTES)
+        word = (word & _HALVES) << (k + k) | ((word >> _16) & _HALVES)
+        word = (word & _LOWER) << (width >> _1) | word >> _32
+        if width <= free:
+            free -= width
+            held |= word << free
+        else:
+            over = width - free
+            stream[w] = swap_bytes(held | word >> over)
+            w += _1
+            free = np.uint64(64) - over
+            held = word << free
+    stream[w] = swap_bytes(held)
+    copy_bytes(stream.view(np.uint8), 0, packed, position, (count * bits + 7) // 8)
+
+
+@jit()
+def unpack_codes(packed, position, count, bits, codes):
+    """Undo pack_codes; may write up to 7 codes more than `count`. Codes beyond the end of `packed` are any."""
+    if bits == 8:
+        copy_bytes(packed, position, codes, 0, min(count, packed.size - position))
+        return
+    k, width = np.uint64(bits), np.uint64(8 * bits)
+    singles = ((_1 << k) - _1) * np.uint64(0x0001000100010001)
+    pairs = ((_1 << (k + k)) - _1) * np.uint64(0x0000000100000001)
+    fours, eights = (_1 << (width >> _1)) - _1, (_1 << width) - _1
+    groups, stream = codes.view(np.uint64), np.empty(CHUNK // 8 + 1, np.uint64)
+    size = min((count * bits + 7) // 8, packed.size - position)
+    copy_bytes(packed, position, stream.view(np.uint8), 0, size)
+    held, left, w = swap_bytes(stream[0]), np.uint64(64), np.uint64(0)
+    for g in range(np.uint64(count + 7) // _8):
+        if width <= left:
+            left -= width
+            word = held >> left
+        else:
+            over = width - left
+            w += _1
+            word = held << over
+            held = swap_bytes(stream[w])
+            left = np.uint64(64) - over
+            word |= held >> left
+        word &= eights
+        word = word >> (width >> _1) | (word & fours) << _32
+        word = ((word >> (k + k)) & pairs) | (word & pairs) << _16
+        groups[g] = ((word >> k) & singles) | (word & singles) << _8

@@ -1,0 +1,142 @@
+"""Claims on curves with known answers: margins, intervals, grades."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kbit.analysis.claims import (
+    MOST_VARIANTS,
+    Contrast,
+    contrast_curves,
+    judge_contrasts,
+    judge_four_bit,
+    line_up,
+    tabulate_verdicts,
+    try_precision,
+)
+from kbit.analysis.curves import ZERO_SHOT, Measure
+
+LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
+Build = Callable[..., pd.DataFrame]
+
+
+def test_the_claim_counts_only_shared_budgets(make_points: Build) -> None:
+    curves = make_points({4: {10: 0.4, 100: 0.6}, 8: {20: 0.3, 1000: 0.5}, 16: {40: 0.2, 2000: 0.5}})
+    trial = try_precision(line_up(curves, ZERO_SHOT))
+    assert (trial.share, trial.ahead, trial.grade, trial.rivals) == (1.0, 1.0, "holds", ())
+
+
+def test_the_claim_is_refuted_with_the_better_precision_and_the_margin(make_points: Build) -> None:
+    text = judge_four_bit(make_points({4: {10: 0.4, 100: 0.6}, 5: {10: 0.5, 100: 0.7}}), ZERO_SHOT)
+    assert text.startswith(
+        "Does not hold: 4-bit is best over 0% of the shared budgets (else 5-bit), on average 0.1000 worse"
+    )
+    assert "Its chance to be best is 0% on average" in text
+
+
+def test_the_margin_is_the_mean_lead_with_its_interval(make_points: Build) -> None:
+    curves = make_points({3: {10: 3.0, 100: 2.0}, 4: {10: 2.9, 100: 1.9}}, error=0.01)
+    trial = try_precision(line_up(curves, LOSS))
+    assert trial.gap == pytest.approx(0.1)
+    # mean over evenly spaced budgets of two independent errors at each end: 0.01 sqrt(2 * (1/3 + 1/6)) at most
+    assert trial.high - trial.low == pytest.approx(2 * 1.96 * 0.01, rel=0.15)
+    assert trial.low < trial.gap < trial.high
+
+
+def test_a_lead_inside_the_noise_decides_nothing(make_points: Build) -> None:
+    curves = make_points({4: {10: 0.40, 100: 0.60}, 5: {10: 0.401, 100: 0.601}}, error=0.01)
+    text = judge_four_bit(curves, ZERO_SHOT)
+    assert text.startswith("Cannot be told: 4-bit is best over 0% of the shared budgets")
+    assert "unpaired: no items" in text
+
+
+def test_the_claim_is_not_tested_without_four_bit(make_points: Build) -> None:
+    curves = make_points({3: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}})
+    assert judge_four_bit(curves, ZERO_SHOT).startswith("Not tested")
+    assert try_precision(line_up(curves, ZERO_SHOT)).grade == "is not tested"
+
+
+def test_a_measure_without_intervals_says_nothing_about_them(make_points: Build) -> None:
+    curves = make_points({3: {10: 0.5, 100: 0.5}, 4: {10: 0.4, 100: 0.6}}).assign(low=np.nan, high=np.nan)
+    text = judge_four_bit(curves, ZERO_SHOT)
+    assert text.startswith("Does not hold: 4-bit is best over 50%")
+    assert "interval" not in text
+    assert "chance" not in text
+
+
+def test_any_precision_can_be_tried(make_points: Build) -> None:
+    curves = make_points({3: {10: 0.5, 100: 0.6}, 4: {10: 0.4, 100: 0.5}})
+    race = line_up(curves, ZERO_SHOT)
+    assert try_precision(race, bits=3).grade == "holds"
+    assert try_precision(race, bits=4).rivals == (3,)
+
+
+@pytest.mark.parametrize(
+    ("expected", "gap", "half", "grade"),
+    [
+        ("better", 0.1, 0.05, "holds"),
+        ("better", 0.1, 0.2, "cannot be told"),
+        ("better", -0.1, 0.05, "does not hold"),
+        ("worse", -0.1, 0.05, "holds"),
+        ("worse", 0.1, 0.05, "does not hold"),
+        ("no better", 0.0, 0.005, "holds"),
+        ("no better", -0.1, 0.005, "holds"),
+        ("no better", 0.1, 0.05, "does not hold"),
+        ("no better", 0.01, 0.05, "cannot be told"),
+        ("better", np.nan, 0.0, "is not tested"),
+    ],
+)
+def test_grades(expected: str, gap: float, half: float, grade: str) -> None:
+    assert Contrast(gap, gap - half, gap + half).grade(expected, 0.01) == grade  # type: ignore[arg-type]
+
+
+def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> None:
+    curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.3, 100: 0.4}, "c": {10: 0.1, 100: 0.2}}, error=0.001)
+    test = contrast_curves(curves, (["a", "b"], ["c"]), ZERO_SHOT)
+    # linear in log bits: the mean over the range is the mean of the ends
+    assert test.gap == pytest.approx((0.3 + 0.45) / 2 - 0.15, abs=1e-3)
+    assert test.low < test.gap < test.high
+    swapped = contrast_curves(curves, (["c"], ["a", "b"]), ZERO_SHOT)
+    assert swapped.gap == pytest.approx(-test.gap)
+    assert contrast_curves(curves, (["a", "b"], ["c"]), LOSS).gap == pytest.approx(-test.gap)
+
+
+def test_a_contrast_needs_both_groups_at_shared_budgets(make_points: Build) -> None:
+    curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {200: 0.3, 300: 0.4}})
+    for groups in ((["a"], ["b"]), (["a"], ["x"])):
+        assert contrast_curves(curves, groups, ZERO_SHOT).grade("better", 0.01) == "is not tested"
+    text = judge_contrasts(curves, lambda panel, names: (["a"], ["x"]), "better", ZERO_SHOT)
+    assert text.startswith("Not tested")
+
+
+def test_panels_are_counted_and_named(make_points: Build) -> None:
+    better = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.1, 100: 0.2}}, error=0.001)
+    worse = make_points({"a": {10: 0.1, 100: 0.2}, "b": {10: 0.3, 100: 0.5}}, error=0.001).assign(panel="other")
+    text = judge_contrasts(
+        pd.concat([better, worse], ignore_index=True), lambda panel, names: (["a"], ["b"]), "better", ZERO_SHOT
+    )
+    assert text.startswith("Of 2 panels it holds in 1, does not hold in 1.")
+    assert "toy: a is 0.2500 better" in text
+    assert "other: a is 0.2500 worse" in text
+
+
+def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
+    table = tabulate_verdicts(planted)
+    assert set(table["family"]) == {"opt", "pythia"}
+    assert set(table["measure"]) == {"mean zero-shot accuracy", "cross entropy"}
+    assert table.groupby(["family", "measure"]).size().tolist() == [MOST_VARIANTS] * 4
+    best = table[(table["data_type"] == "float") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
+    assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 8, 16"] * 2
+    assert (table.loc[table["grade"] == "cannot be told", "low"] <= 0).all()
+    assert (table["share"] <= 1).all()
+
+
+def test_a_family_measured_in_two_ways_is_listed_with_the_reason(planted: pd.DataFrame) -> None:
+    mixed = planted.assign(evaluation=np.where(planted["bits"] == 4, "5 items", "all items"))
+    table = tabulate_verdicts(mixed)
+    assert table["grade"].str.contains("measured in 2 ways").all()
+    assert table["bits"].isna().all()

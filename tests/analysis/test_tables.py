@@ -1,0 +1,155 @@
+"""Tables, relations and maps with known answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kbit.analysis.curves import ZERO_SHOT, Measure
+from kbit.analysis.drawing import MissingResults, draw_table
+from kbit.analysis.figures import FIGURES
+from kbit.analysis.maps import name_part
+from kbit.analysis.published import compare_anchors, match_published, read_published
+from kbit.analysis.relations import correlate, increase, read_loss
+from kbit.analysis.roofline import DEVICES, Device, estimate_seconds, find_largest_batch
+from kbit.analysis.tables import table_1, table_2
+
+
+def test_table_1_holds_ours_and_the_papers(planted: pd.DataFrame) -> None:
+    figure = table_1(planted)
+    paper = figure.data[figure.data["model"] == "opt-175b (paper)"]
+    assert paper["gptq_2bit"].tolist() == [11.84, 10.0, 9.18]
+    assert paper["float_3bit"].tolist() == [13.26, 10.38, 9.99]
+    row = planted.query("model == 'opt-1m' and bits == 3 and data_type == 'float' and block_size == 64")
+    loss = row.loc[(row["metric"] == "cross_entropy") & (row["exponent_bits"] == 2), "value"].iloc[0]
+    ours = figure.data.query("model == 'opt-1m' and block_size == 64")
+    assert ours["float_3bit"].iloc[0] == pytest.approx(np.exp(loss))
+
+
+def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
+    rows = planted.head(3).assign(
+        metric="spearman_weight_std",
+        value=[0.7, 0.3, 0.0],
+        task=["proxy/feed_forward", "proxy/attention", "proxy/control"],
+    )
+    figure = table_2(rows)
+    assert figure.verdict.startswith("Holds: means feed_forward 0.70, attention 0.30, control 0.00")
+    assert set(figure.data["model"]) >= {"opt-1m", "opt-66b"}
+    assert table_2(rows.assign(value=[0.0, 0.3, 0.7])).verdict.startswith("Does not hold")
+
+
+def test_published_values_are_the_transcribed_ones() -> None:
+    table = read_published().set_index(["model", "bits", "method", "task", "metric"])["value"]
+    assert table.index.is_unique
+    assert table["opt-125m", 16, "none", "wikitext2", "perplexity"] == 27.65
+    # the mean over four tasks is that of the four rows
+    tasks = [table["opt-175b", 16, "none", t, "acc"] for t in ("lambada_openai", "piqa", "winogrande", "hellaswag")]
+    assert table["opt-175b", 16, "none", "mean_zero_shot", "acc"] == pytest.approx(np.mean(tasks))
+
+
+def test_published_points_lie_where_ours_do() -> None:
+    curves = pd.DataFrame(
+        {"panel": "opt", "model": ["opt-125m", "opt-125m", "mine"], "bits": [16, 3, 16], "total_bits": [2e9, 4e8, 1e9]}
+    )
+    measure = Measure("cross entropy", "cross_entropy", "wikitext2", higher_is_better=False)
+    points = match_published(curves, measure)
+    assert set(zip(points["bits"], points["total_bits"], strict=True)) == {(16, 2e9), (3, 4e8)}
+    assert points.loc[points["bits"] == 16, "value"].tolist() == [pytest.approx(np.log(27.65))]
+    assert match_published(curves, ZERO_SHOT).empty
+
+
+def test_published_circles_are_drawn_and_their_source_named(planted: pd.DataFrame) -> None:
+    names = {"opt-1m": "opt-125m", "opt-4m": "opt-350m", "opt-16m": "opt-1.3b"}
+    rows = planted[planted["metric"] == "cross_entropy"].replace({"model": names}).assign(task="wikitext2")
+    figure = FIGURES["figure_13"](rows)
+    assert "Circles: published values; GPTQ" in figure.fig.texts[0].get_text()
+    assert figure.fig.legends[0].get_texts()[-1].get_text() == "published"
+
+
+def test_anchors_say_whether_published_values_are_inside(planted: pd.DataFrame) -> None:
+    base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")].head(2)
+    rows = base.assign(
+        model="opt-125m",
+        task=["piqa", "winogrande"],
+        metric="acc",
+        value=[0.63, 0.4],
+        low=[0.62, 0.39],
+        high=[0.64, 0.41],
+    )
+    table = compare_anchors(rows).set_index("task")
+    assert table["inside"].to_dict() == {"piqa": True, "winogrande": False}
+    assert FIGURES["anchors"](rows).verdict.startswith("1 of 2 published values lie in our 95% interval")
+
+
+def test_an_increase_is_over_the_same_model_at_16_bits(planted: pd.DataFrame) -> None:
+    added = increase(read_loss(planted), planted)
+    about = planted.drop_duplicates("key").set_index("key").loc[added.index]
+    assert (about["bits"] < 16).all()
+    loss = read_loss(planted)
+    for key in added.index[::50]:
+        base = planted.query("bits == 16 and model == @about.model[@key] and metric == 'cross_entropy'")["value"].iloc[
+            0
+        ]
+        assert added[key] == pytest.approx(loss[key] - base)
+
+
+def test_correlations_and_their_intervals() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(400)
+    points = pd.DataFrame({"x": x, "y": 0.8 * x + 0.6 * rng.standard_normal(400), "model": np.arange(400) % 20})
+    for rank in (False, True):
+        r, low, high, source = correlate(points, rank)
+        assert low < r < high
+        assert low < 0.8 < high + 0.03
+        assert source == "bootstrap over 20 models"
+    assert "Fisher" in correlate(points.assign(model=0), rank=False)[3]
+    assert correlate(points.assign(y=np.exp(points["x"])), rank=True)[0] == pytest.approx(1)
+
+
+def test_the_map_finds_the_best_cell_and_counts_scales(planted: pd.DataFrame) -> None:
+    figure = FIGURES["data_types_map"](planted)
+    four = figure.data[figure.data["panel"] == "opt, 4-bit"]
+    assert len(four) == 15
+    assert four["loss"].min() == 0
+    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile"
+    assert four.set_index("block_size")["bits_per_param"].to_dict() == {64: 4.25, 128: 4.125, 1024: 4 + 1 / 64}
+
+
+def test_sensitivity_is_the_loss_of_one_part(planted: pd.DataFrame) -> None:
+    base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")]
+    rows = [base]
+    for part, loss in (("0", 0.1), ("1", 0.3), ("10", 0.2)):
+        rows.append(
+            base.assign(key=part, bits=3, data_type="nf", exclude=rf"layers\.(?!{part}\.)", value=base["value"] + loss)
+        )
+    figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True))
+    assert figure.data["part"].tolist() == ["layer 0", "layer 1", "layer 10"]
+    assert figure.data["loss"].to_numpy() == pytest.approx([0.1, 0.3, 0.2])
+    assert "opt-1m: layer 1 (+0.300)" in figure.verdict
+    with pytest.raises(MissingResults, match=r"kbit run \+sweeps=nano/sensitivity"):
+        FIGURES["sensitivity"](pd.concat(rows[:2], ignore_index=True))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "part"),
+    [(r"layers\.(?!3\.)", "layer 3"), (r"layers\.\d+\.(?!mlp\.dense)", "mlp.dense"), ("lm_head", None)],
+)
+def test_a_lookahead_names_the_part(pattern: str, part: str | None) -> None:
+    assert name_part(pattern) == part
+
+
+def test_the_roofline_by_hand() -> None:
+    device = Device("toy", bandwidth=100.0, peak=100.0)
+    # 10 x 10 weights at 16 bits: 200 bytes, and 2 (10 + 10) bytes of inputs and outputs, at 100 bytes a second
+    assert estimate_seconds(device, bits=16, batch=1, rows=10, columns=10) == pytest.approx(2.4)
+    assert estimate_seconds(device, bits=16, batch=100, rows=10, columns=10) == pytest.approx(200)  # 20,000 operations
+    assert find_largest_batch(device, bits=16) == pytest.approx(1)
+    assert find_largest_batch(DEVICES[0], 16) == pytest.approx(75.9, abs=0.1)
+
+
+def test_a_table_holds_every_cell() -> None:
+    fig = draw_table(pd.DataFrame({"name": ["a", "b " * 40], "number": [1, 2]}), "title")
+    words = [text.get_text() for text in fig.axes[0].texts]
+    assert {"title", "name", "number", "a", "1", "2"} <= set(words)
+    assert sum(word.count("b") for word in words) == 40 + 1

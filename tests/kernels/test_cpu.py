@@ -1,0 +1,120 @@
+"""What the CPU kernels promise beyond the quantizer's tests: packing, selection, chunks, huge tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from kbit import reference
+from kbit.kernels import cpu, cpu_chunks
+from kbit.kernels.cpu_select import order_statistics, quantiles
+
+Array = np.ndarray[Any, Any]
+
+
+@njit
+def load_all(words: Any, kind: Any, out: Any) -> None:
+    cpu_chunks.load(words, kind, 0, words.size, out)
+
+
+@njit
+def store_all(values: Any, words: Any, kind: Any) -> None:
+    cpu_chunks.store(values, values.size, words, kind, 0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing_equals_reference_around_group_and_chunk_borders(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    for n in (1, 2, 7, 8, 9, 63, 64, 65, cpu_chunks.CHUNK - 1, cpu_chunks.CHUNK, cpu_chunks.CHUNK + 1, 10_000):
+        codes = rng.integers(0, 2**bits, n).astype(np.uint8)
+        packed = cpu.pack(codes, bits)
+        np.testing.assert_array_equal(packed, reference.pack(codes, bits))
+        np.testing.assert_array_equal(cpu.unpack(packed, bits, n), codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("n", [1, 3, 5, 8, 4095, 4099])
+def test_packed_codes_go_through_the_kernels_without_an_array_of_codes(bits: int, n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal(n).astype(np.float32)
+    codebook = np.linspace(-1, 1, 2**bits).astype(np.float32)
+    thresholds = ((codebook[:-1] + codebook[1:]) / 2).astype(np.float32)
+    scales = np.full(-(-n // 64), np.abs(x).max(), np.float32)
+    arguments = (scales, np.zeros_like(scales), codebook)
+    codes = cpu.quantize(x, *arguments, thresholds, n, 64)
+    packed = cpu.quantize(x, *arguments, thresholds, n, 64, bits=bits)
+    np.testing.assert_array_equal(packed, reference.pack(codes, bits))
+    unpacked_result = cpu.dequantize(codes, *arguments, n, 64, np.empty_like(x))
+    packed_result = cpu.dequantize(packed, *arguments, n, 64, np.empty_like(x), bits)
+    np.testing.assert_array_equal(packed_result, unpacked_result)
+
+
+def as_kernels_see(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
+    """Return x in a 16- or 32-bit type as the kernels take it, and as float32."""
+    tensor = torch.from_numpy(x).to(dtype)
+    words = tensor.view(torch.uint16) if dtype == torch.bfloat16 else tensor
+    return words.numpy(), tensor.float().numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_order_statistics_equal_a_sort(dtype: torch.dtype, data: st.DataObject) -> None:
+    n = data.draw(st.sampled_from([1, 2, 3, 100, 4096, 4097, 20_000]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    x = rng.standard_normal(n).astype(np.float32) * np.float32(10.0 ** data.draw(st.integers(-6, 3)))
+    if data.draw(st.booleans()):  # many equal values, zeros of both signs
+        x = np.round(x, 1)
+    words, values = as_kernels_see(x, dtype)
+    ranks = rng.integers(0, n, data.draw(st.integers(1, 300)))
+    np.testing.assert_array_equal(order_statistics(words, ranks), np.sort(values)[ranks])
+
+
+def test_quantiles_equal_numpys() -> None:
+    x = np.random.default_rng(0).standard_normal(99_999).astype(np.float32)
+    positions = np.append(np.arange(1, 257) / 257, [0.0, 1.0])
+    expected = np.quantile(x.astype(np.float64), positions)
+    np.testing.assert_allclose(quantiles(x, positions), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_float16_and_bfloat16_is_loaded_and_stored_exactly() -> None:
+    """All 2^16 bit patterns through a quantizer that changes nothing: load, normalise, denormalise, store."""
+    words = np.arange(2**16, dtype=np.uint16)
+    for kind, dtype in ((cpu_chunks.FLOAT16, torch.float16), (cpu_chunks.BFLOAT16, torch.bfloat16)):
+        expected = torch.from_numpy(words.copy()).view(dtype).float()
+        loaded = np.empty(2**16, np.float32)
+        load_all(words, kind, loaded)
+        finite = expected.isfinite().numpy()
+        np.testing.assert_array_equal(loaded[finite].view(np.uint32), expected.numpy()[finite].view(np.uint32))
+        assert not np.isfinite(loaded[~finite]).any()
+        stored = np.zeros_like(words)
+        store_all(loaded, stored, kind)
+        np.testing.assert_array_equal(stored[finite], words[finite])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_storing_rounds_as_torch_does(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(200_000) * 10.0 ** rng.integers(-9, 5, 200_000)
+    ties = (np.arange(-4096, 4096) + 0.5) * 2.0**-24  # between float16's subnormals
+    x = np.concatenate([values, ties, [65504.0, 65519.9, 65520.0, -70000.0, 3.4e38]]).astype(np.float32)
+    stored = np.zeros(x.size, np.uint16)
+    kind = cpu_chunks.FLOAT16 if dtype == torch.float16 else cpu_chunks.BFLOAT16
+    store_all(x, stored, kind)
+    np.testing.assert_array_equal(stored, torch.from_numpy(x).to(dtype).view(torch.uint16).numpy())
+
+
+def test_offsets_beyond_2_to_the_31_elements_need_no_such_tensor() -> None:
+    """A block index and its ends are found for elements that 32-bit arithmetic would wrap."""
+    n, block_size = 2**33, 64
+    for start in (2**31 - 64, 2**31, 2**32 + 12_345 * 64, 2**33 - 64):
+        assert cpu_chunks.first_block(start, n, block_size) == (start // 64, n, start + 64)
+        assert cpu_chunks.first_block(start, 2**20, block_size)[0] == start // 64
+    b, row_end, block_end = cpu_chunks.first_block(2**32 - 64, 2**32, block_size)
+    assert cpu_chunks.next_block(b, row_end, block_end, 2**32, block_size) == (2**26, 2**33, 2**32 + 64)

@@ -1,0 +1,65 @@
+"""Evaluation of a model in memory: what is asked, what is refused, and what a broken model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from kbit.evaluation import evaluate, prepare_task, score_tasks
+from kbit.measurement import decode_items
+from kbit.models import load_model
+from kbit.scorer import NonFiniteError, Scorer
+from kbit.tasks import load_tasks
+
+
+class Oracle(Scorer):
+    """Prefers the first choice of each item, or the last."""
+
+    prefers = -1.0
+
+    def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> list[tuple[float, bool]]:
+        return [(self.prefers * i, False) for i in range(len(requests))]
+
+
+def test_one_task_may_be_a_string() -> None:
+    loaded = load_model("nano-neox-98k")
+    one = evaluate(loaded.model, loaded.tokenizer, "nano_choice", limit=3)
+    assert one == evaluate(loaded.model, loaded.tokenizer, ["nano_choice"], limit=3)
+    assert [m.metric for m in one] == ["acc", "acc_norm", "acc_bytes"]
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit: int) -> None:
+    [loaded] = load_tasks(["nano_choice"])
+    with pytest.raises(ValueError, match=f"limit={limit} is not >= 1"):
+        prepare_task(loaded, limit)
+
+
+@pytest.mark.parametrize("tasks", ["nano_choice", "hellaswag", "nano_cloze"])
+def test_a_nan_weight_gives_an_error_and_no_accuracy(
+    build_tiny: Callable[..., Any], tokenizer: Any, tasks: str
+) -> None:
+    model = build_tiny("gpt_neox", vocab_size=1024)
+    with torch.no_grad():
+        model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = float("nan")
+    with pytest.raises(NonFiniteError, match="log-likelihood nan"):
+        evaluate(model, tokenizer, tasks, limit=2)
+
+
+@pytest.mark.parametrize(("prefers", "accuracy"), [(-1.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("limit", [1, 12])
+def test_accuracies_of_exactly_0_and_1_have_intervals(prefers: float, accuracy: float, limit: int) -> None:
+    loaded = load_model("nano-neox-98k")
+    [task] = load_tasks(["nano_choice"])
+    rows = task.task.dataset["test"]
+    task.task.dataset["test"] = rows.select([i for i in range(100) if task.task.doc_to_target(rows[i]) == 0][:12])
+    oracle = Oracle(loaded.model, loaded.tokenizer)
+    oracle.prefers = prefers
+    scores = score_tasks(oracle, [prepare_task(task, limit)])
+    acc = next(m for m in scores.measurements if m.metric == "acc")
+    assert (acc.value, acc.n) == (accuracy, limit)
+    assert 0 <= acc.low < acc.high <= 1
+    assert decode_items(scores.items[0]).tolist() == [accuracy] * limit
