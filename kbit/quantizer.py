@@ -181,11 +181,14 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
 
 
 def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Replace x by fake_quantize(x, spec) and return it; a contiguous x needs no memory of its size."""
-    if x.is_contiguous() and x.dtype != torch.float64:
-        _fake_quantize_into(x, _flatten(x, spec), spec)
+    """Replace x by fake_quantize(x, spec) and return it; a contiguous x needs no memory of its size.
+
+    Autograd does not see it, so that x may be a parameter.
+    """
+    if x.is_contiguous() and x.dtype == _computed_dtype(x.dtype):
+        _fake_quantize_into(x.detach(), _flatten(x, spec), spec)
     else:
-        x.copy_(fake_quantize(x, spec))
+        x.detach().copy_(fake_quantize(x, spec))
     return x
 
 

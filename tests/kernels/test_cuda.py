@@ -178,3 +178,4 @@ def test_public_functions_on_gpu_equal_the_cpus(
     assert values.device == gpu
     assert torch.equal(values.cpu(), quantizer.fake_quantize(x, spec))
     assert torch.equal(quantizer.dequantize(on_gpu, gpu), values)
+    assert torch.equal(quantizer.fake_quantize_(x.to(gpu), spec), values)
