@@ -139,10 +139,9 @@ def _translate(kernel: Any, signature: tuple[Any, ...]) -> Any:
 
     This is the half of numba.cuda.compile that the architecture does not change, and two thirds of its time.
     """
+    compile_with_fixup: Any = compiler._compile_pyfunc_with_fixup  # type: ignore[attr-defined,unused-ignore]
     with pretend_device(ARCHITECTURES[0]):
-        library, _ = compiler._compile_pyfunc_with_fixup(
-            kernel.py_func, signature, device=False, abi="numba", cc=ARCHITECTURES[0]
-        )
+        library, _ = compile_with_fixup(kernel.py_func, signature, device=False, abi="numba", cc=ARCHITECTURES[0])
     return library
 
 

@@ -181,11 +181,12 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
 
 
 def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Replace x by fake_quantize(x, spec) and return it; a contiguous x needs no memory of its size.
+    """Replace x by fake_quantize(x, spec) and return it; a contiguous x on the CPU needs no memory of its size.
 
     Autograd does not see it, so that x may be a parameter.
     """
-    if x.is_contiguous() and x.dtype == _computed_dtype(x.dtype):
+    # on a GPU the fused kernel is worth a copy: it must not be in place, as it may refuse a block half-way
+    if x.is_contiguous() and x.dtype == _computed_dtype(x.dtype) and x.device.type == "cpu":
         _fake_quantize_into(x.detach(), _flatten(x, spec), spec)
     else:
         x.detach().copy_(fake_quantize(x, spec))
@@ -193,10 +194,9 @@ def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 
 def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -> None:
-    """Fill result, whose memory may be that of the values."""
+    """Fill result, whose memory may be that of the values on the CPU."""
     backend = choose_backend(values.device)
-    in_place = result.data_ptr() == values.data_ptr()
-    if not in_place and _is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result):
+    if _is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result):
         return
     grid = _make_grid(values, result.shape, spec, backend)
     with torch_threads_kept():
