@@ -223,7 +223,8 @@ def _unknown_keys(arguments: list[str]) -> list[str]:
     for argument in arguments:
         key, is_override, _ = argument.partition("=")
         node: Any = OmegaConf.structured(RunConfig)
-        for part in key.lstrip("+~").split(".") if is_override and not key.startswith(("hydra", "+", "-")) else ():
+        is_group = key.lstrip("+").startswith(("hydra", "sweeps")) and key != "sweeps"
+        for part in key.lstrip("+~").split(".") if is_override and not key.startswith("-") and not is_group else ():
             if not isinstance(node, DictConfig):
                 break
             if key == "sweeps":

@@ -36,7 +36,7 @@ from kbit.perplexity import (
     measure_cross_entropy,
     measure_rolling,
 )
-from kbit.scorer import Scorer, splits_at_head
+from kbit.scorer import Scorer
 from kbit.tasks import LoadedTask, load_tasks
 from kbit.textdata import read_documents
 
@@ -186,33 +186,41 @@ class Session:
         self._scorer.set_batch_size(config.batch_size)
         tasks = self._prepare_tasks(config)
         scores = score_tasks(self._scorer, tasks)
-        measurements, items = scores.measurements, scores.items
         text, of_text = self._measure_text(config, reference)
-        measurements, items = measurements + of_text.measurements, items + of_text.items
         if hash_weights(model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
+        result = self._describe(experiment, report)
+        return dataclasses.replace(
+            result,
+            measurements=(*scores.measurements, *of_text.measurements),
+            items=(*scores.items, *of_text.items),
+            weights_hash=weights_hash,
+            tasks=tuple(_record_task(prepared.loaded, scores) for prepared in tasks),
+            text=text,
+            truncated=sum(scores.truncated.values()),
+        )
+
+    def _describe(self, experiment: Experiment, report: QuantizationReport) -> Result:
+        """Return the record without what is measured."""
+        skipped = [t for t in report.tensors if not t.quantized and len(t.shape) >= 2]
         return Result(
             key=experiment.key,
             experiment=experiment,
             family=family_of(experiment.model.name),
-            architecture=type(model).__name__,
+            architecture=type(self._loaded.model).__name__,
             parameters=report.parameters,
             quantized_parameters=report.quantized_parameters,
             total_bits=report.total_bits,
             bits_per_param=report.bits_per_param,
             coverage=report.coverage,
-            skipped=tuple(
-                SkippedTensor(t.name, t.shape, t.reason)
-                for t in report.tensors
-                if not t.quantized and len(t.shape) >= 2
-            ),
-            measurements=tuple(measurements),
+            skipped=tuple(SkippedTensor(t.name, t.shape, t.reason) for t in skipped),
+            measurements=(),
             model_revision=self._loaded.revision,
             checkpoint_dtype=self._loaded.checkpoint_dtype,
-            weights_hash=weights_hash,
-            tasks=tuple(_record_task(prepared.loaded, scores) for prepared in tasks),
-            text=text,
-            truncated=sum(scores.truncated.values()),
+            weights_hash="",
+            tasks=(),
+            text=None,
+            truncated=0,
             versions=provenance.package_versions(),
             git_commit=provenance.git_commit(),
             device=provenance.describe_device(self.device),
@@ -221,7 +229,6 @@ class Session:
             seconds_evaluate=0.0,
             peak_memory_bytes=0,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            items=tuple(items),
             scorer=self._scorer.path,
             batch_tokens=self._scorer.budget.tokens,
             weight_rmse=report.weight_rmse,
@@ -240,9 +247,8 @@ class Session:
             return None, TextScores([], [])
         if config.perplexity_kind == "rolling":
             documents, sha256 = read_documents(config.perplexity)
-            return TextRecord(config.perplexity, sha256, len(documents), 0), measure_rolling(
-                self._scorer, config.perplexity
-            )
+            scores = measure_rolling(self._scorer, config.perplexity, documents)
+            return TextRecord(config.perplexity, sha256, len(documents), 0), scores
         windows = self._make_windows(config.perplexity, config.perplexity_windows)
         scores = measure_cross_entropy(self._loaded.model, windows, self._scorer.budget, reference)
         return TextRecord(windows.name, windows.sha256, *windows.tokens.shape), scores
@@ -257,7 +263,7 @@ class Session:
         """Return the 16-bit model's states on the text: computed once, kept for every variant."""
         model: Any = self._loaded.model
         config = experiment.eval
-        if config.perplexity is None or config.perplexity_kind != "windows" or not splits_at_head(model):
+        if config.perplexity is None or config.perplexity_kind != "windows" or self._scorer.path == "hflm":
             return None
         self._scorer.set_batch_size(config.batch_size)
         wanted = (config.perplexity, config.perplexity_windows)

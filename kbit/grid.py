@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import operator
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,10 +55,14 @@ class Composer:
         self._base = functools.cache(self._compose_base)
         self._leaf = functools.cache(self._find_leaf)
 
-    def expand(self, overrides: Sequence[str]) -> Iterator[RunConfig]:
+    def expand(self, overrides: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[RunConfig]:
         """Yield the configurations of one job: its own, or those of the study that it names.
 
         Keys that the job sets itself stay as it sets them, whatever the study's grids say.
+
+        Args:
+            overrides: of the job.
+            within: the studies that unite this one.
 
         Raises:
             ValueError: a value that the schema's checks refuse, or a study that is not well formed.
@@ -68,9 +71,10 @@ class Composer:
         files, _ = self._split(overrides)
         study = self._base(files).values["study"]
         if study["unite"]:
+            _check_union(study, within)
+            others = [o for o in overrides if self._parse(o).key_or_group.partition(".")[0] not in ("sweeps", "study")]
             for name in study["unite"]:
-                others = [o for o in overrides if self._parse(o).key_or_group != "sweeps"]
-                yield from self.expand([f"+sweeps={name}", *others])
+                yield from self.expand([f"+sweeps={name}", *others], (*within, name))
         elif study["grids"]:
             own = {self._parse(o).key_or_group for o in overrides}
             for grid in study["grids"]:
@@ -161,13 +165,24 @@ def _to_values(config: DictConfig) -> Values:
     return typing.cast(Values, OmegaConf.to_container(config, resolve=True))
 
 
+def _check_union(study: Values, within: tuple[str, ...]) -> None:
+    """Raise ValueError if a study that unites others has points of its own, or unites itself."""
+    for key in ("grids", "exclude"):
+        if study[key]:
+            raise ValueError(f"a study with study.unite={study['unite']} has no study.{key}, but here are {study[key]}")
+    if again := sorted(set(study["unite"]) & set(within)):
+        raise ValueError(f"study.unite={study['unite']}: {again[0]!r} unites itself, by way of {' > '.join(within)}")
+
+
 def _matches(values: Values, exclusion: Mapping[str, Any]) -> bool:
     """Whether every key of the exclusion has its value, or one of its list of values."""
     for key, wanted in exclusion.items():
-        try:
-            value = functools.reduce(operator.getitem, key.split("."), values)
-        except (KeyError, TypeError):
-            raise ValueError(f"study.exclude: no key {key!r}") from None
+        value: Any = values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                allowed = f"; allowed are {', '.join(value)}" if isinstance(value, dict) else ""
+                raise ValueError(f"study.exclude={dict(exclusion)}: no key {key!r}{allowed}")
+            value = value[part]
         if value not in (wanted if isinstance(wanted, list) else [wanted]):
             return False
     return True

@@ -53,6 +53,8 @@ class SweepLauncher(Launcher):
             configs = [config for overrides in job_overrides for config in composer.expand(overrides)]
         except ValueError as error:
             fail(str(error))
+        if not configs:
+            fail("no experiment is left: study.exclude leaves out every point of the grids")
         run_configs(configs, engine=self.engine, plan_only=self.plan_only)
         return [_completed(overrides) for overrides in job_overrides]
 

@@ -137,7 +137,7 @@ def measure_cross_entropy(
     Raises:
         NonFiniteError: a window's loss is NaN or infinite.
     """
-    if splits_at_head(model):
+    if reference is not None or splits_at_head(model):  # a reference is made only of a model that does
         measure = functools.partial(_measure_windows, model, windows, reference)
     else:
         measure = functools.partial(_measure_whole_logits, model, windows)
@@ -152,8 +152,8 @@ def measure_cross_entropy(
     return TextScores([nats, in_bits, transform(nats, "perplexity", math.exp), *others], items)
 
 
-def measure_rolling(scorer: Scorer, name: str) -> TextScores:
-    """Measure a text as lm-eval's rolling log-likelihood tasks do (its wikitext): per word and per byte.
+def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> TextScores:
+    """Measure a text of this name as lm-eval's rolling log-likelihood tasks do (its wikitext): per word and per byte.
 
     Every token of a document is predicted, the first from the end-of-text token; words are what white space separates.
 
@@ -164,7 +164,6 @@ def measure_rolling(scorer: Scorer, name: str) -> TextScores:
     Raises:
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
-    documents, _ = read_documents(name)
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(documents)]
     nats = [-log_likelihood for log_likelihood in scorer.loglikelihood_rolling(requests, disable_tqdm=True)]
     words = [len(re.split(r"\s+", text)) for text in documents]

@@ -1,7 +1,7 @@
-"""Quantiles of a tensor from a histogram of its bits: on the tensor's own device, in parallel, without a sort.
+"""Quantiles of a tensor on its own device, in parallel, without a sort: exact on the CPU, from a histogram on a GPU.
 
-The bits of a float, negative ones complemented, order as the numbers do. Their upper bits are a cell of a histogram;
-the cell in which the count passes a rank holds the value of that rank.
+The histogram is of bits. The bits of a float, negative ones complemented, order as the numbers do. Their upper bits are
+a cell of a histogram; the cell in which the count passes a rank holds the value of that rank.
 """
 
 from __future__ import annotations
@@ -13,30 +13,43 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from kbit.backend import Backend
+from kbit.kernels.cpu_select import order_statistics
+
 # Low bits of a float32 that a cell does not tell apart: sign, exponent and 13 of 23 fraction bits are left, 2^22 cells.
 _SHIFT: Final = 10
 RELATIVE_ERROR: Final = 2.0**-13  # of a value of float32: the spacing that 13 fraction bits leave; 0 for 16-bit types
 _CHUNK: Final = 2**24  # values counted at a time: 64 MB of cell numbers, whatever the size of the tensor
 
 
-def estimate_quantiles(
-    values: Float[Tensor, " n"], positions: Float64[np.ndarray, " count"]
+def find_quantiles(
+    values: Float[Tensor, " n"], positions: Float64[np.ndarray, " count"], backend: Backend
 ) -> Float64[np.ndarray, " count"]:
     """Return the quantiles at these positions in [0, 1], interpolated linearly between two ranks as np.quantile does.
 
-    float16 and bfloat16: the exact order statistics. float32: each rounded towards zero by less than RELATIVE_ERROR of
-    itself (below the normal range, 2^-126, by less than 2^-139), so that a quantile between a and b is off by less
-    than RELATIVE_ERROR max(|a|, |b|). Zeros stay zero.
+    On the CPU, and of float16 and bfloat16, from the exact order statistics. Of float32 on a GPU: see estimate_ranks.
 
     Args:
         values: float16, bfloat16 or float32, finite.
     """
     places = positions * (values.numel() - 1)
-    ranks = np.stack([np.floor(places), np.ceil(places)]).astype(np.int64)
+    ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
+    at_ranks = estimate_ranks(values, ranks) if backend.is_gpu else order_statistics(backend.view(values), ranks)
+    below, above = np.split(at_ranks.astype(np.float64), 2)
+    quantiles: Float64[np.ndarray, " count"] = below + (above - below) * (places - np.floor(places))
+    return quantiles
+
+
+def estimate_ranks(values: Float[Tensor, " n"], ranks: Int64[np.ndarray, " r"]) -> Float64[np.ndarray, " r"]:
+    """Return the values at these ranks (0 .. n - 1) of the sorted values, on any device.
+
+    float16 and bfloat16: exact. float32: each rounded towards zero by less than RELATIVE_ERROR of itself (below the
+    normal range, 2^-126, by less than 2^-139), so that a quantile between a and b is off by less than RELATIVE_ERROR
+    max(|a|, |b|). Zeros stay zero.
+    """
     passed = torch.cumsum(_count_cells(values), 0)
     cells = torch.searchsorted(passed, torch.from_numpy(ranks).to(values.device), right=True)
-    below, above = _cell_values(cells, values.dtype).cpu().numpy()
-    estimates: Float64[np.ndarray, " count"] = below + (above - below) * (places - ranks[0])
+    estimates: Float64[np.ndarray, " r"] = _cell_values(cells, values.dtype).cpu().numpy()
     return estimates
 
 

@@ -26,8 +26,7 @@ from kbit import fitted
 from kbit.backend import Backend, choose_backend
 from kbit.datatypes import ADAPTIVE, Codebook, decision_thresholds
 from kbit.kernels import cpu
-from kbit.kernels.cpu_select import quantiles
-from kbit.quantiles import estimate_quantiles
+from kbit.quantiles import find_quantiles
 from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
@@ -313,11 +312,8 @@ def _adaptive_sample(
     learned: a sample of the normalised values (fitted.sample_indices), the same on each device.
     """
     if spec.data_type == "quantile":
-        positions = fitted.quantile_positions(spec.bits)
         with torch_threads_kept():
-            edges = (
-                estimate_quantiles(values, positions) if backend.is_gpu else quantiles(backend.view(values), positions)
-            )
+            edges = find_quantiles(values, fitted.quantile_positions(spec.bits), backend)
         return np.concatenate([edges[:1], edges, edges[-1:]])
     row, block_size = block_shape
     at = fitted.sample_indices(values.numel(), spec.seed)

@@ -21,6 +21,7 @@ from numba import prange
 
 from kbit.kernels.cpu_chunks import (
     CHUNK,
+    block_start,
     copy_bytes,
     denormalize,
     extremes,
@@ -202,8 +203,7 @@ def _short_block_extremes(words, kind, row, block_size):
 @jit()
 def _find_extremes(words, kind, row, block_size, b, last, low, high):
     buffer = np.empty(CHUNK, np.float32)
-    per_row = (row + block_size - 1) // block_size
-    start = (b // per_row) * row + (b % per_row) * block_size
+    start = block_start(b, row, block_size)
     _, row_end, block_end = first_block(start, row, block_size)
     while b < last:
         load(words, kind, start, block_end - start, buffer)
@@ -229,9 +229,8 @@ def _long_block_extremes(words, kind, row, block_size):
 
 @jit()
 def _find_chunk_extremes(words, kind, row, block_size, b, chunk):
-    per_row = (row + block_size - 1) // block_size
-    start = (b // per_row) * row + (b % per_row) * block_size
-    end = min(start + block_size, (b // per_row + 1) * row)
+    start = block_start(b, row, block_size)
+    _, _, end = first_block(start, row, block_size)
     start += chunk * CHUNK
     count = min(end - start, CHUNK)
     if count <= 0:  # the last block of a row may be shorter

@@ -130,6 +130,13 @@ def _from_ordered(ordered):
 
 
 @jit()
+def block_start(b, row, block_size):
+    """Return the first element of block b."""
+    per_row = (row + block_size - 1) // block_size
+    return (b // per_row) * row + (b % per_row) * block_size
+
+
+@jit()
 def first_block(start, row, block_size):
     """Return the block of element `start`, where its row ends, and where the block ends."""
     r = start // row

@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Int64
 from numba import prange
 
 from kbit.kernels.cpu_chunks import BFLOAT16, CHUNK, FLOAT16, FLOAT32, jit, load, typed_words
 
 _DIGITS = (2**16, 2**8, 2**8)
 _PASSES = {FLOAT32: 3, FLOAT16: 2, BFLOAT16: 1}  # as float32, the last 13 bits of a float16 are 0, 16 of a bfloat16
-
-
-def quantiles(x: Float[np.ndarray, " n"], positions: Float64[np.ndarray, " q"]) -> Float64[np.ndarray, " q"]:
-    """Return x's quantiles at positions in [0, 1], linear between order statistics: np.quantile(x, positions)."""
-    places = positions * (x.size - 1)
-    below = np.floor(places).astype(np.int64)
-    above = np.minimum(below + 1, x.size - 1)
-    low, high = np.split(order_statistics(x, np.concatenate([below, above])).astype(np.float64), 2)
-    values: Float64[np.ndarray, " q"] = low + (high - low) * (places - below)
-    return values
 
 
 def order_statistics(x: Float[np.ndarray, " n"], ranks: Int64[np.ndarray, " r"]) -> Float32[np.ndarray, " r"]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -74,3 +78,60 @@ def tokenizer() -> Any:
     from kbit.families import locate_model
 
     return transformers.AutoTokenizer.from_pretrained(locate_model("nano-neox-98k"))
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def run_kbit() -> Callable[..., Done]:
+    """Run the console script in a process of its own: (*arguments, cwd=folder)."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*arguments: str, cwd: Path) -> Done:
+        command = [str(Path(sys.executable).with_name("kbit")), *arguments]
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False
+        )
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def kbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
+    """Run `kbit ...` in this process, which has torch loaded, from an empty folder: (*arguments)."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from kbit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Done:
+        assert not GlobalHydra.instance().is_initialized()
+        monkeypatch.setattr(sys, "argv", ["kbit", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = _exit_code(error)
+        finally:
+            GlobalHydra.instance().clear()  # else the next call is refused
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+def _exit_code(error: SystemExit) -> int:
+    """What the interpreter makes of it: a text goes to stderr and is a 1."""
+    if isinstance(error.code, str):
+        print(error.code, file=sys.stderr)
+        return 1
+    return error.code or 0

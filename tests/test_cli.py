@@ -3,98 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
-from kbit.cli import main
 from kbit.config import RunConfig
 from kbit.families import EMBEDDED
 from kbit.store import Store, read_failures, read_results
 
-CONSOLE_SCRIPT = Path(sys.executable).with_name("kbit")
 SMALL = ("eval.tasks=[]", "eval.perplexity_windows=4")
 BASIC = "hydra/launcher=basic"
 TRACEBACK = "Traceback (most recent call last)"
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Kbit = Callable[..., Done]
-
-
-def run_script(*arguments: str, cwd: Path) -> Done:
-    """Run the console script in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(CONSOLE_SCRIPT), *arguments],
-        cwd=cwd,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def exit_code(error: SystemExit) -> int:
-    """What the interpreter makes of it: a text goes to stderr and is a 1."""
-    if isinstance(error.code, str):
-        print(error.code, file=sys.stderr)
-        return 1
-    return error.code or 0
-
-
-@pytest.fixture
-def kbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Kbit:
-    """Run `kbit ...` in this process, which has torch loaded, from an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Done:
-        assert not GlobalHydra.instance().is_initialized()
-        monkeypatch.setattr(sys, "argv", ["kbit", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as error:
-            code = exit_code(error)
-        finally:
-            GlobalHydra.instance().clear()  # else the next call is refused
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return run
+Kbit = Callable[..., Any]  # the fixtures kbit and run_kbit of conftest.py
 
 
 @pytest.fixture(scope="module")
-def ray_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+def ray_sweep(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
     """A folder with the store of a multirun on Ray that asks for the same experiment four times."""
     folder = tmp_path_factory.mktemp("study")
     sweep = ("quant.bits=4,4", "quant.data_type=int,int", "ray.num_workers=1")
-    return folder, run_script("run", "-m", *sweep, *SMALL, cwd=folder)
+    return folder, run_kbit("run", "-m", *sweep, *SMALL, cwd=folder)
 
 
 @pytest.fixture
-def study(ray_sweep: tuple[Path, Done], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
+def study(ray_sweep: tuple[Path, Any], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same folder, as the current one."""
     folder, _ = ray_sweep
     monkeypatch.chdir(folder)
@@ -109,20 +49,20 @@ def content(folder: Path) -> dict[str, int]:
 # --- running
 
 
-def test_multirun_on_ray_runs_equal_jobs_once(ray_sweep: tuple[Path, Done]) -> None:
+def test_multirun_on_ray_runs_equal_jobs_once(ray_sweep: tuple[Path, Any]) -> None:
     folder, done = ray_sweep
     assert (done.code, TRACEBACK in done.err) == (0, False)
     assert "4 asked, 1 distinct, 0 done, 1 to run" in done.out
     assert len(Store(folder / "results").finished_keys()) == 1
 
 
-def test_multirun_leaves_nothing_but_the_store(ray_sweep: tuple[Path, Done]) -> None:
+def test_multirun_leaves_nothing_but_the_store(ray_sweep: tuple[Path, Any]) -> None:
     folder, _ = ray_sweep
     assert [path.name for path in folder.iterdir()] == ["results"]
 
 
-def test_single_run_writes_one_result_and_prints_it(tmp_path: Path) -> None:
-    done = run_script("run", "quant.bits=3", "quant.data_type=nf", *SMALL, cwd=tmp_path)
+def test_single_run_writes_one_result_and_prints_it(run_kbit: Kbit, tmp_path: Path) -> None:
+    done = run_kbit("run", "quant.bits=3", "quant.data_type=nf", *SMALL, cwd=tmp_path)
     assert (done.code, TRACEBACK in done.err) == (0, False)
     table = read_results(tmp_path / "results")
     assert (set(table["bits"]), set(table["data_type"])) == ({3}, {"nf"})
@@ -131,9 +71,9 @@ def test_single_run_writes_one_result_and_prints_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
-def test_second_start_runs_nothing_and_says_so(study: Path) -> None:
+def test_second_start_runs_nothing_and_says_so(run_kbit: Kbit, study: Path) -> None:
     before = content(study)
-    done = run_script("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=study)
+    done = run_kbit("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=study)
     assert done.code == 0
     assert "1 asked, 1 distinct, 1 done, 0 to run" in done.out
     assert {k: v for k, v in content(study).items() if k.endswith(".json")} == {
@@ -225,8 +165,8 @@ def test_models_lists_embedded_and_hub_models(kbit: Kbit) -> None:
     assert any(line.split() == ["opt-125m", "opt", "facebook/opt-125m"] for line in lines)
 
 
-def test_version(tmp_path: Path) -> None:
-    done = run_script("--version", cwd=tmp_path)
+def test_version(run_kbit: Kbit, tmp_path: Path) -> None:
+    done = run_kbit("--version", cwd=tmp_path)
     assert (done.code, done.out.split()[0]) == (0, "kbit")
     assert done.out.split()[1][0].isdigit()
 
@@ -293,8 +233,8 @@ def test_plan_refuses_what_run_refuses(kbit: Kbit) -> None:
     assert (done.code, "bits=9" in done.err) == (1, True)
 
 
-def test_refusal_of_the_console_script_has_no_traceback(tmp_path: Path) -> None:
-    done = run_script("run", "quant.data_type=flaot", cwd=tmp_path)
+def test_refusal_of_the_console_script_has_no_traceback(run_kbit: Kbit, tmp_path: Path) -> None:
+    done = run_kbit("run", "quant.data_type=flaot", cwd=tmp_path)
     assert (done.code, done.out) == (1, "")
     assert (
         done.err
@@ -311,10 +251,10 @@ def test_file_where_the_store_should_be_is_refused_and_kept(kbit: Kbit, tmp_path
     assert (tmp_path / "results").read_text() == "mine"
 
 
-def test_gpu_that_is_not_there_is_refused_with_what_there_is(tmp_path: Path) -> None:
+def test_gpu_that_is_not_there_is_refused_with_what_there_is(run_kbit: Kbit, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    done = run_script("run", "-m", "ray.gpus_per_worker=1", *SMALL, cwd=tmp_path)
+    done = run_kbit("run", "-m", "ray.gpus_per_worker=1", *SMALL, cwd=tmp_path)
     assert done.code == 1
     assert "ray.gpus_per_worker=1" in done.err
     assert "0 GPUs" in done.err
@@ -381,14 +321,3 @@ def test_bad_query_is_named_with_the_columns(kbit: Kbit, study: Path, where: str
 def test_export_to_a_missing_folder_is_refused(kbit: Kbit, study: Path) -> None:
     done = kbit("results", "--csv", "nowhere/out.csv")
     assert (done.code, "nowhere" in done.err) == (1, True)
-
-
-def test_several_studies_are_one_sweep(kbit: Kbit) -> None:
-    done = kbit("plan", "+sweeps=nano/bit_level,nano/bit_level", "model.name=nano-neox-98k")
-    assert (done.code, done.out) == (0, "12 asked, 6 distinct, 0 done, 6 to run\n")
-
-
-def test_a_launcher_cannot_be_swept(kbit: Kbit) -> None:
-    done = kbit("plan", "hydra/launcher=basic,kbit")
-    assert done.code == 1
-    assert "hydra/launcher=basic" in done.err

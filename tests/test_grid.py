@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kbit.cli import register_schema
 from kbit.config import RunConfig
-from kbit.grid import Composer
+from kbit.grid import Composer, _check_union
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
 STUDIES = sorted(str(path.relative_to(SWEEPS).with_suffix("")) for path in SWEEPS.rglob("*.yaml"))
@@ -122,7 +122,9 @@ def test_what_the_command_line_sets_stays(composer: Composer) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("study.exclude=[{quant.bit:3}]", "no key 'quant.bit'"),
+        ("study.exclude=[{quant.bit:3}]", "no key 'quant.bit'; allowed are bits, data_type"),
+        ("study.exclude=[{quant.bits.x:3}]", "no key 'quant.bits.x'"),
+        ("study.unite=[nano/quick]", r"study.unite=\['nano/quick'\] has no study.grids"),
         ("study.grids=[{quant.bits:'range(3,'}]", "grid"),
         ("study.grids=[{quant.bits:[9]}]", "bits=9"),
     ],
@@ -130,6 +132,18 @@ def test_what_the_command_line_sets_stays(composer: Composer) -> None:
 def test_a_malformed_study_is_refused(composer: Composer, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(composer.expand(["study.grids=[{quant.bits:[3]}]", override]))
+
+
+def test_a_study_cannot_unite_itself() -> None:
+    """As a file that names itself would; the studies that ship do not."""
+    study = {"grids": [], "exclude": [], "unite": ["mine"]}
+    with pytest.raises(ValueError, match="'mine' unites itself, by way of all > mine"):
+        _check_union(study, ("all", "mine"))
+
+
+def test_a_united_study_does_not_see_the_command_lines_union(composer: Composer) -> None:
+    configs = list(composer.expand(["+sweeps=nano/all", "study.unite=[nano/quick]", "quant.bits=3"]))
+    assert len(configs) == 4
 
 
 def test_plain_values_are_composed_once(hydra: Any) -> None:

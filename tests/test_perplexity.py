@@ -205,9 +205,10 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
 def test_rolling_perplexity_is_lm_evals(tmp_path: Path, nano: LoadedModel) -> None:
     texts = [STORY * 20, "A café — and a mouse.", "Then it rained."]  # the first is longer than the context
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    documents, _ = read_documents(str(tmp_path / "text.jsonl"))
     (tmp_path / "rolling.yaml").write_text(ROLLING.replace("FILE", "text.jsonl"))
     scorer = Scorer(nano.model, nano.tokenizer)
-    mine = {m.metric: m for m in measure_rolling(scorer, str(tmp_path / "text.jsonl")).measurements}
+    mine = {m.metric: m for m in measure_rolling(scorer, "text", documents).measurements}
     [task] = load_tasks(["rolling"], str(tmp_path))
     theirs = lm_eval.simple_evaluate(
         HFLM(nano.model, tokenizer=nano.tokenizer, softmax_dtype=torch.float32),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,14 +15,13 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "quan
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def results(tmp_path_factory: pytest.TempPathFactory, run_kbit: Callable[..., Any]) -> pd.DataFrame:
     """The store of all presets and of the baseline, measured on eight windows of the held-out text."""
     folder = tmp_path_factory.mktemp("presets")
     for choice in (f"quant={','.join(NAMES)}", "quant.bits=16"):
-        arguments = ["run", "-m", choice, "eval.tasks=[]", "eval.perplexity_windows=8", "hydra/launcher=basic"]
-        command = [str(Path(sys.executable).with_name("kbit")), *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        small = ("eval.tasks=[]", "eval.perplexity_windows=8", "hydra/launcher=basic")
+        done = run_kbit("run", "-m", choice, *small, cwd=folder)
+        assert done.code == 0, done.err
     return read_results(folder / "results")
 
 

@@ -13,12 +13,22 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from kbit import fitted, quantiles
+from kbit.backend import Backend, choose_backend
 from kbit.datatypes import make_codebook
-from kbit.quantiles import RELATIVE_ERROR, estimate_quantiles
+from kbit.kernels import cpu
+from kbit.quantiles import RELATIVE_ERROR, find_quantiles
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALLEST = 2.0**-139  # 10 of the 23 bits below the normal range are not told apart: 2^(10 - 149)
 FLOAT64_ROUNDING = 2.0**-51  # of the interpolation, two operations here and three in NumPy
+
+
+CPU = choose_backend(torch.device("cpu"))
+GPU = Backend(CPU.device, cpu, is_gpu=True)  # what is done on a GPU, done here
+
+
+def estimate_quantiles(values: torch.Tensor, positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    return find_quantiles(values, positions, GPU)
 
 
 def find_bound(values: NDArray[Any], positions: NDArray[np.float64], relative: float) -> NDArray[np.float64]:
@@ -85,3 +95,10 @@ def test_codebook_of_the_estimate_is_near_the_exact_one(dtype: str, bits: int) -
     bound = 2 * RELATIVE_ERROR * np.abs(exact_edges).max() / largest / (1 - RELATIVE_ERROR) + 2 * 2.0**-12
     assert estimated.shape == exact.shape
     assert np.abs(estimated - exact).max() <= bound
+
+
+def test_on_the_cpu_they_are_numpys() -> None:
+    x = torch.randn(99_999, generator=torch.Generator().manual_seed(0))
+    positions = np.append(np.arange(1, 257) / 257, [0.0, 1.0])
+    expected = np.quantile(x.double().numpy(), positions)
+    np.testing.assert_allclose(find_quantiles(x, positions, CPU), expected, rtol=1e-12, atol=1e-12)  # a few roundings

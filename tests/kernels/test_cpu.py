@@ -13,7 +13,7 @@ from numba import njit
 
 from kbit import reference
 from kbit.kernels import cpu, cpu_chunks
-from kbit.kernels.cpu_select import order_statistics, quantiles
+from kbit.kernels.cpu_select import order_statistics
 
 Array = np.ndarray[Any, Any]
 
@@ -74,13 +74,6 @@ def test_order_statistics_equal_a_sort(dtype: torch.dtype, data: st.DataObject) 
     words, values = as_kernels_see(x, dtype)
     ranks = rng.integers(0, n, data.draw(st.integers(1, 300)))
     np.testing.assert_array_equal(order_statistics(words, ranks), np.sort(values)[ranks])
-
-
-def test_quantiles_equal_numpys() -> None:
-    x = np.random.default_rng(0).standard_normal(99_999).astype(np.float32)
-    positions = np.append(np.arange(1, 257) / 257, [0.0, 1.0])
-    expected = np.quantile(x.astype(np.float64), positions)
-    np.testing.assert_allclose(quantiles(x, positions), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_every_float16_and_bfloat16_is_loaded_and_stored_exactly() -> None:
