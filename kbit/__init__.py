@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbit.config import Experiment as Experiment
+    from kbit.config import QuantConfig as QuantConfig
     from kbit.datatypes import make_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.evaluation import evaluate as evaluate
     from kbit.experiment import run_experiment as run_experiment
+    from kbit.methods import quantize_model as quantize_model
     from kbit.models import load_model as load_model
-    from kbit.models import quantize_model as quantize_model
     from kbit.quantizer import QuantizedTensor as QuantizedTensor
     from kbit.quantizer import dequantize as dequantize
     from kbit.quantizer import fake_quantize as fake_quantize
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Public name -> where it lives. `kbit.quantize` and `kbit.evaluate` are the functions, as design and README have it.
 _PUBLIC = {
     "Experiment": "kbit.config:Experiment",
+    "QuantConfig": "kbit.config:QuantConfig",
     "QuantSpec": "kbit.spec:QuantSpec",
     "QuantizedTensor": "kbit.quantizer:QuantizedTensor",
     "codebook": "kbit.datatypes:make_codebook",
@@ -44,7 +46,7 @@ _PUBLIC = {
     "fake_quantize": "kbit.quantizer:fake_quantize",
     "load_model": "kbit.models:load_model",
     "quantize": "kbit.quantizer:quantize",
-    "quantize_model": "kbit.models:quantize_model",
+    "quantize_model": "kbit.methods:quantize_model",
     "read_failures": "kbit.store:read_failures",
     "read_results": "kbit.store:read_results",
     "run_experiment": "kbit.experiment:run_experiment",

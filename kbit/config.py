@@ -68,10 +68,30 @@ class QuantConfig(QuantSpec):
             except re.error as error:
                 raise ValueError(f"quant.{name}={pattern!r} is not a regular expression: {error}") from None
 
+    @staticmethod
+    def of(spec: QuantSpec) -> QuantConfig:
+        """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
+        if isinstance(spec, QuantConfig):
+            return spec
+        return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
+
     @property
     def spec(self) -> QuantSpec:
         """The quantizer alone."""
         return QuantSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)})
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the quantized model, canonical: without fields that mean nothing here or are at their default.
+
+        So a field added later does not change the keys of old results; in turn a default, once released, never changes.
+        """
+        spec = self.spec.canonical()
+        content = _differences(spec, QuantSpec()) | {"bits": spec.bits}
+        if spec.is_baseline:
+            return content
+        names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
+        return content | {"method": self.method} | names
 
 
 @dataclass(frozen=True)
@@ -124,15 +144,8 @@ class Experiment:
     def content(self) -> dict[str, dict[str, Any]]:
         """The scientific content, canonical: what decides the numbers, and nothing else.
 
-        Fields that mean nothing here are dropped (all of quant at 16 bits, exponent_bits of an int), and so are batch
-        size and paths. A field of quant at its default is dropped too, so that a field added to QuantSpec later does
-        not change the keys of old results; in turn a default, once released, never changes.
+        Batch size and paths are not in it; see QuantConfig.content for the quantizer.
         """
-        spec = self.quant.spec.canonical()
-        quant = _differences(spec, QuantSpec()) | {"bits": spec.bits}
-        if not spec.is_baseline:
-            quant |= {"method": self.quant.method}
-            quant |= {name: getattr(self.quant, name) for name in ("include", "exclude") if getattr(self.quant, name)}
         limit = self.eval.limit if self.eval.tasks else None
         tasks = identify_tasks(self.eval.tasks, self.eval.task_path)
         evaluation: dict[str, Any] = {"tasks": tasks, "limit": limit}
@@ -143,7 +156,7 @@ class Experiment:
             else:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
-        return {"model": model, "quant": quant, "eval": evaluation}
+        return {"model": model, "quant": self.quant.content, "eval": evaluation}
 
     @functools.cached_property
     def key(self) -> str:

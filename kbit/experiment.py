@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -13,19 +13,12 @@ import torch
 
 from kbit import provenance
 from kbit.config import EvalConfig, Experiment, ModelConfig
+from kbit.coverage import QuantizationReport, plan_quantization
 from kbit.evaluation import PreparedTask, TaskScores, prepare_task, score_tasks
 from kbit.families import family_of
 from kbit.measurement import ItemValues, Measurement
-from kbit.models import (
-    LoadedModel,
-    QuantizationReport,
-    copy_weights,
-    hash_weights,
-    load_model,
-    plan_quantization,
-    quantize_model,
-    restore_weights,
-)
+from kbit.methods import copy_weights, quantize_model, restore_weights
+from kbit.models import LoadedModel, hash_weights, load_model
 from kbit.perplexity import (
     MAX_WINDOW,
     Reference,
@@ -104,6 +97,7 @@ class Result:
             empty in results from before they were kept.
         scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory.
         weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
+        method_notes: what the method says of itself, see QuantizationReport.notes.
     """
 
     key: str
@@ -135,6 +129,7 @@ class Result:
     scorer: str = ""
     batch_tokens: int = 0
     weight_rmse: float | None = None
+    method_notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -163,12 +158,11 @@ class Session:
         if experiment.model != self.config:
             raise ValueError(f"this session holds {self.config}, not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
-        options = {"include": quant.include, "exclude": quant.exclude}
         reference = self._make_reference(experiment)  # while the weights have 16 bits
-        original = copy_weights(model, plan_quantization(model, quant.spec, **options))
+        original = copy_weights(model, plan_quantization(model, quant))
         try:
             start = time.perf_counter()
-            report = quantize_model(model, quant.spec, **options, min_coverage=quant.min_coverage)
+            report = quantize_model(model, quant, self._loaded.tokenizer)
             quantized = time.perf_counter()
             result = self._evaluate(experiment, report, reference)
             return dataclasses.replace(
@@ -232,6 +226,7 @@ class Session:
             scorer=self._scorer.path,
             batch_tokens=self._scorer.budget.tokens,
             weight_rmse=report.weight_rmse,
+            method_notes=report.notes,
         )
 
     def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:

@@ -18,8 +18,9 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
 from kbit.budget import TokenBudget
-from kbit.config import EvalConfig
-from kbit.models import MIN_COVERAGE, load_model, quantize_model
+from kbit.config import EvalConfig, QuantConfig
+from kbit.methods import quantize_model
+from kbit.models import load_model
 from kbit.scorer import TOKENS_PER_SEQUENCE, Scorer
 from kbit.spec import QuantSpec
 
@@ -45,7 +46,7 @@ class QuantizedLM(Scorer):
         max_batch_size: int | None = None,
         include: str | None = None,
         exclude: str | None = None,
-        min_coverage: float = MIN_COVERAGE,
+        min_coverage: float = QuantConfig.min_coverage,
         **quantizer: Any,
     ) -> None:
         """Load and quantize.
@@ -68,9 +69,8 @@ class QuantizedLM(Scorer):
         nulls = ("none", "null")
         values: dict[str, Any] = {k: None if str(v).lower() in nulls else v for k, v in quantizer.items()}
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
-        self.report = quantize_model(
-            loaded.model, QuantSpec(**values), include=include, exclude=exclude, min_coverage=min_coverage
-        )
+        config = QuantConfig(**values, include=include, exclude=exclude, min_coverage=min_coverage)
+        self.report = quantize_model(loaded.model, config, loaded.tokenizer)
         asked = int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_BATCH_SIZE
         super().__init__(loaded.model, loaded.tokenizer, asked)
         # lm-eval's command line says 1 unless told otherwise, which is for loops that pad; it changes no score

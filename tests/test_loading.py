@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kbit.coverage import plan_quantization
 from kbit.families import EMBEDDED, locate_model
 from kbit.models import (
     hash_folder,
     hash_weights,
     load_model,
-    plan_quantization,
 )
 from kbit.spec import QuantSpec
 

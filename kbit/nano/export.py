@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from kbit.budget import TokenBudget
+from kbit.coverage import plan_quantization
 from kbit.measurement import Measurement
-from kbit.models import LoadedModel, load_model, plan_quantization
+from kbit.models import LoadedModel, load_model
 from kbit.nano.architectures import CONTEXT
 from kbit.perplexity import make_windows, measure_cross_entropy
 from kbit.spec import QuantSpec

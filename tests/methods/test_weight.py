@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kbit.models import plan_quantization, quantize_model
+from kbit.coverage import plan_quantization
+from kbit.methods import quantize_model
 from kbit.spec import QuantSpec
 
 NF3 = QuantSpec(bits=3, data_type="nf")

@@ -1,0 +1,22 @@
+"""Round to nearest: each value becomes the nearest that its block can represent. No data, no order, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from kbit.config import QuantConfig
+from kbit.methods.weight import Weight
+from kbit.quantizer import fake_quantize
+
+
+def round_to_nearest(
+    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """Replace each weight by fake_quantize(weight)."""
+    for weight in weights:
+        weight.put(fake_quantize(weight.values, weight.spec))
+    return {}

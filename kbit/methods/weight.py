@@ -1,0 +1,39 @@
+"""A weight of a model as the methods see it: a matrix [out, in] to be replaced by one that takes fewer bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kbit.spec import QuantSpec
+
+
+@dataclass
+class Weight:
+    """One weight to quantize, in place.
+
+    Attributes:
+        name: of the parameter in the model.
+        values: [..., out, in], the parameter's own memory: Conv1D's [in, out] is seen transposed.
+        spec: the quantizer, with a seed of the weight's own.
+        squared_error: sum (w - w')^2 of what put has changed so far.
+    """
+
+    name: str
+    values: Float[Tensor, "*batch out in"]
+    spec: QuantSpec
+    squared_error: float = 0.0
+
+    def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
+        """Replace the weight, in its own dtype and memory, and count the error."""
+        before = self.values.to(torch.float32, copy=True)
+        self.values.copy_(quantized)
+        self.squared_error += sum_squares(self.values.float() - before)
+
+
+def sum_squares(values: Tensor) -> float:
+    """Return the sum of the squared values, added up in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
