@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numba
 import numpy as np
@@ -33,6 +33,8 @@ from kbit.spec import QuantSpec
 ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
 
 Values = Float[torch.Tensor, " n"]  # contiguous float32, float16 or bfloat16
+
+_SUMMED: Final = 2**20  # values of a sum in float64 at a time: torch makes a float64 copy of them
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Back
         raise ValueError(f"{int((~values.isfinite()).sum())} of {values.numel()} values are NaN or Inf")
     center = np.empty(0, np.float16)
     if spec.centering:
-        center = np.array([float(values.float().mean(dtype=torch.float64))], np.float16)
+        center = np.array([_mean(values)], np.float16)
         low, high = low - center.astype(np.float32), high - center.astype(np.float32)
     adaptive = spec.data_type in ADAPTIVE
     codebook = None if adaptive else spec.make_codebook()
@@ -308,10 +310,13 @@ def _adaptive_sample(
 ) -> NDArray[Any]:
     """Return what an adaptive codebook is fitted to, on the CPU.
 
-    quantile: 2^k + 2 numbers with the tensor's quantiles at i / (2^k + 1), exact on the CPU and estimated on a GPU.
+    quantile: 2^k + 2 numbers with the quantiles of the tensor, less its offsets, at i / (2^k + 1); exact on the CPU and
+    estimated on a GPU.
     learned: a sample of the normalised values (fitted.sample_indices), the same on each device.
     """
     if spec.data_type == "quantile":
+        if spec.centering or spec.normalization == "minmax":
+            values = _subtract_offsets(values, offsets, block_shape)
         with torch_threads_kept():
             edges = find_quantiles(values, fitted.quantile_positions(spec.bits), backend)
         return np.concatenate([edges[:1], edges, edges[-1:]])
@@ -322,6 +327,20 @@ def _adaptive_sample(
     normalized: NDArray[np.float32] = np.zeros_like(shifted)
     np.divide(shifted, scales[blocks], out=normalized, where=scales[blocks] != 0)
     return normalized
+
+
+def _subtract_offsets(values: Values, offsets: Scales, block_shape: tuple[int, int]) -> Values:
+    """Return x - offset_b in float32, in memory of its own."""
+    row, block_size = block_shape
+    rows = values.float().view(-1, row)
+    of_rows = torch.from_numpy(offsets).to(values.device).view(rows.shape[0], -1)
+    per_value = of_rows.repeat_interleave(block_size, dim=1)[:, :row]
+    return (rows - per_value).view(-1)
+
+
+def _mean(values: Values) -> float:
+    """Return the mean, added up in float64 without a copy of the tensor."""
+    return sum(float(chunk.sum(dtype=torch.float64)) for chunk in torch.split(values, _SUMMED)) / values.numel()
 
 
 def _block_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:

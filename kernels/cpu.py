@@ -177,7 +177,7 @@ def _search_table(thresholds_bytes: bytes) -> SearchTable:
     thresholds = np.frombuffer(thresholds_bytes, np.float32)
     upper = np.arange(2**16, dtype=np.uint32) << 16
     ends = upper.view(np.float32), (upper | 0xFFFF).view(np.float32)
-    lowest, highest = np.minimum(*ends), np.maximum(*ends)  # a negative cell begins at its largest magnitude
+    lowest, highest = np.fmin(*ends), np.fmax(*ends)  # a negative cell begins at its largest magnitude
     first = np.searchsorted(thresholds, lowest, side="right")
     compares = (np.searchsorted(thresholds, highest, side="right") - first).max()
     padded = np.full(257, np.inf, np.float32)

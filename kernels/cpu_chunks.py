@@ -5,6 +5,10 @@ Loops run over unsigned indices: numba then adds no test for negative ones, and 
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +27,25 @@ _1, _8, _16, _32 = (np.uint64(i) for i in (1, 8, 16, 32))
 _BYTES, _HALVES, _LOWER = (np.uint64(i) for i in (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF))
 
 
-def jit(parallel: bool = False) -> Any:
+def jit(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile, keep on disk, and let x / 0 be IEEE's (an exception would keep loops from being vectorised)."""
-    return njit(parallel=parallel, cache=True, error_model="numpy")
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        kernel: Any = njit(function, parallel=parallel, cache=True, error_model="numpy")
+        # What is on disk holds the code of the functions called, too, which numba looks for in the kernel's file alone.
+        kernel._cache._cache_file._source_stamp = _hash_sources()
+        return kernel
+
+    return decorate
+
+
+@functools.cache
+def _hash_sources() -> str:
+    """Return a hash of all files with CPU kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("cpu*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def typed_words(x: Any) -> tuple[Any, int]:
