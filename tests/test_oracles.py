@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+
 import numpy as np
 import pytest
 import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from kbit.datatypes import make_codebook
 from kbit.quantizer import fake_quantize, quantize
@@ -65,3 +71,20 @@ def test_bitsandbytes_dynamic_8_bit_agrees() -> None:
     assert ((ours - x).abs() <= (theirs - x).abs() + scale * 2.0**-22).all()
     same_code = (ours - theirs).abs() <= scale * 2.0**-22
     assert same_code.float().mean() > 0.995
+
+
+@pytest.mark.parametrize("preset", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_gfloat_microscaling_agrees(preset: str, data: st.DataObject) -> None:
+    """Scalars in float64, one after the other: another implementation of the OCP specification, ties away from zero."""
+    gfloat = pytest.importorskip("gfloat")
+    formats = pytest.importorskip("gfloat.formats")
+    values = yaml.safe_load((files("kbit") / "conf" / "quant" / f"{preset}.yaml").read_text())
+    spec = QuantSpec(**values)
+    block = data.draw(hnp.arrays(np.float32, spec.block_size, elements=st.floats(-(2.0**40), 2.0**40, width=32)))
+    block[np.abs(block) < 2.0**-60] = 0  # float32 holds each product of a code and such a scale
+    name = f"format_info_mxfp{spec.bits}_e{spec.exponent_bits}m{spec.bits - 1 - spec.exponent_bits}"
+    round_away = gfloat.RoundMode.TiesToAway
+    theirs = gfloat.quantize_block(getattr(formats, name), block, gfloat.compute_scale_amax, round_away)
+    np.testing.assert_array_equal(fake_quantize(block, spec), theirs)
