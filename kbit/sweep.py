@@ -110,7 +110,7 @@ class Worker:
         from kbit.experiment import Session
 
         try:
-            if self._session is None or self._session.config != experiment.model:
+            if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
                 self._session = Session(experiment.model, self._device)
             self._store.write(self._session.run(experiment))
