@@ -215,7 +215,7 @@ def _iterate_windows(
     done = 0
     while done < count:
         rows = slice(done, min(count, done + max(1, budget.tokens // length)))
-        result = budget.attempt(rows.stop - rows.start, functools.partial(function, rows))
+        result = budget.attempt(functools.partial(function, rows), can_split=rows.stop - rows.start > 1)
         if result is not None:
             yield rows, result
             done = rows.stop
