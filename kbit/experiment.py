@@ -158,7 +158,8 @@ class Session:
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], list[PreparedTask]] = {}
         self._windows: dict[tuple[str, str, int | None], Windows] = {}
-        self._hidden: dict[tuple[str, str, int | None], torch.Tensor] = {}  # of the 16-bit model: compute_reference
+        # the 16-bit model's states on the last text, see compute_reference: gigabytes, so of no more than one
+        self._hidden: tuple[tuple[str, str, int | None], torch.Tensor] | None = None
 
     def holds(self, model: ModelConfig) -> bool:
         """Whether this is the session of that model, as its files are now."""
@@ -284,7 +285,7 @@ class Session:
         return self._windows[wanted]
 
     def _make_reference(self, experiment: Experiment, data: dict[str, Any]) -> Reference | None:
-        """Return the 16-bit model's states on the text: computed once, kept for every variant."""
+        """Return the 16-bit model's states on the text: computed once for all variants measured on it."""
         model: Any = self._loaded.model
         config = experiment.eval
         if config.perplexity is None or config.perplexity_kind != "windows" or self._scorer.path == "hflm":
@@ -292,11 +293,12 @@ class Session:
         self._scorer.set_batch_size(config.batch_size)
         wanted = (config.perplexity, data["perplexity"], config.perplexity_windows)
         windows = self._make_windows(wanted)
-        if wanted not in self._hidden:
-            self._hidden[wanted] = compute_reference(model, windows, self._scorer.budget)
+        if self._hidden is None or self._hidden[0] != wanted:
+            self._hidden = None  # before the space of the next is taken
+            self._hidden = (wanted, compute_reference(model, windows, self._scorer.budget))
         head = model.get_output_embeddings()
         # quant.include is the only way to quantize a head; the copy is of the head as it was
-        return Reference(self._hidden[wanted], head if experiment.quant.include is None else copy.deepcopy(head))
+        return Reference(self._hidden[1], head if experiment.quant.include is None else copy.deepcopy(head))
 
 
 def _check_read(what: str, found: object, expected: object) -> None:

@@ -7,12 +7,16 @@ rolling   lm-eval's: every token of every document, each with as much context as
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -103,16 +107,40 @@ def compute_reference(
 
     They lie in a temporary file that is mapped into memory, so that a text larger than memory does no harm; the file
     has no name any more and goes with the tensor.
+
+    Raises:
+        OSError: the folder of temporary files has not the space.
     """
     count, length = windows.tokens.shape
     hidden_size = model.get_output_embeddings().weight.shape[1]
     size = count * (length - 1) * hidden_size
     with tempfile.NamedTemporaryFile(prefix="kbit-") as file:
+        _reserve(file, size * model.dtype.itemsize)
         flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
     hidden = flat.view(count, length - 1, hidden_size)
     for rows, states in _iterate_windows(windows, budget, lambda rows: _run_trunk(model, windows.tokens[rows])):
         hidden[rows] = states.cpu()
     return hidden
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Take the space of a temporary file at once: a mapped page that finds none later kills the process (SIGBUS).
+
+    Raises:
+        OSError: there is less than `size` bytes.
+    """
+    folder = Path(file.name).parent
+    free = shutil.disk_usage(folder).free
+    try:
+        if size > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(
+            f"the 16-bit model's states on the text take {size:,} bytes in {folder}, of which {free:,} are free "
+            f"({error.strerror}): fewer eval.perplexity_windows, or another folder by TMPDIR"
+        ) from error
 
 
 @torch.no_grad()

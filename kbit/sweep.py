@@ -71,7 +71,8 @@ def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retr
     failed = {path.stem for path in (root / "failures").glob("*.json")} & distinct.keys() - done
     skip = done if retry_failed else done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
-    to_run.sort(key=lambda e: (-_weight_bytes(e.model.name), e.model.name, e.model.dtype))
+    # a worker keeps one model, and of the 16-bit model the states on one text
+    to_run.sort(key=lambda e: (-_weight_bytes(e.model.name), e.model.name, e.model.dtype, e.eval.perplexity or ""))
     failed_count = 0 if retry_failed else len(failed)
     return Plan(len(experiments), tuple(distinct.values()), len(done), failed_count, tuple(to_run))
 

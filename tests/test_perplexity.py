@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import errno
 import gzip
 import json
 import lzma
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,6 +176,36 @@ def test_the_distance_from_a_reference_does_not_depend_on_the_batch(
     divergence = next(m for m in expected if m.metric == "kl_divergence")
     assert divergence.value > 1
     assert divergence.low < divergence.value < divergence.high
+
+
+def test_states_that_find_no_space_are_an_error_before_any_work(
+    nano: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    endless = dataclasses.replace(windows, tokens=torch.zeros(1, dtype=torch.long).expand(2**33, CONTEXT))
+    size = f"{2**33 * (CONTEXT - 1) * 64 * 4:,}"  # windows, tokens, hidden size, float32: 560 terabytes
+    free = f"{shutil.disk_usage(tmp_path).free:,}"[:3]
+    with pytest.raises(OSError, match=rf"take {size} bytes in {tmp_path}, of which {free}[0-9,]* are free \(No space"):
+        compute_reference(nano.model, endless, TokenBudget(CONTEXT))
+    assert not any(tmp_path.iterdir())
+
+
+def test_space_that_another_process_takes_first_is_the_same_error(
+    nano: LoadedModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", take, raising=False)
+    with pytest.raises(OSError, match=rf"take {8 * (CONTEXT - 1) * 64 * 4:,} bytes .*No space left on device"):
+        compute_reference(nano.model, windows, TokenBudget(CONTEXT))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no space")
+def test_the_space_is_taken_and_not_only_named() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        kbit.perplexity._reserve(file, 2**20)
+        assert os.fstat(file.fileno()).st_size == 2**20 <= 512 * os.fstat(file.fileno()).st_blocks
 
 
 def test_a_model_whose_head_is_not_its_last_step_is_measured_on_its_own_logits(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,29 @@ def test_two_texts_of_one_content_are_each_measured_by_their_own_name(session: S
     assert values(results[0]) == values(results[1])
     assert results[0].key == results[1].key
     assert [{m.task for m in result.measurements} for result in results] == [{name} for name in names]
+
+
+def test_the_states_of_an_earlier_text_are_dropped(session: Session, tmp_path: Path) -> None:
+    """They are gigabytes of a temporary folder, once for each text of a study if they stay."""
+    held = []
+    for number in range(3):
+        write_text(tmp_path / f"{number}.jsonl", STORIES[0])
+        session.run(of_text(tmp_path / f"{number}.jsonl"))
+        assert session._hidden is not None
+        held.append(weakref.ref(session._hidden[1]))
+    assert [states() is None for states in held] == [True, True, False]
+
+
+def test_the_states_of_one_text_are_computed_once(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path / "once.jsonl", STORIES[0])
+    computed: list[object] = []
+    original = kbit.experiment.compute_reference
+    monkeypatch.setattr(kbit.experiment, "compute_reference", lambda *given: computed.append(given) or original(*given))
+    for bits in (3, 4, 16):
+        session.run(dataclasses.replace(of_text(tmp_path / "once.jsonl"), quant=QuantConfig(bits=bits)))
+    assert len(computed) == 1
 
 
 @pytest.mark.parametrize("what", ["text", "tasks"])
