@@ -27,7 +27,15 @@ from torch import nn
 
 from kbit.budget import TokenBudget
 from kbit.head import compare_heads, score_targets
-from kbit.measurement import ItemValues, Measurement, encode_items, measure_mean, measure_ratio, transform
+from kbit.measurement import (
+    ItemValues,
+    Measurement,
+    encode_items,
+    exponentiate,
+    measure_mean,
+    measure_ratio,
+    transform,
+)
 from kbit.scorer import NonFiniteError, Scorer, splits_at_head
 from kbit.textdata import read_documents
 
@@ -74,7 +82,8 @@ class TextScores:
 
     Attributes:
         measurements: cross_entropy (nats per token), bits_per_byte, perplexity, and with a reference kl_divergence
-            (nats per token) and top1_agreement; or word_perplexity, byte_perplexity and bits_per_byte (rolling).
+            (nats per token) and top1_agreement; or (rolling) word_cross_entropy (nats per word), word_perplexity,
+            byte_perplexity and bits_per_byte. A perplexity that float64 cannot hold is left out.
         items: cross_entropy, kl_divergence and top1_agreement of each window.
     """
 
@@ -163,21 +172,22 @@ def measure_cross_entropy(
         reference: of the 16-bit model on the same windows.
 
     Raises:
-        NonFiniteError: a window's loss is NaN or infinite.
+        NonFiniteError: a window's loss or divergence is NaN or infinite.
     """
     if reference is not None or splits_at_head(model):  # a reference is made only of a model that does
         measure = functools.partial(_measure_windows, model, windows, reference)
     else:
         measure = functools.partial(_measure_whole_logits, model, windows)
     values = [of_windows for _, of_windows in _iterate_windows(windows, budget, measure)]
-    names = ("cross_entropy", "kl_divergence", "top1_agreement")
-    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=False))
-    if not all(math.isfinite(loss) for loss in by_metric["cross_entropy"]):
-        raise NonFiniteError(f"cross entropy on {windows.name!r} is not finite")
+    names = ["cross_entropy"] if reference is None else ["cross_entropy", "kl_divergence", "top1_agreement"]
+    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
+    for metric, of_windows in by_metric.items():
+        if not all(math.isfinite(value) for value in of_windows):
+            raise NonFiniteError(f"{metric.replace('_', ' ')} on {windows.name!r} is not finite")
     nats, *others = (measure_mean(windows.name, metric, of_windows) for metric, of_windows in by_metric.items())
     in_bits = transform(nats, "bits_per_byte", lambda x: x / (math.log(2) * windows.bytes_per_token))
     items = [encode_items(windows.name, metric, of_windows) for metric, of_windows in by_metric.items()]
-    return TextScores([nats, in_bits, transform(nats, "perplexity", math.exp), *others], items)
+    return TextScores([nats, in_bits, *exponentiate(nats, "perplexity"), *others], items)
 
 
 def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> TextScores:
@@ -185,7 +195,8 @@ def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> Text
 
     Every token of a document is predicted, the first from the end-of-text token; words are what white space separates.
 
-        word_perplexity = exp(-sum log p / words),   bits_per_byte = -sum log p / (bytes ln 2)
+        word_cross_entropy = -sum log p / words,   word_perplexity = exp(-sum log p / words)
+        byte_perplexity = exp(-sum log p / bytes),   bits_per_byte = -sum log p / (bytes ln 2)
 
     Sums are over all documents; intervals over documents, so not defined for a text of one.
 
@@ -195,11 +206,12 @@ def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> Text
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(documents)]
     nats = [-log_likelihood for log_likelihood in scorer.loglikelihood_rolling(requests, disable_tqdm=True)]
     words = [len(re.split(r"\s+", text)) for text in documents]
-    per_word = measure_ratio(name, "word_perplexity", nats, words)
-    per_byte = measure_ratio(name, "byte_perplexity", nats, [len(text.encode()) for text in documents])
+    per_word = measure_ratio(name, "word_cross_entropy", nats, words)
+    per_byte = measure_ratio(name, "byte_cross_entropy", nats, [len(text.encode()) for text in documents])
     measurements = [
-        transform(per_word, "word_perplexity", math.exp),
-        transform(per_byte, "byte_perplexity", math.exp),
+        per_word,
+        *exponentiate(per_word, "word_perplexity"),
+        *exponentiate(per_byte, "byte_perplexity"),
         transform(per_byte, "bits_per_byte", lambda x: x / math.log(2)),
     ]
     return TextScores(measurements, [])

@@ -250,11 +250,41 @@ def test_rolling_perplexity_is_lm_evals(tmp_path: Path, nano: LoadedModel) -> No
         task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
     )["results"]["rolling"]
+    per_word = mine.pop("word_cross_entropy")
+    assert math.exp(per_word.value) == pytest.approx(mine["word_perplexity"].value)
     for metric, m in mine.items():
         assert m.value == pytest.approx(theirs[f"{metric},none"], rel=1e-4)
         assert m.low < m.value < m.high
         assert m.n == 3
     assert set(mine) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+
+
+def test_a_text_without_spaces_keeps_its_cross_entropy(nano: LoadedModel) -> None:
+    """One "word" of 400 tokens: its perplexity is beyond float64."""
+    measured = measure_rolling(Scorer(nano.model, nano.tokenizer), "text", ["mouse" * 200, "clock" * 200]).measurements
+    by_metric = {m.metric: m for m in measured}
+    assert set(by_metric) == {"word_cross_entropy", "byte_perplexity", "bits_per_byte"}
+    assert 709.8 < by_metric["word_cross_entropy"].value < math.inf
+    assert by_metric["bits_per_byte"].value == pytest.approx(by_metric["word_cross_entropy"].value / 1000 / math.log(2))
+
+
+def test_a_model_that_loses_more_than_exp_can_say_keeps_its_loss(build_tiny: Build, windows: Windows) -> None:
+    model = build_tiny("llama", vocab_size=1024)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    nats, bits, *others = measure_cross_entropy(model, windows, TokenBudget(8 * CONTEXT)).measurements
+    assert 709.8 < nats.value < math.inf
+    assert bits.metric == "bits_per_byte"
+    assert others == []
+
+
+def test_a_divergence_that_is_not_finite_is_an_error_and_no_number(build_tiny: Build, windows: Windows) -> None:
+    """The 16-bit model may be the broken one: the model's own loss is finite then."""
+    model = build_tiny("llama", vocab_size=1024)
+    hidden = compute_reference(model, windows, TokenBudget(CONTEXT))
+    hidden[3, 5, 7] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"kl divergence on 'nano_held_out' is not finite"):
+        measure_cross_entropy(model, windows, TokenBudget(CONTEXT), Reference(hidden, model.lm_head))
 
 
 def test_a_single_window_has_no_interval(nano: LoadedModel, tokenizer: Any) -> None:
