@@ -71,7 +71,8 @@ def read_loss(results: pd.DataFrame) -> pd.Series[float]:
 def read_perplexity(results: pd.DataFrame) -> pd.Series[float]:
     """Return exp(cross entropy) of each experiment, capped as in the paper."""
     loss = read_loss(results)
-    return pd.Series(np.minimum(np.exp(loss.to_numpy(dtype=np.float64)), PERPLEXITY_CAP), loss.index)
+    capped = np.minimum(loss.to_numpy(dtype=np.float64), np.log(PERPLEXITY_CAP))  # before exp, which may overflow
+    return pd.Series(np.exp(capped), loss.index)
 
 
 def read_divergence(results: pd.DataFrame) -> pd.Series[float]:

@@ -17,25 +17,28 @@ class TokenBudget:
 
     Attributes:
         tokens: halved each time that memory runs out.
+        halvings: how often it did.
     """
 
     tokens: int
+    halvings: int = 0
 
-    def attempt(self, rows: int, function: Callable[[], T]) -> T | None:
-        """Return the function's result on a batch of so many rows; if memory runs out, halve the budget, return None.
+    def attempt(self, function: Callable[[], T], *, can_split: bool) -> T | None:
+        """Return the function's result on a batch; if memory runs out, halve the budget and return None.
 
         Raises:
-            MemoryError: memory ran out on a single row, so that no smaller batch would do.
+            MemoryError: memory ran out on a batch that cannot be split into smaller ones.
         """
         try:
             return function()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not _is_out_of_memory(error):
                 raise
-            if rows == 1:
+            if not can_split:
                 raise MemoryError(f"not even one sequence fits into memory: {error}") from None
         # after the except block, whose error holds the frames and so the tensors of the attempt
         self.tokens = max(1, self.tokens // 2)
+        self.halvings += 1
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None

@@ -161,7 +161,22 @@ class Experiment:
     @functools.cached_property
     def key(self) -> str:
         """16 hexadecimal digits of the sha256 of the content: the experiment's identity in the store."""
-        return hashlib.sha256(json.dumps(self.content, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash_content(self.content)
+
+    def check_content(self) -> dict[str, dict[str, Any]]:
+        """Return the content as the files now have it, if the key still is that of it.
+
+        Raises:
+            ValueError: a file was changed after the key was computed, which is when a study is planned.
+        """
+        content = self.content
+        if _hash_content(content) != self.key:
+            files = [self.model.name, self.eval.perplexity, self.eval.task_path]
+            raise ValueError(
+                f"one of {', '.join(str(file) for file in files if file)} has changed since {self.key} was planned, so "
+                "that its result would belong to another key: plan the study again"
+            )
+        return content
 
     def label(self) -> str:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64'."""
@@ -238,6 +253,10 @@ class RunConfig(Experiment):
     def experiment(self) -> Experiment:
         """The experiment alone."""
         return Experiment(self.model, self.quant, self.eval)
+
+
+def _hash_content(content: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _differences(value: Any, default: Any) -> dict[str, Any]:

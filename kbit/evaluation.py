@@ -12,10 +12,10 @@ from kbit.measurement import (
     ItemValues,
     Measurement,
     encode_items,
+    exponentiate,
     mean_accuracy,
     measure_accuracy,
     measure_mean,
-    transform,
 )
 from kbit.quiet import silence_libraries
 from kbit.scorer import Scorer
@@ -119,7 +119,7 @@ def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
         scorer.truncated, scorer.first_tokens = 0, ()
         values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]
         truncated[task.loaded.name], first_tokens[task.loaded.name] = scorer.truncated, scorer.first_tokens
-    measurements = [_measure(*value) for value in values]
+    measurements = [measurement for value in values for measurement in _measure(*value)]
     accuracies = [m for m in measurements if m.metric == "acc"]
     if len(accuracies) > 1:
         measurements.append(mean_accuracy(accuracies))
@@ -151,16 +151,22 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
     return values
 
 
-def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> Measurement:
-    """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean."""
+def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> list[Measurement]:
+    """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean.
+
+    None of a perplexity that float64 cannot hold.
+    """
     if not _are_numbers(values):  # such as F1: only lm-eval can aggregate it
-        value = loaded.task.aggregation()[metric](values)
-        return Measurement(loaded.name, metric, float(value), math.nan, math.nan, len(values))
+        try:
+            value = float(loaded.task.aggregation()[metric](values))
+        except OverflowError:  # its word_perplexity is an exp, too
+            return []
+        return [Measurement(loaded.name, metric, value, math.nan, math.nan, len(values))]
     if _is_accuracy(metric, values):
-        return measure_accuracy(loaded.name, metric, values)
+        return [measure_accuracy(loaded.name, metric, values)]
     if metric == "perplexity":  # lm-eval keeps the log-likelihood of each item
-        return transform(measure_mean(loaded.name, metric, [-value for value in values]), metric, math.exp)
-    return measure_mean(loaded.name, metric, values)
+        return exponentiate(measure_mean(loaded.name, metric, [-value for value in values]), metric)
+    return [measure_mean(loaded.name, metric, values)]
 
 
 def _is_accuracy(metric: str, values: list[Any]) -> bool:

@@ -15,7 +15,7 @@ from kbit import provenance
 from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.coverage import QuantizationReport, plan_quantization
 from kbit.evaluation import PreparedTask, TaskScores, prepare_task, score_tasks
-from kbit.families import family_of
+from kbit.families import family_of, identify_model
 from kbit.measurement import ItemValues, Measurement
 from kbit.methods import copy_weights, quantize_model, restore_weights
 from kbit.models import LoadedModel, hash_weights, load_model
@@ -30,8 +30,9 @@ from kbit.perplexity import (
     measure_rolling,
 )
 from kbit.scorer import Scorer
+from kbit.taskfiles import identify_tasks
 from kbit.tasks import LoadedTask, load_tasks
-from kbit.textdata import read_documents
+from kbit.textdata import name_content, read_documents
 
 FIRST_TOKENS: Final = 64  # recorded of a task's first request: enough to see a tokenizer's or a prompt's fault
 
@@ -135,36 +136,50 @@ class Result:
 class Session:
     """A loaded model with its tasks and texts, kept between the experiments that share them.
 
+    What is kept is found again by its content, as the experiment's key has it, so that a result never holds numbers of
+    a file that has been edited since.
+
     Raises:
-        ValueError, OSError: see load_model.
+        ValueError: the model's folder was changed while it was read; or see load_model.
+        OSError: see load_model.
     """
 
     def __init__(self, model: ModelConfig, device: str = "cpu") -> None:
         self.config = model
         self.device = device
+        self._identity = identify_model(model.name)
         self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device)
+        _check_read(model.name, identify_model(model.name), self._identity)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
-        self._tasks: dict[tuple[tuple[str, ...], int | None, str | None], list[PreparedTask]] = {}
-        self._windows: dict[tuple[str, int | None], Windows] = {}
-        self._hidden: dict[tuple[str, int | None], torch.Tensor] = {}  # of the 16-bit model, see compute_reference
+        self._tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], list[PreparedTask]] = {}
+        self._windows: dict[tuple[str, str, int | None], Windows] = {}
+        # the 16-bit model's states on the last text, see compute_reference: gigabytes, so of no more than one
+        self._hidden: tuple[tuple[str, str, int | None], torch.Tensor] | None = None
+
+    def holds(self, model: ModelConfig) -> bool:
+        """Whether this is the session of that model, as its files are now."""
+        return model == self.config and identify_model(model.name) == self._identity
 
     def run(self, experiment: Experiment) -> Result:
         """Quantize, evaluate, restore the weights, and return the result.
 
         Raises:
-            ValueError: experiment.model is another model; or see quantize_model.
+            ValueError: experiment.model is another model; a file is no longer what the experiment's key was computed
+                of; or see quantize_model.
             NonFiniteError: see evaluate. The weights are restored in each case.
         """
-        if experiment.model != self.config:
-            raise ValueError(f"this session holds {self.config}, not {experiment.model}")
+        content = experiment.check_content()
+        if not self.holds(experiment.model):
+            raise ValueError(f"this session holds {self.config} ({self._identity}), not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
-        reference = self._make_reference(experiment)  # while the weights have 16 bits
+        data = content["eval"]
+        reference = self._make_reference(experiment, data)  # while the weights have 16 bits
         original = copy_weights(model, plan_quantization(model, quant))
         try:
             start = time.perf_counter()
             report = quantize_model(model, quant, self._loaded.tokenizer)
             quantized = time.perf_counter()
-            result = self._evaluate(experiment, report, reference)
+            result = self._evaluate(experiment, data, report, reference)
             return dataclasses.replace(
                 result,
                 seconds_quantize=quantized - start,
@@ -174,13 +189,15 @@ class Session:
         finally:
             restore_weights(model, original)
 
-    def _evaluate(self, experiment: Experiment, report: QuantizationReport, reference: Reference | None) -> Result:
+    def _evaluate(
+        self, experiment: Experiment, data: dict[str, Any], report: QuantizationReport, reference: Reference | None
+    ) -> Result:
         model, config = self._loaded.model, experiment.eval
         weights_hash = hash_weights(model)
         self._scorer.set_batch_size(config.batch_size)
-        tasks = self._prepare_tasks(config)
+        tasks = self._prepare_tasks(config, data["tasks"])
         scores = score_tasks(self._scorer, tasks)
-        text, of_text = self._measure_text(config, reference)
+        text, of_text = self._measure_text(config, data, reference)
         if hash_weights(model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         result = self._describe(experiment, report)
@@ -229,45 +246,60 @@ class Session:
             method_notes=report.notes,
         )
 
-    def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:
-        wanted = (config.tasks, config.limit, config.task_path)
+    def _prepare_tasks(self, config: EvalConfig, identity: list[str]) -> list[PreparedTask]:
+        wanted = (config.tasks, tuple(identity), config.limit)
         if wanted not in self._tasks:
             loaded = load_tasks(config.tasks, config.task_path) if config.tasks else []
-            self._tasks[wanted] = [prepare_task(task, config.limit) for task in loaded]
+            prepared = [prepare_task(task, config.limit) for task in loaded]
+            _check_read(f"eval.task_path={config.task_path}", identify_tasks(config.tasks, config.task_path), identity)
+            self._tasks[wanted] = prepared
         return self._tasks[wanted]
 
-    def _measure_text(self, config: EvalConfig, reference: Reference | None) -> tuple[TextRecord | None, TextScores]:
+    def _measure_text(
+        self, config: EvalConfig, data: dict[str, Any], reference: Reference | None
+    ) -> tuple[TextRecord | None, TextScores]:
         """Measure the text that the configuration asks for, if any, and say which tokens it has."""
         if config.perplexity is None:
             return None, TextScores([], [])
         if config.perplexity_kind == "rolling":
             documents, sha256 = read_documents(config.perplexity)
+            _check_read(config.perplexity, name_content(config.perplexity, sha256), data["perplexity"])
             scores = measure_rolling(self._scorer, config.perplexity, documents)
             return TextRecord(config.perplexity, sha256, len(documents), 0), scores
-        windows = self._make_windows(config.perplexity, config.perplexity_windows)
+        windows = self._make_windows((config.perplexity, data["perplexity"], config.perplexity_windows))
         scores = measure_cross_entropy(self._loaded.model, windows, self._scorer.budget, reference)
         return TextRecord(windows.name, windows.sha256, *windows.tokens.shape), scores
 
-    def _make_windows(self, text: str, most: int | None) -> Windows:
-        if (text, most) not in self._windows:
+    def _make_windows(self, wanted: tuple[str, str, int | None]) -> Windows:
+        if wanted not in self._windows:
+            text, identity, most = wanted
             context = min(MAX_WINDOW, int(self._scorer.max_length))
-            self._windows[text, most] = make_windows(text, self._loaded.tokenizer, context=context, max_windows=most)
-        return self._windows[text, most]
+            windows = make_windows(text, self._loaded.tokenizer, context=context, max_windows=most)
+            _check_read(text, name_content(text, windows.sha256), identity)
+            self._windows[wanted] = windows
+        return self._windows[wanted]
 
-    def _make_reference(self, experiment: Experiment) -> Reference | None:
-        """Return the 16-bit model's states on the text: computed once, kept for every variant."""
+    def _make_reference(self, experiment: Experiment, data: dict[str, Any]) -> Reference | None:
+        """Return the 16-bit model's states on the text: computed once for all variants measured on it."""
         model: Any = self._loaded.model
         config = experiment.eval
         if config.perplexity is None or config.perplexity_kind != "windows" or self._scorer.path == "hflm":
             return None
         self._scorer.set_batch_size(config.batch_size)
-        wanted = (config.perplexity, config.perplexity_windows)
-        windows = self._make_windows(*wanted)
-        if wanted not in self._hidden:
-            self._hidden[wanted] = compute_reference(model, windows, self._scorer.budget)
+        wanted = (config.perplexity, data["perplexity"], config.perplexity_windows)
+        windows = self._make_windows(wanted)
+        if self._hidden is None or self._hidden[0] != wanted:
+            self._hidden = None  # before the space of the next is taken
+            self._hidden = (wanted, compute_reference(model, windows, self._scorer.budget))
         head = model.get_output_embeddings()
         # quant.include is the only way to quantize a head; the copy is of the head as it was
-        return Reference(self._hidden[wanted], head if experiment.quant.include is None else copy.deepcopy(head))
+        return Reference(self._hidden[1], head if experiment.quant.include is None else copy.deepcopy(head))
+
+
+def _check_read(what: str, found: object, expected: object) -> None:
+    """Raise ValueError if what was read is not what the experiment's key was computed of."""
+    if found != expected:
+        raise ValueError(f"{what} was changed while it was read: {found}, where the experiment asks for {expected}")
 
 
 def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:

@@ -50,6 +50,11 @@ class Row:
         """Tokens in the row."""
         return self.prefix + sum(len(q.tokens) - self.prefix for q in self.queries)
 
+    @property
+    def can_split(self) -> bool:
+        """Whether its queries take fewer tokens in rows of their own."""
+        return self.length > max(len(q.tokens) for q in self.queries)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -81,8 +86,8 @@ class Batch:
 def share_prefixes(queries: Sequence[Query], longest: int) -> list[Row]:
     """Put queries that begin alike into one row, if that saves half of the second's tokens.
 
-    Sorted as words in a dictionary, queries with a common beginning are neighbours. A row of more than one query has at
-    most `longest` tokens.
+    Sorted as words in a dictionary, queries with a common beginning are neighbours. A row has at most `longest` tokens,
+    or those of its longest query, within which others find room.
     """
     rows: list[Row] = []
     for query in sorted(queries, key=lambda q: q.tokens):
@@ -91,7 +96,7 @@ def share_prefixes(queries: Sequence[Query], longest: int) -> list[Row]:
             joined = Row(
                 min(last.prefix, _common_length(last.queries[-1].tokens, query.tokens)), [*last.queries, query]
             )
-            if joined.length <= min(longest, last.length + len(query.tokens) // 2):
+            if joined.length <= max(last.length, min(longest, last.length + len(query.tokens) // 2)):
                 rows[-1] = joined
                 continue
         rows.append(Row(len(query.tokens), [query]))

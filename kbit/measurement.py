@@ -22,7 +22,7 @@ class Measurement:
     Attributes:
         task: an lm-eval task, the name of a text, or mean_zero_shot.
         metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy and kl_divergence (nats per token), bits_per_byte,
-            top1_agreement, word_perplexity, byte_perplexity.
+            top1_agreement, word_cross_entropy (nats per word), word_perplexity, byte_perplexity.
         value: the estimate.
         low, high: 95% interval; NaN where it is not defined (one item of a mean).
         n: items (or windows) that it rests on.
@@ -74,6 +74,18 @@ def transform(measurement: Measurement, metric: str, function: Callable[[float],
     """Return the same measurement on another, increasing scale: value and bounds mapped by the function."""
     value, low, high = (function(x) for x in (measurement.value, measurement.low, measurement.high))
     return Measurement(measurement.task, metric, value, low, high, measurement.n)
+
+
+def exponentiate(loss: Measurement, metric: str) -> list[Measurement]:
+    """Return exp of a cross entropy as the perplexity of this name; nothing beyond the range of float64.
+
+    A broken quantizer may lose more than 709 nats, and so may words where nothing separates them. The cross entropy
+    says as much; an infinity would be no number, and no JSON.
+    """
+    try:
+        return [transform(loss, metric, math.exp)]
+    except OverflowError:
+        return []
 
 
 def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:

@@ -7,12 +7,16 @@ rolling   lm-eval's: every token of every document, each with as much context as
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -23,7 +27,15 @@ from torch import nn
 
 from kbit.budget import TokenBudget
 from kbit.head import compare_heads, score_targets
-from kbit.measurement import ItemValues, Measurement, encode_items, measure_mean, measure_ratio, transform
+from kbit.measurement import (
+    ItemValues,
+    Measurement,
+    encode_items,
+    exponentiate,
+    measure_mean,
+    measure_ratio,
+    transform,
+)
 from kbit.scorer import NonFiniteError, Scorer, splits_at_head
 from kbit.textdata import read_documents
 
@@ -70,7 +82,8 @@ class TextScores:
 
     Attributes:
         measurements: cross_entropy (nats per token), bits_per_byte, perplexity, and with a reference kl_divergence
-            (nats per token) and top1_agreement; or word_perplexity, byte_perplexity and bits_per_byte (rolling).
+            (nats per token) and top1_agreement; or (rolling) word_cross_entropy (nats per word), word_perplexity,
+            byte_perplexity and bits_per_byte. A perplexity that float64 cannot hold is left out.
         items: cross_entropy, kl_divergence and top1_agreement of each window.
     """
 
@@ -103,16 +116,40 @@ def compute_reference(
 
     They lie in a temporary file that is mapped into memory, so that a text larger than memory does no harm; the file
     has no name any more and goes with the tensor.
+
+    Raises:
+        OSError: the folder of temporary files has not the space.
     """
     count, length = windows.tokens.shape
     hidden_size = model.get_output_embeddings().weight.shape[1]
     size = count * (length - 1) * hidden_size
     with tempfile.NamedTemporaryFile(prefix="kbit-") as file:
+        _reserve(file, size * model.dtype.itemsize)
         flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
     hidden = flat.view(count, length - 1, hidden_size)
     for rows, states in _iterate_windows(windows, budget, lambda rows: _run_trunk(model, windows.tokens[rows])):
         hidden[rows] = states.cpu()
     return hidden
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Take the space of a temporary file at once: a mapped page that finds none later kills the process (SIGBUS).
+
+    Raises:
+        OSError: there is less than `size` bytes.
+    """
+    folder = Path(file.name).parent
+    free = shutil.disk_usage(folder).free
+    try:
+        if size > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(
+            f"the 16-bit model's states on the text take {size:,} bytes in {folder}, of which {free:,} are free "
+            f"({error.strerror}): fewer eval.perplexity_windows, or another folder by TMPDIR"
+        ) from error
 
 
 @torch.no_grad()
@@ -135,21 +172,22 @@ def measure_cross_entropy(
         reference: of the 16-bit model on the same windows.
 
     Raises:
-        NonFiniteError: a window's loss is NaN or infinite.
+        NonFiniteError: a window's loss or divergence is NaN or infinite.
     """
     if reference is not None or splits_at_head(model):  # a reference is made only of a model that does
         measure = functools.partial(_measure_windows, model, windows, reference)
     else:
         measure = functools.partial(_measure_whole_logits, model, windows)
     values = [of_windows for _, of_windows in _iterate_windows(windows, budget, measure)]
-    names = ("cross_entropy", "kl_divergence", "top1_agreement")
-    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=False))
-    if not all(math.isfinite(loss) for loss in by_metric["cross_entropy"]):
-        raise NonFiniteError(f"cross entropy on {windows.name!r} is not finite")
+    names = ["cross_entropy"] if reference is None else ["cross_entropy", "kl_divergence", "top1_agreement"]
+    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
+    for metric, of_windows in by_metric.items():
+        if not all(math.isfinite(value) for value in of_windows):
+            raise NonFiniteError(f"{metric.replace('_', ' ')} on {windows.name!r} is not finite")
     nats, *others = (measure_mean(windows.name, metric, of_windows) for metric, of_windows in by_metric.items())
     in_bits = transform(nats, "bits_per_byte", lambda x: x / (math.log(2) * windows.bytes_per_token))
     items = [encode_items(windows.name, metric, of_windows) for metric, of_windows in by_metric.items()]
-    return TextScores([nats, in_bits, transform(nats, "perplexity", math.exp), *others], items)
+    return TextScores([nats, in_bits, *exponentiate(nats, "perplexity"), *others], items)
 
 
 def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> TextScores:
@@ -157,7 +195,8 @@ def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> Text
 
     Every token of a document is predicted, the first from the end-of-text token; words are what white space separates.
 
-        word_perplexity = exp(-sum log p / words),   bits_per_byte = -sum log p / (bytes ln 2)
+        word_cross_entropy = -sum log p / words,   word_perplexity = exp(-sum log p / words)
+        byte_perplexity = exp(-sum log p / bytes),   bits_per_byte = -sum log p / (bytes ln 2)
 
     Sums are over all documents; intervals over documents, so not defined for a text of one.
 
@@ -167,11 +206,12 @@ def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> Text
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(documents)]
     nats = [-log_likelihood for log_likelihood in scorer.loglikelihood_rolling(requests, disable_tqdm=True)]
     words = [len(re.split(r"\s+", text)) for text in documents]
-    per_word = measure_ratio(name, "word_perplexity", nats, words)
-    per_byte = measure_ratio(name, "byte_perplexity", nats, [len(text.encode()) for text in documents])
+    per_word = measure_ratio(name, "word_cross_entropy", nats, words)
+    per_byte = measure_ratio(name, "byte_cross_entropy", nats, [len(text.encode()) for text in documents])
     measurements = [
-        transform(per_word, "word_perplexity", math.exp),
-        transform(per_byte, "byte_perplexity", math.exp),
+        per_word,
+        *exponentiate(per_word, "word_perplexity"),
+        *exponentiate(per_byte, "byte_perplexity"),
         transform(per_byte, "bits_per_byte", lambda x: x / math.log(2)),
     ]
     return TextScores(measurements, [])
@@ -215,7 +255,7 @@ def _iterate_windows(
     done = 0
     while done < count:
         rows = slice(done, min(count, done + max(1, budget.tokens // length)))
-        result = budget.attempt(rows.stop - rows.start, functools.partial(function, rows))
+        result = budget.attempt(functools.partial(function, rows), can_split=rows.stop - rows.start > 1)
         if result is not None:
             yield rows, result
             done = rows.stop

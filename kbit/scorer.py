@@ -38,6 +38,9 @@ PREFIX_SHARING: Final = frozenset(
 # A batch size counts sequences of this many tokens. On a CPU 32 of them (1,024 tokens) keep activations in its caches:
 # eight times as many cost a third more time; a GPU wants many more at once.
 TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}
+# A row of several sequences has at most so many tokens: its attention mask grows with their square, 4 bytes a pair of
+# tokens in float32 and 4 of truth values while it is made, 130 MB.
+LONGEST_SHARED_ROW: Final = 4096
 _PROBE: Final = 8  # tokens
 
 
@@ -45,11 +48,17 @@ class NonFiniteError(ArithmeticError):
     """The model gave a NaN or infinite log-likelihood: whatever follows from it is not a measurement."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layout:
-    """The requests of one call as rows, and what of them is recorded."""
+    """The requests of one call as rows, and what of them is recorded.
+
+    Attributes:
+        rows: of no more than row_limit tokens, see Scorer._limit_rows; made anew when the limit changes.
+    """
 
     requests: list[Request]
+    queries: list[Query]
+    row_limit: int
     rows: list[Row]
     truncated: int
     first_tokens: tuple[int, ...]
@@ -88,7 +97,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.truncated = 0
         self.first_tokens: tuple[int, ...] = ()
         self._layouts: dict[tuple[tuple[str, str], ...], _Layout] = {}
-        self._last_layout = _Layout([], [], 0, ())
+        self._last_layout = _Layout([], [], 0, [], 0, ())
 
     def set_batch_size(self, batch_size: int) -> None:
         """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one."""
@@ -127,22 +136,38 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         for request, query in zip(requests, queries, strict=True):
             if not query.targets:
                 raise ValueError(f"request {request[0]!r} has no token to score")
-        alone = [Row(len(query.tokens), [query]) for query in queries]
-        rows = order_rows(share_prefixes(queries, longest) if self.path == "prefix sharing" else alone)
         truncated = sum(len(c) + len(k) > longest + 1 for _, c, k in requests)
         first = (*queries[0].tokens, queries[0].targets[-1]) if queries else ()
-        return _Layout(requests, rows, truncated, first)
+        return _Layout(requests, queries, self._limit_rows(queries), self._arrange(queries), truncated, first)
+
+    def _limit_rows(self, queries: list[Query]) -> int:
+        """Return how long a row of several queries may be: the budget, or twice the longest query, which has to fit.
+
+        Halved with the budget when memory runs out.
+        """
+        halvings = self.budget.halvings
+        needed = 2 * max((len(query.tokens) for query in queries), default=0) >> halvings
+        return min(min(self.max_length, LONGEST_SHARED_ROW) >> halvings, max(self.budget.tokens, needed))
+
+    def _arrange(self, queries: list[Query]) -> list[Row]:
+        if self.path == "prefix sharing":
+            return order_rows(share_prefixes(queries, self._limit_rows(queries)))
+        return order_rows([Row(len(query.tokens), [query]) for query in queries])
 
     def _score(self, layout: _Layout) -> list[tuple[float, bool]]:
-        """Score a layout's rows batch by batch, smaller ones when memory runs out."""
+        """Score a layout's rows batch by batch; when memory runs out, smaller batches of shorter rows."""
+        if layout.row_limit != (limit := self._limit_rows(layout.queries)):
+            layout.row_limit, layout.rows = limit, self._arrange(layout.queries)
         self.truncated += layout.truncated
         self.first_tokens = layout.first_tokens
         results: list[tuple[float, bool]] = [(0.0, False)] * len(layout.requests)
-        done = 0
-        while done < len(layout.rows):
-            rows = take_batch(layout.rows, done, self.budget.tokens)
-            scores = self.budget.attempt(len(rows), functools.partial(self._score_rows, rows))
+        todo, done = layout.rows, 0
+        while done < len(todo):
+            rows = take_batch(todo, done, self.budget.tokens)
+            can_split = len(rows) > 1 or rows[0].can_split
+            scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
             if scores is None:
+                todo, done = self._arrange([query for row in todo[done:] for query in row.queries]), 0
                 continue
             done += len(rows)
             for index, log_likelihood, greedy in scores:

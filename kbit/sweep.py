@@ -71,7 +71,8 @@ def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retr
     failed = {path.stem for path in (root / "failures").glob("*.json")} & distinct.keys() - done
     skip = done if retry_failed else done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
-    to_run.sort(key=lambda e: (-_weight_bytes(e.model.name), e.model.name, e.model.dtype))
+    # a worker keeps one model, and of the 16-bit model the states on one text
+    to_run.sort(key=lambda e: (-_weight_bytes(e.model.name), e.model.name, e.model.dtype, e.eval.perplexity or ""))
     failed_count = 0 if retry_failed else len(failed)
     return Plan(len(experiments), tuple(distinct.values()), len(done), failed_count, tuple(to_run))
 
@@ -110,7 +111,7 @@ class Worker:
         from kbit.experiment import Session
 
         try:
-            if self._session is None or self._session.config != experiment.model:
+            if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
                 self._session = Session(experiment.model, self._device)
             self._store.write(self._session.run(experiment))

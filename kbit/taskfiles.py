@@ -37,13 +37,14 @@ def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
     own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
     if not own & set(names):
         return sorted(names)
-    folder_hash = _hash_files(sorted(path for path in Path(task_path).resolve().rglob("*") if path.is_file()))
+    digest = hashlib.sha256()
+    for path in list_task_files(task_path):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    folder_hash = digest.hexdigest()[:16]
     return sorted(f"{name}@{folder_hash}" if name in own else name for name in names)
 
 
-def _hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        if "__pycache__" not in path.parts:
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+def list_task_files(folder: str | Path) -> list[Path]:
+    """Return the files that identify a folder of tasks: all in it, but not in folders that it links to."""
+    paths = (path for path in Path(folder).resolve().rglob("*") if "__pycache__" not in path.parts)
+    return sorted(path for path in paths if path.is_file())

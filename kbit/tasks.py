@@ -23,8 +23,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # private, but the only reader of `include` and `!function`
 
-from kbit.taskfiles import find_local_tasks
-from kbit.textdata import read_bytes, read_json_lines
+from kbit.taskfiles import EMBEDDED_TASKS, find_local_tasks, list_task_files
+from kbit.textdata import parse_json_lines, read_bytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
         if name not in manager.all_tasks:
             here = ", ".join(sorted(local))
             raise ValueError(f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own")
-    return [_load_local(name, local[name]) if name in local else _load_hub(name, manager, name) for name in names]
+    return [
+        _load_local(name, local[name], task_path) if name in local else _load_hub(name, manager, name) for name in names
+    ]
 
 
 @functools.cache
@@ -75,10 +77,11 @@ def _make_manager(*, include_defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _load_local(name: str, yaml_path: Path) -> LoadedTask:
+def _load_local(name: str, yaml_path: Path, task_path: str | None) -> LoadedTask:
     """Load a task from its YAML; JSON data files are read here, through lm-eval's custom_dataset hook."""
+    read: set[Path] = set()
     with errors_named(str(yaml_path)):
-        config = load_yaml(yaml_path)
+        config = load_yaml(yaml_path, _seen=read)
     if config.get("dataset_path") != "json":
         return _load_hub(name, _make_manager(include_defaults=False), config)
     digest = hashlib.sha256()
@@ -89,9 +92,11 @@ def _load_local(name: str, yaml_path: Path) -> LoadedTask:
         for split, files in _split_files(data_files).items():
             rows = []
             for path in (yaml_path.parent / file for file in files):
-                digest.update(read_bytes(path))
+                content = read_bytes(path)
+                read.add(path.resolve())
+                digest.update(content)
                 sources.append(path.name)
-                rows += read_json_lines(path)
+                rows += parse_json_lines(content, path)
             splits[split] = datasets.Dataset.from_list(rows)
         return datasets.DatasetDict(splits)
 
@@ -100,7 +105,17 @@ def _load_local(name: str, yaml_path: Path) -> LoadedTask:
         metrics = [*metrics, {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
     with errors_named(str(yaml_path)):
         task = ConfigurableTask(config=config | {"custom_dataset": read_splits, "metric_list": metrics})
+        if task_path is not None and EMBEDDED_TASKS not in yaml_path.parents:
+            _check_within(read, task_path)
     return LoadedTask(name, task, str(yaml_path), str(task.VERSION), ", ".join(sources), digest.hexdigest(), "")
+
+
+def _check_within(read: set[Path], task_path: str) -> None:
+    """Raise ValueError if a task needs a file beside its folder, by whose content results are known."""
+    if outside := sorted(read - {path.resolve() for path in list_task_files(task_path)}):
+        raise ValueError(
+            f"{outside[0]} is not in eval.task_path={task_path}, where alone a change is noticed: copy it there"
+        )
 
 
 def _split_files(data_files: Any) -> dict[str, list[str]]:

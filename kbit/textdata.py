@@ -51,9 +51,18 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line that is not a JSON object, with its number.
     """
+    return parse_json_lines(read_bytes(path), path)
+
+
+def parse_json_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """Return one dictionary for each non-empty line of what was read from a file.
+
+    Raises:
+        ValueError: see read_json_lines.
+    """
     rows = []
     # not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends
-    for number, line in enumerate(read_bytes(path).decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -79,24 +88,54 @@ def read_documents(name: str) -> tuple[list[str], str]:
     """
     path = locate_text(name)
     if path is None:
-        return list(load_hub_text(name)), hashlib.sha256("\n".join(load_hub_text(name)).encode()).hexdigest()
-    digest = hashlib.sha256(read_bytes(path)).hexdigest()
+        documents = load_hub_text(name)
+        return list(documents), hashlib.sha256("\n".join(documents).encode()).hexdigest()
+    content = read_bytes(path)  # once, so that the hash is of what is returned
+    digest = hashlib.sha256(content).hexdigest()
     if ".jsonl" not in path.suffixes:
-        return [read_bytes(path).decode("utf-8")], digest
-    rows = read_json_lines(path)
+        return [content.decode("utf-8")], digest
+    rows = parse_json_lines(content, path)
     if missing := [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("text"), str)]:
         raise ValueError(f"{path.resolve()}: record {missing[0]} has no field 'text'")
     return [row["text"] for row in rows], digest
 
 
 def identify_text(name: str) -> str:
-    """Return what names a text wherever it lies: an embedded or hub text's name, the sha256 of a file's content."""
+    """Return what names a text wherever it lies: an embedded or hub text's name, the sha256 of a file's content.
+
+    A file with the documents of an embedded text, at any path, is that text. JSON lines are marked, as the same bytes
+    in a .txt file would be one document.
+    """
     path = locate_text(name)
-    return name if path is None or path.parent == EMBEDDED_TEXTS else _hash_file(path, path.stat().st_mtime_ns)
+    return name if path is None or name in _list_embedded() else name_content(name, hash_file(path))
+
+
+def name_content(name: str, sha256: str) -> str:
+    """Return what names the text of this name if its content has this hash, see identify_text."""
+    path = locate_text(name)
+    if path is None:
+        return name
+    return _name_embedded().get(sha256, f"{sha256}.jsonl") if ".jsonl" in path.suffixes else sha256
+
+
+def _list_embedded() -> dict[str, Path]:
+    return {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
+
+
+@functools.cache
+def _name_embedded() -> dict[str, str]:
+    """Return the name of each embedded text by the hash of its content; they are as installed, so once."""
+    return {hash_file(path): name for name, path in _list_embedded().items()}
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's uncompressed content; computed again if the file has changed."""
+    state = path.stat()  # an editor may keep the size, and `cp -p` the time of modification, but not that of the change
+    return _hash_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _hash_file(path: Path, _modified: int) -> str:
+def _hash_state(path: Path, *_state: int) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
@@ -108,7 +147,7 @@ def locate_text(name: str) -> Path | None:
     Raises:
         FileNotFoundError: none of them.
     """
-    embedded = {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
+    embedded = _list_embedded()
     path = embedded.get(name, Path(name))
     if path.is_file():
         return path

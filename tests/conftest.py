@@ -61,7 +61,7 @@ def build_tiny() -> Callable[..., Any]:
     def build(architecture: str, *, vocab_size: int = 259, seed: int = 0, **fields: Any) -> Any:
         class_name, sizes = TINY[architecture]
         special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-        config = getattr(transformers, class_name)(vocab_size=vocab_size, **sizes, **special, **fields)
+        config = getattr(transformers, class_name)(vocab_size=vocab_size, **(sizes | special | fields))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

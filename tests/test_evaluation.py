@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,17 @@ from kbit.measurement import decode_items
 from kbit.models import load_model
 from kbit.scorer import NonFiniteError, Scorer
 from kbit.tasks import load_tasks
+
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: text.jsonl}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+"""
 
 
 class Oracle(Scorer):
@@ -47,6 +59,18 @@ def test_a_nan_weight_gives_an_error_and_no_accuracy(
         model.gpt_neox.layers[1].mlp.dense_4h_to_h.bias[3] = float("nan")
     with pytest.raises(NonFiniteError, match="log-likelihood nan"):
         evaluate(model, tokenizer, tasks, limit=2)
+
+
+@pytest.mark.parametrize("task", ["nano_cloze", "rolling"])
+def test_a_perplexity_beyond_float64_costs_no_other_number(tmp_path: Path, task: str) -> None:
+    loaded = load_model("nano-neox-98k")
+    (tmp_path / "rolling.yaml").write_text(ROLLING)
+    (tmp_path / "text.jsonl").write_text('{"text": "one mouse"}\n{"text": "two mice"}\n')
+    oracle = Oracle(loaded.model, loaded.tokenizer)
+    oracle.prefers = -6000.0  # nats, of the second request
+    [prepared] = [prepare_task(one, 2) for one in load_tasks([task], str(tmp_path))]
+    metrics = {m.metric for m in score_tasks(oracle, [prepared]).measurements}
+    assert metrics == ({"acc"} if task == "nano_cloze" else {"byte_perplexity"})
 
 
 @pytest.mark.parametrize(("prefers", "accuracy"), [(-1.0, 1.0), (1.0, 0.0)])

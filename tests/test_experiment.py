@@ -223,7 +223,12 @@ def test_rolling_perplexity_is_the_whole_texts(session: Session, tmp_path: Path)
     path = tmp_path / "two.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["one small mouse", "two mice sat down"]))
     result = session.run(Experiment(SMALL, NF4, EvalConfig(tasks=(), perplexity=str(path), perplexity_kind="rolling")))
-    assert [m.metric for m in result.measurements] == ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+    assert [m.metric for m in result.measurements] == [
+        "word_cross_entropy",
+        "word_perplexity",
+        "byte_perplexity",
+        "bits_per_byte",
+    ]
     assert result.text is not None
     assert (result.text.windows, result.text.window_length) == (2, 0)
 

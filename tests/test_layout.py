@@ -99,6 +99,15 @@ def test_a_row_does_not_grow_beyond_the_context() -> None:
     assert max(row.length for row in rows) == LONGEST
 
 
+@given(sequences, st.integers(0, 24))
+def test_no_row_is_longer_than_allowed_or_than_its_longest_query(texts: list[list[int]], longest: int) -> None:
+    rows = share_prefixes(make_queries(texts), longest)
+    assert all(row.length <= longest for row in rows if row.can_split)
+    assert sorted(q.index for row in rows for q in row.queries) == list(range(len(texts)))
+    if longest == 0:
+        assert not any(row.can_split for row in rows)
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_padding_changes_nothing_but_its_own_columns(padding: int) -> None:
     row = Row(2, [Query(0, [1, 2, 3], [4]), Query(1, [1, 2, 5, 6], [7])])

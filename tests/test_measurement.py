@@ -16,6 +16,7 @@ from kbit.measurement import (
     Measurement,
     decode_items,
     encode_items,
+    exponentiate,
     mean_accuracy,
     measure_accuracy,
     measure_mean,
@@ -109,6 +110,16 @@ def test_a_transformed_measurement_keeps_its_task_and_count() -> None:
 
 def test_a_missing_interval_stays_missing_when_transformed() -> None:
     assert math.isnan(transform(measure_mean("text", "cross_entropy", [1.0]), "perplexity", math.exp).low)
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "left"), [(2.0, 3.0, 1), (709.7, 709.7, 1), (709.8, 709.8, 0), (700.0, 720.0, 0)]
+)
+def test_a_perplexity_beyond_float64_is_left_out(value: float, high: float, left: int) -> None:
+    """The largest float64 is exp(709.783)."""
+    perplexities = exponentiate(Measurement("text", "cross_entropy", value, 1.0, high, 8), "perplexity")
+    assert [m.metric for m in perplexities] == ["perplexity"] * left
+    assert all((m.value, m.high) == (math.exp(value), math.exp(high)) for m in perplexities)
 
 
 def test_the_mean_accuracy_adds_the_distances_in_squares() -> None:

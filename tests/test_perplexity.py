@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import errno
 import gzip
 import json
 import lzma
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +178,36 @@ def test_the_distance_from_a_reference_does_not_depend_on_the_batch(
     assert divergence.low < divergence.value < divergence.high
 
 
+def test_states_that_find_no_space_are_an_error_before_any_work(
+    nano: LoadedModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    endless = dataclasses.replace(windows, tokens=torch.zeros(1, dtype=torch.long).expand(2**33, CONTEXT))
+    size = f"{2**33 * (CONTEXT - 1) * 64 * 4:,}"  # windows, tokens, hidden size, float32: 560 terabytes
+    free = f"{shutil.disk_usage(tmp_path).free:,}"[:3]
+    with pytest.raises(OSError, match=rf"take {size} bytes in {tmp_path}, of which {free}[0-9,]* are free \(No space"):
+        compute_reference(nano.model, endless, TokenBudget(CONTEXT))
+    assert not any(tmp_path.iterdir())
+
+
+def test_space_that_another_process_takes_first_is_the_same_error(
+    nano: LoadedModel, windows: Windows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", take, raising=False)
+    with pytest.raises(OSError, match=rf"take {8 * (CONTEXT - 1) * 64 * 4:,} bytes .*No space left on device"):
+        compute_reference(nano.model, windows, TokenBudget(CONTEXT))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no space")
+def test_the_space_is_taken_and_not_only_named() -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        kbit.perplexity._reserve(file, 2**20)
+        assert os.fstat(file.fileno()).st_size == 2**20 <= 512 * os.fstat(file.fileno()).st_blocks
+
+
 def test_a_model_whose_head_is_not_its_last_step_is_measured_on_its_own_logits(
     build_tiny: Build, windows: Windows
 ) -> None:
@@ -216,11 +250,41 @@ def test_rolling_perplexity_is_lm_evals(tmp_path: Path, nano: LoadedModel) -> No
         task_manager=TaskManager(include_defaults=False),
         bootstrap_iters=0,
     )["results"]["rolling"]
+    per_word = mine.pop("word_cross_entropy")
+    assert math.exp(per_word.value) == pytest.approx(mine["word_perplexity"].value)
     for metric, m in mine.items():
         assert m.value == pytest.approx(theirs[f"{metric},none"], rel=1e-4)
         assert m.low < m.value < m.high
         assert m.n == 3
     assert set(mine) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+
+
+def test_a_text_without_spaces_keeps_its_cross_entropy(nano: LoadedModel) -> None:
+    """One "word" of 400 tokens: its perplexity is beyond float64."""
+    measured = measure_rolling(Scorer(nano.model, nano.tokenizer), "text", ["mouse" * 200, "clock" * 200]).measurements
+    by_metric = {m.metric: m for m in measured}
+    assert set(by_metric) == {"word_cross_entropy", "byte_perplexity", "bits_per_byte"}
+    assert 709.8 < by_metric["word_cross_entropy"].value < math.inf
+    assert by_metric["bits_per_byte"].value == pytest.approx(by_metric["word_cross_entropy"].value / 1000 / math.log(2))
+
+
+def test_a_model_that_loses_more_than_exp_can_say_keeps_its_loss(build_tiny: Build, windows: Windows) -> None:
+    model = build_tiny("llama", vocab_size=1024)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    nats, bits, *others = measure_cross_entropy(model, windows, TokenBudget(8 * CONTEXT)).measurements
+    assert 709.8 < nats.value < math.inf
+    assert bits.metric == "bits_per_byte"
+    assert others == []
+
+
+def test_a_divergence_that_is_not_finite_is_an_error_and_no_number(build_tiny: Build, windows: Windows) -> None:
+    """The 16-bit model may be the broken one: the model's own loss is finite then."""
+    model = build_tiny("llama", vocab_size=1024)
+    hidden = compute_reference(model, windows, TokenBudget(CONTEXT))
+    hidden[3, 5, 7] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"kl divergence on 'nano_held_out' is not finite"):
+        measure_cross_entropy(model, windows, TokenBudget(CONTEXT), Reference(hidden, model.lm_head))
 
 
 def test_a_single_window_has_no_interval(nano: LoadedModel, tokenizer: Any) -> None:

@@ -289,6 +289,52 @@ def test_when_memory_runs_out_batches_are_halved(
         score(scorer, some)
 
 
+def few_shot_requests(count: int) -> list[Any]:
+    """Items behind one long common beginning, as in a few-shot task, two answers each."""
+    common = "Once upon a time there was a little girl who lived near the wood. " * 12
+    return [ask(f"{common}Item {i}:", answer) for i in range(count) for answer in (" a small red house", " no")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 1024])
+def test_a_long_context_makes_no_long_rows(build_tiny: Build, tokenizer: Any, batch_size: int) -> None:
+    model = build_tiny("llama", vocab_size=1024, max_position_embeddings=32_768)
+    requests = few_shot_requests(400)  # one row would have some 5,000 tokens
+    scorer = Scorer(model, tokenizer, batch_size=batch_size)
+    scores = score(scorer, requests)
+    rows = scorer._last_layout.rows
+    longest = max(len(query.tokens) for row in rows for query in row.queries)
+    assert 200 < longest < max(row.length for row in rows)  # contexts are shared all the same
+    assert max(row.length for row in rows) <= min(4096, max(scorer.budget.tokens, 2 * longest))
+    some = slice(0, 800, 40)
+    assert largest_difference(scores[some], score(reference(model, tokenizer), requests[some])) < TOLERANCE
+
+
+def test_when_memory_runs_out_over_one_row_it_is_laid_out_again(
+    build_tiny: Build, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for a mask of 600 x 600 tokens: halving the budget is of no use as long as the rows stay."""
+    model = build_tiny("gpt_neox", vocab_size=1024, max_position_embeddings=4096)
+    requests = few_shot_requests(40)
+    expected = score(reference(model, tokenizer), requests)
+    trunk = model.base_model.forward
+
+    def with_little_memory(tokens: torch.Tensor, attention_mask: torch.Tensor | None = None, **arguments: Any) -> Any:
+        if attention_mask is not None and attention_mask.numel() > 600**2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trunk(tokens, attention_mask=attention_mask, **arguments)
+
+    monkeypatch.setattr(model.base_model, "forward", with_little_memory)
+    scorer = Scorer(model, tokenizer)
+    assert largest_difference(score(scorer, requests), expected) < TOLERANCE
+    halvings = scorer.budget.halvings
+    assert halvings >= 1
+    assert largest_difference(score(scorer, requests), expected) < TOLERANCE
+    assert scorer.budget.halvings == halvings  # the rows are short from the start now
+    monkeypatch.setattr(model.base_model, "forward", _raise(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(MemoryError, match="not even one sequence fits"):
+        score(scorer, requests)
+
+
 def _raise(error: Exception) -> Callable[..., Any]:
     def forward(*_: Any, **__: Any) -> Any:
         raise error

@@ -101,6 +101,18 @@ def test_plan_tries_failed_ones_again_if_asked(tmp_path: Path) -> None:
     assert plan.describe() == "1 asked, 1 distinct, 0 done, 1 to run"
 
 
+def test_plan_puts_experiments_on_one_text_together(tmp_path: Path) -> None:
+    """A worker keeps the 16-bit model's states on one text only."""
+    asked = []
+    for bits in (3, 4):
+        for text in ("a.txt", "b.txt"):
+            (tmp_path / text).write_text(text)
+            evaluation = dataclasses.replace(SMALL, perplexity=str(tmp_path / text))
+            asked.append(dataclasses.replace(make_experiment(bits), eval=evaluation))
+    planned = [Path(str(e.eval.perplexity)).name for e in make_plan(asked, tmp_path / "none").to_run]
+    assert planned == ["a.txt", "a.txt", "b.txt", "b.txt"]
+
+
 def test_plan_does_not_count_a_failure_that_has_a_result_since(tmp_path: Path) -> None:
     done = make_experiment(4)
     for kind in ("experiments", "failures"):

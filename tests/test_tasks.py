@@ -19,7 +19,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import kbit.tasks
 from kbit.evaluation import prepare_task
-from kbit.taskfiles import EMBEDDED_TASKS, find_local_tasks
+from kbit.taskfiles import EMBEDDED_TASKS, find_local_tasks, identify_tasks
 from kbit.tasks import load_tasks
 from kbit.textdata import read_bytes, read_json_lines
 
@@ -165,6 +165,34 @@ def test_a_yaml_may_include_another(tmp_path: Path) -> None:
     (folder / "_base.yaml").write_text(shared_part)
     (folder / "my_task.yaml").write_text("include: _base.yaml\ntask: my_task\n")
     assert len(prepare_task(load_tasks(["my_task"], str(folder))[0]).instances) == 4
+
+
+@pytest.mark.parametrize("outside", ["data", "include", "link"])
+def test_a_file_beside_the_folder_is_refused_as_no_key_would_know_it(tmp_path: Path, outside: str) -> None:
+    folder = Path(write_task(tmp_path / "tasks", "d.jsonl", ROWS))
+    if outside == "data":
+        shutil.move(folder / "rows" / "d.jsonl", tmp_path / "d.jsonl")
+        rewrite(str(folder), ("rows/d.jsonl", "../d.jsonl"))
+    elif outside == "include":
+        shutil.move(folder / "my_task.yaml", tmp_path / "base.yaml")
+        shutil.move(folder / "rows", tmp_path / "rows")
+        (folder / "my_task.yaml").write_text("include: ../base.yaml\ntask: my_task\n")
+        shutil.copytree(tmp_path / "rows", folder / "rows")
+    else:
+        shutil.move(folder / "rows", tmp_path / "rows")
+        (folder / "rows").symlink_to(tmp_path / "rows")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/[a-z/]*\.(jsonl|yaml) is not in eval\.task_path={folder}"):
+        load_tasks(["my_task"], str(folder))
+
+
+def test_a_linked_file_counts_by_its_content(tmp_path: Path) -> None:
+    folder = Path(write_task(tmp_path / "tasks", "d.jsonl", None))
+    (tmp_path / "far.jsonl").write_bytes(ROWS)
+    (folder / "rows" / "d.jsonl").symlink_to(tmp_path / "far.jsonl")
+    before = identify_tasks(["my_task"], str(folder))
+    assert load_tasks(["my_task"], str(folder))[0].sha256 == sha256(ROWS).hexdigest()
+    (tmp_path / "far.jsonl").write_bytes(ROWS[:-1])
+    assert identify_tasks(["my_task"], str(folder)) != before
 
 
 def test_missing_data_is_an_error_with_the_absolute_path(tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""A session outlives edits of the files that it reads: no result holds numbers of one content under another's key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kbit.experiment
+import kbit.perplexity
+from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.experiment import Result, Session
+from kbit.families import locate_model
+from kbit.store import Store, read_failures, read_results
+from kbit.sweep import Worker
+
+SMALL, NF4 = ModelConfig("nano-neox-98k"), QuantConfig(bits=4, data_type="nf")
+STORIES = ("Once there was a mouse who lived in a clock. " * 60, "The ship went down with all hands and no bell. " * 60)
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "The mouse ran"
+doc_to_choice: [" away", " xylophone"]
+doc_to_target: gold
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session(SMALL)
+
+
+def write_text(path: Path, story: str) -> None:
+    path.write_text(json.dumps({"text": story}) + "\n")
+
+
+def of_text(path: Path, kind: str = "windows") -> Experiment:
+    return Experiment(SMALL, NF4, EvalConfig((), perplexity=str(path), perplexity_windows=2, perplexity_kind=kind))
+
+
+def write_tasks(folder: Path, gold: int) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.yaml").write_text(TASK)
+    (folder / "rows.jsonl").write_text(json.dumps({"gold": gold}) + "\n")
+
+
+def of_tasks(folder: Path) -> Experiment:
+    return Experiment(SMALL, NF4, EvalConfig(("mine",), perplexity=None, task_path=str(folder)))
+
+
+def values(result: Result) -> list[float]:
+    return [m.value for m in result.measurements]
+
+
+@pytest.mark.parametrize("kind", ["windows", "rolling"])
+def test_a_text_that_is_edited_is_measured_again(session: Session, tmp_path: Path, kind: str) -> None:
+    path, results = tmp_path / "story.jsonl", []
+    for story in (*STORIES, STORIES[0]):
+        write_text(path, story)
+        results.append(session.run(of_text(path, kind)))
+    first, second, third = results
+    assert first.key == third.key != second.key
+    assert values(first) == values(third) != values(second)
+    write_text(path, STORIES[1])
+    assert values(second) == values(Session(SMALL).run(of_text(path, kind)))
+
+
+def test_a_task_whose_rows_are_edited_is_asked_again(session: Session, tmp_path: Path) -> None:
+    accuracies, keys = [], []
+    for gold in (0, 1, 0):
+        write_tasks(tmp_path, gold)
+        result = session.run(of_tasks(tmp_path))
+        accuracies.append(values(result))
+        keys.append(result.key)
+    assert accuracies == [[1.0], [0.0], [1.0]]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_two_texts_of_one_content_are_each_measured_by_their_own_name(session: Session, tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("one.jsonl", "two.jsonl")]
+    for name in names:
+        write_text(Path(name), STORIES[0])
+    results = [session.run(of_text(Path(name))) for name in names]
+    assert values(results[0]) == values(results[1])
+    assert results[0].key == results[1].key
+    assert [{m.task for m in result.measurements} for result in results] == [{name} for name in names]
+
+
+def test_the_states_of_an_earlier_text_are_dropped(session: Session, tmp_path: Path) -> None:
+    """They are gigabytes of a temporary folder, once for each text of a study if they stay."""
+    held = []
+    for number in range(3):
+        write_text(tmp_path / f"{number}.jsonl", STORIES[0])
+        session.run(of_text(tmp_path / f"{number}.jsonl"))
+        assert session._hidden is not None
+        held.append(weakref.ref(session._hidden[1]))
+    assert [states() is None for states in held] == [True, True, False]
+
+
+def test_the_states_of_one_text_are_computed_once(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text(tmp_path / "once.jsonl", STORIES[0])
+    computed: list[object] = []
+    original = kbit.experiment.compute_reference
+    monkeypatch.setattr(kbit.experiment, "compute_reference", lambda *given: computed.append(given) or original(*given))
+    for bits in (3, 4, 16):
+        session.run(dataclasses.replace(of_text(tmp_path / "once.jsonl"), quant=QuantConfig(bits=bits)))
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize("what", ["text", "tasks"])
+def test_a_file_edited_after_planning_is_an_error(session: Session, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "data"
+    if what == "text":
+        write_text(path, STORIES[0])
+        experiment, planned = of_text(path), of_text(path).key
+        assert experiment.key == planned
+        write_text(path, STORIES[1])
+    else:
+        write_tasks(path, 0)
+        experiment = of_tasks(path)
+        planned = experiment.key
+        write_tasks(path, 1)
+    with pytest.raises(ValueError, match=f"{path}.* has changed since {planned} was planned"):
+        session.run(experiment)
+
+
+def edit_before(
+    monkeypatch: pytest.MonkeyPatch, module: Any, function: str, edit: Callable[[], None], *, after: bool = False
+) -> None:
+    """Let a file be edited just before (or after) the function has read it, the first time."""
+    original, edits = getattr(module, function), iter([edit])
+
+    def edited(*arguments: Any, **more: Any) -> Any:
+        if after:
+            done = original(*arguments, **more)
+            next(edits, lambda: None)()
+            return done
+        next(edits, lambda: None)()
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(module, function, edited)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), [("windows", kbit.perplexity), ("rolling", kbit.experiment)], ids=["windows", "rolling"]
+)
+def test_a_text_edited_while_it_is_read_is_an_error_and_not_kept(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: Any
+) -> None:
+    path = tmp_path / "story.jsonl"
+    write_text(path, STORIES[0])
+    edit_before(monkeypatch, module, "read_documents", lambda: write_text(path, STORIES[1]))
+    with pytest.raises(ValueError, match=f"{path} was changed while it was read"):
+        session.run(of_text(path, kind))
+    write_text(path, STORIES[0])
+    assert values(session.run(of_text(path, kind))) == values(Session(SMALL).run(of_text(path, kind)))
+
+
+def test_a_task_edited_while_it_is_read_is_an_error_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(SMALL)  # which has not read these rows yet
+    write_tasks(tmp_path, 0)
+    edit_before(monkeypatch, kbit.experiment, "load_tasks", lambda: write_tasks(tmp_path, 1))
+    with pytest.raises(ValueError, match=f"{tmp_path} was changed while it was read"):
+        session.run(of_tasks(tmp_path))
+    write_tasks(tmp_path, 0)
+    assert values(session.run(of_tasks(tmp_path))) == [1.0]
+
+
+def copy_model(folder: Path, name: str) -> None:
+    shutil.copytree(locate_model(name), folder, dirs_exist_ok=True)
+
+
+def test_a_model_whose_files_are_replaced_is_loaded_again(tmp_path: Path) -> None:
+    text = EvalConfig((), perplexity_windows=1)
+    folder = tmp_path / "model"
+    worker = Worker(str(tmp_path / "results"), "cpu")
+    for name in ("nano-neox-98k", "nano-neox-332k"):
+        copy_model(folder, name)
+        assert worker.run(Experiment(ModelConfig(str(folder)), NF4, text)).error == ""
+    table = read_results(tmp_path / "results")
+    assert set(table["parameters"]) == {231_168, 532_320}  # of their model cards
+
+
+def test_a_session_of_a_model_whose_files_are_replaced_refuses(tmp_path: Path) -> None:
+    copy_model(tmp_path / "model", "nano-neox-98k")
+    model = ModelConfig(str(tmp_path / "model"))
+    session = Session(model)
+    copy_model(tmp_path / "model", "nano-neox-332k")
+    with pytest.raises(ValueError, match="this session holds"):
+        session.run(Experiment(model, NF4, EvalConfig((), perplexity_windows=1)))
+
+
+def test_a_model_replaced_while_it_is_loaded_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_model(tmp_path / "model", "nano-neox-98k")
+    edit_before(
+        monkeypatch, kbit.experiment, "load_model", lambda: copy_model(tmp_path / "model", "nano-neox-332k"), after=True
+    )
+    with pytest.raises(ValueError, match="model was changed while it was read"):
+        Session(ModelConfig(str(tmp_path / "model")))
+
+
+def test_the_reason_is_in_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "story.jsonl"
+    write_text(path, STORIES[0])
+    experiment = of_text(path)
+    assert experiment.key
+    write_text(path, STORIES[1])
+    outcome = Worker(str(tmp_path / "results"), "cpu").run(experiment)
+    assert "has changed since" in outcome.error
+    assert Store(tmp_path / "results").finished_keys() == set()
+    assert read_failures(tmp_path / "results")["reason"].str.contains("has changed since").all()
