@@ -1,7 +1,11 @@
-"""The paper's claims, tested on the curves at hand, each with its margin and a 95% interval.
+"""The paper's claims, tested on the curves at hand, each with its lead and a 95% interval.
 
-Two forms cover them all. "k-bit is optimal": at equal total bits, is precision k the best (Trial)? And "this is better
-than that": one group of curves against another at equal total bits (Contrast).
+A lead is positive where the first named is better: higher accuracy, or lower loss. A verdict follows from the interval
+alone: a claim holds where all of it speaks for the claim, does not hold where all of it speaks against it, and is
+undecided where it contains both.
+
+Two forms cover all claims. "k-bit is optimal": at equal total bits, is precision k the best (Trial)? And "this is
+better than that": one group of curves against another at equal total bits (Contrast).
 
 Only budgets that every quantized curve reaches count (curves.shared_budgets): above the family's largest model in 3 bit
 a wider precision would win by default, because there is no larger model.
@@ -25,6 +29,7 @@ from kbit.analysis.curves import (
     Floats,
     Measure,
     find_cross_entropy,
+    name_variant,
     precision_curves,
     shared_budgets,
     split_variants,
@@ -34,15 +39,20 @@ from kbit.analysis.frontier import Draws, best_chances, draw_values, mean_interv
 from kbit.analysis.selections import rank_setting
 
 CLAIMED_BITS: Final = 4
-HOLDS: Final = 0.9  # "almost universally": at nine budgets in ten or more
-HOLDS_MOSTLY: Final = 0.5  # at more budgets than not
 SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
 NEGLIGIBLE: Final = {True: 0.005, False: 0.01}  # "no gain": half a point of accuracy, a hundredth of a nat
+NAMED: Final = 6  # panels that a sentence names, each with its lead
 MOST_VARIANTS: Final = 4  # a table that is read; --where shows others
-GRADES: Final = ("holds", "mostly holds", "does not hold", "cannot be told", "is not tested")
+GRADES: Final = ("holds", "does not hold", "undecided", "not tested")
+SIGN: Final = "A lead above 0 is better: higher accuracy, lower cross entropy."
 
 Expectation = Literal["better", "worse", "no better"]
 Split = Callable[[str, Sequence[str]], tuple[Sequence[str], Sequence[str]]]
+
+
+def grade_interval(low: float, high: float) -> str:
+    """Return the verdict on "x > 0" of a 95% interval of x; without an interval (NaN) nothing is decided."""
+    return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
 
 
 @dataclass(frozen=True)
@@ -72,14 +82,8 @@ class Trial:
 
     @property
     def grade(self) -> str:
-        """One of GRADES."""
-        if np.isnan(self.share):
-            return "is not tested"
-        if self.low <= 0 <= self.high and not self.ahead and not self.behind:
-            return "cannot be told"
-        if self.share >= HOLDS:
-            return "holds"
-        return "mostly holds" if self.share > HOLDS_MOSTLY else "does not hold"
+        """One of GRADES, of the statement: on average over the budgets this precision leads the best other one."""
+        return "not tested" if np.isnan(self.share) else grade_interval(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -87,28 +91,27 @@ class Contrast:
     """One group of curves against another, at equal total bits, averaged over the shared budgets of a panel.
 
     Attributes:
-        gap, low, high: mean advantage of the first group (> 0: better), with the 95% interval; NaN if untested.
-        better, worse: the names of the two groups' curves.
+        gap, low, high: mean lead of the first group (> 0: better), with the 95% interval; NaN if untested.
+        first, second: the names of the two groups' curves.
         source: how the uncertainty was found.
     """
 
     gap: float
     low: float
     high: float
-    better: tuple[str, ...] = ()
-    worse: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
     source: str = ""
 
     def grade(self, expected: Expectation, negligible: float) -> str:
         """Return one of GRADES: whether the first group is better, worse, or no better by more than `negligible`."""
         if np.isnan(self.gap):
-            return "is not tested"
-        low, high = (self.gap, self.gap) if np.isnan(self.low) else (self.low, self.high)
+            return "not tested"
         if expected == "worse":
-            low, high = -high, -low
-        elif expected == "no better":
-            low, high = negligible - high, negligible - low
-        return "holds" if low > 0 else "does not hold" if high < 0 else "cannot be told"
+            return grade_interval(-self.high, -self.low)
+        if expected == "no better":
+            return grade_interval(negligible - self.high, negligible - self.low)
+        return grade_interval(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -180,17 +183,34 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         measure: what the curves show.
         results: see frontier.draw_values.
     """
-    panels = [(variant, try_precision(line_up(group, measure, results))) for variant, group in split_variants(curves)]
-    trials = [trial for _, trial in panels]
+    trials = [
+        (name_panel(variant), try_precision(line_up(group, measure, results)))
+        for variant, group in split_variants(curves)
+    ]
     if len(trials) == 1:
-        return describe_trial(trials[0], measure)
-    tested = [trial.share for trial in trials if not np.isnan(trial.share)]
+        return describe_trial(trials[0][1], measure)
+    tested = [(panel, trial) for panel, trial in trials if not np.isnan(trial.share)]
     if not tested:
         return f"Not tested: in none of {len(trials)} panels does a 4-bit curve meet another precision."
+    parts = [
+        f"{panel}: {trial.grade}, {describe_lead(trial.gap, trial.low, trial.high, measure)}, "
+        f"best over {trial.share:.0%} of the budgets"
+        for panel, trial in tested[:NAMED]
+    ]
     return (
-        f"Of {len(trials)} panels it {count_grades(trial.grade for trial in trials)}. On average 4-bit is best over "
-        f"{np.mean(tested):.0%} of the shared budgets (from {min(tested):.0%} to {max(tested):.0%})."
+        f"Of {len(trials)} panels: {count_grades(trial.grade for _, trial in trials)}. Mean lead of 4-bit over the "
+        f"best other precision: {join_parts(parts, len(tested))} ({tested[0][1].source or 'no intervals'})."
     )
+
+
+def name_panel(variant: dict[str, Any]) -> str:
+    """Return for example "opt, nf block 64"."""
+    return f"{variant['family']}, {name_variant(variant['data_type'], variant['block_size'])}"
+
+
+def join_parts(parts: Sequence[str], count: int) -> str:
+    """Return the parts as one list; it ends with how many of `count` there are beyond them."""
+    return "; ".join(parts) + (f"; and {count - len(parts)} more" if count > len(parts) else "")
 
 
 def describe_trial(trial: Trial, measure: Measure) -> str:
@@ -198,26 +218,24 @@ def describe_trial(trial: Trial, measure: Measure) -> str:
     if np.isnan(trial.share):
         return f"Not tested: no {trial.bits}-bit curve meets another precision at equal total bits."
     rivals = f" (else {' or '.join(f'{bits}-bit' for bits in trial.rivals[:2])})" if trial.rivals else ""
-    gap = f"{describe_gap(trial.gap, trial.low, trial.high, measure)} the best other precision"
     chance = ""
     if not np.isnan(trial.chance):
         chance = (
-            f". Its chance to be best is {trial.chance:.0%} on average and beyond {SURE:.1%} over {trial.ahead:.0%}"
+            f" Its chance to be best is {trial.chance:.0%} on average; it is best with {SURE:.1%} or more over "
+            f"{trial.ahead:.0%} of the budgets, with {1 - SURE:.1%} or less over {trial.behind:.0%} ({trial.source})."
         )
-        chance += f" ({trial.source})"
     return (
-        f"{trial.grade.capitalize()}: {trial.bits}-bit is best over {trial.share:.0%} of the shared budgets{rivals}, "
-        f"on average {gap}{chance}."
+        f"{trial.grade.capitalize()}: the mean lead of {trial.bits}-bit over the best other precision is "
+        f"{describe_lead(trial.gap, trial.low, trial.high, measure)}. It is best over {trial.share:.0%} of the shared "
+        f"budgets{rivals}.{chance}"
     )
 
 
-def describe_gap(gap: float, low: float, high: float, measure: Measure) -> str:
-    """Return for example "0.0123 better (95% interval +0.0100 to +0.0140) than"."""
+def describe_lead(gap: float, low: float, high: float, measure: Measure) -> str:
+    """Return for example "+0.0123 nats (95% interval +0.0100 to +0.0140)": above 0 is better, see SIGN."""
     unit = "" if measure.higher_is_better else " nats"
-    interval = "" if np.isnan(low) else f" (95% interval {low:+.4f} to {high:+.4f})"
-    if not gap:
-        return f"level{interval} with"
-    return f"{abs(gap):.4f}{unit} {'better' if gap > 0 else 'worse'}{interval} than"
+    interval = "no interval" if np.isnan(low) else f"95% interval {low:+.4f} to {high:+.4f}"
+    return f"{round(gap, 4) + 0.0:+.4f}{unit} ({interval})"  # + 0.0: never "-0.0000"
 
 
 def contrast_curves(
@@ -226,7 +244,7 @@ def contrast_curves(
     measure: Measure,
     results: pd.DataFrame | None = None,
 ) -> Contrast:
-    """Return the mean advantage of the first group of curves over the second, at equal total bits.
+    """Return the mean lead of the first group of curves over the second, at equal total bits.
 
     gap = mean over budgets b of  mean_(i in first) y_i(b) - mean_(j in second) y_j(b);  > 0 is better
 
@@ -272,21 +290,20 @@ def judge_contrasts(
         return "Not tested: in no panel do the two kinds of curves meet at equal total bits."
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
     limit = f" (better by less than {negligible:g} counts as no better)" if expected == "no better" else ""
-    parts = [f"{panel}: {describe_contrast(test, measure)}" for panel, test in tested[:4]]
-    more = f"; and {len(tested) - 4} more" if len(tested) > 4 else ""
-    head = f"It {grades}" if len(tests) == 1 else f"Of {len(tests)} panels it {grades}"
-    return f"{head}{limit}. {'; '.join(parts)}{more} ({tested[0][1].source})."
+    parts = [f"{panel}, {describe_contrast(test, measure)}" for panel, test in tested[:NAMED]]
+    head = grades.capitalize() if len(tests) == 1 else f"Of {len(tests)} panels: {grades}"
+    leads = join_parts(parts, len(tested))
+    return f"{head}{limit}. Mean lead: {leads} ({tested[0][1].source or 'no intervals'})."
 
 
 def describe_contrast(test: Contrast, measure: Measure) -> str:
-    """Return for example "block 64 is 0.01 better (...) than block 1024"."""
-    first, second = (", ".join(group) for group in (test.better, test.worse))
-    verb = "is" if len(test.better) == 1 else "are on average"
-    return f"{first} {verb} {describe_gap(test.gap, test.low, test.high, measure)} {second}"
+    """Return for example "block 64 over block 1024: +0.0100 (...)"; of several curves the mean."""
+    first, second = (" and ".join(group) for group in (test.first, test.second))
+    return f"{first} over {second}: {describe_lead(test.gap, test.low, test.high, measure)}"
 
 
 def count_grades(grades: Iterable[str]) -> str:
-    """Return for example "holds in 2, cannot be told in 1"; a single grade alone."""
+    """Return for example "holds in 2, undecided in 1"; a single grade alone."""
     counts = Counter(grades)
     if sum(counts.values()) == 1:
         return next(iter(counts))
@@ -345,5 +362,5 @@ def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:
     """Return the row of the precision that is best over most budgets (of equals: with the largest gap)."""
     best = max(tested.values(), key=lambda trial: (trial.share, trial.gap))
     fields = ("bits", "share", "gap", "low", "high", "chance", "grade", "source")
-    claim = tested[CLAIMED_BITS].grade if CLAIMED_BITS in tested else "is not tested"
+    claim = tested[CLAIMED_BITS].grade if CLAIMED_BITS in tested else "not tested"
     return {name: getattr(best, name) for name in fields} | {"four_bit": claim}

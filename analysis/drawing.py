@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,10 +13,13 @@ import matplotlib.style
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kbit.analysis.curves import Measure
 from kbit.analysis.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
 from kbit.analysis.styles import STYLE
 
 CELL: Final = 44  # characters
+NAMED_FAMILIES: Final = 6
+LIMIT: Final = "Intervals are about these items alone: not about other texts, tasks or trainings of the models."
 
 
 class MissingResults(ValueError):
@@ -49,6 +52,26 @@ def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
     advice = " or ".join(f"kbit run +sweeps={study}" for study in ready)
     advice = f"run: {advice}" if ready else "no ready study measures it yet"
     return f"{name} needs {needs}, and these results lack it; {advice}"
+
+
+def describe_sample(results: pd.DataFrame, keys: Iterable[str], measure: Measure) -> str:
+    """Return the line of a caption that says how much data a figure rests on, and what its intervals leave out.
+
+    Args:
+        results: long form; keys and measure say which rows are drawn.
+        keys: of experiments, several in one string separated by blanks.
+        measure: what is drawn.
+    """
+    wanted = {key for group in keys for key in str(group).split()}
+    is_meant = (results["metric"] == measure.metric) & (results["task"] == measure.task)
+    rows = results[is_meant & results["key"].isin(wanted)]
+    families = sorted(map(str, rows["family"].unique()))
+    named = ", ".join(families) if len(families) <= NAMED_FAMILIES else f"{len(families)} families"
+    size = f"{rows['n'].min():,}" + ("" if rows["n"].nunique() == 1 else f" to {rows['n'].max():,}")
+    ways = sorted(rows["evaluation"].unique()) if "evaluation" in rows else []
+    how = f" ({'; '.join(ways)})" if ways else ""
+    counts = f"{rows['key'].nunique():,} experiments on {rows['model'].nunique()} models of {named}"
+    return f"Data: {counts}; each {measure.name} is of n = {size}{how}. {LIMIT}"
 
 
 def write_verdict(fig: Figure, name: str, claim: str, verdict: str, *notes: str) -> None:

@@ -16,8 +16,9 @@ from typing import Final
 import matplotlib.style
 import pandas as pd
 
+from kbit.analysis.claims import SIGN
 from kbit.analysis.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy, precision_curves
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
 from kbit.analysis.lawtable import draw_laws
 from kbit.analysis.maps import draw_data_types_map, draw_sensitivity
 from kbit.analysis.panels import draw_panels
@@ -69,7 +70,9 @@ def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
     verdict = definition.judge(curves, measure, results)
     published = match_published(curves, measure)
     with matplotlib.style.context(["default", STYLE]):
-        notes = [*describe_choice(points, curves), describe_bars(curves, measure), describe_sources(published)]
+        sample = describe_sample(results, curves["key"], measure)
+        notes = [f"{SIGN} {describe_bars(curves, measure)}", sample, *describe_choice(points, curves)]
+        notes.append(describe_sources(published))
         fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)
         write_verdict(fig, definition.name, definition.claim, verdict, *notes)
     data = curves.assign(metric=measure.metric, task=measure.task)
@@ -149,7 +152,7 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
 
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results).
-        out: folder, made if absent.
+        out: folder, made if absent and there is something to write.
         names: keys of FIGURES; None for all that the results allow, the others recorded as skipped with the
         reason.
 
@@ -168,7 +171,8 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
             if names is not None:
                 raise
             drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))
-    out.mkdir(parents=True, exist_ok=True)
+    if any(isinstance(figure, PaperFigure) for figure in drawn):
+        out.mkdir(parents=True, exist_ok=True)
     return [write_figure(figure, out) if isinstance(figure, PaperFigure) else figure for figure in drawn]
 
 

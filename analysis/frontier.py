@@ -173,7 +173,7 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
 def choose_precision(
     curves: pd.DataFrame, measure: Measure, budgets: Sequence[float], results: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Return, for each budget of bits, every curve that exists there, best first, with its chance to be the best.
+    """Return, for each budget of bits, every curve that exists there, with its chance to be the best.
 
     This is the table to read for "which model fits into B bits": all precisions, data types and block sizes compete,
     each with the largest model that fits (between two sizes: interpolated).
@@ -185,7 +185,9 @@ def choose_precision(
         results: see draw_values.
 
     Returns:
-        Columns total_bits (the budget), data_type, block_size, bits, value, low, high (95%, from the draws), chance.
+        Columns total_bits (the budget), data_type, block_size, bits, value, low, high (95%, from the draws), chance. Of
+        each budget first the curve with the best value, then the others by their chance: the second row is the
+        likeliest rival, which need not have the second best value.
     """
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
     points = curves[~is_twin].reset_index(drop=True)
@@ -215,7 +217,9 @@ def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]],
     table["value"] = [value for _, value, _ in found]
     table["low"], table["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
     table["chance"] = np.bincount((sign * draws).argmax(axis=1), minlength=len(found)) / len(draws)
-    return table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
+    by_value = table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
+    rivals = by_value[1:].sort_values("chance", ascending=False, kind="stable")  # equal chances: by value
+    return pd.concat([by_value[:1], rivals], ignore_index=True)
 
 
 def mean_interval(draws: Draws, weights: Sequence[float] | Floats) -> tuple[float, float]:

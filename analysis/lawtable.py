@@ -8,7 +8,14 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves import Measure, find_cross_entropy, precision_curves
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, draw_table, write_verdict
+from kbit.analysis.drawing import (
+    MissingResults,
+    PaperFigure,
+    describe_lack,
+    describe_sample,
+    draw_table,
+    write_verdict,
+)
 from kbit.analysis.frontier import draw_values
 from kbit.analysis.laws import LAWS, ON_DELTA, Fit, TooFewPoints, check_held_out, fit_law
 from kbit.analysis.selections import select_block_sizes, select_precisions
@@ -160,7 +167,9 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
     note = (
         "power, offset: of the loss; kumar, block: of what quantization adds to it. naive: as the next smaller model."
     )
-    write_verdict(fig, "laws", CLAIM, verdict, note)
+    measure = find_cross_entropy(results)
+    sample = describe_sample(results, results["key"].unique(), measure) if measure else ""
+    write_verdict(fig, "laws", CLAIM, verdict, note, sample)
     return PaperFigure("laws", fig, data, CLAIM, verdict)
 
 

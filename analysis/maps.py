@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from kbit.analysis.claims import find_measures
-from kbit.analysis.curves import ZERO_SHOT, Measure, is_missing, precision_curves, tabulate_curves
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
-from kbit.analysis.frontier import draw_values
+from kbit.analysis.claims import describe_lead, find_measures
+from kbit.analysis.curves import (
+    ZERO_SHOT,
+    Floats,
+    Measure,
+    is_missing,
+    name_variant,
+    precision_curves,
+    tabulate_curves,
+)
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
+from kbit.analysis.frontier import draw_values, mean_interval, weigh_points
 from kbit.analysis.panels import CAPTION_SIZE
 from kbit.analysis.selections import WHOLE, has_settings, rank_setting
 from kbit.analysis.styles import STYLE
 
 MAP_PANELS: Final = 4  # the maps with the most cells
+SHADES: Final = "Blues"  # its luminance falls steadily: it reads in grey too
+BAR_WIDTH: Final = 1.0  # inches, for the scale of shades
 LAYERS: Final = re.compile(r"\(\?!(?:\.\*)?(?P<kept>.+?)\)")  # an exclude that spares one layer: layers\.(?!3\.)
 MAP_CLAIM: Final = "Which data type and block size is best at equal total bits, counting the bits of the scales?"
 SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone?"
@@ -29,93 +44,146 @@ def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
     """Draw, for each family and precision, what each data type and block size loses at equal total bits.
 
     A cell is the mean over the shared budgets of the distance to the best cell there: smaller blocks pay for their
-    scales, as they are compared with a larger model. Below each number are the bits per parameter.
+    scales, as they are compared with a larger model. Below each number are the bits per parameter. One scale of shades
+    serves all panels; a cell that was not measured is hatched.
 
     Raises:
         MissingResults: nowhere are there two data types in two block sizes, each at two or more sizes of a model.
     """
-    maps = {} if results.empty else find_maps(results)
+    measures = [] if results.empty else find_measures(results)
+    maps = find_maps(results, measures[-1]) if measures else {}
     if not maps:
         needs = "two data types in two block sizes at one precision, each at two or more sizes of one family"
         raise MissingResults(describe_lack("data_types_map", needs, ("nano/data_types", "nano/block_size")))
-    data = pd.concat(maps.values(), ignore_index=True)
-    winners = [table.sort_values("loss").iloc[0] for table in maps.values()]
-    verdict = "; ".join(
-        f"{row['panel']}: best is {row['data_type']} {name_block(row['block_size'])} ({row['bits_per_param']:.2f} bits)"
-        for row in winners
-    )
+    measure = measures[-1]
+    data = pd.concat([cells.table for cells in maps.values()], ignore_index=True)
+    verdict = "; ".join(describe_winner(panel, cells, measure, results) for panel, cells in maps.items()) + "."
     with matplotlib.style.context(["default", STYLE]):
         columns = min(len(maps), 2)
         rows = -(-len(maps) // columns)
-        widest = max(table["block_size"].nunique(dropna=False) for table in maps.values())
-        tallest = max(table["data_type"].nunique() for table in maps.values())
-        size = (columns * (1.4 + 0.95 * widest), rows * (1.3 + 0.55 * tallest))
-        fig = Figure(figsize=size, layout="constrained")
-        for place, (title, table) in enumerate(maps.items()):
-            draw_map(fig.add_subplot(rows, columns, place + 1), table, title)
-        note = f"Numbers: {data['measure'].iloc[0]} lost against the best cell; in brackets: bits per parameter."
-        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict + ".", note)
-    return PaperFigure("data_types_map", fig, data, MAP_CLAIM, verdict + ".")
+        widest = max(cells.table["block_size"].nunique(dropna=False) for cells in maps.values())
+        tallest = max(cells.table["data_type"].nunique() for cells in maps.values())
+        fig = Figure(
+            figsize=(columns * (1.4 + 0.95 * widest) + BAR_WIDTH, rows * (1.3 + 0.55 * tallest)), layout="constrained"
+        )
+        shades = ScalarMappable(PowerNorm(0.5, 0, scale_top(data["loss"])), SHADES)
+        for place, (title, cells) in enumerate(maps.items()):
+            draw_map(fig.add_subplot(rows, columns, place + 1), cells.table, title, shades)
+        unit = "" if measure.higher_is_better else " (nats per token)"
+        fig.colorbar(shades, ax=fig.axes, extend="max", shrink=0.8, label=f"{measure.name} lost{unit}")
+        note = f"Numbers: {measure.name} lost against the best cell (framed); in brackets: bits per parameter. "
+        note += "One scale of shades for all panels. Hatched: not measured, or not at two sizes."
+        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, describe_sample(results, data["keys"], measure))
+    return PaperFigure("data_types_map", fig, data, MAP_CLAIM, verdict)
 
 
-def find_maps(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the largest maps by title, each with a row per cell; by cross entropy where that was measured."""
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one map.
+
+    Attributes:
+        table: a row per cell: data_type, block_size, loss, keys (of its experiments), bits_per_param, panel, measure.
+        points: of the curves, column cell tells them apart: the index of `table`.
+        budgets: at which all cells are compared.
+    """
+
+    table: pd.DataFrame
+    points: pd.DataFrame
+    budgets: Floats
+
+
+def scale_top(losses: pd.Series[float]) -> float:
+    """Return the loss of the darkest shade: nine cells in ten lose less, and collapsed cells do not set the scale."""
+    return float(np.quantile(losses, 0.9)) or 1.0
+
+
+def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
+    """Return the largest maps by title."""
+    curves = precision_curves(results, measure.metric, measure.task)
+    curves = curves[(curves["bits"] < 16) & ~has_settings(curves["data_type"])]
+    per_param = results.drop_duplicates("key").set_index("key")["bits_per_param"]
     maps = {}
-    for family, rows in results.groupby("family"):
-        for measure in find_measures(rows)[-1:]:
-            points = precision_curves(rows, measure.metric, measure.task)
-            points = points[(points["bits"] < 16) & ~has_settings(points["data_type"])]
-            for bits, group in points.groupby("bits"):
-                table = fill_map(group, measure)
-                if not table.empty and min(table["data_type"].nunique(), table["block_size"].nunique(dropna=False)) > 1:
-                    panel = f"{family}, {bits}-bit"
-                    per_param = rows[(rows["bits"] == bits)].drop_duplicates("key").set_index("key")["bits_per_param"]
-                    table["bits_per_param"] = table.pop("key").str.split().str[0].map(per_param)
-                    maps[panel] = table.assign(panel=panel, measure=measure.name)
-    return dict(sorted(maps.items(), key=lambda item: -len(item[1]))[:MAP_PANELS])
+    for (family, bits), group in curves.groupby(["family", "bits"]):
+        cells = compare_cells(group, measure)
+        if cells is None:
+            continue
+        first = cells.table["keys"].str.split().str[0]
+        panel = f"{family}, {bits}-bit"
+        table = cells.table.assign(bits_per_param=first.map(per_param), panel=panel, measure=measure.name)
+        maps[panel] = replace(cells, table=table)
+    return dict(sorted(maps.items(), key=lambda item: -len(item[1].table))[:MAP_PANELS])
 
 
-def fill_map(points: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    """Return data_type, block_size, loss and key (of one experiment) for each cell that has a curve."""
-    cells = points.groupby(["data_type", "block_size"], dropna=False).ngroup()
-    table = tabulate_curves(points.assign(cell=cells), by="cell")
-    if table.empty:
-        return pd.DataFrame()
+def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
+    """Return the cells of one precision that have a curve; None if they are not two data types in two block sizes."""
+    points = curves.assign(cell=curves.groupby(["data_type", "block_size"], dropna=False).ngroup())
+    values = tabulate_curves(points, by="cell")
+    if values.empty:
+        return None
     sign = 1.0 if measure.higher_is_better else -1.0
-    best = (sign * table).max(axis=1)
-    loss = (best - (sign * table).T).T.mean()
-    first = points.assign(cell=cells).drop_duplicates("cell").set_index("cell").loc[loss.index]
-    return first[["data_type", "block_size", "key"]].assign(loss=loss).reset_index(drop=True)
+    best = (sign * values).max(axis=1)
+    loss = (best - (sign * values).T).T.mean()
+    by_cell = points.groupby("cell")
+    table = by_cell[["data_type", "block_size"]].first().loc[loss.index]
+    table = table.assign(loss=loss, keys=by_cell["key"].agg(" ".join).loc[loss.index])
+    if min(table["data_type"].nunique(), table["block_size"].nunique(dropna=False)) < 2:
+        return None
+    return Cells(table, points.reset_index(drop=True), values.index.to_numpy(dtype=np.float64))
 
 
-def draw_map(axes: Axes, table: pd.DataFrame, title: str) -> None:
-    """Draw one map: darker cells lose more; the best cell has a frame."""
+def describe_winner(panel: str, cells: Cells, measure: Measure, results: pd.DataFrame) -> str:
+    """Return the best cell of a map and its lead over the next, with the interval of the lead."""
+    best, second, *_ = cells.table.sort_values("loss", kind="stable").index
+    points = cells.points[cells.points["cell"].isin([best, second])].reset_index(drop=True)
+    weights = weigh_points(points, cells.budgets, "cell")
+    sign = 1.0 if measure.higher_is_better else -1.0
+    row = sign * np.mean(weights[best] - weights[second], axis=0)
+    low, high = mean_interval(draw_values(points, measure, results), row)
+    lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ row), low, high, measure)
+    winner, rival = (name_cell(cells.table.loc[cell]) for cell in (best, second))
+    return f"{panel}: best is {winner}, its lead over {rival} {lead}"
+
+
+def name_cell(cell: pd.Series[Any]) -> str:
+    """Return for example "nf block 64 [4.25]": with its bits per parameter."""
+    return f"{name_variant(cell['data_type'], cell['block_size'])} [{cell['bits_per_param']:.2f}]"
+
+
+def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable) -> None:
+    """Draw one map: darker cells lose more, the best has a frame, those not measured are hatched."""
     kinds = sorted(table["data_type"].unique(), key=rank_setting)
     blocks = sorted(table["block_size"].astype("Int64").fillna(WHOLE).unique())
     grid = np.full((len(kinds), len(blocks)), np.nan)
-    words = {}
+    axes.set_facecolor("0.97")
+    axes.patch.set(hatch="////", edgecolor="0.6")  # what no cell covers shows it
+    axes.imshow(grid, aspect="auto")  # sets the limits
     for row in table.itertuples():
         block = WHOLE if is_missing(row.block_size) else int(row.block_size)  # type: ignore[arg-type]
-        place = (kinds.index(row.data_type), blocks.index(block))
-        grid[place] = row.loss
-        words[place] = f"{row.loss:.3f}\n[{row.bits_per_param:.2f}]"
-    top = float(np.nanquantile(grid, 0.8)) or 1.0  # one collapsed cell must not make all others white
-    axes.imshow(grid, cmap="Greys", vmin=0, vmax=1.6 * top, aspect="auto")
-    for (y, x), text in words.items():
-        color = "white" if grid[y, x] > 0.95 * top else "black"
-        axes.text(x, y, text, ha="center", va="center", fontsize=CAPTION_SIZE, color=color)
+        y, x = kinds.index(row.data_type), blocks.index(block)
+        grid[y, x] = row.loss
+        shade = shades.to_rgba(np.array([row.loss]))[0]
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
+        words = f"{row.loss:.3f}\n[{row.bits_per_param:.2f}]"
+        axes.text(x, y, words, ha="center", va="center", fontsize=CAPTION_SIZE, color=choose_ink(shade))
     best_y, best_x = (int(k) for k in np.unravel_index(np.nanargmin(grid), grid.shape))
-    frame = np.array([[-0.48, -0.48], [0.48, -0.48], [0.48, 0.48], [-0.48, 0.48], [-0.48, -0.48]])
-    axes.plot(*(frame + np.array([best_x, best_y])).T, color="#D55E00", linewidth=2)
+    corner = (best_x - 0.46, best_y - 0.46)
+    axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.5))
     axes.set_xticks(range(len(blocks)), ["whole" if block == WHOLE else str(block) for block in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block size")
     axes.set_title(title, loc="left")
 
 
-def name_block(block_size: object) -> str:
-    """Return "block 64" or "whole tensor"."""
-    return "whole tensor" if is_missing(block_size) else f"block {block_size}"
+def choose_ink(shade: Sequence[float] | Floats) -> str:
+    """Return "black" or "white", whichever contrasts more with a colour: at least 4.5 to 1 on any.
+
+    WCAG 2.1: contrast = (L + 0.05) / (L' + 0.05) of the relative luminances; black and white are level where
+    (L + 0.05)^2 = 1.05 * 0.05.
+    """
+    rgb = np.asarray(shade, dtype=np.float64)[:3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
 def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
@@ -150,14 +218,15 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
             axes.axvline(0, color="0.3", linewidth=0.8)
             axes.set_title(f"{model}, {group['bits'].iloc[0]}-bit {group['data_type'].iloc[0]}", loc="left")
         axes.set_xlabel(f"{measure.name} lost")
+        bars = f"Bars: 95% intervals ({data['source'].iloc[0]})."
         write_verdict(
-            fig, "sensitivity", SENSITIVITY_CLAIM, verdict, f"Bars: 95% intervals ({data['source'].iloc[0]})."
+            fig, "sensitivity", SENSITIVITY_CLAIM, verdict, bars, describe_sample(results, data["key"], measure)
         )
     return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict)
 
 
 def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    """Return model, bits, data_type, part, loss, low, high, source: one row per model and part quantized alone."""
+    """Return key, model, bits, data_type, part, loss, low, high, source: one row per model and part quantized alone."""
     rows = results[(results["metric"] == measure.metric) & (results["task"] == measure.task)].drop_duplicates("key")
     parts = rows["exclude"].map(name_part, na_action="ignore")
     rows = rows.assign(part=parts)
@@ -172,7 +241,7 @@ def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFram
         added = sign * (draws.values[:, 1:] - draws.values[:, :1])
         low, high = np.quantile(added, [0.025, 0.975], axis=0)
         loss = sign * (alone["value"] - base["value"].iloc[0])
-        columns = ["model", "bits", "data_type", "part", "quantized_parameters"]
+        columns = ["key", "model", "bits", "data_type", "part", "quantized_parameters"]
         tables.append(alone[columns].assign(loss=loss, low=low, high=high, source=draws.source))
     if not tables:
         return pd.DataFrame()

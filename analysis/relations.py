@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.curves import ZERO_SHOT, find_cross_entropy
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
 from kbit.analysis.styles import STYLE, style_series
 
@@ -43,6 +43,7 @@ class Relation:
         studies: ready studies that measure it.
         rank: whether ranks are correlated (Spearman) in place of values (Pearson).
         log_x: whether x has a log axis.
+        of_accuracy: whether y is of the mean zero-shot accuracy; otherwise of the cross entropy.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Relation:
     studies: tuple[str, ...]
     rank: bool = True
     log_x: bool = False
+    of_accuracy: bool = True
 
 
 def read_accuracy(results: pd.DataFrame) -> pd.Series[float]:
@@ -136,6 +138,7 @@ RELATIONS: Final = (
         "weight_rmse (stored with every experiment since it is measured) and cross entropy, with the 16-bit models",
         ("nano/bit_level", "nano/data_types"),
         log_x=True,
+        of_accuracy=False,
     ),
 )
 
@@ -192,7 +195,9 @@ def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
     if per_model:
         verdict += f". Within one model: {min(per_model):.2f} to {max(per_model):.2f} over {len(per_model)} models"
     fig = scatter(points, relation)
-    write_verdict(fig, relation.name, relation.claim, verdict + ".")
+    measure = ZERO_SHOT if relation.of_accuracy else find_cross_entropy(results)
+    sample = describe_sample(results, points["key"], measure) if measure else ""
+    write_verdict(fig, relation.name, relation.claim, verdict + ".", sample)
     return PaperFigure(relation.name, fig, points, relation.claim, verdict + ".")
 
 

@@ -8,9 +8,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.claims import find_measures, tabulate_verdicts
+from kbit.analysis.claims import SIGN, find_measures, tabulate_verdicts
 from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, draw_table, write_verdict
+from kbit.analysis.drawing import (
+    MissingResults,
+    PaperFigure,
+    describe_lack,
+    describe_sample,
+    draw_table,
+    write_verdict,
+)
 from kbit.analysis.frontier import choose_precision, find_pareto_frontier
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import compare_anchors, read_published
@@ -114,7 +121,7 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
             "bits compared": table["precisions"],
             "best": table["bits"].astype("string").fillna("?") + "-bit",
             "of budgets": table["share"].map("{:.0%}".format),
-            "lead (95% interval)": [
+            "mean lead (95% interval)": [
                 f"{gap:+.4f} ({low:+.4f} to {high:+.4f})"
                 for gap, low, high in zip(table["gap"], table["low"], table["high"], strict=True)
             ],
@@ -123,8 +130,9 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
             "4-bit": table["four_bit"],
         }
     )
-    note = f"Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
-    return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, note)
+    note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
+    notes = [SIGN + note, *describe_samples(results)]
+    return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:
@@ -151,11 +159,19 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
             "best": data["choice"],
             "value": data["value"].map("{:.3f}".format),
             "P(best)": data["chance"].map("{:.0%}".format),
-            "next best": data["next"] + data["next_chance"].map(" ({:.0%})".format),
+            "likeliest rival": data["next"] + data["next_chance"].map(" ({:.0%})".format),
         }
     )
-    note = "P(best): among all curves that reach the budget; neighbours of one data type share it."
-    return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, note)
+    note = (
+        "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
+    )
+    notes = [note + "the one that is most probably best.", *describe_samples(results)]
+    return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, *notes)
+
+
+def describe_samples(results: pd.DataFrame) -> list[str]:
+    """Return the line about the data of each measure, see drawing.describe_sample."""
+    return [describe_sample(results, results["key"].unique(), measure) for measure in find_measures(results)]
 
 
 def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:

@@ -129,6 +129,8 @@ def draw_figures(arguments: list[str]) -> None:
         results = read_results(options.results)
         if options.where:
             results = _select_rows(results, options.where)
+            if results.empty:
+                raise ValueError(f"--where {options.where!r} finds none of the rows of {options.results}")
         figures = save_figures(results, options.out, options.names or None)
         for figure in figures:
             shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"

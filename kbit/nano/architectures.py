@@ -30,14 +30,14 @@ class Size:
         layers: number of blocks L.
         heads: attention heads.
         peak_lr: highest learning rate of AdamW.
-        neox_tokens: tokens that the shipped nano-neox model of this size was trained on.
+        tokens: training length of the shipped models of this size.
     """
 
     hidden: int
     layers: int
     heads: int
     peak_lr: float
-    neox_tokens: int
+    tokens: int
 
 
 SIZES: Final[dict[str, Size]] = {
@@ -48,12 +48,6 @@ SIZES: Final[dict[str, Size]] = {
     "7m": Size(320, 6, 8, 1e-3, 16_000_000),
 }
 FAMILIES: Final = ("neox", "gpt2", "opt", "bloom")
-TOKENS: Final = 4_000_000  # that the shipped models of gpt2, opt and bloom were trained on, at every size
-
-
-def default_tokens(family: str, size: str) -> int:
-    """Return the tokens that the shipped model of this family and size was trained on."""
-    return SIZES[size].neox_tokens if family == "neox" else TOKENS
 
 
 def make_config(family: str, size: str) -> PreTrainedConfig:

@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 
 from kbit.datatypes import check_choice
 from kbit.families import locate_model
-from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model, default_tokens
+from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
 from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
 from kbit.nano.export import Training, export_model
 from kbit.quiet import silence_libraries
@@ -56,7 +56,7 @@ class TrainConfig:
         size: 98k, 332k, 1m, 3m or 7m.
         data: folder of the training text (see data.py).
         out: folder for the model, its checkpoint and its losses.
-        tokens: training length; None is that of the shipped model.
+        tokens: training length; None is that of the shipped models of this size.
         lr: peak learning rate; None is the size's.
         batch_size: windows of 256 tokens a step.
         seed: of the first weights and of the batches.
@@ -94,7 +94,7 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps: as many as cover the tokens."""
-        tokens = self.tokens or default_tokens(self.family, self.size)
+        tokens = self.tokens or SIZES[self.size].tokens
         return math.ceil(tokens / (self.batch_size * CONTEXT))
 
     @property

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kbit.analysis.claims import (
     MOST_VARIANTS,
     Contrast,
+    Trial,
     contrast_curves,
+    describe_lead,
     judge_contrasts,
     judge_four_bit,
     line_up,
@@ -33,8 +38,9 @@ def test_the_claim_counts_only_shared_budgets(make_points: Build) -> None:
 def test_the_claim_is_refuted_with_the_better_precision_and_the_margin(make_points: Build) -> None:
     text = judge_four_bit(make_points({4: {10: 0.4, 100: 0.6}, 5: {10: 0.5, 100: 0.7}}), ZERO_SHOT)
     assert text.startswith(
-        "Does not hold: 4-bit is best over 0% of the shared budgets (else 5-bit), on average 0.1000 worse"
+        "Does not hold: the mean lead of 4-bit over the best other precision is -0.1000 (95% interval -"
     )
+    assert "It is best over 0% of the shared budgets (else 5-bit)" in text
     assert "Its chance to be best is 0% on average" in text
 
 
@@ -50,21 +56,20 @@ def test_the_margin_is_the_mean_lead_with_its_interval(make_points: Build) -> No
 def test_a_lead_inside_the_noise_decides_nothing(make_points: Build) -> None:
     curves = make_points({4: {10: 0.40, 100: 0.60}, 5: {10: 0.401, 100: 0.601}}, error=0.01)
     text = judge_four_bit(curves, ZERO_SHOT)
-    assert text.startswith("Cannot be told: 4-bit is best over 0% of the shared budgets")
+    assert text.startswith("Undecided: the mean lead of 4-bit over the best other precision is -0.0010 (95% interval -")
     assert "unpaired: no items" in text
 
 
 def test_the_claim_is_not_tested_without_four_bit(make_points: Build) -> None:
     curves = make_points({3: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}})
     assert judge_four_bit(curves, ZERO_SHOT).startswith("Not tested")
-    assert try_precision(line_up(curves, ZERO_SHOT)).grade == "is not tested"
+    assert try_precision(line_up(curves, ZERO_SHOT)).grade == "not tested"
 
 
-def test_a_measure_without_intervals_says_nothing_about_them(make_points: Build) -> None:
+def test_a_measure_without_intervals_decides_nothing(make_points: Build) -> None:
     curves = make_points({3: {10: 0.5, 100: 0.5}, 4: {10: 0.4, 100: 0.6}}).assign(low=np.nan, high=np.nan)
     text = judge_four_bit(curves, ZERO_SHOT)
-    assert text.startswith("Does not hold: 4-bit is best over 50%")
-    assert "interval" not in text
+    assert text.startswith("Undecided: the mean lead of 4-bit over the best other precision is +0.0000 (no interval)")
     assert "chance" not in text
 
 
@@ -79,19 +84,42 @@ def test_any_precision_can_be_tried(make_points: Build) -> None:
     ("expected", "gap", "half", "grade"),
     [
         ("better", 0.1, 0.05, "holds"),
-        ("better", 0.1, 0.2, "cannot be told"),
+        ("better", 0.1, 0.2, "undecided"),
         ("better", -0.1, 0.05, "does not hold"),
         ("worse", -0.1, 0.05, "holds"),
         ("worse", 0.1, 0.05, "does not hold"),
         ("no better", 0.0, 0.005, "holds"),
         ("no better", -0.1, 0.005, "holds"),
         ("no better", 0.1, 0.05, "does not hold"),
-        ("no better", 0.01, 0.05, "cannot be told"),
-        ("better", np.nan, 0.0, "is not tested"),
+        ("no better", 0.01, 0.05, "undecided"),
+        ("worse", -0.1, 0.2, "undecided"),
+        ("better", 0.1, np.nan, "undecided"),
+        ("better", np.nan, 0.0, "not tested"),
     ],
 )
 def test_grades(expected: str, gap: float, half: float, grade: str) -> None:
     assert Contrast(gap, gap - half, gap + half).grade(expected, 0.01) == grade  # type: ignore[arg-type]
+
+
+@given(gap=st.floats(-1, 1), half=st.floats(0, 1), share=st.floats(0, 1), ahead=st.floats(0, 1))
+def test_a_verdict_follows_from_the_interval_alone(gap: float, half: float, share: float, ahead: float) -> None:
+    """However many budgets a precision wins: against the interval it neither holds nor fails."""
+    trial = Trial(4, share, gap, gap - half, gap + half, ahead=ahead, behind=1 - ahead)
+    assert (trial.grade == "undecided") == (trial.low <= 0 <= trial.high)
+    assert trial.grade == Contrast(gap, gap - half, gap + half).grade("better", 0.01)
+    text = describe_lead(trial.gap, trial.low, trial.high, ZERO_SHOT)
+    assert [float(number) for number in re.findall(r"[+-]\d\.\d{4}", text)] == pytest.approx(
+        [trial.gap, trial.low, trial.high], abs=6e-5
+    )
+
+
+def test_several_families_are_judged_one_by_one(make_points: Build) -> None:
+    better = make_points({4: {10: 0.5, 100: 0.7}, 5: {10: 0.4, 100: 0.6}}).assign(family="a")
+    worse = make_points({4: {10: 0.4, 100: 0.6}, 5: {10: 0.5, 100: 0.7}}).assign(family="b")
+    text = judge_four_bit(pd.concat([better, worse], ignore_index=True), ZERO_SHOT)
+    assert text.startswith("Of 2 panels: holds in 1, does not hold in 1.")
+    assert "a, nf block 64: holds, +0.1000 (95%" in text
+    assert "b, nf block 64: does not hold, -0.1000 (95%" in text
 
 
 def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> None:
@@ -108,7 +136,7 @@ def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> 
 def test_a_contrast_needs_both_groups_at_shared_budgets(make_points: Build) -> None:
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {200: 0.3, 300: 0.4}})
     for groups in ((["a"], ["b"]), (["a"], ["x"])):
-        assert contrast_curves(curves, groups, ZERO_SHOT).grade("better", 0.01) == "is not tested"
+        assert contrast_curves(curves, groups, ZERO_SHOT).grade("better", 0.01) == "not tested"
     text = judge_contrasts(curves, lambda panel, names: (["a"], ["x"]), "better", ZERO_SHOT)
     assert text.startswith("Not tested")
 
@@ -119,9 +147,9 @@ def test_panels_are_counted_and_named(make_points: Build) -> None:
     text = judge_contrasts(
         pd.concat([better, worse], ignore_index=True), lambda panel, names: (["a"], ["b"]), "better", ZERO_SHOT
     )
-    assert text.startswith("Of 2 panels it holds in 1, does not hold in 1.")
-    assert "toy: a is 0.2500 better" in text
-    assert "other: a is 0.2500 worse" in text
+    assert text.startswith("Of 2 panels: holds in 1, does not hold in 1.")
+    assert "toy, a over b: +0.2500 (95%" in text
+    assert "other, a over b: -0.2500 (95%" in text
 
 
 def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
@@ -131,7 +159,9 @@ def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
     assert table.groupby(["family", "measure"]).size().tolist() == [MOST_VARIANTS] * 4
     best = table[(table["data_type"] == "float") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
     assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 8, 16"] * 2
-    assert (table.loc[table["grade"] == "cannot be told", "low"] <= 0).all()
+    assert set(table["grade"]) <= {"holds", "does not hold", "undecided"}
+    for low, high, grade in zip(table["low"], table["high"], table["grade"], strict=True):
+        assert grade == ("holds" if low > 0 else "does not hold" if high < 0 else "undecided")
     assert (table["share"] <= 1).all()
 
 

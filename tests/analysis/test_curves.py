@@ -135,7 +135,7 @@ def test_equal_curves_are_a_tie_not_a_winner() -> None:
     assert shares["bits"].isna().tolist() == [True]
     assert shares["share"].tolist() == [1.0]
     assert "the precisions tie over 100% of the budgets" in finding(results)
-    assert judge_four_bit(mean_curves(results), ZERO_SHOT).startswith("Cannot be told: 4-bit is best over 0%")
+    assert judge_four_bit(mean_curves(results), ZERO_SHOT).startswith("Undecided: the mean lead of 4-bit")
 
 
 def test_the_baseline_belongs_to_every_variant_of_its_family_only() -> None:

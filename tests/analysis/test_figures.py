@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.text import Text
 
-from kbit.analysis.drawing import MissingResults
+from kbit.analysis.drawing import LIMIT, MissingResults
 from kbit.analysis.figures import FIGURES, save_figures
 from kbit.analysis.panels import choose_ticks, format_bits
 from kbit.analysis.styles import LINE_STYLES, SERIES_STYLES, TooManyCurves, style_series
@@ -152,18 +152,30 @@ def test_every_figure_is_drawn_readable_and_judged(name: str, planted: pd.DataFr
     assert figure.verdict in caption
 
 
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"anchors", "figure_16", "sensitivity", "table_1", "table_2"}))
+def test_captions_say_how_much_data_there_is_and_what_intervals_leave_out(name: str, planted: pd.DataFrame) -> None:
+    caption = " ".join(FIGURES[name](planted).fig.texts[0].get_text().split())
+    found = re.search(
+        r"Data: ([\d,]+) experiments on (\d) models of ([a-z, ]+); each .* n = 100 \(float32, all items\)", caption
+    )
+    assert found is not None
+    assert int(found[1].replace(",", "")) <= planted["key"].nunique()
+    assert (found[2], found[3]) in {("6", "opt, pythia"), ("3", "opt"), ("3", "pythia")}
+    assert LIMIT in caption
+
+
 # What is planted (conftest.plant_loss) and what the figure must therefore say.
 SAID = {
-    "figure_3": r"Block size: It holds.* Data type: It holds",
-    "figure_4": r"3-bit gains: It holds.*against 4-bit: It holds.*4-bit gains nothing: It cannot be told",
-    "figure_5": r"^It holds\. opt, 3-bit: .* worse .*It holds .* opt, 4-bit",
-    "figure_8": r"Of 2 panels it holds in 2\.",
-    "figure_9": r"Of 2 panels it holds in 2\.",
-    "figure_10": r"Of 2 panels it holds in 2 \(better by less than 0\.005 counts as no better\)",
-    "figure_11": r"Of 2 panels it holds in 2 \(better by less than 0\.005 counts as no better\)",
+    "figure_3": r"Block size: Holds\. .* Data type: Holds\.",
+    "figure_4": r"3-bit gains: Holds.*against 4-bit: Holds.*4-bit gains nothing: Undecided",
+    "figure_5": r"^Holds\. Mean lead: opt, 3-bit, .*: -0\..*Holds .* Mean lead: opt, 4-bit",
+    "figure_8": r"Of 2 panels: holds in 2\.",
+    "figure_9": r"Of 2 panels: holds in 2\.",
+    "figure_10": r"Of 2 panels: holds in 2 \(better by less than 0\.005 counts as no better\)",
+    "figure_11": r"Of 2 panels: holds in 2 \(better by less than 0\.005 counts as no better\)",
     "figure_12": r"holds in",
-    "figure_14": r"Of 2 panels it holds in 2\. .*quantile is .* better",
-    "figure_15": r"Of 2 panels it holds in 2\. .*block 64 is .* better .* than block 1024",
+    "figure_14": r"Of 2 panels: holds in 2\. .*quantile over .*: \+0\.1",
+    "figure_15": r"Of 2 panels: holds in 2\. .*block 64 over block 1024: \+0\.0",
     "figure_16": r"Holds by the roofline: at batch 16, 4-bit gains",
     "table_1": r"2-bit GPTQ is lower in",
     "perplexity_accuracy": r"r = -0\.\d\d .*the paper's -0\.94",
@@ -252,7 +264,7 @@ def test_families_have_a_panel_each() -> None:
     assert titles == ["alpha, nf block 64", "beta, nf block 64"]
     assert [axes.get_xlabel() for axes in figure.fig.axes] == ["total model bits"] * 2
     assert [bool(axes.get_ylabel()) for axes in figure.fig.axes] == [True, False]
-    assert figure.verdict.startswith("Of 2 panels it ")
+    assert figure.verdict.startswith("Of 2 panels: ")
 
 
 def test_collapsed_losses_leave_the_axis_and_are_named() -> None:
@@ -333,6 +345,15 @@ def test_a_figure_asked_for_by_name_must_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(MissingResults, match="figure_2 needs mean zero-shot accuracy"):
         save_figures(results[results["metric"] == "cross_entropy"], out, ["figure_13", "figure_2"])
     assert not out.exists()
+
+
+def test_a_folder_is_made_only_for_a_figure(
+    tmp_path: Path, planted: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(FIGURES, "figure_16")  # the one that needs no results
+    saved = save_figures(pd.DataFrame(), tmp_path / "a" / "b")
+    assert all(figure.skipped for figure in saved)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_name_lists_the_allowed(tmp_path: Path) -> None:

@@ -147,6 +147,14 @@ def test_the_choice_for_a_budget_ranks_all_curves(make_points: Build) -> None:
     assert (table["value"] < table["high"]).all()
 
 
+def test_the_rival_is_the_likeliest_not_the_second_best_value(make_points: Build) -> None:
+    steady = make_points({4: {10: 0.60, 100: 0.60}, 5: {10: 0.595, 100: 0.595}}, error=0.001)
+    noisy = make_points({8: {10: 0.59, 100: 0.59}}, error=0.05)
+    table = choose_precision(pd.concat([steady, noisy], ignore_index=True), ZERO_SHOT, [50])
+    assert table["bits"].tolist() == [4, 8, 5]  # 5 bits come second by value and are hardly ever best
+    assert table["chance"].iloc[1] > 0.3 > 0.01 > table["chance"].iloc[2]
+
+
 def test_a_budget_need_not_be_spent(make_points: Build) -> None:
     points = make_points({4: {10: 0.5, 100: 0.6}, 8: {50: 0.3, 500: 0.4}})
     table = choose_precision(points, ZERO_SHOT, [400])  # 4 bits have no model that large: the largest serves

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 
 from kbit.analysis.curves import ZERO_SHOT, Measure
 from kbit.analysis.drawing import MissingResults, draw_table
 from kbit.analysis.figures import FIGURES
-from kbit.analysis.maps import name_part
+from kbit.analysis.maps import choose_ink, name_part
 from kbit.analysis.published import compare_anchors, match_published, read_published
 from kbit.analysis.relations import correlate, increase, read_loss
 from kbit.analysis.roofline import DEVICES, Device, estimate_seconds, find_largest_batch
@@ -114,6 +121,53 @@ def test_the_map_finds_the_best_cell_and_counts_scales(planted: pd.DataFrame) ->
     assert four["loss"].min() == 0
     assert four.sort_values("loss")["data_type"].iloc[0] == "quantile"
     assert four.set_index("block_size")["bits_per_param"].to_dict() == {64: 4.25, 128: 4.125, 1024: 4 + 1 / 64}
+
+
+def test_shades_mean_the_same_in_every_panel_and_blanks_are_hatched(planted: pd.DataFrame) -> None:
+    hole = (planted["data_type"] == "int") & (planted["block_size"] == 128)
+    figure = FIGURES["data_types_map"](planted[~hole])
+    assert set(figure.data.groupby("panel").size()) == {14}
+    *panels, bar = figure.fig.axes
+    assert len(panels) == 4
+    assert "lost" in bar.get_ylabel()
+    shades: dict[float, set[tuple[float, ...]]] = {}
+    for axes in panels:
+        assert axes.patch.get_hatch() == "////"
+        cells = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_fill()]
+        assert len(cells) == len(axes.texts)  # a cell that was not measured is not covered
+        for cell, text in zip(cells, axes.texts, strict=True):
+            shades.setdefault(float(text.get_text().split()[0]), set()).add(cell.get_facecolor())
+            assert contrast_ratio(cell.get_facecolor(), text.get_color()) >= 4.5
+    assert all(np.ptp(np.array(list(same)), axis=0).max() < 0.05 for same in shades.values())
+    luminances = [find_luminance(next(iter(shades[loss]))) for loss in sorted(shades)]
+    assert luminances == sorted(luminances, reverse=True)  # darker is worse, also across panels
+
+
+def find_luminance(color: Any) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2.1)."""
+    rgb = np.array(to_rgb(color))
+    return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast_ratio(one: Any, other: Any) -> float:
+    """(L + 0.05) / (L' + 0.05), the lighter above (WCAG 2.1)."""
+    dark, light = sorted([find_luminance(one), find_luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+@given(st.tuples(*[st.floats(0, 1)] * 3))
+def test_ink_is_legible_on_any_shade(shade: tuple[float, float, float]) -> None:
+    assert contrast_ratio(shade, choose_ink(shade)) >= 4.5
+
+
+def test_the_map_says_how_sure_its_best_cell_is(planted: pd.DataFrame) -> None:
+    figure = FIGURES["data_types_map"](planted)
+    four = figure.data[figure.data["panel"] == "opt, 4-bit"].sort_values("loss")
+    found = re.search(
+        r"opt, 4-bit: best is quantile block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
+    )
+    assert found is not None
+    assert float(found[2]) == pytest.approx(four["loss"].iloc[1], abs=6e-5)
 
 
 def test_sensitivity_is_the_loss_of_one_part(planted: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kbit.families import EMBEDDED, STUDIED
 from kbit.models import load_model
-from kbit.nano.architectures import SIZES, TOKENS, make_config
+from kbit.nano.architectures import SIZES, make_config
 from kbit.nano.export import measure_held_out_loss
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "nano_held_out.csv"
@@ -58,9 +58,10 @@ def test_the_card_says_how_the_model_was_made(name: str) -> None:
     rows = list(csv.DictReader((EMBEDDED / name / "training.csv").open()))
     assert f"# {name}\n" in card
     assert f"| held-out loss | {RECORDED[name]:.4f} nats" in card
-    assert f"| peak learning rate | {SIZES[name.rpartition('-')[2]].peak_lr:g} |" in card
+    size = SIZES[name.rpartition("-")[2]]
+    assert f"| peak learning rate | {size.peak_lr:g} |" in card
     seen = int(re.search(r"tokens seen in training \| ([\d,]+)", card)[1].replace(",", ""))  # type: ignore[index]
-    assert 0 <= seen - TOKENS < 4096  # whole steps
+    assert 0 <= seen - size.tokens < 4096  # whole steps
     assert 0 <= seen - int(rows[-1]["tokens"]) < 10 * 4096  # the CSV has every tenth step
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kbit.nano import train as training
-from kbit.nano.architectures import FAMILIES, SIZES, build_model, default_tokens
+from kbit.nano.architectures import FAMILIES, SIZES, build_model
 from kbit.nano.data import Tokens, tokenize_stream
 from kbit.nano.train import TrainConfig, make_state, run_training, schedule_lr, take_step, train
 from kbit.textdata import read_documents
@@ -136,8 +136,7 @@ def test_learning_rate_warms_up_and_falls_to_a_tenth(steps: int) -> None:
 def test_length_and_rate_of_the_shipped_models() -> None:
     neox, opt = TrainConfig("neox", "7m", "unused"), TrainConfig("opt", "332k", "unused")
     assert (neox.steps, neox.peak_lr) == (3907, 1e-3)  # 16 million tokens in steps of 4,096
-    assert (opt.steps, opt.peak_lr) == (977, 3e-3)
-    assert default_tokens("opt", "98k") == default_tokens("bloom", "1m") == 4_000_000
+    assert (opt.steps, opt.peak_lr) == (4883, 3e-3)  # 20 million
 
 
 @pytest.mark.parametrize(
