@@ -9,19 +9,29 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.datatypes import check_choice
 from kbit.families import identify_model
-from kbit.spec import QuantSpec
+from kbit.spec import BASELINE_BITS, QuantSpec
 from kbit.taskfiles import identify_tasks
 from kbit.textdata import identify_text
 
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
-METHODS: Final = ("rtn",)  # rtn: round to nearest, no calibration data
+# Both operands of each product in 8 bits, see kbit.methods.int8; the names are those of LLM.int8(), Table 1.
+INT8_METHODS: Final = (
+    "absmax", "zeropoint", "rowwise", "vectorwise", "zeropoint_vectorwise",
+    "rowwise_decomposition", "llm_int8", "zeropoint_llm_int8",
+)  # fmt: skip
+METHODS: Final = ("rtn", *INT8_METHODS)  # rtn: round to nearest, no calibration data
+OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.outliers
 DTYPES: Final = ("float32", "bfloat16", "float16")
+_PER_OUTPUT: Final = ("vectorwise", "zeropoint_vectorwise", "llm_int8", "zeropoint_llm_int8")  # a scale per output
+ZERO_POINT_BITS: Final = 8  # an integer in -127..127
 PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.perplexity
 
 
@@ -46,13 +56,26 @@ class QuantConfig(QuantSpec):
     """The quantizer and which tensors it applies to.
 
     Attributes:
-        method: rtn (round to nearest).
+        method: rtn (round to nearest), or one of INT8_METHODS, which decide the quantizer: they need bits=8, and of a
+            QuantSpec's other fields none means anything to them.
+        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
+            p (16 - bits) bits per parameter. Rounded to the nearest count, at least one dimension.
+        outlier_selection: which dimensions: proxy (the weights before have the largest standard deviation; paper, eq.
+            2), column (this matrix' own column has), random (a control).
+        outlier_zscore: instead of a fraction: the dimensions whose standard deviation is more than so many standard
+            deviations above the matrix' mean one (bitsandbytes: 4).
+        activation_threshold: of the methods that decompose (llm_int8 and others): input dimensions in which an
+            activation is larger are multiplied at 16 bits (LLM.int8(): 6.0).
         include: regular expression of tensor names to quantize in addition to the block matrices.
         exclude: regular expression of tensor names not to quantize.
         min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
     """
 
     method: str = "rtn"
+    outlier_fraction: float = 0.0
+    outlier_selection: str = "proxy"
+    outlier_zscore: float | None = None
+    activation_threshold: float = 6.0
     include: str | None = None
     exclude: str | None = None
     min_coverage: float = 0.9
@@ -60,6 +83,9 @@ class QuantConfig(QuantSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("quant.method", self.method, METHODS)
+        self._check_outliers()
+        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
+            raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
         for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
@@ -68,6 +94,21 @@ class QuantConfig(QuantSpec):
             except re.error as error:
                 raise ValueError(f"quant.{name}={pattern!r} is not a regular expression: {error}") from None
 
+    def _check_outliers(self) -> None:
+        check_choice("quant.outlier_selection", self.outlier_selection, OUTLIER_SELECTIONS)
+        if not 0 <= self.outlier_fraction < 1:
+            raise ValueError(f"quant.outlier_fraction={self.outlier_fraction:g} is not in [0, 1)")
+        if self.outlier_zscore is not None:
+            if not self.outlier_zscore > 0:
+                raise ValueError(f"quant.outlier_zscore={self.outlier_zscore:g} is not > 0 (null: none)")
+            if self.outlier_fraction or self.outlier_selection == "random":
+                raise ValueError(
+                    "quant.outlier_zscore says by itself how many dimensions stay at 16 bits: it goes with neither "
+                    "quant.outlier_fraction nor quant.outlier_selection=random"
+                )
+        if not self.activation_threshold > 0:
+            raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
+
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
         """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
@@ -75,9 +116,27 @@ class QuantConfig(QuantSpec):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> QuantConfig:
+        """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
+        return QuantConfig(**{f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values})
+
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether input dimensions stay at 16 bits that are chosen before anything runs."""
+        return not self.is_baseline and bool(self.outlier_fraction or self.outlier_zscore)
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether input dimensions are multiplied at 16 bits that are found at run time."""
+        return self.method in INT8_METHODS and self.method.endswith(("llm_int8", "decomposition"))
+
     @property
     def spec(self) -> QuantSpec:
-        """The quantizer alone."""
+        """The weights' quantizer alone."""
+        if self.method in INT8_METHODS and not self.is_baseline:
+            layout = "row" if self.method in _PER_OUTPUT else "flat"
+            return QuantSpec(bits=8, data_type="int", block_size=None, layout=layout, scale_format="fp32")
         return QuantSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)})
 
     @property
@@ -91,7 +150,49 @@ class QuantConfig(QuantSpec):
         if spec.is_baseline:
             return content
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
-        return content | {"method": self.method} | names
+        return content | {"method": self.method} | names | self._outlier_content()
+
+    def _outlier_content(self) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        if self.keeps_outliers:
+            names = ("outlier_fraction", "outlier_zscore")
+            content |= {name: getattr(self, name) for name in names if getattr(self, name)}
+            content |= {"outlier_selection": self.outlier_selection} if self.outlier_selection != "proxy" else {}
+            content |= {"seed": self.seed} if self.outlier_selection == "random" and self.seed else {}
+        if self.decomposes and self.activation_threshold != QuantConfig.activation_threshold:
+            content |= {"activation_threshold": self.activation_threshold}
+        return content
+
+    def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
+        """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.
+
+        Codes, scales and zero points of int8 methods too. A kept dimension costs 16 - bits for each of its weights: it
+        has its share in the blocks' scales as if it were quantized, and the paper's p (16 - bits) does not count the
+        indices of the dimensions (16 / out bits for each kept weight). What is decomposed at run time is not counted.
+
+        Args:
+            shape: of the matrix, input dimensions last.
+            kept: how many input dimensions are kept; None is as many as outlier_fraction says (of outlier_zscore, which
+                only the weights' values tell, none).
+        """
+        spec, elements = self.spec, math.prod(shape)
+        if spec.is_baseline or elements == 0:
+            return spec.count_bits(shape)
+        kept = self.count_kept(shape[-1]) if kept is None else kept
+        zero_points = ZERO_POINT_BITS * spec.count_blocks(shape) if self.method.startswith("zeropoint") else 0
+        return spec.count_bits(shape) + zero_points + elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
+
+    def count_kept(self, inputs: int) -> int:
+        """Return how many of so many input dimensions outlier_fraction keeps at 16 bits."""
+        return max(1, math.floor(self.outlier_fraction * inputs + 0.5)) if self.outlier_fraction else 0
+
+    def label(self) -> str:
+        """Return the short name of a bare quantizer, or the int8 method's, and what of outliers is kept."""
+        name = self.method if self.method in INT8_METHODS and not self.is_baseline else super().label()
+        if not self.keeps_outliers:
+            return name
+        share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"
+        return f"{name} {self.outlier_selection} outliers {share}"
 
 
 @dataclass(frozen=True)
@@ -180,7 +281,8 @@ class Experiment:
 
     def label(self) -> str:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64'."""
-        block = "" if self.quant.is_baseline else f" block {self.quant.block_size or 'whole'}"
+        has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
+        block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         return f"{self.model.name} {self.quant.label()}{block}"
 
 

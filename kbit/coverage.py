@@ -7,6 +7,7 @@ blocked as the equivalent Linear) and fused 3-D expert weights. Not quantized: e
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +88,14 @@ class QuantizationReport:
         return covered / in_blocks if in_blocks else 0.0
 
 
-def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
+def plan_quantization(model: nn.Module, quant: QuantSpec, kept: Mapping[str, int] | None = None) -> QuantizationReport:
     """Return the report that quantize_model would return, without touching the model (meta tensors will do).
+
+    Args:
+        model: see quantize_model.
+        quant: see quantize_model.
+        kept: how many input dimensions of each quantized tensor stay at 16 bits; without it as many as outlier_fraction
+            says, and none for outlier_zscore, as only the values tell.
 
     Raises:
         ValueError: an include that finds nothing.
@@ -102,7 +109,8 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
         reason = _why_not(names, parameter, owner, include, exclude)
         quantized = not reason and not spec.is_baseline
         blocked = parameter.transpose(-1, -2) if parameter.ndim >= 2 and is_transposed(owner) else parameter
-        bits = spec.count_bits(blocked.shape) if quantized else BASELINE_BITS * parameter.numel()
+        count = None if kept is None else kept.get(names[0], 0)
+        bits = config.count_bits(blocked.shape, count) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):

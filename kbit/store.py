@@ -21,9 +21,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kbit.config import Experiment
+from kbit.config import Experiment, QuantConfig
 from kbit.measurement import ItemValues, decode_items
-from kbit.spec import QuantSpec
 
 if TYPE_CHECKING:  # the store is read without loading torch
     from kbit.experiment import Result
@@ -34,7 +33,8 @@ _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 _COLUMNS: Final = (
     "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
     "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
-    "scale_format", "rounding", "seed", "method", "include", "exclude", "evaluation",
+    "scale_format", "rounding", "seed", "method", "outlier_fraction", "outlier_selection", "outlier_zscore",
+    "activation_threshold", "include", "exclude", "evaluation",
     "bits_per_param", "total_bits", "weight_rmse", "task", "metric", "value", "low", "high", "n",
 )  # fmt: skip
 
@@ -94,7 +94,8 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
-    (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
+    (block_size missing: whole tensor; all missing for the 16-bit baseline), method, outlier_fraction,
+    outlier_selection, outlier_zscore and activation_threshold (what stays at 16 bits), include, exclude, evaluation
     (values compare only where it is equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized
     weights), task, metric, value, low, high (95% interval), n. The table's attrs["store"] is the path, for those who
     need the items behind a value (read_items).
@@ -185,12 +186,23 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     experiment, quant = record["experiment"], record["experiment"]["quant"]
     shared: dict[str, Any] = {name: record[name] for name in _COLUMNS if name in record}
     shared |= {"model": experiment["model"]["name"], "dtype": experiment["model"]["dtype"], "bits": quant["bits"]}
-    spec = QuantSpec.from_json(quant).canonical()
+    config = QuantConfig.from_json(quant)
+    spec = config.spec.canonical()
     if not spec.is_baseline:
         shared |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
         shared |= {} if spec.data_type == "float" else {"float_bias": None}
+        shared |= _describe_outliers(config)
     for measurement in record["measurements"]:
         yield shared | measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}
+
+
+def _describe_outliers(config: QuantConfig) -> dict[str, Any]:
+    """Return what stays at 16 bits inside the quantized matrices; fields that mean nothing here are missing."""
+    columns: dict[str, Any] = {"outlier_fraction": config.outlier_fraction, "outlier_zscore": config.outlier_zscore}
+    if config.keeps_outliers:
+        columns |= {"outlier_selection": config.outlier_selection}
+        columns |= {"seed": config.seed} if config.outlier_selection == "random" else {}
+    return columns | ({"activation_threshold": config.activation_threshold} if config.decomposes else {})
 
 
 def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:

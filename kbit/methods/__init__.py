@@ -29,6 +29,7 @@ from kbit.coverage import (
 )
 from kbit.methods.weight import Weight, sum_squares
 from kbit.models import check_finite
+from kbit.outliers import choose_kept
 from kbit.scales import check_scale_range
 from kbit.spec import QuantSpec
 
@@ -53,7 +54,8 @@ def quantize_model(
 
     Raises:
         ValueError: the model is quantized already in another way; coverage too low; a weight holds NaN or Inf, or is
-            beyond scale_format's range; an include that finds nothing. The model is unchanged then.
+            beyond scale_format's range; an include that finds nothing; outliers by proxy, and what comes before a
+            weight is not known. The model is unchanged then.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:
@@ -62,7 +64,9 @@ def quantize_model(
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
     check_finite(model)
-    weights = _find_weights(model, report)
+    weights = _find_weights(model, report, config)
+    if config.keeps_outliers:
+        report = plan_quantization(model, config, {weight.name: len(weight.kept) for weight in weights})
     norm = sum(sum_squares(weight.values) for weight in weights)
     notes = _find_method(config.method)(model, weights, config, tokenizer) if weights else {}
     lost = sum(weight.squared_error for weight in weights)
@@ -103,10 +107,12 @@ def _find_earlier_report(model: nn.Module, config: QuantConfig) -> QuantizationR
     return done[1]
 
 
-def _find_weights(model: nn.Module, report: QuantizationReport) -> list[Weight]:
+def _find_weights(model: nn.Module, report: QuantizationReport, config: QuantConfig) -> list[Weight]:
     """Return the weights that the report quantizes, checked for their scale format's range."""
     parameters, weights = dict(model.named_parameters()), []
-    for name in (tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized):
+    names = [tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized]
+    kept = choose_kept(model, names, config)
+    for name in names:
         values = parameters[name].detach()
         try:
             check_scale_range(float(values.abs().max()), report.spec.scale_format)
@@ -115,7 +121,8 @@ def _find_weights(model: nn.Module, report: QuantizationReport) -> list[Weight]:
         # tensors of one model must not share their random numbers
         own_seed = dataclasses.replace(report.spec, seed=report.spec.seed + zlib.crc32(name.encode()))
         transposed = is_transposed(owner_of(model, name))
-        weights.append(Weight(name, values.transpose(-1, -2) if transposed else values, own_seed))
+        weight = Weight(name, values.transpose(-1, -2) if transposed else values, own_seed)
+        weights.append(dataclasses.replace(weight, kept=kept[name]) if name in kept else weight)
     return weights
 
 

@@ -18,5 +18,5 @@ def round_to_nearest(
 ) -> dict[str, Any]:
     """Replace each weight by fake_quantize(weight)."""
     for weight in weights:
-        weight.put(fake_quantize(weight.values, weight.spec))
+        weight.put(fake_quantize(weight.without_kept(), weight.spec))
     return {}

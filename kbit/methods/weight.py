@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kbit.spec import QuantSpec
+
+
+def _no_dimensions() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -20,17 +24,29 @@ class Weight:
         values: [..., out, in], the parameter's own memory: Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of what put has changed so far.
+        kept: input dimensions that stay at 16 bits (kbit.outliers). put leaves these columns as they are whatever it is
+            given; a method quantizes without_kept(), so that they decide no block's scale.
     """
 
     name: str
     values: Float[Tensor, "*batch out in"]
     spec: QuantSpec
     squared_error: float = 0.0
+    kept: Int64[Tensor, " kept"] = field(default_factory=_no_dimensions)
+
+    def without_kept(self) -> Float[Tensor, "*batch out in"]:
+        """Return the values to quantize: 0 in the columns that stay at 16 bits (a copy; the values if there are none).
+
+        The zeros are part of the blocks, as in bitsandbytes: no block changes its place or number.
+        """
+        return self.values.index_fill(-1, self.kept, 0.0) if len(self.kept) else self.values
 
     def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
-        """Replace the weight, in its own dtype and memory, and count the error."""
+        """Replace the weight but for its kept columns, in its own dtype and memory, and count the error."""
         before = self.values.to(torch.float32, copy=True)
+        kept = self.values[..., self.kept]  # indexing copies
         self.values.copy_(quantized)
+        self.values[..., self.kept] = kept
         self.squared_error += sum_squares(self.values.float() - before)
 
 
