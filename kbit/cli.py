@@ -32,13 +32,28 @@ usage: kbit <command> [arguments]
   report   write one page with every experiment, to open in a browser         kbit report --help
   results  print or export the results                                        kbit results --help
   models   list the models that have a short name
-  doctor   say what works here: devices, hub, and the data that the same arguments as of run ask for
+  doctor   say what works here, and whether all that the same arguments ask for can be had     kbit doctor --help
 
 examples:
   kbit run quant.bits=3 quant.data_type=nf
   kbit run -m quant.bits=3,4,8,16 model.name=nano-neox-98k,nano-neox-332k
   kbit run +sweeps=nano/bit_level
   kbit figures --results results --out figures
+"""
+
+
+_DOCTOR_USAGE = """\
+usage: kbit doctor [arguments of run]
+
+Say what works here: versions, device, Ray, hub, and whether every model, task and text that the same arguments of
+`kbit run` ask for can be had. Nothing is run. Tasks and texts are loaded, from the hub where they are not local.
+Exit code 1 if something asked for is missing.
+
+examples:
+  kbit doctor                                    the default experiment
+  kbit doctor eval=paper device=cuda
+  kbit doctor model.name=opt-125m,pythia-70m-v0
+  kbit doctor +sweeps=nano/quick                 all models, tasks and texts of a study
 """
 
 
@@ -69,8 +84,10 @@ def run_command(command: str, arguments: list[str]) -> None:
             show_results(arguments)
         case "models":
             list_models()
+        case "doctor" if {"-h", "--help"} & set(arguments):
+            print(_DOCTOR_USAGE, end="")
         case "doctor":
-            examine(arguments)
+            run_hydra([*_multirun(arguments), "hydra.launcher.examine_only=true"])
         case "-h" | "--help" | "help":
             print(_USAGE, end="")
         case "--version":
@@ -188,27 +205,6 @@ def list_models() -> None:
 
     for model in STUDIED.values():
         print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
-
-
-def examine(arguments: list[str]) -> None:
-    """Report what works here, without running a model; exit with 1 if something asked for is missing: `kbit doctor`."""
-    if hints := _unknown_keys(arguments):
-        sys.exit("\n".join(f"kbit: error: {hint}" for hint in hints))
-    register_schema()
-    from kbit.doctor import diagnose
-    from kbit.run import to_run_config
-
-    with hydra.initialize_config_module("kbit.conf", version_base="1.3"):
-        try:
-            config = to_run_config(hydra.compose("run", arguments))
-        except hydra.errors.HydraException as error:
-            sys.exit(f"kbit: error: {error}")
-    missing = 0
-    for finding in diagnose(config):
-        print(finding, flush=True)
-        missing += finding.missing
-    if missing:
-        sys.exit(f"kbit: {missing} of what this configuration asks for cannot be had here")
 
 
 def _select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:

@@ -203,7 +203,8 @@ class EvalConfig:
         tasks: lm-eval task names, zero-shot.
         limit: only the first items of each task; None is all.
         batch_size: of a forward pass, as a budget: sequences of 32 tokens on a CPU (32: 1,024 tokens), of 512 on a
-            GPU; no effect on what is measured.
+            GPU. What is measured does not depend on it beyond float rounding (log-likelihoods to 1e-4 in float32), so
+            it is no part of the key.
         perplexity: a text to measure cross entropy on: embedded name, path, or hub text (wikitext2, c4, pile_cc); None
             is none.
         perplexity_kind: windows (fixed, per token: the papers' definition) or rolling (lm-eval's, per word).

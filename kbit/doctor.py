@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 from kbit.config import RunConfig
 from kbit.families import locate_model
 from kbit.taskfiles import find_local_tasks
 from kbit.textdata import read_documents
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,45 @@ class Finding:
         return f"{'MISSING' if self.missing else 'ok':8}{self.subject:24}{self.detail}"
 
 
-def diagnose(config: RunConfig) -> Iterator[Finding]:
-    """Look at everything a run of this configuration needs, and at every local task; yields what is found at once."""
+def examine(configs: Sequence[RunConfig]) -> None:
+    """Print what is found, line by line, and exit with 1 if something asked for is missing: `kbit doctor`."""
+    missing = 0
+    for finding in diagnose(configs):
+        print(finding, flush=True)
+        missing += finding.missing
+    if missing:
+        print(f"kbit: {missing} of what these arguments ask for cannot be had here", file=sys.stderr)
+        sys.exit(1)
+
+
+def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
+    """Look at everything that runs of these configurations need, and at every local task; yield what is found at once.
+
+    What several configurations share is looked at once.
+    """
     yield Finding(
         "versions", ", ".join(f"{name} {version(name)}" for name in ("kbit", "torch", "transformers", "lm-eval"))
     )
-    yield _find_devices(config.device)
-    yield _try("ray", _describe_ray, config.ray.address)
+    yield from (_find_devices(device) for device in _distinct(c.device for c in configs))
+    yield from (_try("ray", _describe_ray, address) for address in _distinct(c.ray.address for c in configs))
     yield _find_hub()
-    yield _try("results", lambda: _describe_results(config.results))
-    yield _try(f"model {config.model.name}", lambda: _describe_model(config.model.name))
-    asked = config.eval.tasks
-    yield from (_try(f"task {name}", _describe_task, name, config.eval.task_path) for name in asked)
-    if config.eval.perplexity is not None:
-        yield _try(f"text {config.eval.perplexity}", _describe_text, config.eval.perplexity)
-    others = [name for name in sorted(_local_tasks(config.eval.task_path)) if name not in asked]
-    for name in others:  # not asked for, so nothing is missing if it does not load
-        finding = _try(f"task {name}", _describe_task, name, config.eval.task_path)
-        yield Finding(finding.subject, f"{finding.detail} (not configured)")
+    yield from (_try("results", _describe_results, folder) for folder in _distinct(c.results for c in configs))
+    yield from (_try(f"model {name}", _describe_model, name) for name in _distinct(c.model.name for c in configs))
+    asked = _distinct((name, c.eval.task_path) for c in configs for name in c.eval.tasks)
+    yield from (_try(f"task {name}", _describe_task, name, folder) for name, folder in asked)
+    texts = _distinct(c.eval.perplexity for c in configs if c.eval.perplexity is not None)
+    yield from (_try(f"text {name}", _describe_text, name) for name in texts)
+    folders = _distinct(c.eval.task_path for c in configs)
+    there = _distinct((name, folder) for folder in folders for name in sorted(_local_tasks(folder)))
+    for name, folder in there:
+        if (name, folder) not in asked:  # so nothing is missing if it does not load
+            finding = _try(f"task {name}", _describe_task, name, folder)
+            yield Finding(finding.subject, f"{finding.detail} (not configured)")
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    """Return each value once, in order."""
+    return list(dict.fromkeys(values))
 
 
 def _find_devices(asked: str) -> Finding:

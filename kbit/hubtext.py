@@ -28,9 +28,12 @@ class HubText:
 
 
 HUB_TEXTS: Final = {
-    # Both as GPTQ has them (Frantar et al. 2023, github.com/IST-DASLab/gptq, datautils.py): the raw test split, and the
-    # first shard of the validation split.
+    # GPTQ's text (Frantar et al. 2023, github.com/IST-DASLab/gptq, datautils.py, get_wikitext2): all rows of the raw
+    # test split, joined by blank lines. kbit puts one end-of-text token before it, GPTQ what the tokenizer adds.
     "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test", joined=True),
+    # The file of GPTQ's C4, the first shard of the validation split, but not its windows: GPTQ takes the first 256 of
+    # 1,100 documents joined by spaces (get_c4_new), or 256 at random places of long documents (get_c4). Here documents
+    # follow each other, each after an end-of-text token: it compares variants, but not with published values.
     "c4": HubText("allenai/c4", None, "en/c4-validation.00000-of-00008.json.gz", "train"),
     # Dettmers & Zettlemoyer measure cross entropy on The Pile Common Crawl; the Pile's own page is gone.
     "pile_cc": HubText(

@@ -29,11 +29,13 @@ class SweepLauncher(Launcher):
     Args:
         engine: ray (workers on this machine or a cluster) or process (one after the other, here, without Ray).
         plan_only: print what would run, and run nothing.
+        examine_only: say whether all that would be needed can be had here, and run nothing.
     """
 
-    def __init__(self, engine: str = "ray", plan_only: bool = False) -> None:
+    def __init__(self, engine: str = "ray", plan_only: bool = False, examine_only: bool = False) -> None:
         self.engine = engine
         self.plan_only = plan_only
+        self.examine_only = examine_only
         self._context: HydraContext | None = None
         self._config: DictConfig | None = None
 
@@ -55,7 +57,12 @@ class SweepLauncher(Launcher):
             fail(str(error))
         if not configs:
             fail("no experiment is left: study.exclude leaves out every point of the grids")
-        run_configs(configs, engine=self.engine, plan_only=self.plan_only)
+        if self.examine_only:
+            from kbit.doctor import examine
+
+            examine(configs)
+        else:
+            run_configs(configs, engine=self.engine, plan_only=self.plan_only)
         return [_completed(overrides) for overrides in job_overrides]
 
     def _load(self, overrides: Sequence[str]) -> DictConfig:

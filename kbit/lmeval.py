@@ -2,9 +2,11 @@
 
 lm-eval finds models in a registry that it fills itself, without entry points, so that kbit has to be imported first:
 
-    python -m kbit.lmeval run --model kbit --model_args pretrained=NAME,bits=4,data_type=nf,block_size=64 --tasks piqa
+    python -m kbit.lmeval run --model kbit --model_args pretrained=nano-neox-98k,bits=4,data_type=nf --tasks nano_cloze
 
-is `lm_eval` with the model `kbit` known. In Python: `import kbit.lmeval`, then `lm_eval.simple_evaluate(model="kbit")`.
+is `lm_eval` with the model `kbit` known, and kbit's nano tasks, whose data ships with it. Every other name (piqa, too)
+is lm-eval's own task, on data of the hub. In Python: `import kbit.lmeval`, then
+`lm_eval.simple_evaluate(model="kbit", ...)`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from typing import Any, Final
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
+from lm_eval.tasks._index import Entry, Kind, TaskIndex  # private, but lm-eval registers no tasks otherwise
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from kbit.budget import TokenBudget
-from kbit.config import EvalConfig, QuantConfig
+from kbit.config import NANO_TASKS, EvalConfig, QuantConfig
 from kbit.methods import quantize_model
 from kbit.models import load_model
 from kbit.scorer import TOKENS_PER_SEQUENCE, Scorer
 from kbit.spec import QuantSpec
+from kbit.taskfiles import EMBEDDED_TASKS
+from kbit.tasks import JsonFiles, complete_definition
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +89,24 @@ class QuantizedLM(Scorer):
         return info | {"kbit": dataclasses.asdict(self.report.spec) | counts | {"scorer": self.path}}
 
 
+def register_tasks() -> None:
+    """Let every index of tasks that lm-eval makes from now on have kbit's nano tasks; a task of their name wins."""
+    build = TaskIndex.build
+
+    def build_with_nano_tasks(*arguments: Any, **options: Any) -> dict[str, Entry]:
+        index: dict[str, Entry] = build(*arguments, **options)
+        for name in NANO_TASKS:
+            index.setdefault(name, Entry(name, Kind.TASK, yaml_path=None, cfg=_define_task(name)))
+        return index
+
+    TaskIndex.build = staticmethod(build_with_nano_tasks)
+
+
+def _define_task(name: str) -> dict[str, Any]:
+    """Return a shipped task's definition, which reads its data wherever lm-eval runs, and without its data cache."""
+    return complete_definition(load_yaml(EMBEDDED_TASKS / f"{name}.yaml"), JsonFiles(EMBEDDED_TASKS))
+
+
 def _choose_device(device: str | None) -> str:
     """Return the device; the CPU, with a warning, where lm-eval's default of a first GPU is not there."""
     if device == "cuda:0" and not torch.cuda.is_available():
@@ -90,6 +114,8 @@ def _choose_device(device: str | None) -> str:
         return "cpu"
     return device or "cpu"
 
+
+register_tasks()
 
 if __name__ == "__main__":
     cli_evaluate()

@@ -1,7 +1,7 @@
 """How well a model predicts a text, by the two definitions that are often confused, and how far it is from its 16 bits.
 
 windows   Fixed, non-overlapping windows, each predicted from its own beginning; nats per *token*. The quantization
-          papers' definition (GPTQ, section 5.1: WikiText-2 and C4, windows of 2,048 tokens).
+          papers' definition (GPTQ, section 5.1: windows of 2,048 tokens; of which text, see kbit.hubtext).
 rolling   lm-eval's: every token of every document, each with as much context as fits; per *word* and byte.
 """
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,42 +77,71 @@ def _make_manager(*, include_defaults: bool) -> TaskManager:
     return TaskManager(include_defaults=include_defaults)
 
 
-def _load_local(name: str, yaml_path: Path, task_path: str | None) -> LoadedTask:
-    """Load a task from its YAML; JSON data files are read here, through lm-eval's custom_dataset hook."""
-    read: set[Path] = set()
-    with errors_named(str(yaml_path)):
-        config = load_yaml(yaml_path, _seen=read)
-    if config.get("dataset_path") != "json":
-        return _load_hub(name, _make_manager(include_defaults=False), config)
-    digest = hashlib.sha256()
-    sources: list[str] = []
+class JsonFiles:
+    """A task's JSON data, read as lm-eval's custom_dataset hook asks for it.
 
-    def read_splits(*, data_files: Any = None, **_: Any) -> datasets.DatasetDict:  # lm-eval passes metadata too
+    Attributes:
+        read: the files read so far, in order.
+        digest: of their uncompressed content.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.read: list[Path] = []
+        self.digest = hashlib.sha256()
+
+    def load(self, *, data_files: Any = None, **_: Any) -> datasets.DatasetDict:  # lm-eval passes metadata too
+        """Return the rows of each split.
+
+        Raises:
+            FileNotFoundError, ValueError: see read_bytes, read_json_lines.
+        """
         splits = {}
         for split, files in _split_files(data_files).items():
             rows = []
-            for path in (yaml_path.parent / file for file in files):
+            for path in (self._folder / file for file in files):
                 content = read_bytes(path)
-                read.add(path.resolve())
-                digest.update(content)
-                sources.append(path.name)
+                self.digest.update(content)
+                self.read.append(path)
                 rows += parse_json_lines(content, path)
             splits[split] = datasets.Dataset.from_list(rows)
         return datasets.DatasetDict(splits)
 
+
+def complete_definition(config: dict[str, Any], data: JsonFiles) -> dict[str, Any]:
+    """Return a local task's definition with its data, and acc_bytes where it has acc_norm.
+
+    Papers normalise by bytes, lm-eval's acc_norm by characters.
+    """
     metrics = config.get("metric_list", [])
-    if any(metric["metric"] == "acc_norm" for metric in metrics):  # papers normalise by bytes, lm-eval by characters
+    if any(metric["metric"] == "acc_norm" for metric in metrics):
         metrics = [*metrics, {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
+    # a function and no bound method, which lm-eval would copy together with the data
+    return config | {"custom_dataset": lambda **arguments: data.load(**arguments), "metric_list": metrics}
+
+
+def _load_local(name: str, yaml_path: Path, task_path: str | None) -> LoadedTask:
+    """Load a task from its YAML and the JSON files that it names."""
+    definitions: set[Path] = set()
     with errors_named(str(yaml_path)):
-        task = ConfigurableTask(config=config | {"custom_dataset": read_splits, "metric_list": metrics})
-        if task_path is not None and EMBEDDED_TASKS not in yaml_path.parents:
-            _check_within(read, task_path)
-    return LoadedTask(name, task, str(yaml_path), str(task.VERSION), ", ".join(sources), digest.hexdigest(), "")
+        config = load_yaml(yaml_path, _seen=definitions)
+        _check_within(definitions, yaml_path, task_path)
+    if config.get("dataset_path") != "json":
+        return _load_hub(name, _make_manager(include_defaults=False), config)
+    data = JsonFiles(yaml_path.parent)
+    with errors_named(str(yaml_path)):
+        task = ConfigurableTask(config=complete_definition(config, data))
+        _check_within(data.read, yaml_path, task_path)
+    source = ", ".join(path.name for path in data.read)
+    return LoadedTask(name, task, str(yaml_path), str(task.VERSION), source, data.digest.hexdigest(), "")
 
 
-def _check_within(read: set[Path], task_path: str) -> None:
-    """Raise ValueError if a task needs a file beside its folder, by whose content results are known."""
-    if outside := sorted(read - {path.resolve() for path in list_task_files(task_path)}):
+def _check_within(read: Iterable[Path], yaml_path: Path, task_path: str | None) -> None:
+    """Raise ValueError if a user's task needs a file beside its folder, by whose content results are known."""
+    if task_path is None or EMBEDDED_TASKS in yaml_path.parents:
+        return
+    known = {path.resolve() for path in list_task_files(task_path)}
+    if outside := sorted({path.resolve() for path in read} - known):
         raise ValueError(
             f"{outside[0]} is not in eval.task_path={task_path}, where alone a change is noticed: copy it there"
         )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kbit.cli import main
-from kbit.config import EvalConfig, ModelConfig, RayConfig, RunConfig
+from kbit.config import EvalConfig, ModelConfig, QuantConfig, RayConfig, RunConfig
 from kbit.doctor import Finding, diagnose
 
 
 def examine(config: RunConfig) -> dict[str, Finding]:
-    return {finding.subject: finding for finding in diagnose(config)}
+    return {finding.subject: finding for finding in diagnose([config])}
 
 
 def test_the_default_configuration_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,20 +51,63 @@ def test_a_wrong_task_of_the_users_folder_is_named(tmp_path: Path) -> None:
     assert found["task mine"].missing
 
 
-def test_the_command_takes_the_arguments_of_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["kbit", "doctor", "eval=paper", "eval.perplexity=nowhere.txt"])
-    with pytest.raises(SystemExit, match="1 of what this configuration asks for"):
-        main()
-    output = capsys.readouterr().out
-    assert "ok      task lambada_openai     5,153 rows" in output
-    assert "MISSING text nowhere.txt" in output
+def test_the_command_takes_the_arguments_of_run(kbit: Callable[..., Any]) -> None:
+    done = kbit("doctor", "eval=paper", "eval.perplexity=nowhere.txt")
+    assert done.code == 1
+    assert "1 of what these arguments ask for cannot be had here" in done.err
+    assert "ok      task lambada_openai     5,153 rows" in done.out
+    assert "MISSING text nowhere.txt" in done.out
+
+
+def test_every_model_of_a_grid_is_looked_at(kbit: Callable[..., Any]) -> None:
+    done = kbit("doctor", "-m", "model.name=nano-neox-98k,no/such-model,nano-gpt2-98k", "quant.bits=3,4")
+    lines = [line for line in done.out.splitlines() if "model " in line]
+    assert [line.split()[:3] for line in lines] == [
+        ["ok", "model", "nano-neox-98k"],
+        ["MISSING", "model", "no/such-model"],
+        ["ok", "model", "nano-gpt2-98k"],
+    ]
+    assert done.code == 1
+
+
+def test_every_model_task_and_text_of_a_study_is_looked_at(kbit: Callable[..., Any]) -> None:
+    done = kbit("doctor", "+sweeps=nano/quick")
+    assert done.code == 0, done.err
+    for model in ("nano-neox-98k", "nano-neox-332k", "nano-neox-1m", "nano-neox-3m"):
+        assert f"ok      model {model}" in done.out
+    assert "ok      text nano_held_out" in done.out
+    assert not Path("results").exists()
+
+
+def test_a_study_of_hub_models_lacks_them_offline(kbit: Callable[..., Any]) -> None:
+    done = kbit("doctor", "+sweeps=paper/figure_12")
+    missing = {line.split()[2] for line in done.out.splitlines() if line.startswith("MISSING model")}
+    assert len(missing) > 1
+    assert f"{len(missing)} of what" in done.err
+    assert "nano-neox-98k" not in done.out  # the default, which this study does not ask for
+
+
+def test_what_configurations_share_is_looked_at_once() -> None:
+    configs = [
+        RunConfig(model=ModelConfig(name), quant=QuantConfig(bits=bits))
+        for name in ("nano-neox-98k", "nano-gpt2-98k")
+        for bits in (3, 4)
+    ]
+    subjects = [finding.subject for finding in diagnose(configs)]
+    assert len(subjects) == len(set(subjects))
+    assert {"model nano-neox-98k", "model nano-gpt2-98k", "task nano_swap", "text nano_held_out"} <= set(subjects)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_its_own(kbit: Callable[..., Any], flag: str) -> None:
+    done = kbit("doctor", flag)
+    assert done.code == 0
+    assert done.out.startswith("usage: kbit doctor [arguments of run]")
+    assert done.err == ""
 
 
 @pytest.mark.parametrize(("argument", "message"), [("eval.taks=1", "no key 'taks'"), ("eval=nope", "nope")])
-def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, argument: str, message: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["kbit", "doctor", argument])
-    with pytest.raises(SystemExit, match=message):
-        main()
+def test_wrong_arguments_are_refused(kbit: Callable[..., Any], argument: str, message: str) -> None:
+    done = kbit("doctor", argument)
+    assert done.code == 1
+    assert message in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import lm_eval
@@ -12,19 +13,17 @@ import kbit.lmeval
 from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
 from kbit.experiment import run_experiment
 from kbit.lmeval import QuantizedLM
-from kbit.taskfiles import EMBEDDED_TASKS
 
 ARGUMENTS = "pretrained=nano-neox-98k,bits=4,data_type=nf,block_size=64"
 
 
 def test_lm_eval_gives_what_an_experiment_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(EMBEDDED_TASKS)  # lm-eval looks for data files from here
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # kbit's own tasks are found from any folder
     record = lm_eval.simple_evaluate(
         model="kbit",
         model_args=ARGUMENTS,
         tasks=["nano_cloze", "nano_choice"],
-        task_manager=TaskManager(include_path=".", include_defaults=False),  # the index of its own takes seconds
+        task_manager=TaskManager(include_defaults=False),  # the index of its own takes seconds
         limit=10,
         device="cpu",
         bootstrap_iters=0,
@@ -33,12 +32,34 @@ def test_lm_eval_gives_what_an_experiment_gives(tmp_path: Path, monkeypatch: pyt
     mine = run_experiment(
         Experiment(ModelConfig("nano-neox-98k"), QuantConfig(bits=4, data_type="nf", block_size=64), few)
     )
-    shared = [m for m in mine.measurements if m.task != "mean_zero_shot" and m.metric != "acc_bytes"]
-    assert len(shared) == 4
+    shared = [m for m in mine.measurements if m.task != "mean_zero_shot"]
+    assert len(shared) == 5
     for m in shared:
         assert record["results"][m.task][f"{m.metric},none"] == pytest.approx(m.value, rel=1e-5)
     assert record["config"]["kbit"]["total_bits"] == mine.total_bits
     assert record["config"]["kbit"]["scorer"] == "prefix sharing"
+
+
+def test_the_command_line_needs_no_network_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(TaskManager.__init__, "__defaults__", (None, None, False, None))  # as above
+    arguments = ["run", "--model", "kbit", "--model_args", ARGUMENTS, "--tasks", "nano_*", "--limit", "3"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *arguments, "--device", "cpu", "--output_path", "out"])
+    kbit.lmeval.cli_evaluate()
+    [written] = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    assert sorted(results) == ["nano_choice", "nano_cloze", "nano_endings", "nano_swap"]
+    assert results["nano_choice"]["acc,none"] in {0, 1 / 3, 2 / 3, 1}
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_task_of_the_users_folder_wins_over_a_nano_task(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: nano_cloze\ndataset_path: json\n")
+    index = TaskManager(include_path=str(tmp_path), include_defaults=False).task_index
+    assert index["nano_cloze"].yaml_path == tmp_path / "mine.yaml"
+    assert index["nano_swap"].yaml_path is None
+    assert "piqa" not in index  # lm-eval's own
 
 
 def test_the_registry_knows_the_model() -> None:
