@@ -132,6 +132,11 @@ class QuantConfig(QuantSpec):
         return self.method in INT8_METHODS and self.method.endswith(("llm_int8", "decomposition"))
 
     @property
+    def sees_whole_input(self) -> bool:
+        """Whether an output depends on more of a layer's input than its own token: on what else is in the batch."""
+        return not self.is_baseline and (self.method in ("absmax", "zeropoint") or self.decomposes)
+
+    @property
     def spec(self) -> QuantSpec:
         """The weights' quantizer alone."""
         if self.method in INT8_METHODS and not self.is_baseline:

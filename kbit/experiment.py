@@ -18,6 +18,7 @@ from kbit.evaluation import PreparedTask, TaskScores, prepare_task, score_tasks
 from kbit.families import family_of
 from kbit.measurement import ItemValues, Measurement
 from kbit.methods import copy_weights, quantize_model, restore_weights
+from kbit.methods.llm_int8 import describe_products
 from kbit.models import LoadedModel, hash_weights, load_model
 from kbit.perplexity import (
     MAX_WINDOW,
@@ -177,7 +178,7 @@ class Session:
     def _evaluate(self, experiment: Experiment, report: QuantizationReport, reference: Reference | None) -> Result:
         model, config = self._loaded.model, experiment.eval
         weights_hash = hash_weights(model)
-        self._scorer.set_batch_size(config.batch_size)
+        self._scorer.set_batch_size(config.batch_size, row_by_row=experiment.quant.sees_whole_input)
         tasks = self._prepare_tasks(config)
         scores = score_tasks(self._scorer, tasks)
         text, of_text = self._measure_text(config, reference)
@@ -226,7 +227,7 @@ class Session:
             scorer=self._scorer.path,
             batch_tokens=self._scorer.budget.tokens,
             weight_rmse=report.weight_rmse,
-            method_notes=report.notes,
+            method_notes=report.notes | describe_products(self._loaded.model),
         )
 
     def _prepare_tasks(self, config: EvalConfig) -> list[PreparedTask]:

@@ -90,9 +90,14 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._layouts: dict[tuple[tuple[str, str], ...], _Layout] = {}
         self._last_layout = _Layout([], [], 0, ())
 
-    def set_batch_size(self, batch_size: int) -> None:
-        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one."""
-        if batch_size != self.batch_size_per_gpu:
+    def set_batch_size(self, batch_size: int, *, row_by_row: bool = False) -> None:
+        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one.
+
+        row_by_row: one row at a time whatever the batch size, for models in which rows of a batch affect each other.
+        """
+        if row_by_row:
+            self.batch_size_per_gpu, self.budget = 1, TokenBudget(1)
+        elif batch_size != self.batch_size_per_gpu or self.budget.tokens == 1:
             self._set_budget(batch_size)
 
     def _set_budget(self, batch_size: int) -> None:
