@@ -96,13 +96,13 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         row_by_row: one row at a time whatever the batch size, for models in which rows of a batch affect each other.
         """
         if row_by_row:
-            self.batch_size_per_gpu, self.budget = 1, TokenBudget(1)
+            self._set_budget(1, tokens=1)
         elif batch_size != self.batch_size_per_gpu or self.budget.tokens == 1:
             self._set_budget(batch_size)
 
-    def _set_budget(self, batch_size: int) -> None:
+    def _set_budget(self, batch_size: int, tokens: int | None = None) -> None:
         self.batch_size_per_gpu: int = batch_size  # HFLM's, for generation
-        self.budget = TokenBudget(batch_size * TOKENS_PER_SEQUENCE[self.device.type])
+        self.budget = TokenBudget(tokens or batch_size * TOKENS_PER_SEQUENCE[self.device.type])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, greedy) of each request; tokens and rows are kept for the next call that asks it."""

@@ -189,7 +189,8 @@ def quantize_products(
         ValueError: a weight that is no linear layer's, or the output embedding's, whose product kbit's scorer computes
             in slices of its own: names it. Nothing is changed then.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
     for weight in weights:
         owner = owner_of(model, weight.name)
         if not isinstance(owner, nn.Linear | Conv1D) or owner is head:
