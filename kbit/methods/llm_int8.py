@@ -149,7 +149,7 @@ class Int8Linear:
 
     def __init__(self, weight: Weight, bias: Tensor | None, config: QuantConfig) -> None:
         self.scheme, self.threshold = SCHEMES[config.method], config.activation_threshold
-        self.bias, self.kept = bias, weight.kept
+        self.bias, self.kept = None if bias is None else bias.detach(), weight.kept
         by_row, zero_point = self.scheme.weight_rows, self.scheme.zero_point
         needs_wide = self.scheme.decomposes or len(self.kept) > 0
         self.wide = weight.values.clone(memory_format=torch.contiguous_format) if needs_wide else None
