@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from kbit.config import INT8_METHODS
 from kbit.datatypes import PAPER_EXPONENT_BITS
 from kbit.spec import BASELINE_BITS
 
@@ -36,6 +37,9 @@ SETTINGS: Final = (
     ("scale_format", "fp16", "{} scales"),
     ("rounding", "nearest", "{}"),
     ("method", "rtn", "{}"),
+    ("activation_threshold", 6.0, "threshold {:g}"),
+    ("outlier_zscore", None, "outliers z > {:g}"),
+    ("outlier_selection", "proxy", "{}"),
     ("outlier_fraction", 0.0, "outliers {:.3g}"),
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),
@@ -135,8 +139,9 @@ def name_data_type(row: Mapping[Any, Any]) -> str | None:
     is_float = row["data_type"] == "float" and not is_missing(exponent_bits)
     if is_float and exponent_bits != PAPER_EXPONENT_BITS[row["bits"]]:
         parts.append(f"E{exponent_bits}")
+    decided = ("layout", "scale_format") if row.get("method") in INT8_METHODS else ()  # by the method
     for column, default, words in SETTINGS:
-        value = row.get(column, default)
+        value = default if column in decided else row.get(column, default)
         if not is_missing(value) and value != default:
             parts.append(words.format(value))
     return " ".join(parts)

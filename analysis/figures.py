@@ -19,6 +19,8 @@ import pandas as pd
 from kbit.analysis.claims import SIGN
 from kbit.analysis.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy, precision_curves
 from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
+from kbit.analysis.emergence import draw_features
+from kbit.analysis.int8 import draw_int8_methods
 from kbit.analysis.lawtable import draw_laws
 from kbit.analysis.maps import draw_data_types_map, draw_sensitivity
 from kbit.analysis.panels import draw_panels
@@ -140,6 +142,8 @@ FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
     "data_types_map": draw_data_types_map,
     **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
     "sensitivity": draw_sensitivity,
+    "int8_methods": draw_int8_methods,
+    "features": draw_features,
     "anchors": draw_anchors,
 }
 

@@ -83,6 +83,11 @@ def split_outliers(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Se
     return kept, [name.split(" with")[0] for name in kept]
 
 
+def split_rival(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare a precision with outliers in 16 bit with 4 bits without."""
+    return [name for name in series if "outliers" in name], ["4-bit"]
+
+
 def split_methods(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Compare GPTQ without blocks with zero-shot float in blocks of 64."""
     gptq = [name for name in series if "gptq" in name]
@@ -118,7 +123,7 @@ def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     is_three = curves["panel"].str.contains(", 3-bit")
     parts: list[tuple[str, pd.DataFrame, Split, Expectation]] = [
         ("3-bit gains", curves[is_three], split_outliers, "better"),
-        ("3-bit with outliers against 4-bit", curves[is_three], lambda _, names: (names[1:2], ["4-bit"]), "worse"),
+        ("3-bit with outliers against 4-bit", curves[is_three], split_rival, "worse"),
         ("4-bit gains nothing", curves[~is_three], split_outliers, "no better"),
     ]
     return " ".join(
@@ -179,6 +184,15 @@ CURVE_FIGURES: Final = (
         judge_outliers,
         "3 or 4 bits with and without outliers in 16 bit, at two or more sizes of one family",
         ("nano/outliers", "paper/figure_4"),
+    ),
+    CurveFigure(
+        "outliers",
+        "By cross entropy, do 16-bit outliers pay for their bits, more than the same layer's or random dimensions?",
+        join(*(partial(select_outliers, bits=bits, family="opt") for bits in (3, 4))),
+        judge_outliers,
+        "3 or 4 bits with and without outliers in 16 bit, at two or more sizes of one family",
+        ("nano/outliers",),
+        loss=True,
     ),
     CurveFigure(
         "figure_5",

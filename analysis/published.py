@@ -17,7 +17,7 @@ FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "published"
 
 @cache
 def read_published(name: str = "results") -> pd.DataFrame:
-    """Return published numbers: results (model, bits, method, task, metric, value, source), table_1 or table_2."""
+    """Return published numbers: results (model, bits, method, task, metric, value, source) or those of a figure."""
     return pd.read_csv(FOLDER / f"{name}.csv")
 
 

@@ -22,7 +22,8 @@ WHOLE: Final = 2**62  # the place of "whole tensor" among block sizes: the large
 # Of settings with equally many points the first of these is shown: the paper's own before later ones.
 DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "learned", "table")
 USUAL_BLOCK: Final = 64
-OUTLIERS: Final = re.compile(r" outliers ([\d.]+)$")  # as curves.name_data_type writes it
+OUTLIERS: Final = re.compile(r"( column| random)? outliers ([\d.]+)$")  # as curves.name_data_type writes it
+CONTROLS: Final = ("", " column", " random")  # how outliers were selected: "" is the paper's proxy
 RIVAL_BITS: Final = 4
 
 Row = Mapping[Any, Any]
@@ -139,16 +140,17 @@ def find_exponent(row: Row) -> int:
 def select_outliers(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:
     """Return a panel with one precision with and without 16-bit outliers; at 3 bits also 4 bits without.
 
-    The paper asks whether 3-bit with outliers catches up with 4-bit (section 5.2).
+    The paper asks whether 3-bit with outliers catches up with 4-bit (section 5.2). Dimensions that were selected in
+    another way than the paper's have a curve of their own.
     """
     points = prefer_family(points, family)
     pairs = [OUTLIERS.sub("", str(name)) for name in points["data_type"]]
-    points = points.assign(_base=pairs, _kept=[OUTLIERS.search(str(name)) is not None for name in points["data_type"]])
-    chosen = most_points(points[points["_kept"] & (points["bits"] == bits)], ["_base", "block_size"])
+    points = points.assign(_base=pairs, _kept=[rank_selection(str(name)) for name in points["data_type"]])
+    chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], ["_base", "block_size"])
     shown = points.merge(
         chosen[["family", "_base", "block_size"]].drop_duplicates(), on=["family", "_base", "block_size"]
     )
-    is_rival = (shown["bits"] == RIVAL_BITS) & ~shown["_kept"] & (bits < RIVAL_BITS)
+    is_rival = (shown["bits"] == RIVAL_BITS) & (shown["_kept"] == 0) & (bits < RIVAL_BITS)
     marked = mark(
         shown[(shown["bits"] == bits) | is_rival],
         lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",
@@ -158,10 +160,17 @@ def select_outliers(points: pd.DataFrame, bits: int, family: str) -> pd.DataFram
     return marked.drop(columns=["_base", "_kept"])
 
 
+def rank_selection(name: str) -> int:
+    """Return 0 for a data type without 16-bit outliers, else 1, 2, ... by how they were selected (CONTROLS)."""
+    found = OUTLIERS.search(name)
+    return 1 + CONTROLS.index(found[1] or "") if found else 0
+
+
 def name_outliers(row: Row) -> str:
-    """Return "3-bit" or "3-bit with 2% outliers"."""
+    """Return "3-bit", "3-bit with 2% outliers", "3-bit with 2% column" or "3-bit with 2% random"."""
     found = OUTLIERS.search(str(row["data_type"]))
-    return f"{row['bits']}-bit" + (f" with {100 * float(found[1]):.3g}% outliers" if found else "")
+    share = f" with {100 * float(found[2]):.3g}%{found[1] or ' outliers'}" if found else ""
+    return f"{row['bits']}-bit{share}"
 
 
 def select_gptq(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:

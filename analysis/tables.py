@@ -85,7 +85,7 @@ def table_2(results: pd.DataFrame) -> PaperFigure:
     rows = results[results["metric"] == TABLE_2_METRIC] if len(results) else results
     if rows.empty:
         needs = f"measurements of {TABLE_2_METRIC} (weight deviation against the size of the next layer's inputs)"
-        raise MissingResults(describe_lack("table_2", needs, ("nano/outliers", "paper/table_2")))
+        raise MissingResults(describe_lack("table_2", needs, ("nano/features", "paper/table_2")))
     ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
     columns = ["relation", "model", "spearman", "source"]
     data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)

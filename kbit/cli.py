@@ -1,4 +1,4 @@
-"""The command line: `kbit run | plan | figures | report | results | models | doctor`."""
+"""The command line: `kbit run | plan | figures | report | results | outliers | models | doctor`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ usage: kbit <command> [arguments]
   figures  draw the figures that the results allow                            kbit figures --help
   report   write one page with every experiment, to open in a browser         kbit report --help
   results  print or export the results                                        kbit results --help
+  outliers find a model's emergent outlier features; the same arguments as of run
   models   list the models that have a short name
   doctor   say what works here, and whether all that the same arguments ask for can be had     kbit doctor --help
 
@@ -80,6 +81,8 @@ def run_command(command: str, arguments: list[str]) -> None:
             draw_figures(arguments)
         case "report":
             make_report(arguments)
+        case "outliers":
+            run_hydra(["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true", *arguments])
         case "results":
             show_results(arguments)
         case "models":
@@ -95,7 +98,7 @@ def run_command(command: str, arguments: list[str]) -> None:
 
             print(f"kbit {version('kbit')}")
         case _:
-            allowed = "run, plan, figures, report, results, models, doctor"
+            allowed = "run, plan, figures, report, results, outliers, models, doctor"
             sys.exit(f"kbit: unknown command {command!r}; allowed are {allowed}")
 
 

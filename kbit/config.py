@@ -132,6 +132,11 @@ class QuantConfig(QuantSpec):
         return self.method in INT8_METHODS and self.method.endswith(("llm_int8", "decomposition"))
 
     @property
+    def sees_whole_input(self) -> bool:
+        """Whether an output depends on more of a layer's input than its own token: on what else is in the batch."""
+        return not self.is_baseline and (self.method in ("absmax", "zeropoint") or self.decomposes)
+
+    @property
     def spec(self) -> QuantSpec:
         """The weights' quantizer alone."""
         if self.method in INT8_METHODS and not self.is_baseline:
@@ -196,6 +201,30 @@ class QuantConfig(QuantSpec):
 
 
 @dataclass(frozen=True)
+class FeatureConfig:
+    """Emergent outlier features (kbit.features), by the criteria of LLM.int8().
+
+    Attributes:
+        measure: whether they are looked for, on the windows of eval.perplexity.
+        magnitude: from which on a hidden value is large.
+        layers: least share of layers in which a feature is large, 0..1.
+        positions: least share of positions at which it is, 0..1.
+    """
+
+    measure: bool = False
+    magnitude: float = 6.0
+    layers: float = 0.25
+    positions: float = 0.06
+
+    def __post_init__(self) -> None:
+        if not self.magnitude > 0:
+            raise ValueError(f"eval.features.magnitude={self.magnitude:g} is not > 0")
+        for name in ("layers", "positions"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"eval.features.{name}={getattr(self, name):g} is not in 0..1")
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What is measured.
 
@@ -211,6 +240,7 @@ class EvalConfig:
         perplexity_windows: at most this many windows of the model's context (at most 2048 tokens); None is all. Rolling
             perplexity is always of the whole text.
         task_path: a folder with the user's own task YAMLs.
+        features: whether and how emergent outlier features are looked for.
     """
 
     tasks: tuple[str, ...] = NANO_TASKS
@@ -220,6 +250,7 @@ class EvalConfig:
     perplexity_kind: str = "windows"
     perplexity_windows: int | None = 256
     task_path: str | None = None
+    features: FeatureConfig = field(default_factory=FeatureConfig)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))  # Hydra hands over a list
@@ -232,6 +263,8 @@ class EvalConfig:
             raise ValueError(f"eval.tasks={list(self.tasks)} names a task twice")
         if not self.tasks and self.perplexity is None:
             raise ValueError("nothing to measure: eval.tasks is empty and eval.perplexity is null")
+        if self.features.measure and (self.perplexity is None or self.perplexity_kind != "windows"):
+            raise ValueError("eval.features.measure needs a text: eval.perplexity, with eval.perplexity_kind=windows")
 
 
 @dataclass(frozen=True)
@@ -257,6 +290,8 @@ class Experiment:
                 evaluation |= {"perplexity_windows": self.eval.perplexity_windows}
             else:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
+        if self.eval.features.measure:
+            evaluation |= {"features": _differences(self.eval.features, FeatureConfig())}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.content, "eval": evaluation}
 

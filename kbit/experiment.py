@@ -16,8 +16,10 @@ from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.coverage import QuantizationReport, plan_quantization
 from kbit.evaluation import PreparedTask, TaskScores, prepare_task, score_tasks
 from kbit.families import family_of, identify_model
+from kbit.features import Feature, measure_features
 from kbit.measurement import ItemValues, Measurement
 from kbit.methods import copy_weights, quantize_model, restore_weights
+from kbit.methods.llm_int8 import describe_products
 from kbit.models import LoadedModel, hash_weights, load_model
 from kbit.perplexity import (
     MAX_WINDOW,
@@ -97,6 +99,7 @@ class Result:
         items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
             empty in results from before they were kept.
         scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory.
+        features: the dimensions that are large most often, if eval.features asks for them, see kbit.features.
         weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
         method_notes: what the method says of itself, see QuantizationReport.notes.
     """
@@ -129,6 +132,7 @@ class Result:
     items: tuple[ItemValues, ...] = ()
     scorer: str = ""
     batch_tokens: int = 0
+    features: tuple[Feature, ...] = ()
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
 
@@ -194,16 +198,18 @@ class Session:
     ) -> Result:
         model, config = self._loaded.model, experiment.eval
         weights_hash = hash_weights(model)
-        self._scorer.set_batch_size(config.batch_size)
+        self._scorer.set_batch_size(config.batch_size, row_by_row=experiment.quant.sees_whole_input)
         tasks = self._prepare_tasks(config, data["tasks"])
         scores = score_tasks(self._scorer, tasks)
         text, of_text = self._measure_text(config, data, reference)
+        features, of_features = self._measure_features(config, data)
         if hash_weights(model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         result = self._describe(experiment, report)
         return dataclasses.replace(
             result,
-            measurements=(*scores.measurements, *of_text.measurements),
+            measurements=(*scores.measurements, *of_text.measurements, *of_features),
+            features=tuple(features),
             items=(*scores.items, *of_text.items),
             weights_hash=weights_hash,
             tasks=tuple(_record_task(prepared.loaded, scores) for prepared in tasks),
@@ -243,7 +249,7 @@ class Session:
             scorer=self._scorer.path,
             batch_tokens=self._scorer.budget.tokens,
             weight_rmse=report.weight_rmse,
-            method_notes=report.notes,
+            method_notes=report.notes | describe_products(self._loaded.model),
         )
 
     def _prepare_tasks(self, config: EvalConfig, identity: list[str]) -> list[PreparedTask]:
@@ -269,6 +275,13 @@ class Session:
         windows = self._make_windows((config.perplexity, data["perplexity"], config.perplexity_windows))
         scores = measure_cross_entropy(self._loaded.model, windows, self._scorer.budget, reference)
         return TextRecord(windows.name, windows.sha256, *windows.tokens.shape), scores
+
+    def _measure_features(self, config: EvalConfig, data: dict[str, Any]) -> tuple[list[Feature], list[Measurement]]:
+        """Look for emergent features if the configuration asks for it."""
+        if not config.features.measure or config.perplexity is None:
+            return [], []
+        windows = self._make_windows((config.perplexity, data["perplexity"], config.perplexity_windows))
+        return measure_features(self._loaded.model, windows, self._scorer.budget, config.features)
 
     def _make_windows(self, wanted: tuple[str, str, int | None]) -> Windows:
         if wanted not in self._windows:

@@ -127,7 +127,7 @@ def compute_reference(
         _reserve(file, size * model.dtype.itemsize)
         flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
     hidden = flat.view(count, length - 1, hidden_size)
-    for rows, states in _iterate_windows(windows, budget, lambda rows: _run_trunk(model, windows.tokens[rows])):
+    for rows, states in iterate_windows(windows, budget, lambda rows: run_trunk(model, windows.tokens[rows])):
         hidden[rows] = states.cpu()
     return hidden
 
@@ -178,7 +178,7 @@ def measure_cross_entropy(
         measure = functools.partial(_measure_windows, model, windows, reference)
     else:
         measure = functools.partial(_measure_whole_logits, model, windows)
-    values = [of_windows for _, of_windows in _iterate_windows(windows, budget, measure)]
+    values = [of_windows for _, of_windows in iterate_windows(windows, budget, measure)]
     names = ["cross_entropy"] if reference is None else ["cross_entropy", "kl_divergence", "top1_agreement"]
     by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
     for metric, of_windows in by_metric.items():
@@ -220,7 +220,7 @@ def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> Text
 def _measure_windows(model: Any, windows: Windows, reference: Reference | None, rows: slice) -> torch.Tensor:
     """Return each window's mean loss, and with a reference divergence and agreement [windows, 1 or 3]."""
     tokens = windows.tokens[rows].to(model.device)
-    hidden, targets = _run_trunk(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()
+    hidden, targets = run_trunk(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()
     head = model.get_output_embeddings()
     if reference is None:
         places = torch.arange(len(targets), device=model.device)
@@ -241,13 +241,13 @@ def _measure_whole_logits(model: Any, windows: Windows, rows: slice) -> torch.Te
     return losses.double().mean(dim=1, keepdim=True).cpu()
 
 
-def _run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Return the last hidden states of tokens [windows, L], those of the last token left out."""
     hidden: torch.Tensor = model.base_model(tokens[:, :-1].to(model.device), use_cache=False).last_hidden_state
     return hidden
 
 
-def _iterate_windows(
+def iterate_windows(
     windows: Windows, budget: TokenBudget, function: Callable[[slice], torch.Tensor]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield (rows, what the function returns for these rows), as many windows at once as the budget has tokens for."""

@@ -104,7 +104,23 @@ def describe_results(store_path: str, key: str) -> str:
     rows = read_results(store_path).query("key == @key")
     first = rows.iloc[0]
     head = f"{first['model']}: {first['total_bits'] / 1e6:.2f} Mbit in all, {first['bits_per_param']:.2f} bits/param"
-    return f"{head}\n{rows[['task', 'metric', 'value', 'low', 'high', 'n']].to_string(index=False)}"
+    table = rows[["task", "metric", "value", "low", "high", "n"]].to_string(index=False)
+    return "\n".join([head, table, *_describe_features(store_path, key)])
+
+
+def _describe_features(store_path: str, key: str) -> list[str]:
+    """Return the hidden dimensions that are large most often, a line each; none if they were not looked for."""
+    from kbit.store import read_features
+
+    rows = read_features(store_path, [key])
+    lines = []
+    for (dimension, is_feature), places in rows.groupby(["dimension", "is_feature"], sort=False):
+        first, top = places.iloc[0], places.loc[places["largest"].abs().idxmax()]
+        lines.append(
+            f"dimension {dimension}{' (feature)' if is_feature else ''}: large in {first['layers']:.0%} of layers, at "
+            f"{first['positions']:.2%} of positions; up to {top['largest']:.1f}, layer {top['layer']} {top['input']}"
+        )
+    return lines
 
 
 def fail(message: str) -> NoReturn:

@@ -99,14 +99,19 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._layouts: dict[tuple[tuple[str, str], ...], _Layout] = {}
         self._last_layout = _Layout([], [], 0, [], 0, ())
 
-    def set_batch_size(self, batch_size: int) -> None:
-        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one."""
-        if batch_size != self.batch_size_per_gpu:
+    def set_batch_size(self, batch_size: int, *, row_by_row: bool = False) -> None:
+        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one.
+
+        row_by_row: one row at a time whatever the batch size, for models in which rows of a batch affect each other.
+        """
+        if row_by_row:
+            self._set_budget(1, tokens=1)
+        elif batch_size != self.batch_size_per_gpu or self.budget.tokens == 1:
             self._set_budget(batch_size)
 
-    def _set_budget(self, batch_size: int) -> None:
+    def _set_budget(self, batch_size: int, tokens: int | None = None) -> None:
         self.batch_size_per_gpu: int = batch_size  # HFLM's, for generation
-        self.budget = TokenBudget(batch_size * TOKENS_PER_SEQUENCE[self.device.type])
+        self.budget = TokenBudget(tokens or batch_size * TOKENS_PER_SEQUENCE[self.device.type])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, greedy) of each request; tokens and rows are kept for the next call that asks it."""

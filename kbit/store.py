@@ -165,6 +165,25 @@ def read_items(
     return found
 
 
+def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.DataFrame:
+    """Return the hidden dimensions that are large most often, a row for each dimension, layer and input.
+
+    Columns: key, model, dimension, is_feature, layers and positions (shares of the whole model), one_sided, layer,
+    input, share (of the positions of this input), largest; see kbit.features.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = []
+    for record in _read_records(path, "experiments", keys):
+        about = {"key": record["key"], "model": record["experiment"]["model"]["name"]}
+        for feature in record.get("features", ()):
+            own = {name: feature[name] for name in ("dimension", "is_feature", "layers", "positions", "one_sided")}
+            rows += [about | own | place for place in feature["by_layer"]]
+    columns = ["key", "model", "dimension", "is_feature", "layers", "positions", "one_sided", "layer", "input"]
+    return pd.DataFrame(rows, columns=[*columns, "share", "largest"])
+
+
 def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of these keys that are there; None: all."""
     folder = Path(path) / kind

@@ -74,20 +74,21 @@ class Block:
 
 def _rows_of_interleaved(config: Any) -> Tensor:
     """Rows are [head][query, key, value][d]."""
-    size = config.hidden_size // config.num_attention_heads
+    size = int(config.hidden_size // config.num_attention_heads)
     return (torch.arange(config.num_attention_heads)[:, None] * 3 * size + 2 * size + torch.arange(size)).flatten()
 
 
 def _rows_of_thirds(config: Any) -> Tensor:
     """Rows are [query, key, value][head][d]."""
-    return 2 * config.hidden_size + torch.arange(config.hidden_size)
+    size = int(config.hidden_size)
+    return 2 * size + torch.arange(size)
 
 
 def _rows_of_groups(config: Any) -> Tensor:
     """Rows are [group][d]; heads h / group size share a group (grouped-query attention; else a group is a head)."""
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    heads = int(config.num_attention_heads)
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups: int = getattr(config, "num_key_value_heads", None) or heads
     group_of_head = torch.arange(heads) // (heads // groups)
     return (group_of_head[:, None] * size + torch.arange(size)).flatten()
 
@@ -177,7 +178,8 @@ def deviation_of(values: Tensor, dim: int) -> Tensor:
     """
     values = values.float()
     square = torch.linalg.vector_norm(values, dim=dim).square() / values.shape[dim]
-    return (square - values.mean(dim).square()).clamp_min(0).sqrt()
+    variance: Tensor = square - values.mean(dim).square()
+    return variance.clamp_min(0).sqrt()
 
 
 def _find_architecture(model: Any) -> _Architecture:
@@ -192,7 +194,7 @@ def _find_architecture(model: Any) -> _Architecture:
 
 def _find_input(model: Any) -> str:
     """Return the name of the weight that first makes the residual stream."""
-    path = model.base_model_prefix
+    path: str = model.base_model_prefix
     if getattr(getattr(model.base_model, "decoder", None), "project_in", None) is not None:
         return f"{path}.decoder.project_in.weight"
     embedding = model.get_input_embeddings().weight

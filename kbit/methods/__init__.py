@@ -1,8 +1,8 @@
 """Quantize a model in place by one of the methods.
 
 A method is a function (model, weights, quant, tokenizer) -> notes, in the module of this package that has its name. It
-ends with Weight.put for each weight, and returns what the record should say of it. To add one: write the module, and
-name it in kbit.config.METHODS and in _FUNCTIONS.
+quantizes Weight.without_kept, ends with Weight.put for each weight, and returns what the record should say of it. To
+add one: write the module, and name it in kbit.config.METHODS and in _FUNCTIONS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import QuantConfig
+from kbit.config import INT8_METHODS, QuantConfig
 from kbit.coverage import (
     QuantizationReport,
     describe_low_coverage,
@@ -27,6 +27,7 @@ from kbit.coverage import (
     owner_of,
     plan_quantization,
 )
+from kbit.methods.llm_int8 import undo_products
 from kbit.methods.weight import Weight, sum_squares
 from kbit.models import check_finite
 from kbit.outliers import choose_kept
@@ -38,7 +39,10 @@ log = logging.getLogger(__name__)
 Method = Callable[[nn.Module, Sequence[Weight], QuantConfig, PreTrainedTokenizerBase | None], dict[str, Any]]
 
 # Name in quant.method -> the function: imported when it is used
-_FUNCTIONS: Final = {"rtn": "rtn:round_to_nearest"}
+_FUNCTIONS: Final = {
+    "rtn": "rtn:round_to_nearest",
+    **dict.fromkeys(INT8_METHODS, "llm_int8:quantize_products"),
+}
 
 
 def quantize_model(
@@ -84,7 +88,8 @@ def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torc
 
 
 def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put the copies back and forget that the model was quantized."""
+    """Put the copies and the layers' own products back, and forget that the model was quantized."""
+    undo_products(model)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():

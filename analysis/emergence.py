@@ -1,0 +1,104 @@
+"""Emergent outlier features against model size and perplexity (LLM.int8(), section 4)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
+from kbit.analysis.published import read_published
+from kbit.analysis.styles import STYLE, style_series
+
+CLAIM: Final = (
+    "Do outlier features (a hidden dimension of magnitude 6 or more in 25% of layers, at 6% of positions) come with "
+    "size, or with a lower perplexity? LLM.int8(): smoothly with perplexity, from 6.7 billion parameters in all layers."
+)
+SHARES: Final = {"layers": "share of layers", "positions": "share of positions"}
+# of measurements of task features/<text> (kbit.features) -> column
+METRICS: Final = {
+    "features": "features",
+    "features_one_sided": "one_sided",
+    "layers_affected": "layers",
+    "positions_affected": "positions",
+    "top1_probability": "top1",
+    "top1_probability_without_features": "top1_without",
+    "top1_probability_without_random": "top1_without_random",
+    "cross_entropy_without_features": "loss_without",
+    "cross_entropy_without_random": "loss_without_random",
+}
+
+
+def draw_features(results: pd.DataFrame) -> PaperFigure:
+    """Draw the shares of layers and positions that outliers affect, the paper's models beside ours.
+
+    Raises:
+        MissingResults: no model was looked at.
+    """
+    ours = tabulate_features(results) if len(results) else pd.DataFrame()
+    if ours.empty:
+        needs = "models that were looked at for outlier features (eval.features.measure=true)"
+        raise MissingResults(describe_lack("features", needs, ("nano/features", "paper/table_2")))
+    data = pd.concat([ours, read_published("features")], ignore_index=True)
+    verdict = judge_features(ours)
+    with matplotlib.style.context(["default", STYLE]):
+        fig = Figure(figsize=(8.2 + LEGEND_WIDTH, 3.6), layout="constrained")
+        names = [f"{what}{source}" for source in ("", " (paper)") for what in SHARES.values()]
+        styles = style_series(names)
+        for place, (x, label) in enumerate([("parameters", "parameters"), ("perplexity", "perplexity (per token)")]):
+            axes = fig.add_subplot(1, 2, place + 1)
+            for is_paper, rows in data.groupby(data["source"] != "this store"):
+                for column, what in SHARES.items():
+                    style = styles[f"{what}{' (paper)' if is_paper else ''}"]
+                    axes.plot(rows[x], rows[column], linestyle="none", marker=style.marker, color=style.color)
+            axes.set_xscale("log")
+            axes.set_ylim(-0.04, 1.04)
+            axes.set_xlabel(label)
+            axes.set_ylabel("" if place else "share affected, of the most frequent dimension")
+            axes.grid(color="0.9", linewidth=0.6)
+            axes.set_axisbelow(True)
+        draw_legend(fig, styles, lines=False)
+        note = "The paper's perplexities are on C4, ours on the text of each experiment: compare within one source."
+        write_verdict(fig, "features", CLAIM, verdict, note)
+    return PaperFigure("features", fig, data, CLAIM, verdict)
+
+
+def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:
+    """Return family, model, bits, parameters, perplexity, METRICS' columns and source, a row for each experiment."""
+    is_feature = results["task"].str.startswith("features/") & results["metric"].isin(METRICS)
+    if not is_feature.any():
+        return pd.DataFrame()
+    rows = results[is_feature]
+    wide = rows.assign(column=rows["metric"].map(METRICS)).pivot(
+        index=["key", "task"], columns="column", values="value"
+    )
+    table = wide.reindex(columns=list(METRICS.values())).reset_index()
+    about = results.drop_duplicates("key").set_index("key")[["family", "model", "bits", "parameters"]]
+    losses = results[results["metric"] == "cross_entropy"].set_index(["key", "task"])["value"]
+    pairs = zip(table["key"], table["task"].str.removeprefix("features/"), strict=True)
+    table["perplexity"] = np.exp([float(losses.get(pair, np.nan)) for pair in pairs])
+    table = table.join(about, on="key").assign(source="this store")
+    return table.drop(columns=["key", "task"]).sort_values(["family", "parameters", "bits"], ignore_index=True)
+
+
+def judge_features(ours: pd.DataFrame) -> str:
+    """Say how many models have features, how far the leading dimension goes, and what zeroing features did."""
+    some = ours[ours["features"] > 0]
+    parts = [
+        f"{len(some)} of {len(ours)} models have outlier features",
+        f"the most frequent dimension is large in up to {ours['layers'].max():.0%} of layers, at up to "
+        f"{ours['positions'].max():.1%} of positions",
+    ]
+    if len(some):
+        loss = np.log(some["perplexity"])
+        removed, random = (some[name] - loss for name in ("loss_without", "loss_without_random"))
+        parts.append(
+            f"zeroing the features adds {removed.mean():+.3f} nats on average, as many random dimensions "
+            f"{random.mean():+.3f}; top-1 probability {some['top1'].mean():.3f} becomes "
+            f"{some['top1_without'].mean():.3f} and {some['top1_without_random'].mean():.3f}"
+        )
+    return "; ".join(parts) + "."
