@@ -9,6 +9,7 @@ import pandas as pd
 
 from kbit.analysis.curves import Measure, find_cross_entropy, precision_curves
 from kbit.analysis.drawing import (
+    LIMIT_OF_MODELS,
     MissingResults,
     PaperFigure,
     describe_lack,
@@ -169,7 +170,7 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
     )
     measure = find_cross_entropy(results)
     sample = describe_sample(results, results["key"].unique(), measure) if measure else ""
-    write_verdict(fig, "laws", CLAIM, verdict, note, sample)
+    write_verdict(fig, "laws", CLAIM, verdict, note, sample, LIMIT_OF_MODELS)
     return PaperFigure("laws", fig, data, CLAIM, verdict)
 
 

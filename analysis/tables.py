@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from kbit.analysis.claims import SIGN, find_measures, tabulate_verdicts
 from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
 from kbit.analysis.drawing import (
+    LIMIT,
     MissingResults,
     PaperFigure,
     describe_lack,
@@ -31,7 +32,7 @@ TABLE_2: Final = (
     "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
 )
 TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
-BUDGET_STEPS: Final = 5  # budgets that the frontier's table lists
+BUDGET_STEPS: Final = 5  # budgets that the frontier lists of each family and measure, fewer if they fill a page
 SHOWN: Final = 28  # rows of a table that a page holds
 
 
@@ -131,7 +132,7 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         }
     )
     note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
-    notes = [SIGN + note, *describe_samples(results)]
+    notes = [SIGN + note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
     return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
@@ -143,7 +144,9 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     Raises:
         MissingResults: no measure was taken at two sizes.
     """
-    parts = [tabulate_frontier(results, family, m) for family, m in list_family_measures(results)]
+    pairs = list_family_measures(results)
+    steps = min(BUDGET_STEPS, max(1, SHOWN // max(1, len(pairs))))
+    parts = [tabulate_frontier(results, family, measure, steps) for family, measure in pairs]
     data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if data.empty:
         needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
@@ -165,13 +168,9 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     note = (
         "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
     )
-    notes = [note + "the one that is most probably best.", *describe_samples(results)]
+    note += "the one that is most probably best."
+    notes = [note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
     return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, *notes)
-
-
-def describe_samples(results: pd.DataFrame) -> list[str]:
-    """Return the line about the data of each measure, see drawing.describe_sample."""
-    return [describe_sample(results, results["key"].unique(), measure) for measure in find_measures(results)]
 
 
 def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
@@ -181,8 +180,14 @@ def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
     return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
 
 
-def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure, steps: int) -> pd.DataFrame:
     """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
+
+    Args:
+        results: long form.
+        family: the one to tabulate.
+        measure: what makes a choice the best.
+        steps: budgets, evenly spaced in their logarithm inside the frontier's range.
 
     Raises:
         AmbiguousResults: see precision_curves.
@@ -193,7 +198,7 @@ def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> p
     if curves["model"].nunique() < 2:
         return pd.DataFrame()
     frontier = find_pareto_frontier(curves, measure.higher_is_better)
-    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), BUDGET_STEPS + 2)[1:-1]
+    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), steps + 2)[1:-1]
     rows = []
     for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:
