@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.claims import SIGN, find_measures, tabulate_verdicts
+from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval, tabulate_verdicts
 from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
 from kbit.analysis.drawing import (
     LIMIT,
@@ -19,7 +19,7 @@ from kbit.analysis.drawing import (
     draw_table,
     write_verdict,
 )
-from kbit.analysis.frontier import choose_precision, find_pareto_frontier
+from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import compare_anchors, read_published
 from kbit.analysis.selections import has_settings
@@ -59,7 +59,7 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
     is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
     is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
-    pick = ["model", "block_size", "value"]
+    pick = ["model", "block_size", "value", "key"]
     both = rows[is_gptq][pick].merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:
         needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
@@ -68,13 +68,30 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     data = data[["model", "text", "block_size", "gptq_2bit", "float_3bit"]]
     paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2")
     data = pd.concat([data, paper[[*data.columns, "source"]]], ignore_index=True)
-    wins = int((both["value_gptq"] < both["value_float"]).sum())
-    verdict = (
-        f"{'Holds' if wins == len(both) else 'Does not hold' if not wins else 'Holds in part'}: 2-bit GPTQ is lower "
-    )
-    verdict += f"in {wins} of {len(both)} pairs."
+    verdict = judge_pairs(both, rows, text, results)
     shown = data.drop(columns="source").round(3).fillna("whole")
     return finish_table("table_1", data, shown, "Perplexity of 2-bit GPTQ and 3-bit float", TABLE_1, verdict)
+
+
+def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: pd.DataFrame) -> str:
+    """Return whether the first of each pair is better on average: the mean lead with its interval.
+
+    Args:
+        both: a row per pair; key_gptq and key_float name its experiments.
+        rows: points of all curves, see curves.precision_curves.
+        text: the measure, a loss.
+        results: see frontier.draw_values.
+    """
+    points = rows.drop_duplicates("key").set_index("key", drop=False).loc[[*both["key_gptq"], *both["key_float"]]]
+    weights = np.repeat([-1 / len(both), 1 / len(both)], len(both))
+    draws = draw_values(points, text, results)
+    low, high = mean_interval(draws, weights)
+    lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ weights), low, high, text)
+    wins = int((both["value_gptq"] < both["value_float"]).sum())
+    return (
+        f"{grade_interval(low, high).capitalize()}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; it is lower "
+        f"in {wins} of {len(both)} pairs ({draws.source})."
+    )
 
 
 def table_2(results: pd.DataFrame) -> PaperFigure:
