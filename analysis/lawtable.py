@@ -175,7 +175,7 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
 
 
 def judge_laws(fitted: pd.DataFrame) -> str:
-    """Say how much worse the bivariate power law fits than a base curve with offsets: no verdict, for want of an interval."""
+    """Say how much worse the power law fits than a base curve with offsets; no verdict, for want of an interval."""
     wide = fitted.pivot(index="family", columns="law", values="rmse").reindex(columns=["power", "offset"]).dropna()
     if wide.empty:
         return "Not tested: power law and offsets were not both fitted."

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves import ZERO_SHOT, Measure, find_cross_entropy
+from kbit.analysis.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy
 from kbit.analysis.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -226,7 +226,8 @@ def add_intervals(points: pd.DataFrame, measure: Measure, results: pd.DataFrame)
     is_meant = (results["metric"] == measure.metric) & (results["task"] == measure.task)
     rows = results[is_meant].drop_duplicates("key")
     sign = -1.0 if measure.higher_is_better else 1.0
-    bounds, sources = {}, set()
+    bounds: dict[str, Floats] = {}
+    sources = set()
     for model, group in points.groupby("model"):
         base = rows[(rows["model"] == model) & (rows["bits"] == 16)].head(1)
         variants = rows.set_index("key", drop=False).loc[group["key"]]

@@ -88,10 +88,8 @@ def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: 
     low, high = mean_interval(draws, weights)
     lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ weights), low, high, text)
     wins = int((both["value_gptq"] < both["value_float"]).sum())
-    return (
-        f"{grade_interval(low, high).capitalize()}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; it is lower "
-        f"in {wins} of {len(both)} pairs ({draws.source})."
-    )
+    grade = grade_interval(low, high).capitalize()
+    return f"{grade}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; it is lower in {wins} of {len(both)} pairs ({draws.source})."
 
 
 def table_2(results: pd.DataFrame) -> PaperFigure:
