@@ -19,7 +19,9 @@ from kbit.analysis.styles import STYLE
 
 CELL: Final = 44  # characters
 NAMED_FAMILIES: Final = 6
+# What intervals leave out: those of values and differences, and those of correlations and laws.
 LIMIT: Final = "Intervals are about these items alone: not about other texts, tasks or trainings of the models."
+LIMIT_OF_MODELS: Final = "Other families, texts and tasks may give another answer."
 
 
 class MissingResults(ValueError):
@@ -54,24 +56,30 @@ def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
     return f"{name} needs {needs}, and these results lack it; {advice}"
 
 
-def describe_sample(results: pd.DataFrame, keys: Iterable[str], measure: Measure) -> str:
-    """Return the line of a caption that says how much data a figure rests on, and what its intervals leave out.
+def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measure) -> str:
+    """Return the line of a caption that says how much data a figure rests on.
 
     Args:
-        results: long form; keys and measure say which rows are drawn.
+        results: long form; keys and measures say which rows are drawn.
         keys: of experiments, several in one string separated by blanks.
-        measure: what is drawn.
+        measures: what is drawn.
     """
     wanted = {key for group in keys for key in str(group).split()}
-    is_meant = (results["metric"] == measure.metric) & (results["task"] == measure.task)
-    rows = results[is_meant & results["key"].isin(wanted)]
+    of_keys = results[results["key"].isin(wanted)]
+    parts = [of_keys[(of_keys["metric"] == m.metric) & (of_keys["task"] == m.task)] for m in measures]
+    rows = pd.concat(parts)
     families = sorted(map(str, rows["family"].unique()))
     named = ", ".join(families) if len(families) <= NAMED_FAMILIES else f"{len(families)} families"
+    counts = f"{rows['key'].nunique():,} experiments on {rows['model'].nunique()} models of {named}"
+    sizes = "; ".join(f"{m.name}: n = {describe_size(part)}" for m, part in zip(measures, parts, strict=True))
+    return f"Data: {counts}. {sizes[:1].upper()}{sizes[1:]}."
+
+
+def describe_size(rows: pd.DataFrame) -> str:
+    """Return for example "2,000 (float32, 500 items)": what one value rests on, and how it was measured."""
     size = f"{rows['n'].min():,}" + ("" if rows["n"].nunique() == 1 else f" to {rows['n'].max():,}")
     ways = sorted(rows["evaluation"].unique()) if "evaluation" in rows else []
-    how = f" ({'; '.join(ways)})" if ways else ""
-    counts = f"{rows['key'].nunique():,} experiments on {rows['model'].nunique()} models of {named}"
-    return f"Data: {counts}; each {measure.name} is of n = {size}{how}. {LIMIT}"
+    return size + (f" ({'; '.join(ways)})" if ways else "")
 
 
 def write_verdict(fig: Figure, name: str, claim: str, verdict: str, *notes: str) -> None:

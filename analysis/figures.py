@@ -18,7 +18,7 @@ import pandas as pd
 
 from kbit.analysis.claims import SIGN
 from kbit.analysis.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy, precision_curves
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
+from kbit.analysis.drawing import LIMIT, MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
 from kbit.analysis.emergence import draw_features
 from kbit.analysis.int8 import draw_int8_methods
 from kbit.analysis.lawtable import draw_laws
@@ -72,7 +72,7 @@ def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
     verdict = definition.judge(curves, measure, results)
     published = match_published(curves, measure)
     with matplotlib.style.context(["default", STYLE]):
-        sample = describe_sample(results, curves["key"], measure)
+        sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
         notes = [f"{SIGN} {describe_bars(curves, measure)}", sample, *describe_choice(points, curves)]
         notes.append(describe_sources(published))
         fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)

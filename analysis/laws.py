@@ -157,7 +157,8 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
         seed: of the bootstrap.
 
     Raises:
-        TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart.
+        TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart, as where the
+            best fit has the loss of large models fall below zero (E < 0).
     """
     design = make_design(law, points)
     y = points["y"].to_numpy(dtype=np.float64)
@@ -167,6 +168,10 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
         raise few
     scale = choose_scale(points)
     parameters = fit_once(design, y, scale)
+    if "E" in design.names and (floor := parameters[design.names.index("E")]) < 0:
+        raise TooFewPoints(
+            f"the law {law!r} has its floor at E = {floor:.3g} nats: such sizes cannot tell E and N apart"
+        )
     slope = design.slope(parameters)
     if np.linalg.matrix_rank(slope / np.linalg.norm(slope, axis=0)) < p:
         raise few

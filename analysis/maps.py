@@ -26,7 +26,7 @@ from kbit.analysis.curves import (
     precision_curves,
     tabulate_curves,
 )
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
+from kbit.analysis.drawing import LIMIT, MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
 from kbit.analysis.frontier import draw_values, mean_interval, weigh_points
 from kbit.analysis.panels import CAPTION_SIZE
 from kbit.analysis.selections import WHOLE, has_settings, rank_setting
@@ -73,7 +73,8 @@ def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
         fig.colorbar(shades, ax=fig.axes, extend="max", shrink=0.8, label=f"{measure.name} lost{unit}")
         note = f"Numbers: {measure.name} lost against the best cell (framed); in brackets: bits per parameter. "
         note += "One scale of shades for all panels. Hatched: not measured, or not at two sizes."
-        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, describe_sample(results, data["keys"], measure))
+        sample = describe_sample(results, data["keys"], measure)
+        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, f"{sample} {LIMIT}")
     return PaperFigure("data_types_map", fig, data, MAP_CLAIM, verdict)
 
 
@@ -219,9 +220,8 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
             axes.set_title(f"{model}, {group['bits'].iloc[0]}-bit {group['data_type'].iloc[0]}", loc="left")
         axes.set_xlabel(f"{measure.name} lost")
         bars = f"Bars: 95% intervals ({data['source'].iloc[0]})."
-        write_verdict(
-            fig, "sensitivity", SENSITIVITY_CLAIM, verdict, bars, describe_sample(results, data["key"], measure)
-        )
+        sample = describe_sample(results, data["key"], measure)
+        write_verdict(fig, "sensitivity", SENSITIVITY_CLAIM, verdict, bars, f"{sample} {LIMIT}")
     return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict)
 
 

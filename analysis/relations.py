@@ -16,14 +16,24 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves import ZERO_SHOT, find_cross_entropy
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
+from kbit.analysis.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy
+from kbit.analysis.drawing import (
+    LIMIT,
+    LIMIT_OF_MODELS,
+    MissingResults,
+    PaperFigure,
+    describe_lack,
+    describe_sample,
+    write_verdict,
+)
+from kbit.analysis.frontier import draw_values
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
 from kbit.analysis.styles import STYLE, style_series
 
 PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
 PERPLEXITY_CAP: Final = 100.0  # the paper cuts curves there as unstable (Appendix C.5)
 MIN_POINTS: Final = 4
+MOST_BARS: Final = 200  # points; more bars would hide them
 MIN_MODELS: Final = 8  # below, resampling models says little
 DRAWS: Final = 1000
 
@@ -44,6 +54,7 @@ class Relation:
         rank: whether ranks are correlated (Spearman) in place of values (Pearson).
         log_x: whether x has a log axis.
         of_accuracy: whether y is of the mean zero-shot accuracy; otherwise of the cross entropy.
+        lost: whether y is what a model loses against itself at 16 bits.
     """
 
     name: str
@@ -57,6 +68,7 @@ class Relation:
     rank: bool = True
     log_x: bool = False
     of_accuracy: bool = True
+    lost: bool = False
 
 
 def read_accuracy(results: pd.DataFrame) -> pd.Series[float]:
@@ -123,10 +135,11 @@ RELATIONS: Final = (
         read_divergence,
         lambda results: -increase(read_accuracy(results), results),
         "KL divergence from the 16-bit model (nats per token)",
-        "accuracy lost",
+        "mean zero-shot accuracy lost",
         "KL divergence and mean zero-shot accuracy of the same experiments, with the 16-bit models",
         ("nano/bit_level",),
         log_x=True,
+        lost=True,
     ),
     Relation(
         "error_loss",
@@ -139,6 +152,7 @@ RELATIONS: Final = (
         ("nano/bit_level", "nano/data_types"),
         log_x=True,
         of_accuracy=False,
+        lost=True,
     ),
 )
 
@@ -194,11 +208,36 @@ def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
     per_model = [correlate(group, relation.rank)[0] for _, group in points.groupby("model") if is_varied(group)]
     if per_model:
         verdict += f". Within one model: {min(per_model):.2f} to {max(per_model):.2f} over {len(per_model)} models"
-    fig = scatter(points, relation)
     measure = ZERO_SHOT if relation.of_accuracy else find_cross_entropy(results)
-    sample = describe_sample(results, points["key"], measure) if measure else ""
-    write_verdict(fig, relation.name, relation.claim, verdict + ".", sample)
+    assert measure is not None  # the points have it
+    notes = [describe_sample(results, points["key"], measure), LIMIT_OF_MODELS]
+    if relation.lost and len(points) <= MOST_BARS:
+        points, source = add_intervals(points, measure, results)
+        notes.append(f"Bars: 95% intervals ({source}). {LIMIT}")
+    fig = scatter(points, relation)
+    write_verdict(fig, relation.name, relation.claim, verdict + ".", *notes)
     return PaperFigure(relation.name, fig, points, relation.claim, verdict + ".")
+
+
+def add_intervals(points: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the points with the 95% intervals low and high of what each loses, and how they were found.
+
+    Loss and 16-bit value are of the same items, drawn together where the store has them.
+    """
+    is_meant = (results["metric"] == measure.metric) & (results["task"] == measure.task)
+    rows = results[is_meant].drop_duplicates("key")
+    sign = -1.0 if measure.higher_is_better else 1.0
+    bounds: dict[str, Floats] = {}
+    sources = set()
+    for model, group in points.groupby("model"):
+        base = rows[(rows["model"] == model) & (rows["bits"] == 16)].head(1)
+        variants = rows.set_index("key", drop=False).loc[group["key"]]
+        draws = draw_values(pd.concat([base, variants]), measure, results)
+        lost = sign * (draws.values[:, 1:] - draws.values[:, :1])
+        bounds |= dict(zip(group["key"], np.quantile(lost, [0.025, 0.975], axis=0).T, strict=True))
+        sources.add(draws.source)
+    low, high = np.array([bounds[key] for key in points["key"]]).T
+    return points.assign(low=low, high=high), "; ".join(sorted(sources))
 
 
 def is_varied(points: pd.DataFrame) -> bool:
@@ -216,6 +255,8 @@ def scatter(points: pd.DataFrame, relation: Relation) -> Figure:
         for bits, group in points.groupby("bits"):
             style = styles[f"{bits}-bit"]
             size = 9 if style.marker == "*" else 6
+            if "low" in group:
+                axes.vlines(group["x"], group["low"], group["high"], color=style.color, linewidth=0.8, alpha=0.45)
             axes.plot(
                 group["x"],
                 group["y"],

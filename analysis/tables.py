@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.claims import SIGN, find_measures, tabulate_verdicts
+from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval, tabulate_verdicts
 from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
 from kbit.analysis.drawing import (
+    LIMIT,
     MissingResults,
     PaperFigure,
     describe_lack,
@@ -18,7 +19,7 @@ from kbit.analysis.drawing import (
     draw_table,
     write_verdict,
 )
-from kbit.analysis.frontier import choose_precision, find_pareto_frontier
+from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import compare_anchors, read_published
 from kbit.analysis.selections import has_settings
@@ -31,7 +32,7 @@ TABLE_2: Final = (
     "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
 )
 TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
-BUDGET_STEPS: Final = 5  # budgets that the frontier's table lists
+BUDGET_STEPS: Final = 5  # budgets that the frontier lists of each family and measure, fewer if they fill a page
 SHOWN: Final = 28  # rows of a table that a page holds
 
 
@@ -58,7 +59,7 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
     is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
     is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
-    pick = ["model", "block_size", "value"]
+    pick = ["model", "block_size", "value", "key"]
     both = rows[is_gptq][pick].merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:
         needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
@@ -67,13 +68,28 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     data = data[["model", "text", "block_size", "gptq_2bit", "float_3bit"]]
     paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2")
     data = pd.concat([data, paper[[*data.columns, "source"]]], ignore_index=True)
-    wins = int((both["value_gptq"] < both["value_float"]).sum())
-    verdict = (
-        f"{'Holds' if wins == len(both) else 'Does not hold' if not wins else 'Holds in part'}: 2-bit GPTQ is lower "
-    )
-    verdict += f"in {wins} of {len(both)} pairs."
+    verdict = judge_pairs(both, rows, text, results)
     shown = data.drop(columns="source").round(3).fillna("whole")
     return finish_table("table_1", data, shown, "Perplexity of 2-bit GPTQ and 3-bit float", TABLE_1, verdict)
+
+
+def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: pd.DataFrame) -> str:
+    """Return whether the first of each pair is better on average: the mean lead with its interval.
+
+    Args:
+        both: a row per pair; key_gptq and key_float name its experiments.
+        rows: points of all curves, see curves.precision_curves.
+        text: the measure, a loss.
+        results: see frontier.draw_values.
+    """
+    points = rows.drop_duplicates("key").set_index("key", drop=False).loc[[*both["key_gptq"], *both["key_float"]]]
+    weights = np.repeat([-1 / len(both), 1 / len(both)], len(both))
+    draws = draw_values(points, text, results)
+    low, high = mean_interval(draws, weights)
+    lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ weights), low, high, text)
+    wins = int((both["value_gptq"] < both["value_float"]).sum())
+    grade = grade_interval(low, high).capitalize()
+    return f"{grade}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; it is lower in {wins} of {len(both)} pairs ({draws.source})."
 
 
 def table_2(results: pd.DataFrame) -> PaperFigure:
@@ -131,7 +147,7 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         }
     )
     note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
-    notes = [SIGN + note, *describe_samples(results)]
+    notes = [SIGN + note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
     return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
@@ -143,7 +159,9 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     Raises:
         MissingResults: no measure was taken at two sizes.
     """
-    parts = [tabulate_frontier(results, family, m) for family, m in list_family_measures(results)]
+    pairs = list_family_measures(results)
+    steps = min(BUDGET_STEPS, max(1, SHOWN // max(1, len(pairs))))
+    parts = [tabulate_frontier(results, family, measure, steps) for family, measure in pairs]
     data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if data.empty:
         needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
@@ -165,13 +183,9 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     note = (
         "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
     )
-    notes = [note + "the one that is most probably best.", *describe_samples(results)]
+    note += "the one that is most probably best."
+    notes = [note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
     return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, *notes)
-
-
-def describe_samples(results: pd.DataFrame) -> list[str]:
-    """Return the line about the data of each measure, see drawing.describe_sample."""
-    return [describe_sample(results, results["key"].unique(), measure) for measure in find_measures(results)]
 
 
 def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
@@ -181,8 +195,14 @@ def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
     return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
 
 
-def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure, steps: int) -> pd.DataFrame:
     """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
+
+    Args:
+        results: long form.
+        family: the one to tabulate.
+        measure: what makes a choice the best.
+        steps: budgets, evenly spaced in their logarithm inside the frontier's range.
 
     Raises:
         AmbiguousResults: see precision_curves.
@@ -193,7 +213,7 @@ def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure) -> p
     if curves["model"].nunique() < 2:
         return pd.DataFrame()
     frontier = find_pareto_frontier(curves, measure.higher_is_better)
-    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), BUDGET_STEPS + 2)[1:-1]
+    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), steps + 2)[1:-1]
     rows = []
     for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:

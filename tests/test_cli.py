@@ -318,6 +318,14 @@ def test_bad_query_is_named_with_the_columns(kbit: Kbit, study: Path, where: str
     assert TRACEBACK not in done.err
 
 
+def test_figures_of_no_row_are_refused_and_leave_nothing(kbit: Kbit, study: Path) -> None:
+    done = kbit("figures", "--where", "bits == 7", "--out", "some/where")
+    assert done.code == 1
+    assert "--where 'bits == 7' finds none of the rows of results" in done.err
+    assert "No results yet" not in done.out + done.err
+    assert not (study / "some").exists()
+
+
 def test_export_to_a_missing_folder_is_refused(kbit: Kbit, study: Path) -> None:
     done = kbit("results", "--csv", "nowhere/out.csv")
     assert (done.code, "nowhere" in done.err) == (1, True)

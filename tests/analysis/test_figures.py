@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.text import Text
 
-from kbit.analysis.drawing import LIMIT, MissingResults
+from kbit.analysis.drawing import LIMIT, LIMIT_OF_MODELS, MissingResults
 from kbit.analysis.figures import FIGURES, save_figures
 from kbit.analysis.panels import choose_ticks, format_bits
 from kbit.analysis.styles import LINE_STYLES, SERIES_STYLES, TooManyCurves, style_series
@@ -150,18 +150,17 @@ def test_every_figure_is_drawn_readable_and_judged(name: str, planted: pd.DataFr
     caption = " ".join(figure.fig.texts[0].get_text().split())
     assert figure.claim in caption
     assert figure.verdict in caption
+    if name not in ("figure_16", "table_1"):  # computed from devices; compared with published values
+        check_sample(caption, planted)
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"anchors", "figure_16", "sensitivity", "table_1", "table_2"}))
-def test_captions_say_how_much_data_there_is_and_what_intervals_leave_out(name: str, planted: pd.DataFrame) -> None:
-    caption = " ".join(FIGURES[name](planted).fig.texts[0].get_text().split())
-    found = re.search(
-        r"Data: ([\d,]+) experiments on (\d) models of ([a-z, ]+); each .* n = 100 \(float32, all items\)", caption
-    )
+def check_sample(caption: str, planted: pd.DataFrame) -> None:
+    """A caption says how much data there is, and what its intervals leave out."""
+    found = re.search(r"Data: ([\d,]+) experiments on (\d) models of ([a-z, ]+)\. .* n = 100 \(float32, all", caption)
     assert found is not None
     assert int(found[1].replace(",", "")) <= planted["key"].nunique()
     assert (found[2], found[3]) in {("6", "opt, pythia"), ("3", "opt"), ("3", "pythia")}
-    assert LIMIT in caption
+    assert LIMIT in caption or LIMIT_OF_MODELS in caption
 
 
 # What is planted (conftest.plant_loss) and what the figure must therefore say.
@@ -177,7 +176,7 @@ SAID = {
     "figure_14": r"Of 2 panels: holds in 2\. .*quantile over .*: \+0\.1",
     "figure_15": r"Of 2 panels: holds in 2\. .*block 64 over block 1024: \+0\.0",
     "figure_16": r"Holds by the roofline: at batch 16, 4-bit gains",
-    "table_1": r"2-bit GPTQ is lower in",
+    "table_1": r"^Does not hold: the mean lead of 2-bit GPTQ over 3-bit float is -1\.8000 nats \(95%.* 0 of 12 pairs",
     "perplexity_accuracy": r"r = -0\.\d\d .*the paper's -0\.94",
     "kl_accuracy": r"rho = 0\.9",
     "error_loss": r"rho = 0\.\d",

@@ -124,6 +124,14 @@ def test_too_few_points_are_refused() -> None:
         fit_law("kumar", points[points["bits"] == 4])  # one precision cannot tell 1 / g
 
 
+def test_a_curve_that_would_fall_below_zero_is_refused() -> None:
+    """Losses straight in log N, as of a few small models: the best floor is far below zero and means nothing."""
+    points = make_points("offset")
+    straight = 6.0 - 0.2 * np.log(points["parameters"]) + 2.0 * 4.0 ** (2.0 - points["bits"])
+    with pytest.raises(TooFewPoints, match=r"floor at E = -\d+(\.\d+)? nats"):
+        fit_law("offset", points.assign(y=straight), draws=10)
+
+
 def test_an_unknown_law_is_refused() -> None:
     with pytest.raises(ValueError, match="law='cubic' is not one of: power, offset, kumar, block"):
         make_design("cubic", make_points("power"))

@@ -101,6 +101,18 @@ def test_an_increase_is_over_the_same_model_at_16_bits(planted: pd.DataFrame) ->
         assert added[key] == pytest.approx(loss[key] - base)
 
 
+def test_bars_of_a_relation_are_intervals_of_what_is_lost(planted: pd.DataFrame) -> None:
+    few = planted[(planted["data_type"].isna() | (planted["data_type"] == "nf")) & (planted["method"] != "gptq")]
+    for name in ("kl_accuracy", "error_loss"):
+        data = FIGURES[name](few).data
+        assert (data["low"] < data["y"]).all()
+        assert (data["y"] < data["high"]).all()
+    # unpaired here: two independent values of half-widths 0.002 and 0.003
+    assert (data["high"] - data["low"]).to_numpy() == pytest.approx(2 * 0.0025 * 2**0.5, rel=0.2)
+    assert "low" not in FIGURES["kl_accuracy"](planted).data  # too many points for bars
+    assert "low" not in FIGURES["perplexity_accuracy"](few).data
+
+
 def test_correlations_and_their_intervals() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal(400)
@@ -130,7 +142,7 @@ def test_shades_mean_the_same_in_every_panel_and_blanks_are_hatched(planted: pd.
     *panels, bar = figure.fig.axes
     assert len(panels) == 4
     assert "lost" in bar.get_ylabel()
-    shades: dict[float, set[tuple[float, ...]]] = {}
+    shades: dict[float, set[Any]] = {}
     for axes in panels:
         assert axes.patch.get_hatch() == "////"
         cells = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_fill()]
