@@ -170,17 +170,18 @@ class Store:
         return copied, had
 
     def _merge_small_parts(self) -> None:
-        """Make one of neighbouring Parquet files as long as that is not too long."""
+        """Put the smallest Parquet files together as long as that is not too long."""
         pending: list[str] = []
         size = 0
-        for name, keys in [*_read_part_keys(self._files, self._compacted).items(), ("", set())]:
-            if not name or size + len(keys) > PART_EXPERIMENTS:
+        sizes = {name: len(keys) for name, keys in _read_part_keys(self._files, self._compacted).items()}
+        for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
+            if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
                     parts = [_read_part(self._files, old, PART_SCHEMA) for old in pending]
                     self._replace(pending, _drop_repeated(pa.concat_tables(parts)))
                 pending, size = [], 0
             pending.append(name)
-            size += len(keys)
+            size += more
 
     def _replace(self, names: Collection[str], part: pa.Table) -> None:
         """Write a Parquet file, then remove the files whose results it has."""
@@ -284,11 +285,24 @@ def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = No
         names = files.names(kind, ".json")
         yield from (_read_json(files, name) for name in names if keys is None or Path(name).stem in keys)
         return
-    schema = pa.schema([PART_SCHEMA.field("key"), PART_SCHEMA.field("record")])
-    wanted = None if keys is None else sorted(keys)
-    table = _retry(lambda: pa.concat_tables([schema.empty_table(), *_read_parts(files, schema, wanted)]))
-    for text in _drop_repeated(table).sort_by("key")["record"]:
-        yield parse_record(text.as_py(), f"a record of {path}")
+    texts = _retry(lambda: _read_texts(files, keys))
+    for key in sorted(texts):
+        yield parse_record(texts[key], f"{files.root}: {key}")
+
+
+def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes | str]:
+    """Return the JSON of experiments' records by key."""
+    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
+    texts: dict[str, bytes | str] = {}
+    for name in files.names("compacted", ".parquet"):
+        wanted = None if keys is None else pc.is_in(pc.field("key"), pa.array(sorted(keys), pa.string()))
+        with files.open(name) as file:
+            table = pq.read_table(file, columns=["key", "record"], filters=wanted)
+        texts |= zip(table["key"].to_pylist(), table["record"].to_pylist(), strict=True)
+    for key in loose.keys() - texts.keys() if keys is None else (loose.keys() & set(keys)) - texts.keys():
+        with files.open(loose[key]) as file:
+            texts[key] = file.read()
+    return texts
 
 
 def _open_existing(path: str | Path) -> Files:
@@ -323,26 +337,22 @@ def _read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[s
     return {name: known[name] for name in names}
 
 
-def _read_parts(files: Files, schema: pa.Schema, keys: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yield the store's experiments as tables of some of the columns of PART_SCHEMA; an experiment may come twice."""
+def _read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the store's experiments as tables, ROW_SCHEMA or PART_SCHEMA; an experiment may come twice."""
     loose = files.names("experiments", ".json")  # before compacted/: see the module
     for name in files.names("compacted", ".parquet"):
-        yield _read_part(files, name, schema, keys)
-    wanted = loose if keys is None else sorted(set(loose) & {f"experiments/{key}.json" for key in keys})
+        yield _read_part(files, name, schema)
     make = tabulate if schema == ROW_SCHEMA else make_part
-    for at in range(0, len(wanted), PART_EXPERIMENTS):
-        records = [_read_json(files, name) for name in wanted[at : at + PART_EXPERIMENTS]]
-        yield make(records).select(schema.names)
+    for at in range(0, len(loose), PART_EXPERIMENTS):
+        yield make([_read_json(files, name) for name in loose[at : at + PART_EXPERIMENTS]])
 
 
-def _read_part(files: Files, name: str, schema: pa.Schema, keys: list[str] | None = None) -> pa.Table:
+def _read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
     """Return columns of a Parquet file; one of another kbit, with other columns, is made again from its records."""
-    filters = None if keys is None else pc.is_in(pc.field("key"), pa.array(keys, pa.string()))
     with files.open(name) as file:
-        stored = pq.read_schema(file)
-        if stored.equals(PART_SCHEMA):
-            return pq.read_table(file, columns=schema.names, filters=filters).select(schema.names)
-        texts = pq.read_table(file, columns=["key", "record"], filters=filters)["record"]
+        if pq.read_schema(file).equals(PART_SCHEMA):
+            return pq.read_table(file, columns=schema.names).select(schema.names)
+        texts = pq.read_table(file, columns=["record"])["record"]
     return make_part([parse_record(text.as_py(), name) for text in texts]).select(schema.names)
 
 

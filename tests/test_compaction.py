@@ -59,7 +59,7 @@ def test_compacting_again_and_again_keeps_few_files(tmp_path: Path, monkeypatch:
     for start in range(0, 40, 4):
         store = fill(tmp_path, range(start, start + 4))
         assert store.compact() == 4
-    assert files_of(tmp_path)["compacted"] <= 5
+    assert files_of(tmp_path)["compacted"] <= 8  # any two of them have more than 10
     assert len(read_results(tmp_path)) == 80
     assert store.compact() == 0
 
