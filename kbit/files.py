@@ -82,7 +82,7 @@ class LocalFiles:
         """See Files."""
         try:
             found = os.listdir(self._path / folder)  # noqa: PTH208, three times as fast as iterdir for 35,000 files
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(f"{folder}/{name}" for name in found if name.endswith(suffix) and not name.startswith("."))
 
