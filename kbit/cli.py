@@ -11,7 +11,7 @@ import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -19,9 +19,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.config import RunConfig
-
-if TYPE_CHECKING:  # takes half a second, and only some commands need it
-    import pandas as pd
+from kbit.results_command import run_results, select_rows
 
 _USAGE = """\
 usage: kbit <command> [arguments]
@@ -30,7 +28,7 @@ usage: kbit <command> [arguments]
   plan     say what the same arguments would run, and run nothing
   figures  draw the figures that the results allow                            kbit figures --help
   report   write one page with every experiment, to open in a browser         kbit report --help
-  results  print or export the results                                        kbit results --help
+  results  print, export, delete, compact or merge results                    kbit results --help
   outliers find a model's emergent outlier features; the same arguments as of run
   models   list the models that have a short name
   doctor   say what works here, and whether all that the same arguments ask for can be had     kbit doctor --help
@@ -84,9 +82,9 @@ def run_command(command: str, arguments: list[str]) -> None:
         case "outliers":
             run_hydra(["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true", *arguments])
         case "results":
-            show_results(arguments)
+            run_results(arguments)
         case "models":
-            list_models()
+            list_models(arguments)
         case "doctor" if {"-h", "--help"} & set(arguments):
             print(_DOCTOR_USAGE, end="")
         case "doctor":
@@ -148,7 +146,7 @@ def draw_figures(arguments: list[str]) -> None:
     try:
         results = read_results(options.results)
         if options.where:
-            results = _select_rows(results, options.where)
+            results = select_rows(results, options.where)
             if results.empty:
                 raise ValueError(f"--where {options.where!r} finds none of the rows of {options.results}")
         figures = save_figures(results, options.out, options.names or None)
@@ -178,44 +176,13 @@ def make_report(arguments: list[str]) -> None:
     print(f"{options.out.absolute()}: open it in a browser, no network is needed")
 
 
-def show_results(arguments: list[str]) -> None:
-    """Print a store as a table, or export it: `kbit results`."""
-    parser = argparse.ArgumentParser("kbit results", description="Print or export the results.")
-    parser.add_argument("--results", default="results", help="folder of the store (default: results)")
-    parser.add_argument("--where", help="pandas query on the columns, such as \"bits == 4 and metric == 'acc'\"")
-    parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
-    parser.add_argument("--failures", action="store_true", help="show the failed experiments and why")
-    options = parser.parse_args(arguments)
-    from kbit.store import read_failures, read_results
-
-    try:
-        table = (read_failures if options.failures else read_results)(options.results)
-        if options.where:
-            table = _select_rows(table, options.where)
-        if options.csv:
-            table.to_csv(options.csv, index=False)
-            print(f"{len(table)} rows written to {options.csv}")
-            return
-    except (ValueError, OSError) as error:
-        sys.exit(f"kbit: error: {error}")
-    shown = ["model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"]
-    print((table if options.failures else table[shown]).to_string(index=False, na_rep="-"))
-
-
-def list_models() -> None:
+def list_models(arguments: list[str]) -> None:
     """Print the short names and where their weights are: `kbit models`."""
+    argparse.ArgumentParser("kbit models", description="List the models that have a short name.").parse_args(arguments)
     from kbit.families import STUDIED
 
     for model in STUDIED.values():
         print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
-
-
-def _select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the rows that a pandas query finds."""
-    try:
-        return table.query(where)
-    except Exception as error:  # query raises whatever the expression does
-        raise ValueError(f"--where {where!r}: {error}; the columns are {', '.join(table.columns)}") from None
 
 
 def _unknown_keys(arguments: list[str]) -> list[str]:

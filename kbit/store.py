@@ -1,42 +1,57 @@
-"""The store: one JSON file per experiment, named by the experiment's key, written whole or not at all.
+"""The store: a JSON file per experiment, named by its key, written whole or not at all; many of them as a Parquet file.
 
 results/experiments/<key>.json    a finished experiment: a Result
+results/compacted/<id>.parquet    many finished experiments: their records, and their rows ready for tables
 results/failures/<key>.json       an experiment that failed: its reason and traceback, never a number
+results/logs/<key>.log            what an experiment printed
+
+A result moves from experiments/ to compacted/ and never back: first the Parquet file is there, whole, then the JSON
+files go. So whoever lists experiments/ first misses none; who meets a result twice (a crash in between) takes one; and
+who finds a file gone since it was listed looks again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import os
-import tempfile
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kbit.config import Experiment, QuantConfig
+from kbit.config import Experiment
+from kbit.files import Files, open_files
 from kbit.measurement import ItemValues, decode_items
+from kbit.records import (
+    PART_SCHEMA,
+    ROW_SCHEMA,
+    SCHEMA_VERSION,
+    list_measurements,
+    make_part,
+    parse_record,
+    tabulate,
+)
 
 if TYPE_CHECKING:  # the store is read without loading torch
     from kbit.experiment import Result
 
-SCHEMA_VERSION: Final = 1
+T = TypeVar("T")
 
+PART_EXPERIMENTS: Final = 5000  # of a Parquet file: tens of megabytes, which compaction holds in memory
+MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read: a sweep that leaves more compacts them
+_READ_TRIES: Final = 10  # each compaction that ends in the middle of reading costs one
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
-_COLUMNS: Final = (
-    "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
-    "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
-    "scale_format", "rounding", "seed", "method", "outlier_fraction", "outlier_selection", "outlier_zscore",
-    "activation_threshold", "include", "exclude", "evaluation",
-    "bits_per_param", "total_bits", "weight_rmse", "task", "metric", "value", "low", "high", "n",
-)  # fmt: skip
+_FOLDERS: Final = ("experiments", "failures", "compacted")
 
 
 @dataclass(frozen=True)
@@ -51,43 +66,140 @@ class Failure:
 
 
 class Store:
-    """A folder of results. Several processes may write to it at once: the first result of a key stays.
+    """Results at a local path or an fsspec URL. Several processes may write at once: the first result of a key stays.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: the store cannot be made or written to.
+        ValueError: a URL of an unknown kind.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
-        self._experiments = self.path / "experiments"
-        self._failures = self.path / "failures"
+        self._files = open_files(path)
+        self.root = self._files.root
+        self._compacted: dict[str, set[str]] = {}  # the keys of each Parquet file, which never changes
         try:
-            for folder in (self._experiments, self._failures):
-                folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._experiments):
-                pass
+            self._files.prepare(_FOLDERS)
         except OSError as error:
-            raise OSError(f"results={path}: cannot write to {self.path}: {error.strerror}") from error
+            raise OSError(f"results={path}: cannot write to {self.root}: {error.strerror or error}") from error
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store."""
+        return Path(self.root)
 
     def finished_keys(self) -> set[str]:
         """Return the keys of experiments that have a result."""
-        return {path.stem for path in self._experiments.glob("*.json")}
+        return _retry(lambda: _list_finished(self._files, self._compacted))
 
-    def failed_keys(self) -> set[str]:
-        """Return the keys of experiments recorded as failed."""
-        return {path.stem for path in self._failures.glob("*.json")}
+    def has(self, key: str) -> bool:
+        """Whether the experiment has a result."""
+        return key in self.finished_keys()
 
     def write(self, result: Result) -> None:
         """Write a result and forget an earlier failure of the same experiment."""
-        _write_once(self._experiments / f"{result.key}.json", dataclasses.asdict(result))
-        (self._failures / f"{result.key}.json").unlink(missing_ok=True)
+        self._files.create(f"experiments/{result.key}.json", _encode(result))
+        self._files.remove(f"failures/{result.key}.json")
 
     def write_failure(self, experiment: Experiment, reason: str, traceback: str) -> None:
         """Record that an experiment failed; a later failure replaces an earlier one."""
-        path = self._failures / f"{experiment.key}.json"
-        path.unlink(missing_ok=True)
+        name = f"failures/{experiment.key}.json"
+        self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        _write_once(path, dataclasses.asdict(Failure(experiment.key, experiment, reason, traceback, now)))
+        self._files.create(name, _encode(Failure(experiment.key, experiment, reason, traceback, now)))
+
+    def compact(self, at_least: int = 0) -> int:
+        """Put the JSON files of finished experiments into Parquet files; return how many.
+
+        Readers and writers go on meanwhile; a crash at any moment loses nothing, and the next compaction ends the work.
+
+        Args:
+            at_least: do nothing if there are fewer files.
+        """
+        if len(self._files.names("experiments", ".json")) < at_least:
+            return 0
+        with self._files.lock():
+            done = set().union(*_read_part_keys(self._files, self._compacted).values())
+            loose = self._files.names("experiments", ".json")
+            for name in [name for name in loose if Path(name).stem in done]:  # left by a crash, or finished twice
+                self._files.remove(name)
+            fresh = [name for name in loose if Path(name).stem not in done]
+            for at in range(0, len(fresh), PART_EXPERIMENTS):
+                chunk = fresh[at : at + PART_EXPERIMENTS]
+                self._replace(chunk, make_part([_read_json(self._files, name) for name in chunk]))
+            self._merge_small_parts()
+        return len(fresh)
+
+    def delete(self, keys: Collection[str]) -> int:
+        """Delete the results of these experiments; return how many there were."""
+        wanted = pa.array(sorted(keys), pa.string())
+        with self._files.lock():
+            deleted = self.finished_keys() & set(keys)
+            for key in deleted:
+                self._files.remove(f"experiments/{key}.json")
+            for name, there in _read_part_keys(self._files, self._compacted).items():
+                if there & deleted:
+                    part = _read_part(self._files, name, PART_SCHEMA)
+                    self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
+        return len(deleted)
+
+    def delete_failures(self, keys: Collection[str]) -> int:
+        """Forget that these experiments failed; return how many had."""
+        deleted = sorted(set(self._files.names("failures", ".json")) & {f"failures/{key}.json" for key in keys})
+        for name in deleted:
+            self._files.remove(name)
+        return len(deleted)
+
+    def merge(self, path: str | Path) -> tuple[int, int]:
+        """Copy another store's results and failures that this one lacks; return (results copied, had already).
+
+        Raises:
+            FileNotFoundError: there is no store at path.
+        """
+        other = _open_existing(path)
+        mine = self.finished_keys()
+        copied = had = 0
+        for part in _retry(lambda: list(_read_parts(other, PART_SCHEMA))):
+            fresh = part.filter(pc.invert(pc.is_in(part["key"], pa.array(sorted(mine), pa.string()))))
+            mine.update(fresh["key"].to_pylist())
+            copied, had = copied + len(fresh), had + len(part) - len(fresh)
+            self._replace([], fresh)
+        for name in other.names("failures", ".json"):
+            if Path(name).stem not in mine:
+                with other.open(name) as file:
+                    self._files.create(name, file.read())
+        return copied, had
+
+    def _merge_small_parts(self) -> None:
+        """Put the smallest Parquet files together as long as that is not too long."""
+        pending: list[str] = []
+        size = 0
+        sizes = {name: len(keys) for name, keys in _read_part_keys(self._files, self._compacted).items()}
+        for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
+            if not name or size + more > PART_EXPERIMENTS:
+                if len(pending) > 1:
+                    parts = [_read_part(self._files, old, PART_SCHEMA) for old in pending]
+                    self._replace(pending, _drop_repeated(pa.concat_tables(parts)))
+                pending, size = [], 0
+            pending.append(name)
+            size += more
+
+    def _replace(self, names: Collection[str], part: pa.Table) -> None:
+        """Write a Parquet file, then remove the files whose results it has."""
+        if len(part):
+            content = io.BytesIO()
+            # sorted and in small groups, so that a few experiments are found without reading all
+            pq.write_table(part.sort_by("key"), content, compression="zstd", row_group_size=500)
+            self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", content.getvalue())
+        for name in names:
+            self._files.remove(name)
+
+
+def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
+    """Return the keys of finished and of failed experiments; none of either if there is no store yet."""
+    files = open_files(path)
+    failed = {Path(name).stem for name in files.names("failures", ".json")}
+    finished = _retry(lambda: _list_finished(files, {}))
+    return finished, failed - finished
 
 
 def read_results(path: str | Path = "results") -> pd.DataFrame:
@@ -102,9 +214,11 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is no store at path.
+        ValueError: a file of it is damaged, or of a newer kbit.
     """
-    rows = [row for record in _read_records(path, "experiments") for row in _rows(record)]
-    table = pd.DataFrame(rows, columns=list(_COLUMNS))
+    files = _open_existing(path)
+    rows = _retry(lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *_read_parts(files, ROW_SCHEMA)]))
+    table: pd.DataFrame = list_measurements(_drop_repeated(rows).sort_by("key")).to_pandas()
     table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
     table.attrs["store"] = str(path)
     return table
@@ -185,67 +299,94 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
 
 
 def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of these keys that are there; None: all."""
-    folder = Path(path) / kind
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no results at {Path(path).absolute()}: start with `kbit run`")
-    wanted = folder.glob("*.json") if keys is None else (folder / f"{key}.json" for key in keys)
-    for file in sorted(file for file in wanted if file.exists()):
+    """Yield the records of these keys that are there, by key; None: all."""
+    files = _open_existing(path)
+    if kind == "failures":
+        names = files.names(kind, ".json")
+        yield from (_read_json(files, name) for name in names if keys is None or Path(name).stem in keys)
+        return
+    texts = _retry(lambda: _read_texts(files, keys))
+    for key in sorted(texts):
+        yield parse_record(texts[key], f"{files.root}: {key}")
+
+
+def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes | str]:
+    """Return the JSON of experiments' records by key."""
+    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
+    texts: dict[str, bytes | str] = {}
+    for name in files.names("compacted", ".parquet"):
+        wanted = None if keys is None else pc.is_in(pc.field("key"), pa.array(sorted(keys), pa.string()))
+        with files.open(name) as file:
+            table = pq.read_table(file, columns=["key", "record"], filters=wanted)
+        texts |= zip(table["key"].to_pylist(), table["record"].to_pylist(), strict=True)
+    for key in loose.keys() - texts.keys() if keys is None else (loose.keys() & set(keys)) - texts.keys():
+        with files.open(loose[key]) as file:
+            texts[key] = file.read()
+    return texts
+
+
+def _open_existing(path: str | Path) -> Files:
+    files = open_files(path)
+    if not files.exists():
+        raise FileNotFoundError(f"no results at {files.root}: start with `kbit run`")
+    return files
+
+
+def _retry(read: Callable[[], T]) -> T:
+    """Return what read returns; a file that is gone since it was listed has been compacted or deleted: again."""
+    for _ in range(_READ_TRIES - 1):
         try:
-            record = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is damaged ({error}): delete it, and its experiment will run again") from None
-        if record["schema_version"] > SCHEMA_VERSION:
-            raise ValueError(f"{file} was written by a newer kbit (schema {record['schema_version']})")
-        yield record
+            return read()
+        except FileNotFoundError:
+            continue
+    return read()
 
 
-def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Flatten one stored result into a row per measurement."""
-    experiment, quant = record["experiment"], record["experiment"]["quant"]
-    shared: dict[str, Any] = {name: record[name] for name in _COLUMNS if name in record}
-    shared |= {"model": experiment["model"]["name"], "dtype": experiment["model"]["dtype"], "bits": quant["bits"]}
-    config = QuantConfig.from_json(quant)
-    spec = config.spec.canonical()
-    if not spec.is_baseline:
-        shared |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
-        shared |= {} if spec.data_type == "float" else {"float_bias": None}
-        shared |= _describe_outliers(config)
-    for measurement in record["measurements"]:
-        yield shared | measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}
+def _list_finished(files: Files, known: dict[str, set[str]]) -> set[str]:
+    loose = {Path(name).stem for name in files.names("experiments", ".json")}  # before compacted/: see the module
+    return loose.union(*_read_part_keys(files, known).values())
 
 
-def _describe_outliers(config: QuantConfig) -> dict[str, Any]:
-    """Return what stays at 16 bits inside the quantized matrices; fields that mean nothing here are missing."""
-    columns: dict[str, Any] = {"outlier_fraction": config.outlier_fraction, "outlier_zscore": config.outlier_zscore}
-    if config.keeps_outliers:
-        columns |= {"outlier_selection": config.outlier_selection}
-        columns |= {"seed": config.seed} if config.outlier_selection == "random" else {}
-    return columns | ({"activation_threshold": config.activation_threshold} if config.decomposes else {})
+def _read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return the keys in each Parquet file; remembers them in `known`."""
+    names = files.names("compacted", ".parquet")
+    for name in names:
+        if name not in known:
+            with files.open(name) as file:
+                known[name] = set(pq.read_table(file, columns=["key"])["key"].to_pylist())
+    return {name: known[name] for name in names}
 
 
-def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:
-    """Return what must be equal for two values of a measurement to compare: dtype, and items or windows."""
-    evaluation, dtype = experiment["eval"], experiment["model"]["dtype"]
-    if task in evaluation["tasks"]:
-        return f"{dtype}, {evaluation['limit'] or 'all'} items"
-    if task == "mean_zero_shot":
-        return f"{dtype}, {evaluation['limit'] or 'all'} items, {' '.join(sorted(evaluation['tasks']))}"
-    if evaluation.get("perplexity_kind") == "rolling":
-        return f"{dtype}, rolling"
-    return f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
+def _read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the store's experiments as tables, ROW_SCHEMA or PART_SCHEMA; an experiment may come twice."""
+    loose = files.names("experiments", ".json")  # before compacted/: see the module
+    for name in files.names("compacted", ".parquet"):
+        yield _read_part(files, name, schema)
+    make = tabulate if schema == ROW_SCHEMA else make_part
+    for at in range(0, len(loose), PART_EXPERIMENTS):
+        yield make([_read_json(files, name) for name in loose[at : at + PART_EXPERIMENTS]])
 
 
-def _write_once(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON so that readers see the whole file or none, and a file that exists stays as it is."""
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
-    try:
-        with temporary.open("w") as file:
-            json.dump(record | {"schema_version": SCHEMA_VERSION}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)  # atomic, and refuses to overwrite
-    except FileExistsError:
-        pass  # another process finished the same experiment first
-    finally:
-        temporary.unlink(missing_ok=True)
+def _read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
+    """Return columns of a Parquet file; one of another kbit, with other columns, is made again from its records."""
+    with files.open(name) as file:
+        if pq.read_schema(file).equals(PART_SCHEMA):
+            return pq.read_table(file, columns=schema.names).select(schema.names)
+        texts = pq.read_table(file, columns=["record"])["record"]
+    return make_part([parse_record(text.as_py(), name) for text in texts]).select(schema.names)
+
+
+def _read_json(files: Files, name: str) -> dict[str, Any]:
+    with files.open(name) as file:
+        return parse_record(file.read(), f"{files.root}/{name}")
+
+
+def _drop_repeated(rows: pa.Table) -> pa.Table:
+    """Keep the first of each key's rows."""
+    repeated = rows["key"].to_pandas().duplicated().to_numpy()
+    return rows.filter(pa.array(~repeated)) if repeated.any() else rows
+
+
+def _encode(record: Any) -> bytes:
+    """Return a dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(record) | {"schema_version": SCHEMA_VERSION}, indent=1).encode()

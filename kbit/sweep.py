@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kbit.config import Experiment, RayConfig
 from kbit.families import locate_model
-from kbit.store import Store
+from kbit.store import Store, list_keys
 from kbit.taskfiles import find_local_tasks
 from kbit.textdata import check_text, locate_text
 
@@ -66,9 +66,8 @@ class Outcome:
 def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
     """De-duplicate by key, drop what the store has, group by model; the store need not exist yet."""
     distinct = {experiment.key: experiment for experiment in experiments}
-    root = Path(store_path)
-    done = {path.stem for path in (root / "experiments").glob("*.json")} & distinct.keys()
-    failed = {path.stem for path in (root / "failures").glob("*.json")} & distinct.keys() - done
+    finished, failures = list_keys(store_path)
+    done, failed = finished & distinct.keys(), failures & distinct.keys()
     skip = done if retry_failed else done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
     # a worker keeps one model, and of the 16-bit model the states on one text

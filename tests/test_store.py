@@ -16,7 +16,8 @@ import pytest
 from kbit.config import Experiment, ModelConfig, QuantConfig
 from kbit.experiment import Result
 from kbit.measurement import Measurement, encode_items
-from kbit.store import SCHEMA_VERSION, Store, read_failures, read_items, read_provenance, read_results
+from kbit.records import SCHEMA_VERSION
+from kbit.store import Store, list_keys, read_failures, read_items, read_provenance, read_results
 
 ACCURACY = Measurement("nano_cloze", "acc", 0.5, 0.4, 0.6, 100)
 LOSS = Measurement("nano_held_out", "cross_entropy", 3.0, math.nan, math.nan, 1)
@@ -158,7 +159,7 @@ def test_first_result_of_a_key_stays(tmp_path: Path) -> None:
 def test_failure_is_recorded_with_its_reason(tmp_path: Path) -> None:
     store, experiment = Store(tmp_path), make_result().experiment
     store.write_failure(experiment, "ValueError: no", "Traceback ...")
-    assert store.failed_keys() == {experiment.key}
+    assert list_keys(tmp_path) == (set(), {experiment.key})
     assert store.finished_keys() == set()
     row = read_failures(tmp_path).iloc[0]
     assert (row["key"], row["model"], row["bits"], row["reason"]) == (experiment.key, "toy", 4, "ValueError: no")
@@ -180,7 +181,7 @@ def test_success_replaces_the_failure(tmp_path: Path) -> None:
     store, result = Store(tmp_path), make_result()
     store.write_failure(result.experiment, "ValueError: no", "")
     store.write(result)
-    assert store.failed_keys() == set()
+    assert list_keys(tmp_path) == ({result.key}, set())
     assert store.finished_keys() == {result.key}
     assert read_failures(tmp_path).empty
 

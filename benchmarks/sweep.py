@@ -1,0 +1,116 @@
+"""The store and the sweep engine at the size of the paper's study, 35,000 experiments; and side by side with others.
+
+    python benchmarks/sweep.py store     # reading, planning and compacting 35,000 results
+    python benchmarks/sweep.py engine    # a nano study on Ray, by one process per experiment, and by Ray's launcher
+
+Each writes its part of benchmarks/results/sweep.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+RECORD: Final = Path(__file__).parent / "results" / "sweep.json"
+
+
+def measure_store(experiments: int) -> dict[str, Any]:
+    """Return what reading, planning and compacting a store of so many experiments takes, in seconds.
+
+    The records are one real result, with its items and ten of its measurements, under the key of each experiment of a
+    grid.
+    """
+    from kbit.store import Store, list_keys, read_results
+    from kbit.sweep import make_plan
+
+    grid = list(_make_grid(experiments))
+    record = _run_one(grid[0])
+    print(f"a record of {len(json.dumps(record, indent=1)):,} bytes", flush=True)
+    seconds: dict[str, Any] = {"experiments": experiments, "measurements": len(record["measurements"])}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        for experiment in grid:
+            mine = {"key": experiment.key, "experiment": _as_json(experiment), "items": _shuffle(record["items"])}
+            text = json.dumps(record | mine, indent=1)
+            (Path(folder) / "experiments" / f"{experiment.key}.json").write_text(text)
+        seconds["plan of files"] = _time(lambda: make_plan(grid, folder))
+        seconds["read files"] = _time(lambda: read_results(folder))
+        seconds["compact"] = _time(store.compact)
+        fresh = list(_make_grid(experiments))  # without their keys, which an experiment keeps
+        seconds["plan compacted"] = _time(lambda: make_plan(fresh, folder))
+        seconds["keys compacted"] = _time(lambda: list_keys(folder))
+        seconds["read compacted"] = min(_time(lambda: read_results(folder)) for _ in range(3))
+        seconds["rows"] = len(read_results(folder))
+        seconds["MiB compacted"] = sum(f.stat().st_size for f in Path(folder).rglob("*.parquet")) / 2**20
+    return seconds
+
+
+def _make_grid(count: int) -> Iterator[Any]:
+    """Yield so many distinct experiments."""
+    from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+
+    for number in range(count):
+        quant = QuantConfig(bits=3 + number % 6, data_type=("int", "nf")[number // 6 % 2], block_size=1 + number // 12)
+        yield Experiment(ModelConfig("nano-neox-98k"), quant, EvalConfig(limit=100, perplexity_windows=16))
+
+
+def _run_one(experiment: Any) -> dict[str, Any]:
+    """Run an experiment; return its record with ten of its measurements."""
+    import dataclasses
+
+    from kbit.experiment import run_experiment
+    from kbit.quiet import silence_libraries
+
+    silence_libraries()
+    record = json.loads(json.dumps(dataclasses.asdict(run_experiment(experiment)) | {"schema_version": 1}))
+    return record | {"measurements": record["measurements"][:10]}
+
+
+def _shuffle(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return items with random bytes of the same number: as they would compress."""
+    return [
+        item | {"data": base64.b64encode(os.urandom(len(base64.b64decode(item["data"])))).decode()} for item in items
+    ]
+
+
+def _as_json(experiment: Any) -> Any:
+    import dataclasses
+
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
+
+
+def _time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    print(f"{time.perf_counter() - start:.2f} s", flush=True)
+    return time.perf_counter() - start
+
+
+def _save(name: str, measured: Any) -> None:
+    """Put a part of the record in its place."""
+    RECORD.parent.mkdir(exist_ok=True)
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record[name] = {"cpus": os.cpu_count(), "machine": platform.machine(), "measured": measured}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record[name], indent=1))
+
+
+def main() -> None:
+    """Measure what is asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["store"])
+    parser.add_argument("--experiments", type=int, default=35_000, help="in the store (default: 35,000)")
+    arguments = parser.parse_args()
+    _save("store", measure_store(arguments.experiments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Invented results, for tests of the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kbit.config import Experiment, ModelConfig, QuantConfig
+from kbit.experiment import Result
+from kbit.measurement import Measurement, encode_items
+from kbit.store import Store
+
+QUANTS = (
+    QuantConfig(bits=16),
+    QuantConfig(data_type="float", bits=3, exponent_bits=2, centering=True),
+    QuantConfig(data_type="nf", block_size=None, exclude="mlp"),
+    QuantConfig(data_type="int", scale_format="bf16", rounding="stochastic", seed=3),
+)
+
+
+def make_result(number: int, value: float = 0.5) -> Result:
+    """An invented result; numbers go through the kinds of quantizers."""
+    experiment = Experiment(ModelConfig(f"toy-{number}"), QUANTS[number % len(QUANTS)])
+    measurements = (
+        Measurement("nano_cloze", "acc", value, 0.4, 0.6, 100),
+        Measurement("nano_held_out", "cross_entropy", 3.0 + number, float("nan"), float("nan"), 1),
+    )
+    return Result(
+        key=experiment.key, experiment=experiment, family="toys", architecture="Toy", parameters=1000,
+        quantized_parameters=900, total_bits=5425, bits_per_param=4.25, coverage=1.0, skipped=(),
+        measurements=measurements, model_revision="0", checkpoint_dtype="float16", weights_hash="0", tasks=(),
+        text=None, truncated=0, versions={"python": "3.11"}, git_commit="", device="none", threads=1,
+        seconds_quantize=0.1, seconds_evaluate=0.2, peak_memory_bytes=1, finished="2026-01-01T00:00:00+00:00",
+        items=(encode_items("nano_cloze", "acc", [1.0, float(number % 2)]),),
+        weight_rmse=None if number % 3 else 0.1,
+    )  # fmt: skip
+
+
+def fill(path: Path, numbers: range) -> Store:
+    """A store with these results."""
+    store = Store(path)
+    for number in numbers:
+        store.write(make_result(number))
+    return store
