@@ -31,7 +31,7 @@ def measure_store(experiments: int) -> dict[str, Any]:
     from kbit.store import Store, list_keys, read_results
     from kbit.sweep import make_plan
 
-    grid = list(_make_grid(experiments))
+    grid = list(make_grid(experiments))
     record = _run_one(grid[0])
     print(f"a record of {len(json.dumps(record, indent=1)):,} bytes", flush=True)
     seconds: dict[str, Any] = {"experiments": experiments, "measurements": len(record["measurements"])}
@@ -44,7 +44,7 @@ def measure_store(experiments: int) -> dict[str, Any]:
         seconds["plan of files"] = _time(lambda: make_plan(grid, folder))
         seconds["read files"] = _time(lambda: read_results(folder))
         seconds["compact"] = _time(store.compact)
-        fresh = list(_make_grid(experiments))  # without their keys, which an experiment keeps
+        fresh = list(make_grid(experiments))  # without their keys, which an experiment keeps
         seconds["plan compacted"] = _time(lambda: make_plan(fresh, folder))
         seconds["keys compacted"] = _time(lambda: list_keys(folder))
         seconds["read compacted"] = min(_time(lambda: read_results(folder)) for _ in range(3))
@@ -53,7 +53,7 @@ def measure_store(experiments: int) -> dict[str, Any]:
     return seconds
 
 
-def _make_grid(count: int) -> Iterator[Any]:
+def make_grid(count: int) -> Iterator[Any]:
     """Yield so many distinct experiments."""
     from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
 

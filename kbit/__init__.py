@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kbit.experiment import run_experiment as run_experiment
     from kbit.methods import quantize_model as quantize_model
     from kbit.models import load_model as load_model
-    from kbit.quantizer import QuantizedTensor as QuantizedTensor
+    from kbit.quantized import QuantizedTensor as QuantizedTensor
     from kbit.quantizer import dequantize as dequantize
     from kbit.quantizer import fake_quantize as fake_quantize
     from kbit.quantizer import quantize as quantize
@@ -39,7 +39,7 @@ _PUBLIC = {
     "Experiment": "kbit.config:Experiment",
     "QuantConfig": "kbit.config:QuantConfig",
     "QuantSpec": "kbit.spec:QuantSpec",
-    "QuantizedTensor": "kbit.quantizer:QuantizedTensor",
+    "QuantizedTensor": "kbit.quantized:QuantizedTensor",
     "codebook": "kbit.datatypes:make_codebook",
     "dequantize": "kbit.quantizer:dequantize",
     "evaluate": "kbit.evaluation:evaluate",

@@ -1,16 +1,18 @@
 """Where a tensor is quantized: on its own device, by that device's kernels, which have the same names on each.
 
 A tensor's values stay where they are. What is small travels: a scale per block, the codebook, and the packed codes,
-since the stored form of a tensor (kbit.quantizer.QuantizedTensor) is NumPy arrays on the CPU.
+since the stored form of a tensor (kbit.quantized.QuantizedTensor) is NumPy arrays on the CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -77,3 +79,19 @@ def choose_backend(device: torch.device) -> Backend:
             return Backend(device, cuda, is_gpu=True)
         case _:
             raise ValueError(f"device {device} has no kernels: quantize on cpu or cuda, x.to('cpu')")
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Run numba kernels on as many threads as torch uses, and leave torch's number as it was.
+
+    Both use the same OpenMP runtime, and numba sets its thread count there at each launch: without this a model would
+    compute on other threads after its first quantization than before, and sums differ in the last digits.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

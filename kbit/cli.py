@@ -230,3 +230,7 @@ def _scratch_folder() -> str:
     folder = tempfile.mkdtemp(prefix="kbit-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+if __name__ == "__main__":
+    main()

@@ -157,7 +157,8 @@ def describe_low_coverage(report: QuantizationReport, min_coverage: float) -> st
     examples = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in skipped[:3])
     return (
         f"only {report.coverage:.1%} of the block matrices' parameters would be quantized, "
-        f"quant.min_coverage={min_coverage:g}; skipped {len(skipped)} tensors, such as {examples or 'none in a block'}"
+        f"quant.min_coverage={min_coverage:g}; "
+        + (f"skipped {len(skipped)} tensors, such as {examples}" if skipped else "there are no matrices in blocks")
     )
 
 

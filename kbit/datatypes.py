@@ -53,19 +53,20 @@ def make_codebook(
     float_bias: str = "ieee",
     block_size: int | None = None,
     table: Sequence[float] | None = None,
-    tensor: NDArray[Any] | None = None,
+    tensor: Any = None,
     seed: int = 0,
 ) -> Codebook:
     """Return the codebook of a data type: sorted float32 values within [-1, 1].
 
     Args:
-        data_type: one of DATA_TYPES.
+        data_type: int, float, dynamic, quantile, nf, af, learned or table.
         bits: 2..8.
-        exponent_bits: float only; 1..bits-1, default the paper's (PAPER_EXPONENT_BITS).
-        float_bias: float only; where the subnormals lie ("ieee", "bnb" or "paper").
+        exponent_bits: float only; 1..bits-1, default the paper's (2 bits: 1, 3 bits: 2, 4 to 8 bits: 3).
+        float_bias: float only; where the subnormals lie: "ieee" as in OCP's formats, "bnb" at 1/4 of that
+            (bitsandbytes' create_fp8_map), "paper" at 1/16 (its Appendix A and bitsandbytes' FP4).
         block_size: af only; the block size that the code is optimal for.
         table: table only; the user's values.
-        tensor: quantile: the tensor; learned: its normalised values (any shape).
+        tensor: quantile: the tensor; learned: its normalised values (array or torch tensor of any shape).
         seed: learned only; of the sample that k-means sees.
 
     Raises:
@@ -87,9 +88,9 @@ def make_codebook(
         case "af":
             return _as_codebook(fitted.af_values(bits, _needed("af", block_size=block_size)))
         case "quantile":
-            return _as_codebook(fitted.quantile_values(bits, _finite(_needed("quantile", tensor=tensor))))
+            return _as_codebook(fitted.quantile_values(bits, _as_numbers(_needed("quantile", tensor=tensor))))
         case "learned":
-            values = _finite(_needed("learned", tensor=tensor)).ravel()
+            values = _as_numbers(_needed("learned", tensor=tensor)).ravel()
             return _as_codebook(fitted.learned_values(bits, values.astype(np.float32, copy=False), seed))
         case _:
             return table_codebook(bits, _needed("table", table=table))
@@ -222,8 +223,10 @@ def _needed(data_type: str, **argument: T | None) -> T:
     return value
 
 
-def _finite(tensor: NDArray[Any]) -> NDArray[Any]:
-    """Return the tensor, which must hold numbers."""
+def _as_numbers(tensor: Any) -> NDArray[Any]:
+    """Return an array or torch tensor, which must hold numbers, as an array."""
+    if hasattr(tensor, "detach"):  # without importing torch, which this module does not need
+        tensor = tensor.detach().float().cpu().numpy()
     if tensor.size == 0:
         raise ValueError(f"tensor of shape {tensor.shape} has no elements to fit a codebook to")
     if bad := int((~np.isfinite(tensor)).sum()):

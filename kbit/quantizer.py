@@ -7,26 +7,19 @@ same bits but for a quantile codebook of float32 values, which a GPU estimates (
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from kbit import fitted
-from kbit.backend import Backend, choose_backend
+from kbit.backend import Backend, choose_backend, torch_threads_kept
 from kbit.datatypes import ADAPTIVE, Codebook, decision_thresholds
-from kbit.kernels import cpu
 from kbit.quantiles import find_quantiles
+from kbit.quantized import QuantizedTensor
 from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
@@ -37,75 +30,8 @@ Values = Float[torch.Tensor, " n"]  # contiguous float32, float16 or bfloat16
 _SUMMED: Final = 2**20  # values of a sum in float64 at a time: torch makes a float64 copy of them
 
 
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """A quantized tensor as it is stored, on the CPU: x ~ codebook[code] * scale + offset.
-
-    Attributes:
-        codes: uint8 [ceil(n bits / 8)], packed: see kbit.reference.pack.
-        scales, offsets: what the formats store, by name (kbit.scales); offsets is empty but for minmax.
-        center: float16 [1], the mean that centering subtracted; empty without.
-        codebook: float32 [values], sorted.
-        shape, dtype: of the original tensor; dequantize returns it.
-        spec: how it was quantized.
-    """
-
-    codes: NDArray[np.uint8]
-    scales: Stored
-    offsets: Stored
-    center: NDArray[np.float16]
-    codebook: Codebook
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    spec: QuantSpec
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the tensor takes: spec.count_bits(shape), rounded up to whole bytes."""
-        stored = [self.codes, *self.scales.values(), *self.offsets.values(), self.center]
-        own_codebook = 2 * 2**self.spec.bits if self.spec.data_type in ADAPTIVE else 0  # float16 each
-        return sum(array.nbytes for array in stored) + own_codebook
-
-    def unpack_codes(self) -> NDArray[np.uint8]:
-        """Return one code per element, uint8 [n], in row-major order."""
-        with torch_threads_kept():
-            return cpu.unpack(self.codes, self.spec.bits, int(np.prod(self.shape)))
-
-    def save(self, path: str | Path) -> None:
-        """Write the tensor to a safetensors file; load gives it back bit for bit."""
-        tensors: dict[str, NDArray[Any]] = {"codes": self.codes, "center": self.center, "codebook": self.codebook}
-        tensors |= {f"scales.{name}": array for name, array in self.scales.items()}
-        tensors |= {f"offsets.{name}": array for name, array in self.offsets.items()}
-        description = {"spec": asdict(self.spec), "shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
-        save_file(tensors, path, metadata={"kbit": json.dumps(description)})
-
-    @staticmethod
-    def load(path: str | Path) -> QuantizedTensor:
-        """Read what save wrote.
-
-        Raises:
-            ValueError: a safetensors file that kbit did not write.
-        """
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if "kbit" not in metadata:
-                raise ValueError(f"{path} is not a quantized tensor written by kbit")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        description = json.loads(metadata["kbit"])
-        return QuantizedTensor(
-            tensors["codes"],
-            {name.removeprefix("scales."): array for name, array in tensors.items() if name.startswith("scales.")},
-            {name.removeprefix("offsets."): array for name, array in tensors.items() if name.startswith("offsets.")},
-            tensors["center"],
-            tensors["codebook"],
-            tuple(description["shape"]),
-            getattr(torch, description["dtype"]),
-            QuantSpec.from_json(description["spec"]),
-        )
-
-
-@dataclass(frozen=True)
-class _Grid:
+@dataclass(frozen=True, eq=False)
+class Grid:
     """Everything that decides a tensor's codes: its blocks, and the scales and table used for them."""
 
     row: int
@@ -127,14 +53,16 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     work is done on x's device; the result is on the CPU.
 
     Raises:
-        ValueError: spec is the 16-bit baseline; x is empty, holds NaN or Inf (with the count), is a meta tensor, is
-            not floating point, or has a block maximum beyond scale_format's range; its device is no CPU or CUDA GPU.
+        TypeError: x is neither a tensor nor an array.
+        ValueError: spec is the 16-bit baseline; x is empty, holds NaN or Inf (with the count), is a meta or sparse
+            tensor, is not floating point, or has a block maximum beyond scale_format's range, or one that rounding the
+            scale lifts beyond x's own dtype; its device is no CPU or CUDA GPU.
         ImportError: x is on a GPU and numba-cuda (the extra kbit[cuda]) is not installed.
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
     backend = choose_backend(values.device)
-    grid = _make_grid(values, tensor.shape, spec, backend)
+    grid = make_grid(values, tensor.shape, spec, backend)
     with torch_threads_kept():
         codes = backend.kernels.quantize(
             backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook, grid.thresholds,
@@ -197,9 +125,9 @@ def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -> None:
     """Fill result, whose memory may be that of the values on the CPU."""
     backend = choose_backend(values.device)
-    if _is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result):
+    if _is_fused(spec, values.dtype, backend) and _fake_quantize_fused(values, spec, backend, result):
         return
-    grid = _make_grid(values, result.shape, spec, backend)
+    grid = make_grid(values, result.shape, spec, backend)
     with torch_threads_kept():
         backend.kernels.fake_quantize(
             backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook,
@@ -207,12 +135,13 @@ def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -
         )  # fmt: skip
 
 
-def _is_fused(spec: QuantSpec, backend: Backend) -> bool:
+def _is_fused(spec: QuantSpec, dtype: torch.dtype, backend: Backend) -> bool:
     """Whether one kernel finds the scales and quantizes: it reads and writes each weight once."""
     return (
         backend.is_gpu
         and spec.normalization == "absmax"
         and spec.scale_format in backend.kernels.FUSED_SCALE_FORMATS
+        and (dtype != torch.float16 or spec.scale_format in ("fp16", "fp32"))  # others may be rounded up beyond float16
         and spec.rounding != "stochastic"
         and spec.data_type not in ADAPTIVE
         and not spec.centering
@@ -229,23 +158,7 @@ def _fake_quantize_fused(values: Values, spec: QuantSpec, backend: Backend, resu
     return not backend.get(refused)[0]
 
 
-@contextmanager
-def torch_threads_kept() -> Iterator[None]:
-    """Run numba kernels on as many threads as torch uses, and leave torch's number as it was.
-
-    Both use the same OpenMP runtime, and numba sets its thread count there at each launch: without this a model would
-    compute on other threads after its first quantization than before, and sums differ in the last digits.
-    """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-
-
-def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> _Grid:
+def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> Grid:
     """Choose and round the scales and offsets, and make the codebook."""
     row, block_size = _block_shape(shape, spec)
     with torch_threads_kept():
@@ -255,7 +168,7 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Back
         raise ValueError(f"{int((~values.isfinite()).sum())} of {values.numel()} values are NaN or Inf")
     center = np.empty(0, np.float16)
     if spec.centering:
-        center = np.array([_mean(values)], np.float16)
+        center = _round_center(_mean(values))
         low, high = low - center.astype(np.float32), high - center.astype(np.float32)
     adaptive = spec.data_type in ADAPTIVE
     codebook = None if adaptive else spec.make_codebook()
@@ -264,21 +177,37 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Back
     scales = _decode_scales(stored_scales, spec)
     stored_offsets: Stored = {}
     if spec.normalization == "minmax":
-        stored_offsets = encode_scales(low - bounds[0] * scales, spec.offset_format)
+        stored_offsets = encode_scales(low - bounds[0] * scales, spec.offset_format, "block offset")
     offsets = decode_scales(stored_offsets, spec.offset_format) if stored_offsets else None
     offsets = _add_center(offsets, center, scales)
     if codebook is None:
         codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, (row, block_size), spec, backend))
+    _check_reach(codebook, scales, offsets, values.dtype, spec)
     stochastic = spec.rounding == "stochastic"
     thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
     seed = spec.seed if stochastic else None
-    return _Grid(row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed)
+    return Grid(row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed)
+
+
+def _check_reach(codebook: Codebook, scales: Scales, offsets: Scales, dtype: torch.dtype, spec: QuantSpec) -> None:
+    """Raise ValueError if a finite tensor could become infinite: a scale was rounded up beyond what its dtype holds."""
+    peak, most = np.abs(codebook).max(), np.float64(torch.finfo(dtype).max)
+    if np.abs(scales).max() * np.float64(peak) + np.abs(offsets).max() <= most:  # of different blocks: a bound
+        return
+    reach = float((np.abs(scales).astype(np.float64) * peak + np.abs(offsets)).max())
+    if not reach <= most:  # so that NaN is refused, too
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"scale_format={spec.scale_format} rounds a block's largest magnitude to {reach:.6g}, beyond {name} "
+            f"(largest {most:g}): use scale_format=fp32, or values of a wider type"
+        )
 
 
 def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float32], spec: QuantSpec) -> Scales:
     """Return the scale of each block before it is rounded to its format."""
     if spec.normalization == "minmax":
-        return np.asarray((high - low) / (bounds[1] - bounds[0]), np.float32)
+        with np.errstate(over="ignore"):  # an infinite scale is refused when it is encoded
+            return np.asarray((high - low) / (bounds[1] - bounds[0]), np.float32)
     if spec.normalization == "signed_absmax":
         return np.asarray(np.where(high >= -low, high, low), np.float32)
     largest = np.asarray(np.maximum(high, -low), np.float32)
@@ -338,6 +267,13 @@ def _subtract_offsets(values: Values, offsets: Scales, block_shape: tuple[int, i
     return (rows - per_value).view(-1)
 
 
+def _round_center(mean: float) -> NDArray[np.float16]:
+    """Return a tensor's mean as it is stored."""
+    if abs(mean) > float(np.finfo(np.float16).max):
+        raise ValueError(f"centering stores the tensor's mean as float16: {mean:.6g} is beyond its 65504")
+    return np.array([mean], np.float16)
+
+
 def _mean(values: Values) -> float:
     """Return the mean, added up in float64 without a copy of the tensor."""
     return sum(float(chunk.sum(dtype=torch.float64)) for chunk in torch.split(values, _SUMMED)) / values.numel()
@@ -353,21 +289,30 @@ def _block_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[
 def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"a {type(x).__name__} is neither a torch tensor nor a NumPy array")
     # torch refuses negative strides, and warns of read-only arrays though nothing here writes to them
     return torch.from_numpy(np.array(x, order="C", copy=True))
 
 
 def _flatten(x: torch.Tensor, spec: QuantSpec) -> Values:
     """Return x flat and contiguous, in its own dtype (float64 as float32) and on its own device, checked."""
+    if not isinstance(spec, QuantSpec):
+        raise TypeError(f"a {type(spec).__name__} is no QuantSpec")
     if spec.is_baseline:
         raise ValueError(f"bits={spec.bits} is the unquantized baseline: there is nothing to quantize")
     if x.is_meta:
         raise ValueError("a meta tensor holds no values: load the weights before quantizing")
     if not x.is_floating_point():
         raise ValueError(f"dtype {x.dtype} is not a floating-point type")
+    if x.layout != torch.strided:
+        raise ValueError(f"a tensor of layout {x.layout} is not dense: quantize x.to_dense()")
     if x.numel() == 0:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no elements to quantize")
-    return x.detach().contiguous().view(-1).to(_computed_dtype(x.dtype))
+    values = x.detach().contiguous().view(-1)
+    if x.dtype == torch.float64 and bool((values.isfinite() & (values.abs() > torch.finfo(torch.float32).max)).any()):
+        raise ValueError("a float64 tensor is rounded to float32, and holds values beyond 3.40282e+38")
+    return values.to(_computed_dtype(x.dtype))
 
 
 def _computed_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -28,24 +28,26 @@ _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, se
 _E8M0_BIAS: Final = 127
 
 
-def encode_scales(scales: Scales, scale_format: str) -> Stored:
-    """Return the arrays that the format stores for these scales.
+def encode_scales(scales: Scales, scale_format: str, what: str = "block scale") -> Stored:
+    """Return the arrays that the format stores for these scales, or for offsets, if `what` says so.
 
     fp16, bf16, fp32: a number each. e8m0: the exponent of a power of two (the scales must be powers of two or 0; 0 is
     stored as the smallest). fp8: E4M3 numbers and one float32 for the tensor, max |scale| / 448 (NVFP4). dq8: 8-bit
-    dynamic codes in blocks of 256 with a float32 each, after subtracting the mean, one float32 (QLoRA).
+    dynamic codes in blocks of 256 with a float32 each, after subtracting the mean, one float32 (QLoRA). A scale that is
+    not 0 never becomes 0, an offset may.
 
     Raises:
         ValueError: a scale beyond the format's range.
     """
-    check_scale_range(float(np.abs(scales).max()), scale_format)
+    check_scale_range(float(np.abs(scales).max()), scale_format, what)
+    nonzero = scales if what == "block scale" else np.zeros_like(scales)
     match scale_format:
         case "fp16":
-            return {"scales": _keep_nonzero(scales.astype(np.float16).view(np.uint16), scales).view(np.float16)}
+            return {"scales": _keep_nonzero(scales.astype(np.float16).view(np.uint16), nonzero).view(np.float16)}
         case "bf16":
             words = scales.view(np.uint32)
             halves = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
-            return {"scales": _keep_nonzero(halves, scales)}
+            return {"scales": _keep_nonzero(halves, nonzero)}
         case "fp32":
             return {"scales": scales}
         case "e8m0":
@@ -59,13 +61,13 @@ def encode_scales(scales: Scales, scale_format: str) -> Stored:
             return _encode_double(scales)
 
 
-def check_scale_range(largest: float, scale_format: str) -> None:
-    """Raise ValueError if a scale of this magnitude is beyond the format's range."""
-    if largest > _LARGEST.get(scale_format, math.inf):
-        raise ValueError(
-            f"a block scale of {largest:.6g} is beyond scale_format={scale_format} (largest "
-            f"{_LARGEST[scale_format]:g}): use scale_format=bf16 or fp32"
-        )
+def check_scale_range(largest: float, scale_format: str, what: str = "block scale") -> None:
+    """Raise ValueError if a scale or offset of this magnitude is beyond the format's range."""
+    most = _LARGEST.get(scale_format, _LARGEST["fp32"])
+    if not largest <= most:  # so that NaN is refused, too
+        wider = [name for name in ("bf16", "fp32") if largest <= _LARGEST[name]]
+        advice = f": use scale_format={' or '.join(wider)}" if wider else ""
+        raise ValueError(f"a {what} of {largest:.6g} is beyond {scale_format} (largest {most:g}){advice}")
 
 
 def decode_scales(stored: Mapping[str, NDArray[Any]], scale_format: str) -> Scales:
@@ -86,19 +88,39 @@ def decode_scales(stored: Mapping[str, NDArray[Any]], scale_format: str) -> Scal
             return np.asarray(dynamic_codebook(8)[codes] * second + stored["mean"][0], np.float32)
 
 
+def stored_layout(blocks: int, scale_format: str) -> dict[str, tuple[type[np.generic], int]]:
+    """Return the type and length of each array that encode_scales returns."""
+    match scale_format:
+        case "fp16":
+            return {"scales": (np.float16, blocks)}
+        case "bf16":
+            return {"scales": (np.uint16, blocks)}
+        case "fp32":
+            return {"scales": (np.float32, blocks)}
+        case "e8m0":
+            return {"scales": (np.uint8, blocks)}
+        case "fp8":
+            return {"scales": (np.uint8, blocks), "tensor_scale": (np.float32, 1)}
+        case _:
+            second = math.ceil(blocks / _DQ_BLOCK)
+            return {"scales": (np.uint8, blocks), "second_scales": (np.float32, second), "mean": (np.float32, 1)}
+
+
 def count_scale_bits(blocks: int, scale_format: str) -> int:
     """Return the bits that encode_scales' arrays take."""
-    match scale_format:
-        case "fp16" | "bf16":
-            return 16 * blocks
-        case "fp32":
-            return 32 * blocks
-        case "e8m0":
-            return 8 * blocks
-        case "fp8":
-            return 8 * blocks + 32
-        case _:
-            return 8 * blocks + 32 * math.ceil(blocks / _DQ_BLOCK) + 32
+    return sum(8 * np.dtype(kind).itemsize * size for kind, size in stored_layout(blocks, scale_format).values())
+
+
+def check_stored(stored: Mapping[str, NDArray[Any]], blocks: int, scale_format: str, what: str) -> None:
+    """Raise ValueError if the arrays are not what encode_scales returns for so many blocks."""
+    expected = {name: (np.dtype(kind), (size,)) for name, (kind, size) in stored_layout(blocks, scale_format).items()}
+    found = {name: (array.dtype, array.shape) for name, array in stored.items()}
+    if found != expected:
+        raise ValueError(f"{what} in {scale_format} of {blocks} blocks are {_list(found)}, not {_list(expected)}")
+
+
+def _list(layout: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {kind}{list(shape)}" for name, (kind, shape) in layout.items()) or "missing"
 
 
 def _keep_nonzero(words: NDArray[np.uint16], scales: Scales) -> NDArray[np.uint16]:

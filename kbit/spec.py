@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,20 +31,27 @@ class QuantSpec:
 
     Attributes:
         bits: 2..8, or 16 for the unquantized baseline.
-        data_type: int, float, dynamic, quantile, nf, af, learned, or table (the user's own values).
+        data_type: int, float, dynamic, quantile, nf, af (least expected absolute error of normal values in units of the
+            block's maximum, for this block size), learned, or table (the user's own values). dynamic and quantile lack
+            -1 or 1: a block's largest magnitude may be clipped, as in the originals.
         exponent_bits: float only, 1..bits-1; None is the paper's choice (3 bits: 2; 4..8 bits: 3).
-        float_bias: float only; ieee, bnb or paper: where the subnormals lie.
-        table: data_type=table only: its values, within [-1, 1], at most 2^bits.
+        float_bias: float only; where the subnormals lie: ieee as in OCP's formats, bnb at 1/4 of that (bitsandbytes'
+            create_fp8_map), paper at 1/16 (its Appendix A, and bitsandbytes' FP4).
+        table: data_type=table only: its values, within [-1, 1] where 1 is the block's scale, at most 2^bits.
         block_size: elements per block, >= 1; None is the whole tensor (the whole row if layout=row).
         layout: flat: blocks run over the flattened tensor, as in the paper; row: they restart at each row (index of all
             dimensions but the last).
         normalization: absmax: scale = max |x|, offset 0. signed_absmax: scale = the x of largest magnitude, sign kept.
             minmax: scale and offset map [min x, max x] to the codebook's range (zero point).
         centering: subtract the tensor's mean first (paper, Appendix B).
-        scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0 (powers of two: BFP, MX), fp8 (NVFP4), dq8
-            (QLoRA's double quantization). Offsets take the same format, or fp16 beside e8m0, fp8 and dq8.
-        rounding: nearest; stochastic (up with the probability that makes it unbiased, seeded); truncate (towards 0).
-        seed: of stochastic rounding and of data_type=learned.
+        scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0, fp8 (NVFP4), dq8 (QLoRA's double quantization).
+            e8m0 are powers of two: of int and float the one at or below max |x|, as BFP and MX have it, with the table
+            on its natural grid (E2M1: up to 1.5), of other tables the one at or above. Offsets take the same format, or
+            fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
+        rounding: nearest (ties away from zero); stochastic (up with the probability that makes it unbiased within the
+            table's range, seeded); truncate (towards 0).
+        seed: of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's name,
+            so that tensors do not share their random numbers.
 
     Raises:
         ValueError: a value outside its allowed set, named with what is allowed.
@@ -63,8 +71,7 @@ class QuantSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.table is not None:
-            object.__setattr__(self, "table", tuple(float(value) for value in self.table))  # YAML gives a list
+        self._convert_types()
         check_choice("data_type", self.data_type, datatypes.DATA_TYPES)
         check_choice("float_bias", self.float_bias, datatypes.FLOAT_BIASES)
         check_choice("layout", self.layout, LAYOUTS)
@@ -80,6 +87,25 @@ class QuantSpec:
         except ValueError as error:
             raise ValueError(f"{error}, nor {BASELINE_BITS} (the unquantized baseline)") from None
         self._check_combinations()
+
+    def _convert_types(self) -> None:
+        """Make plain Python values of NumPy's and YAML's, so that specs compare, hash and are written as JSON."""
+        for name in ("bits", "block_size", "exponent_bits", "seed"):
+            value = getattr(self, name)
+            if value is None and name in ("block_size", "exponent_bits"):
+                continue
+            if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+                raise ValueError(f"{name}={value!r} is not an integer")
+            object.__setattr__(self, name, operator.index(value))
+        if not isinstance(self.centering, bool):
+            raise ValueError(f"centering={self.centering!r} is not one of: False, True")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not in 0..2^63 - 1")
+        if self.table is not None:
+            try:
+                object.__setattr__(self, "table", tuple(float(value) for value in self.table))
+            except (TypeError, ValueError):
+                raise ValueError(f"table={self.table!r} is not a list of numbers") from None
 
     def _check_combinations(self) -> None:
         if self.data_type == "float" and self.exponent_bits is not None:
@@ -120,8 +146,8 @@ class QuantSpec:
     def canonical(self) -> QuantSpec:
         """Return the same quantizer with every field that has no effect at its default.
 
-        Two specs describe the same quantizer if and only if their canonical forms are equal, so a grid of overrides
-        collapses to its distinct experiments: exponent_bits mean nothing to an int, and nothing does at 16 bits.
+        Specs with equal canonical forms describe the same quantizer, so a grid of overrides collapses to its distinct
+        experiments: exponent_bits mean nothing to an int, the order of a table nothing, and nothing does at 16 bits.
         """
         if self.is_baseline:
             return QuantSpec(bits=BASELINE_BITS)
@@ -133,8 +159,8 @@ class QuantSpec:
                 spec = dataclasses.replace(spec, float_bias="ieee")
         else:
             spec = dataclasses.replace(spec, exponent_bits=None, float_bias="ieee")
-        if spec.data_type != "table":
-            spec = dataclasses.replace(spec, table=None)
+        table = None if spec.data_type != "table" or spec.table is None else tuple(sorted(set(spec.table)))
+        spec = dataclasses.replace(spec, table=table)
         if spec.rounding != "stochastic" and spec.data_type != "learned":
             spec = dataclasses.replace(spec, seed=0)
         return spec

@@ -100,7 +100,7 @@ class Worker:
         if threads is not None:
             import torch
 
-            torch.set_num_threads(threads)  # the kernels follow: see kbit.quantizer.torch_threads_kept
+            torch.set_num_threads(threads)  # the kernels follow: see kbit.backend.torch_threads_kept
         self._store = Store(store_path)
         self._device = device
         self._session: Session | None = None

@@ -11,7 +11,7 @@ import torch
 from kbit import fitted, reference
 from kbit.backend import choose_backend
 from kbit.datatypes import ADAPTIVE
-from kbit.quantizer import _make_grid, fake_quantize, quantize
+from kbit.quantizer import fake_quantize, make_grid, quantize
 from kbit.spec import NORMALIZATIONS, QuantSpec
 
 SHAPE = (5, 37)
@@ -31,7 +31,7 @@ def test_quantile_table_is_of_the_values_less_their_offsets(
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) + torch.arange(5.0)[:, None]
     spec = QuantSpec(4, "quantile", None, block_size=block_size, layout=layout, normalization=normalization)
     spec = dataclasses.replace(spec, centering=centering)
-    grid = _make_grid(x.view(-1), x.shape, spec, choose_backend(x.device))
+    grid = make_grid(x.view(-1), x.shape, spec, choose_backend(x.device))
     shifted = x.view(-1).numpy().copy()
     for b, block in enumerate(reference.iterate_blocks(x.numel(), grid.row, grid.block_size)):
         shifted[block] -= grid.offsets[b]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from kbit import reference
 from kbit.kernels import cpu
-from kbit.quantizer import QuantizedTensor, dequantize, quantize
+from kbit.quantized import QuantizedTensor
+from kbit.quantizer import dequantize, quantize
 from kbit.spec import QuantSpec
 
 BITS = range(2, 9)
@@ -54,3 +57,47 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="not a quantized tensor written by kbit"):
         QuantizedTensor.load(tmp_path / "x.safetensors")
+
+
+def spoil_codes(tensors: dict[str, Any]) -> None:
+    tensors["codes"] = tensors["codes"][:5]
+
+
+def spoil_type(tensors: dict[str, Any]) -> None:
+    tensors["codes"] = tensors["codes"].astype(np.float32)
+
+
+def spoil_scales(tensors: dict[str, Any]) -> None:
+    tensors["scales.scales"] = tensors["scales.scales"][:2]
+
+
+def spoil_scale(tensors: dict[str, Any]) -> None:
+    tensors["scales.scales"][1] = np.nan
+
+
+def spoil_codebook(tensors: dict[str, Any]) -> None:
+    tensors["codebook"] = np.zeros(17, np.float32)
+
+
+def remove_scales(tensors: dict[str, Any]) -> None:
+    del tensors["scales.scales"]
+
+
+@pytest.mark.parametrize("spoil", [spoil_codes, spoil_type, spoil_scales, spoil_scale, spoil_codebook, remove_scales])
+def test_a_file_whose_arrays_do_not_fit_is_refused(spoil: Any, tmp_path: Path) -> None:
+    """Kernels trust lengths: what they were given here would be read beyond its end."""
+    path = tmp_path / "q.safetensors"
+    quantize(torch.randn(40, 100), QuantSpec()).save(path)
+    with safe_open(str(path), framework="numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    spoil(tensors)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"q\.safetensors is not a quantized tensor written by kbit"):
+        QuantizedTensor.load(path)
+
+
+def test_a_replaced_array_is_checked_too() -> None:
+    q = quantize(torch.ones(100), QuantSpec())
+    with pytest.raises(ValueError, match=r"codes of a quantized tensor is uint8\[3\], not uint8\[50\]"):
+        dataclasses.replace(q, codes=q.codes[:3])
+    assert q == q  # by identity: arrays have no one truth

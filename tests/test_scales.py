@@ -69,5 +69,5 @@ def test_bits_are_what_is_stored(scale_format: str, blocks: int) -> None:
 
 
 def test_a_scale_beyond_the_format_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"a block scale of 100000 is beyond scale_format=fp16 \(largest 65504\)"):
+    with pytest.raises(ValueError, match=r"a block scale of 100000 is beyond fp16 \(largest 65504\)"):
         check_scale_range(1e5, "fp16")

@@ -1,0 +1,5 @@
+"""`python -m kbit` is the command `kbit`."""
+
+from kbit.cli import main
+
+main()
