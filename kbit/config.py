@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -20,7 +21,9 @@ from kbit.taskfiles import identify_tasks
 from kbit.textdata import identify_text
 
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
-METHODS: Final = ("rtn",)  # rtn: round to nearest, no calibration data
+METHODS: Final = ("rtn", "mse", "hqq", "awq", "gptq")  # see kbit.methods, one module each
+CALIBRATED: Final = ("awq", "gptq")  # methods that see data
+UNSEEN: Final = ("error", "rtn")
 DTYPES: Final = ("float32", "bfloat16", "float16")
 PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.perplexity
 
@@ -42,17 +45,72 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that a method with data sees. Nothing of it should be in the text that is measured.
+
+    Attributes:
+        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train); see eval.perplexity.
+        samples: windows drawn at random, without overlap.
+        length: tokens of a window; None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
+        seed: of the draw.
+        unseen: what becomes of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
+    """
+
+    text: str = "nano_calibration"
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    unseen: str = "error"
+
+    def __post_init__(self) -> None:
+        check_choice("quant.calibration.unseen", self.unseen, UNSEEN)
+        for name in ("samples", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"quant.calibration.{name}={value} is not >= 1")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the windows, canonical."""
+        return _differences(self, CalibrationConfig()) | {"text": identify_text(self.text)}
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """Options of method=gptq; the defaults are those of the published code.
+
+    Attributes:
+        act_order: columns by falling Hessian diagonal instead of in their order.
+        static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
+        damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
+    """
+
+    act_order: bool = False
+    static_groups: bool = False
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
+
+
+@dataclass(frozen=True)
 class QuantConfig(QuantSpec):
     """The quantizer and which tensors it applies to.
 
     Attributes:
-        method: rtn (round to nearest).
+        method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
+            and offsets), awq (input channels scaled by their activations), gptq.
+        calibration: of awq and gptq.
+        gptq: of gptq.
         include: regular expression of tensor names to quantize in addition to the block matrices.
         exclude: regular expression of tensor names not to quantize.
         min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
     """
 
     method: str = "rtn"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
     include: str | None = None
     exclude: str | None = None
     min_coverage: float = 0.9
@@ -60,6 +118,7 @@ class QuantConfig(QuantSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("quant.method", self.method, METHODS)
+        self._check_method()
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
         for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
@@ -67,6 +126,15 @@ class QuantConfig(QuantSpec):
                 re.compile(pattern or "")
             except re.error as error:
                 raise ValueError(f"quant.{name}={pattern!r} is not a regular expression: {error}") from None
+
+    def _check_method(self) -> None:
+        if self.rounding == "stochastic" and self.method in ("mse", "hqq", "gptq"):
+            raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
+        if self.method == "gptq" and self.gptq.act_order and not self.gptq.static_groups and self.block_size:
+            raise ValueError(
+                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
+                "columns would need an index for each column, which total_bits does not count"
+            )
 
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
@@ -91,7 +159,15 @@ class QuantConfig(QuantSpec):
         if spec.is_baseline:
             return content
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
-        return content | {"method": self.method} | names
+        return content | {"method": self.method} | self.method_options | names
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options that mean something to the method, canonical; empty for a method without any."""
+        options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
+        if self.method == "gptq" and (own := _differences(self.gptq, GptqConfig())):
+            options["gptq"] = own
+        return options
 
 
 @dataclass(frozen=True)
@@ -157,6 +233,19 @@ class Experiment:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.content, "eval": evaluation}
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that it needs.
+
+        Raises:
+            ValueError: it would calibrate on the text that it measures.
+        """
+        measured = self.eval.perplexity
+        seen = self.quant.calibration.text if self.quant.method in CALIBRATED and not self.quant.is_baseline else None
+        if seen is not None and measured is not None and identify_text(seen) == identify_text(measured):
+            raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
+        return [text for text in (measured, seen) if text is not None]
 
     @functools.cached_property
     def key(self) -> str:

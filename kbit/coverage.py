@@ -103,6 +103,8 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
         quantized = not reason and not spec.is_baseline
         blocked = parameter.transpose(-1, -2) if parameter.ndim >= 2 and is_transposed(owner) else parameter
         bits = spec.count_bits(blocked.shape) if quantized else BASELINE_BITS * parameter.numel()
+        if quantized and config.method == "awq":  # a scale for each input of each matrix
+            bits += BASELINE_BITS * blocked.shape[:-2].numel() * blocked.shape[-1]
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):

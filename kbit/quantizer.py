@@ -103,7 +103,7 @@ class QuantizedTensor:
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """Everything that decides a tensor's codes: its blocks, and the scales and table used for them."""
 
     row: int
@@ -132,7 +132,7 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
     backend = choose_backend(values.device)
-    grid = _make_grid(values, tensor.shape, spec, backend)
+    grid = make_grid(values, tensor.shape, spec, backend)
     with torch_threads_kept():
         codes = backend.kernels.quantize(
             backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook, grid.thresholds,
@@ -197,7 +197,7 @@ def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -
     backend = choose_backend(values.device)
     if _is_fused(spec, backend) and _fake_quantize_fused(values, spec, backend, result):
         return
-    grid = _make_grid(values, result.shape, spec, backend)
+    grid = make_grid(values, result.shape, spec, backend)
     with torch_threads_kept():
         backend.kernels.fake_quantize(
             backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook,
@@ -243,7 +243,7 @@ def torch_threads_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> _Grid:
+def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> Grid:
     """Choose and round the scales and offsets, and make the codebook."""
     row, block_size = _block_shape(shape, spec)
     with torch_threads_kept():
@@ -270,7 +270,7 @@ def _make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Back
     stochastic = spec.rounding == "stochastic"
     thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
     seed = spec.seed if stochastic else None
-    return _Grid(row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed)
+    return Grid(row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds, seed)
 
 
 def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float32], spec: QuantSpec) -> Scales:

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from kbit import reference
 from kbit.backend import choose_backend
 from kbit.datatypes import ADAPTIVE
-from kbit.quantizer import _make_grid, dequantize, fake_quantize, quantize
+from kbit.quantizer import make_grid, dequantize, fake_quantize, quantize
 from kbit.scales import SCALE_FORMATS
 from kbit.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
 
@@ -38,7 +38,7 @@ def awkward_values(n: int) -> np.ndarray[Any, Any]:
 def reference_values(x: np.ndarray[Any, Any], spec: QuantSpec) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return codes and dequantized values by the plain NumPy definition, on the grid that the product chose."""
     values = torch.from_numpy(x.ravel())
-    grid = _make_grid(values, torch.Size(x.shape), spec, choose_backend(values.device))
+    grid = make_grid(values, torch.Size(x.shape), spec, choose_backend(values.device))
     tables = (grid.scales, grid.offsets, grid.codebook)
     shape = (grid.row, grid.block_size)
     codes = reference.quantize(x.ravel(), *tables, grid.thresholds, *shape, grid.seed)

@@ -37,7 +37,13 @@ log = logging.getLogger(__name__)
 Method = Callable[[nn.Module, Sequence[Weight], QuantConfig, PreTrainedTokenizerBase | None], dict[str, Any]]
 
 # Name in quant.method -> the function: imported when it is used
-_FUNCTIONS: Final = {"rtn": "rtn:round_to_nearest"}
+_FUNCTIONS: Final = {
+    "rtn": "rtn:round_to_nearest",
+    "mse": "mse:search_scales",
+    "hqq": "hqq:fit_half_quadratic",
+    "awq": "awq:scale_by_activations",
+    "gptq": "gptq:quantize_by_gptq",
+}
 
 
 def quantize_model(

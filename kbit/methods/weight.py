@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from kbit.spec import QuantSpec
@@ -20,17 +20,27 @@ class Weight:
         values: [..., out, in], the parameter's own memory: Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of what put has changed so far.
+        kept: input dimensions that stay as they are, in 16 bits; a method leaves them out of its block scales.
     """
 
     name: str
     values: Float[Tensor, "*batch out in"]
     spec: QuantSpec
     squared_error: float = 0.0
+    kept: Int64[Tensor, " kept"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def take_matrix(self) -> Float[Tensor, "rows in"]:
+        """Return a float32 copy of the values as a matrix, kept columns 0 so that no block scale sees them."""
+        matrix = self.values.reshape(-1, self.values.shape[-1]).to(torch.float32, copy=True)
+        matrix[:, self.kept] = 0
+        return matrix
 
     def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
-        """Replace the weight, in its own dtype and memory, and count the error."""
+        """Replace the weight but for its kept columns, in its own dtype and memory, and count the error."""
         before = self.values.to(torch.float32, copy=True)
+        kept = self.values[..., self.kept]
         self.values.copy_(quantized)
+        self.values[..., self.kept] = kept
         self.squared_error += sum_squares(self.values.float() - before)
 
 

@@ -51,7 +51,7 @@ def find_differences(x: torch.Tensor, spec: QuantSpec) -> Iterator[str]:
     """Compare the public functions on the simulated GPU with the plain definition."""
     values = x.view(-1).to(torch.float32 if x.dtype == torch.float64 else x.dtype)
     # the estimated quantiles are tested by themselves; everything else must be what the CPU has
-    grid = quantizer._make_grid(values, x.shape, spec, GPU if spec.data_type == "quantile" else CPU)
+    grid = quantizer.make_grid(values, x.shape, spec, GPU if spec.data_type == "quantile" else CPU)
     tables, shape = (grid.scales, grid.offsets, grid.codebook), (grid.row, grid.block_size)
     codes = reference.quantize(values.float().numpy(), *tables, grid.thresholds, *shape, grid.seed)
     expected = torch.from_numpy(reference.dequantize(codes, *tables, *shape)).to(values.dtype)
