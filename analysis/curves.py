@@ -36,6 +36,7 @@ SETTINGS: Final = (
     ("scale_format", "fp16", "{} scales"),
     ("rounding", "nearest", "{}"),
     ("method", "rtn", "{}"),
+    ("method_options", "", "{}"),
     ("outlier_fraction", 0.0, "outliers {:.3g}"),
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kbit.config import Experiment
+from kbit.config import CALIBRATED, Experiment, QuantConfig
 from kbit.measurement import ItemValues, decode_items
 from kbit.spec import QuantSpec
 
@@ -34,7 +34,7 @@ _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 _COLUMNS: Final = (
     "key", "model", "family", "architecture", "parameters", "quantized_parameters", "dtype",
     "bits", "data_type", "exponent_bits", "float_bias", "block_size", "layout", "normalization", "centering",
-    "scale_format", "rounding", "seed", "method", "include", "exclude", "evaluation",
+    "scale_format", "rounding", "seed", "method", "method_options", "include", "exclude", "evaluation",
     "bits_per_param", "total_bits", "weight_rmse", "task", "metric", "value", "low", "high", "n",
 )  # fmt: skip
 
@@ -94,10 +94,10 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
-    (block_size missing: whole tensor; all missing for the 16-bit baseline), method, include, exclude, evaluation
-    (values compare only where it is equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized
-    weights), task, metric, value, low, high (95% interval), n. The table's attrs["store"] is the path, for those who
-    need the items behind a value (read_items).
+    (block_size missing: whole tensor; all missing for the 16-bit baseline), method, method_options (what is not at
+    its default, as text), include, exclude, evaluation (values compare only where it is equal), bits_per_param,
+    total_bits, weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n.
+    The table's attrs["store"] is the path, for those who need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
@@ -188,9 +188,19 @@ def _rows(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     spec = QuantSpec.from_json(quant).canonical()
     if not spec.is_baseline:
         shared |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
+        shared |= {"method_options": _describe_options(quant)}
         shared |= {} if spec.data_type == "float" else {"float_bias": None}
     for measurement in record["measurements"]:
         yield shared | measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}
+
+
+def _describe_options(quant: dict[str, Any]) -> str:
+    """Return the options that mean something to the method and are not at their default; see config.method_options."""
+    groups = ["calibration"] if quant["method"] in CALIBRATED else []
+    groups += ["gptq"] if quant["method"] == "gptq" else []
+    default = dataclasses.asdict(QuantConfig())
+    changed = [(g, name, value) for g in groups for name, value in quant[g].items() if value != default[g][name]]
+    return " ".join(f"{group}.{name}={value}" for group, name, value in changed)
 
 
 def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:

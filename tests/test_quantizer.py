@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from kbit import reference
 from kbit.backend import choose_backend
 from kbit.datatypes import ADAPTIVE
-from kbit.quantizer import make_grid, dequantize, fake_quantize, quantize
+from kbit.quantizer import dequantize, fake_quantize, make_grid, quantize
 from kbit.scales import SCALE_FORMATS
 from kbit.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
 
