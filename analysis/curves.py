@@ -37,6 +37,7 @@ SETTINGS: Final = (
     ("scale_format", "fp16", "{} scales"),
     ("rounding", "nearest", "{}"),
     ("method", "rtn", "{}"),
+    ("method_options", "", "{}"),
     ("activation_threshold", 6.0, "threshold {:g}"),
     ("outlier_zscore", None, "outliers z > {:g}"),
     ("outlier_selection", "proxy", "{}"),

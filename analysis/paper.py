@@ -20,6 +20,7 @@ from kbit.analysis.selections import (
     select_data_types,
     select_exponents,
     select_gptq,
+    select_methods,
     select_outliers,
     select_precisions,
 )
@@ -92,6 +93,11 @@ def split_methods(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Seq
     """Compare GPTQ without blocks with zero-shot float in blocks of 64."""
     gptq = [name for name in series if "gptq" in name]
     return [name for name in gptq if "whole" in name] or gptq[-1:], [name for name in series if "gptq" not in name]
+
+
+def split_gptq(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare GPTQ with rounding to nearest."""
+    return ["gptq"], ["rtn"]
 
 
 def judge_precisions(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
@@ -275,6 +281,15 @@ CURVE_FIGURES: Final = (
         judge_by(split_block_sizes, "better"),
         _BLOCKS.format(4),
         ("nano/block_size", "paper/figure_15"),
+        loss=True,
+    ),
+    CurveFigure(
+        "methods",
+        "At the same quantizer and equal total bits, GPTQ is better than rounding to nearest.",
+        join(*(partial(select_methods, bits=bits) for bits in (2, 3, 4))),
+        judge_by(split_gptq, "better"),
+        "2, 3 or 4 bits by two methods, each at two or more sizes of one family",
+        ("nano/methods",),
         loss=True,
     ),
 )

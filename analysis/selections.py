@@ -24,6 +24,7 @@ DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "le
 USUAL_BLOCK: Final = 64
 OUTLIERS: Final = re.compile(r"( column| random)? outliers ([\d.]+)$")  # as curves.name_data_type writes it
 CONTROLS: Final = ("", " column", " random")  # how outliers were selected: "" is the paper's proxy
+METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( [a-z]+\.\S+)*")  # with its options, as curves.name_data_type has it
 RIVAL_BITS: Final = 4
 
 Row = Mapping[Any, Any]
@@ -185,3 +186,22 @@ def select_gptq(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:
         lambda row: name_variant(row["data_type"], row["block_size"]),
         ["series"],
     )
+
+
+def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
+    """Return a panel per family and a curve per method, at one precision, for the quantizer with the most points."""
+    names = [str(name) for name in points["data_type"]]
+    found = [METHOD.search(name) for name in names]
+    points = points.assign(
+        _base=[METHOD.sub("", name) for name in names], _method=[match[0][1:] if match else "rtn" for match in found]
+    )
+    points = points[points["bits"] == bits]
+    chosen = most_points(points[points["_method"] != "rtn"], ["_base", "block_size"])
+    quantizer = ["family", "_base", "block_size"]
+    marked = mark(
+        points.merge(chosen[quantizer].drop_duplicates(), on=quantizer),
+        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",
+        lambda row: str(row["_method"]),
+        ["_method"],
+    )
+    return marked.drop(columns=["_base", "_method"])

@@ -22,12 +22,14 @@ from kbit.taskfiles import identify_tasks
 from kbit.textdata import identify_text
 
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
-# Both operands of each product in 8 bits, see kbit.methods.int8; the names are those of LLM.int8(), Table 1.
+# Both operands of each product in 8 bits, see kbit.methods.llm_int8; the names are those of LLM.int8(), Table 1.
 INT8_METHODS: Final = (
     "absmax", "zeropoint", "rowwise", "vectorwise", "zeropoint_vectorwise",
     "rowwise_decomposition", "llm_int8", "zeropoint_llm_int8",
 )  # fmt: skip
-METHODS: Final = ("rtn", *INT8_METHODS)  # rtn: round to nearest, no calibration data
+CALIBRATED: Final = ("awq", "gptq")  # methods that see data
+METHODS: Final = ("rtn", "mse", "hqq", *CALIBRATED, *INT8_METHODS)  # see kbit.methods
+UNSEEN: Final = ("error", "rtn")
 OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.outliers
 DTYPES: Final = ("float32", "bfloat16", "float16")
 _PER_OUTPUT: Final = ("vectorwise", "zeropoint_vectorwise", "llm_int8", "zeropoint_llm_int8")  # a scale per output
@@ -52,12 +54,65 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that a method with data sees. Nothing of it should be in the text that is measured.
+
+    Attributes:
+        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train); see eval.perplexity.
+        samples: windows drawn at random, without overlap.
+        length: tokens of a window; None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
+        seed: of the draw.
+        unseen: what becomes of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
+    """
+
+    text: str = "nano_calibration"
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    unseen: str = "error"
+
+    def __post_init__(self) -> None:
+        check_choice("quant.calibration.unseen", self.unseen, UNSEEN)
+        for name in ("samples", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"quant.calibration.{name}={value} is not >= 1")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the windows, canonical."""
+        return _differences(self, CalibrationConfig()) | {"text": identify_text(self.text)}
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """Options of method=gptq; the defaults are those of the published code.
+
+    Attributes:
+        act_order: columns by falling Hessian diagonal instead of in their order.
+        static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
+        damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
+    """
+
+    act_order: bool = False
+    static_groups: bool = False
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
+
+
+@dataclass(frozen=True)
 class QuantConfig(QuantSpec):
     """The quantizer and which tensors it applies to.
 
     Attributes:
-        method: rtn (round to nearest), or one of INT8_METHODS, which decide the quantizer: they need bits=8, and of a
-            QuantSpec's other fields none means anything to them.
+        method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
+            and offsets), awq (input channels scaled by their activations), gptq; or one of INT8_METHODS, which decide
+            the quantizer: they need bits=8, and of a QuantSpec's other fields none means anything to them.
+        calibration: of awq and gptq.
+        gptq: of gptq.
         outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
             p (16 - bits) bits per parameter. Rounded to the nearest count, at least one dimension.
         outlier_selection: which dimensions: proxy (the weights before have the largest standard deviation; paper, eq.
@@ -72,6 +127,8 @@ class QuantConfig(QuantSpec):
     """
 
     method: str = "rtn"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
     outlier_fraction: float = 0.0
     outlier_selection: str = "proxy"
     outlier_zscore: float | None = None
@@ -84,8 +141,7 @@ class QuantConfig(QuantSpec):
         super().__post_init__()
         check_choice("quant.method", self.method, METHODS)
         self._check_outliers()
-        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
-            raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
+        self._check_method()
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
         for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
@@ -109,6 +165,17 @@ class QuantConfig(QuantSpec):
         if not self.activation_threshold > 0:
             raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
 
+    def _check_method(self) -> None:
+        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
+            raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
+        if self.rounding == "stochastic" and self.method in ("mse", "hqq", "gptq"):
+            raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
+        if self.method == "gptq" and self.gptq.act_order and not self.gptq.static_groups and self.block_size:
+            raise ValueError(
+                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
+                "columns would need an index for each column, which total_bits does not count"
+            )
+
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
         """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
@@ -119,7 +186,11 @@ class QuantConfig(QuantSpec):
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantConfig:
         """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
-        return QuantConfig(**{f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values})
+        known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
+        for name, kind in (("calibration", CalibrationConfig), ("gptq", GptqConfig)):
+            if name in known:
+                known[name] = kind(**known[name])
+        return QuantConfig(**known)
 
     @property
     def keeps_outliers(self) -> bool:
@@ -155,7 +226,15 @@ class QuantConfig(QuantSpec):
         if spec.is_baseline:
             return content
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
-        return content | {"method": self.method} | names | self._outlier_content()
+        return content | {"method": self.method} | self.method_options | names | self._outlier_content()
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options that mean something to the method, canonical; empty for a method without any."""
+        options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
+        if self.method == "gptq" and (own := _differences(self.gptq, GptqConfig())):
+            options["gptq"] = own
+        return options
 
     def _outlier_content(self) -> dict[str, Any]:
         content: dict[str, Any] = {}
@@ -171,9 +250,10 @@ class QuantConfig(QuantSpec):
     def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
         """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.
 
-        Codes, scales and zero points of int8 methods too. A kept dimension costs 16 - bits for each of its weights: it
-        has its share in the blocks' scales as if it were quantized, and the paper's p (16 - bits) does not count the
-        indices of the dimensions (16 / out bits for each kept weight). What is decomposed at run time is not counted.
+        Codes, scales, zero points of int8 methods and AWQ's scale of each input too. A kept dimension costs 16 - bits
+        for each of its weights: it has its share in the blocks' scales as if it were quantized, and the paper's
+        p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
+        decomposed at run time is not counted.
 
         Args:
             shape: of the matrix, input dimensions last.
@@ -185,7 +265,9 @@ class QuantConfig(QuantSpec):
             return spec.count_bits(shape)
         kept = self.count_kept(shape[-1]) if kept is None else kept
         zero_points = ZERO_POINT_BITS * spec.count_blocks(shape) if self.method.startswith("zeropoint") else 0
-        return spec.count_bits(shape) + zero_points + elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
+        input_scales = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.method == "awq" else 0
+        kept_bits = elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
+        return spec.count_bits(shape) + zero_points + input_scales + kept_bits
 
     def count_kept(self, inputs: int) -> int:
         """Return how many of so many input dimensions outlier_fraction keeps at 16 bits."""
@@ -294,6 +376,19 @@ class Experiment:
             evaluation |= {"features": _differences(self.eval.features, FeatureConfig())}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.content, "eval": evaluation}
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that it needs.
+
+        Raises:
+            ValueError: it would calibrate on the text that it measures.
+        """
+        measured = self.eval.perplexity
+        seen = self.quant.calibration.text if self.quant.method in CALIBRATED and not self.quant.is_baseline else None
+        if seen is not None and measured is not None and identify_text(seen) == identify_text(measured):
+            raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
+        return [text for text in (measured, seen) if text is not None]
 
     @functools.cached_property
     def key(self) -> str:

@@ -35,6 +35,9 @@ HUB_TEXTS: Final = {
     # 1,100 documents joined by spaces (get_c4_new), or 256 at random places of long documents (get_c4). Here documents
     # follow each other, each after an end-of-text token: it compares variants, but not with published values.
     "c4": HubText("allenai/c4", None, "en/c4-validation.00000-of-00008.json.gz", "train"),
+    # To calibrate on, as GPTQ does: the training split, and the first documents of the first training shard.
+    "wikitext2_train": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", joined=True),
+    "c4_train": HubText("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train[:20000]"),
     # Dettmers & Zettlemoyer measure cross entropy on The Pile Common Crawl; the Pile's own page is gone.
     "pile_cc": HubText(
         "monology/pile-uncopyrighted",

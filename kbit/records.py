@@ -14,7 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kbit.config import QuantConfig
+from kbit.config import CALIBRATED, QuantConfig
 
 SCHEMA_VERSION: Final = 1
 
@@ -24,8 +24,9 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "bits": pa.int64(), "data_type": pa.string(), "exponent_bits": pa.int64(), "float_bias": pa.string(),
     "block_size": pa.int64(), "layout": pa.string(), "normalization": pa.string(), "centering": pa.bool_(),
     "scale_format": pa.string(), "rounding": pa.string(), "seed": pa.int64(), "method": pa.string(),
-    "outlier_fraction": pa.float64(), "outlier_selection": pa.string(), "outlier_zscore": pa.float64(),
-    "activation_threshold": pa.float64(), "include": pa.string(), "exclude": pa.string(),
+    "method_options": pa.string(), "outlier_fraction": pa.float64(), "outlier_selection": pa.string(),
+    "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
+    "include": pa.string(), "exclude": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
 }  # fmt: skip
 MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
@@ -93,12 +94,21 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     if not spec.is_baseline:
         row |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
-        row |= _describe_outliers(config)
+        row |= {"method_options": _describe_options(quant)} | _describe_outliers(config)
     row["measurements"] = [
         measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}
         for measurement in record["measurements"]
     ]
     return row
+
+
+def _describe_options(quant: dict[str, Any]) -> str:
+    """Return the options that mean something to the method and are not at their default; see config.method_options."""
+    groups = ["calibration"] if quant["method"] in CALIBRATED else []
+    groups += ["gptq"] if quant["method"] == "gptq" else []
+    default = dataclasses.asdict(QuantConfig())
+    changed = [(g, name, value) for g in groups for name, value in quant[g].items() if value != default[g][name]]
+    return " ".join(f"{group}.{name}={value}" for group, name, value in changed)
 
 
 def _describe_outliers(config: QuantConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
     try:
         _check_settings(configs)
         experiments = [config.experiment for config in configs]
-        for experiment in {(e.model.name, e.eval): e for e in experiments}.values():
+        for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
             check_experiment(experiment, planned_only=plan_only)
         plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
         if plan_only:

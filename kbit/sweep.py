@@ -82,8 +82,8 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     What is only planned need not be here: a study of the hub's texts is planned offline.
     """
     locate_model(experiment.model.name)
-    if experiment.eval.perplexity is not None:
-        (locate_text if planned_only else check_text)(experiment.eval.perplexity)
+    for text in experiment.texts:
+        (locate_text if planned_only else check_text)(text)
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
 

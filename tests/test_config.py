@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig, RayConfig, RunConfig
+from kbit.config import (
+    METHODS,
+    CalibrationConfig,
+    EvalConfig,
+    Experiment,
+    GptqConfig,
+    ModelConfig,
+    QuantConfig,
+    RayConfig,
+    RunConfig,
+)
 from kbit.datatypes import PAPER_EXPONENT_BITS
 
 BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
@@ -27,6 +37,13 @@ BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(block_size=0), ["block_size=0", ">= 1"]),
     (lambda: QuantConfig(block_size=-64), ["block_size=-64", ">= 1"]),
     (lambda: QuantConfig(method="gptqq"), ["quant.method='gptqq'", "rtn"]),
+    (lambda: QuantConfig(method="gptq", rounding="stochastic"), ["quant.method=gptq", "stochastic"]),
+    (lambda: QuantConfig(method="gptq", gptq=GptqConfig(act_order=True)), ["act_order=true", "static_groups=true"]),
+    (lambda: GptqConfig(damping=-1), ["quant.gptq.damping=-1", ">= 0"]),
+    (lambda: GptqConfig(damping=float("nan")), ["quant.gptq.damping=nan", ">= 0"]),
+    (lambda: CalibrationConfig(samples=0), ["quant.calibration.samples=0", ">= 1"]),
+    (lambda: CalibrationConfig(length=0), ["quant.calibration.length=0", ">= 1"]),
+    (lambda: CalibrationConfig(unseen="skip"), ["quant.calibration.unseen='skip'", "error, rtn"]),
     (lambda: QuantConfig(min_coverage=1.5), ["quant.min_coverage=1.5", "0..1"]),
     (lambda: QuantConfig(min_coverage=float("nan")), ["quant.min_coverage=nan", "0..1"]),
     (lambda: QuantConfig(include="[a"), ["quant.include='[a'", "regular expression"]),
@@ -196,6 +213,42 @@ def test_a_text_counts_by_its_content_not_its_path(tmp_path: Path) -> None:
     for name, text in [("one.txt", "a b c"), ("same.txt", "a b c"), ("other.txt", "a b d")]:
         (tmp_path / name).write_text(text)
     one, same, other = (with_eval(perplexity=str(tmp_path / name)).key for name in ("one.txt", "same.txt", "other.txt"))
+    assert one == same != other
+
+
+FEW = CalibrationConfig(samples=5)
+
+
+def test_options_of_a_method_mean_nothing_to_another() -> None:
+    options = {"calibration": FEW, "gptq": GptqConfig(static_groups=True)}
+    for method in ("rtn", "mse", "hqq"):
+        assert with_quant(method=method, **options).key == with_quant(method=method).key
+    assert with_quant(method="awq", **options).key == with_quant(method="awq", calibration=FEW).key
+    assert with_quant(bits=16, method="gptq", **options).key == with_quant(bits=16).key
+
+
+def test_every_method_and_each_of_its_options_changes_the_key() -> None:
+    experiments = [
+        *(with_quant(method=method) for method in METHODS),
+        *(
+            with_quant(method="gptq", calibration=dataclasses.replace(CalibrationConfig(), **fields))
+            for fields in ({"samples": 5}, {"length": 64}, {"seed": 1}, {"unseen": "rtn"})
+        ),
+        *(
+            with_quant(method="gptq", gptq=GptqConfig(**fields))
+            for fields in ({"static_groups": True}, {"static_groups": True, "act_order": True}, {"damping": 0.1})
+        ),
+    ]
+    assert len({experiment.key for experiment in experiments}) == len(experiments)
+
+
+def test_a_calibration_text_counts_by_its_content_not_its_path(tmp_path: Path) -> None:
+    for name, text in [("one.txt", "a b c"), ("same.txt", "a b c"), ("other.txt", "a b d")]:
+        (tmp_path / name).write_text(text)
+    one, same, other = (
+        with_quant(method="gptq", calibration=CalibrationConfig(text=str(tmp_path / name))).key
+        for name in ("one.txt", "same.txt", "other.txt")
+    )
     assert one == same != other
 
 

@@ -41,6 +41,10 @@ Method = Callable[[nn.Module, Sequence[Weight], QuantConfig, PreTrainedTokenizer
 # Name in quant.method -> the function: imported when it is used
 _FUNCTIONS: Final = {
     "rtn": "rtn:round_to_nearest",
+    "mse": "mse:search_scales",
+    "hqq": "hqq:fit_half_quadratic",
+    "awq": "awq:scale_by_activations",
+    "gptq": "gptq:quantize_by_gptq",
     **dict.fromkeys(INT8_METHODS, "llm_int8:quantize_products"),
 }
 

@@ -41,6 +41,12 @@ class Weight:
         """
         return self.values.index_fill(-1, self.kept, 0.0) if len(self.kept) else self.values
 
+    def take_matrix(self) -> Float[Tensor, "rows in"]:
+        """Return a float32 copy of the values as a matrix, kept columns 0 so that no block scale sees them."""
+        matrix = self.values.reshape(-1, self.values.shape[-1]).to(torch.float32, copy=True)
+        matrix[:, self.kept] = 0
+        return matrix
+
     def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
         """Replace the weight but for its kept columns, in its own dtype and memory, and count the error."""
         before = self.values.to(torch.float32, copy=True)

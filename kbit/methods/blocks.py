@@ -1,0 +1,109 @@
+"""A matrix's blocks as the methods need them: scales that can be changed, any columns rounded by themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from kbit.backend import choose_backend
+from kbit.datatypes import ADAPTIVE
+from kbit.quantizer import Grid, make_grid, torch_threads_kept
+from kbit.scales import Scales, decode_scales, encode_scales
+from kbit.spec import QuantSpec
+
+_OWN_SCALES = ("fp16", "fp32", "bf16", "e8m0")  # fp8 and dq8 scales depend on constants of the whole tensor
+
+
+class BlockGrid:
+    """The blocks of a matrix [rows, in], their rounded scales and the codebook, at first as fake_quantize has them.
+
+    Attributes:
+        spec: the quantizer.
+        grid: blocks, scales and table, see kbit.quantizer.
+        inputs: columns of the matrix.
+        blocks_per_row: of the grid's rows, which are the whole matrix if layout=flat.
+    """
+
+    def __init__(self, matrix: Float[Tensor, "rows in"], spec: QuantSpec) -> None:
+        """Choose the scales of a matrix, and its codebook.
+
+        Raises:
+            ValueError: see kbit.quantize.
+        """
+        self.spec = spec
+        self._backend = choose_backend(matrix.device)
+        self.inputs = matrix.shape[1]
+        self.grid: Grid = make_grid(matrix.float().contiguous().view(-1), matrix.shape, spec, self._backend)
+        self.blocks_per_row = -(-self.grid.row // self.grid.block_size)
+        as_tensor = {"dtype": matrix.dtype, "device": matrix.device}
+        self._codebook, self._thresholds, self._scales, self._offsets = (
+            torch.tensor(array, **as_tensor)
+            for array in (self.grid.codebook, self.grid.thresholds, self.grid.scales, self.grid.offsets)
+        )
+
+    @property
+    def can_refit(self) -> bool:
+        """Whether a block's scale can be chosen anew by itself: the block is a part of one row and shares nothing."""
+        within_rows = self.spec.layout == "row" or self.inputs % self.grid.block_size == 0
+        return within_rows and self.spec.scale_format in _OWN_SCALES and not self.spec.centering
+
+    def refit(self, rows: slice, block: int, values: Float[Tensor, "rows width"]) -> None:
+        """Choose the scales of these rows' block number `block` (within the row) anew, from the values it has now."""
+        # the codebook stays; of an adaptive one it matters here only that it ends at -1 and 1 and lies on no grid
+        data_type = "nf" if self.spec.data_type in ADAPTIVE else self.spec.data_type
+        spec = dataclasses.replace(
+            self.spec, data_type=data_type, layout="row", block_size=self.spec.block_size or values.shape[1]
+        )
+        fitted = make_grid(values.float().contiguous().view(-1), values.shape, spec, self._backend)
+        per_row = -(-self.inputs // self.grid.block_size)
+        for mine, new in ((self._scales, fitted.scales), (self._offsets, fitted.offsets)):
+            mine.view(-1, per_row)[rows, block] = torch.tensor(new, dtype=mine.dtype, device=mine.device)
+
+    def at(self, rows: slice, columns: Int64[Tensor, " n"]) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"]]:
+        """Return the scale and the offset of each element of some columns, transposed."""
+        flat = torch.arange(rows.start, rows.stop, device=columns.device) * self.inputs + columns[:, None]
+        blocks = flat // self.grid.row * self.blocks_per_row + flat % self.grid.row // self.grid.block_size
+        return self._scales[blocks], self._offsets[blocks]
+
+    def look_up(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Return the codebook's value for each element, by kbit's rule (kbit.reference.quantize) on tensors."""
+        v = torch.where(scales != 0, (values - offsets) / scales, 0)
+        return self._codebook[torch.bucketize(v, self._thresholds, right=True)]
+
+    def round(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Return the nearest value that each element's block can represent."""
+        return self.look_up(values, scales, offsets) * scales + offsets
+
+    def encode(self, scales: Scales, offsets: Scales) -> tuple[Scales, Scales]:
+        """Return scales and offsets as their formats store them; without minmax there are no offsets but the mean's."""
+        rounded = decode_scales(encode_scales(scales, self.spec.scale_format), self.spec.scale_format)
+        if self.spec.normalization != "signed_absmax":
+            rounded = np.maximum(rounded, np.float32(0))
+        if self.spec.normalization != "minmax":
+            return rounded, self.grid.offsets
+        center = self.grid.center.astype(np.float32).sum(dtype=np.float32)  # 0 without centering
+        own = decode_scales(encode_scales(offsets - center, self.spec.offset_format), self.spec.offset_format)
+        return rounded, own + center
+
+    def quantize(self, matrix: Float[Tensor, "rows in"], scales: Scales, offsets: Scales) -> Float[Tensor, "rows in"]:
+        """Return the matrix rounded to nearest with these scales and offsets of its blocks, in float32."""
+        result = self._backend.allocate(matrix.shape, torch.float32)
+        grid = self.grid
+        with torch_threads_kept():
+            self._backend.kernels.fake_quantize(
+                self._backend.view(matrix.float().contiguous().view(-1)), self._backend.put(scales),
+                self._backend.put(offsets), grid.codebook, grid.thresholds, grid.row, grid.block_size, None,
+                self._backend.view(result.view(-1)),
+            )  # fmt: skip
+        return result
+
+    def split(self, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "blocks size"]:
+        """Return the blocks as rows, short ones filled up with zeros."""
+        by_row = matrix.reshape(-1, self.grid.row)
+        missing = self.blocks_per_row * self.grid.block_size - self.grid.row
+        return F.pad(by_row, (0, missing)).view(-1, self.grid.block_size)

@@ -1,0 +1,323 @@
+"""Calibration: what each weight's inputs look like on a text, block by block through the model.
+
+A block is run on the calibration windows with everything before it quantized already; the weights in it are handed out
+with H = 2/n sum x x^T over their n inputs x (tokens); when the caller has put them, the block is run again, and its new
+outputs are the inputs of the next. So beyond the model there are in memory the windows' hidden states and the Hessians
+of one block.
+
+The inputs of a weight are seen where it is multiplied (torch.nn.functional.linear, or addmm for GPT-2's Conv1D); it is
+known by its memory: one mechanism for linear layers, Conv1D, and experts that are slices of one parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from lm_eval.models.utils import resolve_max_length
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from kbit.config import QuantConfig
+from kbit.methods.weight import Weight
+from kbit.perplexity import MAX_WINDOW, Windows, make_windows
+
+TOKENS_AT_ONCE: Final = 2048  # of a forward pass: one of the published code's sequences
+_CHOICE: Final = 8  # windows of the text's beginning for each sample that is drawn from them
+
+
+@dataclass
+class _Sums:
+    """Sums over the inputs of one weight; of fused experts, of each expert."""
+
+    squares: Float[Tensor, "experts in in"]
+    tokens: Int64[Tensor, " experts"]
+
+    @staticmethod
+    def of(weight: Weight) -> _Sums:
+        experts = weight.values.shape[:-2].numel()
+        inputs = weight.values.shape[-1]
+        device = weight.values.device
+        return _Sums(torch.zeros(experts, inputs, inputs, device=device), torch.zeros(experts, dtype=torch.int64))
+
+    def add(self, expert: int, inputs: Tensor) -> None:
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.squares[expert].addmm_(x.T, x)
+        self.tokens[expert] += len(x)
+
+    def finish(self, name: str, unseen: str) -> Float[Tensor, "experts in in"]:
+        """Return H of each expert; an identity, which makes GPTQ round to nearest, of one without inputs if unseen=rtn.
+
+        Raises:
+            ValueError: no inputs and unseen=error; inputs that are NaN or Inf.
+        """
+        empty = (self.tokens == 0).nonzero().flatten().tolist()
+        if empty and unseen == "error":
+            which = f" (experts {empty} of {len(self.tokens)})" if len(self.tokens) > 1 else ""
+            raise ValueError(
+                f"{name}{which} saw no input from the calibration text: use more of it (quant.calibration.samples), "
+                "leave the weight out (quant.exclude), or round it to nearest (quant.calibration.unseen=rtn)"
+            )
+        hessians = self.squares * (2 / self.tokens.clamp(min=1)).to(self.squares)[:, None, None]
+        if not torch.isfinite(hessians).all():
+            raise ValueError(f"{name}: its inputs on the calibration text hold NaN or Inf")
+        for expert in empty:
+            hessians[expert] = torch.eye(hessians.shape[-1])
+        return hessians
+
+
+class _Recorder(TorchFunctionMode):
+    """While it is active, adds up the inputs of some weights."""
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        super().__init__()
+        self._weights = [(weight, _Sums.of(weight)) for weight in weights]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (F.linear, torch.addmm):
+            inputs, matrix = args[:2] if func is F.linear else args[1:3]
+            self._record(inputs, matrix)
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, inputs: Tensor, matrix: Tensor) -> None:
+        for weight, sums in self._weights:
+            size = weight.values[0].nbytes if weight.values.ndim > 2 else weight.values.nbytes
+            offset = matrix.data_ptr() - weight.values.data_ptr()
+            if matrix.device == weight.values.device and 0 <= offset < weight.values.nbytes:
+                sums.add(offset // size, inputs)
+
+    def finish(self, unseen: str) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
+        """Yield each weight with its H, and forget the sums."""
+        while self._weights:
+            weight, sums = self._weights.pop(0)
+            yield weight, sums.finish(weight.name, unseen)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A transformer block, and how the model calls it.
+
+    Attributes:
+        module: takes hidden states and returns them, alone or first of a tuple.
+        args, kwargs: everything else it is called with, the same for all windows.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, hidden: Tensor) -> Tensor:
+        return _first(self.module(hidden, *self.args, **self.kwargs))
+
+
+def calibrate(
+    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, windows: Windows
+) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
+    """Yield each weight with the Hessian of its inputs (one for each of fused experts), to be put before the next.
+
+    Raises:
+        ValueError: blocks that do not form a chain; a weight without inputs, or with inputs that are NaN or Inf.
+    """
+    # as many windows in every pass, so that the masks made for one serve all
+    most = max(1, TOKENS_AT_ONCE // windows.tokens.shape[1])
+    size = max(n for n in range(1, most + 1) if len(windows.tokens) % n == 0)
+    batches = windows.tokens.to(weights[0].values.device).split(size)
+    by_block = _group_by_block(weights)
+    outside = by_block.pop("", [])
+    if by_block:
+        names, modules = _find_chain(model, by_block)
+        blocks, hidden = _trace_blocks(model, modules, batches)
+        for name, block in zip(tqdm(names, quant.method, leave=False, disable=None), blocks, strict=True):
+            yield from _calibrate_part(model, by_block.pop(name, []), block.run, hidden, quant)
+            if not by_block:  # that was the last block to quantize
+                break
+            hidden = [_run(block.run, states.to(batches[0].device)).cpu() for states in hidden]
+    yield from _calibrate_part(model, outside, model, batches, quant)
+
+
+def draw_windows(model: Any, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None) -> Windows:
+    """Return the calibration windows: drawn without overlap, by seed, from the first eight times as many of the text.
+
+    Raises:
+        ValueError: no tokenizer; the text is shorter than asked; windows longer than the model's context.
+    """
+    config = quant.calibration
+    if tokenizer is None:
+        raise ValueError(
+            f"quant.method={quant.method} calibrates on a text: quantize_model needs the model's tokenizer"
+        )
+    context = resolve_max_length(model.config, tokenizer)
+    length = config.length or min(MAX_WINDOW, context)
+    if length > context:
+        raise ValueError(f"quant.calibration.length={length} is beyond the model's context of {context} tokens")
+    windows = make_windows(config.text, tokenizer, context=length, max_windows=_CHOICE * config.samples)
+    there = len(windows.tokens)
+    if there < config.samples:
+        raise ValueError(
+            f"quant.calibration.text={config.text!r} has {there} windows of {length} tokens, less than "
+            f"quant.calibration.samples={config.samples}"
+        )
+    drawn = torch.randperm(there, generator=torch.Generator().manual_seed(config.seed))[: config.samples]
+    return Windows(windows.name, windows.sha256, windows.tokens[drawn], windows.bytes_per_token)
+
+
+def describe_windows(windows: Windows) -> dict[str, Any]:
+    """Return what the record says of the calibration data."""
+    samples, length = windows.tokens.shape
+    return {"calibration": {"text": windows.name, "sha256": windows.sha256, "samples": samples, "length": length}}
+
+
+def _calibrate_part(
+    model: nn.Module,
+    weights: Sequence[Weight],
+    run: Callable[[Tensor], Any],
+    inputs: Sequence[Tensor],
+    quant: QuantConfig,
+) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
+    """Run a part of the model on all inputs and yield its weights with their Hessians."""
+    if weights:
+        with _experts_one_by_one(model), _Recorder(weights) as recorder:
+            for batch in inputs:
+                _run(run, batch.to(weights[0].values.device))
+        yield from recorder.finish(quant.calibration.unseen)
+
+
+@contextmanager
+def _experts_one_by_one(model: Any) -> Iterator[None]:
+    """Let transformers multiply each fused expert by itself, so that its inputs are seen; by default it groups them."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "_experts_implementation", None)
+    if config is None or before is None:
+        yield
+        return
+    config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._experts_implementation = before
+
+
+@torch.no_grad()
+def _run(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
+    return function(inputs)
+
+
+def _group_by_block(weights: Sequence[Weight]) -> dict[str, list[Weight]]:
+    """Return the weights by the name of their transformer block (gpt_neox.layers.0); "" is outside of all."""
+    groups: dict[str, list[Weight]] = {}
+    for weight in weights:
+        match = re.match(r"(.*?\.\d+)\.", weight.name)
+        groups.setdefault(match[1] if match else "", []).append(weight)
+    return groups
+
+
+def _find_chain(model: nn.Module, names: Mapping[str, Any]) -> tuple[list[str], list[nn.Module]]:
+    """Return the names and modules of the list that the blocks are members of, all of them, in order.
+
+    Raises:
+        ValueError: there are several such lists.
+    """
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(parents) > 1:
+        raise ValueError(f"blocks of several lists, {', '.join(sorted(parents))}, are not one chain to calibrate along")
+    (parent,) = parents
+    modules = list(model.get_submodule(parent).named_children())
+    return [f"{parent}.{name}" for name, _ in modules], [module for _, module in modules]
+
+
+def _trace_blocks(
+    model: nn.Module, modules: Sequence[nn.Module], batches: Sequence[Tensor]
+) -> tuple[list[_Block], list[Tensor]]:
+    """Return how each block is called, and the hidden states that enter the first one, for each batch.
+
+    Raises:
+        ValueError: a block does not take what the one before it returns, or is called differently for another batch.
+    """
+    blocks, first = _trace(model, modules, batches[0])
+    hidden = [first]
+    for number, batch in enumerate(batches[1:]):
+        if number == 0:  # once is enough to see whether what the blocks get depends on the text
+            again, states = _trace(model, modules, batch)
+            if not all(_equal((a.args, a.kwargs), (b.args, b.kwargs)) for a, b in zip(blocks, again, strict=True)):
+                raise ValueError("the model hands its blocks more of the text than hidden states: not supported")
+        else:
+            states = _catch_first(model, modules[0], batch)
+        hidden.append(states)
+    return blocks, [states.cpu() for states in hidden]
+
+
+def _trace(model: nn.Module, modules: Sequence[nn.Module], tokens: Tensor) -> tuple[list[_Block], Tensor]:
+    """Run the model and return how each block is called, and the hidden states that enter the first."""
+    blocks: list[_Block] = []
+    passed: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, *others = args or (kwargs["hidden_states"],)
+        if passed and not torch.equal(passed[-1], hidden):
+            raise ValueError(
+                f"block {len(blocks)} does not take what the one before it returns: no chain to calibrate along"
+            )
+        passed.append(hidden)
+        blocks.append(_Block(module, tuple(others), {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        passed[1:] = [_first(output)]
+
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
+    hooks += [module.register_forward_hook(leave) for module in modules]
+    try:
+        _run(lambda ids: model(ids, use_cache=False), tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if [block.module for block in blocks] != list(modules):
+        raise ValueError(f"the model runs {len(blocks)} blocks, not its {len(modules)} in their order")
+    return blocks, passed[0]
+
+
+class _Caught(Exception):
+    """The hidden states are there; the rest of the forward pass is of no use."""
+
+
+def _catch_first(model: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the hidden states that enter a block."""
+    caught: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["hidden_states"])
+        raise _Caught
+
+    hook = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        _run(lambda ids: model(ids, use_cache=False), tokens)
+    except _Caught:
+        pass
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def _first(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two structures of arguments are equal, tensors by their values."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return type(a) is type(b) and (a is b or isinstance(a, Tensor) or not isinstance(a, str | int | float) or a == b)

@@ -1,0 +1,68 @@
+"""Scales by search: of many clipping factors, each block takes the one with the least squared error. No data.
+
+The usual scale maps a block's largest magnitude to the codebook's end. A smaller one clips that value and rounds all
+others more finely; which is better depends on the block, the data type and the bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from kbit.config import QuantConfig
+from kbit.methods.blocks import BlockGrid
+from kbit.methods.weight import Weight
+from kbit.scales import Scales
+
+FACTORS: Final = np.arange(40, 121, 2, dtype=np.float32) / 100  # 2 bits want about 0.6; dynamic types some above 1
+
+
+def search_scales(
+    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """Quantize each weight with the best scale of each block."""
+    for weight in weights:
+        matrix = weight.take_matrix()
+        grid = BlockGrid(matrix, weight.spec)
+        weight.put(quantize_best(matrix, grid).view(weight.values.shape))
+    return {}
+
+
+def quantize_best(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -> Float[Tensor, "rows in"]:
+    """Return the matrix quantized with the best factor of each block, or with the usual scales if that is better.
+
+    The latter can only be with formats in which scales depend on each other (fp8, dq8).
+    """
+    usual = grid.quantize(matrix, grid.grid.scales, grid.grid.offsets)
+    least, best = _block_errors(matrix, usual, grid), np.ones_like(grid.grid.scales)
+    for factor in FACTORS:
+        scales, offsets = grid.encode(*_shrink(grid, np.full_like(best, factor)))
+        errors = _block_errors(matrix, grid.quantize(matrix, scales, offsets), grid)
+        best = np.where(errors < least, factor, best)
+        least = np.minimum(errors, least)
+    searched = grid.quantize(matrix, *grid.encode(*_shrink(grid, best)))
+    is_better = (searched - matrix).square().sum() <= (usual - matrix).square().sum()
+    return searched if is_better else usual
+
+
+def _shrink(grid: BlockGrid, factors: Scales) -> tuple[Scales, Scales]:
+    """Return the scales times the factors, and offsets that leave the middle of each block's range where it is."""
+    scales, codebook = grid.grid.scales * factors, grid.grid.codebook
+    return scales, grid.grid.offsets + (grid.grid.scales - scales) * ((codebook[0] + codebook[-1]) / 2)
+
+
+def _block_errors(
+    matrix: Float[Tensor, "rows in"], quantized: Float[Tensor, "rows in"], grid: BlockGrid
+) -> NDArray[np.float64]:
+    """Return the squared error of each block [blocks]."""
+    errors: NDArray[np.float64] = (
+        grid.split((quantized - matrix).square()).sum(dim=1, dtype=torch.float64).cpu().numpy()
+    )
+    return errors
