@@ -16,6 +16,7 @@ from kbit.config import GptqConfig
 from kbit.datatypes import DATA_TYPES
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.gptq import factor_inverse, order_columns, quantize_weight, round_columns
+from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
 from kbit.quantizer import fake_quantize
 from kbit.scales import SCALE_FORMATS
@@ -178,6 +179,22 @@ def test_the_layers_error_is_not_above_that_of_rounding_to_nearest(
     values, hessian = make_layer(rows, inputs, seed)
     quantized = run_gptq(values, hessian, spec, GptqConfig(act_order=act_order, static_groups=act_order))
     assert layer_error(values, quantized, hessian) <= slack * layer_error(values, fake_quantize(values, spec), hessian)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("data_type", ["nf", "quantile"])
+def test_searched_scales_are_those_of_mse_and_lose_less(data_type: str, static: bool) -> None:
+    spec = QuantSpec(bits=2, data_type=data_type, block_size=16, layout="row")
+    values, hessian = make_layer(16, 64)
+    plain, searched = (
+        run_gptq(values, hessian, spec, GptqConfig(static_groups=static, search_scales=search))
+        for search in (False, True)
+    )
+    assert layer_error(values, searched, hessian) < 0.9 * layer_error(values, plain, hessian)
+    grid = BlockGrid(values, spec)
+    best = grid.quantize(values, *find_best_scales(values, grid))
+    options = GptqConfig(static_groups=static, search_scales=True)
+    assert torch.equal(run_gptq(values, torch.eye(64), spec, options), best)
 
 
 def test_kept_columns_stay_and_the_others_do_not_see_them() -> None:
