@@ -186,14 +186,12 @@ def test_the_layers_error_is_not_above_that_of_rounding_to_nearest(
 def test_searched_scales_are_those_of_mse_and_lose_less(data_type: str, static: bool) -> None:
     spec = QuantSpec(bits=2, data_type=data_type, block_size=16, layout="row")
     values, hessian = make_layer(16, 64)
-    plain, searched = (
-        run_gptq(values, hessian, spec, GptqConfig(static_groups=static, search_scales=search))
-        for search in (False, True)
-    )
+    options = GptqConfig(static_groups=static, search_scales=True)
+    plain = run_gptq(values, hessian, spec, GptqConfig(static_groups=static))
+    searched = run_gptq(values, hessian, spec, options)
     assert layer_error(values, searched, hessian) < 0.9 * layer_error(values, plain, hessian)
     grid = BlockGrid(values, spec)
     best = grid.quantize(values, *find_best_scales(values, grid))
-    options = GptqConfig(static_groups=static, search_scales=True)
     assert torch.equal(run_gptq(values, torch.eye(64), spec, options), best)
 
 
