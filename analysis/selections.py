@@ -23,7 +23,7 @@ WHOLE: Final = 2**62  # the place of "whole tensor" among block sizes: the large
 DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "learned", "table")
 USUAL_BLOCK: Final = 64
 OUTLIERS: Final = re.compile(r" outliers ([\d.]+)$")  # as curves.name_data_type writes it
-METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( [a-z]+\.\S+)*")  # with its options, as curves.name_data_type has it
+METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( \S+=\S+)*")  # with its options, as curves.name_data_type has it
 RIVAL_BITS: Final = 4
 
 Row = Mapping[Any, Any]
