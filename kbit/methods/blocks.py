@@ -43,9 +43,8 @@ class BlockGrid:
         self.inputs = matrix.shape[1]
         self.grid: Grid = make_grid(matrix.float().contiguous().view(-1), matrix.shape, spec, self._backend)
         self.blocks_per_row = -(-self.grid.row // self.grid.block_size)
-        as_tensor = {"dtype": matrix.dtype, "device": matrix.device}
         self._codebook, self._thresholds, self._scales, self._offsets = (
-            torch.tensor(array, **as_tensor)
+            torch.tensor(array, dtype=matrix.dtype, device=matrix.device)
             for array in (self.grid.codebook, self.grid.thresholds, self.grid.scales, self.grid.offsets)
         )
 

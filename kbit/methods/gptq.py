@@ -113,11 +113,11 @@ def factor_inverse(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Float
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("its inputs hold NaN or Inf")
-    wide = hessian.double()
-    diagonal = wide.diagonal()
+    damped = hessian.to(torch.float64, copy=True)
+    diagonal = damped.diagonal().clone()
     alive = torch.where(diagonal == 0, 1.0, diagonal)
     for factor in (10.0**i for i in range(_RAISES + 1)):
-        damped = wide - torch.diag(diagonal) + torch.diag(alive + factor * damping * alive.mean())
+        damped.diagonal().copy_(alive + factor * damping * alive.mean())
         turned, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             return _invert_upper(turned.flip(0, 1)).to(hessian.dtype), factor * damping
@@ -197,7 +197,8 @@ def _invert_upper(r: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return the inverse of an upper triangular matrix by halves: [[A, B], [0, D]]^-1 = [[A', -A' B D'], [0, D']]."""
     n = len(r)
     if n <= LEAF:
-        return torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype, device=r.device), upper=True)
+        inverse: Tensor = torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype, device=r.device), upper=True)
+        return inverse
     half = n // 2
     inverse = torch.zeros_like(r)
     inverse[:half, :half], inverse[half:, half:] = _invert_upper(r[:half, :half]), _invert_upper(r[half:, half:])
