@@ -285,7 +285,7 @@ CURVE_FIGURES: Final = (
     ),
     CurveFigure(
         "methods",
-        "At the same quantizer and equal total bits, GPTQ is better than rounding to nearest.",
+        "Is GPTQ better than rounding to nearest, with the same quantizer and so at equal total bits?",
         join(*(partial(select_methods, bits=bits) for bits in (2, 3, 4))),
         judge_by(split_gptq, "better"),
         "2, 3 or 4 bits by two methods, each at two or more sizes of one family",

@@ -24,7 +24,7 @@ DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "le
 USUAL_BLOCK: Final = 64
 OUTLIERS: Final = re.compile(r"( column| random)? outliers ([\d.]+)$")  # as curves.name_data_type writes it
 CONTROLS: Final = ("", " column", " random")  # how outliers were selected: "" is the paper's proxy
-METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( [a-z]+\.\S+)*")  # with its options, as curves.name_data_type has it
+METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( \S+=\S+)*")  # with its options, as curves.name_data_type has it
 RIVAL_BITS: Final = 4
 
 Row = Mapping[Any, Any]

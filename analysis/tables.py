@@ -60,13 +60,14 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
     is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
     pick = ["model", "block_size", "value", "key"]
-    both = rows[is_gptq][pick].merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
+    gptq = rows[is_gptq][[*pick, "data_type"]].rename(columns={"data_type": "gptq"})
+    both = gptq.merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:
         needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
         raise MissingResults(describe_lack("table_1", needs, ("nano/gptq", "paper/table_1")))
     data = both.assign(gptq_2bit=np.exp(both["value_gptq"]), float_3bit=np.exp(both["value_float"]), text=text.task)
-    data = data[["model", "text", "block_size", "gptq_2bit", "float_3bit"]]
-    paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2")
+    data = data[["model", "text", "block_size", "gptq", "gptq_2bit", "float_3bit"]]
+    paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2", gptq="")
     data = pd.concat([data, paper[[*data.columns, "source"]]], ignore_index=True)
     verdict = judge_pairs(both, rows, text, results)
     shown = data.drop(columns="source").round(3).fillna("whole")

@@ -91,11 +91,13 @@ class GptqConfig:
     Attributes:
         act_order: columns by falling Hessian diagonal instead of in their order.
         static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
+        search_scales: each block's scale by search, as method=mse does, instead of its largest magnitude.
         damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
     """
 
     act_order: bool = False
     static_groups: bool = False
+    search_scales: bool = False
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -414,7 +416,8 @@ class Experiment:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64'."""
         has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
-        return f"{self.model.name} {self.quant.label()}{block}"
+        method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
+        return f"{self.model.name} {self.quant.label()}{block}{method}"
 
 
 @dataclass(frozen=True)

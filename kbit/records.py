@@ -108,7 +108,9 @@ def _describe_options(quant: dict[str, Any]) -> str:
     groups += ["gptq"] if quant["method"] == "gptq" else []
     default = dataclasses.asdict(QuantConfig())
     changed = [(g, name, value) for g in groups for name, value in quant[g].items() if value != default[g][name]]
-    return " ".join(f"{group}.{name}={value}" for group, name, value in changed)
+    return " ".join(
+        f"{name if group == quant['method'] else f'{group}.{name}'}={value}" for group, name, value in changed
+    )
 
 
 def _describe_outliers(config: QuantConfig) -> dict[str, Any]:

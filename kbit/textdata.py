@@ -80,7 +80,7 @@ def read_documents(name: str) -> tuple[list[str], str]:
     Args:
         name: an embedded text (nano_held_out); the path of a file: JSON lines (.jsonl) with a field "text", one
             document a line, or any other text file, which is one document; .xz, .gz and .bz2 are decompressed; or a
-            text of the hub (wikitext2, c4, pile_cc).
+            text of the hub (wikitext2, c4, pile_cc; to calibrate on wikitext2_train, c4_train).
 
     Raises:
         FileNotFoundError: none of them; names the path and the texts there are.

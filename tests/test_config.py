@@ -236,7 +236,12 @@ def test_every_method_and_each_of_its_options_changes_the_key() -> None:
         ),
         *(
             with_quant(method="gptq", gptq=GptqConfig(**fields))
-            for fields in ({"static_groups": True}, {"static_groups": True, "act_order": True}, {"damping": 0.1})
+            for fields in (
+                {"static_groups": True},
+                {"static_groups": True, "act_order": True},
+                {"damping": 0.1},
+                {"search_scales": True},
+            )
         ),
     ]
     assert len({experiment.key for experiment in experiments}) == len(experiments)
@@ -287,4 +292,5 @@ def test_configuration_does_not_load_torch() -> None:
 
 def test_label_names_model_quantizer_and_block() -> None:
     assert with_quant(data_type="nf", block_size=None).label() == "nano-neox-98k nf4 block whole"
-    assert "block" not in with_quant(bits=16).label()
+    assert with_quant(method="gptq").label() == "nano-neox-98k float4-e3m0 block 64 gptq"
+    assert with_quant(bits=16, method="gptq").label() == "nano-neox-98k 16-bit"

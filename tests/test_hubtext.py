@@ -17,6 +17,8 @@ from kbit.textdata import check_text, identify_text, locate_text, read_documents
 ROWS = {
     "wikitext2": [{"text": " = Title = \n"}, {"text": ""}, {"text": " A line . \n"}],
     "c4": [{"text": "one"}, {"text": "two"}],
+    "wikitext2_train": [{"text": "more lines"}],
+    "c4_train": [{"text": "three"}],
     "pile_cc": [
         {"text": "crawled", "meta": {"pile_set_name": "Pile-CC"}},
         {"text": "code", "meta": {"pile_set_name": "Github"}},
@@ -38,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def load_dataset(name: str, config: str | None, *, data_files: str | None, split: str) -> datasets.Dataset:
         asked.append((name, config, data_files, split))
-        [text] = [text for text, place in HUB_TEXTS.items() if place.dataset == name]
+        [text] = [t for t, p in HUB_TEXTS.items() if (p.dataset, p.data_files, p.split) == (name, data_files, split)]
         return datasets.Dataset.from_list(ROWS[text])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -56,9 +58,14 @@ def test_the_rows_of_a_text_are_its_documents(hub: list[Any], name: str, documen
     assert len(hub) == 1  # loaded once
 
 
-def test_wikitext2_is_gptqs(hub: list[Any]) -> None:
-    read_documents("wikitext2")
-    assert hub == [("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test")]
+def test_wikitext2_and_the_calibration_texts_are_gptqs(hub: list[Any]) -> None:
+    for name in ("wikitext2", "wikitext2_train", "c4_train"):
+        read_documents(name)
+    assert hub == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train"),
+        ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train[:20000]"),
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(HUB_TEXTS))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kbit.config import Experiment, ModelConfig, QuantConfig
+from kbit.config import CalibrationConfig, Experiment, GptqConfig, ModelConfig, QuantConfig
 from kbit.experiment import Result
 from kbit.measurement import Measurement, encode_items
 from kbit.records import SCHEMA_VERSION
@@ -318,3 +318,18 @@ def test_the_table_knows_its_store(tmp_path: Path) -> None:
     results = read_results(tmp_path)
     assert results.attrs["store"] == str(tmp_path)
     assert results[results["bits"] < 16].attrs["store"] == str(tmp_path)
+
+
+def test_options_of_a_method_are_a_column(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    options = {"calibration": CalibrationConfig(samples=8), "gptq": GptqConfig(static_groups=True)}
+    for method in ("rtn", "awq", "gptq"):
+        store.write(make_result(QuantConfig(method=method, **options)))  # type: ignore[arg-type]
+    store.write(make_result(QuantConfig(data_type="int", method="gptq")))
+    rows = read_results(tmp_path).drop_duplicates("key").set_index(["data_type", "method"])["method_options"]
+    assert rows.to_dict() == {
+        ("float", "rtn"): "",
+        ("float", "awq"): "calibration.samples=8",
+        ("float", "gptq"): "calibration.samples=8 static_groups=True",
+        ("int", "gptq"): "",
+    }

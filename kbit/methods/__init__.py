@@ -63,7 +63,8 @@ def quantize_model(
     Raises:
         ValueError: the model is quantized already in another way; coverage too low; a weight holds NaN or Inf, or is
             beyond scale_format's range; an include that finds nothing; outliers by proxy, and what comes before a
-            weight is not known. The model is unchanged then.
+            weight is not known. The model is unchanged then; what a method finds wrong half-way
+            (kbit.methods.calibration) leaves it quantized in part.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from kbit.datatypes import ADAPTIVE
 from kbit.quantizer import Grid, make_grid, torch_threads_kept
 from kbit.scales import Scales, decode_scales, encode_scales
 from kbit.spec import QuantSpec
+
+ChooseScales = Callable[[Tensor, "BlockGrid"], tuple[Scales, Scales]]  # of a matrix's blocks, as they are stored
 
 _OWN_SCALES = ("fp16", "fp32", "bf16", "e8m0")  # fp8 and dq8 scales depend on constants of the whole tensor
 
@@ -40,9 +43,8 @@ class BlockGrid:
         self.inputs = matrix.shape[1]
         self.grid: Grid = make_grid(matrix.float().contiguous().view(-1), matrix.shape, spec, self._backend)
         self.blocks_per_row = -(-self.grid.row // self.grid.block_size)
-        as_tensor = {"dtype": matrix.dtype, "device": matrix.device}
         self._codebook, self._thresholds, self._scales, self._offsets = (
-            torch.tensor(array, **as_tensor)
+            torch.tensor(array, dtype=matrix.dtype, device=matrix.device)
             for array in (self.grid.codebook, self.grid.thresholds, self.grid.scales, self.grid.offsets)
         )
 
@@ -52,17 +54,26 @@ class BlockGrid:
         within_rows = self.spec.layout == "row" or self.inputs % self.grid.block_size == 0
         return within_rows and self.spec.scale_format in _OWN_SCALES and not self.spec.centering
 
-    def refit(self, rows: slice, block: int, values: Float[Tensor, "rows width"]) -> None:
+    def refit(
+        self, rows: slice, block: int, values: Float[Tensor, "rows width"], choose: ChooseScales | None = None
+    ) -> None:
         """Choose the scales of these rows' block number `block` (within the row) anew, from the values it has now."""
         # the codebook stays; of an adaptive one it matters here only that it ends at -1 and 1 and lies on no grid
         data_type = "nf" if self.spec.data_type in ADAPTIVE else self.spec.data_type
         spec = dataclasses.replace(
             self.spec, data_type=data_type, layout="row", block_size=self.spec.block_size or values.shape[1]
         )
-        fitted = make_grid(values.float().contiguous().view(-1), values.shape, spec, self._backend)
+        fitted = BlockGrid(values, spec)
+        fitted.grid = dataclasses.replace(fitted.grid, codebook=self.grid.codebook, thresholds=self.grid.thresholds)
+        chosen = choose(values, fitted) if choose else (fitted.grid.scales, fitted.grid.offsets)
         per_row = -(-self.inputs // self.grid.block_size)
-        for mine, new in ((self._scales, fitted.scales), (self._offsets, fitted.offsets)):
+        for mine, new in zip((self._scales, self._offsets), chosen, strict=True):
             mine.view(-1, per_row)[rows, block] = torch.tensor(new, dtype=mine.dtype, device=mine.device)
+
+    def use(self, scales: Scales, offsets: Scales) -> None:
+        """Round with these scales and offsets of all blocks from now on."""
+        for mine, new in ((self._scales, scales), (self._offsets, offsets)):
+            mine.copy_(torch.tensor(new))
 
     def at(self, rows: slice, columns: Int64[Tensor, " n"]) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"]]:
         """Return the scale and the offset of each element of some columns, transposed."""

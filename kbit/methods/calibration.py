@@ -131,7 +131,7 @@ def calibrate(
     # as many windows in every pass, so that the masks made for one serve all
     most = max(1, TOKENS_AT_ONCE // windows.tokens.shape[1])
     size = max(n for n in range(1, most + 1) if len(windows.tokens) % n == 0)
-    batches = windows.tokens.to(weights[0].values.device).split(size)
+    batches = torch.split(windows.tokens.to(weights[0].values.device), size)
     by_block = _group_by_block(weights)
     outside = by_block.pop("", [])
     if by_block:

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kbit.config import GptqConfig, QuantConfig
-from kbit.methods.blocks import BlockGrid
+from kbit.methods.blocks import BlockGrid, ChooseScales
 from kbit.methods.calibration import calibrate, describe_windows, draw_windows
+from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
 
 LEAF: Final = 128  # columns that are updated one by one; the published block of lazy updates
@@ -73,6 +74,9 @@ def quantize_weight(weight: Weight, hessians: Float[Tensor, "experts in in"], op
     for part, columns in zip(parts, dead, strict=True):
         matrix[part, columns] = 0
     grid = BlockGrid(matrix, weight.spec)
+    choose = find_best_scales if options.search_scales else None
+    if choose:
+        grid.use(*choose(matrix, grid))
     damping = []
     for part, hessian in zip(parts, hessians, strict=True):
         try:
@@ -81,7 +85,7 @@ def quantize_weight(weight: Weight, hessians: Float[Tensor, "experts in in"], op
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}") from None
         refit = grid.can_refit and not options.static_groups
-        matrix[part, order] = round_columns(matrix[part, order], factor, grid, part, order, refit=refit)
+        matrix[part, order] = round_columns(matrix[part, order], factor, grid, part, order, refit=refit, choose=choose)
         damping.append(used)
     weight.put(matrix.view(weight.values.shape))
     return LayerNotes(int(dead.sum()), max(damping))
@@ -109,11 +113,11 @@ def factor_inverse(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Float
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("its inputs hold NaN or Inf")
-    wide = hessian.double()
-    diagonal = wide.diagonal()
+    damped = hessian.to(torch.float64, copy=True)
+    diagonal = damped.diagonal().clone()
     alive = torch.where(diagonal == 0, 1.0, diagonal)
     for factor in (10.0**i for i in range(_RAISES + 1)):
-        damped = wide - torch.diag(diagonal) + torch.diag(alive + factor * damping * alive.mean())
+        damped.diagonal().copy_(alive + factor * damping * alive.mean())
         turned, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             return _invert_upper(turned.flip(0, 1)).to(hessian.dtype), factor * damping
@@ -131,6 +135,7 @@ def round_columns(
     order: Int64[Tensor, " columns"],
     *,
     refit: bool,
+    choose: ChooseScales | None = None,
     leaf: int = LEAF,
 ) -> Float[Tensor, "rows columns"]:
     """Return the quantized columns.
@@ -140,7 +145,7 @@ def round_columns(
         factor: U of the same order, see factor_inverse.
         grid: the blocks; refit changes its scales.
         rows, order: where in the grid the rows and columns are.
-        refit: choose a block's scales when its turn comes.
+        refit: choose a block's scales when its turn comes; by `choose`, or the usual ones.
         leaf: most columns that are updated one by one.
     """
     left = matrix.T.contiguous()  # a column is then contiguous
@@ -152,7 +157,7 @@ def round_columns(
             first = block * grid.grid.block_size
             whole = matrix.new_zeros(len(matrix), min(grid.grid.block_size, grid.inputs - first))
             whole[:, order[start:stop] - first] = left[start:stop].T  # kept columns of the block are 0
-            grid.refit(rows, block, whole)
+            grid.refit(rows, block, whole, choose)
         _halve([*range(start, stop, leaf), stop], finish_leaf, left, errors, factor)
 
     def finish_leaf(start: int, stop: int) -> None:
@@ -192,7 +197,8 @@ def _invert_upper(r: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return the inverse of an upper triangular matrix by halves: [[A, B], [0, D]]^-1 = [[A', -A' B D'], [0, D']]."""
     n = len(r)
     if n <= LEAF:
-        return torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype, device=r.device), upper=True)
+        inverse: Tensor = torch.linalg.solve_triangular(r, torch.eye(n, dtype=r.dtype, device=r.device), upper=True)
+        return inverse
     half = n // 2
     inverse = torch.zeros_like(r)
     inverse[:half, :half], inverse[half:, half:] = _invert_upper(r[:half, :half]), _invert_upper(r[half:, half:])

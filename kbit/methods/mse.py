@@ -31,25 +31,24 @@ def search_scales(
     for weight in weights:
         matrix = weight.take_matrix()
         grid = BlockGrid(matrix, weight.spec)
-        weight.put(quantize_best(matrix, grid).view(weight.values.shape))
+        weight.put(grid.quantize(matrix, *find_best_scales(matrix, grid)).view(weight.values.shape))
     return {}
 
 
-def quantize_best(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -> Float[Tensor, "rows in"]:
-    """Return the matrix quantized with the best factor of each block, or with the usual scales if that is better.
+def find_best_scales(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -> tuple[Scales, Scales]:
+    """Return the scales and offsets of each block's best factor, or the usual ones if those are better together.
 
     The latter can only be with formats in which scales depend on each other (fp8, dq8).
     """
-    usual = grid.quantize(matrix, grid.grid.scales, grid.grid.offsets)
-    least, best = _block_errors(matrix, usual, grid), np.ones_like(grid.grid.scales)
+    usual = grid.grid.scales, grid.grid.offsets
+    least = _block_errors(matrix, grid, *usual)
+    error_of_usual, best = least.sum(), np.ones_like(usual[0])
     for factor in FACTORS:
-        scales, offsets = grid.encode(*_shrink(grid, np.full_like(best, factor)))
-        errors = _block_errors(matrix, grid.quantize(matrix, scales, offsets), grid)
+        errors = _block_errors(matrix, grid, *grid.encode(*_shrink(grid, np.full_like(best, factor))))
         best = np.where(errors < least, factor, best)
         least = np.minimum(errors, least)
-    searched = grid.quantize(matrix, *grid.encode(*_shrink(grid, best)))
-    is_better = (searched - matrix).square().sum() <= (usual - matrix).square().sum()
-    return searched if is_better else usual
+    searched = grid.encode(*_shrink(grid, best))
+    return searched if _block_errors(matrix, grid, *searched).sum() <= error_of_usual else usual
 
 
 def _shrink(grid: BlockGrid, factors: Scales) -> tuple[Scales, Scales]:
@@ -59,10 +58,9 @@ def _shrink(grid: BlockGrid, factors: Scales) -> tuple[Scales, Scales]:
 
 
 def _block_errors(
-    matrix: Float[Tensor, "rows in"], quantized: Float[Tensor, "rows in"], grid: BlockGrid
+    matrix: Float[Tensor, "rows in"], grid: BlockGrid, scales: Scales, offsets: Scales
 ) -> NDArray[np.float64]:
     """Return the squared error of each block [blocks]."""
-    errors: NDArray[np.float64] = (
-        grid.split((quantized - matrix).square()).sum(dim=1, dtype=torch.float64).cpu().numpy()
-    )
+    lost = grid.split((grid.quantize(matrix, scales, offsets) - matrix).square())
+    errors: NDArray[np.float64] = lost.sum(dim=1, dtype=torch.float64).cpu().numpy()
     return errors

@@ -177,6 +177,7 @@ SAID = {
     "figure_15": r"Of 2 panels: holds in 2\. .*block 64 over block 1024: \+0\.0",
     "figure_16": r"Holds by the roofline: at batch 16, 4-bit gains",
     "table_1": r"^Does not hold: the mean lead of 2-bit GPTQ over 3-bit float is -1\.8000 nats \(95%.* 0 of 12 pairs",
+    "methods": r"Of 6 panels",
     "perplexity_accuracy": r"r = -0\.\d\d .*the paper's -0\.94",
     "kl_accuracy": r"rho = 0\.9",
     "error_loss": r"rho = 0\.\d",

@@ -17,7 +17,7 @@ from kbit.methods import quantize_model
 from kbit.methods.awq import ALPHAS, find_channel_scales, quantize_scaled
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.hqq import P, fit_line, quantize_half_quadratic, shrink
-from kbit.methods.mse import FACTORS, quantize_best
+from kbit.methods.mse import FACTORS, find_best_scales
 from kbit.methods.weight import Weight
 from kbit.quantizer import fake_quantize
 from kbit.scales import SCALE_FORMATS
@@ -36,6 +36,11 @@ def make_matrix(rows: int = 12, inputs: int = 100, seed: int = 0) -> Tensor:
     return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed))
 
 
+def quantize_best(matrix: Tensor, spec: QuantSpec) -> Tensor:
+    grid = BlockGrid(matrix, spec)
+    return grid.quantize(matrix, *find_best_scales(matrix, grid))
+
+
 def distance(a: Tensor, b: Tensor, power: float = 2.0) -> float:
     return float((a - b).double().abs().pow(power).sum())
 
@@ -43,15 +48,14 @@ def distance(a: Tensor, b: Tensor, power: float = 2.0) -> float:
 def test_searched_scales_have_the_least_squared_error_and_are_stored_ones() -> None:
     matrix = make_matrix()
     for spec in SPECS:
-        grid = BlockGrid(matrix, spec)
-        assert distance(quantize_best(matrix, grid), matrix) <= distance(fake_quantize(matrix, spec), matrix) * (
+        assert distance(quantize_best(matrix, spec), matrix) <= distance(fake_quantize(matrix, spec), matrix) * (
             1 + 1e-6
         )
 
 
 def test_searched_scales_are_the_best_of_all_factors_for_each_block() -> None:
     matrix, spec = make_matrix(4, 32), QuantSpec(bits=2, data_type="nf", block_size=16, layout="row")
-    best = quantize_best(matrix, BlockGrid(matrix, spec))
+    best = quantize_best(matrix, spec)
     codebook = spec.make_codebook()
     for block, found in zip(matrix.view(-1, 16), best.view(-1, 16), strict=True):
         largest = np.float16(float(block.abs().max())).astype(np.float32)
@@ -144,7 +148,7 @@ def test_kept_columns_stay_and_no_scale_sees_them() -> None:
     values, spec = make_matrix(8, 32), QuantSpec(bits=3, block_size=16, layout="row")
     values[:, 3] = 100.0
     weight = Weight("w", values.clone(), spec, kept=torch.tensor([3]))
-    weight.put(quantize_best(weight.take_matrix(), BlockGrid(weight.take_matrix(), spec)))
+    weight.put(quantize_best(weight.take_matrix(), spec))
     assert torch.equal(weight.values[:, 3], values[:, 3])
     assert float((weight.values - values).abs().max()) < 1.0
 
