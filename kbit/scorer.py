@@ -147,7 +147,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         halvings = self.budget.halvings
         needed = 2 * max((len(query.tokens) for query in queries), default=0) >> halvings
-        return min(min(self.max_length, LONGEST_SHARED_ROW) >> halvings, max(self.budget.tokens, needed))
+        return min(min(int(self.max_length), LONGEST_SHARED_ROW) >> halvings, max(self.budget.tokens, needed))
 
     def _arrange(self, queries: list[Query]) -> list[Row]:
         if self.path == "prefix sharing":

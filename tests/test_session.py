@@ -111,9 +111,8 @@ def test_the_states_of_one_text_are_computed_once(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text(tmp_path / "once.jsonl", STORIES[0])
-    computed: list[object] = []
-    original = kbit.experiment.compute_reference
-    monkeypatch.setattr(kbit.experiment, "compute_reference", lambda *given: computed.append(given) or original(*given))
+    computed: list[int] = []
+    edit_before(monkeypatch, kbit.experiment, "compute_reference", lambda: computed.append(1), times=9)
     for bits in (3, 4, 16):
         session.run(dataclasses.replace(of_text(tmp_path / "once.jsonl"), quant=QuantConfig(bits=bits)))
     assert len(computed) == 1
@@ -137,10 +136,16 @@ def test_a_file_edited_after_planning_is_an_error(session: Session, tmp_path: Pa
 
 
 def edit_before(
-    monkeypatch: pytest.MonkeyPatch, module: Any, function: str, edit: Callable[[], None], *, after: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    function: str,
+    edit: Callable[[], None],
+    *,
+    after: bool = False,
+    times: int = 1,
 ) -> None:
-    """Let a file be edited just before (or after) the function has read it, the first time."""
-    original, edits = getattr(module, function), iter([edit])
+    """Let a file be edited just before (or after) the function has read it, the first times."""
+    original, edits = getattr(module, function), iter([edit] * times)
 
     def edited(*arguments: Any, **more: Any) -> Any:
         if after:
