@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kbit.measurement import (
@@ -18,7 +18,7 @@ from kbit.measurement import (
     measure_mean,
 )
 from kbit.quiet import silence_libraries
-from kbit.scorer import Scorer
+from kbit.scorer import Asked, Request, Scorer
 from kbit.tasks import LoadedTask, errors_named, load_tasks
 
 
@@ -33,6 +33,27 @@ class PreparedTask:
 
     loaded: LoadedTask
     instances: list[Any]
+
+
+@dataclass
+class Prepared:
+    """What the models of a study share.
+
+    Attributes:
+        tasks: by (names, what identifies their content, limit).
+        tokenizer: whose tokens are kept, see Scorer.identify_tokenizer: only of the last, as they may take gigabytes.
+        tokens: see Scorer.
+    """
+
+    tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], list[PreparedTask]] = field(default_factory=dict)
+    tokenizer: str = ""
+    tokens: dict[Asked, list[Request]] = field(default_factory=dict)
+
+    def tokens_of(self, tokenizer: str) -> dict[Asked, list[Request]]:
+        """Return the tokens kept for a tokenizer; of another one than the last, or of an unknown one, none yet."""
+        if tokenizer != self.tokenizer or not tokenizer:
+            self.tokenizer, self.tokens = tokenizer, {}
+        return self.tokens
 
 
 @dataclass(frozen=True)

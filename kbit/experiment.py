@@ -14,7 +14,7 @@ import torch
 from kbit import provenance
 from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.coverage import QuantizationReport, plan_quantization
-from kbit.evaluation import PreparedTask, TaskScores, prepare_task, score_tasks
+from kbit.evaluation import Prepared, PreparedTask, TaskScores, prepare_task, score_tasks
 from kbit.families import family_of, identify_model
 from kbit.features import Feature, measure_features
 from kbit.measurement import ItemValues, Measurement
@@ -143,19 +143,23 @@ class Session:
     What is kept is found again by its content, as the experiment's key has it, so that a result never holds numbers of
     a file that has been edited since.
 
+    Args:
+        prepared: of an earlier session, to render and tokenize the same tasks once.
+
     Raises:
         ValueError: the model's folder was changed while it was read; or see load_model.
         OSError: see load_model.
     """
 
-    def __init__(self, model: ModelConfig, device: str = "cpu") -> None:
+    def __init__(self, model: ModelConfig, device: str = "cpu", prepared: Prepared | None = None) -> None:
         self.config = model
         self.device = device
         self._identity = identify_model(model.name)
         self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device)
         _check_read(model.name, identify_model(model.name), self._identity)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
-        self._tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], list[PreparedTask]] = {}
+        self._prepared = Prepared() if prepared is None else prepared
+        self._scorer.tokens = self._prepared.tokens_of(self._scorer.identify_tokenizer())
         self._windows: dict[tuple[str, str, int | None], Windows] = {}
         # the 16-bit model's states on the last text, see compute_reference: gigabytes, so of no more than one
         self._hidden: tuple[tuple[str, str, int | None], torch.Tensor] | None = None
@@ -254,12 +258,12 @@ class Session:
 
     def _prepare_tasks(self, config: EvalConfig, identity: list[str]) -> list[PreparedTask]:
         wanted = (config.tasks, tuple(identity), config.limit)
-        if wanted not in self._tasks:
+        if wanted not in self._prepared.tasks:
             loaded = load_tasks(config.tasks, config.task_path) if config.tasks else []
             prepared = [prepare_task(task, config.limit) for task in loaded]
             _check_read(f"eval.task_path={config.task_path}", identify_tasks(config.tasks, config.task_path), identity)
-            self._tasks[wanted] = prepared
-        return self._tasks[wanted]
+            self._prepared.tasks[wanted] = prepared
+        return self._prepared.tasks[wanted]
 
     def _measure_text(
         self, config: EvalConfig, data: dict[str, Any], reference: Reference | None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from kbit.head import score_targets
 from kbit.layout import Batch, Query, Row, build_batch, find_visible, order_rows, share_prefixes, take_batch
 
 Request = tuple[tuple[str, str], list[int], list[int]]
+Asked = tuple[tuple[str, str], ...]  # the texts of one call's requests
 
 # Architectures (config.model_type) whose models take a 4-D attention mask and positions of ours.
 PREFIX_SHARING: Final = frozenset(
@@ -76,6 +78,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         budget: of a forward pass; halved when memory runs out.
         truncated: requests so far whose context or continuation lost tokens to the model's context length.
         first_tokens: context and continuation of the first request of the last call, as sent to the model.
+        tokens: of the requests asked so far; may be shared with scorers of one identify_tokenizer().
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
@@ -96,7 +99,8 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._set_budget(batch_size)
         self.truncated = 0
         self.first_tokens: tuple[int, ...] = ()
-        self._layouts: dict[tuple[tuple[str, str], ...], _Layout] = {}
+        self.tokens: dict[Asked, list[Request]] = {}
+        self._layouts: dict[Asked, _Layout] = {}
         self._last_layout = _Layout([], [], 0, [], 0, ())
 
     def set_batch_size(self, batch_size: int, *, row_by_row: bool = False) -> None:
@@ -118,9 +122,22 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         asked = tuple(instance.args for instance in requests)
         if asked in self._layouts:
             return self._score(self._layouts[asked])
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        scores: list[tuple[float, bool]]
+        if asked in self.tokens:
+            scores = self._loglikelihood_tokens(self.tokens[asked])
+        else:
+            scores = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            self.tokens[asked] = self._last_layout.requests
         self._layouts[asked] = self._last_layout
         return scores
+
+    def identify_tokenizer(self) -> str:
+        """Return what decides the tokens of a text; empty if that cannot be told, of a tokenizer written in Python."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return ""
+        settings = f"{self.prefix_token_id} {self.add_bos_token} "
+        return hashlib.sha256((settings + backend.to_str()).encode()).hexdigest()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -152,7 +169,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         halvings = self.budget.halvings
         needed = 2 * max((len(query.tokens) for query in queries), default=0) >> halvings
-        return min(min(self.max_length, LONGEST_SHARED_ROW) >> halvings, max(self.budget.tokens, needed))
+        return min(min(int(self.max_length), LONGEST_SHARED_ROW) >> halvings, max(self.budget.tokens, needed))
 
     def _arrange(self, queries: list[Query]) -> list[Row]:
         if self.path == "prefix sharing":

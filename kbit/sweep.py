@@ -26,6 +26,7 @@ from kbit.taskfiles import find_local_tasks
 from kbit.textdata import check_text, locate_text
 
 if TYPE_CHECKING:
+    from kbit.evaluation import Prepared
     from kbit.experiment import Session
 
 WORKER_TRIES: Final = 2  # a worker that dies (killed, out of memory) loses the experiment once; then it has failed
@@ -91,7 +92,7 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
 
 
 class Worker:
-    """Runs experiments and writes their results; keeps the model of the last one loaded."""
+    """Runs experiments and writes their results; keeps the model of the last one loaded, and tasks for the next."""
 
     def __init__(self, store_path: str, device: str, threads: int | None = None) -> None:
         from kbit.quiet import silence_libraries
@@ -104,15 +105,18 @@ class Worker:
         self._store = Store(store_path)
         self._device = device
         self._session: Session | None = None
+        self._prepared: Prepared | None = None
 
     def run(self, experiment: Experiment) -> Outcome:
         """Run one experiment; an error becomes a recorded failure, never a number."""
+        from kbit.evaluation import Prepared
         from kbit.experiment import Session
 
         try:
             if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
-                self._session = Session(experiment.model, self._device)
+                self._prepared = self._prepared or Prepared()
+                self._session = Session(experiment.model, self._device, self._prepared)
             self._store.write(self._session.run(experiment))
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             reason = f"{type(error).__name__}: {error}"

@@ -84,20 +84,30 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
     Raises:
         FileNotFoundError: none of them; names the path and the texts there are.
-        ValueError: a JSON line without a "text".
+        ValueError: a JSON line without a "text"; a file that is not UTF-8, or has no text at all.
     """
     path = locate_text(name)
     if path is None:
-        documents = load_hub_text(name)
-        return list(documents), hashlib.sha256("\n".join(documents).encode()).hexdigest()
+        documents = list(load_hub_text(name))
+        return documents, hashlib.sha256("\n".join(documents).encode()).hexdigest()
     content = read_bytes(path)  # once, so that the hash is of what is returned
     digest = hashlib.sha256(content).hexdigest()
+    try:
+        documents = _split_documents(content, path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.resolve()} is not a text in UTF-8: {error}") from None
+    if not any(documents):
+        raise ValueError(f"{path.resolve()} has no text")
+    return documents, digest
+
+
+def _split_documents(content: bytes, path: Path) -> list[str]:
     if ".jsonl" not in path.suffixes:
-        return [content.decode("utf-8")], digest
+        return [content.decode("utf-8")]
     rows = parse_json_lines(content, path)
     if missing := [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("text"), str)]:
         raise ValueError(f"{path.resolve()}: record {missing[0]} has no field 'text'")
-    return [row["text"] for row in rows], digest
+    return [row["text"] for row in rows]
 
 
 def identify_text(name: str) -> str:

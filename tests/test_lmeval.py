@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 
 import kbit.lmeval
@@ -46,7 +47,7 @@ def test_the_command_line_needs_no_network_and_no_folder(tmp_path: Path, monkeyp
     monkeypatch.setattr(TaskManager.__init__, "__defaults__", (None, None, False, None))  # as above
     arguments = ["run", "--model", "kbit", "--model_args", ARGUMENTS, "--tasks", "nano_*", "--limit", "3"]
     monkeypatch.setattr("sys.argv", ["lm_eval", *arguments, "--device", "cpu", "--output_path", "out"])
-    kbit.lmeval.cli_evaluate()
+    cli_evaluate()
     [written] = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(written.read_text())["results"]
     assert sorted(results) == ["nano_choice", "nano_cloze", "nano_endings", "nano_swap"]

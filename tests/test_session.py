@@ -15,8 +15,10 @@ import pytest
 import kbit.experiment
 import kbit.perplexity
 from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
-from kbit.experiment import Result, Session
+from kbit.evaluation import Prepared
+from kbit.experiment import Result, Session, run_experiment
 from kbit.families import locate_model
+from kbit.scorer import Scorer
 from kbit.store import Store, read_failures, read_results
 from kbit.sweep import Worker
 
@@ -111,9 +113,8 @@ def test_the_states_of_one_text_are_computed_once(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text(tmp_path / "once.jsonl", STORIES[0])
-    computed: list[object] = []
-    original = kbit.experiment.compute_reference
-    monkeypatch.setattr(kbit.experiment, "compute_reference", lambda *given: computed.append(given) or original(*given))
+    computed: list[int] = []
+    edit_before(monkeypatch, kbit.experiment, "compute_reference", lambda: computed.append(1), times=9)
     for bits in (3, 4, 16):
         session.run(dataclasses.replace(of_text(tmp_path / "once.jsonl"), quant=QuantConfig(bits=bits)))
     assert len(computed) == 1
@@ -137,10 +138,16 @@ def test_a_file_edited_after_planning_is_an_error(session: Session, tmp_path: Pa
 
 
 def edit_before(
-    monkeypatch: pytest.MonkeyPatch, module: Any, function: str, edit: Callable[[], None], *, after: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    module: Any,
+    function: str,
+    edit: Callable[[], None],
+    *,
+    after: bool = False,
+    times: int = 1,
 ) -> None:
-    """Let a file be edited just before (or after) the function has read it, the first time."""
-    original, edits = getattr(module, function), iter([edit])
+    """Let a file be edited just before (or after) the function has read it, the first times."""
+    original, edits = getattr(module, function), iter([edit] * times)
 
     def edited(*arguments: Any, **more: Any) -> Any:
         if after:
@@ -223,3 +230,36 @@ def test_the_reason_is_in_the_store(tmp_path: Path) -> None:
     assert "has changed since" in outcome.error
     assert Store(tmp_path / "results").finished_keys() == set()
     assert read_failures(tmp_path / "results")["reason"].str.contains("has changed since").all()
+
+
+def test_models_of_a_family_render_and_tokenize_a_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nano-stories has another tokenizer; the tasks' texts are the same for it."""
+    rendered: list[int] = []
+    edit_before(monkeypatch, kbit.experiment, "prepare_task", lambda: rendered.append(1), times=9)
+    tokenized: list[int] = []
+    edit_before(monkeypatch, Scorer, "tok_encode", lambda: tokenized.append(1), times=999)
+    task = EvalConfig(("nano_choice",), limit=5, perplexity=None)
+    worker, counts = Worker(str(tmp_path / "results"), "cpu"), []
+    names = ("nano-neox-98k", "nano-neox-332k", "nano-stories-260k", "nano-neox-98k")
+    for number, name in enumerate(names):
+        quant = QuantConfig(bits=4 - (number == 3))
+        assert worker.run(Experiment(ModelConfig(name), quant, task)).error == ""
+        counts.append(len(tokenized))
+    assert len(rendered) == 1
+    of_one = counts[0]
+    assert of_one > 0
+    assert counts == [of_one, of_one, 2 * of_one, 3 * of_one]
+    stored = read_results(tmp_path / "results").set_index(["model", "metric"])["value"].sort_index()
+    for name in names[1:3]:
+        for m in run_experiment(Experiment(ModelConfig(name), QuantConfig(bits=4), task)).measurements:
+            assert stored.loc[name, m.metric] == m.value
+
+
+def test_unknown_tokenizers_share_nothing() -> None:
+    prepared = Prepared()
+    prepared.tokens_of("one")[(("a", " b"),)] = []
+    assert prepared.tokens_of("one")
+    assert not prepared.tokens_of("")
+    prepared.tokens_of("")[(("a", " b"),)] = []
+    assert not prepared.tokens_of("")
+    assert not prepared.tokens_of("one")

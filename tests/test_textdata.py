@@ -78,3 +78,11 @@ def test_bytes_of_an_embedded_text_named_txt_are_not_it(tmp_path: Path) -> None:
     name = tmp_path / "mine.txt"
     name.write_bytes(read_bytes(EMBEDDED_TEXTS / "nano_held_out.jsonl.xz"))
     assert identify_text(str(name)) == sha256(name.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["story.txt", "story.jsonl"])
+@pytest.mark.parametrize(("content", "why"), [(b"", "has no text"), (b"\xff\xfe", "is not a text in UTF-8")])
+def test_a_file_without_a_text_is_named(tmp_path: Path, name: str, content: bytes, why: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name} {why}"):
+        read_documents(str(tmp_path / name))
