@@ -136,7 +136,7 @@ def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> 
 def test_the_best_leads_every_other_not_their_mean(make_points: Build) -> None:
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.4, 100: 0.6}, "c": {10: 0.0, 100: 0.1}}, error=0.001)
     judged = {
-        expected: judge_contrasts(curves, lambda panel, names: (["a"], ["b", "c"]), expected, ZERO_SHOT)  # type: ignore[arg-type]
+        expected: judge_contrasts(curves, lambda panel, names: (["a"], ["b", "c"]), expected, ZERO_SHOT)
         for expected in ("better", "best")
     }
     assert judged["better"].startswith("Holds. Mean lead: toy, a over b and c: +0.1250")
