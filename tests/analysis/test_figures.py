@@ -179,6 +179,7 @@ SAID = {
     "table_1": r"^Does not hold: the mean lead of 2-bit GPTQ over 3-bit float is -1\.8000 nats \(95%.* 0 of 12 pairs",
     "perplexity_accuracy": r"r = -0\.\d\d .*the paper's -0\.94",
     "kl_accuracy": r"rho = 0\.9",
+    "error_accuracy": r"rho = 0\.\d",
     "error_loss": r"rho = 0\.\d",
 }
 
@@ -202,6 +203,9 @@ def test_panels_hold_the_curves_of_the_paper(planted: pd.DataFrame) -> None:
 
 def test_a_preferred_family_that_is_absent_is_replaced(planted: pd.DataFrame) -> None:
     assert set(FIGURES["figure_1"](planted[planted["family"] == "pythia"]).data["family"]) == {"pythia"}
+    nano = planted.replace({"family": {"opt": "nano-opt", "pythia": "nano-neox"}})
+    assert set(FIGURES["figure_1"](nano).data["family"]) == {"nano-opt"}
+    assert set(FIGURES["figure_3"](nano).data["family"]) == {"nano-neox"}
 
 
 def test_a_missing_value_is_never_a_point(planted: pd.DataFrame) -> None:
