@@ -46,7 +46,7 @@ MOST_VARIANTS: Final = 4  # a table that is read; --where shows others
 GRADES: Final = ("holds", "does not hold", "undecided", "not tested")
 SIGN: Final = "A lead above 0 is better: higher accuracy, lower cross entropy."
 
-Expectation = Literal["better", "worse", "no better"]
+Expectation = Literal["better", "best", "worse", "no better"]
 Split = Callable[[str, Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 
 
@@ -268,10 +268,24 @@ def contrast_curves(
     return Contrast(gap, *mean_interval(draws, row), tuple(first), tuple(second), draws.source)
 
 
+def contrast_best(
+    curves: pd.DataFrame,
+    groups: tuple[Sequence[str], Sequence[str]],
+    measure: Measure,
+    results: pd.DataFrame | None = None,
+) -> Contrast:
+    """Return the contrast of the first group with that curve of the second over which its lead is smallest."""
+    tests = [contrast_curves(curves, (groups[0], [name]), measure, results) for name in groups[1]]
+    known = [test for test in tests if not np.isnan(test.gap)]
+    return min(known, key=lambda test: test.gap, default=Contrast(np.nan, np.nan, np.nan))
+
+
 def judge_contrasts(
     curves: pd.DataFrame, split: Split, expected: Expectation, measure: Measure, results: pd.DataFrame | None = None
 ) -> str:
-    """Return whether one group of curves is better (or worse, or no better) than another, panel by panel.
+    """Return whether one group of curves is better (worse, no better) than another, panel by panel.
+
+    "best" is better than each curve of the other group; the other expectations are about the group's mean.
 
     Args:
         curves: points with columns panel and series.
@@ -280,10 +294,11 @@ def judge_contrasts(
         measure: what the curves show.
         results: see frontier.draw_values.
     """
+    contrast = contrast_best if expected == "best" else contrast_curves
     tests: list[tuple[str, Contrast]] = []
     for panel, group in curves.groupby("panel", sort=False):
         names = list(dict.fromkeys(group["series"]))
-        tests.append((str(panel), contrast_curves(group, split(str(panel), names), measure, results)))
+        tests.append((str(panel), contrast(group, split(str(panel), names), measure, results)))
     negligible = NEGLIGIBLE[measure.higher_is_better]
     tested = [(panel, test) for panel, test in tests if not np.isnan(test.gap)]
     if not tested:
@@ -291,9 +306,10 @@ def judge_contrasts(
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
     limit = f" (better by less than {negligible:g} counts as no better)" if expected == "no better" else ""
     parts = [f"{panel}, {describe_contrast(test, measure)}" for panel, test in tested[:NAMED]]
+    whom = " over the best of the others" if expected == "best" else ""
     head = grades.capitalize() if len(tests) == 1 else f"Of {len(tests)} panels: {grades}"
     leads = join_parts(parts, len(tested))
-    return f"{head}{limit}. Mean lead: {leads} ({tested[0][1].source or 'no intervals'})."
+    return f"{head}{limit}. Mean lead{whom}: {leads} ({tested[0][1].source or 'no intervals'})."
 
 
 def describe_contrast(test: Contrast, measure: Measure) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from kbit.analysis.claims import describe_lead, line_up, try_precision
 from kbit.analysis.curves import (
     VARIANT,
     ZERO_SHOT,
@@ -52,19 +53,21 @@ def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
             clauses.append(f"{label} was not measured")
             continue
         variants.update(name_variant(v["data_type"], v["block_size"]) for v, _ in split_variants(curves))
-        clauses.append(describe_curves(curves, measure))
+        clauses.append(describe_curves(curves, measure, results))
     return clauses, sorted(variants)
 
 
-def describe_curves(curves: pd.DataFrame, measure: Measure) -> str:
-    """Return the clause for one family and measure: the best precision and over which share of budgets."""
+def describe_curves(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+    """Return the clause for one family and measure: the best precision, over which share of budgets, how surely."""
     shares = optimal_share(best_precision(curves, measure.higher_is_better))
     if shares.empty:
         reason = explain_too_few(curves) or "needs two precisions that overlap, each at two sizes or more"
         return f"the best precision by {measure.name} {reason}"
     variants = sum(1 for _ in split_variants(curves))
     if variants == 1:
-        return describe_shares(shares, measure)
+        leader = shares["bits"].iloc[0]
+        sure = "" if is_missing(leader) else describe_certainty(curves, measure, results, int(leader))
+        return describe_shares(shares, measure) + sure
     # The first row of a variant is its largest share.
     winners = shares.groupby(VARIANT, dropna=False).head(1)["bits"].value_counts(dropna=False, sort=True)
     leader, *others = [f"{name_bits(bits)} in {count}" for bits, count in winners.items()]
@@ -78,6 +81,12 @@ def describe_shares(shares: pd.DataFrame, measure: Measure) -> str:
     verdict = "the precisions tie" if is_missing(leader) else f"{name_bits(leader)} is best"
     rest = ", ".join(f"{name_bits(bits)} {part:.0%}" for bits, part in others)
     return f"{verdict} over {share:.0%} of the budgets by {measure.name}" + (f" ({rest})" if rest else "")
+
+
+def describe_certainty(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame, bits: int) -> str:
+    """Return the verdict on "this precision is optimal" with its mean lead, as a clause."""
+    trial = try_precision(line_up(curves, measure, results), bits)
+    return f": {trial.grade}, mean lead {describe_lead(trial.gap, trial.low, trial.high, measure)}"
 
 
 def name_bits(bits: object) -> str:

@@ -54,7 +54,7 @@ class CurveFigure:
 
 
 def split_quantile(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare quantile with the mean of the paper's other data types."""
+    """Compare quantile with the paper's other data types."""
     return ["quantile"], [name for name in series if name in ("float", *WEAK_TYPES)]
 
 
@@ -72,7 +72,7 @@ def split_data_types(panel: str, series: Sequence[str]) -> tuple[Sequence[str], 
 
 
 def split_exponents(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare the heuristic's number of exponent bits, ceil(k / 2), with the mean of the others (Appendix C.4)."""
+    """Compare the heuristic's number of exponent bits, ceil(k / 2), with the others (Appendix C.4)."""
     bits = int(panel.split("-bit")[0].split()[-1])
     best = f"E{-(-bits // 2)}"
     return [best], [name for name in series if name != best]
@@ -252,7 +252,7 @@ CURVE_FIGURES: Final = (
         "figure_12",
         "A float does best with at least half of its bits, rounded up, as exponent bits.",
         partial(select_exponents, family="opt"),
-        judge_by(split_exponents, "better"),
+        judge_by(split_exponents, "best"),
         "float with two numbers of exponent bits at one precision, each at two or more sizes of one family",
         ("nano/exponent_bits", "paper/figure_12"),
     ),
@@ -269,7 +269,7 @@ CURVE_FIGURES: Final = (
         "figure_14",
         "By cross entropy quantile is the best 4-bit data type, across models and scales.",
         partial(select_data_types, bits=4),
-        judge_by(split_quantile, "better"),
+        judge_by(split_quantile, "best"),
         _TYPES.format(4),
         ("nano/data_types", "paper/figure_14"),
         loss=True,

@@ -142,6 +142,19 @@ RELATIONS: Final = (
         lost=True,
     ),
     Relation(
+        "error_accuracy",
+        "Does the error of the weights tell how much accuracy is lost?",
+        read_weight_error,
+        lambda results: -increase(read_accuracy(results), results),
+        "relative error of the quantized weights",
+        "mean zero-shot accuracy lost",
+        "weight_rmse (stored with every experiment since it is measured) and mean zero-shot accuracy, with the 16-bit "
+        "models",
+        ("nano/bit_level",),
+        log_x=True,
+        lost=True,
+    ),
+    Relation(
         "error_loss",
         "Does the error of the weights tell how much the model loses?",
         read_weight_error,

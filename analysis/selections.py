@@ -26,14 +26,16 @@ OUTLIERS: Final = re.compile(r"( column| random)? outliers ([\d.]+)$")  # as cur
 CONTROLS: Final = ("", " column", " random")  # how outliers were selected: "" is the paper's proxy
 METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( \S+=\S+)*")  # with its options, as curves.name_data_type has it
 RIVAL_BITS: Final = 4
+NANO_TWINS: Final = {"pythia": "nano-neox", "gpt2": "nano-gpt2", "opt": "nano-opt", "bloom": "nano-bloom"}
 
 Row = Mapping[Any, Any]
 
 
 def prefer_family(points: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the points of one family; where it is absent, those of the family with the most models."""
-    if family in set(points["family"]):
-        return points[points["family"] == family]
+    """Return the points of one family; else of its architecture's nano family; else of that with the most models."""
+    for name in (family, NANO_TWINS.get(family)):
+        if name in set(points["family"]):
+            return points[points["family"] == name]
     models = points.groupby("family")["model"].nunique()
     return points[points["family"] == (models.idxmax() if len(models) else family)]
 

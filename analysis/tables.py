@@ -90,8 +90,8 @@ def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: 
     lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ weights), low, high, text)
     wins = int((both["value_gptq"] < both["value_float"]).sum())
     grade = grade_interval(low, high).capitalize()
-    wins_of_all = f"it is lower in {wins} of {len(both)} pairs ({draws.source})"
-    return f"{grade}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; {wins_of_all}."
+    pairs = f"it is lower in {wins} of {len(both)} pairs ({draws.source})"
+    return f"{grade}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; {pairs}."
 
 
 def table_2(results: pd.DataFrame) -> PaperFigure:

@@ -133,6 +133,16 @@ def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> 
     assert contrast_curves(curves, (["a", "b"], ["c"]), LOSS).gap == pytest.approx(-test.gap)
 
 
+def test_the_best_leads_every_other_not_their_mean(make_points: Build) -> None:
+    curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.4, 100: 0.6}, "c": {10: 0.0, 100: 0.1}}, error=0.001)
+    judged = {
+        expected: judge_contrasts(curves, lambda panel, names: (["a"], ["b", "c"]), expected, ZERO_SHOT)
+        for expected in ("better", "best")
+    }
+    assert judged["better"].startswith("Holds. Mean lead: toy, a over b and c: +0.1250")
+    assert judged["best"].startswith("Does not hold. Mean lead over the best of the others: toy, a over b: -0.1000")
+
+
 def test_a_contrast_needs_both_groups_at_shared_budgets(make_points: Build) -> None:
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {200: 0.3, 300: 0.4}})
     for groups in ((["a"], ["b"]), (["a"], ["x"])):

@@ -103,7 +103,7 @@ def test_an_increase_is_over_the_same_model_at_16_bits(planted: pd.DataFrame) ->
 
 def test_bars_of_a_relation_are_intervals_of_what_is_lost(planted: pd.DataFrame) -> None:
     few = planted[(planted["data_type"].isna() | (planted["data_type"] == "nf")) & (planted["method"] != "gptq")]
-    for name in ("kl_accuracy", "error_loss"):
+    for name in ("kl_accuracy", "error_accuracy", "error_loss"):
         data = FIGURES[name](few).data
         assert (data["low"] < data["y"]).all()
         assert (data["y"] < data["high"]).all()
