@@ -47,7 +47,7 @@ class Weight:
         kept = self.values[..., self.kept]  # indexing copies
         self.values.copy_(quantized)
         self.values[..., self.kept] = kept
-        self.squared_error += sum_squares(self.values.float() - before)
+        self.squared_error += sum_squares(before.sub_(self.values))
 
 
 def sum_squares(values: Tensor) -> float:
