@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import matplotlib.style
 import numpy as np
@@ -60,7 +61,12 @@ def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -
     for method, line in rows.groupby("method", sort=False):
         line = line.sort_values("parameters")
         style = styles[str(method)]
-        looks = {"color": style.color, "marker": style.marker, "linestyle": style.dashes, "markersize": 6}
+        looks: dict[str, Any] = {
+            "color": style.color,
+            "marker": style.marker,
+            "linestyle": style.dashes,
+            "markersize": 6,
+        }
         error = np.nan_to_num(np.maximum([line["added"] - line["low"], line["high"] - line["added"]], 0))
         axes.errorbar(line["parameters"], line["added"], yerr=error, capsize=2, elinewidth=0.8, **looks)
     axes.axhline(0, color="0.3", linewidth=0.8)
@@ -96,7 +102,7 @@ def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(_place=place).sort_values(["panel", "parameters", "_place", "method"]).drop(columns="_place")
 
 
-def name_method(row: dict[str, object]) -> str:
+def name_method(row: Mapping[Any, Any]) -> str:
     """Return the method, with its threshold if that is not the paper's."""
     threshold = row.get("activation_threshold")
     is_usual = is_missing(threshold) or threshold == USUAL_THRESHOLD

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kbit.config import QuantConfig
 from kbit.methods.weight import Weight
-from kbit.quantizer import fake_quantize, fake_quantize_
+from kbit.quantizer import fake_quantize
 
 
 def round_to_nearest(
@@ -18,6 +18,7 @@ def round_to_nearest(
 ) -> dict[str, Any]:
     """Replace each weight by fake_quantize(weight)."""
     for weight in weights:
-        values = weight.without_kept()  # with kept columns a copy, which may take the result
-        weight.put((fake_quantize_ if len(weight.kept) else fake_quantize)(values, weight.spec))
+        with weight.kept_at_zero() as values:
+            quantized = fake_quantize(values, weight.spec)
+        weight.put(quantized)
     return {}
