@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
-from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
+from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
 from kbit.analysis.styles import STYLE, style_series
 
@@ -55,14 +55,17 @@ def draw_features(results: pd.DataFrame) -> PaperFigure:
                 for column, what in SHARES.items():
                     style = styles[f"{what}{' (paper)' if is_paper else ''}"]
                     axes.plot(rows[x], rows[column], linestyle="none", marker=style.marker, color=style.color)
-            axes.set_xscale("log")
+            set_log_axis(axes, data[x], format_count)
             axes.set_ylim(-0.04, 1.04)
             axes.set_xlabel(label)
-            axes.set_ylabel("" if place else "share affected, of the most frequent dimension")
+            axes.set_ylabel("" if place else "share affected")
             axes.grid(color="0.9", linewidth=0.6)
             axes.set_axisbelow(True)
         draw_legend(fig, styles, lines=False)
-        note = "The paper's perplexities are on C4, ours on the text of each experiment: compare within one source."
+        note = (
+            "Shares are of the most frequent dimension. The paper's perplexities are on C4, ours on our text: compare "
+            "within a source."
+        )
         write_verdict(fig, "features", CLAIM, verdict, note)
     return PaperFigure("features", fig, data, CLAIM, verdict)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import matplotlib.style
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from kbit.analysis.curves import find_cross_entropy, is_missing
 from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
 from kbit.analysis.frontier import draw_values
-from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
+from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
 from kbit.analysis.styles import STYLE, LineStyle, style_series
 from kbit.config import INT8_METHODS
@@ -23,7 +24,8 @@ CLAIM: Final = (
     "scale for a whole tensor does not (its Table 1, C4)."
 )
 USUAL_THRESHOLD: Final = 6.0
-LINEAR_TO: Final = 1e-3  # nats: below, the y axis is linear, so that zero and gains are on it
+# nats: a log axis is linear below, so that zero and gains are on it; where none adds ten times as much, it all is
+LINEAR_TO: Final = 1e-3
 COLUMNS: Final = ["panel", "method", "model", "parameters", "perplexity", "added", "low", "high", "source"]
 
 
@@ -60,12 +62,18 @@ def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -
     for method, line in rows.groupby("method", sort=False):
         line = line.sort_values("parameters")
         style = styles[str(method)]
-        looks = {"color": style.color, "marker": style.marker, "linestyle": style.dashes, "markersize": 6}
+        looks: dict[str, Any] = {
+            "color": style.color,
+            "marker": style.marker,
+            "linestyle": style.dashes,
+            "markersize": 6,
+        }
         error = np.nan_to_num(np.maximum([line["added"] - line["low"], line["high"] - line["added"]], 0))
         axes.errorbar(line["parameters"], line["added"], yerr=error, capsize=2, elinewidth=0.8, **looks)
     axes.axhline(0, color="0.3", linewidth=0.8)
-    axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=LINEAR_TO)
+    set_log_axis(axes, rows["parameters"], format_count)
+    if rows["added"].abs().max() > 10 * LINEAR_TO:
+        axes.set_yscale("symlog", linthresh=LINEAR_TO)
     axes.set_xlabel("parameters")
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -96,7 +104,7 @@ def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(_place=place).sort_values(["panel", "parameters", "_place", "method"]).drop(columns="_place")
 
 
-def name_method(row: dict[str, object]) -> str:
+def name_method(row: Mapping[Any, Any]) -> str:
     """Return the method, with its threshold if that is not the paper's."""
     threshold = row.get("activation_threshold")
     is_usual = is_missing(threshold) or threshold == USUAL_THRESHOLD

@@ -6,6 +6,7 @@ Made to be read: see styles.py; the legend stands outside the panels, and below 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -181,6 +182,25 @@ def format_bits(total_bits: float, position: int | None = None) -> str:
         if total_bits >= size:
             return f"{total_bits / size:.3g} {unit}"
     return f"{total_bits:g} bit"
+
+
+def set_log_axis(axes: Axes, values: pd.Series[float], format_value: Callable[[float], str]) -> None:
+    """Make the x axis a log axis around positive values, with a few round ticks."""
+    left, right = float(values.min()), float(values.max())
+    pad = max((right / left) ** 0.05, 1.05)
+    axes.set_xscale("log")
+    axes.set_xlim(left / pad, right * pad)
+    axes.xaxis.set_major_locator(FixedLocator(choose_ticks(left / pad, right * pad, gap=0.2)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
+
+
+def format_count(value: float) -> str:
+    """Return for example "300k", "1.3M" or "7B"."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
 
 
 def draw_legend(fig: Figure, styles: dict[str, LineStyle], *, with_published: bool = False, lines: bool = True) -> None:

@@ -69,15 +69,23 @@ def style_series(names: Iterable[str]) -> dict[str, LineStyle]:
     Raises:
         TooManyCurves: more names than styles.
     """
-    free = iter(SERIES_STYLES)
+    names = list(dict.fromkeys(names))
+    fixed = {name: find_precision_style(name) for name in names}
+    taken = {(style.color, style.marker) for style in fixed.values() if style}
+    free = iter(style for style in SERIES_STYLES if (style.color, style.marker) not in taken)
     styles: dict[str, LineStyle] = {}
-    for name in dict.fromkeys(names):
-        bits = name.removesuffix("-bit")
-        style = LINE_STYLES.get(int(bits)) if bits.isdigit() and bits != name else next(free, None)
+    for name in names:
+        style = fixed[name] or next(free, None)
         if style is None:
             raise TooManyCurves(f"more than {len(SERIES_STYLES)} curves cannot be told apart: draw fewer with --where")
         styles[name] = style
     return styles
+
+
+def find_precision_style(name: str) -> LineStyle | None:
+    """Return the style of "4-bit", None for a name that is no precision."""
+    bits = name.removesuffix("-bit")
+    return LINE_STYLES.get(int(bits)) if bits.isdigit() and bits != name else None
 
 
 def draw_handle(name: str, style: LineStyle) -> Line2D:

@@ -157,15 +157,14 @@ def observe(model: Any, windows: Windows, budget: TokenBudget, magnitude: float)
         if place[1] in STREAM:
             large.append((is_large.nonzero()[:, 1], values[is_large]))
 
-    def run(rows: slice) -> int:
+    def run(rows: slice) -> Tensor:
         pending.clear()  # of an attempt that ran out of memory
         large.clear()
-        run_trunk(model, windows.tokens[rows])
-        return windows.tokens[rows][:, :-1].numel()
+        return run_trunk(model, windows.tokens[rows])
 
     with torch.no_grad(), _hooks(_list_inputs(list_blocks(model)), model, keep):
-        for _, positions in iterate_windows(windows, budget, run):
-            observations.add(dict(pending), large, positions)
+        for _, hidden in iterate_windows(windows, budget, run):
+            observations.add(dict(pending), large, hidden[..., 0].numel())
     return observations
 
 

