@@ -23,8 +23,11 @@ class Files(Protocol):
 
     root: str
 
-    def exists(self) -> bool:
+    def is_store(self) -> bool:
         """Whether there is a store."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """Make the folders and write something; OSError if that is not possible."""
@@ -62,9 +65,13 @@ class LocalFiles:
         self._path = path.absolute()
         self.root = str(self._path)
 
-    def exists(self) -> bool:
+    def is_store(self) -> bool:
         """See Files."""
         return (self._path / "experiments").is_dir()
+
+    def has(self, name: str) -> bool:
+        """See Files."""
+        return (self._path / name).exists()
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """See Files; also removes what killed writers left behind."""
@@ -135,9 +142,13 @@ class RemoteFiles:
         except (ValueError, ImportError) as error:  # a protocol that nobody knows, or whose package is missing
             raise ValueError(f"results={url}: {error}") from None
 
-    def exists(self) -> bool:
+    def is_store(self) -> bool:
         """See Files."""
-        return bool(self._system.exists(f"{self._path}/{_MARKER}"))
+        return self.has(_MARKER)
+
+    def has(self, name: str) -> bool:
+        """See Files."""
+        return bool(self._system.exists(f"{self._path}/{name}"))
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """See Files; an object store has no folders, so a file marks the store."""
