@@ -29,6 +29,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
 
     Prints the plan, and the failures if there are any. Exits with 1 unless every asked result exists.
     """
+    from kbit.files import check_writable
     from kbit.store import Store
     from kbit.sweep import check_experiment, compact_quietly, finish, make_plan, run_in_process, run_on_ray
 
@@ -39,10 +40,11 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         for experiment in {(e.model.name, e.eval): e for e in experiments}.values():
             check_experiment(experiment, planned_only=plan_only)
         plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+        _check_device(settings, engine)
         if plan_only:
+            check_writable(settings.results)
             print(plan.describe())
             return
-        _check_device(settings, engine)
         store = Store(settings.results)
         if engine == "ray" and store.root.startswith("memory://"):
             raise ValueError(f"results={store.root}: no other process sees it; use hydra/launcher=basic")
