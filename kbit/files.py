@@ -58,6 +58,18 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError if a store could not be made at a local path; nothing is left there."""
+    if is_url(path):
+        return
+    parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OSError(f"results={path}: cannot write to {parent}: {error.strerror}") from error
+
+
 class LocalFiles:
     """Files of a local (or mounted) folder."""
 

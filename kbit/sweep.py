@@ -299,7 +299,7 @@ def _start_ray(config: RayConfig) -> None:
     local = config.address == "local"
     if ":" in config.address and "://" not in config.address:
         _check_reachable(config.address)
-    ray.init(
+    context: Any = ray.init(
         address=config.address,
         include_dashboard=False if local else None,
         log_to_driver=False,
@@ -307,8 +307,8 @@ def _start_ray(config: RayConfig) -> None:
     )
     if not local:
         print(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
-        if dashboard := ray.get_dashboard_url():
-            print(f"its dashboard: http://{dashboard}")
+        if context.dashboard_url:
+            print(f"its dashboard: http://{context.dashboard_url}")
 
 
 def _check_reachable(address: str) -> None:
