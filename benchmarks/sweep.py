@@ -1,9 +1,8 @@
-"""The store and the sweep engine at the size of the paper's study, 35,000 experiments; and side by side with others.
+"""The store at the size of the paper's study, 35,000 experiments: reading, planning and compacting it.
 
-    python benchmarks/sweep.py store     # reading, planning and compacting 35,000 results
-    python benchmarks/sweep.py engine    # a nano study on Ray, by one process per experiment, and by Ray's launcher
+    python benchmarks/sweep.py [--experiments 100000]
 
-Each writes its part of benchmarks/results/sweep.json.
+Each size has its part of benchmarks/results/sweep.json.
 """
 
 from __future__ import annotations
@@ -106,10 +105,9 @@ def _save(name: str, measured: Any) -> None:
 def main() -> None:
     """Measure what is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["store"])
     parser.add_argument("--experiments", type=int, default=35_000, help="in the store (default: 35,000)")
     arguments = parser.parse_args()
-    _save("store", measure_store(arguments.experiments))
+    _save(f"store of {arguments.experiments:,}", measure_store(arguments.experiments))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from kbit.config import RunConfig
+from kbit.config import RunConfig, StudyConfig
+from kbit.overrides import REFUSALS, explain, find_unknown_key, list_files, refuse_several_studies
 from kbit.results_command import run_results, select_rows
 
 _USAGE = """\
@@ -74,7 +74,7 @@ def run_command(command: str, arguments: list[str]) -> None:
         case "run":
             run_hydra(arguments)
         case "plan":
-            run_hydra([*_multirun(arguments), "hydra.launcher.plan_only=true"])
+            run_hydra([*_multirun(arguments), "hydra.launcher.plan_only=true"], "plan")
         case "figures":
             draw_figures(arguments)
         case "report":
@@ -100,14 +100,22 @@ def run_command(command: str, arguments: list[str]) -> None:
             sys.exit(f"kbit: unknown command {command!r}; allowed are {allowed}")
 
 
-def run_hydra(arguments: list[str]) -> None:
+def run_hydra(arguments: list[str], command: str = "run") -> None:
     """Run Hydra on these command-line arguments, as `kbit run` does."""
     register_schema()
     flags_first = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # argparse insists
-    if hints := _unknown_keys(arguments):  # before Hydra, which would advise to add the key
-        sys.exit("\n".join(f"kbit: error: {hint}" for hint in hints))
-    sys.argv = ["kbit run", *flags_first]
-    _hydra_main()
+    _refuse(arguments)
+    sys.argv = [f"kbit {command}", *flags_first]
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        _hydra_main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: its internals, and where to learn more
+    try:
+        _hydra_main()
+    except REFUSALS as error:
+        sys.exit(f"kbit: error: {explain(error)}")
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 def register_schema() -> None:
@@ -120,15 +128,18 @@ def register_schema() -> None:
     Plugins.instance()  # registers Hydra's launchers
     ConfigStore.instance().repo["hydra"]["launcher"].pop("basic.yaml", None)
     OmegaConf.register_new_resolver("kbit.scratch", _scratch_folder, replace=True)
-    OmegaConf.register_new_resolver("kbit.studies", lambda: _list_files("sweeps"), replace=True)
-    OmegaConf.register_new_resolver("kbit.presets", lambda: _list_files("conf/quant"), replace=True)
+    OmegaConf.register_new_resolver("kbit.studies", lambda: ", ".join(list_files("sweeps")), replace=True)
+    OmegaConf.register_new_resolver("kbit.presets", lambda: ", ".join(list_files("conf/quant")), replace=True)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://kbit.conf", config_name="run")
 def _hydra_main(config: DictConfig) -> None:
     from kbit.run import run_configs, to_run_config
 
-    run_configs([to_run_config(config)], engine="process")
+    run_config = to_run_config(config)
+    if run_config.study != StudyConfig():
+        sys.exit("kbit: error: a study is a multirun: add -m, or `hydra: {mode: MULTIRUN}` to its file")
+    run_configs([run_config], engine="process")
 
 
 def draw_figures(arguments: list[str]) -> None:
@@ -185,24 +196,18 @@ def list_models(arguments: list[str]) -> None:
         print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
 
 
-def _unknown_keys(arguments: list[str]) -> list[str]:
-    """Say of each override whose key the schema lacks what the keys there are; Hydra names only the key."""
-    hints = []
+def _refuse(arguments: list[str]) -> None:
+    """Exit, before Hydra sees them, if a key is unknown or a study is lost; Hydra's own advice is to add the key."""
+    hints = [refuse_several_studies(arguments)]
     for argument in arguments:
         key, is_override, _ = argument.partition("=")
-        node: Any = OmegaConf.structured(RunConfig)
-        is_group = key.lstrip("+").startswith(("hydra", "sweeps")) and key != "sweeps"
-        for part in key.lstrip("+~").split(".") if is_override and not key.startswith("-") and not is_group else ():
-            if not isinstance(node, DictConfig):
-                break
-            if key == "sweeps":
-                hints.append(f"{key}: a ready study is added, not set: +{argument}")
-                break
-            if part not in node:
-                hints.append(f"{key}: no key {part!r}; allowed are {', '.join(str(name) for name in node)}")
-                break
-            node = node[part]
-    return hints
+        name = key.lstrip("+~")
+        if key == "sweeps":
+            hints.append(f"{key}: a ready study is added, not set: +{argument}")
+        elif is_override and not key.startswith("-") and not name.startswith(("hydra", "sweeps")) and "@" not in name:
+            hints.append(find_unknown_key(name))
+    if any(hints):
+        sys.exit("\n".join(f"kbit: error: {hint}" for hint in hints if hint))
 
 
 def _multirun(arguments: list[str]) -> list[str]:
@@ -216,12 +221,6 @@ def _make_writable(node: Any) -> None:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
             _make_writable(child)
-
-
-def _list_files(folder: str) -> str:
-    """Return the names of a folder's YAML files, for the help text."""
-    root = Path(str(files("kbit"))) / folder
-    return ", ".join(sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml")))
 
 
 @functools.cache

@@ -117,12 +117,11 @@ def _describe_ray(address: str) -> str:
 
 
 def _describe_results(folder: str) -> str:
-    path = Path(folder).absolute()
-    finished = len(list((path / "experiments").glob("*.json")))
-    parent = next(p for p in (path, *path.parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise OSError(f"cannot write to {parent}")
-    return f"{finished} experiments in {path}"
+    from kbit.files import check_writable, open_files
+    from kbit.store import list_keys
+
+    check_writable(folder)
+    return f"{len(list_keys(folder)[0])} experiments in {open_files(folder).root}"
 
 
 def _describe_model(name: str) -> str:

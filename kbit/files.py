@@ -23,8 +23,11 @@ class Files(Protocol):
 
     root: str
 
-    def exists(self) -> bool:
+    def is_store(self) -> bool:
         """Whether there is a store."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """Make the folders and write something; OSError if that is not possible."""
@@ -55,6 +58,18 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise OSError if a store could not be made at a local path; nothing is left there."""
+    if is_url(path):
+        return
+    parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OSError(f"results={path}: cannot write to {parent}: {error.strerror}") from error
+
+
 class LocalFiles:
     """Files of a local (or mounted) folder."""
 
@@ -62,9 +77,13 @@ class LocalFiles:
         self._path = path.absolute()
         self.root = str(self._path)
 
-    def exists(self) -> bool:
+    def is_store(self) -> bool:
         """See Files."""
         return (self._path / "experiments").is_dir()
+
+    def has(self, name: str) -> bool:
+        """See Files."""
+        return (self._path / name).exists()
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """See Files; also removes what killed writers left behind."""
@@ -135,9 +154,13 @@ class RemoteFiles:
         except (ValueError, ImportError) as error:  # a protocol that nobody knows, or whose package is missing
             raise ValueError(f"results={url}: {error}") from None
 
-    def exists(self) -> bool:
+    def is_store(self) -> bool:
         """See Files."""
-        return bool(self._system.exists(f"{self._path}/{_MARKER}"))
+        return self.has(_MARKER)
+
+    def has(self, name: str) -> bool:
+        """See Files."""
+        return bool(self._system.exists(f"{self._path}/{name}"))
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """See Files; an object store has no folders, so a file marks the store."""

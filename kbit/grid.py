@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kbit.config import RunConfig
+from kbit.overrides import check_grid
 
 T = TypeVar("T")
 Values = dict[str, Any]  # of a configuration: nested
@@ -77,11 +79,17 @@ class Composer:
                 yield from self.expand([f"+sweeps={name}", *others], (*within, name))
         elif study["grids"]:
             own = {self._parse(o).key_or_group for o in overrides}
+            unused = list(study["exclude"])
             for grid in study["grids"]:
+                check_grid(grid)
                 for point in self._list_points({key: v for key, v in grid.items() if key not in own}):
                     values = self._compose_values([*overrides, *point])
-                    if not any(_matches(values, exclusion) for exclusion in study["exclude"]):
+                    matching = [exclusion for exclusion in study["exclude"] if _matches(values, exclusion)]
+                    unused = [exclusion for exclusion in unused if exclusion not in matching]
+                    if not matching:
                         yield build(RunConfig, values)
+            if not own & {key for grid in study["grids"] for key in grid}:  # else they may be for what was not asked
+                _warn_of_unused(unused)
         else:
             yield self.compose(overrides)
 
@@ -172,6 +180,11 @@ def _check_union(study: Values, within: tuple[str, ...]) -> None:
             raise ValueError(f"a study with study.unite={study['unite']} has no study.{key}, but here are {study[key]}")
     if again := sorted(set(study["unite"]) & set(within)):
         raise ValueError(f"study.unite={study['unite']}: {again[0]!r} unites itself, by way of {' > '.join(within)}")
+
+
+def _warn_of_unused(exclusions: Sequence[Mapping[str, Any]]) -> None:
+    for exclusion in exclusions:
+        print(f"kbit: warning: study.exclude={dict(exclusion)} leaves out no point of the grids", file=sys.stderr)
 
 
 def _matches(values: Values, exclusion: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # takes half a second, and --help can do without
     import pandas as pd
@@ -37,20 +37,21 @@ def select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
     """
     columns = ", ".join(table.columns)
     try:
-        found = table.eval(where)
+        found: Any = table.eval(where)
     except Exception as error:  # eval raises whatever the expression does
         raise ValueError(f"--where {where!r}: {error}; the columns are {columns}") from None
     if getattr(found, "shape", None) != (len(table),) or found.dtype not in ("bool", "boolean"):
         raise ValueError(f'--where {where!r} is no condition, such as "bits == 4"; the columns are {columns}')
-    return table[found.fillna(False).astype(bool)]  # a condition on a missing value does not hold
+    holds: pd.Series[bool] = found.fillna(False).astype(bool)  # a condition on a missing value does not
+    return table[holds]
 
 
 def show_failures(failures: pd.DataFrame, width: int) -> str:
     """Return failed experiments as text for a terminal of this width: what failed, and below it why."""
     blocks = []
-    for row in failures.itertuples():
-        block = "whole" if row.block_size is None or row.block_size != row.block_size else row.block_size
-        head = f"{row.key}  {row.model}  {row.bits}-bit {row.data_type}, block {block}  {row.finished}"
+    rows: Any = failures.astype({"block_size": object}).fillna({"block_size": "whole"}).itertuples()
+    for row in rows:
+        head = f"{row.key}  {row.model}  {row.bits}-bit {row.data_type}, block {row.block_size}  {row.finished}"
         reason = textwrap.fill(
             str(row.reason), max(width, 40), initial_indent="    ", subsequent_indent="    ", break_long_words=False
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.config import RunConfig
+
+if TYPE_CHECKING:  # pandas, which a refused configuration need not wait for
+    from kbit.store import Store
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
@@ -26,8 +29,9 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
 
     Prints the plan, and the failures if there are any. Exits with 1 unless every asked result exists.
     """
+    from kbit.files import check_writable
     from kbit.store import Store
-    from kbit.sweep import check_experiment, finish, make_plan, run_in_process, run_on_ray
+    from kbit.sweep import check_experiment, compact_quietly, finish, make_plan, run_in_process, run_on_ray
 
     settings = configs[0]
     try:
@@ -36,27 +40,31 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
         for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
             check_experiment(experiment, planned_only=plan_only)
         plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+        _check_device(settings, engine)
         if plan_only:
+            check_writable(settings.results)
             print(plan.describe())
             return
-        _check_device(settings, engine)
-        store_path = str(Store(settings.results).path)
+        store = Store(settings.results)
+        if engine == "ray" and store.root.startswith("memory://"):
+            raise ValueError(f"results={store.root}: no other process sees it; use hydra/launcher=basic")
         print(plan.describe())
     except (ValueError, OSError) as error:
         fail(str(error))
     if plan.to_run:
         try:
             if engine == "process":
-                outcomes = run_in_process(plan.to_run, store_path, settings.device)
+                outcomes = run_in_process(plan.to_run, store.root, settings.device)
             else:
-                outcomes = run_on_ray(plan.to_run, store_path, settings.device, settings.ray)
-            finish(outcomes, plan, fail_fast=settings.fail_fast)
-        except (ValueError, ConnectionError) as error:
+                outcomes = run_on_ray(plan.to_run, store.root, settings.device, settings.ray)
+            finish(outcomes, plan, fail_fast=settings.fail_fast, store=store)
+        except (ValueError, OSError) as error:
             fail(str(error))
         except KeyboardInterrupt:
-            print(f"\nstopped; finished results are kept in {store_path}: the same command goes on", file=sys.stderr)
+            print(f"\nstopped; finished results are kept in {store.root}: the same command goes on", file=sys.stderr)
             sys.exit(130)
-    _report(configs, settings, store_path)
+        compact_quietly(store)
+    _report(configs, settings, store)
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
@@ -78,23 +86,25 @@ def _check_device(settings: RunConfig, engine: str) -> None:
         check_device(settings.device)
 
 
-def _report(configs: Sequence[RunConfig], settings: RunConfig, store_path: str) -> None:
+def _report(configs: Sequence[RunConfig], settings: RunConfig, store: Store) -> None:
     """Say what the store now has of what was asked; exit with 1 if not all of it."""
-    from kbit.store import Store, read_failures
+    from kbit.store import read_failures
 
     distinct = {config.experiment.key: config.experiment for config in configs}
-    missing = distinct.keys() - Store(store_path).finished_keys()
+    missing = distinct.keys() - store.finished_keys()
     if not missing:
         if len(distinct) == 1:
-            print(describe_results(store_path, next(iter(distinct))))
-        print(f"{len(distinct)} of {len(distinct)} asked results are in {store_path}")
+            print(describe_results(store.root, next(iter(distinct))))
+        print(f"{len(distinct)} of {len(distinct)} asked results are in {store.root}")
         if len(distinct) > 1:
             print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
         return
-    reasons = read_failures(store_path).set_index("key")["reason"]
+    reasons = read_failures(store.root).set_index("key")["reason"]
     for key in sorted(missing):
-        print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}", file=sys.stderr)
-    fail(f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store_path}/failures")
+        log = store.log_path(key)
+        where = f"; its log: {log}" if log is not None and log.exists() else ""
+        print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}{where}", file=sys.stderr)
+    fail(f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures")
 
 
 def describe_results(store_path: str, key: str) -> str:

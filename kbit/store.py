@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kbit.config import Experiment
-from kbit.files import Files, open_files
+from kbit.files import Files, is_url, open_files
 from kbit.measurement import ItemValues, decode_items
 from kbit.records import (
     PART_SCHEMA,
@@ -93,7 +93,13 @@ class Store:
 
     def has(self, key: str) -> bool:
         """Whether the experiment has a result."""
-        return key in self.finished_keys()
+        if self._files.has(f"experiments/{key}.json"):  # before compacted/: see the module
+            return True
+        return any(key in keys for keys in _retry(lambda: _read_part_keys(self._files, self._compacted)).values())
+
+    def log_path(self, key: str) -> Path | None:
+        """Return where the output of an experiment goes; a store behind a URL keeps none."""
+        return None if is_url(self.root) else self.path / "logs" / f"{key}.log"
 
     def write(self, result: Result) -> None:
         """Write a result and forget an earlier failure of the same experiment."""
@@ -327,7 +333,7 @@ def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes |
 
 def _open_existing(path: str | Path) -> Files:
     files = open_files(path)
-    if not files.exists():
+    if not files.is_store():
         raise FileNotFoundError(f"no results at {files.root}: start with `kbit run`")
     return files
 

@@ -6,10 +6,12 @@ exists; the driver only hands out work and counts.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -21,13 +23,14 @@ from tqdm import tqdm
 
 from kbit.config import Experiment, RayConfig
 from kbit.families import locate_model
-from kbit.store import Store, list_keys
+from kbit.logfile import log_output
+from kbit.store import MANY_FILES, Store, list_keys
 from kbit.taskfiles import find_local_tasks
 from kbit.textdata import check_text, locate_text
 
 if TYPE_CHECKING:
     from kbit.evaluation import Prepared
-    from kbit.experiment import Session
+    from kbit.experiment import Result, Session
 
 WORKER_TRIES: Final = 2  # a worker that dies (killed, out of memory) loses the experiment once; then it has failed
 
@@ -58,10 +61,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one experiment ended: error is empty if its result is in the store."""
+    """How one experiment ended.
+
+    Attributes:
+        experiment: it.
+        error: empty if its result is in the store.
+        stored: whether the store took the result or the failure; if not, to go on would waste work.
+        working: labels of the experiments that other workers are at.
+    """
 
     experiment: Experiment
     error: str
+    stored: bool = True
+    working: tuple[str, ...] = ()
 
 
 def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
@@ -92,9 +104,16 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
 
 
 class Worker:
-    """Runs experiments and writes their results; keeps the model of the last one loaded, and tasks for the next."""
+    """Runs experiments and writes their results; keeps the model of the last one loaded, and tasks for the next.
 
-    def __init__(self, store_path: str, device: str, threads: int | None = None) -> None:
+    Args:
+        store_path: of the store.
+        device: to run on.
+        threads: of torch and the kernels; None leaves them as they are.
+        own_process: whether all that the process prints belongs to the experiment.
+    """
+
+    def __init__(self, store_path: str, device: str, threads: int | None = None, *, own_process: bool = False) -> None:
         from kbit.quiet import silence_libraries
 
         silence_libraries()
@@ -104,11 +123,28 @@ class Worker:
             torch.set_num_threads(threads)  # the kernels follow: see kbit.backend.torch_threads_kept
         self._store = Store(store_path)
         self._device = device
+        self._own_process = own_process
         self._session: Session | None = None
         self._prepared: Prepared | None = None
 
     def run(self, experiment: Experiment) -> Outcome:
         """Run one experiment; an error becomes a recorded failure, never a number."""
+        if self._store.has(experiment.key):  # another driver on this store has finished it since the plan
+            return Outcome(experiment, "")
+        log = self._store.log_path(experiment.key)
+        try:
+            with log_output(log, experiment.label(), redirect=self._own_process):
+                result, reason = self._try(experiment)
+            if result is not None:
+                self._store.write(result)
+            else:
+                self._store.write_failure(experiment, *reason)
+        except OSError as error:  # a full disk, or a store out of reach
+            return Outcome(experiment, f"{self._store.root} cannot be written: {error}", stored=False)
+        return Outcome(experiment, reason[0])
+
+    def _try(self, experiment: Experiment) -> tuple[Result | None, tuple[str, str]]:
+        """Return the result, or the reason and traceback of why there is none."""
         from kbit.evaluation import Prepared
         from kbit.experiment import Session
 
@@ -117,12 +153,12 @@ class Worker:
                 self._session = None  # free the old model before loading the next
                 self._prepared = self._prepared or Prepared()
                 self._session = Session(experiment.model, self._device, self._prepared)
-            self._store.write(self._session.run(experiment))
+            return self._session.run(experiment), ("", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
-            reason = f"{type(error).__name__}: {error}"
-            self._store.write_failure(experiment, reason, traceback.format_exc())
-            return Outcome(experiment, reason)
-        return Outcome(experiment, "")
+            trace = traceback.format_exc()
+            if self._own_process:
+                print(trace, file=sys.stderr)  # into the log
+            return None, (f"{type(error).__name__}: {error}", trace)
 
 
 def run_in_process(experiments: Iterable[Experiment], store_path: str, device: str) -> Generator[Outcome]:
@@ -155,33 +191,57 @@ def run_on_ray(
         )
 
         def start_worker() -> Any:
-            return remote.remote(store_path, device, config.cpus_per_worker)
+            return remote.remote(store_path, device, config.cpus_per_worker, own_process=True)
 
         yield from _dispatch(list(experiments), start_worker, count, Store(store_path))
     finally:
         ray.shutdown()
 
 
-def finish(outcomes: Generator[Outcome], plan: Plan, *, fail_fast: bool) -> list[Outcome]:
-    """Consume the outcomes, show progress, return the failures; close the generator, so that Ray ends at once."""
+def finish(outcomes: Generator[Outcome], plan: Plan, *, fail_fast: bool, store: Store | None = None) -> list[Outcome]:
+    """Consume the outcomes, show progress, return the failures; close the generator, so that Ray ends at once.
+
+    Args:
+        outcomes: as they come; plan: what they are outcomes of.
+        fail_fast: stop at the first failure.
+        store: to compact now and then.
+
+    Raises:
+        OSError: the store no longer takes results.
+    """
     failures: list[Outcome] = []
     # On a terminal one bar; elsewhere (a log file) one line for each experiment.
     bar = tqdm(total=len(plan.to_run), unit="exp", disable=None, mininterval=1.0, dynamic_ncols=True)
+    start = time.monotonic()  # which no change of the clock moves
     try:
         for number, outcome in enumerate(outcomes, start=1):
             label = outcome.experiment.label()
+            if not outcome.stored:
+                raise OSError(outcome.error)
             if outcome.error:
                 failures.append(outcome)
             if outcome.error or bar.disable:
                 tqdm.write(f"[{number}/{len(plan.to_run)}] {label}: {outcome.error or 'done'}", file=sys.stderr)
-            bar.set_postfix_str(f"{len(failures)} failed, last: {label}", refresh=False)
+            speed = 60 * number / (time.monotonic() - start)
+            doing = f"now: {' | '.join(outcome.working)}" if outcome.working else f"last: {label}"
+            bar.set_postfix_str(f"{len(failures)} failed, {speed:.1f}/min, {doing}", refresh=False)
             bar.update()
             if failures and fail_fast:
                 break
+            if store is not None and number % MANY_FILES == 0:
+                compact_quietly(store)
     finally:
         bar.close()
         outcomes.close()
     return failures
+
+
+def compact_quietly(store: Store) -> None:
+    """Compact a store of many files; that it cannot be is no reason to stop a sweep."""
+    try:
+        store.compact(MANY_FILES)
+    except (ValueError, OSError) as error:
+        tqdm.write(f"{store.root} was not compacted: {error}", file=sys.stderr)
 
 
 def _dispatch(
@@ -202,12 +262,13 @@ def _dispatch(
             running[worker.run.remote(experiment)] = (worker, experiment)
         ready, _ = ray.wait(list(running), num_returns=1)
         worker, experiment = running.pop(ready[0])
+        working = tuple(other.label() for _, other in running.values())
         try:
-            yield ray.get(ready[0])
+            yield dataclasses.replace(ray.get(ready[0]), working=working)
             idle.append(worker)
         except ray.exceptions.RayTaskError as error:  # not the experiment: recording its end failed
             idle.append(worker)
-            yield Outcome(experiment, f"its end could not be recorded: {error.cause}")
+            yield Outcome(experiment, f"its end could not be recorded: {error.cause}", working=working)
         except ray.exceptions.RayError as error:  # the worker died: killed, out of memory, could not start
             holding.pop(worker, None)
             idle.append(start_worker())
@@ -215,9 +276,12 @@ def _dispatch(
             if tries[experiment.key] < WORKER_TRIES:
                 pending.append(experiment)
                 continue
+            if store.has(experiment.key):  # it died after its work was done
+                yield Outcome(experiment, "", working=working)
+                continue
             reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
             store.write_failure(experiment, reason, str(error))
-            yield Outcome(experiment, reason)
+            yield Outcome(experiment, reason, working=working)
 
 
 def _take(pending: list[Experiment], mine: object, held: set[object]) -> Experiment:
@@ -240,7 +304,7 @@ def _start_ray(config: RayConfig) -> None:
     local = config.address == "local"
     if ":" in config.address and "://" not in config.address:
         _check_reachable(config.address)
-    ray.init(
+    context: Any = ray.init(
         address=config.address,
         include_dashboard=False if local else None,
         log_to_driver=False,
@@ -248,6 +312,8 @@ def _start_ray(config: RayConfig) -> None:
     )
     if not local:
         print(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+        if context.dashboard_url:
+            print(f"its dashboard: http://{context.dashboard_url}")
 
 
 def _check_reachable(address: str) -> None:

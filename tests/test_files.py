@@ -45,9 +45,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_a_file_is_created_once(place: str) -> None:
     files = open_files(place)
-    assert not files.exists()
+    assert not files.is_store()
     files.prepare(("experiments",))
-    assert files.exists()
+    assert files.is_store()
     assert files.create("experiments/a.json", b"first")
     assert not files.create("experiments/a.json", b"second")
     assert files.open("experiments/a.json").read() == b"first"

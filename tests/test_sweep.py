@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig, RayConfig
 from kbit.families import EMBEDDED
+from kbit.files import LocalFiles
+from kbit.logfile import log_output
 from kbit.store import Store, list_keys, read_failures, read_results
 from kbit.sweep import (
     Outcome,
@@ -223,6 +226,48 @@ def test_device_that_is_not_there_is_a_failure_not_another_device(tmp_path: Path
     outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4))
     assert "there are 0 CUDA devices here" in outcome.error
     assert Store(tmp_path).finished_keys() == set()
+
+
+def test_what_another_driver_has_finished_is_not_run_again(tmp_path: Path) -> None:
+    done = make_experiment(4)
+    touch(tmp_path, "experiments", done)
+    worker = Worker(str(tmp_path), "no device at all")
+    assert worker.run(done) == Outcome(done, "")
+
+
+def test_a_store_that_takes_nothing_ends_the_sweep_and_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> bool:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalFiles, "create", refuse)
+    with pytest.raises(OSError, match=r"cannot be written: .*No space left on device"):
+        run([make_experiment(4), make_experiment(5)], tmp_path)
+    assert list_keys(tmp_path) == (set(), set())
+
+
+def test_a_store_that_cannot_be_compacted_does_not_stop_a_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kbit.sweep.MANY_FILES", 1)
+    touch(tmp_path, "experiments", make_experiment(8))  # an empty file
+    plan = make_plan([make_experiment(4), make_experiment(5)], tmp_path)
+    outcomes = (Outcome(experiment, "") for experiment in plan.to_run)
+    assert finish(outcomes, plan, fail_fast=False, store=Store(tmp_path)) == []
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_each_experiment_has_a_log(tmp_path: Path) -> None:
+    """Of all that its process prints, C code included, if the process is a worker's own."""
+    path = tmp_path / "logs" / "0.log"
+    with log_output(path, "first", redirect=True):
+        os.write(2, b"from below Python\n")
+    with log_output(path, "again", redirect=False):
+        os.write(2, b"of the terminal\n")
+    assert re.sub(r"\S+ (first|again)", r"\1", path.read_text()) == "first\nfrom below Python\nagain\n"
+    with log_output(None, "a store behind a URL", redirect=True):
+        pass
 
 
 @pytest.fixture(scope="module")

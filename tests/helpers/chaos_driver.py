@@ -1,0 +1,81 @@
+"""A sweep of short experiments with results that follow from their keys: chaos_driver.py STORE FIRST LAST.
+
+The engine and the store are kbit's; only the worker is light, so that losing it costs a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig, RayConfig
+from kbit.store import Store
+from kbit.sweep import Outcome, _dispatch, _start_ray, compact_quietly, finish, make_plan
+
+SECONDS = 0.2  # of an experiment
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What is stored of an experiment: what follows from its key, and no more."""
+
+    key: str
+    value: str
+
+
+def list_experiments(first: int, last: int) -> list[Experiment]:
+    """The experiments of a numbered grid."""
+    models = ("nano-neox-98k", "nano-neox-332k", "nano-neox-1m")
+    evaluation = EvalConfig(tasks=())
+    return [
+        Experiment(ModelConfig(models[n % 3]), QuantConfig(block_size=n + 1), evaluation) for n in range(first, last)
+    ]
+
+
+def make_record(key: str) -> Record:
+    """The result of an experiment."""
+    return Record(key, hashlib.sha256(key.encode()).hexdigest())
+
+
+class LightWorker:
+    """Stands in for kbit.sweep.Worker; leaves a file for every experiment that it starts."""
+
+    def __init__(self, store_path: str) -> None:
+        self._store = Store(store_path)
+        (self._store.path / "pids").mkdir(exist_ok=True)
+        (self._store.path / "pids" / str(os.getpid())).touch()
+
+    def run(self, experiment: Experiment) -> Outcome:
+        """Take a moment, then store the result."""
+        if self._store.has(experiment.key):
+            return Outcome(experiment, "")
+        started = self._store.path / "started"
+        started.mkdir(exist_ok=True)
+        (started / f"{experiment.key}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        time.sleep(SECONDS)
+        self._store.write(make_record(experiment.key))  # type: ignore[arg-type]
+        return Outcome(experiment, "")
+
+
+def run_sweep(store_path: str, first: int, last: int) -> None:
+    """Plan and run, as kbit.run does."""
+    import ray
+
+    plan = make_plan(list_experiments(first, last), store_path, retry_failed=True)
+    print(plan.describe(), flush=True)
+    store = Store(store_path)
+    _start_ray(RayConfig())
+    remote: Any = ray.remote(LightWorker).options(num_cpus=1, max_restarts=0)
+    outcomes = _dispatch(list(plan.to_run), lambda: remote.remote(store_path), 2, store)
+    finish(outcomes, plan, fail_fast=False, store=store)
+    ray.shutdown()
+    compact_quietly(store)
+
+
+if __name__ == "__main__":
+    run_sweep(str(Path(sys.argv[1]).absolute()), int(sys.argv[2]), int(sys.argv[3]))
