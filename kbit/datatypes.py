@@ -227,11 +227,12 @@ def _as_numbers(tensor: Any) -> NDArray[Any]:
     """Return an array or torch tensor, which must hold numbers, as an array."""
     if hasattr(tensor, "detach"):  # without importing torch, which this module does not need
         tensor = tensor.detach().float().cpu().numpy()
-    if tensor.size == 0:
-        raise ValueError(f"tensor of shape {tensor.shape} has no elements to fit a codebook to")
-    if bad := int((~np.isfinite(tensor)).sum()):
-        raise ValueError(f"{bad} of {tensor.size} values of the tensor are NaN or Inf")
-    return tensor
+    values: NDArray[Any] = tensor
+    if values.size == 0:
+        raise ValueError(f"tensor of shape {values.shape} has no elements to fit a codebook to")
+    if bad := int((~np.isfinite(values)).sum()):
+        raise ValueError(f"{bad} of {values.size} values of the tensor are NaN or Inf")
+    return values
 
 
 def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:

@@ -229,7 +229,7 @@ def test_options_of_a_method_mean_nothing_to_another() -> None:
 
 def test_every_method_and_each_of_its_options_changes_the_key() -> None:
     experiments = [
-        *(with_quant(method=method) for method in METHODS),
+        *(with_quant(bits=8, method=method) for method in METHODS),
         *(
             with_quant(method="gptq", calibration=dataclasses.replace(CalibrationConfig(), **fields))
             for fields in ({"samples": 5}, {"length": 64}, {"seed": 1}, {"unseen": "rtn"})

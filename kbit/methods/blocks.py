@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kbit.backend import choose_backend
+from kbit.backend import choose_backend, torch_threads_kept
 from kbit.datatypes import ADAPTIVE
-from kbit.quantizer import Grid, make_grid, torch_threads_kept
+from kbit.quantizer import Grid, make_grid
 from kbit.scales import Scales, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
@@ -98,7 +98,9 @@ class BlockGrid:
         if self.spec.normalization != "minmax":
             return rounded, self.grid.offsets
         center = self.grid.center.astype(np.float32).sum(dtype=np.float32)  # 0 without centering
-        own = decode_scales(encode_scales(offsets - center, self.spec.offset_format), self.spec.offset_format)
+        own = decode_scales(
+            encode_scales(offsets - center, self.spec.offset_format, "block offset"), self.spec.offset_format
+        )
         return rounded, own + center
 
     def quantize(self, matrix: Float[Tensor, "rows in"], scales: Scales, offsets: Scales) -> Float[Tensor, "rows in"]:

@@ -32,7 +32,7 @@ def make_windows_of(count: int, length: int) -> Windows:
 
 
 def find_weights(model: Any, quant: QuantConfig = GPTQ3) -> Any:
-    return _find_weights(model, plan_quantization(model, quant))
+    return _find_weights(model, plan_quantization(model, quant), quant)
 
 
 @torch.no_grad()
