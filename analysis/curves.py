@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from kbit.config import INT8_METHODS
 from kbit.datatypes import PAPER_EXPONENT_BITS
+from kbit.quantconfig import INT8_METHODS
 from kbit.spec import BASELINE_BITS
 
 VARIANT: Final = ["family", "data_type", "block_size"]  # what is held fixed while precisions are compared

@@ -17,7 +17,7 @@ from kbit.analysis.frontier import draw_values
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
 from kbit.analysis.styles import STYLE, LineStyle, style_series
-from kbit.config import INT8_METHODS
+from kbit.quantconfig import INT8_METHODS
 
 CLAIM: Final = (
     "LLM.int8() (vector-wise scales, large activations at 16 bits) keeps the 16-bit loss at every size, where one "

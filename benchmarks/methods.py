@@ -33,13 +33,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbit.config import METHODS, GptqConfig
 from kbit.methods.awq import quantize_scaled
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.gptq import quantize_weight
 from kbit.methods.hqq import quantize_half_quadratic
 from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
+from kbit.quantconfig import METHODS, GptqConfig
 from kbit.quantizer import fake_quantize
 from kbit.spec import QuantSpec
 

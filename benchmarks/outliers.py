@@ -33,7 +33,6 @@ import torch.nn.functional as F
 import transformers
 
 from kbit.budget import TokenBudget
-from kbit.config import INT8_METHODS, QuantConfig
 from kbit.coverage import plan_quantization
 from kbit.features import Observations, observe
 from kbit.methods import quantize_model
@@ -42,6 +41,7 @@ from kbit.methods.weight import Weight
 from kbit.models import load_model
 from kbit.outliers import choose_kept
 from kbit.perplexity import Windows
+from kbit.quantconfig import INT8_METHODS, QuantConfig
 from kbit.quiet import silence_libraries
 
 RESULTS = Path(__file__).parent / "results" / "outliers.json"

@@ -54,7 +54,8 @@ def measure_store(experiments: int) -> dict[str, Any]:
 
 def make_grid(count: int) -> Iterator[Any]:
     """Yield so many distinct experiments."""
-    from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+    from kbit.config import EvalConfig, Experiment, ModelConfig
+    from kbit.quantconfig import QuantConfig
 
     for number in range(count):
         quant = QuantConfig(bits=3 + number % 6, data_type=("int", "nf")[number // 6 % 2], block_size=1 + number // 12)

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbit.config import Experiment as Experiment
-    from kbit.config import QuantConfig as QuantConfig
     from kbit.datatypes import make_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.evaluation import evaluate as evaluate
     from kbit.experiment import run_experiment as run_experiment
     from kbit.methods import quantize_model as quantize_model
     from kbit.models import load_model as load_model
+    from kbit.quantconfig import QuantConfig as QuantConfig
     from kbit.quantized import QuantizedTensor as QuantizedTensor
     from kbit.quantizer import dequantize as dequantize
     from kbit.quantizer import fake_quantize as fake_quantize
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # Public name -> where it lives. `kbit.quantize` and `kbit.evaluate` are the functions, as design and README have it.
 _PUBLIC = {
     "Experiment": "kbit.config:Experiment",
-    "QuantConfig": "kbit.config:QuantConfig",
+    "QuantConfig": "kbit.quantconfig:QuantConfig",
     "QuantSpec": "kbit.spec:QuantSpec",
     "QuantizedTensor": "kbit.quantized:QuantizedTensor",
     "codebook": "kbit.datatypes:make_codebook",

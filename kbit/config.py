@@ -1,39 +1,26 @@
 """What an experiment is, and the configuration of a run: plain frozen dataclasses, which are also Hydra's schema.
 
-conf/ holds the values (defaults and groups); this module holds the fields, their types and their checks.
+conf/ holds the values (defaults and groups); this module holds the fields, their types and their checks; those of
+quant are in kbit.quantconfig.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.datatypes import check_choice
 from kbit.families import identify_model
-from kbit.spec import BASELINE_BITS, QuantSpec
+from kbit.quantconfig import CALIBRATED, INT8_METHODS, QuantConfig, differences
 from kbit.taskfiles import identify_tasks
 from kbit.textdata import identify_text
 
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
-# Both operands of each product in 8 bits, see kbit.methods.llm_int8; the names are those of LLM.int8(), Table 1.
-INT8_METHODS: Final = (
-    "absmax", "zeropoint", "rowwise", "vectorwise", "zeropoint_vectorwise",
-    "rowwise_decomposition", "llm_int8", "zeropoint_llm_int8",
-)  # fmt: skip
-CALIBRATED: Final = ("awq", "gptq")  # methods that see data
-METHODS: Final = ("rtn", "mse", "hqq", *CALIBRATED, *INT8_METHODS)  # see kbit.methods
-UNSEEN: Final = ("error", "rtn")
-OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.outliers
 DTYPES: Final = ("float32", "bfloat16", "float16")
-_PER_OUTPUT: Final = ("vectorwise", "zeropoint_vectorwise", "llm_int8", "zeropoint_llm_int8")  # a scale per output
-ZERO_POINT_BITS: Final = 8  # an integer in -127..127
 PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.perplexity
 
 
@@ -51,237 +38,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """The text that a method with data sees. Nothing of it should be in the text that is measured.
-
-    Attributes:
-        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train); see eval.perplexity.
-        samples: windows drawn at random, without overlap.
-        length: tokens of a window; None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
-        seed: of the draw.
-        unseen: what becomes of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
-    """
-
-    text: str = "nano_calibration"
-    samples: int = 128
-    length: int | None = None
-    seed: int = 0
-    unseen: str = "error"
-
-    def __post_init__(self) -> None:
-        check_choice("quant.calibration.unseen", self.unseen, UNSEEN)
-        for name in ("samples", "length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"quant.calibration.{name}={value} is not >= 1")
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What decides the windows, canonical."""
-        return _differences(self, CalibrationConfig()) | {"text": identify_text(self.text)}
-
-
-@dataclass(frozen=True)
-class GptqConfig:
-    """Options of method=gptq; the defaults are those of the published code.
-
-    Attributes:
-        act_order: columns by falling Hessian diagonal instead of in their order.
-        static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
-        search_scales: each block's scale by search, as method=mse does, instead of its largest magnitude.
-        damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
-    """
-
-    act_order: bool = False
-    static_groups: bool = False
-    search_scales: bool = False
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
-
-
-@dataclass(frozen=True)
-class QuantConfig(QuantSpec):
-    """The quantizer and which tensors it applies to.
-
-    Attributes:
-        method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
-            and offsets), awq (input channels scaled by their activations), gptq; or one of INT8_METHODS, which decide
-            the quantizer: they need bits=8, and of a QuantSpec's other fields none means anything to them.
-        calibration: of awq and gptq.
-        gptq: of gptq.
-        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
-            p (16 - bits) bits per parameter. Rounded to the nearest count, at least one dimension.
-        outlier_selection: which dimensions: proxy (the weights before have the largest standard deviation; paper, eq.
-            2), column (this matrix' own column has), random (a control).
-        outlier_zscore: instead of a fraction: the dimensions whose standard deviation is more than so many standard
-            deviations above the matrix' mean one (bitsandbytes: 4).
-        activation_threshold: of the methods that decompose (llm_int8 and others): input dimensions in which an
-            activation is larger are multiplied at 16 bits (LLM.int8(): 6.0).
-        include: regular expression of tensor names to quantize in addition to the block matrices.
-        exclude: regular expression of tensor names not to quantize.
-        min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
-    """
-
-    method: str = "rtn"
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    gptq: GptqConfig = field(default_factory=GptqConfig)
-    outlier_fraction: float = 0.0
-    outlier_selection: str = "proxy"
-    outlier_zscore: float | None = None
-    activation_threshold: float = 6.0
-    include: str | None = None
-    exclude: str | None = None
-    min_coverage: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("quant.method", self.method, METHODS)
-        self._check_outliers()
-        self._check_method()
-        if not 0 <= self.min_coverage <= 1:
-            raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
-        for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
-            try:
-                re.compile(pattern or "")
-            except re.error as error:
-                raise ValueError(f"quant.{name}={pattern!r} is not a regular expression: {error}") from None
-
-    def _check_outliers(self) -> None:
-        check_choice("quant.outlier_selection", self.outlier_selection, OUTLIER_SELECTIONS)
-        if not 0 <= self.outlier_fraction < 1:
-            raise ValueError(f"quant.outlier_fraction={self.outlier_fraction:g} is not in [0, 1)")
-        if self.outlier_zscore is not None:
-            if not self.outlier_zscore > 0:
-                raise ValueError(f"quant.outlier_zscore={self.outlier_zscore:g} is not > 0 (null: none)")
-            if self.outlier_fraction or self.outlier_selection == "random":
-                raise ValueError(
-                    "quant.outlier_zscore says by itself how many dimensions stay at 16 bits: it goes with neither "
-                    "quant.outlier_fraction nor quant.outlier_selection=random"
-                )
-        if not self.activation_threshold > 0:
-            raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
-
-    def _check_method(self) -> None:
-        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
-            raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
-        if self.rounding == "stochastic" and self.method in ("mse", "hqq", "gptq"):
-            raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
-        if self.method == "gptq" and self.gptq.act_order and not self.gptq.static_groups and self.block_size:
-            raise ValueError(
-                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
-                "columns would need an index for each column, which total_bits does not count"
-            )
-
-    @staticmethod
-    def of(spec: QuantSpec) -> QuantConfig:
-        """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
-        if isinstance(spec, QuantConfig):
-            return spec
-        return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> QuantConfig:
-        """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
-        known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
-        for name, kind in (("calibration", CalibrationConfig), ("gptq", GptqConfig)):
-            if name in known:
-                known[name] = kind(**known[name])
-        return QuantConfig(**known)
-
-    @property
-    def keeps_outliers(self) -> bool:
-        """Whether input dimensions stay at 16 bits that are chosen before anything runs."""
-        return not self.is_baseline and bool(self.outlier_fraction or self.outlier_zscore)
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether input dimensions are multiplied at 16 bits that are found at run time."""
-        return self.method in INT8_METHODS and self.method.endswith(("llm_int8", "decomposition"))
-
-    @property
-    def sees_whole_input(self) -> bool:
-        """Whether an output depends on more of a layer's input than its own token: on what else is in the batch."""
-        return not self.is_baseline and (self.method in ("absmax", "zeropoint") or self.decomposes)
-
-    @property
-    def spec(self) -> QuantSpec:
-        """The weights' quantizer alone."""
-        if self.method in INT8_METHODS and not self.is_baseline:
-            layout = "row" if self.method in _PER_OUTPUT else "flat"
-            return QuantSpec(bits=8, data_type="int", block_size=None, layout=layout, scale_format="fp32")
-        return QuantSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)})
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """What decides the quantized model, canonical: without fields that mean nothing here or are at their default.
-
-        So a field added later does not change the keys of old results; in turn a default, once released, never changes.
-        """
-        spec = self.spec.canonical()
-        content = _differences(spec, QuantSpec()) | {"bits": spec.bits}
-        if spec.is_baseline:
-            return content
-        names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
-        return content | {"method": self.method} | self.method_options | names | self._outlier_content()
-
-    @property
-    def method_options(self) -> dict[str, Any]:
-        """The options that mean something to the method, canonical; empty for a method without any."""
-        options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
-        if self.method == "gptq" and (own := _differences(self.gptq, GptqConfig())):
-            options["gptq"] = own
-        return options
-
-    def _outlier_content(self) -> dict[str, Any]:
-        content: dict[str, Any] = {}
-        if self.keeps_outliers:
-            names = ("outlier_fraction", "outlier_zscore")
-            content |= {name: getattr(self, name) for name in names if getattr(self, name)}
-            content |= {"outlier_selection": self.outlier_selection} if self.outlier_selection != "proxy" else {}
-            content |= {"seed": self.seed} if self.outlier_selection == "random" and self.seed else {}
-        if self.decomposes and self.activation_threshold != QuantConfig.activation_threshold:
-            content |= {"activation_threshold": self.activation_threshold}
-        return content
-
-    def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
-        """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.
-
-        Codes, scales, zero points of int8 methods and AWQ's scale of each input too. A kept dimension costs 16 - bits
-        for each of its weights: it has its share in the blocks' scales as if it were quantized, and the paper's
-        p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
-        decomposed at run time is not counted.
-
-        Args:
-            shape: of the matrix, input dimensions last.
-            kept: how many input dimensions are kept; None is as many as outlier_fraction says (of outlier_zscore, which
-                only the weights' values tell, none).
-        """
-        spec, elements = self.spec, math.prod(shape)
-        if spec.is_baseline or elements == 0:
-            return spec.count_bits(shape)
-        kept = self.count_kept(shape[-1]) if kept is None else kept
-        zero_points = ZERO_POINT_BITS * spec.count_blocks(shape) if self.method.startswith("zeropoint") else 0
-        input_scales = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.method == "awq" else 0
-        kept_bits = elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
-        return spec.count_bits(shape) + zero_points + input_scales + kept_bits
-
-    def count_kept(self, inputs: int) -> int:
-        """Return how many of so many input dimensions outlier_fraction keeps at 16 bits."""
-        return max(1, math.floor(self.outlier_fraction * inputs + 0.5)) if self.outlier_fraction else 0
-
-    def label(self) -> str:
-        """Return the short name of a bare quantizer, or the int8 method's, and what of outliers is kept."""
-        name = self.method if self.method in INT8_METHODS and not self.is_baseline else super().label()
-        if not self.keeps_outliers:
-            return name
-        share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"
-        return f"{name} {self.outlier_selection} outliers {share}"
 
 
 @dataclass(frozen=True)
@@ -375,7 +131,7 @@ class Experiment:
             else:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         if self.eval.features.measure:
-            evaluation |= {"features": _differences(self.eval.features, FeatureConfig())}
+            evaluation |= {"features": differences(self.eval.features, FeatureConfig())}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.content, "eval": evaluation}
 
@@ -405,7 +161,7 @@ class Experiment:
         """
         content = self.content
         if _hash_content(content) != self.key:
-            files = [self.model.name, self.eval.perplexity, self.eval.task_path]
+            files = [self.model.name, *self.texts, self.eval.task_path]
             raise ValueError(
                 f"one of {', '.join(str(file) for file in files if file)} has changed since {self.key} was planned, so "
                 "that its result would belong to another key: plan the study again"
@@ -493,9 +249,3 @@ class RunConfig(Experiment):
 
 def _hash_content(content: dict[str, dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _differences(value: Any, default: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are not at their default."""
-    mine, theirs = dataclasses.asdict(value), dataclasses.asdict(default)
-    return {name: mine[name] for name in mine if mine[name] != theirs[name]}

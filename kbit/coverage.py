@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from kbit.config import QuantConfig
 from kbit.models import distinct_parameters
+from kbit.quantconfig import QuantConfig
 from kbit.spec import BASELINE_BITS, QuantSpec
 
 

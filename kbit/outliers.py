@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from kbit.config import QuantConfig
+from kbit.quantconfig import QuantConfig
 from kbit.wiring import deviation_of, find_sources, measure_deviation, orient
 
 

@@ -191,8 +191,8 @@ def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backe
 
 def _check_reach(codebook: Codebook, scales: Scales, offsets: Scales, dtype: torch.dtype, spec: QuantSpec) -> None:
     """Raise ValueError if a finite tensor could become infinite: a scale was rounded up beyond what its dtype holds."""
-    peak, most = np.abs(codebook).max(), np.float64(torch.finfo(dtype).max)
-    if np.abs(scales).max() * np.float64(peak) + np.abs(offsets).max() <= most:  # of different blocks: a bound
+    peak, most = np.float64(_largest(codebook)), np.float64(torch.finfo(dtype).max)
+    if _largest(scales) * peak + _largest(offsets) <= most:  # of different blocks: a bound
         return
     reach = float((np.abs(scales).astype(np.float64) * peak + np.abs(offsets)).max())
     if not reach <= most:  # so that NaN is refused, too
@@ -201,6 +201,12 @@ def _check_reach(codebook: Codebook, scales: Scales, offsets: Scales, dtype: tor
             f"scale_format={spec.scale_format} rounds a block's largest magnitude to {reach:.6g}, beyond {name} "
             f"(largest {most:g}): use scale_format=fp32, or values of a wider type"
         )
+
+
+def _largest(values: NDArray[np.float32]) -> np.float32:
+    """Return the largest magnitude, without a copy."""
+    largest: np.float32 = np.maximum(values.max(), -values.min())
+    return largest
 
 
 def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float32], spec: QuantSpec) -> Scales:

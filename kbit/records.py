@@ -14,7 +14,7 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kbit.config import CALIBRATED, QuantConfig
+from kbit.quantconfig import CALIBRATED, QuantConfig
 
 SCHEMA_VERSION: Final = 1
 

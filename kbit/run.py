@@ -12,6 +12,7 @@ from kbit.config import RunConfig
 
 if TYPE_CHECKING:  # pandas, which a refused configuration need not wait for
     from kbit.store import Store
+    from kbit.sweep import Plan
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
@@ -31,16 +32,11 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
     """
     from kbit.files import check_writable
     from kbit.store import Store
-    from kbit.sweep import check_experiment, compact_quietly, finish, make_plan, run_in_process, run_on_ray
+    from kbit.sweep import compact_quietly, finish, run_in_process, run_on_ray
 
     settings = configs[0]
     try:
-        _check_settings(configs)
-        experiments = [config.experiment for config in configs]
-        for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
-            check_experiment(experiment, planned_only=plan_only)
-        plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
-        _check_device(settings, engine)
+        plan = _make_plan(configs, engine, plan_only=plan_only)
         if plan_only:
             check_writable(settings.results)
             print(plan.describe())
@@ -65,6 +61,20 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
             sys.exit(130)
         compact_quietly(store)
     _report(configs, settings, store)
+
+
+def _make_plan(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) -> Plan:
+    """Return the plan of these configurations, each model, task and text of which is looked for before any work."""
+    from kbit.sweep import check_experiment, make_plan
+
+    settings = configs[0]
+    _check_settings(configs)
+    experiments = [config.experiment for config in configs]
+    for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
+        check_experiment(experiment, planned_only=plan_only)
+    plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+    _check_device(settings, engine)
+    return plan
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:

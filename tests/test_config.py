@@ -10,18 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kbit.config import (
-    METHODS,
-    CalibrationConfig,
-    EvalConfig,
-    Experiment,
-    GptqConfig,
-    ModelConfig,
-    QuantConfig,
-    RayConfig,
-    RunConfig,
-)
+from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig, RunConfig
 from kbit.datatypes import PAPER_EXPONENT_BITS
+from kbit.quantconfig import METHODS, CalibrationConfig, GptqConfig, QuantConfig
 
 BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(bits=1), ["bits=1", "2..8", "16"]),

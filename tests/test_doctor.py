@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from kbit.config import EvalConfig, ModelConfig, QuantConfig, RayConfig, RunConfig
+from kbit.config import EvalConfig, ModelConfig, RayConfig, RunConfig
 from kbit.doctor import Finding, diagnose
+from kbit.quantconfig import QuantConfig
 
 
 def examine(config: RunConfig) -> dict[str, Finding]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.experiment import Result, Session, run_experiment
 from kbit.measurement import decode_items
+from kbit.quantconfig import QuantConfig
 from kbit.taskfiles import EMBEDDED_TASKS
 from kbit.textdata import read_bytes, read_documents
 

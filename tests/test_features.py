@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from planted import plant_features
 from scipy import stats
 
 from kbit import features
 from kbit.budget import TokenBudget
-from kbit.config import EvalConfig, Experiment, FeatureConfig, ModelConfig, QuantConfig
+from kbit.config import EvalConfig, Experiment, FeatureConfig, ModelConfig
 from kbit.experiment import Session
 from kbit.features import find_features, measure_ablation, measure_features, measure_proxy, observe
 from kbit.perplexity import Windows, measure_cross_entropy, run_trunk
+from kbit.quantconfig import QuantConfig
 from kbit.store import Store, read_features, read_results
 
 Build = Callable[..., Any]
@@ -29,21 +31,6 @@ BUDGET = TokenBudget(10_000)
 def make_windows(count: int = 6, length: int = 33) -> Windows:
     tokens = torch.randint(1, 259, (count, length), generator=torch.Generator().manual_seed(0))
     return Windows("toy", "", tokens, 1.0)
-
-
-def plant(model: Any, dimensions: list[int], scale: float, layers: list[int]) -> None:
-    """Scale dimensions up after OPT's norms and down in the next weights: the function is unchanged."""
-    for layer in (model.model.decoder.layers[i] for i in layers):
-        attention = layer.self_attn
-        for norm, readers in [
-            (layer.self_attn_layer_norm, [attention.q_proj, attention.k_proj, attention.v_proj]),
-            (layer.final_layer_norm, [layer.fc1]),
-        ]:
-            with torch.no_grad():
-                norm.weight[dimensions] *= scale
-                norm.bias[dimensions] *= scale
-                for reader in readers:
-                    reader.weight[:, dimensions] /= scale
 
 
 def record(model: Any, windows: Windows, modules: list[str]) -> list[torch.Tensor]:
@@ -72,7 +59,7 @@ def found(seen: Any, **criteria: float) -> list[int]:
 def test_exactly_the_planted_features_are_found(build_tiny: Build) -> None:
     model, windows = build_tiny("opt"), make_windows()
     assert found(observe(model, windows, BUDGET, 6.0)) == []
-    plant(model, PLANTED, 64.0, [0, 1])
+    plant_features(model, PLANTED, 64.0, [0, 1])
     leading, measured = measure_features(model, windows, BUDGET, CRITERIA)
     assert sorted(f.dimension for f in leading if f.is_feature) == PLANTED
     values = {m.metric: m.value for m in measured if m.task == "features/toy"}
@@ -96,7 +83,7 @@ def test_exactly_the_planted_features_are_found(build_tiny: Build) -> None:
 
 def test_each_criterion_counts(build_tiny: Build) -> None:
     model, windows = build_tiny("opt"), make_windows()
-    plant(model, PLANTED, 64.0, [1])  # in one layer of two
+    plant_features(model, PLANTED, 64.0, [1])  # in one layer of two
     seen = observe(model, windows, BUDGET, 6.0)
     assert sorted(found(seen)) == PLANTED
     assert found(seen, layers=0.51) == []
@@ -121,7 +108,7 @@ def test_a_feature_of_one_sign_is_one_sided(build_tiny: Build) -> None:
 
 def test_streaming_changes_nothing_and_memory_does_not_grow(build_tiny: Build) -> None:
     model, windows = build_tiny("opt"), make_windows()
-    plant(model, PLANTED, 64.0, [0, 1])
+    plant_features(model, PLANTED, 64.0, [0, 1])
     whole, pieces = (observe(model, windows, TokenBudget(tokens), 6.0) for tokens in (10_000, 1))
     more = observe(model, make_windows(24), TokenBudget(64), 6.0)
     assert whole.positions == pieces.positions == 6 * 32

@@ -11,9 +11,10 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 
 import kbit.lmeval
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.experiment import run_experiment
 from kbit.lmeval import QuantizedLM
+from kbit.quantconfig import QuantConfig
 
 ARGUMENTS = "pretrained=nano-neox-98k,bits=4,data_type=nf,block_size=64"
 

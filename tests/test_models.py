@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from kbit.config import QuantConfig
 from kbit.coverage import QuantizationReport, TensorReport, plan_quantization
 from kbit.methods import copy_weights, quantize_model, restore_weights
 from kbit.models import hash_weights
+from kbit.quantconfig import QuantConfig
 from kbit.quantizer import fake_quantize
 from kbit.spec import QuantSpec
 

@@ -14,10 +14,11 @@ import pytest
 
 import kbit.experiment
 import kbit.perplexity
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.evaluation import Prepared
 from kbit.experiment import Result, Session, run_experiment
 from kbit.families import locate_model
+from kbit.quantconfig import QuantConfig
 from kbit.scorer import Scorer
 from kbit.store import Store, read_failures, read_results
 from kbit.sweep import Worker

@@ -13,9 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kbit.config import CalibrationConfig, Experiment, GptqConfig, ModelConfig, QuantConfig
+from kbit.config import Experiment, ModelConfig
 from kbit.experiment import Result
 from kbit.measurement import Measurement, encode_items
+from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.records import SCHEMA_VERSION
 from kbit.store import Store, list_keys, read_failures, read_items, read_provenance, read_results
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig, RayConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
 from kbit.families import EMBEDDED
 from kbit.files import LocalFiles
 from kbit.logfile import log_output
+from kbit.quantconfig import QuantConfig
 from kbit.store import Store, list_keys, read_failures, read_results
 from kbit.sweep import (
     Outcome,

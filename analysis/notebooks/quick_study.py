@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.experiment import Session
+from kbit.quantconfig import QuantConfig
 from kbit.store import Store
 
 TOP: Final = Path(__file__).resolve().parents[2]

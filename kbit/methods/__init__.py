@@ -1,8 +1,8 @@
 """Quantize a model in place by one of the methods.
 
-A method is a function (model, weights, quant, tokenizer) -> notes, in the module of this package that has its name. It
-quantizes Weight.without_kept, ends with Weight.put for each weight, and returns what the record should say of it. To
-add one: write the module, and name it in kbit.config.METHODS and in _FUNCTIONS.
+A method is a function (model, weights, quant, tokenizer) -> notes, in a module of this package. It quantizes each
+weight with its kept columns at 0 (see Weight), ends with Weight.put, and returns what the record should say of it. To
+add one: write the module, and name it in kbit.quantconfig.METHODS and in _FUNCTIONS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import INT8_METHODS, QuantConfig
 from kbit.coverage import (
     QuantizationReport,
     describe_low_coverage,
@@ -31,6 +30,7 @@ from kbit.methods.llm_int8 import undo_products
 from kbit.methods.weight import Weight, sum_squares
 from kbit.models import check_finite
 from kbit.outliers import choose_kept
+from kbit.quantconfig import INT8_METHODS, QuantConfig
 from kbit.scales import check_scale_range
 from kbit.spec import QuantSpec
 
@@ -129,7 +129,7 @@ def _find_weights(model: nn.Module, report: QuantizationReport, config: QuantCon
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         # tensors of one model must not share their random numbers
-        own_seed = dataclasses.replace(report.spec, seed=report.spec.seed + zlib.crc32(name.encode()))
+        own_seed = dataclasses.replace(report.spec, seed=(report.spec.seed + zlib.crc32(name.encode())) % 2**63)
         transposed = is_transposed(owner_of(model, name))
         weight = Weight(name, values.transpose(-1, -2) if transposed else values, own_seed)
         weights.append(dataclasses.replace(weight, kept=kept[name]) if name in kept else weight)

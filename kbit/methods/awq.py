@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import QuantConfig
 from kbit.methods.calibration import calibrate, describe_windows, draw_windows
 from kbit.methods.weight import Weight
+from kbit.quantconfig import QuantConfig
 from kbit.quantizer import fake_quantize
 
 ALPHAS: Final = tuple(i / 20 for i in range(20))  # the paper's grid

@@ -26,11 +26,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import GptqConfig, QuantConfig
 from kbit.methods.blocks import BlockGrid, ChooseScales
 from kbit.methods.calibration import calibrate, describe_windows, draw_windows
 from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
+from kbit.quantconfig import GptqConfig, QuantConfig
 
 LEAF: Final = 128  # columns that are updated one by one; the published block of lazy updates
 _RAISES: Final = 3  # times that a damping which was too little is raised tenfold
@@ -153,11 +153,7 @@ def round_columns(
 
     def finish_block(start: int, stop: int) -> None:
         if refit:
-            block = int(order[start]) // grid.grid.block_size
-            first = block * grid.grid.block_size
-            whole = matrix.new_zeros(len(matrix), min(grid.grid.block_size, grid.inputs - first))
-            whole[:, order[start:stop] - first] = left[start:stop].T  # kept columns of the block are 0
-            grid.refit(rows, block, whole, choose)
+            _refit_block(grid, rows, order[start:stop], left[start:stop], choose)
         _halve([*range(start, stop, leaf), stop], finish_leaf, left, errors, factor)
 
     def finish_leaf(start: int, stop: int) -> None:
@@ -174,6 +170,22 @@ def round_columns(
         bounds[1:1] = (torch.nonzero(blocks[1:] != blocks[:-1]).flatten() + 1).tolist()
     _halve(bounds, finish_block, left, errors, factor)
     return left.T
+
+
+def _refit_block(
+    grid: BlockGrid,
+    rows: slice,
+    columns: Int64[Tensor, " columns"],
+    values: Float[Tensor, "columns rows"],
+    choose: ChooseScales | None,
+) -> None:
+    """Choose the scales of the block that has these columns from the values they have now; kept columns of it are 0."""
+    size = grid.grid.block_size
+    block = int(columns[0]) // size
+    first = block * size
+    whole = values.new_zeros(values.shape[1], min(size, grid.inputs - first))
+    whole[:, columns - first] = values.T
+    grid.refit(rows, block, whole, choose)
 
 
 def _halve(

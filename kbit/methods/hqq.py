@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import QuantConfig
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.weight import Weight
+from kbit.quantconfig import QuantConfig
 
 P: Final = 0.7  # as in HQQ's code, like the three below
 BETA: Final = 10.0

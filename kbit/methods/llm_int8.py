@@ -24,35 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from kbit.config import QuantConfig
 from kbit.coverage import owner_of
 from kbit.methods.weight import Weight
+from kbit.quantconfig import SCHEMES, QuantConfig
 
 LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code of x negated
 # What torch._int_mm asks of (rows, inner and outer columns): multiples of the second, and at least the first of rows
 _GEMM_SHAPES: Final = {"cpu": (1, 1), "cuda": (24, 8)}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a method quantizes; its name is the one in quant.method."""
-
-    input_rows: bool
-    weight_rows: bool
-    zero_point: bool = False
-    decomposes: bool = False
-
-
-SCHEMES: Final = {
-    "absmax": Scheme(input_rows=False, weight_rows=False),
-    "zeropoint": Scheme(input_rows=False, weight_rows=False, zero_point=True),
-    "rowwise": Scheme(input_rows=True, weight_rows=False),
-    "vectorwise": Scheme(input_rows=True, weight_rows=True),
-    "zeropoint_vectorwise": Scheme(input_rows=True, weight_rows=True, zero_point=True),
-    "rowwise_decomposition": Scheme(input_rows=True, weight_rows=False, decomposes=True),
-    "llm_int8": Scheme(input_rows=True, weight_rows=True, decomposes=True),
-    "zeropoint_llm_int8": Scheme(input_rows=True, weight_rows=True, zero_point=True, decomposes=True),
-}
 
 
 @dataclass(frozen=True)
@@ -153,7 +131,8 @@ class Int8Linear:
         by_row, zero_point = self.scheme.weight_rows, self.scheme.zero_point
         needs_wide = self.scheme.decomposes or len(self.kept) > 0
         self.wide = weight.values.clone(memory_format=torch.contiguous_format) if needs_wide else None
-        self.weight = quantize_int8(weight.without_kept(), by_row=by_row, zero_point=zero_point)
+        with weight.kept_at_zero() as values:
+            self.weight = quantize_int8(values, by_row=by_row, zero_point=zero_point)
         self.met: Bool[Tensor, " in"] = torch.zeros(weight.values.shape[-1], dtype=torch.bool, device=self.kept.device)
         self.met[self.kept] = True
 

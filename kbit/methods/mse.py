@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import QuantConfig
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.weight import Weight
+from kbit.quantconfig import QuantConfig
 from kbit.scales import Scales
 
 FACTORS: Final = np.arange(40, 121, 2, dtype=np.float32) / 100  # 2 bits want about 0.6; dynamic types some above 1

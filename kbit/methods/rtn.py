@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import QuantConfig
 from kbit.methods.weight import Weight
+from kbit.quantconfig import QuantConfig
 from kbit.quantizer import fake_quantize
 
 

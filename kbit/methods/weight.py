@@ -27,7 +27,8 @@ class Weight:
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of what put has changed so far.
         kept: input dimensions that stay at 16 bits (kbit.outliers). put leaves these columns as they are whatever it is
-            given; a method quantizes without_kept(), so that they decide no block's scale.
+            given; a method quantizes the values with 0 in their place (kept_at_zero, take_matrix), so that they decide
+            no block's scale. The zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
     """
 
     name: str
@@ -35,13 +36,6 @@ class Weight:
     spec: QuantSpec
     squared_error: float = 0.0
     kept: Int64[Tensor, " kept"] = field(default_factory=_no_dimensions)
-
-    def without_kept(self) -> Float[Tensor, "*batch out in"]:
-        """Return the values to quantize: 0 in the columns that stay at 16 bits (a copy; the values if there are none).
-
-        The zeros are part of the blocks, as in bitsandbytes: no block changes its place or number.
-        """
-        return self.values.index_fill(-1, self.kept, 0.0) if len(self.kept) else self.values
 
     def take_matrix(self) -> Float[Tensor, "rows in"]:
         """Return a float32 copy of the values as a matrix, kept columns 0 so that no block scale sees them."""
@@ -51,7 +45,7 @@ class Weight:
 
     @contextmanager
     def kept_at_zero(self) -> Iterator[Float[Tensor, "*batch out in"]]:
-        """Yield without_kept() in the weight's own memory, which has its kept columns back afterwards: no copy."""
+        """Yield the values with 0 in the kept columns, in the weight's own memory, which has them back afterwards."""
         kept = self.values[..., self.kept]  # indexing copies
         self.values[..., self.kept] = 0.0
         try:

@@ -10,7 +10,7 @@ import pytest
 from kbit.analysis.curves import name_data_type
 from kbit.analysis.figures import FIGURES
 from kbit.analysis.int8 import read_paper
-from kbit.config import INT8_METHODS
+from kbit.quantconfig import INT8_METHODS
 
 
 def plant(planted: pd.DataFrame, added: dict[str, float]) -> pd.DataFrame:

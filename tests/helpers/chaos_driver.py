@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kbit.config import EvalConfig, Experiment, ModelConfig, QuantConfig, RayConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
+from kbit.quantconfig import QuantConfig
 from kbit.store import Store
 from kbit.sweep import Outcome, _dispatch, _start_ray, compact_quietly, finish, make_plan
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kbit.config import Experiment, ModelConfig, QuantConfig
+from kbit.config import Experiment, ModelConfig
 from kbit.experiment import Result
 from kbit.measurement import Measurement, encode_items
+from kbit.quantconfig import QuantConfig
 from kbit.store import Store
 
 QUANTS = (

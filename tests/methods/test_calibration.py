@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kbit.config import CalibrationConfig, QuantConfig
 from kbit.coverage import plan_quantization
 from kbit.experiment import Session
 from kbit.methods import _find_weights, quantize_model
 from kbit.methods.calibration import calibrate, draw_windows
 from kbit.perplexity import Windows
+from kbit.quantconfig import CalibrationConfig, QuantConfig
 from kbit.quantizer import fake_quantize
 from kbit.textdata import read_documents
 

@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import plant_features
 from torch import nn
 
-from kbit.config import INT8_METHODS, EvalConfig, Experiment, ModelConfig, QuantConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.coverage import plan_quantization
 from kbit.experiment import Session
 from kbit.methods import copy_weights, llm_int8, quantize_model, restore_weights
-from kbit.methods.llm_int8 import SCHEMES, Int8Linear, describe_products, multiply_int8, quantize_int8
+from kbit.methods.llm_int8 import Int8Linear, describe_products, multiply_int8, quantize_int8
 from kbit.methods.weight import Weight
 from kbit.models import hash_weights
+from kbit.quantconfig import INT8_METHODS, SCHEMES, QuantConfig
 from kbit.quantizer import fake_quantize
 from kbit.spec import QuantSpec
 
@@ -198,21 +200,6 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-def plant_features(model: Any, dimensions: list[int], scale: float = 64.0) -> None:
-    """Scale dimensions up after a norm and down in the next weights: outlier features, the function unchanged."""
-    for layer in model.model.decoder.layers:
-        attention = layer.self_attn
-        for norm, readers in [
-            (layer.self_attn_layer_norm, [attention.q_proj, attention.k_proj, attention.v_proj]),
-            (layer.final_layer_norm, [layer.fc1]),
-        ]:
-            with torch.no_grad():
-                norm.weight[dimensions] *= scale
-                norm.bias[dimensions] *= scale
-                for reader in readers:
-                    reader.weight[:, dimensions] /= scale
-
-
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "opt", "bloom", "llama"])
 def test_a_model_computes_in_int8_and_is_restored(build_tiny: Build, architecture: str) -> None:
     model = build_tiny(architecture)
@@ -309,14 +296,15 @@ def test_bits_are_codes_and_constants(method: str, constants: int) -> None:
     assert 32 * layer.weight.scale.numel() + 8 * layer.weight.codes.numel() == config.count_bits((10, 48))
 
 
-def test_the_configuration_and_the_schemes_agree() -> None:
-    assert set(SCHEMES) == set(INT8_METHODS)
-    for name, scheme in SCHEMES.items():
+def test_the_configuration_does_what_the_methods_are_called() -> None:
+    """The names are the paper's: what each says of a method is what the method does, and what is counted."""
+    for name in INT8_METHODS:
         config = QuantConfig(bits=8, method=name)
-        assert config.decomposes == scheme.decomposes
-        assert config.spec.layout == ("row" if scheme.weight_rows else "flat")
-        assert config.sees_whole_input == (scheme.decomposes or not scheme.input_rows)
-        assert (config.count_bits((4, 4)) > dataclasses.replace(config.spec).count_bits((4, 4))) == scheme.zero_point
+        decomposes = name.endswith(("llm_int8", "decomposition"))
+        assert config.decomposes == decomposes
+        assert config.spec.layout == ("row" if name.endswith(("vectorwise", "llm_int8")) else "flat")
+        assert config.sees_whole_input == (decomposes or name in ("absmax", "zeropoint"))
+        assert (config.count_bits((4, 4)) > config.spec.count_bits((4, 4))) == name.startswith("zeropoint")
 
 
 def test_other_fields_of_the_quantizer_mean_nothing_and_the_threshold_something() -> None:

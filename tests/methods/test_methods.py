@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kbit.config import METHODS
 from kbit.methods import _find_method
+from kbit.quantconfig import METHODS
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kbit.config import CalibrationConfig, QuantConfig
 from kbit.methods import quantize_model
 from kbit.methods.awq import ALPHAS, find_channel_scales, quantize_scaled
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.hqq import P, fit_line, quantize_half_quadratic, shrink
 from kbit.methods.mse import FACTORS, find_best_scales
 from kbit.methods.weight import Weight
+from kbit.quantconfig import CalibrationConfig, QuantConfig
 from kbit.quantizer import fake_quantize
 from kbit.scales import SCALE_FORMATS
 from kbit.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
