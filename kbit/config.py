@@ -137,16 +137,16 @@ class Experiment:
 
     @property
     def texts(self) -> list[str]:
-        """The texts that it needs.
+        """The texts that it needs: the one that is measured, and the one that its method is calibrated on."""
+        calibrates = self.quant.method in CALIBRATED and not self.quant.is_baseline
+        texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
+        return [text for text in texts if text is not None]
 
-        Raises:
-            ValueError: it would calibrate on the text that it measures.
-        """
-        measured = self.eval.perplexity
-        seen = self.quant.calibration.text if self.quant.method in CALIBRATED and not self.quant.is_baseline else None
-        if seen is not None and measured is not None and identify_text(seen) == identify_text(measured):
+    def check_texts(self) -> None:
+        """Raise ValueError if it would calibrate on the text that it measures."""
+        if len(self.texts) == 2 and len({identify_text(text) for text in self.texts}) == 1:
+            measured, seen = self.texts
             raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
-        return [text for text in (measured, seen) if text is not None]
 
     @functools.cached_property
     def key(self) -> str:
@@ -157,8 +157,10 @@ class Experiment:
         """Return the content as the files now have it, if the key still is that of it.
 
         Raises:
-            ValueError: a file was changed after the key was computed, which is when a study is planned.
+            ValueError: a file was changed after the key was computed, which is when a study is planned; or see
+                check_texts.
         """
+        self.check_texts()
         content = self.content
         if _hash_content(content) != self.key:
             files = [self.model.name, *self.texts, self.eval.task_path]

@@ -63,7 +63,7 @@ def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
     yield from (_try(f"model {name}", _describe_model, name) for name in _distinct(c.model.name for c in configs))
     asked = _distinct((name, c.eval.task_path) for c in configs for name in c.eval.tasks)
     yield from (_try(f"task {name}", _describe_task, name, folder) for name, folder in asked)
-    texts = _distinct(c.eval.perplexity for c in configs if c.eval.perplexity is not None)
+    texts = _distinct(text for c in configs for text in c.texts)
     yield from (_try(f"text {name}", _describe_text, name) for name in texts)
     folders = _distinct(c.eval.task_path for c in configs)
     there = _distinct((name, folder) for folder in folders for name in sorted(_local_tasks(folder)))

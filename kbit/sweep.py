@@ -97,6 +97,7 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     locate_model(experiment.model.name)
     for text in experiment.texts:
         (locate_text if planned_only else check_text)(text)
+    experiment.check_texts()
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
 

@@ -13,6 +13,7 @@ import pytest
 from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig, RunConfig
 from kbit.datatypes import PAPER_EXPONENT_BITS
 from kbit.quantconfig import METHODS, CalibrationConfig, GptqConfig, QuantConfig
+from kbit.textdata import locate_text
 
 BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(bits=1), ["bits=1", "2..8", "16"]),
@@ -285,3 +286,12 @@ def test_label_names_model_quantizer_and_block() -> None:
     assert with_quant(data_type="nf", block_size=None).label() == "nano-neox-98k nf4 block whole"
     assert with_quant(method="gptq").label() == "nano-neox-98k float4-e3m0 block 64 gptq"
     assert with_quant(bits=16, method="gptq").label() == "nano-neox-98k 16-bit"
+
+
+@pytest.mark.parametrize("text", ["nano_held_out", str(locate_text("nano_held_out"))])
+def test_calibrating_on_the_text_that_is_measured_is_refused(text: str) -> None:
+    experiment = with_quant(method="gptq", calibration=CalibrationConfig(text=text))
+    for refuses in (experiment.check_texts, experiment.check_content):
+        with pytest.raises(ValueError, match=r"calibration\.text=.* is the text that is measured: 'nano_held_out'"):
+            refuses()
+    with_quant(method="rtn", calibration=CalibrationConfig(text=text)).check_texts()  # which sees no text

@@ -10,7 +10,7 @@ import pytest
 
 from kbit.config import EvalConfig, ModelConfig, RayConfig, RunConfig
 from kbit.doctor import Finding, diagnose
-from kbit.quantconfig import QuantConfig
+from kbit.quantconfig import CalibrationConfig, QuantConfig
 
 
 def examine(config: RunConfig) -> dict[str, Finding]:
@@ -40,6 +40,13 @@ def test_what_is_asked_for_and_cannot_be_had_is_missing(tmp_path: Path, monkeypa
     # the folder of tasks is not there: no task can be told to be the shipped one
     wanted = {"device cuda", "ray", "model pythia-70m-v0", "task piqa", "task mine", "text c4"}
     assert missing == wanted
+
+
+def test_the_text_of_a_calibrated_method_is_looked_at() -> None:
+    calibration = CalibrationConfig(text="nowhere.txt")
+    found = examine(RunConfig(quant=QuantConfig(method="gptq", calibration=calibration)))
+    assert found["text nowhere.txt"].missing
+    assert "text nowhere.txt" not in examine(RunConfig(quant=QuantConfig(calibration=calibration)))
 
 
 def test_a_wrong_task_of_the_users_folder_is_named(tmp_path: Path) -> None:
