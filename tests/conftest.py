@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -105,9 +105,12 @@ def run_kbit() -> Callable[..., Done]:
 
 
 @pytest.fixture
-def kbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Done]:
+def kbit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Done]]:
     """Run `kbit ...` in this process, which has torch loaded, from an empty folder: (*arguments)."""
     from hydra.core.global_hydra import GlobalHydra
+    from hydra_state import config_store_kept
 
     from kbit.cli import main
 
@@ -126,7 +129,8 @@ def kbit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
         captured = capsys.readouterr()
         return Done(code, captured.out, captured.err)
 
-    return run
+    with config_store_kept():
+        yield run
 
 
 def _exit_code(error: SystemExit) -> int:

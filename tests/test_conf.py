@@ -11,6 +11,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
+from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.cli import register_schema
@@ -35,8 +36,8 @@ TESTED = {"run", *(f"eval/{n}" for n in EVALS), *(f"hydra/launcher/{n}" for n in
 @pytest.fixture(autouse=True, scope="module")
 def hydra() -> Iterator[None]:
     """Hydra as `kbit run` starts it."""
-    register_schema()
-    with initialize_config_module(version_base="1.3", config_module="kbit.conf"):
+    with config_store_kept(), initialize_config_module(version_base="1.3", config_module="kbit.conf"):
+        register_schema()
         yield
 
 

@@ -13,6 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kbit.cli import register_schema
@@ -25,8 +26,8 @@ STUDIES = sorted(str(path.relative_to(SWEEPS).with_suffix("")) for path in SWEEP
 
 @pytest.fixture(scope="module")
 def hydra() -> Iterator[Any]:
-    register_schema()
-    with initialize_config_module("kbit.conf", version_base="1.3"):
+    with config_store_kept(), initialize_config_module("kbit.conf", version_base="1.3"):
+        register_schema()
         yield GlobalHydra.instance().hydra
 
 
@@ -82,7 +83,7 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
     grids: Any = OmegaConf.to_container(config.study.grids)
     for grid in grids or [{}]:
         texts = [
-            f"{key}={','.join('null' if v is None else str(v) for v in value) if isinstance(value, list) else value}"
+            f"{key}={','.join(map(write_value, value if isinstance(value, list) else [value]))}"
             for key, value in grid.items()
         ]
         points += BasicSweeper.split_arguments(parser.parse_overrides(texts), None)[0]
@@ -90,6 +91,11 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
         assert len(expanded) == len(points)
         for at in {*range(min(20, len(points))), *range(max(0, len(points) - 20), len(points))}:
             assert expanded[at] == compose_slowly(hydra, [*job, *points[at]])
+
+
+def write_value(value: object) -> str:
+    """Return a value of a study file as it stands on the command line."""
+    return "null" if value is None else str(value)
 
 
 def study_of(composer: Composer, *overrides: str) -> list[tuple[int, str, int | None]]:
