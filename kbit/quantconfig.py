@@ -101,6 +101,9 @@ class GptqConfig:
             raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
 
 
+OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
+
+
 @dataclass(frozen=True)
 class QuantConfig(QuantSpec):
     """The quantizer and which tensors it applies to.
@@ -185,7 +188,7 @@ class QuantConfig(QuantSpec):
     def from_json(values: Mapping[str, Any]) -> QuantConfig:
         """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
         known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
-        for name, kind in (("calibration", CalibrationConfig), ("gptq", GptqConfig)):
+        for name, kind in OPTION_GROUPS.items():
             if name in known:
                 known[name] = kind(**known[name])
         return QuantConfig(**known)
@@ -246,7 +249,7 @@ class QuantConfig(QuantSpec):
 
         The calibration text is given by the name that the user gave it.
         """
-        told = ("bits", "data_type", "exponent_bits", "block_size", "method", "calibration", "gptq")
+        told: tuple[str, ...] = ("bits", "data_type", "exponent_bits", "block_size", "method", "calibration", "gptq")
         told += ("outlier_fraction", "outlier_selection", "outlier_zscore")
         if self.scheme is not None:  # which decides the quantizer
             told += tuple(f.name for f in dataclasses.fields(QuantSpec))
