@@ -136,7 +136,8 @@ def test_a_part_is_read_without_threads_that_outlive_the_interpreter(tmp_path: P
     """Threads of pyarrow's that came back to a dead interpreter aborted 14 of 60 short commands."""
     fill(tmp_path, range(4)).compact()
     code = (
-        "import os, sys; from kbit.files import open_files; from kbit import parts; from kbit.records import ROW_SCHEMA\n"
+        "import os, sys; from kbit.files import open_files; from kbit.records import ROW_SCHEMA\n"
+        "from kbit import parts\n"
         "files, threads = open_files(sys.argv[1]), len(os.listdir('/proc/self/task'))\n"
         "[name] = files.names('compacted', '.parquet'); keys = parts.read_keys(files, name)\n"
         "texts, rows = parts.read_texts(files, name, list(keys)[:3]), parts.read_rows(files, name, ROW_SCHEMA)\n"
