@@ -79,6 +79,8 @@ class Store:
         try:
             self._files.prepare(_FOLDERS)
         except OSError as error:
+            if is_url(path):  # says so itself
+                raise
             raise OSError(f"results={path}: cannot write to {self.root}: {error.strerror or error}") from error
 
     @property
