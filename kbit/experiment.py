@@ -44,7 +44,8 @@ class TaskRecord:
     """Which data a task's numbers come from, and what of it the model was sent.
 
     Attributes:
-        name, version, source, sha256, fingerprint: see LoadedTask.
+        name, version, source, sha256, fingerprint, definition_sha256: see LoadedTask; the last is empty in results from
+            before it was kept.
         truncated: requests that lost tokens to the model's context length.
         first_tokens: of the first request, context and continuation, at most 64.
     """
@@ -56,6 +57,7 @@ class TaskRecord:
     fingerprint: str
     truncated: int
     first_tokens: tuple[int, ...]
+    definition_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,8 @@ def _check_read(what: str, found: object, expected: object) -> None:
 def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:
     sent = scores.first_tokens[task.name][:FIRST_TOKENS]
     truncated = scores.truncated[task.name]
-    return TaskRecord(task.name, task.version, task.source, task.sha256, task.fingerprint, truncated, sent)
+    identity = (task.name, task.version, task.source, task.sha256, task.fingerprint)
+    return TaskRecord(*identity, truncated, sent, task.definition_sha256)
 
 
 def run_experiment(experiment: Experiment, device: str = "cpu") -> Result:

@@ -215,9 +215,9 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     (block_size missing: whole tensor; table as text; all missing for the 16-bit baseline), method, method_options
     (what is not at its default, as text), outlier_fraction, outlier_selection, outlier_zscore and
     activation_threshold (what stays at 16 bits), include, exclude, evaluation (values compare only where it is
-    equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized weights), task, metric, value,
-    low, high (95% interval), n. The table's attrs["store"] is the path, for those who need the items behind a value
-    (read_items).
+    equal: dtype, items or windows, and the beginning of a hash of their content), bits_per_param, total_bits,
+    weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n. The table's
+    attrs["store"] is the path, for those who need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
@@ -375,9 +375,9 @@ def _read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
 
 
 def _read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
-    """Return columns of a Parquet file; one of another kbit, with other columns, is made again from its records."""
+    """Return columns of a Parquet file; one of another kbit, with other rows, is made again from its records."""
     with files.open(name) as file:
-        if pq.read_schema(file).equals(PART_SCHEMA):
+        if pq.read_schema(file).equals(PART_SCHEMA, check_metadata=True):
             return pq.read_table(file, columns=schema.names).select(schema.names)
         texts = pq.read_table(file, columns=["record"])["record"]
     return make_part([parse_record(text.as_py(), name) for text in texts]).select(schema.names)
