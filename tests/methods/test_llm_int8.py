@@ -299,7 +299,8 @@ def test_whoever_evaluates_the_model_its_results_do_not_depend_on_the_batch(meth
     assert by_1 == by_32
     states = [compute_reference(loaded.model, windows, TokenBudget(tokens)) for tokens in (1, 1024)]
     assert torch.equal(*states)
-    reference = Reference(states[0], loaded.model.get_output_embeddings())
+    model: Any = loaded.model
+    reference = Reference(states[0], model.get_output_embeddings())
     alone, together = (
         measure_cross_entropy(loaded.model, windows, TokenBudget(tokens), reference) for tokens in (1, 1024)
     )
