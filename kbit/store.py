@@ -377,7 +377,9 @@ def _read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
 def _read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
     """Return columns of a Parquet file; one of another kbit, with other rows, is made again from its records."""
     with files.open(name) as file:
-        if pq.read_schema(file).equals(PART_SCHEMA, check_metadata=True):
+        found = pq.read_schema(file)
+        # not equals(check_metadata=True): Parquet numbers the fields in metadata of their own
+        if found.equals(PART_SCHEMA) and found.metadata == PART_SCHEMA.metadata:
             return pq.read_table(file, columns=schema.names).select(schema.names)
         texts = pq.read_table(file, columns=["record"])["record"]
     return make_part([parse_record(text.as_py(), name) for text in texts]).select(schema.names)

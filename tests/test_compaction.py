@@ -119,7 +119,8 @@ def test_a_part_of_another_version_is_read_from_its_records(tmp_path: Path) -> N
     before = describe(tmp_path)
     (part,) = (tmp_path / "compacted").iterdir()
     table = pq.read_table(part)
-    assert table.schema.equals(PART_SCHEMA, check_metadata=True)
+    assert table.schema.equals(PART_SCHEMA)
+    assert table.schema.metadata == PART_SCHEMA.metadata  # else each reading would make it again
     pq.write_table(table.drop_columns(["scale_format", "layout"]), part)
     assert describe(tmp_path) == before
     lists = [
