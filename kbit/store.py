@@ -377,8 +377,7 @@ def _read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
 def _read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
     """Return columns of a Parquet file; one of another kbit, with other rows, is made again from its records."""
     with files.open(name) as file:
-        found = pq.read_schema(file)
-        # not equals(check_metadata=True): Parquet numbers the fields in metadata of their own
+        found = pq.read_schema(file)  # with the numbers that Parquet gives the fields: metadata of their own
         if found.equals(PART_SCHEMA) and found.metadata == PART_SCHEMA.metadata:
             return pq.read_table(file, columns=schema.names).select(schema.names)
         texts = pq.read_table(file, columns=["record"])["record"]
