@@ -44,9 +44,10 @@ def read_texts(files: Files, name: str, keys: Collection[str] | None) -> dict[st
 
 
 def read_rows(files: Files, name: str, schema: pa.Schema) -> pa.Table:
-    """Return columns of a file; one of another kbit, with other columns, is made again from its records."""
+    """Return columns of a file; one of another kbit, with other rows, is made again from its records."""
     with _open(files, name) as part:
-        if part.schema_arrow.equals(PART_SCHEMA):
+        found = part.schema_arrow  # with the numbers that Parquet gives the fields: metadata of their own
+        if found.equals(PART_SCHEMA) and found.metadata == PART_SCHEMA.metadata:
             return part.read(columns=schema.names, use_threads=False).select(schema.names)
         texts = part.read(columns=["record"], use_threads=False)["record"]
     return make_part([parse_record(text.as_py(), name) for text in texts]).select(schema.names)

@@ -213,9 +213,9 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     (block_size missing: whole tensor; table as text; all missing for the 16-bit baseline), method, method_options
     (what is not at its default, as text), outlier_fraction, outlier_selection, outlier_zscore and
     activation_threshold (what stays at 16 bits), include, exclude, evaluation (values compare only where it is
-    equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized weights), task, metric, value,
-    low, high (95% interval), n. The table's attrs["store"] is the path, for those who need the items behind a value
-    (read_items).
+    equal: dtype, items or windows, and the beginning of a hash of their content), bits_per_param, total_bits,
+    weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n. The table's
+    attrs["store"] is the path, for those who need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.

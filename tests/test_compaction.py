@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy_results import fill, make_result, write_and_compact
@@ -21,6 +22,7 @@ import kbit.store
 import kbit.sweep
 from kbit.config import ModelConfig
 from kbit.files import LocalFiles
+from kbit.records import PART_SCHEMA
 from kbit.store import Store, list_keys, read_items, read_provenance, read_results
 from kbit.sweep import make_plan
 
@@ -119,8 +121,19 @@ def test_a_part_of_another_version_is_read_from_its_records(tmp_path: Path) -> N
     before = describe(tmp_path)
     (part,) = (tmp_path / "compacted").iterdir()
     table = pq.read_table(part)
+    assert table.schema.equals(PART_SCHEMA)
+    assert table.schema.metadata == PART_SCHEMA.metadata  # else each reading would make it again
     pq.write_table(table.drop_columns(["scale_format", "layout"]), part)
     assert describe(tmp_path) == before
+    lists = [
+        [measured | {"evaluation": "as it was called once"} for measured in row]
+        for row in table["measurements"].to_pylist()
+    ]
+    at = table.schema.get_field_index("measurements")
+    older = table.set_column(at, table.schema.field(at), pa.array(lists, table.schema.field(at).type))
+    pq.write_table(older.replace_schema_metadata(None), part)
+    assert describe(tmp_path) == before
+    assert "as it was called once" not in set(read_results(tmp_path)["evaluation"])
 
 
 def test_results_of_a_newer_version_are_refused(tmp_path: Path) -> None:

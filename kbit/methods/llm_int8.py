@@ -7,8 +7,8 @@ and in whether input dimensions with large activations are taken out and multipl
     X W^T  ~  X[:, O] W[:, O]^T  +  s_X s_W (Q_X Q_W^T),     O = {i: some |X[t, i]| > threshold}
 
 The left product takes the 16-bit weights, as in the paper, so it needs them in memory; bitsandbytes takes the
-dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives these methods one row of text
-at a time.
+dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives models with such products
+(sees_whole_input) one text at a time.
 """
 
 from __future__ import annotations
@@ -201,6 +201,11 @@ def describe_products(model: nn.Module) -> dict[str, Any]:
         "decomposed_share": sum(counts.values()) / sum(len(dimensions) for dimensions in met.values()),
         "decomposed_most": {"module": most, "dimensions": counts[most], "of": len(met[most])},
     }
+
+
+def sees_whole_input(model: nn.Module) -> bool:
+    """Whether some layer's output depends on what else is in the batch: texts must be given one at a time."""
+    return any(product.scheme.sees_whole_input for _, product in _list_products(model))
 
 
 def undo_products(model: nn.Module) -> None:
