@@ -49,7 +49,8 @@ class QuantSpec:
             on its natural grid (E2M1: up to 1.5), of other tables the one at or above. Offsets take the same format, or
             fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
         rounding: nearest (ties away from zero); stochastic (up with the probability that makes it unbiased within the
-            table's range, seeded); truncate (towards 0).
+            table's range, seeded); truncate (towards 0, in units of the scale: of the weights, towards the block's
+            offset, which with minmax and centering need not be 0).
         seed: of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's name,
             so that tensors do not share their random numbers.
 

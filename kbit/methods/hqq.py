@@ -45,7 +45,10 @@ def fit_half_quadratic(
 
 
 def quantize_half_quadratic(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -> Float[Tensor, "rows in"]:
-    """Return the matrix quantized with fitted scales, or the usual ones if they have the smaller sum of |error|^p."""
+    """Return the matrix quantized with fitted scales, or the usual ones where they have the smaller sum of |error|^p.
+
+    In each block, or in all together with formats in which scales depend on each other (fp8, dq8).
+    """
     x, valid = grid.split(matrix), grid.split(torch.ones_like(matrix)) > 0
     unit = torch.tensor(grid.grid.scales, device=matrix.device)[:, None].abs()
     scales, offsets = (
@@ -58,8 +61,10 @@ def quantize_half_quadratic(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -
         scales, offsets = fit_line(z, target, valid, scales, offsets, has_offset=has_offset)
         beta *= KAPPA
     stored = grid.encode(*(np.ascontiguousarray(part[:, 0].cpu().numpy()) for part in (scales, offsets)))
-    fitted, usual = grid.quantize(matrix, *stored), grid.quantize(matrix, grid.grid.scales, grid.grid.offsets)
-    return fitted if (fitted - matrix).abs().pow(P).sum() < (usual - matrix).abs().pow(P).sum() else usual
+    usual = grid.grid.scales, grid.grid.offsets
+    fitted_errors, usual_errors = (grid.measure_errors(matrix, *which, power=P) for which in (stored, usual))
+    better = fitted_errors < usual_errors if grid.has_own_scales else fitted_errors.sum() < usual_errors.sum()
+    return grid.quantize(matrix, *(np.where(better, new, old) for new, old in zip(stored, usual, strict=True)))
 
 
 def shrink(errors: Tensor, beta: float) -> Tensor:

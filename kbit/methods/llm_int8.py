@@ -73,7 +73,8 @@ def quantize_int8(x: Float[Tensor, "rows columns"], *, by_row: bool, zero_point:
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if not zero_point:
         scale = _positive(torch.maximum(-low, high) / LEVELS)
-        return Int8Matrix((x / scale).round_().to(torch.int8), scale)
+        # a scale among float32's last subnormals is itself rounded, by up to a half
+        return Int8Matrix((x / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale)
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = _positive((high - low) / (2 * LEVELS))
     zero = (low / scale).round() + LEVELS
