@@ -173,8 +173,9 @@ def quantize_products(
     head = get_head()
     for weight in weights:
         owner = owner_of(model, weight.name)
-        if not isinstance(owner, nn.Linear | Conv1D) or owner is head:
-            what = "the output embedding" if owner is head else f"a weight of {type(owner).__name__}"
+        if not isinstance(owner, nn.Linear | Conv1D) or owner is head or weight.values.ndim < 2:
+            kind = "vector" if weight.values.ndim < 2 else "weight"
+            what = "the output embedding" if owner is head else f"a {kind} of {type(owner).__name__}"
             raise ValueError(
                 f"quant.method={quant.method} computes linear layers of the blocks in int8: {weight.name} is {what}; "
                 "leave it out by quant.exclude, or take another method"
