@@ -110,11 +110,8 @@ def plan_quantization(model: nn.Module, quant: QuantSpec, kept: Mapping[str, int
         quantized = not reason and not spec.is_baseline
         # a vector has no input dimensions that could stay at 16 bits
         count = 0 if parameter.ndim < 2 else None if kept is None else kept.get(names[0], 0)
-        bits = (
-            config.count_bits(as_matrix(parameter, owner).shape, count)
-            if quantized
-            else BASELINE_BITS * parameter.numel()
-        )
+        blocked = as_matrix(parameter, owner).shape
+        bits = config.count_bits(blocked, count) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):

@@ -15,10 +15,11 @@ from torch import Tensor
 from kbit.methods import quantize_model
 from kbit.methods.awq import ALPHAS, find_channel_scales, quantize_scaled
 from kbit.methods.blocks import BlockGrid
+from kbit.methods.gptq import quantize_weight
 from kbit.methods.hqq import P, fit_line, quantize_half_quadratic, shrink
 from kbit.methods.mse import FACTORS, find_best_scales
 from kbit.methods.weight import Weight
-from kbit.quantconfig import CalibrationConfig, QuantConfig
+from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.quantizer import fake_quantize
 from kbit.scales import SCALE_FORMATS
 from kbit.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
@@ -73,6 +74,49 @@ def test_half_quadratic_scales_lose_less_of_the_error_they_minimise() -> None:
         assert fitted <= usual * (1 + 1e-6)
         better += fitted < 0.99 * usual
     assert better > 0.5 * len(SPECS)  # not just the usual scales returned
+
+
+MX = [
+    QuantSpec(4, "float", 2, layout="row", block_size=20, scale_format="e8m0"),
+    QuantSpec(4, "int", layout="row", block_size=20, scale_format="e8m0"),
+    QuantSpec(4, "nf", layout="flat", block_size=20, scale_format="e8m0"),
+]
+
+
+@pytest.mark.parametrize("spec", MX)
+def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
+    """mse has tried them all; a half-quadratic scale is one of them, not always half of what was fitted."""
+    matrix = make_matrix()
+    grid = BlockGrid(matrix, spec)
+    powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.float32([0.125, 0.25, 0.5, 1, 2, 4])]
+    best = np.min([grid.measure_errors(matrix, *scales) for scales in powers], axis=0)
+    assert distance(quantize_best(matrix, spec), matrix) == pytest.approx(best.sum(), rel=1e-6)
+    usual = grid.measure_errors(matrix, grid.grid.scales, grid.grid.offsets, power=P)
+    least = np.min([grid.measure_errors(matrix, *scales, power=P) for scales in powers], axis=0)
+    fitted = grid.split((quantize_half_quadratic(matrix, grid) - matrix).abs().pow(P)).sum(1).numpy()
+    assert (fitted <= usual * (1 + 1e-6)).all()
+    assert fitted.sum() <= least.sum() + 0.5 * (usual.sum() - least.sum())  # most of what is to be had
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_no_scale_leaves_its_format(scale_format: str, normalization: str) -> None:
+    """Where rounding to nearest works, so do methods that try larger scales."""
+    if scale_format == "e8m0" and normalization != "absmax":
+        return
+    spec = QuantSpec(3, "dynamic", block_size=16, layout="row", normalization=normalization, scale_format=scale_format)
+    most = {"fp16": 65504.0, "e8m0": 2.0**127}.get(scale_format, 2.5e38 if normalization == "minmax" else 3e38)
+    values = make_matrix(8, 32)
+    values *= 0.999 * most / values.abs().max() / (2 if normalization == "minmax" else 1)
+    hessian = torch.diag(torch.logspace(-3, 3, 32))[None]
+    usual = distance(fake_quantize(values, spec) / most, values / most)
+    assert distance(quantize_best(values, spec) / most, values / most) <= usual * (1 + 1e-5)
+    assert bool(quantize_half_quadratic(values, BlockGrid(values, spec)).isfinite().all())
+    for quantize in (quantize_scaled, lambda w, h: quantize_weight(w, h, GptqConfig(search_scales=True))):
+        weight = Weight("w", values.clone(), spec)
+        if scale_format in ("fp16",):  # products of others leave float32
+            quantize(weight, hessian)
+            assert bool(weight.values.isfinite().all())
 
 
 def test_shrink_lets_large_errors_be_and_takes_small_ones() -> None:
