@@ -102,7 +102,7 @@ def run_kbit() -> Callable[..., Done]:
     def run(*arguments: str, cwd: Path) -> Done:
         command = [str(Path(sys.executable).with_name("kbit")), *arguments]
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False
         )
         return Done(done.returncode, done.stdout, done.stderr)
 

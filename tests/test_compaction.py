@@ -6,6 +6,8 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,21 @@ def test_results_of_a_newer_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"written by a newer kbit \(schema 99\)"):
         store.compact()
     assert files_of(tmp_path) == {"experiments": 1, "compacted": 0}
+
+
+def test_a_part_is_read_without_threads_that_outlive_the_interpreter(tmp_path: Path) -> None:
+    """Threads of pyarrow's that came back to a dead interpreter aborted 14 of 60 short commands."""
+    fill(tmp_path, range(4)).compact()
+    code = (
+        "import os, sys; from kbit.files import open_files; from kbit.records import ROW_SCHEMA\n"
+        "from kbit import parts\n"
+        "files, threads = open_files(sys.argv[1]), len(os.listdir('/proc/self/task'))\n"
+        "[name] = files.names('compacted', '.parquet'); keys = parts.read_keys(files, name)\n"
+        "texts, rows = parts.read_texts(files, name, list(keys)[:3]), parts.read_rows(files, name, ROW_SCHEMA)\n"
+        "print(len(keys), len(texts), len(rows), len(os.listdir('/proc/self/task')) - threads)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "4 3 4 0\n"
 
 
 def test_deleting_leaves_the_others(tmp_path: Path) -> None:
