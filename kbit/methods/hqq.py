@@ -24,11 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.weight import Weight
 from kbit.quantconfig import QuantConfig
+from kbit.scales import Scales
 
 P: Final = 0.7  # as in HQQ's code, like the three below
 BETA: Final = 10.0
 KAPPA: Final = 1.01
 ROUNDS: Final = 20
+NEIGHBOURS: Final = np.array([1, 0.5, 2], np.float32)  # the powers of two about a fitted scale
 
 Blocks = Float[Tensor, "blocks size"]
 PerBlock = Float[Tensor, "blocks 1"]
@@ -60,11 +62,24 @@ def quantize_half_quadratic(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -
         target = x - shrink((x - (z * scales + offsets)) / unit.clamp(min=1e-30), beta) * unit
         scales, offsets = fit_line(z, target, valid, scales, offsets, has_offset=has_offset)
         beta *= KAPPA
-    stored = grid.encode(*(np.ascontiguousarray(part[:, 0].cpu().numpy()) for part in (scales, offsets)))
-    usual = grid.grid.scales, grid.grid.offsets
-    fitted_errors, usual_errors = (grid.measure_errors(matrix, *which, power=P) for which in (stored, usual))
-    better = fitted_errors < usual_errors if grid.has_own_scales else fitted_errors.sum() < usual_errors.sum()
-    return grid.quantize(matrix, *(np.where(better, new, old) for new, old in zip(stored, usual, strict=True)))
+    fitted = [np.ascontiguousarray(part[:, 0].cpu().numpy()) for part in (scales, offsets)]
+    return grid.quantize(matrix, *_choose_stored(matrix, grid, *fitted))
+
+
+def _choose_stored(
+    matrix: Float[Tensor, "rows in"], grid: BlockGrid, scales: Scales, offsets: Scales
+) -> tuple[Scales, Scales]:
+    """Return what is stored of the fitted scales and offsets, or the usual ones where they are better."""
+    chosen = grid.grid.scales, grid.grid.offsets
+    least = grid.measure_errors(matrix, *chosen, power=P)
+    # the fit moves in small steps, which never lead from one power of two to the next
+    for factor in NEIGHBOURS if grid.spec.scale_format == "e8m0" else NEIGHBOURS[:1]:
+        stored = grid.encode(scales * factor, offsets)
+        errors = grid.measure_errors(matrix, *stored, power=P)
+        better = errors < least if grid.has_own_scales else np.full_like(errors, errors.sum() < least.sum(), np.bool_)
+        chosen = np.where(better, stored[0], chosen[0]), np.where(better, stored[1], chosen[1])
+        least = np.where(better, errors, least)
+    return chosen
 
 
 def shrink(errors: Tensor, beta: float) -> Tensor:

@@ -85,7 +85,7 @@ MX = [
 
 @pytest.mark.parametrize("spec", MX)
 def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
-    """mse has tried them all; a half-quadratic scale is one of them, not always half of what was fitted."""
+    """By the error that the method minimises; neither is rounding to nearest then."""
     matrix = make_matrix()
     grid = BlockGrid(matrix, spec)
     powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.float32([0.125, 0.25, 0.5, 1, 2, 4])]
@@ -94,8 +94,9 @@ def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
     usual = grid.measure_errors(matrix, grid.grid.scales, grid.grid.offsets, power=P)
     least = np.min([grid.measure_errors(matrix, *scales, power=P) for scales in powers], axis=0)
     fitted = grid.split((quantize_half_quadratic(matrix, grid) - matrix).abs().pow(P)).sum(1).numpy()
-    assert (fitted <= usual * (1 + 1e-6)).all()
-    assert fitted.sum() <= least.sum() + 0.5 * (usual.sum() - least.sum())  # most of what is to be had
+    assert (fitted <= usual * (1 + 1e-5)).all()
+    assert fitted.sum() == pytest.approx(least.sum(), rel=1e-3)
+    assert fitted.sum() < 0.995 * usual.sum()
 
 
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
@@ -105,7 +106,7 @@ def test_no_scale_leaves_its_format(scale_format: str, normalization: str) -> No
     if scale_format == "e8m0" and normalization != "absmax":
         return
     spec = QuantSpec(3, "dynamic", block_size=16, layout="row", normalization=normalization, scale_format=scale_format)
-    most = {"fp16": 65504.0, "e8m0": 2.0**127}.get(scale_format, 2.5e38 if normalization == "minmax" else 3e38)
+    most = {"bf16": 3e38, "fp32": 3e38, "e8m0": 2.0**127}.get(scale_format, 65504.0)  # minmax has offsets in fp16
     values = make_matrix(8, 32)
     values *= 0.999 * most / values.abs().max() / (2 if normalization == "minmax" else 1)
     hessian = torch.diag(torch.logspace(-3, 3, 32))[None]
@@ -114,7 +115,7 @@ def test_no_scale_leaves_its_format(scale_format: str, normalization: str) -> No
     assert bool(quantize_half_quadratic(values, BlockGrid(values, spec)).isfinite().all())
     for quantize in (quantize_scaled, lambda w, h: quantize_weight(w, h, GptqConfig(search_scales=True))):
         weight = Weight("w", values.clone(), spec)
-        if scale_format in ("fp16",):  # products of others leave float32
+        if most == 65504:  # products of larger weights leave float32
             quantize(weight, hessian)
             assert bool(weight.values.isfinite().all())
 
