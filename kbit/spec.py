@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kbit import datatypes
 from kbit.datatypes import Codebook, check_bits, check_choice, check_exponent_bits
-from kbit.scales import SCALE_FORMATS, count_scale_bits
+from kbit.scales import SCALE_FORMATS, count_scale_bits, largest_scale
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
 CODEBOOK_VALUE_BITS: Final = 16  # a per-tensor codebook is stored as float16
@@ -143,6 +143,12 @@ class QuantSpec:
     def offset_format(self) -> str:
         """The format of minmax's offsets."""
         return self.scale_format if self.scale_format in ("fp16", "bf16", "fp32") else "fp16"
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest magnitude of weights whose scales, and offsets, their formats hold."""
+        formats = (self.scale_format, self.offset_format) if self.normalization == "minmax" else (self.scale_format,)
+        return min(map(largest_scale, formats))
 
     def canonical(self) -> QuantSpec:
         """Return the same quantizer with every field that has no effect at its default.

@@ -21,7 +21,6 @@ from kbit.methods.calibration import calibrate, describe_calibration, draw_windo
 from kbit.methods.weight import Weight
 from kbit.quantconfig import QuantConfig
 from kbit.quantizer import fake_quantize
-from kbit.scales import largest_scale
 
 ALPHAS: Final = tuple(i / 20 for i in range(20))  # the paper's grid
 
@@ -69,7 +68,7 @@ def _round_scaled(
 ) -> Float[Tensor, "experts out in"]:
     """Return round(W diag(s)) diag(s)^-1; an expert whose W diag(s) leaves the format of scales is rounded as it is."""
     shape = stacked.shape if weight.values.ndim > 2 else stacked.shape[1:]
-    fits = (stacked * scales).abs().amax(dim=(1, 2), keepdim=True) <= largest_scale(weight.spec.scale_format)
+    fits = (stacked * scales).abs().amax(dim=(1, 2), keepdim=True) <= weight.spec.largest_weight
     scales = torch.where(fits, scales, 1.0)
     return fake_quantize((stacked * scales).view(shape), weight.spec).view(stacked.shape) / scales
 

@@ -67,8 +67,7 @@ class BlockGrid:
 
         Values that have moved beyond what the format of scales holds count as its largest.
         """
-        most = largest_scale(self.spec.scale_format)
-        values = values.clamp(-most, most)
+        values = values.clamp(-self.spec.largest_weight, self.spec.largest_weight)
         # the codebook stays; of an adaptive one it matters here only that it ends at -1 and 1 and lies on no grid
         data_type = "nf" if self.spec.data_type in ADAPTIVE else self.spec.data_type
         spec = dataclasses.replace(
@@ -107,7 +106,8 @@ class BlockGrid:
         A scale is rounded to nearest, of powers of two too, and beyond the format's range it is its largest.
         """
         scale_format, offset_format = self.spec.scale_format, self.spec.offset_format
-        scales = _clip(round_to_power(scales) if scale_format == "e8m0" else scales, scale_format)
+        scales = _clip(scales, scale_format)
+        scales = round_to_power(scales) if scale_format == "e8m0" else scales
         rounded = decode_block_scales(encode_scales(scales, scale_format), self.spec)
         if self.spec.normalization != "minmax":
             return rounded, self.grid.offsets

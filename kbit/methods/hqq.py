@@ -74,7 +74,9 @@ def _choose_stored(
     least = grid.measure_errors(matrix, *chosen, power=P)
     # the fit moves in small steps, which never lead from one power of two to the next
     for factor in NEIGHBOURS if grid.spec.scale_format == "e8m0" else NEIGHBOURS[:1]:
-        stored = grid.encode(scales * factor, offsets)
+        with np.errstate(over="ignore"):  # encode takes the format's largest
+            scaled = scales * factor
+        stored = grid.encode(scaled, offsets)
         errors = grid.measure_errors(matrix, *stored, power=P)
         better = errors < least if grid.has_own_scales else np.full_like(errors, errors.sum() < least.sum(), np.bool_)
         chosen = np.where(better, stored[0], chosen[0]), np.where(better, stored[1], chosen[1])
