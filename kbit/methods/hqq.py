@@ -7,7 +7,9 @@ the errors that are let be, it is minimised by turns, z = codebook[code]:
     s, o = least squares of x - e - (z s + o);   z = nearest codebook values;   beta = kappa beta
 
 HQQ moves the offset alone, of ints. Here scale and offset move (the offset only where the quantizer has one, with
-normalization=minmax), for any codebook, and errors are measured in units of the block's scale.
+normalization=minmax), for any codebook, and errors are measured in units of the block's scale. Of powers of two
+(scale_format=e8m0) a fit moves a scale too little to reach the next: that is nearly always rounding to nearest. The
+power of least |error|^p instead clips so much that models get worse (FINDINGS.md).
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ P: Final = 0.7  # as in HQQ's code, like the three below
 BETA: Final = 10.0
 KAPPA: Final = 1.01
 ROUNDS: Final = 20
-NEIGHBOURS: Final = np.array([1, 0.5, 2], np.float32)  # the powers of two about a fitted scale
 
 Blocks = Float[Tensor, "blocks size"]
 PerBlock = Float[Tensor, "blocks 1"]
@@ -70,18 +71,11 @@ def _choose_stored(
     matrix: Float[Tensor, "rows in"], grid: BlockGrid, scales: Scales, offsets: Scales
 ) -> tuple[Scales, Scales]:
     """Return what is stored of the fitted scales and offsets, or the usual ones where they are better."""
-    chosen = grid.grid.scales, grid.grid.offsets
-    least = grid.measure_errors(matrix, *chosen, power=P)
-    # the fit moves in small steps, which never lead from one power of two to the next
-    for factor in NEIGHBOURS if grid.spec.scale_format == "e8m0" else NEIGHBOURS[:1]:
-        with np.errstate(over="ignore"):  # encode takes the format's largest
-            scaled = scales * factor
-        stored = grid.encode(scaled, offsets)
-        errors = grid.measure_errors(matrix, *stored, power=P)
-        better = errors < least if grid.has_own_scales else np.full_like(errors, errors.sum() < least.sum(), np.bool_)
-        chosen = np.where(better, stored[0], chosen[0]), np.where(better, stored[1], chosen[1])
-        least = np.where(better, errors, least)
-    return chosen
+    stored, usual = grid.encode(scales, offsets), (grid.grid.scales, grid.grid.offsets)
+    errors, least = (grid.measure_errors(matrix, *which, power=P) for which in (stored, usual))
+    better = errors < least if grid.has_own_scales else errors.sum() < least.sum()
+    chosen_scales, chosen_offsets = (np.where(better, new, old) for new, old in zip(stored, usual, strict=True))
+    return chosen_scales, chosen_offsets
 
 
 def shrink(errors: Tensor, beta: float) -> Tensor:

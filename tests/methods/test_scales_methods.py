@@ -85,17 +85,18 @@ MX = [
 
 @pytest.mark.parametrize("spec", MX)
 def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
-    """By the error that the method minimises; neither is rounding to nearest then."""
+    """Half-quadratic scales are nearest powers, which are the usual ones or better."""
     matrix = make_matrix()
     grid = BlockGrid(matrix, spec)
     powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.float32([0.125, 0.25, 0.5, 1, 2, 4])]
     best = np.min([grid.measure_errors(matrix, *scales) for scales in powers], axis=0)
     assert distance(quantize_best(matrix, spec), matrix) == pytest.approx(best.sum(), rel=1e-6)
+    for factor, power in ((0.76, 1), (0.9, 1), (1.4, 1), (1.6, 2), (0.7, 0.5)):
+        stored, _ = grid.encode(grid.grid.scales * np.float32(factor), grid.grid.offsets)
+        np.testing.assert_array_equal(stored, grid.grid.scales * np.float32(power))
     usual = grid.measure_errors(matrix, grid.grid.scales, grid.grid.offsets, power=P)
-    least = np.min([grid.measure_errors(matrix, *scales, power=P) for scales in powers], axis=0)
     fitted = grid.split((quantize_half_quadratic(matrix, grid) - matrix).abs().pow(P)).sum(1).numpy()
     assert (fitted <= usual * (1 + 1e-5)).all()
-    assert fitted.sum() <= least.sum() + 0.1 * (usual.sum() - least.sum())  # of these 60 blocks nearly all
 
 
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
