@@ -145,4 +145,5 @@ class BlockGrid:
 def _clip(values: Scales, value_format: str) -> Scales:
     """Return scales or offsets within the range of their format."""
     most = np.float32(largest_scale(value_format))
-    return np.clip(values, -most, most)
+    clipped: Scales = np.clip(values, -most, most)
+    return clipped
