@@ -88,7 +88,7 @@ def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
     """Half-quadratic scales are nearest powers, which are the usual ones or better."""
     matrix = make_matrix()
     grid = BlockGrid(matrix, spec)
-    powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.float32([0.125, 0.25, 0.5, 1, 2, 4])]
+    powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.exp2(np.arange(-3, 3, dtype=np.float32))]
     best = np.min([grid.measure_errors(matrix, *scales) for scales in powers], axis=0)
     assert distance(quantize_best(matrix, spec), matrix) == pytest.approx(best.sum(), rel=1e-6)
     for factor, power in ((0.76, 1), (0.9, 1), (1.4, 1), (1.6, 2), (0.7, 0.5)):
