@@ -92,7 +92,7 @@ def test_gptq_is_closer_to_the_model_than_rounding_to_nearest(
             report = quantize_model(model, dataclasses.replace(quant, method=method), tokenizer)
             after = model(tokens).logits.log_softmax(-1)
         lost[method] = float(F.kl_div(after, before, log_target=True, reduction="batchmean"))
-    assert report.coverage > 0.99
+    assert report.coverage > (0.98 if architecture == "gpt_oss" else 0.99)  # its experts' stacked biases stay
     assert lost["gptq"] < 0.9 * lost["rtn"]
 
 
