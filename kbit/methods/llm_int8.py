@@ -73,7 +73,8 @@ def quantize_int8(x: Float[Tensor, "rows columns"], *, by_row: bool, zero_point:
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if not zero_point:
         scale = _positive(torch.maximum(-low, high) / LEVELS)
-        return Int8Matrix((x / scale).round_().to(torch.int8), scale)
+        # a scale among float32's last subnormals is itself rounded, by up to a half
+        return Int8Matrix((x / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale)
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = _positive((high - low) / (2 * LEVELS))
     zero = (low / scale).round() + LEVELS
@@ -172,8 +173,9 @@ def quantize_products(
     head = get_head()
     for weight in weights:
         owner = owner_of(model, weight.name)
-        if not isinstance(owner, nn.Linear | Conv1D) or owner is head:
-            what = "the output embedding" if owner is head else f"a weight of {type(owner).__name__}"
+        if not isinstance(owner, nn.Linear | Conv1D) or owner is head or weight.values.ndim < 2:
+            kind = "vector" if weight.values.ndim < 2 else "weight"
+            what = "the output embedding" if owner is head else f"a {kind} of {type(owner).__name__}"
             raise ValueError(
                 f"quant.method={quant.method} computes linear layers of the blocks in int8: {weight.name} is {what}; "
                 "leave it out by quant.exclude, or take another method"

@@ -103,6 +103,13 @@ def test_zero_is_exact_and_a_matrix_of_zeros_is_zeros(zero_point: bool) -> None:
     assert (quantize_int8(torch.zeros(2, 3), by_row=True, zero_point=zero_point).dequantize() == 0).all()
 
 
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_the_smallest_numbers_have_codes_of_their_sign(zero_point: bool) -> None:
+    """Below 2^-142 the scale itself is a rounded subnormal, down to 2/3 of what it should be."""
+    x = torch.tensor([[190.0, -190, 100, 0], [300, 128, -200, 0]]) * 2.0**-149
+    assert torch.equal(quantize_int8(x, by_row=True, zero_point=zero_point).dequantize().sign(), x.sign())
+
+
 def test_a_zero_point_uses_the_levels_of_one_sided_values() -> None:
     x = draw(4, 200).abs()
     errors = [(quantize_int8(x, by_row=True, zero_point=z).dequantize() - x).square().mean() for z in (False, True)]
