@@ -23,6 +23,7 @@ from kbit.analysis.curves import (
     precision_curves,
 )
 from kbit.analysis.findings import finding
+from kbit.results_command import select_rows
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value
 
@@ -200,6 +201,25 @@ def test_values_measured_in_different_ways_are_never_in_one_curve() -> None:
         mean_curves(pd.concat(parts, ignore_index=True))
 
 
+def test_the_advice_for_several_ways_keeps_every_other_kind_of_result() -> None:
+    """Each kind of measurement describes its evaluation in its own words."""
+    words = {"mean_zero_shot": "float32, {} items, a b", "a": "float32, {} items", "text": "float32, all windows"}
+    parts = [
+        make_results(CROSSING, task=task, evaluation=words[task].format(items), metric=metric, key=key)
+        for items, key in (("all", "k"), ("all", "k2"), ("100", "other"))
+        for task, metric in (("mean_zero_shot", "acc"), ("a", "acc"), ("text", "cross_entropy"))
+    ]
+    results = pd.concat(parts, ignore_index=True)
+    with pytest.raises(AmbiguousResults) as refusal:
+        mean_curves(results)
+    advice = re.search(r'--where "(.*)"', str(refusal.value))
+    assert advice is not None
+    kept = select_rows(results, advice[1])
+    assert set(kept["task"]) == set(words)
+    assert set(kept.loc[kept["task"] == "mean_zero_shot", "evaluation"]) == {"float32, all items, a b"}
+    assert mean_curves(kept).equals(mean_curves(results[results["key"] == "k"]))
+
+
 def test_a_store_without_seeds_is_read() -> None:
     results = make_results(CROSSING)
     pd.testing.assert_frame_equal(mean_curves(results.drop(columns="seed")), mean_curves(results))
@@ -216,8 +236,8 @@ def test_the_finding_names_both_measures() -> None:
     results = pd.concat([make_results(CROSSING), make_results(losses, **LOSS)], ignore_index=True)
     assert re.sub(r"[+-]\d\.\d{4}", "#", finding(results)) == (
         "toy, nf block 64, at equal total bits: 3-bit is best over 50% of the budgets by mean zero-shot accuracy "
-        "(4-bit 50%): undecided, mean lead # (95% interval # to #); 4-bit is best over 100% of the budgets by cross "
-        "entropy: holds, mean lead # nats (95% interval # to #)."
+        "(4-bit 50%): undecided, mean lead over 4-bit # (95% interval # to #); 4-bit is best over 100% of the budgets "
+        "by cross entropy: holds, mean lead over 3-bit # nats (95% interval # to #)."
     )
 
 
