@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from kbit.config import RunConfig
 
 if TYPE_CHECKING:  # pandas, which a refused configuration need not wait for
+    import pandas as pd
+
     from kbit.store import Store
     from kbit.sweep import Plan
 
@@ -125,7 +127,16 @@ def describe_results(store_path: str, key: str) -> str:
     first = rows.iloc[0]
     head = f"{first['model']}: {first['total_bits'] / 1e6:.2f} Mbit in all, {first['bits_per_param']:.2f} bits/param"
     table = rows[["task", "metric", "value", "low", "high", "n"]].to_string(index=False)
-    return "\n".join([head, table, *_describe_features(store_path, key)])
+    return "\n".join([head, table, *_explain_control(rows), *_describe_features(store_path, key)])
+
+
+def _explain_control(rows: pd.DataFrame) -> list[str]:
+    """Say why features were found and zeroed, but no random dimensions (kbit.features.measure_ablation)."""
+    return [
+        f"no random control: {count:.0f} of {width} dimensions are features, so that there are not as many others"
+        for count, width in rows.loc[rows["metric"] == "features", ["value", "n"]].itertuples(index=False)
+        if count > width / 2
+    ]
 
 
 def _describe_features(store_path: str, key: str) -> list[str]:
