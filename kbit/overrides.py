@@ -59,6 +59,8 @@ def explain(error: Exception) -> str:
         return f"{where}: {error.problem}"
     if isinstance(error, MissingConfigException):
         return _explain_missing(error)
+    if shown := _explain_override(str(error)):
+        return shown
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__  # Hydra raises some of its errors without "from"
@@ -69,6 +71,19 @@ def explain(error: Exception) -> str:
     reason = str(cause.msg or cause).splitlines()[0]
     key = cause.full_key or ""
     return f"{source + ': ' if source else ''}{_explain_value(text, key, reason, cause)}"
+
+
+def _explain_override(text: str) -> str:
+    """Say what is wrong with an override that Hydra cannot read, or takes for a sweep; empty of another error."""
+    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
+        key, _, value = match[1].partition("=")
+        return f"{match[1]}: several values are a multirun: add -m (one value that is a list is {key}=[{value}])"
+    if match := re.match(r"Error parsing override '(.*)'\n(.*)", text):
+        near = re.search(r"(?:extraneous|mismatched) input '(.*?)' expecting|(?:at|near:?) '(.*?)'", match[2])
+        place = near and (near[1] or near[2] or "").replace("<EOF>", "")
+        reason = f"cannot be read at {place!r}" if place else "cannot be read"
+        return f"{match[1]}: {reason}; values are written a,b or [a,b], special characters in quotes"
+    return ""
 
 
 def _explain_value(text: str, key: str, reason: str, cause: Any) -> str:
