@@ -68,12 +68,16 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
 def _make_plan(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) -> Plan:
     """Return the plan of these configurations, each model, task and text of which is looked for before any work."""
     from kbit.sweep import check_experiment, make_plan
+    from kbit.textdata import locate_text, read_documents
 
     settings = configs[0]
     _check_settings(configs)
     experiments = [config.experiment for config in configs]
     for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
+    for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
+        if locate_text(text) is not None:  # a text of the hub need not be here to be planned
+            read_documents(text)  # not UTF-8, no text, a record without a "text", ...
     plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
     _check_device(settings, engine)
     return plan

@@ -188,6 +188,13 @@ def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
 
 # --- refusing
 
+BAD_FILES = {
+    "table.csv": b"text\na mouse\n",
+    "empty.txt": b"",
+    "latin1.txt": b"caf\xe9",
+    "no_text.jsonl": b'{"txt": "a mouse"}\n',
+    "tasks/broken.yaml": b"dataset_path: json\n task : {mine\n",
+}
 BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["quant.bitz=3"], ["no key 'bitz'", "bits, data_type"]),
     (["sweeps=nano/bit_level"], ["+sweeps=nano/bit_level"]),
@@ -199,6 +206,12 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["quant.bits=4", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
     (["quant.block_size=0"], ["block_size=0", ">= 1", "null"]),
     (["quant.method=gptqq"], ["quant.method='gptqq'", "rtn", "did you mean gptq?"]),
+    (["eval.perplexity=table.csv"], ["table.csv is neither a plain text (.txt) nor JSON lines"]),
+    (["eval.perplexity=empty.txt"], ["empty.txt has no text"]),
+    (["eval.perplexity=latin1.txt"], ["latin1.txt is not a text in UTF-8"]),
+    (["eval.perplexity=no_text.jsonl"], ["record 1 has no field 'text'"]),
+    (["quant.method=gptq", "quant.calibration.text=empty.txt"], ["empty.txt has no text"]),
+    (["eval.task_path=tasks", "eval.tasks=[mine]"], ["'mine'", "broken.yaml, line 2 cannot be parsed"]),
     (["quant.bits=3,4"], ["quant.bits=3,4: several values are a multirun: add -m", "quant.bits=[3,4]"]),
     (["-m", "quant.bits=3,,4", BASIC], ["quant.bits=3,,4: cannot be read at ','"]),
     (["-m", "quant.data_type=glob(*)", BASIC], ["quant.data_type=glob(*)", "config groups"]),
@@ -224,6 +237,9 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
 def test_bad_input_is_refused_before_any_work(
     kbit: Kbit, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
     done = kbit("run", *arguments)
     assert done.code not in (0, None)
     assert [word for word in words if word not in done.err] == []
