@@ -25,29 +25,9 @@ _DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
     ".bz2": bz2.decompress,
 }
 # what would be taken for one document, markup and all
-_NO_TEXTS: Final = frozenset(
-    [
-        ".csv",
-        ".tsv",
-        ".json",
-        ".parquet",
-        ".arrow",
-        ".zst",
-        ".zip",
-        ".tar",
-        ".tgz",
-        ".7z",
-        ".pdf",
-        ".html",
-        ".htm",
-        ".xml",
-        ".docx",
-        ".odt",
-        ".yaml",
-        ".yml",
-        ".npy",
-        ".pt",
-    ]
+_NO_TEXTS: Final = (
+    *(".csv", ".tsv", ".json", ".parquet", ".arrow", ".npy", ".pt"),
+    *(".zst", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".html", ".htm", ".xml", ".docx", ".odt", ".yaml", ".yml"),
 )
 
 
@@ -109,8 +89,8 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
     Raises:
         FileNotFoundError: none of them; names the path and the texts there are.
-        ValueError: a JSON line without a "text"; a file that is not UTF-8, has no text at all, or is no such file by its
-            name.
+        ValueError: a JSON line without a "text"; a file that is not UTF-8, has no text at all, or has the name
+            of something else (check_suffix).
     """
     path = locate_text(name)
     if path is None:
