@@ -6,6 +6,7 @@ import argparse
 import atexit
 import functools
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ usage: kbit <command> [arguments]
   figures  draw the figures that the results allow                            kbit figures --help
   report   write one page with every experiment, to open in a browser         kbit report --help
   results  print, export, delete, compact or merge results                    kbit results --help
-  outliers find a model's emergent outlier features; the same arguments as of run
+  outliers find a model's emergent outlier features; arguments as of run      kbit outliers --help
   models   list the models that have a short name
   doctor   say what works here, and whether all that the same arguments ask for can be had     kbit doctor --help
 
@@ -53,6 +54,26 @@ examples:
   kbit doctor eval=paper device=cuda
   kbit doctor model.name=opt-125m,pythia-70m-v0
   kbit doctor +sweeps=nano/quick                 all models, tasks and texts of a study
+"""
+
+_OUTLIERS_USAGE = """\
+usage: kbit outliers [arguments of run]
+
+Find the emergent outlier features of a model (LLM.int8(), section 4): hidden dimensions with large values in many
+layers and at many positions of a text; what zeroing them does, beside as many random dimensions; and how well the
+weights tell which units have large values (the k-bit paper, table 2). The same as
+`kbit run quant.bits=16 eval.tasks=[] eval.features.measure=true`: every argument of `kbit run --help` can be given.
+
+  eval.features.magnitude=6.0     from which on a value is large
+  eval.features.layers=0.25       least share of layers in which a feature is large
+  eval.features.positions=0.06    least share of positions at which it is
+  eval.perplexity=nano_held_out   the text: a name or a file
+  eval.perplexity_windows=256     at most so many windows of it
+
+examples:
+  kbit outliers model.name=nano-neox-7m
+  kbit outliers -m model.name=nano-neox-1m,nano-neox-3m
+  kbit outliers quant.bits=8 quant.method=llm_int8     the same of a quantized model
 """
 
 
@@ -79,6 +100,8 @@ def run_command(command: str, arguments: list[str]) -> None:
             draw_figures(arguments)
         case "report":
             make_report(arguments)
+        case "outliers" if {"-h", "--help"} & set(arguments):
+            print(_OUTLIERS_USAGE, end="")
         case "outliers":
             run_hydra(["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true", *arguments])
         case "results":
@@ -103,6 +126,8 @@ def run_command(command: str, arguments: list[str]) -> None:
 def run_hydra(arguments: list[str], command: str = "run") -> None:
     """Run Hydra on these command-line arguments, as `kbit run` does."""
     register_schema()
+    if any(re.match(r"\+{1,2}sweeps(@\w*)?=[^\[]*,", argument) for argument in arguments):
+        arguments = _multirun(arguments)  # several studies are never one run
     flags_first = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # argparse insists
     _refuse(arguments)
     sys.argv = [f"kbit {command}", *flags_first]

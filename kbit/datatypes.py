@@ -9,6 +9,7 @@ al. 2023; bitsandbytes' codebook makers of November 2022 are the public code clo
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any, Final, TypeVar
@@ -196,9 +197,11 @@ def check_exponent_bits(bits: int, exponent_bits: int) -> None:
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of the allowed words."""
+    """Raise ValueError, with the nearest word if one is near, unless the value is one of the allowed words."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}")
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}{hint}")
 
 
 def natural_peak(data_type: str, bits: int, exponent_bits: int | None = None) -> float:

@@ -67,7 +67,7 @@ def locate_model(name: str) -> str:
     """Return what transformers loads for a short name, a local folder or a hub id.
 
     Raises:
-        ValueError: a name that is none of these, with the nearest short names.
+        ValueError: a name that is none of these, with the short names that are near.
     """
     if name in STUDIED:
         hub_id = STUDIED[name].hub_id
@@ -76,10 +76,11 @@ def locate_model(name: str) -> str:
         return str(Path(name).resolve())
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
-    near = difflib.get_close_matches(name, STUDIED, n=3, cutoff=0.5) or [m for m in STUDIED if m.startswith("nano")]
+    near = difflib.get_close_matches(name, STUDIED, n=3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
     raise ValueError(
         f"model.name={name!r} is neither a short name, nor a folder here, nor a hub id 'organisation/name'; "
-        f"did you mean {', '.join(near)}? `kbit models` lists the short names"
+        f"{hint}`kbit models` lists the short names"
     )
 
 

@@ -231,11 +231,14 @@ def measure_ablation(
     """Measure top-1 probability and cross entropy as they are, without these dimensions, and without as many others.
 
     Dimensions are set to zero in the inputs of attention and feed-forward layers; the others are drawn with a fixed
-    seed. Without dimensions only top1_probability is measured.
+    seed. Without dimensions only top1_probability is measured; where they are more than half of all there are not as
+    many others, so that there is no control: nothing is measured without random dimensions.
     """
     width = int(model.get_output_embeddings().weight.shape[1])
     others = torch.tensor([d for d in range(width) if d not in dimensions])
     drawn = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[: len(dimensions)]]
+    if len(drawn) < len(dimensions):
+        drawn = drawn[:0]  # zeroing fewer would make the features look harmful by their number alone
     measured = []
     for suffix, removed in [("", []), ("_without_features", list(dimensions)), ("_without_random", drawn.tolist())]:
         if suffix and not removed:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kbit.config import RunConfig
-from kbit.overrides import check_grid
+from kbit.overrides import check_grid, explain
 
 T = TypeVar("T")
 Values = dict[str, Any]  # of a configuration: nested
@@ -120,9 +120,12 @@ class Composer:
         """Return the overrides of each point of a grid; its values are written as on Hydra's command line, or lists."""
         strings = [f"{key}={_write(value)}" for key, value in grid.items()]
         try:
-            return BasicSweeper.split_arguments(self._parser.parse_overrides(strings), None)[0]
+            points = BasicSweeper.split_arguments(self._parser.parse_overrides(strings), None)[0]
         except HydraException as error:
-            raise ValueError(f"grid {dict(grid)}: {error}") from None
+            raise ValueError(f"grid {dict(grid)}: {explain(error)}") from None
+        if not points:  # of all sweeps only a glob may have no value
+            raise ValueError(f"grid {dict(grid)}: a glob matches nothing; it chooses files of config groups only")
+        return points
 
     def _split(self, overrides: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         """Divide overrides into those that Hydra must compose and plain values."""

@@ -50,6 +50,12 @@ class SweepLauncher(Launcher):
         from kbit.run import fail, run_configs
 
         assert self._context is not None  # Hydra calls setup first
+        assert self._config is not None
+        if not job_overrides:  # of all sweeps only a glob may have no value
+            given = [override for override in self._config.hydra.overrides.task if "glob(" in override]
+            fail(
+                f"{' '.join(given)}: matches nothing; glob chooses files of config groups only, such as quant=glob(nf*)"
+            )
         composer = Composer(self._load, self._context.config_loader)
         try:
             configs = [config for overrides in job_overrides for config in composer.expand(overrides)]

@@ -22,9 +22,9 @@ _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false"
 _STUDY: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
 
 
-def find_unknown_key(key: str) -> str:
+def find_unknown_key(key: str, schema: Any = RunConfig) -> str:
     """Say which part of a dotted key the schema lacks, and what there is; empty if there is such a key."""
-    node: Any = RunConfig
+    node: Any = schema
     for part in key.split("."):
         if not dataclasses.is_dataclass(node):
             return ""  # below a value that is free, such as an exclusion
@@ -51,7 +51,7 @@ def refuse_several_studies(arguments: Sequence[str]) -> str:
     return f"{' '.join(a for a in arguments if 'sweeps' in a)}: several studies are given as +sweeps={studies}"
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, schema: Any = RunConfig) -> str:
     """Return the message of an error of Hydra, OmegaConf or YAML without its internals, and with what is allowed."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
@@ -59,6 +59,8 @@ def explain(error: Exception) -> str:
         return f"{where}: {error.problem}"
     if isinstance(error, MissingConfigException):
         return _explain_missing(error)
+    if shown := _explain_override(str(error)):
+        return shown
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__  # Hydra raises some of its errors without "from"
@@ -68,25 +70,38 @@ def explain(error: Exception) -> str:
     source = match.group() if (match := re.search(r"'sweeps/[^']*'", text)) else ""
     reason = str(cause.msg or cause).splitlines()[0]
     key = cause.full_key or ""
-    return f"{source + ': ' if source else ''}{_explain_value(text, key, reason, cause)}"
+    return f"{source + ': ' if source else ''}{_explain_value(text, key, reason, cause, schema)}"
 
 
-def _explain_value(text: str, key: str, reason: str, cause: Any) -> str:
+def _explain_override(text: str) -> str:
+    """Say what is wrong with an override that Hydra cannot read, or takes for a sweep; empty of another error."""
+    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
+        key, _, value = match[1].partition("=")
+        return f"{match[1]}: several values are a multirun: add -m (one value that is a list is {key}=[{value}])"
+    if match := re.match(r"Error parsing override '(.*)'\n(.*)", text):
+        near = re.search(r"(?:extraneous|mismatched) input '(.*?)' expecting|(?:at|near:?) '(.*?)'", match[2])
+        place = near and (near[1] or near[2] or "").replace("<EOF>", "")
+        reason = f"cannot be read at {place!r}" if place else "cannot be read"
+        return f"{match[1]}: {reason}; values are written a,b or [a,b], special characters in quotes"
+    return ""
+
+
+def _explain_value(text: str, key: str, reason: str, cause: Any, schema: Any) -> str:
     if isinstance(cause, ConfigKeyError) or "not in '" in reason:
         if key == "sweeps":
             return "a study's first line must be: # @package _global_"
-        if hint := find_unknown_key(key):
+        if hint := find_unknown_key(key, schema):
             return hint
     if "merge DictConfig with ListConfig" in reason or "ListConfig with DictConfig" in reason:
         return f"{reason}; {_STUDY}"
     given = re.match(r"Error merging override (.*)", text)
-    allowed = _describe_type(key)
+    allowed = _describe_type(key, schema)
     return f"{given.group(1) if given else key}: {reason}{f'; {key} is {allowed}' if allowed else ''}"
 
 
-def _describe_type(key: str) -> str:
+def _describe_type(key: str, schema: Any) -> str:
     """Say what values a key takes."""
-    node: Any = RunConfig
+    node: Any = schema
     for part in key.split("."):
         node = typing.get_type_hints(node).get(part) if dataclasses.is_dataclass(node) else None
     if node is None:

@@ -53,7 +53,9 @@ class Windows:
         name: of the text.
         sha256: of its uncompressed content.
         tokens: int64 [windows, window length], without overlap; what is left at the end is dropped.
-        bytes_per_token: UTF-8 bytes of the text covered by the windows, per token.
+        bytes_per_token: UTF-8 bytes of the text covered by the windows, per token: of all, also the first of each
+            window, which is not scored, and the end-of-text tokens, of no bytes. bits_per_byte, nats per scored token /
+            (ln 2 bytes_per_token), takes scored tokens to be as long as all are.
     """
 
     name: str

@@ -90,6 +90,9 @@ def _list(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     table = _read(options)
     if options.csv or options.parquet:
+        for path in (options.csv, options.parquet):
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
         if options.csv:
             table.to_csv(options.csv, index=False)
         if options.parquet:
@@ -143,9 +146,12 @@ def _merge(arguments: list[str]) -> None:
     parser.add_argument("others", nargs="+", metavar="OTHER", help="a store to copy from, which stays as it is")
     parser.add_argument("--results", default="results", help="the store to copy to (default: results)")
     options = parser.parse_args(arguments)
+    from kbit.files import open_files
     from kbit.store import Store, read_results
 
     for other in options.others:
+        if open_files(other).root == open_files(options.results).root or _is_same(other, options.results):
+            raise ValueError(f"{other} is {options.results} itself: nothing to merge")
         read_results(other)  # refuses what is no store before anything is copied
     store = Store(options.results)
     for other in options.others:
@@ -178,6 +184,11 @@ def _open(path: str) -> Store:
 
     read_failures(path)
     return Store(path)
+
+
+def _is_same(path: str, other: str) -> bool:
+    """Whether two local paths lead to one folder, by whatever links."""
+    return Path(path).exists() and Path(other).exists() and Path(path).samefile(other)
 
 
 def _say_nothing(options: argparse.Namespace) -> str:

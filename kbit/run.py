@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from kbit.config import RunConfig
 
 if TYPE_CHECKING:  # pandas, which a refused configuration need not wait for
+    import pandas as pd
+
     from kbit.store import Store
     from kbit.sweep import Plan
 
@@ -66,12 +68,16 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
 def _make_plan(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) -> Plan:
     """Return the plan of these configurations, each model, task and text of which is looked for before any work."""
     from kbit.sweep import check_experiment, make_plan
+    from kbit.textdata import locate_text, read_documents
 
     settings = configs[0]
     _check_settings(configs)
     experiments = [config.experiment for config in configs]
     for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
+    for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
+        if locate_text(text) is not None:  # a text of the hub need not be here to be planned
+            read_documents(text)  # not UTF-8, no text, a record without a "text", ...
     plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
     _check_device(settings, engine)
     return plan
@@ -125,7 +131,16 @@ def describe_results(store_path: str, key: str) -> str:
     first = rows.iloc[0]
     head = f"{first['model']}: {first['total_bits'] / 1e6:.2f} Mbit in all, {first['bits_per_param']:.2f} bits/param"
     table = rows[["task", "metric", "value", "low", "high", "n"]].to_string(index=False)
-    return "\n".join([head, table, *_describe_features(store_path, key)])
+    return "\n".join([head, table, *_explain_control(rows), *_describe_features(store_path, key)])
+
+
+def _explain_control(rows: pd.DataFrame) -> list[str]:
+    """Say why features were found and zeroed, but no random dimensions (kbit.features.measure_ablation)."""
+    return [
+        f"no random control: {count:.0f} of {width} dimensions are features, so that there are not as many others"
+        for count, width in rows.loc[rows["metric"] == "features", ["value", "n"]].itertuples(index=False)
+        if count > width / 2
+    ]
 
 
 def _describe_features(store_path: str, key: str) -> list[str]:

@@ -9,6 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final
 
+import yaml
+
 EMBEDDED_TASKS: Final = Path(str(files("kbit"))) / "assets" / "tasks"
 
 # Not a YAML parser's work: lm-eval's tags (!function) run code when they are parsed.
@@ -28,6 +30,20 @@ def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
             if match := _TASK_NAME.search(path.read_text()):
                 found[match.group(2)] = path
     return found
+
+
+def find_broken_files(task_path: str | None) -> list[str]:
+    """Say of each YAML of a user's folder that cannot be parsed why not: its tasks may not have been found."""
+    broken = []
+    for path in sorted(Path(task_path).resolve().rglob("*.yaml")) if task_path is not None else ():
+        try:
+            for _ in yaml.parse(path.read_text(), Loader=yaml.SafeLoader):  # events only, so that no tag runs code
+                pass
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}" if mark else ""
+            broken.append(f"{path}{where} cannot be parsed: {getattr(error, 'problem', None) or error}")
+    return broken
 
 
 def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:

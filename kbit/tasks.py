@@ -24,7 +24,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml  # private, but the only reader of `include` and `!function`
 
-from kbit.taskfiles import EMBEDDED_TASKS, find_local_tasks, list_task_files
+from kbit.taskfiles import EMBEDDED_TASKS, find_broken_files, find_local_tasks, list_task_files
 from kbit.textdata import parse_json_lines, read_bytes
 
 
@@ -69,7 +69,10 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
             raise ValueError(f"{name!r} is a group of lm-eval tasks: name its tasks, so that each is measured")
         if name not in manager.all_tasks:
             here = ", ".join(sorted(local))
-            raise ValueError(f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own")
+            raise ValueError(
+                f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own"
+                + "".join(f"; {broken}" for broken in find_broken_files(task_path))
+            )
     return [
         _load_local(name, local[name], task_path) if name in local else _load_hub(name, manager, name) for name in names
     ]
@@ -99,6 +102,7 @@ class JsonFiles:
 
         Raises:
             FileNotFoundError, ValueError: see read_bytes, read_json_lines.
+            ValueError: a file without rows.
         """
         splits = {}
         for split, files in _split_files(data_files).items():
@@ -107,7 +111,10 @@ class JsonFiles:
                 content = read_bytes(path)
                 self.digest.update(content)
                 self.read.append(path)
-                rows += parse_json_lines(content, path)
+                here = parse_json_lines(content, path)
+                if not here:
+                    raise ValueError(f"{path.resolve()} has no rows")
+                rows += here
             splits[split] = datasets.Dataset.from_list(rows)
         return datasets.DatasetDict(splits)
 

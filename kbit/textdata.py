@@ -24,6 +24,11 @@ _DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
     ".gz": gzip.decompress,
     ".bz2": bz2.decompress,
 }
+# what would be taken for one document, markup and all
+_NO_TEXTS: Final = (
+    *(".csv", ".tsv", ".json", ".parquet", ".arrow", ".npy", ".pt"),
+    *(".zst", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".html", ".htm", ".xml", ".docx", ".odt", ".yaml", ".yml"),
+)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -79,17 +84,19 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
     Args:
         name: an embedded text (nano_held_out); the path of a file: JSON lines (.jsonl) with a field "text", one
-            document a line, or any other text file, which is one document; .xz, .gz and .bz2 are decompressed; or a
+            document a line, or a plain text (.txt), which is one document; .xz, .gz and .bz2 are decompressed; or a
             text of the hub (wikitext2, c4, pile_cc; to calibrate on wikitext2_train, c4_train).
 
     Raises:
         FileNotFoundError: none of them; names the path and the texts there are.
-        ValueError: a JSON line without a "text"; a file that is not UTF-8, or has no text at all.
+        ValueError: a JSON line without a "text"; a file that is not UTF-8, has no text at all, or has the name
+            of something else (check_suffix).
     """
     path = locate_text(name)
     if path is None:
         documents = list(load_hub_text(name))
         return documents, hashlib.sha256("\n".join(documents).encode()).hexdigest()
+    check_suffix(path)
     content = read_bytes(path)  # once, so that the hash is of what is returned
     digest = hashlib.sha256(content).hexdigest()
     try:
@@ -99,6 +106,16 @@ def read_documents(name: str) -> tuple[list[str], str]:
     if not any(documents):
         raise ValueError(f"{path.resolve()} has no text")
     return documents, digest
+
+
+def check_suffix(path: Path) -> None:
+    """Raise ValueError for a file whose name says that it is neither plain text nor JSON lines, such as a table."""
+    kind = path.with_suffix("").suffix if path.suffix in _DECOMPRESS else path.suffix
+    if kind in _NO_TEXTS:
+        raise ValueError(
+            f"{path.resolve()} is neither a plain text (.txt) nor JSON lines with a field 'text' (.jsonl), either also "
+            f"as {', '.join(_DECOMPRESS)}"
+        )
 
 
 def _split_documents(content: bytes, path: Path) -> list[str]:
@@ -113,7 +130,8 @@ def _split_documents(content: bytes, path: Path) -> list[str]:
 def identify_text(name: str) -> str:
     """Return what names a text wherever it lies: an embedded or hub text's name, the sha256 of a file's content.
 
-    A file with the documents of an embedded text, at any path, is that text. JSON lines are marked, as the same bytes
+    A file with the documents of an embedded text, at any path, is that text; so are two files of one content, whose
+    results carry the name of the one that was measured first. JSON lines are marked, as the same bytes
     in a .txt file would be one document.
     """
     path = locate_text(name)

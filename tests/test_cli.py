@@ -188,6 +188,13 @@ def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
 
 # --- refusing
 
+BAD_FILES = {
+    "table.csv": b"text\na mouse\n",
+    "empty.txt": b"",
+    "latin1.txt": b"caf\xe9",
+    "no_text.jsonl": b'{"txt": "a mouse"}\n',
+    "tasks/broken.yaml": b"dataset_path: json\n task : {mine\n",
+}
 BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["quant.bitz=3"], ["no key 'bitz'", "bits, data_type"]),
     (["sweeps=nano/bit_level"], ["+sweeps=nano/bit_level"]),
@@ -198,7 +205,16 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["quant.bits=9"], ["bits=9", "2..8", "16"]),
     (["quant.bits=4", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
     (["quant.block_size=0"], ["block_size=0", ">= 1", "null"]),
-    (["quant.method=gptqq"], ["quant.method='gptqq'", "rtn"]),
+    (["quant.method=gptqq"], ["quant.method='gptqq'", "rtn", "did you mean gptq?"]),
+    (["eval.perplexity=table.csv"], ["table.csv is neither a plain text (.txt) nor JSON lines"]),
+    (["eval.perplexity=empty.txt"], ["empty.txt has no text"]),
+    (["eval.perplexity=latin1.txt"], ["latin1.txt is not a text in UTF-8"]),
+    (["eval.perplexity=no_text.jsonl"], ["record 1 has no field 'text'"]),
+    (["quant.method=gptq", "quant.calibration.text=empty.txt"], ["empty.txt has no text"]),
+    (["eval.task_path=tasks", "eval.tasks=[mine]"], ["'mine'", "broken.yaml, line 2 cannot be parsed"]),
+    (["quant.bits=3,4"], ["quant.bits=3,4: several values are a multirun: add -m", "quant.bits=[3,4]"]),
+    (["-m", "quant.bits=3,,4", BASIC], ["quant.bits=3,,4: cannot be read at ','"]),
+    (["-m", "quant.data_type=glob(*)", BASIC], ["quant.data_type=glob(*)", "config groups"]),
     (["quant.include='['"], ["quant.include='['", "regular expression"]),
     (["model.name=nano-neox-98"], ["'nano-neox-98'", "nano-neox-98k", "kbit models"]),
     (["model.dtype=fp16"], ["model.dtype='fp16'", "float32, bfloat16, float16"]),
@@ -221,6 +237,9 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
 def test_bad_input_is_refused_before_any_work(
     kbit: Kbit, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
     done = kbit("run", *arguments)
     assert done.code not in (0, None)
     assert [word for word in words if word not in done.err] == []
@@ -238,7 +257,8 @@ def test_refusal_of_the_console_script_has_no_traceback(run_kbit: Kbit, tmp_path
     assert (done.code, done.out) == (1, "")
     assert (
         done.err
-        == "kbit: error: data_type='flaot' is not one of: int, float, dynamic, quantile, nf, af, learned, table\n"
+        == "kbit: error: data_type='flaot' is not one of: int, float, dynamic, quantile, nf, af, learned, table; "
+        "did you mean float?\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -326,6 +346,30 @@ def test_figures_of_no_row_are_refused_and_leave_nothing(kbit: Kbit, study: Path
     assert not (study / "some").exists()
 
 
-def test_export_to_a_missing_folder_is_refused(kbit: Kbit, study: Path) -> None:
-    done = kbit("results", "--csv", "nowhere/out.csv")
-    assert (done.code, "nowhere" in done.err) == (1, True)
+def test_export_makes_its_folder(kbit: Kbit, study: Path, tmp_path: Path) -> None:
+    for suffix in ("csv", "parquet"):
+        path = tmp_path / suffix / "deep" / f"out.{suffix}"
+        assert kbit("results", f"--{suffix}", str(path)).code == 0
+        assert path.is_file()
+
+
+def test_a_store_is_not_merged_into_itself(kbit: Kbit, study: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(study / "results")
+    for same in ("results", "./results/", str(study / "results"), str(tmp_path / "link")):
+        done = kbit("results", "merge", same)
+        assert (done.code, f"{same} is results itself" in done.err) == (1, True)
+
+
+def test_help_of_outliers_is_its_own(kbit: Kbit) -> None:
+    done = kbit("outliers", "--help")
+    assert (done.code, "usage: kbit outliers" in done.out, "eval.features.magnitude" in done.out) == (0, True, True)
+
+
+def test_a_list_of_studies_is_a_multirun(kbit: Kbit, tmp_path: Path) -> None:
+    for number in (3, 4):
+        folder = tmp_path / "studies" / "sweeps"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = f"# @package _global_\nquant: {{bits: {number}}}\nresults: {tmp_path}/store\n"
+        (folder / f"bits{number}.yaml").write_text(text)
+    done = kbit("run", "--config-dir", "studies", "+sweeps=bits3,bits4", "hydra.launcher.plan_only=true")
+    assert (done.code, "2 asked, 2 distinct" in done.out) == (0, True)

@@ -160,6 +160,15 @@ def test_ablation_is_zeroing_the_columns_of_the_readers(build_tiny: Build) -> No
     assert {m.metric for m in measure_ablation(model, windows, BUDGET, [], "t")} == {"top1_probability"}
 
 
+def test_there_is_no_control_of_fewer_dimensions(build_tiny: Build) -> None:
+    model, windows = build_tiny("opt"), make_windows(2)
+    width = model.get_output_embeddings().weight.shape[1]
+    for count, has_control in [(width // 2, True), (width // 2 + 1, False), (width, False)]:
+        measured = {m.metric for m in measure_ablation(model, windows, BUDGET, range(count), "t")}
+        assert "cross_entropy_without_features" in measured
+        assert ("cross_entropy_without_random" in measured) == has_control
+
+
 def test_ablation_leaves_no_hook(build_tiny: Build) -> None:
     model, windows = build_tiny("opt"), make_windows(2)
     measure_features(model, windows, BUDGET, CRITERIA)

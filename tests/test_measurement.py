@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.measurement import (
+    Z_95,
     Measurement,
     decode_items,
     encode_items,
@@ -21,6 +22,7 @@ from kbit.measurement import (
     measure_accuracy,
     measure_mean,
     measure_ratio,
+    quantile_95,
     transform,
     wilson_interval,
 )
@@ -69,11 +71,25 @@ def test_an_accuracy_lies_within_its_interval(correct: list[bool]) -> None:
     assert m.value == pytest.approx(sum(correct) / len(correct), abs=1e-12)
 
 
-def test_a_mean_has_the_normal_interval() -> None:
+def test_a_mean_of_few_values_has_students_interval() -> None:
     m = measure_mean("text", "cross_entropy", [1.0, 2.0, 3.0, 4.0])
-    half = 1.959964 * math.sqrt(5 / 3) / 2  # s^2 = (2.25 + 0.25 + 0.25 + 2.25) / 3, n = 4
+    half = 3.182446 * math.sqrt(5 / 3) / 2  # t of 3 degrees of freedom; s^2 = (2.25 + 0.25 + 0.25 + 2.25) / 3, n = 4
     assert (m.value, m.low, m.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half), rel=1e-6)
     assert m.n == 4
+
+
+def test_a_mean_of_many_values_has_the_normal_interval() -> None:
+    values = [float(i % 2) for i in range(256)]
+    m = measure_mean("text", "cross_entropy", values)
+    assert m.high - 0.5 == pytest.approx(1.959964 * math.sqrt(64 / 255) / 16, rel=1e-6)
+
+
+def test_quantiles_fall_from_students_to_the_normal_one() -> None:
+    quantiles = [quantile_95(n) for n in range(2, 40)]
+    assert quantiles[0] == pytest.approx(12.7062, abs=1e-4)  # tables of Student's t, 1 and 28 degrees of freedom
+    assert quantiles[27] == pytest.approx(2.0484, abs=1e-4)
+    assert quantiles[28] == Z_95
+    assert quantiles == sorted(quantiles, reverse=True)
 
 
 def test_a_single_value_has_no_interval() -> None:
@@ -92,8 +108,8 @@ def test_a_mean_lies_within_its_interval(values: list[float]) -> None:
 
 def test_a_ratio_of_totals_is_textbook() -> None:
     m = measure_ratio("text", "word_perplexity", [2.0, 8.0], [1.0, 3.0])
-    # r = 10/4; deviations 2 - 2.5 and 8 - 7.5: sqrt(2/1 (0.25 + 0.25)) / 4 = 1/4
-    assert (m.value, m.low, m.high) == pytest.approx((2.5, 2.5 - 1.959964 / 4, 2.5 + 1.959964 / 4), rel=1e-6)
+    # r = 10/4; deviations 2 - 2.5 and 8 - 7.5: sqrt(2/1 (0.25 + 0.25)) / 4 = 1/4; t of 1 degree of freedom
+    assert (m.value, m.low, m.high) == pytest.approx((2.5, 2.5 - 12.706205 / 4, 2.5 + 12.706205 / 4), rel=1e-6)
     assert math.isnan(measure_ratio("text", "word_perplexity", [2.0], [1.0]).low)
 
 

@@ -18,6 +18,14 @@ from kbit.perplexity import make_windows, measure_cross_entropy
 from kbit.spec import QuantSpec
 
 HELD_OUT_WINDOWS = 256
+SHIPPED_TEXT = (2772, 6_758_744)  # documents and tokens of the text that the shipped models were trained on
+_SHIPPED_DATA = """public-domain children's books from
+Project Gutenberg and two parts of TinyStories (CDLA-Sharing-1.0). Held out: The Jungle Book, The Wind in the Willows,
+The Wonderful Wizard of Oz, The Happy Prince. Some of the books are from 1830 to 1922 and carry attitudes of their time,
+which the model may repeat."""
+_OWN_DATA = """a text of your own, of which
+this card knows no more: say here what it is, and under which licence. Held out, by file name: the four books of the
+embedded text nano_held_out."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Training:
         documents: of the training text.
         cpu_seconds: spent in the training loop.
         losses: CSV of the training losses.
+        options: of the command line: family, size and what is not a default.
     """
 
     name: str
@@ -41,6 +50,7 @@ class Training:
     documents: int
     cpu_seconds: float
     losses: Path
+    options: dict[str, Any]
 
 
 def export_model(model: Any, tokenizer: Any, training: Training, folder: Path) -> Path:
@@ -64,17 +74,23 @@ def describe_model(loaded: LoadedModel, loss: Measurement, training: Training) -
     """Return the model card."""
     report = plan_quantization(loaded.model, QuantSpec())
     config, content = loaded.model.config, training.content
+    is_shipped = (training.documents, training.stream_tokens) == SHIPPED_TEXT
+    data = _SHIPPED_DATA if is_shipped else _OWN_DATA
+    machine = " of an AVX-512 CPU" if is_shipped else ""
+    header = "license: apache-2.0\nlanguage: en" if is_shipped else "library_name: transformers"
+    style = " It predicts the style of children's books; it is no use as an assistant." if is_shipped else ""
+    licence = " **Licence** of the weights: Apache-2.0." if is_shipped else ""
+    options = " ".join(f"{name}={value}" for name, value in training.options.items())
     embeddings = "tied" if config.tie_word_embeddings else "untied"
     return f"""\
 ---
-license: apache-2.0
-language: en
+{header}
 ---
 # {training.name}
 
 A `{type(loaded.model).__name__}` trained from random weights for studies of quantization that run offline. Hidden size
 {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} heads, {embeddings} embeddings,
-context {CONTEXT} tokens, float16. It predicts the style of children's books; it is no use as an assistant.
+context {CONTEXT} tokens, float16.{style}
 
 | | |
 |---|---|
@@ -85,16 +101,13 @@ context {CONTEXT} tokens, float16. It predicts the style of children's books; it
 | steps | {content["steps"]:,} of {content["batch_size"]} windows of {CONTEXT} tokens |
 | peak learning rate | {content["lr"]:g} |
 | seed | {content["seed"]} |
-| training time | {training.cpu_seconds:,.0f} CPU seconds on {content["threads"]} thread(s) of an AVX-512 CPU |
+| training time | {training.cpu_seconds:,.0f} CPU seconds on {content["threads"]} thread(s){machine} |
 
-**Data.** {training.documents:,} documents, {training.stream_tokens:,} tokens: public-domain children's books from
-Project Gutenberg and two parts of TinyStories (CDLA-Sharing-1.0). Held out: The Jungle Book, The Wind in the Willows,
-The Wonderful Wizard of Oz, The Happy Prince. Some of the books are from 1830 to 1922 and carry attitudes of their time,
-which the model may repeat.
+**Data.** {training.documents:,} documents, {training.stream_tokens:,} tokens: {data}
 
 **Held-out loss.** Mean cross entropy over the first {loss.n} windows of {CONTEXT} tokens of the held-out books, float32
 arithmetic on these float16 weights. `training.csv` has the training losses.
 
-**Recipe.** `python -m kbit.nano.train family={content["family"]} size={content["size"]} data=FOLDER`; byte-level BPE of
-{config.vocab_size:,} tokens, shared by all nano families. **Licence** of the weights: Apache-2.0.
+**Recipe.** `python -m kbit.nano.train {options} data=FOLDER`; byte-level BPE of
+{config.vocab_size:,} tokens, shared by all nano families.{licence}
 """

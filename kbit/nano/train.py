@@ -16,6 +16,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
+import pickle
 import sys
 import time
 from dataclasses import dataclass, field
@@ -37,6 +39,7 @@ from kbit.families import locate_model
 from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
 from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
 from kbit.nano.export import Training, export_model
+from kbit.overrides import REFUSALS, explain
 from kbit.quiet import silence_libraries
 
 BETAS: Final = (0.9, 0.95)
@@ -216,7 +219,10 @@ def restore_checkpoint(config: TrainConfig, state: State) -> None:
     path = _checkpoint_path(config)
     if not path.exists():
         return
-    saved = torch.load(path, weights_only=True)
+    try:
+        saved = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # of a file that was cut, each of these
+        raise ValueError(f"{path} is damaged ({error}): remove it to train from the start") from error
     if saved["config"] != config.content:
         raise ValueError(f"{path} is the checkpoint of {saved['config']}, not of {config.content}: remove one of them")
     state.model.load_state_dict(saved["model"])
@@ -250,24 +256,46 @@ def run_training(config: TrainConfig) -> Path:
         tokens=config.steps * config.batch_size * CONTEXT,
         stream_tokens=len(stream),
         documents=len(documents),
+        options={f.name: getattr(config, f.name) for f in dataclasses.fields(config) if _is_chosen(config, f)},
         cpu_seconds=state.cpu_seconds,
         losses=Path(config.out) / f"{config.name}.csv",
     )
     return export_model(state.model, tokenizer, training, Path(config.out) / config.name)
 
 
+def _is_chosen(config: TrainConfig, option: dataclasses.Field[Any]) -> bool:
+    """Whether an option decides the weights and is not its default."""
+    decides = option.name in ("family", "size", "tokens", "lr", "batch_size", "seed", "threads")
+    return decides and (option.name in ("family", "size") or getattr(config, option.name) != option.default)
+
+
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://kbit.nano", config_name="train")
-def main(config: DictConfig) -> None:
-    """Command line: see the module's docstring."""
+def _hydra_main(config: DictConfig) -> None:
     try:
         train_config = OmegaConf.to_object(config)
         assert isinstance(train_config, TrainConfig)  # the schema says so
         print(run_training(train_config))
-    except (ValueError, OSError, MissingMandatoryValue) as error:
+    except MissingMandatoryValue:
+        sys.exit("kbit.nano.train: error: data=FOLDER is missing: the training text, see kbit/nano/data.py")
+    except (ValueError, OSError) as error:
         sys.exit(f"kbit.nano.train: error: {error}")
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        _hydra_main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, see kbit.cli
+    try:
+        _hydra_main()
+    except REFUSALS as error:
+        sys.exit(f"kbit.nano.train: error: {explain(error, TrainConfig)}")
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 if __name__ == "__main__":

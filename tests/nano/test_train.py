@@ -179,16 +179,37 @@ def test_trained_model_is_written_with_its_card(tmp_path: Path) -> None:
         "config.json", "model.safetensors", "tokenizer.json", "README.md", "training.csv",
     }  # fmt: skip
     card = (folder / "README.md").read_text()
-    for told in ("OPTForCausalLM", "98,304", "1,024 (", "seed | 0", "CPU seconds", "Apache-2.0", "family=opt size=98k"):
+    for told in (
+        "OPTForCausalLM",
+        "98,304",
+        "1,024 (",
+        "seed | 0",
+        "CPU seconds",
+        "family=opt size=98k tokens=1024 batch_size=2 data",
+    ):
         assert told in card
+    for untold in ("Gutenberg", "children's books", "apache", "Apache"):  # the text is the user's
+        assert untold not in card
+
+
+def test_a_damaged_checkpoint_is_named(stream: Tokens, tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    train(config, stream, stop_at=1)
+    path = tmp_path / f"{config.name}.checkpoint"
+    whole = path.read_bytes()
+    for size in (0, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"checkpoint is damaged .*remove it"):
+            train(config, stream)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["data=missing"], "no training text"),
-        (["familly=opt", "data=x"], "familly"),
-        ([], "value: data"),
+        (["familly=opt", "data=x"], "error: familly: no key 'familly'; did you mean family?"),
+        (["sze=98k", "data=x"], "did you mean size?"),
+        ([], "error: data=FOLDER is missing"),
         (["data=x", "size=2m"], "size='2m'"),
         (["data=x", "tokens=many"], "tokens"),
     ],
