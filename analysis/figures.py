@@ -28,6 +28,7 @@ from kbit.analysis.paper import CURVE_FIGURES, CurveFigure
 from kbit.analysis.published import match_published
 from kbit.analysis.relations import RELATIONS, draw_relation
 from kbit.analysis.roofline import figure_16
+from kbit.analysis.selections import keep_comparable
 from kbit.analysis.styles import STYLE, TooManyCurves
 from kbit.analysis.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 
@@ -100,15 +101,6 @@ def count_tasks(results: pd.DataFrame) -> int:
     """Return how many tasks have an accuracy of their own beside the mean; 0 if only the mean was stored."""
     tasks = results.loc[results["metric"] == ZERO_SHOT.metric, "task"]
     return int(tasks[tasks != ZERO_SHOT.task].nunique())
-
-
-def keep_comparable(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the panels that have two curves of two sizes each: less is points, not curves to compare."""
-    if curves.empty:
-        return curves
-    sizes = curves.groupby(["panel", "series"])["model"].nunique()
-    lines = sizes[sizes >= 2].groupby("panel").size()
-    return curves[curves["panel"].isin(lines[lines >= 2].index)].reset_index(drop=True)
 
 
 def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
