@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval, tabulate_verdicts
-from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
+from kbit.analysis.curves import VARIANT, Measure, find_cross_entropy, name_variant, precision_curves
 from kbit.analysis.drawing import (
     LIMIT,
     MissingResults,
@@ -24,7 +24,6 @@ from kbit.analysis.drawing import (
 from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import compare_anchors, read_published
-from kbit.analysis.selections import has_settings
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -174,19 +173,20 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     """Show, for budgets across the range of each family, the best model to have and the probability that it is.
 
-    All precisions, data types and block sizes of the family compete; settings beyond these are left out.
+    All curves of the family compete, whatever their precision, data type, block size, method, outliers or settings.
 
     Raises:
         MissingResults: no measure was taken at two sizes.
     """
     pairs = list_family_measures(results)
     steps = min(BUDGET_STEPS, max(1, SHOWN // max(1, len(pairs))))
-    parts = [tabulate_frontier(results, family, measure, steps) for family, measure in pairs]
+    fields = [(family, measure, find_rivals(results, family, measure)) for family, measure in pairs]
+    parts = [tabulate_frontier(curves, family, measure, steps, results) for family, measure, curves in fields]
     data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if data.empty:
         needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
         raise MissingResults(describe_lack("frontier", needs, ("nano/bit_level", "paper/figure_2")))
-    claim = "For a budget of bits, which precision, data type and block size is best, and how sure is that?"
+    claim = "For a budget of bits, which precision, data type, block size and method is best, how surely?"
     sure = int((data["chance"] >= 0.95).sum())
     verdict = f"At {sure} of {len(data)} budgets one choice is best with 95% or more."
     shown = pd.DataFrame(
@@ -204,7 +204,9 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
         "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
     )
     note += "the one that is most probably best."
-    notes = [note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
+    used = [key for (_, _, curves), part in zip(fields, parts, strict=True) if len(part) for key in curves["key"]]
+    measures = dict.fromkeys(measure for (_, measure, _), part in zip(fields, parts, strict=True) if len(part))
+    notes = [note, describe_sample(results, used, *measures), LIMIT]
     return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, *notes)
 
 
@@ -215,22 +217,31 @@ def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
     return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
 
 
-def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure, steps: int) -> pd.DataFrame:
-    """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
-
-    Args:
-        results: long form.
-        family: the one to tabulate.
-        measure: what makes a choice the best.
-        steps: budgets, evenly spaced in their logarithm inside the frontier's range.
+def find_rivals(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+    """Return the points of a family's curves of two sizes or more: those that compete for a budget.
 
     Raises:
         AmbiguousResults: see precision_curves.
     """
     is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
     curves = precision_curves(results[is_meant], measure.metric, measure.task)
-    curves = curves[(curves["bits"] == 16) | ~has_settings(curves["data_type"])]
-    if curves["model"].nunique() < 2:
+    sizes = curves.groupby([*VARIANT, "bits"], dropna=False)["model"].transform("nunique")
+    return curves[sizes >= 2].reset_index(drop=True)
+
+
+def tabulate_frontier(
+    curves: pd.DataFrame, family: str, measure: Measure, steps: int, results: pd.DataFrame
+) -> pd.DataFrame:
+    """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
+
+    Args:
+        curves: from find_rivals.
+        family: its family.
+        measure: what makes a choice the best.
+        steps: budgets, evenly spaced in their logarithm inside the frontier's range.
+        results: see frontier.draw_values.
+    """
+    if curves.empty:
         return pd.DataFrame()
     frontier = find_pareto_frontier(curves, measure.higher_is_better)
     budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), steps + 2)[1:-1]
