@@ -5,7 +5,8 @@ alone: a claim holds where all of it speaks for the claim, does not hold where a
 undecided where it contains both.
 
 Two forms cover all claims. "k-bit is optimal": at equal total bits, is precision k the best (Trial)? And "this is
-better than that": one group of curves against another at equal total bits (Contrast).
+better than that": one group of curves against another at equal total bits (Contrast). The best is better than each
+other: its lead over the strongest rival decides (frontier.find_strongest_rival).
 
 Only budgets that every quantized curve reaches count (curves.shared_budgets): above the family's largest model in 3 bit
 a wider precision would win by default, because there is no larger model.
@@ -14,7 +15,7 @@ a wider precision would win by default, because there is no larger model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -23,30 +24,32 @@ import pandas as pd
 
 from kbit.analysis.curves import (
     TIE,
-    VARIANT,
     ZERO_SHOT,
-    AmbiguousResults,
     Floats,
     Measure,
     find_cross_entropy,
     name_variant,
-    precision_curves,
     shared_budgets,
     split_variants,
     tabulate_curves,
 )
-from kbit.analysis.frontier import Draws, best_chances, draw_values, mean_interval, weigh_points
-from kbit.analysis.selections import rank_setting
+from kbit.analysis.frontier import (
+    Draws,
+    best_chances,
+    draw_values,
+    find_strongest_rival,
+    mean_interval,
+    weigh_points,
+)
 
 CLAIMED_BITS: Final = 4
 SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
-NEGLIGIBLE: Final = {True: 0.005, False: 0.01}  # "no gain": half a point of accuracy, a hundredth of a nat
+NEGLIGIBLE: Final = {True: 0.005, False: 0.01}  # "no gain", "level": half a point of accuracy, a hundredth of a nat
 NAMED: Final = 6  # panels that a sentence names, each with its lead
-MOST_VARIANTS: Final = 4  # a table that is read; --where shows others
 GRADES: Final = ("holds", "does not hold", "undecided", "not tested")
 SIGN: Final = "A lead above 0 is better: higher accuracy, lower cross entropy."
 
-Expectation = Literal["better", "best", "worse", "no better"]
+Expectation = Literal["better", "best", "worse", "no better", "level"]
 Split = Callable[[str, Sequence[str]], tuple[Sequence[str], Sequence[str]]]
 
 
@@ -55,14 +58,21 @@ def grade_interval(low: float, high: float) -> str:
     return "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
 
 
+def grade_level(low: float, high: float, negligible: float) -> str:
+    """Return the verdict on "-negligible < x < negligible" of a 95% interval of x."""
+    return grade_interval(min(low + negligible, negligible - high), min(high + negligible, negligible - low))
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One precision against the best other one, over the shared budgets of one variant.
+    """One precision against each other one, over the shared budgets of one variant.
 
     Attributes:
         bits: the precision on trial.
         share: of the budgets, where it is best; NaN if it meets no other precision.
-        gap, low, high: its mean lead over the best other (< 0: it trails), in the measure's unit, with 95% interval.
+        gap, low, high: mean lead over the strongest rival (< 0: it trails), with 95% interval, in the measure's unit;
+            see frontier.find_strongest_rival. The mean is over the budgets where both are defined.
+        rival: that precision.
         chance: the probability that it is best, averaged over the budgets; NaN without intervals.
         ahead: share of the budgets where that probability is 97.5% or more; behind: where it is 2.5% or less.
         rivals: the best other precision at each budget where it is not best, most frequent first.
@@ -74,6 +84,7 @@ class Trial:
     gap: float = np.nan
     low: float = np.nan
     high: float = np.nan
+    rival: int | None = None
     chance: float = np.nan
     ahead: float = np.nan
     behind: float = np.nan
@@ -82,7 +93,7 @@ class Trial:
 
     @property
     def grade(self) -> str:
-        """One of GRADES, of the statement: on average over the budgets this precision leads the best other one."""
+        """One of GRADES, of the statement: on average over the budgets this precision leads every other one."""
         return "not tested" if np.isnan(self.share) else grade_interval(self.low, self.high)
 
 
@@ -104,13 +115,15 @@ class Contrast:
     source: str = ""
 
     def grade(self, expected: Expectation, negligible: float) -> str:
-        """Return one of GRADES: whether the first group is better, worse, or no better by more than `negligible`."""
+        """Return one of GRADES: is the first group better, worse, better by less than `negligible`, or that close?"""
         if np.isnan(self.gap):
             return "not tested"
         if expected == "worse":
             return grade_interval(-self.high, -self.low)
         if expected == "no better":
             return grade_interval(negligible - self.high, negligible - self.low)
+        if expected == "level":
+            return grade_level(self.low, self.high, negligible)
         return grade_interval(self.low, self.high)
 
 
@@ -155,22 +168,26 @@ def try_precision(race: Race, bits: int = CLAIMED_BITS) -> Trial:
     others = race.values[reached].drop(columns=bits, errors="ignore").dropna(how="all")
     if others.empty:
         return Trial(bits, np.nan)
-    rival = others.idxmax(axis=1)
-    lead = race.values.loc[others.index, bits] - others.max(axis=1)
-    places = np.flatnonzero(race.values.index.isin(others.index))
-    rows = [race.weights[bits][place] - race.weights[name][place] for place, name in zip(places, rival, strict=True)]
-    low, high = mean_interval(race.draws, race.sign * np.mean(rows, axis=0))
+    best_other = others.idxmax(axis=1)
+    ahead = race.values.loc[others.index, bits] - others.max(axis=1)
+    rivals = list(others.columns[others.notna().any()])
+    leads = -race.values[rivals].sub(race.values[bits], axis=0)
+    met = leads.notna().to_numpy().T
+    weights = [race.weights[bits][both] - race.weights[name][both] for name, both in zip(rivals, met, strict=True)]
+    rows = race.sign * np.stack([row.mean(axis=0) for row in weights])
+    decisive = find_strongest_rival(race.draws, rows, leads.mean().to_numpy(dtype=np.float64))
     chance = None if race.chances is None else race.chances[bits].loc[others.index]
     return Trial(
         bits,
-        share=float((lead > TIE).mean()),
-        gap=float(lead.mean()),
-        low=low,
-        high=high,
+        share=float((ahead > TIE).mean()),
+        gap=decisive.gap,
+        low=decisive.low,
+        high=decisive.high,
+        rival=int(rivals[decisive.place]),
         chance=np.nan if chance is None else float(chance.mean()),
         ahead=np.nan if chance is None else float((chance >= SURE).mean()),
         behind=np.nan if chance is None else float((chance <= 1 - SURE).mean()),
-        rivals=tuple(int(name) for name in rival[lead <= TIE].value_counts().index),
+        rivals=tuple(int(name) for name in best_other[ahead <= TIE].value_counts().index),
         source="" if chance is None else race.draws.source,
     )
 
@@ -193,13 +210,13 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     if not tested:
         return f"Not tested: in none of {len(trials)} panels does a 4-bit curve meet another precision."
     parts = [
-        f"{panel}: {trial.grade}, {describe_lead(trial.gap, trial.low, trial.high, measure)}, "
+        f"{panel}: {trial.grade}, {describe_lead(trial.gap, trial.low, trial.high, measure)} over {trial.rival}-bit, "
         f"best over {trial.share:.0%} of the budgets"
         for panel, trial in tested[:NAMED]
     ]
     return (
-        f"Of {len(trials)} panels: {count_grades(trial.grade for _, trial in trials)}. Mean lead of 4-bit over the "
-        f"best other precision: {join_parts(parts, len(tested))} ({tested[0][1].source or 'no intervals'})."
+        f"Of {len(trials)} panels: {count_grades(trial.grade for _, trial in trials)}. Mean lead of 4-bit over its "
+        f"strongest rival: {join_parts(parts, len(tested))} ({tested[0][1].source or 'no intervals'})."
     )
 
 
@@ -225,9 +242,9 @@ def describe_trial(trial: Trial, measure: Measure) -> str:
             f"{trial.ahead:.0%} of the budgets, with {1 - SURE:.1%} or less over {trial.behind:.0%} ({trial.source})."
         )
     return (
-        f"{trial.grade.capitalize()}: the mean lead of {trial.bits}-bit over the best other precision is "
-        f"{describe_lead(trial.gap, trial.low, trial.high, measure)}. It is best over {trial.share:.0%} of the shared "
-        f"budgets{rivals}.{chance}"
+        f"{trial.grade.capitalize()}: the mean lead of {trial.bits}-bit over its strongest rival, {trial.rival}-bit, "
+        f"is {describe_lead(trial.gap, trial.low, trial.high, measure)}. It is best over {trial.share:.0%} of the "
+        f"shared budgets{rivals}.{chance}"
     )
 
 
@@ -238,15 +255,35 @@ def describe_lead(gap: float, low: float, high: float, measure: Measure) -> str:
     return f"{round(gap, 4) + 0.0:+.4f}{unit} ({interval})"  # + 0.0: never "-0.0000"
 
 
+def weigh_contrast(curves: pd.DataFrame, groups: tuple[Sequence[str], Sequence[str]]) -> Floats | None:
+    """Return the weights [points] of the mean difference of two groups of curves; None if they do not meet.
+
+        row @ y = mean over budgets b of  mean_(i in first) y_i(b) - mean_(j in second) y_j(b)
+
+    Args:
+        curves: points of one panel; column series tells its curves apart.
+        groups: names of series.
+    """
+    chosen = curves["series"].isin([*groups[0], *groups[1]]).to_numpy()
+    kept = curves[chosen].reset_index(drop=True)
+    first, second = ([name for name in group if name in set(kept["series"])] for group in groups)
+    budgets = shared_budgets(kept, by="series") if first and second else np.empty(0)
+    if not budgets.size:
+        return None
+    weights = weigh_points(kept, budgets, "series")
+    means = [np.mean([weights[name] for name in group if name in weights], axis=0) for group in (first, second)]
+    row = np.zeros(len(curves))
+    row[chosen] = np.mean(means[0] - means[1], axis=0)
+    return row
+
+
 def contrast_curves(
     curves: pd.DataFrame,
     groups: tuple[Sequence[str], Sequence[str]],
     measure: Measure,
     results: pd.DataFrame | None = None,
 ) -> Contrast:
-    """Return the mean lead of the first group of curves over the second, at equal total bits.
-
-    gap = mean over budgets b of  mean_(i in first) y_i(b) - mean_(j in second) y_j(b);  > 0 is better
+    """Return the mean lead of the first group of curves over the second, at equal total bits; see weigh_contrast.
 
     Args:
         curves: points of one panel; column series tells its curves apart.
@@ -254,18 +291,15 @@ def contrast_curves(
         measure: what the curves show.
         results: see frontier.draw_values.
     """
-    first, second = ([name for name in group if name in set(curves["series"])] for group in groups)
+    first, second = (tuple(name for name in group if name in set(curves["series"])) for group in groups)
     kept = curves[curves["series"].isin([*first, *second])].reset_index(drop=True)
-    budgets = shared_budgets(kept, by="series") if first and second else np.empty(0)
-    if not budgets.size:
+    row = weigh_contrast(kept, groups)
+    if row is None:
         return Contrast(np.nan, np.nan, np.nan)
-    weights = weigh_points(kept, budgets, "series")
-    means = [np.mean([weights[name] for name in group if name in weights], axis=0) for group in (first, second)]
-    sign = 1.0 if measure.higher_is_better else -1.0
-    row = sign * np.mean(means[0] - means[1], axis=0)
+    row = row if measure.higher_is_better else -row
     draws = draw_values(kept, measure, results)
     gap = float(kept["value"].to_numpy(dtype=np.float64) @ row)
-    return Contrast(gap, *mean_interval(draws, row), tuple(first), tuple(second), draws.source)
+    return Contrast(gap, *mean_interval(draws, row), first, second, draws.source)
 
 
 def contrast_best(
@@ -274,16 +308,27 @@ def contrast_best(
     measure: Measure,
     results: pd.DataFrame | None = None,
 ) -> Contrast:
-    """Return the contrast of the first group with that curve of the second over which its lead is smallest."""
-    tests = [contrast_curves(curves, (groups[0], [name]), measure, results) for name in groups[1]]
-    known = [test for test in tests if not np.isnan(test.gap)]
-    return min(known, key=lambda test: test.gap, default=Contrast(np.nan, np.nan, np.nan))
+    """Return the contrast of the first group with that curve of the second which decides whether it leads them all.
+
+    Arguments as of contrast_curves; see frontier.find_strongest_rival.
+    """
+    rows = {name: weigh_contrast(curves, (groups[0], [name])) for name in groups[1]}
+    known: Mapping[str, Floats] = {name: row for name, row in rows.items() if row is not None}
+    if not known:
+        return Contrast(np.nan, np.nan, np.nan)
+    chosen = curves["series"].isin([*groups[0], *known]).to_numpy()  # a point that is not compared may lack items
+    kept = curves[chosen].reset_index(drop=True)
+    stacked = (1.0 if measure.higher_is_better else -1.0) * np.stack([row[chosen] for row in known.values()])
+    draws = draw_values(kept, measure, results)
+    lead = find_strongest_rival(draws, stacked, stacked @ kept["value"].to_numpy(dtype=np.float64))
+    first = tuple(name for name in groups[0] if name in set(kept["series"]))
+    return Contrast(lead.gap, lead.low, lead.high, first, (list(known)[lead.place],), draws.source)
 
 
 def judge_contrasts(
     curves: pd.DataFrame, split: Split, expected: Expectation, measure: Measure, results: pd.DataFrame | None = None
 ) -> str:
-    """Return whether one group of curves is better (worse, no better) than another, panel by panel.
+    """Return whether one group of curves is better (worse, no better, level) than another, panel by panel.
 
     "best" is better than each curve of the other group; the other expectations are about the group's mean.
 
@@ -304,12 +349,13 @@ def judge_contrasts(
     if not tested:
         return "Not tested: in no panel do the two kinds of curves meet at equal total bits."
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
-    limit = f" (better by less than {negligible:g} counts as no better)" if expected == "no better" else ""
+    limits = {"no better": f" (better by less than {negligible:g} counts as no better)"}
+    limits["level"] = f" (a difference below {negligible:g} counts as level)"
     parts = [f"{panel}, {describe_contrast(test, measure)}" for panel, test in tested[:NAMED]]
-    whom = " over the best of the others" if expected == "best" else ""
+    whom = " over the strongest rival" if expected == "best" else ""
     head = grades.capitalize() if len(tests) == 1 else f"Of {len(tests)} panels: {grades}"
     leads = join_parts(parts, len(tested))
-    return f"{head}{limit}. Mean lead{whom}: {leads} ({tested[0][1].source or 'no intervals'})."
+    return f"{head}{limits.get(expected, '')}. Mean lead{whom}: {leads} ({tested[0][1].source or 'no intervals'})."
 
 
 def describe_contrast(test: Contrast, measure: Measure) -> str:
@@ -331,52 +377,3 @@ def find_measures(results: pd.DataFrame) -> list[Measure]:
     has_accuracy = ((results["metric"] == ZERO_SHOT.metric) & (results["task"] == ZERO_SHOT.task)).any()
     loss = find_cross_entropy(results)
     return [*([ZERO_SHOT] if has_accuracy else []), *([loss] if loss else [])]
-
-
-def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the statement "k-bit is optimal" for every family and measure, with its margin.
-
-    Of a family's variants (data type and block size) those with the most points, MOST_VARIANTS at most.
-
-    Returns:
-        Columns family, data_type, block_size, measure, precisions (that were compared), bits (the one that is best over
-        most budgets), share, gap, low, high, chance, grade (of "this precision is optimal"), four_bit (the grade of the
-        paper's claim), source.
-        Variants whose curves never meet are left out; a family measured in several ways has one row, with the reason
-        as its grade.
-    """
-    rows: list[dict[str, Any]] = []
-    for family, of_family in results.groupby("family"):
-        for measure in find_measures(of_family):
-            try:
-                curves = precision_curves(of_family, measure.metric, measure.task)
-            except AmbiguousResults as error:
-                rows.append({"family": family, "measure": measure.name, "grade": str(error)})
-                continue
-            for variant, group in sorted(split_variants(curves), key=rank_variant)[:MOST_VARIANTS]:
-                if not shared_budgets(group).size:
-                    continue
-                race = line_up(group, measure, results)
-                trials = {bits: try_precision(race, bits) for bits in (int(str(name)) for name in race.values)}
-                tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
-                if tested:
-                    compared = ", ".join(map(str, sorted(tested)))
-                    rows.append(variant | {"measure": measure.name, "precisions": compared} | describe_best(tested))
-    columns = ["bits", "share", "gap", "low", "high", "chance", "grade", "four_bit", "source"]
-    return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
-        {"block_size": "Int64", "bits": "Int64"}
-    )
-
-
-def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
-    """Return the place of a variant: the most points first, of equals the paper's settings."""
-    variant, points = part
-    return -len(points), rank_setting(variant["data_type"]), rank_setting(variant["block_size"])
-
-
-def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:
-    """Return the row of the precision that is best over most budgets (of equals: with the largest gap)."""
-    best = max(tested.values(), key=lambda trial: (trial.share, trial.gap))
-    fields = ("bits", "share", "gap", "low", "high", "chance", "grade", "source")
-    claim = tested[CLAIMED_BITS].grade if CLAIMED_BITS in tested else "not tested"
-    return {name: getattr(best, name) for name in fields} | {"four_bit": claim}

@@ -159,11 +159,14 @@ def refuse_mixed_evaluations(rows: pd.DataFrame) -> None:
     if "evaluation" not in rows:
         return
     for family, group in rows.groupby("family"):
-        ways = sorted(group["evaluation"].unique())
+        counts = group["evaluation"].value_counts().sort_index()
+        ways = [str(way) for way in counts.index]
         if len(ways) > 1:
+            # rows of other tasks and texts are described in other words, and "==" would drop them all
+            others = " and ".join(f"evaluation != '{way}'" for way in ways if way != counts.idxmax())
             raise AmbiguousResults(
                 f"{family} was measured in {len(ways)} ways that do not compare: {'; '.join(ways)}. "
-                f"Keep one: --where \"evaluation == '{ways[0]}'\""
+                f'Keep one, for example that with the most results: --where "{others}"'
             )
 
 

@@ -86,7 +86,9 @@ def describe_shares(shares: pd.DataFrame, measure: Measure) -> str:
 def describe_certainty(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame, bits: int) -> str:
     """Return the verdict on "this precision is optimal" with its mean lead, as a clause."""
     trial = try_precision(line_up(curves, measure, results), bits)
-    return f": {trial.grade}, mean lead {describe_lead(trial.gap, trial.low, trial.high, measure)}"
+    return (
+        f": {trial.grade}, mean lead over {trial.rival}-bit {describe_lead(trial.gap, trial.low, trial.high, measure)}"
+    )
 
 
 def name_bits(bits: object) -> str:

@@ -21,9 +21,10 @@ import pandas as pd
 from kbit.analysis.curves import VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets
 from kbit.measurement import Z_95
 from kbit.spec import BASELINE_BITS
-from kbit.store import read_items
+from kbit.store import read_items_by_task
 
 CHOICE: Final = ["total_bits", "data_type", "block_size", "bits", "value", "low", "high", "chance"]
+SAME_MEAN: Final = 1e-6  # items are kept as float32: 1e-7; one item of the paper's 18,300 moves the mean by 2e-5
 DRAWS: Final = 1000  # a probability near 1/2 is known to 0.03, an end of a 95% interval to 1% of its rank
 
 
@@ -42,7 +43,7 @@ class Draws:
     @property
     def source(self) -> str:
         """Say how the draws were made, for captions."""
-        return "paired bootstrap over items" if self.paired else "unpaired: no items in this store"
+        return "paired bootstrap over items" if self.paired else "unpaired: no items of these values in this store"
 
 
 def find_pareto_frontier(points: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame:
@@ -82,37 +83,40 @@ def draw_values(
 
 
 def read_panel_items(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Floats] | None:
-    """Return the scores behind a panel's points, an array [points, items] for each task; None if any is missing.
+    """Return the scores behind a panel's points, an array [points, items] for each task.
 
-    Points of several seeds are the mean over their experiments.
+    The tasks of a mean are those that the store has for its experiments, whatever rows of the table are left. Points of
+    several seeds are the mean over their experiments. None if scores are missing, or a value is not their mean.
     """
     store = results.attrs.get("store")
     if store is None:
         return None
     keys = [str(key).split() for key in curves["key"]]
     wanted = sorted({key for group in keys for key in group})
-    rows = results[results["key"].isin(wanted) & (results["metric"] == measure.metric)]
-    tasks = sorted(set(rows["task"]) - {ZERO_SHOT.task}) if measure.task == ZERO_SHOT.task else [measure.task]
-    arrays: list[Floats] = []
-    for task in tasks:
-        scores = read_scores(store, task, measure.metric, tuple(wanted))
-        if scores is None:
-            return None
-        arrays.append(np.stack([np.mean([scores[key] for key in group], axis=0) for group in keys]))
-    return arrays or None
+    scores = read_scores(store, measure.metric, tuple(wanted))
+    tasks = sorted(scores) if measure.task == ZERO_SHOT.task else [measure.task]
+    if not tasks or not all(is_complete(scores.get(task, {}), wanted) for task in tasks):
+        return None
+    arrays = [np.stack([np.mean([scores[task][key] for key in group], axis=0) for group in keys]) for task in tasks]
+    means = np.mean([array.mean(axis=1) for array in arrays], axis=0)
+    value = curves["value"].to_numpy(dtype=np.float64)
+    return arrays if np.allclose(means, value, rtol=SAME_MEAN, atol=SAME_MEAN) else None
 
 
 @lru_cache(maxsize=16)
-def read_scores(store: str, task: str, metric: str, keys: tuple[str, ...]) -> dict[str, Floats] | None:
-    """Return the scores of the items of every experiment; None if one lacks them or was scored on others.
+def read_scores(store: str, metric: str, keys: tuple[str, ...]) -> dict[str, dict[str, Floats]]:
+    """Return the scores of the items by task and experiment; empty if the first experiment has none.
 
     Several figures ask for the same points; what a key stands for does not change.
     """
-    if len(read_items(store, task, metric, keys[:1])) < 1:  # a store without items need not be read whole
-        return None
-    scores = read_items(store, task, metric, keys)
-    same = len(scores) == len(keys) and len({array.size for array in scores.values()}) == 1
-    return scores if same else None
+    if not read_items_by_task(store, metric, keys[:1]):  # a store without items need not be read whole
+        return {}
+    return read_items_by_task(store, metric, keys)
+
+
+def is_complete(scores: dict[str, Floats], keys: Sequence[str]) -> bool:
+    """Whether all experiments have scores of as many items."""
+    return len(scores) == len(keys) and len({array.size for array in scores.values()}) == 1
 
 
 def resample_means(scores: Floats, count: int, rng: np.random.Generator) -> Floats:
@@ -163,8 +167,10 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
         return pd.DataFrame(columns=list(matrices), index=pd.Index(budgets, name="total_bits"))
     sign = 1.0 if higher_is_better else -1.0
     counts = np.zeros((budgets.size, len(matrices)))
+    own = [np.flatnonzero((matrix != 0).any(axis=0)) for matrix in matrices.values()]  # the points of each curve
+    rows = [sign * matrix[:, places].T for matrix, places in zip(matrices.values(), own, strict=True)]
     for chunk in np.array_split(draws.values, max(1, len(draws.values) // 100)):  # all draws at once would be large
-        values = np.stack([sign * chunk @ matrix.T for matrix in matrices.values()])
+        values = np.stack([chunk[:, places] @ row for places, row in zip(own, rows, strict=True)])
         winners = np.nanargmax(values, axis=0)
         counts += np.stack([(winners == place).sum(axis=0) for place in range(len(matrices))], axis=1)
     return pd.DataFrame(counts / len(draws.values), pd.Index(budgets, name="total_bits"), columns=list(matrices))
@@ -220,6 +226,53 @@ def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]],
     by_value = table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
     rivals = by_value[1:].sort_values("chance", ascending=False, kind="stable")  # equal chances: by value
     return pd.concat([by_value[:1], rivals], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Lead:
+    """A lead over that of several rivals which decides whether the first is best.
+
+    Attributes:
+        place: of the rival.
+        gap, low, high: the lead over it, and its interval; see find_strongest_rival.
+    """
+
+    place: int
+    gap: float
+    low: float
+    high: float
+
+
+def find_strongest_rival(draws: Draws, rows: Floats, gaps: Floats) -> Lead:
+    """Return the lead that decides whether all leads are above zero, with an interval that gives the verdict.
+
+        low_j = 2.5% quantile of d_j         high_j = l_j + c s_j,  c = 97.5% quantile of max_j (d_j - l_j) / s_j
+
+    for leads l_j over rivals j with draws d_j of standard deviation s_j. "Best" holds if every lead is above zero: if
+    the smallest low_j is, which errs as seldom as one low_j does. It does not hold if some lead is below zero; the
+    smallest of several high_j is more often too small than each is, so that they are widened for all to be right
+    together. (To keep the rival that is best by value, or to take the best in each draw, would find a lead below zero
+    too often: the best of several equal rivals is the one with the luckiest items.) With one rival both ends are
+    quantiles.
+
+    Args:
+        draws: of points.
+        rows: weights of the points in each lead, [rivals, points].
+        gaps: the leads themselves, [rivals].
+
+    Returns:
+        The lead with the smallest high_j if that is below zero, else the one with the smallest low_j; NaN as interval
+        if a point has none.
+    """
+    drawn = draws.values @ rows.T
+    spread = np.maximum(drawn.std(axis=0), np.finfo(np.float64).tiny)  # without chance all are level: no division by 0
+    reach = np.quantile(((drawn - gaps) / spread).max(axis=1), 0.975)
+    low, high = np.quantile(drawn, 0.025, axis=0), gaps + reach * spread
+    if np.isnan(reach):
+        place = int(np.argmin(gaps))
+        return Lead(place, float(gaps[place]), np.nan, np.nan)
+    place = int(np.argmin(high if high.min() < 0 else low))
+    return Lead(place, float(gaps[place]), float(low[place]), float(high[place]))
 
 
 def mean_interval(draws: Draws, weights: Sequence[float] | Floats) -> tuple[float, float]:

@@ -11,18 +11,21 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kbit.analysis.claims import NEGLIGIBLE, count_grades, grade_interval, grade_level
 from kbit.analysis.curves import find_cross_entropy, is_missing
 from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
-from kbit.analysis.frontier import draw_values
+from kbit.analysis.lost import measure_lost, pick_rows
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
 from kbit.analysis.styles import STYLE, LineStyle, style_series
 from kbit.quantconfig import INT8_METHODS
+from kbit.spec import BASELINE_BITS
 
 CLAIM: Final = (
     "LLM.int8() (vector-wise scales, large activations at 16 bits) keeps the 16-bit loss at every size, where one "
     "scale for a whole tensor does not (its Table 1, C4)."
 )
+CLAIMED: Final = ("llm_int8", "absmax")  # keeps the 16-bit loss; does not
 USUAL_THRESHOLD: Final = 6.0
 # nats: a log axis is linear below, so that zero and gains are on it; where none adds ten times as much, it all is
 LINEAR_TO: Final = 1e-3
@@ -84,24 +87,15 @@ def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
     measure = find_cross_entropy(results)
     if measure is None:
         return pd.DataFrame()
-    rows = results[(results["metric"] == measure.metric) & (results["task"] == measure.task)].drop_duplicates("key")
-    tables = []
-    for _, group in rows.groupby(["family", "model"], sort=False):
-        base, ours = group[group["bits"] == 16], group[group["method"].isin(INT8_METHODS)]
-        if base.empty or ours.empty:
-            continue
-        draws = draw_values(pd.concat([base.head(1), ours]), measure, results).values
-        low, high = np.quantile(draws[:, 1:] - draws[:, :1], [0.025, 0.975], axis=0)
-        added = ours["value"] - base["value"].iloc[0]
-        names = [name_method(row) for row in ours.to_dict("records")]
-        table = ours.assign(panel=ours["family"], method=names, perplexity=np.exp(ours["value"].astype(float)))
-        tables.append(table.assign(added=added, low=low, high=high, source="this store")[COLUMNS])
-    if not tables:
+    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].isin(INT8_METHODS)]
+    table = measure_lost(pick_rows(of_figure, measure.metric, measure.task), measure, results)
+    if table.empty:
         return pd.DataFrame()
+    names = [name_method(row) for row in table.to_dict("records")]
+    table = table.assign(panel=table["family"], perplexity=np.exp(table["value"].astype(float)), added=table["lost"])
     order = {name: place for place, name in enumerate(INT8_METHODS)}
-    table = pd.concat(tables, ignore_index=True)
-    place = table["method"].str.split().str[0].map(order)
-    return table.assign(_place=place).sort_values(["panel", "parameters", "_place", "method"]).drop(columns="_place")
+    table = table.assign(_place=table["method"].map(order), method=names, source="this store")
+    return table.sort_values(["panel", "parameters", "_place", "method"], ignore_index=True)[COLUMNS]
 
 
 def name_method(row: Mapping[Any, Any]) -> str:
@@ -121,12 +115,24 @@ def read_paper() -> pd.DataFrame:
 
 
 def judge_methods(ours: pd.DataFrame) -> str:
-    """Say how far LLM.int8() and absmax are from 16 bits, and in how many models the claim holds."""
-    wide = ours.pivot_table(index="model", columns="method", values="added")
-    if not {"llm_int8", "absmax"} <= set(wide):
-        return "llm_int8 and absmax were not both measured."
-    both = wide[["llm_int8", "absmax"]].dropna()
-    holds = int((both["llm_int8"].abs() < both["absmax"].abs()).sum())
-    word = "Holds" if holds == len(both) else "Does not hold" if not holds else "Holds in part"
-    ranges = ", ".join(f"{name} {both[name].min():+.4f} to {both[name].max():+.4f}" for name in both)
-    return f"{word}: llm_int8 is closer to 16 bits than absmax in {holds} of {len(both)} models ({ranges} nats)."
+    """Return in how many models llm_int8 keeps the 16-bit loss and absmax does not, by the intervals of what each adds.
+
+    To keep it is to add less than NEGLIGIBLE, not to keep it is to add more; the claim is both.
+    """
+    limit = NEGLIGIBLE[False]
+    index = {name: ours[ours["method"] == name].drop_duplicates("model").set_index("model") for name in CLAIMED}
+    models = list(index["llm_int8"].index.intersection(index["absmax"].index))
+    if not models:
+        return "Not tested: llm_int8 and absmax were not both measured."
+    keeps, loses = (index[name].loc[models] for name in CLAIMED)
+    kept = [grade_level(low, high, limit) for low, high in zip(keeps["low"], keeps["high"], strict=True)]
+    lost = [grade_interval(low - limit, high - limit) for low, high in zip(loses["low"], loses["high"], strict=True)]
+    both = [
+        next(g for g in ("does not hold", "undecided", "holds") if g in pair) for pair in zip(kept, lost, strict=True)
+    ]
+    head = count_grades(both).capitalize() if len(both) == 1 else f"Of {len(both)} models: {count_grades(both)}"
+    first, second = (f"{rows['added'].min():+.4f} to {rows['added'].max():+.4f} nats" for rows in (keeps, loses))
+    return (
+        f"{head}. llm_int8 adds less than {limit:g} nats: {count_grades(kept)} ({first}); absmax adds more: "
+        f"{count_grades(lost)} ({second})."
+    )

@@ -8,11 +8,11 @@ Every law here is of one form, an exponential of linear terms plus linear terms:
 |---|---|---|---|
 | power | L | C N^-p k^-q | bivariate in parameters and bits; the paper (section 4) reports that it fits poorly |
 | offset | L | C N^-p + E + e_k | a base curve and an offset per precision, e_16 = 0: the paper's "nearly parallel" |
-| kumar | L - L_16 | C D^a N^-b exp(-k / g) | Kumar et al. 2024, arXiv 2411.04330, equation of delta_PTQ |
-| block | L - L_16 | C D^a N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training; G is the block size |
+| kumar | L - L_16 | C N^-b exp(-k / g) | Kumar et al. 2024, arXiv 2411.04330, equation of delta_PTQ |
+| block | L - L_16 | C N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training; G is the block size |
 
-L: cross entropy in nats per token; N: parameters; k: bits; D: training tokens. D^a is part of C where all models saw as
-many tokens.
+L: cross entropy in nats per token; N: parameters; k: bits. Both laws of L - L_16 have a factor D^a in the training
+tokens D. It is part of C here: the sizes of a family were trained on (nearly) as many, and a store holds no tokens.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None
 
     Args:
         law: one of LAWS.
-        points: columns parameters, bits, block_size (for "block"), tokens (NaN: unknown); one row per point.
+        points: columns parameters, bits, block_size (for "block"); one row per point.
         precisions: of "offset", those with an offset of their own; None: those of the points.
 
     Raises:
@@ -130,9 +130,6 @@ def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None
         terms["G exponent"] = np.log(np.log2(points["block_size"].to_numpy(dtype=np.float64)))
     else:
         raise ValueError(f"law={law!r} is not one of: {', '.join(LAWS)}")
-    tokens = points["tokens"].to_numpy(dtype=np.float64) if "tokens" in points else np.full(rows, np.nan)
-    if law in ON_DELTA and np.isfinite(tokens).all() and np.ptp(tokens) > 0:
-        terms["D exponent"] = np.log(tokens)
     columns = list(added.values())
     return Design(
         np.stack(list(terms.values()), axis=1),
@@ -176,14 +173,19 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
     if np.linalg.matrix_rank(slope / np.linalg.norm(slope, axis=0)) < p:
         raise few
     fitted = design.predict(parameters)
-    standard = (y - fitted) / scale
     rng = np.random.default_rng(seed)
-    larger = np.sqrt(n / (n - p)) * stats.t.ppf(0.975, n - p) / Z_95
-    noise = rng.choice(standard - standard.mean(), (draws, n)) * larger
+    noise = rng.choice(standardize((y - fitted) / scale, p), (draws, n))
     sample = refit(design, fitted + noise * scale, scale, parameters)
     spread = float(np.sum((y - y.mean()) ** 2))
     r2 = 1 - float(np.sum((y - fitted) ** 2)) / spread if spread else np.nan
     return Fit(law, design, parameters, sample, y - fitted, r2)
+
+
+def standardize(residuals: Floats, parameters: int) -> Floats:
+    """Return the residuals of a fit, in standard errors, centred and enlarged as fit_law says."""
+    spare = len(residuals) - parameters
+    larger = np.sqrt(len(residuals) / spare) * stats.t.ppf(0.975, spare) / Z_95
+    return np.asarray((residuals - residuals.mean()) * larger)
 
 
 def choose_scale(points: pd.DataFrame) -> Floats:
@@ -280,7 +282,8 @@ class HeldOut:
 def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> HeldOut:
     """Fit a law on all but the largest model and predict that one.
 
-    A prediction interval holds the uncertainty of the parameters and the scatter of the residuals.
+    A prediction interval holds the uncertainty of the parameters and the scatter of the residuals: these are
+    standardized and enlarged as for fit_law, and have the standard errors of the points that are predicted.
 
     Args:
         law, draws, seed: as in fit_law.
@@ -290,16 +293,16 @@ def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: 
         TooFewPoints: see fit_law.
     """
     largest = points.sort_values("parameters")["model"].iloc[-1]
+    points = points.assign(_scale=choose_scale(points))
     known, held = points[points["model"] != largest], points[points["model"] == largest]
     precisions = [int(k) for k in known["bits"].unique()]
     held = held[held["bits"].isin(precisions)]
     fit = fit_law(law, known, draws=draws, seed=seed)
-    design = make_design(law, held.assign(tokens=held.get("tokens", np.nan)), precisions)
-    if design.names != fit.design.names:
-        raise TooFewPoints(f"the law {law!r} cannot be checked on {largest}: its terms differ there")
+    design = make_design(law, held, precisions)
     y = held["y"].to_numpy(dtype=np.float64)
     rng = np.random.default_rng(seed)
-    scatter = rng.choice(fit.residuals, (draws, len(held)))
+    standard = standardize(fit.residuals / known["_scale"].to_numpy(), len(fit.parameters))
+    scatter = rng.choice(standard, (draws, len(held))) * held["_scale"].to_numpy()
     low, high = np.quantile(design.predict(fit.draws) + scatter, [0.025, 0.975], axis=0)
     error = y - design.predict(fit.parameters)
     smaller = known[known["parameters"] == known["parameters"].max()].set_index(["bits", "block_size"])["y"]

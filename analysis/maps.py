@@ -22,21 +22,25 @@ from kbit.analysis.curves import (
     Floats,
     Measure,
     is_missing,
+    name_data_types,
     name_variant,
     precision_curves,
     tabulate_curves,
 )
 from kbit.analysis.drawing import LIMIT, MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
 from kbit.analysis.frontier import draw_values, mean_interval, weigh_points
+from kbit.analysis.lost import measure_lost, pick_rows
 from kbit.analysis.panels import CAPTION_SIZE
-from kbit.analysis.selections import WHOLE, has_settings, rank_setting
+from kbit.analysis.selections import WHOLE, has_settings, most_points, rank_setting
 from kbit.analysis.styles import STYLE
+from kbit.spec import BASELINE_BITS
 
 MAP_PANELS: Final = 4  # the maps with the most cells
 SHADES: Final = "Blues"  # its luminance falls steadily: it reads in grey too
 BAR_WIDTH: Final = 1.0  # inches, for the scale of shades
 LAYERS: Final = re.compile(r"\(\?!(?:\.\*)?(?P<kept>.+?)\)")  # an exclude that spares one layer: layers\.(?!3\.)
 MAP_CLAIM: Final = "Which data type and block size is best at equal total bits, counting the bits of the scales?"
+QUANTIZER: Final = ["bits", "data_type", "block_size"]
 SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone?"
 
 
@@ -217,41 +221,42 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
             axes.barh(group["part"], group["loss"], xerr=error, color="#56B4E9", edgecolor="0.2", height=0.7)
             axes.invert_yaxis()
             axes.axvline(0, color="0.3", linewidth=0.8)
-            axes.set_title(f"{model}, {group['bits'].iloc[0]}-bit {group['data_type'].iloc[0]}", loc="left")
+            first = group.iloc[0]
+            quantizer = name_variant(first["data_type"], first["block_size"])
+            axes.set_title(f"{model}, {first['bits']}-bit {quantizer}", loc="left")
         axes.set_xlabel(f"{measure.name} lost")
-        bars = f"Bars: 95% intervals ({data['source'].iloc[0]})."
+        bars = f"Bars: 95% intervals ({'; '.join(sorted(data['source'].unique()))})."
+        left = data["left_out"].iloc[0]
+        bars += f" Left out: {left} experiments with other quantizers (choose with --where)." if left else ""
         sample = describe_sample(results, data["key"], measure)
         write_verdict(fig, "sensitivity", SENSITIVITY_CLAIM, verdict, bars, f"{sample} {LIMIT}")
     return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict)
 
 
 def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    """Return key, model, bits, data_type, part, loss, low, high, source: one row per model and part quantized alone."""
-    rows = results[(results["metric"] == measure.metric) & (results["task"] == measure.task)].drop_duplicates("key")
-    parts = rows["exclude"].map(name_part, na_action="ignore")
-    rows = rows.assign(part=parts)
-    tables = []
-    for _, group in rows[rows["part"].notna() | (rows["bits"] == 16)].groupby("model", sort=True):
-        alone, base = group[group["part"].notna()], group[group["bits"] == 16]
-        if len(alone) < 2 or base.empty:
-            continue
-        ordered = pd.concat([base.head(1), alone])
-        sign = -1.0 if measure.higher_is_better else 1.0
-        draws = draw_values(ordered, measure, results)
-        added = sign * (draws.values[:, 1:] - draws.values[:, :1])
-        low, high = np.quantile(added, [0.025, 0.975], axis=0)
-        loss = sign * (alone["value"] - base["value"].iloc[0])
-        columns = ["key", "model", "bits", "data_type", "part", "quantized_parameters"]
-        tables.append(alone[columns].assign(loss=loss, low=low, high=high, source=draws.source))
-    if not tables:
+    """Return a row per model and part quantized alone, with the one quantizer by which each family has the most.
+
+    Columns: key, family, model, bits, data_type (with settings), block_size, part, quantized_parameters, loss, low,
+    high, source; left_out is how many such experiments have other quantizers.
+    """
+    part = results["exclude"].map(name_part, na_action="ignore")
+    rows = results.assign(part=part)[part.notna() | (results["bits"] == BASELINE_BITS)]
+    rows = pick_rows(rows, measure.metric, measure.task)
+    alone = rows[rows["part"].notna()]
+    if alone.empty:
         return pd.DataFrame()
-    table = pd.concat(tables, ignore_index=True)
+    names = name_data_types(alone.assign(include=None, exclude=None))
+    alone = alone.assign(data_type=names, block_size=alone["block_size"].astype("Int64"))
+    chosen = most_points(alone, QUANTIZER).drop_duplicates(["model", "part"])
+    table = measure_lost(pd.concat([rows[rows["part"].isna()], chosen], ignore_index=True), measure, results)
+    if table.empty:
+        return pd.DataFrame()
+    table = table[table.groupby("model")["part"].transform("size") >= 2]
+    columns = ["key", "family", "model", *QUANTIZER, "part", "quantized_parameters"]
     order = table["part"].str.extract(r"(\d+)")[0].astype(float)
-    return (
-        table.assign(_order=order)
-        .sort_values(["model", "_order"], kind="stable", ignore_index=True)
-        .drop(columns="_order")
-    )
+    ordered = table.assign(_order=order, loss=table["lost"], left_out=len(alone) - len(chosen))
+    ordered = ordered.sort_values(["model", "_order"], kind="stable", ignore_index=True)
+    return ordered[[*columns, "loss", "low", "high", "source", "left_out"]]
 
 
 def name_part(exclude: str) -> str | None:

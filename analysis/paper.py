@@ -54,6 +54,11 @@ class CurveFigure:
     loss: bool = False
 
 
+def split_five_bit(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare 5 bits with 4 bits."""
+    return ["5-bit"], ["4-bit"]
+
+
 def split_quantile(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Compare quantile with the paper's other data types."""
     return ["quantile"], [name for name in series if name in ("float", *WEAK_TYPES)]
@@ -101,11 +106,6 @@ def split_gptq(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequen
     return ["gptq"], ["rtn"]
 
 
-def judge_precisions(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
-    """Test "4-bit is best at equal total bits"."""
-    return judge_four_bit(curves, measure, results)
-
-
 def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Test both parts of figure 3: the panels of block sizes and those of data types."""
     is_block = curves["series"].str.startswith("block ")
@@ -144,7 +144,7 @@ def judge_gptq(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) ->
     """Test both parts of figure 5: at 3 bits GPTQ without blocks loses to blocked float, at 4 bits they are level."""
     parts = []
     for panel, group in curves.groupby("panel", sort=False):
-        expected: Expectation = "worse" if ", 3-bit" in str(panel) else "no better"
+        expected: Expectation = "worse" if ", 3-bit" in str(panel) else "level"
         parts.append(judge_contrasts(group, split_methods, expected, measure, results))
     return " ".join(parts)
 
@@ -168,7 +168,7 @@ CURVE_FIGURES: Final = (
         "figure_1",
         "For OPT, accuracy at equal total bits rises from 16 to 8 to 4 bits and falls again at 3 bits.",
         of_family("opt", partial(select_precisions, bits=(3, 4, 8, 16))),
-        judge_precisions,
+        judge_four_bit,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_1"),
     ),
@@ -176,7 +176,7 @@ CURVE_FIGURES: Final = (
         "figure_2",
         "At a fixed number of total model bits, 4-bit is best for almost all sizes and families.",
         select_precisions,
-        judge_precisions,
+        judge_four_bit,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_2"),
     ),
@@ -216,10 +216,10 @@ CURVE_FIGURES: Final = (
     ),
     CurveFigure(
         "figure_7",
-        "4-bit is best or as good as 5-bit in every family; BLOOM and BLOOMZ scale alike.",
+        "In no family does 5-bit scale better than 4-bit.",
         select_precisions,
-        judge_precisions,
-        _PRECISIONS,
+        judge_by(split_five_bit, "no better"),
+        "4 and 5 bits, each at two or more sizes of one family",
         ("nano/bit_level", "paper/figure_7"),
     ),
     CurveFigure(
@@ -256,7 +256,7 @@ CURVE_FIGURES: Final = (
     ),
     CurveFigure(
         "figure_12",
-        "A float does best with at least half of its bits, rounded up, as exponent bits.",
+        "A float does best with half of its bits, rounded up, as exponent bits (Appendix C.4; not at 5 bits).",
         of_family("opt", select_exponents),
         judge_by(split_exponents, "best"),
         "float with two numbers of exponent bits at one precision, each at two or more sizes of one family",
@@ -266,7 +266,7 @@ CURVE_FIGURES: Final = (
         "figure_13",
         "By cross entropy, too, 4-bit is best at a fixed number of total model bits.",
         select_precisions,
-        judge_precisions,
+        judge_four_bit,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_13"),
         loss=True,

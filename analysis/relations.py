@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy
+from kbit.analysis.curves import ZERO_SHOT, Measure, find_cross_entropy
 from kbit.analysis.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -26,9 +26,11 @@ from kbit.analysis.drawing import (
     describe_sample,
     write_verdict,
 )
-from kbit.analysis.frontier import draw_values
+from kbit.analysis.lost import measure_lost, pick_rows
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend
 from kbit.analysis.styles import STYLE, style_series
+from kbit.quantconfig import INT8_METHODS
+from kbit.spec import BASELINE_BITS
 
 PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
 PERPLEXITY_CAP: Final = 100.0  # the paper cuts curves there as unstable (Appendix C.5)
@@ -90,31 +92,41 @@ def read_perplexity(results: pd.DataFrame) -> pd.Series[float]:
 
 
 def read_divergence(results: pd.DataFrame) -> pd.Series[float]:
-    """Return the KL divergence from the same model at 16 bit of each quantized experiment."""
-    rows = results[(results["metric"] == "kl_divergence") & (results["bits"] < 16)]
-    return rows.drop_duplicates("key").set_index("key")["value"]
+    """Return the KL divergence from the same model at 16 bit of each quantized experiment, on read_loss's text."""
+    measure = find_cross_entropy(results)
+    return read_metric(results[results["bits"] < BASELINE_BITS], "kl_divergence", measure.task if measure else "")
 
 
 def read_weight_error(results: pd.DataFrame) -> pd.Series[float]:
-    """Return the relative error of the quantized weights, sqrt(sum (w - w')^2 / sum w^2), of each experiment."""
+    """Return the relative error of the quantized weights, sqrt(sum (w - w')^2 / sum w^2), of each experiment.
+
+    Left out are experiments whose loss has other causes than the error of all weights: those that quantize a part of
+    the layers (include, exclude), and int8 methods, which round activations too.
+    """
     if "weight_rmse" not in results:
         return pd.Series(dtype=np.float64)
-    rows = results[results["bits"] < 16].drop_duplicates("key")
+    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(INT8_METHODS)
+    for part in ("include", "exclude"):
+        is_whole &= results[part].isna() if part in results else True
+    rows = results[is_whole].drop_duplicates("key")
     return rows.set_index("key")["weight_rmse"].dropna().astype(np.float64)
 
 
 def read_metric(results: pd.DataFrame, metric: str, task: str) -> pd.Series[float]:
-    """Return one measurement of each experiment, index key."""
-    rows = results[(results["metric"] == metric) & (results["task"] == task)]
-    return rows.drop_duplicates("key").set_index("key")["value"]
+    """Return one measurement of each experiment, index key.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways.
+    """
+    return pick_rows(results, metric, task).set_index("key")["value"]
 
 
-def increase(values: pd.Series[float], results: pd.DataFrame) -> pd.Series[float]:
-    """Return each quantized experiment's value less that of its model at 16 bit; without a baseline it is left out."""
-    about = results.drop_duplicates("key").set_index("key").loc[values.index, ["model", "bits"]]
-    is_base = about["bits"] == 16
-    base = pd.Series(values[is_base].to_numpy(), about.loc[is_base, "model"]).groupby(level=0).first()
-    return (values - about["model"].map(base.to_dict()).astype(np.float64))[~is_base].dropna()
+def read_lost(results: pd.DataFrame, measure: Measure | None) -> pd.Series[float]:
+    """Return what each quantized experiment loses against its model at 16 bits; without a baseline it is left out."""
+    if measure is None:
+        return pd.Series(dtype=np.float64)
+    rows = pick_rows(results, measure.metric, measure.task)
+    return measure_lost(rows, measure, results, intervals=False).set_index("key")["lost"]
 
 
 RELATIONS: Final = (
@@ -133,7 +145,7 @@ RELATIONS: Final = (
         "kl_accuracy",
         "Does the KL divergence from the 16-bit model tell how much accuracy is lost?",
         read_divergence,
-        lambda results: -increase(read_accuracy(results), results),
+        lambda results: read_lost(results, ZERO_SHOT),
         "KL divergence from the 16-bit model (nats per token)",
         "mean zero-shot accuracy lost",
         "KL divergence and mean zero-shot accuracy of the same experiments, with the 16-bit models",
@@ -145,7 +157,7 @@ RELATIONS: Final = (
         "error_accuracy",
         "Does the error of the weights tell how much accuracy is lost?",
         read_weight_error,
-        lambda results: -increase(read_accuracy(results), results),
+        lambda results: read_lost(results, ZERO_SHOT),
         "relative error of the quantized weights",
         "mean zero-shot accuracy lost",
         "weight_rmse (stored with every experiment since it is measured) and mean zero-shot accuracy, with the 16-bit "
@@ -158,7 +170,7 @@ RELATIONS: Final = (
         "error_loss",
         "Does the error of the weights tell how much the model loses?",
         read_weight_error,
-        lambda results: increase(read_loss(results), results),
+        lambda results: read_lost(results, find_cross_entropy(results)),
         "relative error of the quantized weights",
         "cross entropy added (nats per token)",
         "weight_rmse (stored with every experiment since it is measured) and cross entropy, with the 16-bit models",
@@ -233,24 +245,12 @@ def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
 
 
 def add_intervals(points: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Return the points with the 95% intervals low and high of what each loses, and how they were found.
-
-    Loss and 16-bit value are of the same items, drawn together where the store has them.
-    """
-    is_meant = (results["metric"] == measure.metric) & (results["task"] == measure.task)
-    rows = results[is_meant].drop_duplicates("key")
-    sign = -1.0 if measure.higher_is_better else 1.0
-    bounds: dict[str, Floats] = {}
-    sources = set()
-    for model, group in points.groupby("model"):
-        base = rows[(rows["model"] == model) & (rows["bits"] == 16)].head(1)
-        variants = rows.set_index("key", drop=False).loc[group["key"]]
-        draws = draw_values(pd.concat([base, variants]), measure, results)
-        lost = sign * (draws.values[:, 1:] - draws.values[:, :1])
-        bounds |= dict(zip(group["key"], np.quantile(lost, [0.025, 0.975], axis=0).T, strict=True))
-        sources.add(draws.source)
-    low, high = np.array([bounds[key] for key in points["key"]]).T
-    return points.assign(low=low, high=high), "; ".join(sorted(sources))
+    """Return the points with the 95% intervals low and high of what each loses, and how they were found."""
+    rows = pick_rows(results, measure.metric, measure.task)
+    rows = rows[rows["key"].isin(points["key"]) | (rows["bits"] == BASELINE_BITS)]
+    lost = measure_lost(rows, measure, results).set_index("key").loc[points["key"]]
+    points = points.assign(low=lost["low"].to_numpy(), high=lost["high"].to_numpy())
+    return points, "; ".join(sorted(lost["source"].unique()))
 
 
 def is_varied(points: pd.DataFrame) -> bool:

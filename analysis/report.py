@@ -18,11 +18,11 @@ from typing import Any, Final
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from kbit.analysis.claims import tabulate_verdicts
 from kbit.analysis.curves import AmbiguousResults, is_missing, name_data_types
 from kbit.analysis.findings import finding
 from kbit.analysis.lawtable import compare_laws
 from kbit.analysis.styles import LINE_STYLES
+from kbit.analysis.verdicts import tabulate_verdicts
 from kbit.store import read_failures, read_provenance, read_results
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis"

@@ -58,6 +58,8 @@ function writeView() {
   history.replaceState(null, "", `#${view}`);
 }
 
+const OF_QUANTIZERS = ["method", "data_type", "block_size"];
+
 // Indices of the points that pass every filter. An unquantized model belongs to every data type, block size and method.
 function choose() {
   const allowed = {};
@@ -68,7 +70,8 @@ function choose() {
   const chosen = [];
   for (let i = 0; i < count; i++) {
     if (points.measure[i] !== measure || points.value[i] === null) continue;
-    if (Object.keys(FILTERS).every((column) => allowed[column].has(asText(points[column][i])))) chosen.push(i);
+    const asked = Object.keys(FILTERS).filter((column) => points.bits[i] !== 16 || !OF_QUANTIZERS.includes(column));
+    if (asked.every((column) => allowed[column].has(asText(points[column][i])))) chosen.push(i);
   }
   return chosen;
 }

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval, tabulate_verdicts
+from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval
 from kbit.analysis.curves import VARIANT, Measure, find_cross_entropy, name_variant, precision_curves
 from kbit.analysis.drawing import (
     LIMIT,
@@ -23,7 +23,8 @@ from kbit.analysis.drawing import (
 )
 from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
-from kbit.analysis.published import compare_anchors, read_published
+from kbit.analysis.published import TOLERANCE, compare_anchors, read_published
+from kbit.analysis.verdicts import tabulate_verdicts
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -157,8 +158,8 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
             "best": table["bits"].astype("string").fillna("?") + "-bit",
             "of budgets": table["share"].map("{:.0%}".format),
             "mean lead (95% interval)": [
-                f"{gap:+.4f} ({low:+.4f} to {high:+.4f})"
-                for gap, low, high in zip(table["gap"], table["low"], table["high"], strict=True)
+                f"{gap:+.4f} ({low:+.4f} to {high:+.4f}) over {rival}-bit"
+                for gap, low, high, rival in zip(table["gap"], table["low"], table["high"], table["rival"], strict=True)
             ],
             "P(best)": table["chance"].map("{:.0%}".format),
             "so": table["grade"],
@@ -270,11 +271,11 @@ def draw_anchors(results: pd.DataFrame) -> PaperFigure:
     """
     data = pd.DataFrame() if results.empty else compare_anchors(results)
     if data.empty:
-        needs = "a 16-bit model whose accuracies are published (OPT, BLOOM, Pythia) on the paper's tasks"
+        needs = "a 16-bit model whose accuracies are published (OPT, BLOOM, Pythia) on all items of the paper's tasks"
         raise MissingResults(describe_lack("anchors", needs, ("paper/figure_2",)))
     claim = "Do the unquantized models score what others published for them?"
-    verdict = f"{int(data['inside'].sum())} of {len(data)} published values lie in our 95% interval; "
-    verdict += f"the largest difference is {data['difference'].abs().max():.3f}."
+    verdict = f"{int(data['agrees'].sum())} of {len(data)} values agree with the published ones to {TOLERANCE:g} "
+    verdict += f"(perplexities: to {TOLERANCE:.1%}); the largest difference is {data['difference'].abs().max():.3f}."
     numbers = data[["value", "low", "high", "published", "difference"]].round(3)
-    shown = pd.concat([data[["model", "task", "metric"]], numbers, data[["inside"]]], axis=1)
+    shown = pd.concat([data[["model", "task", "metric"]], numbers, data[["agrees"]]], axis=1)
     return finish_table("anchors", data, shown, "Ours and published", claim, verdict)

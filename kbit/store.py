@@ -278,11 +278,22 @@ def read_items(
     Raises:
         FileNotFoundError: there is no store at path.
     """
-    found = {}
+    return read_items_by_task(path, metric, keys).get(task, {})
+
+
+def read_items_by_task(
+    path: str | Path, metric: str, keys: Collection[str] | None = None
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return what read_items does for every task that has items of a metric: {task: {key: values [n]}}.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    found: dict[str, dict[str, NDArray[np.float64]]] = {}
     for record in _read_records(path, "experiments", keys):
         for items in record.get("items", ()):
-            if (items["task"], items["metric"]) == (task, metric):
-                found[record["key"]] = decode_items(ItemValues(**items))
+            if items["metric"] == metric:
+                found.setdefault(items["task"], {})[record["key"]] = decode_items(ItemValues(**items))
     return found
 
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.analysis.claims import (
-    MOST_VARIANTS,
     Contrast,
     Trial,
     contrast_curves,
@@ -20,10 +19,11 @@ from kbit.analysis.claims import (
     judge_contrasts,
     judge_four_bit,
     line_up,
-    tabulate_verdicts,
     try_precision,
 )
 from kbit.analysis.curves import ZERO_SHOT, Measure
+from kbit.analysis.frontier import Draws, find_strongest_rival
+from kbit.analysis.verdicts import MOST_VARIANTS, tabulate_verdicts
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
@@ -38,7 +38,7 @@ def test_the_claim_counts_only_shared_budgets(make_points: Build) -> None:
 def test_the_claim_is_refuted_with_the_better_precision_and_the_margin(make_points: Build) -> None:
     text = judge_four_bit(make_points({4: {10: 0.4, 100: 0.6}, 5: {10: 0.5, 100: 0.7}}), ZERO_SHOT)
     assert text.startswith(
-        "Does not hold: the mean lead of 4-bit over the best other precision is -0.1000 (95% interval -"
+        "Does not hold: the mean lead of 4-bit over its strongest rival, 5-bit, is -0.1000 (95% interval -"
     )
     assert "It is best over 0% of the shared budgets (else 5-bit)" in text
     assert "Its chance to be best is 0% on average" in text
@@ -56,7 +56,9 @@ def test_the_margin_is_the_mean_lead_with_its_interval(make_points: Build) -> No
 def test_a_lead_inside_the_noise_decides_nothing(make_points: Build) -> None:
     curves = make_points({4: {10: 0.40, 100: 0.60}, 5: {10: 0.401, 100: 0.601}}, error=0.01)
     text = judge_four_bit(curves, ZERO_SHOT)
-    assert text.startswith("Undecided: the mean lead of 4-bit over the best other precision is -0.0010 (95% interval -")
+    assert text.startswith(
+        "Undecided: the mean lead of 4-bit over its strongest rival, 5-bit, is -0.0010 (95% interval -"
+    )
     assert "unpaired: no items" in text
 
 
@@ -69,7 +71,9 @@ def test_the_claim_is_not_tested_without_four_bit(make_points: Build) -> None:
 def test_a_measure_without_intervals_decides_nothing(make_points: Build) -> None:
     curves = make_points({3: {10: 0.5, 100: 0.5}, 4: {10: 0.4, 100: 0.6}}).assign(low=np.nan, high=np.nan)
     text = judge_four_bit(curves, ZERO_SHOT)
-    assert text.startswith("Undecided: the mean lead of 4-bit over the best other precision is +0.0000 (no interval)")
+    assert text.startswith(
+        "Undecided: the mean lead of 4-bit over its strongest rival, 3-bit, is +0.0000 (no interval)"
+    )
     assert "chance" not in text
 
 
@@ -93,6 +97,12 @@ def test_any_precision_can_be_tried(make_points: Build) -> None:
         ("no better", 0.1, 0.05, "does not hold"),
         ("no better", 0.01, 0.05, "undecided"),
         ("worse", -0.1, 0.2, "undecided"),
+        ("level", 0.0, 0.005, "holds"),
+        ("level", -0.005, 0.01, "undecided"),
+        ("level", -0.1, 0.005, "does not hold"),
+        ("level", 0.1, 0.005, "does not hold"),
+        ("level", 0.0, 0.5, "undecided"),
+        ("level", 0.0, np.nan, "undecided"),
         ("better", 0.1, np.nan, "undecided"),
         ("better", np.nan, 0.0, "not tested"),
     ],
@@ -140,7 +150,42 @@ def test_the_best_leads_every_other_not_their_mean(make_points: Build) -> None:
         for expected in ("better", "best")
     }
     assert judged["better"].startswith("Holds. Mean lead: toy, a over b and c: +0.1250")
-    assert judged["best"].startswith("Does not hold. Mean lead over the best of the others: toy, a over b: -0.1000")
+    assert judged["best"].startswith("Does not hold. Mean lead over the strongest rival: toy, a over b: -0.1000")
+
+
+def test_the_best_must_lead_an_uncertain_rival_too(make_points: Build) -> None:
+    """The rival with the smallest lead is led for sure; one with a larger lead of which little is known is not."""
+    sure = make_points({"a": {10: 0.60, 100: 0.60}, "b": {10: 0.59, 100: 0.59}}, error=0.0005)
+    unsure = make_points({"c": {10: 0.58, 100: 0.58}}, error=0.1)
+    curves = pd.concat([sure, unsure], ignore_index=True)
+    text = judge_contrasts(curves, lambda panel, names: (["a"], ["b", "c"]), "best", ZERO_SHOT)
+    assert text.startswith("Undecided. Mean lead over the strongest rival: toy, a over c: +0.0200 (95% interval -0.")
+
+
+def test_a_precision_must_lead_an_uncertain_rival_too(make_points: Build) -> None:
+    sure = make_points({4: {10: 0.60, 100: 0.60}, 5: {10: 0.59, 100: 0.59}}, error=0.0005)
+    unsure = make_points({8: {10: 0.58, 100: 0.58}}, error=0.1)
+    trial = try_precision(line_up(pd.concat([sure, unsure], ignore_index=True), ZERO_SHOT))
+    assert (trial.grade, trial.rival, trial.gap) == ("undecided", 8, pytest.approx(0.02))
+
+
+@pytest.mark.parametrize("others", [(0.0,) * 5, (0.0, 0.5, 0.5), (0.0,), (-0.2, -0.2, -0.2)])
+def test_the_interval_over_the_strongest_rival_covers(others: tuple[float, ...]) -> None:
+    """Of 400 made-up samples with a known least lead, 2.5% lie above it and 2.5% below at most, within chance.
+
+    With the rival that is best by value 10% of the intervals were below a least lead of 0 over five equals.
+    """
+    rng = np.random.default_rng(0)
+    truth = np.array([0.0, *(-lead for lead in others)])
+    rows = np.eye(len(truth))[0] - np.eye(len(truth))[1:]
+    above = below = 0
+    for _ in range(400):
+        value = truth + rng.standard_normal(len(truth))
+        draws = Draws(value + rng.standard_normal((400, len(truth))), paired=False)
+        lead = find_strongest_rival(draws, rows, rows @ value)
+        above += lead.low > min(others)
+        below += lead.high < min(others)
+    assert max(above, below) / 400 <= 0.025 + 3 * (0.025 * 0.975 / 400) ** 0.5
 
 
 def test_a_contrast_needs_both_groups_at_shared_budgets(make_points: Build) -> None:

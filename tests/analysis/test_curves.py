@@ -216,8 +216,8 @@ def test_the_finding_names_both_measures() -> None:
     results = pd.concat([make_results(CROSSING), make_results(losses, **LOSS)], ignore_index=True)
     assert re.sub(r"[+-]\d\.\d{4}", "#", finding(results)) == (
         "toy, nf block 64, at equal total bits: 3-bit is best over 50% of the budgets by mean zero-shot accuracy "
-        "(4-bit 50%): undecided, mean lead # (95% interval # to #); 4-bit is best over 100% of the budgets by cross "
-        "entropy: holds, mean lead # nats (95% interval # to #)."
+        "(4-bit 50%): undecided, mean lead over 4-bit # (95% interval # to #); 4-bit is best over 100% of the budgets "
+        "by cross entropy: holds, mean lead over 3-bit # nats (95% interval # to #)."
     )
 
 

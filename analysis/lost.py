@@ -1,0 +1,53 @@
+"""What quantization costs a model: its value against its own at 16 bits, on the same items."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from kbit.analysis.curves import Measure, refuse_mixed_evaluations
+from kbit.analysis.frontier import draw_values
+from kbit.spec import BASELINE_BITS
+
+
+def pick_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
+    """Return the rows of one measurement, one for each experiment that has a value.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways, see curves.refuse_mixed_evaluations.
+    """
+    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
+    refuse_mixed_evaluations(rows)
+    return rows.drop_duplicates("key")
+
+
+def measure_lost(
+    points: pd.DataFrame, measure: Measure, results: pd.DataFrame, *, intervals: bool = True
+) -> pd.DataFrame:
+    """Return the quantized points with what each loses against the same model at 16 bits; others are left out.
+
+    Args:
+        points: measured in one way (pick_rows, curves.precision_curves): columns model, bits, value, low, high, key.
+        measure: what they show.
+        results: see frontier.draw_values.
+        intervals: False skips the draws.
+
+    Returns:
+        The quantized points in their order, with columns lost (> 0: worse, in the measure's unit) and, with intervals,
+        error (standard error), low, high (95%) of that, and source (how they were found).
+    """
+    is_base = points["bits"] == BASELINE_BITS
+    base = points[is_base].drop_duplicates("model").set_index("model", drop=False)
+    quantized = points[~is_base & points["model"].isin(base.index)]
+    sign = -1.0 if measure.higher_is_better else 1.0
+    lost = sign * (quantized["value"] - quantized["model"].map(base["value"])).astype(np.float64)
+    quantized = quantized.assign(lost=lost)
+    if not intervals or quantized.empty:
+        return quantized
+    parts = []
+    for model, group in quantized.groupby("model", sort=False):
+        draws = draw_values(pd.concat([base.loc[[model]], group]), measure, results)
+        drawn = sign * (draws.values[:, 1:] - draws.values[:, :1])
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        parts.append(group.assign(error=drawn.std(axis=0), low=low, high=high, source=draws.source))
+    return pd.concat(parts).loc[quantized.index]
