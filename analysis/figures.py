@@ -149,12 +149,10 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results).
         out: folder, made if absent and there is something to write.
-        names: keys of FIGURES; None for all that the results allow, the others recorded as skipped with the
-        reason.
+        names: keys of FIGURES; None for all. What the results do not allow is recorded as skipped, with the reason.
 
     Raises:
-        ValueError: a name is not a figure; or a figure asked for by name cannot be drawn (MissingResults,
-            AmbiguousResults). Nothing is written then.
+        ValueError: a name is not a figure. Nothing is written then.
     """
     unknown = [name for name in names or () if name not in FIGURES]
     if unknown:
@@ -164,8 +162,6 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
         try:
             drawn.append(FIGURES[name](results))
         except (MissingResults, AmbiguousResults, TooManyCurves) as error:
-            if names is not None:
-                raise
             drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))
     if any(isinstance(figure, PaperFigure) for figure in drawn):
         out.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import pandas as pd
 from kbit.analysis.claims import Expectation, Split, judge_contrasts, judge_four_bit
 from kbit.analysis.curves import Measure
 from kbit.analysis.selections import (
+    CONTROLS,
     prefer_family,
     select_block_sizes,
     select_data_types,
@@ -90,6 +91,13 @@ def split_outliers(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Se
     return kept, [name.split(" with")[0] for name in kept]
 
 
+def split_control(control: str, panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare outliers that the proxy selects with as many dimensions selected in another way (CONTROLS)."""
+    shares = [name.removesuffix(control) for name in series if name.endswith(control)]
+    kept = [f"{share} outliers" for share in shares]
+    return [name for name in kept if name in series], [f"{share}{control}" for share in shares]
+
+
 def split_rival(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Compare a precision with outliers in 16 bit with 4 bits without."""
     return [name for name in series if "outliers" in name], ["4-bit"]
@@ -126,15 +134,23 @@ def judge_by(split: Split, expected: Expectation) -> Judge:
 
 
 def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
-    """Test all three parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits."""
+    """Test all parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits.
+
+    Where the same layers' or random dimensions were measured, also: those that the proxy selects are worth more.
+    """
     is_three = curves["panel"].str.contains(", 3-bit")
     parts: list[tuple[str, pd.DataFrame, Split, Expectation]] = [
-        ("3-bit gains", curves[is_three], split_outliers, "better"),
-        ("3-bit with outliers against 4-bit", curves[is_three], split_rival, "worse"),
-        ("4-bit gains nothing", curves[~is_three], split_outliers, "no better"),
+        ("3-bit gains by outliers", curves[is_three], split_outliers, "better"),
+        ("3-bit with outliers stays behind 4-bit", curves[is_three], split_rival, "worse"),
+        ("4-bit gains nothing by outliers", curves[~is_three], split_outliers, "no better"),
     ]
+    for control in CONTROLS[1:]:
+        has_control = curves[curves["series"].str.endswith(control)]["panel"].unique()
+        among = curves[curves["panel"].isin(has_control)]
+        what = f"outliers by proxy gain more than{control} dimensions"
+        parts.append((what, among, partial(split_control, control), "better"))
     return " ".join(
-        f"{what}: {judge_contrasts(points, split, expected, measure, results)}"
+        f"[{what}] {judge_contrasts(points, split, expected, measure, results)}"
         for what, points, split, expected in parts
         if len(points)
     )

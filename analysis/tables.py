@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval
-from kbit.analysis.curves import VARIANT, Measure, find_cross_entropy, name_variant, precision_curves
+from kbit.analysis.curves import VARIANT, Measure, find_cross_entropy, name_variant, precision_curves, prefer_baseline
 from kbit.analysis.drawing import (
     LIMIT,
     MissingResults,
@@ -24,7 +24,7 @@ from kbit.analysis.drawing import (
 from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import TOLERANCE, compare_anchors, read_published
-from kbit.analysis.verdicts import tabulate_verdicts
+from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, name_range, tabulate_verdicts
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -106,12 +106,15 @@ def table_2(results: pd.DataFrame) -> PaperFigure:
     if rows.empty:
         needs = f"measurements of {TABLE_2_METRIC} (weight deviation against the size of the next layer's inputs)"
         raise MissingResults(describe_lack("table_2", needs, ("nano/features", "paper/table_2")))
+    rows = prefer_baseline(rows)
     ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
     columns = ["relation", "model", "spearman", "source"]
     data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)
     verdict = judge_order(ours.pivot_table(index="model", columns="relation", values="spearman"))
     wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
-    return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict)
+    families = ", ".join(sorted(rows["family"].unique()))
+    sample = f"Data: {rows['key'].nunique()} experiments on {rows['model'].nunique()} models of {families}."
+    return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict, sample)
 
 
 def judge_order(correlations: pd.DataFrame) -> str:
@@ -146,15 +149,27 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
     claim = "Which precision is optimal at equal total bits, by how much, and does 4-bit, as the paper has it?"
     grades = table["four_bit"].value_counts()
     tested = ", ".join(f"{grade} in {count}" for grade, count in grades.items())
-    winners = table["bits"].value_counts()
+    tried = table[table["bits"].notna()]
+    winners = tried["bits"].value_counts()
     leader = ", ".join(f"{bits}-bit in {count}" for bits, count in winners.items())
-    verdict = f"Best over most budgets: {leader} of {len(table)} rows. The claim for 4 bits: {tested}."
+    verdict = (
+        f"Best over most budgets: {leader} of {len(tried)} variants (data type, block size, method, outliers) by "
+        f"measure. The claim for 4 bits: {tested}."
+    )
+    left = int((table["grade"] == NO_CONTEST).sum())
+    data, table = table, table.groupby(["family", "measure"], sort=False).head(MOST_VARIANTS)
+    more = ""
+    if len(data) > len(table):
+        more = f"Table: of each family and measure the {MOST_VARIANTS} variants with the most points; the CSV has "
+        more += f"{len(data) - len(table)} more."
+    alone = f"Not counted: {left} with one quantized precision, which met 16 bits alone." if left else ""
     shown = pd.DataFrame(
         {
             "family": table["family"],
             "variant": [name_variant(*pair) for pair in zip(table["data_type"], table["block_size"], strict=True)],
             "measure": table["measure"],
             "bits compared": table["precisions"],
+            "budgets": [name_range(*ends) for ends in zip(table["lowest"], table["highest"], strict=True)],
             "best": table["bits"].astype("string").fillna("?") + "-bit",
             "of budgets": table["share"].map("{:.0%}".format),
             "mean lead (95% interval)": [
@@ -167,8 +182,9 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         }
     )
     note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
-    notes = [SIGN + note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
-    return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
+    measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
+    notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
+    return finish_table("verdicts", data, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:

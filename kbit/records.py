@@ -14,10 +14,13 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kbit.config import FeatureConfig
 from kbit.quantconfig import CALIBRATED, QuantConfig
 from kbit.spec import write_table
 
 SCHEMA_VERSION: Final = 1
+# Of outlier features; those of a record that are not these are said in `evaluation`.
+_CRITERIA: Final = {field.name: field.default for field in dataclasses.fields(FeatureConfig) if field.name != "measure"}
 
 EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "key": pa.string(), "model": pa.string(), "family": pa.string(), "architecture": pa.string(),
@@ -134,4 +137,9 @@ def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:
         return f"{dtype}, {evaluation['limit'] or 'all'} items, {' '.join(sorted(evaluation['tasks']))}"
     if evaluation.get("perplexity_kind") == "rolling":
         return f"{dtype}, rolling"
-    return f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
+    windows = f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
+    if task.startswith("features/"):
+        criteria = evaluation.get("features", {})
+        own = [f"{name} {criteria[name]:g}" for name, usual in _CRITERIA.items() if criteria.get(name, usual) != usual]
+        return ", ".join([windows, *own])
+    return windows

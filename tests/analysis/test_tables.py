@@ -39,7 +39,7 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     rows = pd.DataFrame(
         [(model, f"proxy/{r}") for model in ("a", "b", "c") for r in relations], columns=["model", "task"]
     )
-    rows = rows.assign(metric="spearman_weight_std")
+    rows = rows.assign(metric="spearman_weight_std", bits=16, family="toy", key=rows["model"])
     values = [0.7, 0.3, 0.0, 0.8, 0.35, 0.05, 0.75, 0.4, 0.0]
     figure = table_2(rows.assign(value=values))
     assert figure.verdict.startswith("Holds: feed_forward less attention +0.40 (")
@@ -50,6 +50,10 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     assert table_2(rows.assign(value=[*values[:6], 0.3, 0.4, 0.0])).verdict.startswith("Undecided")
     assert table_2(rows.head(3).assign(value=values[:3])).verdict.startswith("Undecided")
     assert table_2(rows.head(2).assign(value=values[:2])).verdict.startswith("Undecided")
+    quantized = rows.assign(value=0.0, bits=3, key=rows["model"] + "-3")
+    both = table_2(pd.concat([quantized, rows.assign(value=values)], ignore_index=True))
+    assert both.verdict == figure.verdict  # the 16-bit experiment stands for its model
+    assert "Data: 3 experiments on 3 models of toy." in both.fig.texts[0].get_text()
 
 
 def test_published_values_are_the_transcribed_ones() -> None:
