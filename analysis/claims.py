@@ -206,7 +206,7 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         (name_panel(variant), try_precision(line_up(group, measure, results)))
         for variant, group in split_variants(curves)
     ]
-    ranges = [describe_budgets(group, "bits") for _, group in split_variants(curves)]
+    ranges = [describe_budgets(group) for _, group in split_variants(curves)]
     if len(trials) == 1:
         return describe_trial(trials[0][1], measure) + (f" Budgets: {ranges[0]}." if ranges[0] else "")
     tested = [
@@ -232,11 +232,9 @@ def name_panel(variant: dict[str, Any]) -> str:
     return f"{variant['family']}, {name_variant(variant['data_type'], variant['block_size'])}"
 
 
-def describe_budgets(curves: pd.DataFrame, by: str) -> str:
-    """Return the budgets compared and the curves that bound them: "20 Mbit (8-bit) to 300 Mbit (2-bit)"."""
-    bounds = bound_budgets(curves, by)
-    ends = [f"{format_bits(end)} ({f'{name}-bit' if by == 'bits' else name})" for end, name in bounds or ()]
-    return " to ".join(ends)
+def describe_budgets(curves: pd.DataFrame) -> str:
+    """Return the budgets of a variant and the precisions that bound them: "20 Mbit (8-bit) to 300 Mbit (2-bit)"."""
+    return " to ".join(f"{format_bits(end)} ({bits}-bit)" for end, bits in bound_budgets(curves) or ())
 
 
 def join_parts(parts: Sequence[str], count: int) -> str:
@@ -360,7 +358,8 @@ def judge_contrasts(
         names = list(dict.fromkeys(group["series"]))
         test = contrast(group, split(str(panel), names), measure, results)
         tests.append((str(panel), test))
-        budgets.append(describe_budgets(group[group["series"].isin([*test.first, *test.second])], "series"))
+        bounds = bound_budgets(group[group["series"].isin([*test.first, *test.second])], "series")
+        budgets.append(" to ".join(format_bits(end) for end, _ in bounds or ()))
     negligible = NEGLIGIBLE[measure.higher_is_better]
     tested = [(*test, ends) for test, ends in zip(tests, budgets, strict=True) if not np.isnan(test[1].gap)]
     if not tested:
@@ -368,7 +367,7 @@ def judge_contrasts(
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
     limits = {"no better": f" (better by less than {negligible:g} counts as no better)"}
     limits["level"] = f" (a difference below {negligible:g} counts as level)"
-    parts = [f"{panel}, {describe_contrast(test, measure)}, budgets {ends}" for panel, test, ends in tested[:NAMED]]
+    parts = [f"{panel}, {describe_contrast(test, measure)}, {ends}" for panel, test, ends in tested[:NAMED]]
     whom = " over the strongest rival" if expected == "best" else ""
     head = grades.capitalize() if len(tests) == 1 else f"Of {len(tests)} panels: {grades}"
     leads = join_parts(parts, len(tested))

@@ -190,6 +190,11 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
 def describe_unfitted(data: pd.DataFrame) -> str:
     """Return the line of the caption that names each law that was not fitted, with the reason; perhaps empty."""
     unfitted = data[data["rmse"].isna()]
+    short = [
+        reason.replace(f"the law {law!r} has ", "")
+        for law, reason in zip(unfitted["law"], unfitted["reason"], strict=True)
+    ]
+    unfitted = unfitted.assign(reason=short)
     parts = [
         f"{' and '.join(rows['law'])} of {family} ({reason})"
         for (family, reason), rows in unfitted.groupby(["family", "reason"], sort=False)
