@@ -255,13 +255,18 @@ def tabulate_frontier(
         curves: from find_rivals.
         family: its family.
         measure: what makes a choice the best.
-        steps: budgets, evenly spaced in their logarithm inside the frontier's range.
+        steps: budgets, evenly spaced in their logarithm inside the frontier's range; of all curves, where only one
+            curve reaches the frontier's.
         results: see frontier.draw_values.
     """
     if curves.empty:
         return pd.DataFrame()
     frontier = find_pareto_frontier(curves, measure.higher_is_better)
-    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), steps + 2)[1:-1]
+    first, last = frontier["total_bits"].min(), frontier["total_bits"].max()
+    starts = curves.groupby([*VARIANT, "bits"], dropna=False)["total_bits"].min().drop_duplicates().nsmallest(2)
+    if last <= starts.max():  # one of the smallest models beats all others: no second curve reaches such budgets
+        last = curves["total_bits"].max()
+    budgets = np.geomspace(first, last, steps + 2)[1:-1]
     rows = []
     for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:
