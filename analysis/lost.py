@@ -58,8 +58,8 @@ def measure_lost(
     base = points[is_base].drop_duplicates("model").set_index("model", drop=False)
     quantized = points[~is_base & points["model"].isin(base.index)]
     sign = -1.0 if measure.higher_is_better else 1.0
-    lost = sign * (quantized["value"] - quantized["model"].map(base["value"])).astype(np.float64)
-    quantized = quantized.assign(lost=lost)
+    own = quantized["model"].map(base["value"]).astype(np.float64)  # of none, pandas would make it text
+    quantized = quantized.assign(lost=sign * (quantized["value"].astype(np.float64) - own))
     if not intervals or quantized.empty:
         return quantized
     parts = []

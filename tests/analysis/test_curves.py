@@ -23,6 +23,7 @@ from kbit.analysis.curves import (
     precision_curves,
 )
 from kbit.analysis.findings import finding
+from kbit.results_command import select_rows
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value
 
@@ -198,6 +199,25 @@ def test_values_measured_in_different_ways_are_never_in_one_curve() -> None:
     parts = [make_results(CROSSING, evaluation=easy), make_results({5: {10: 0.1}}, evaluation=hard)]
     with pytest.raises(AmbiguousResults, match=r"toy was measured in 2 ways that do not compare: .*5 items.*--where"):
         mean_curves(pd.concat(parts, ignore_index=True))
+
+
+def test_the_advice_for_several_ways_keeps_every_other_kind_of_result() -> None:
+    """Each kind of measurement describes its evaluation in its own words."""
+    words = {"mean_zero_shot": "float32, {} items, a b", "a": "float32, {} items", "text": "float32, all windows"}
+    parts = [
+        make_results(CROSSING, task=task, evaluation=words[task].format(items), metric=metric, key=key)
+        for items, key in (("all", "k"), ("all", "k2"), ("100", "other"))
+        for task, metric in (("mean_zero_shot", "acc"), ("a", "acc"), ("text", "cross_entropy"))
+    ]
+    results = pd.concat(parts, ignore_index=True)
+    with pytest.raises(AmbiguousResults) as refusal:
+        mean_curves(results)
+    advice = re.search(r'--where "(.*)"', str(refusal.value))
+    assert advice is not None
+    kept = select_rows(results, advice[1])
+    assert set(kept["task"]) == set(words)
+    assert set(kept.loc[kept["task"] == "mean_zero_shot", "evaluation"]) == {"float32, all items, a b"}
+    assert mean_curves(kept).equals(mean_curves(results[results["key"] == "k"]))
 
 
 def test_a_store_without_seeds_is_read() -> None:

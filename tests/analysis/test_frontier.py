@@ -133,7 +133,24 @@ def test_a_store_that_lacks_an_item_falls_back_and_says_so(make_points: Build, t
     write_items(tmp_path, {"4-100": {"a": [1, 0]}})  # scored on other items, and not at all on b
     draws = draw_values(points, ZERO_SHOT, results)
     assert not draws.paired
-    assert "no items in this store" in draws.source
+    assert "no items of these values in this store" in draws.source
+
+
+def test_the_tasks_behind_a_mean_are_the_stores(make_points: Build, tmp_path: Path) -> None:
+    """Rows that --where leaves out do not change what a mean is of."""
+    points, results = make_paired(make_points, tmp_path)
+    everything = draw_values(points, ZERO_SHOT, results)
+    for tasks in (["mean_zero_shot"], ["mean_zero_shot", "a"], []):
+        kept = results[results["task"].isin(tasks)]
+        draws = draw_values(points, ZERO_SHOT, kept)
+        assert draws.paired
+        assert np.array_equal(draws.values, everything.values)
+
+
+def test_items_of_another_mean_are_not_drawn(make_points: Build, tmp_path: Path) -> None:
+    points, results = make_paired(make_points, tmp_path)
+    moved = points.assign(value=points["value"] + 0.001)
+    assert not draw_values(moved, ZERO_SHOT, results).paired
 
 
 def test_the_choice_for_a_budget_ranks_all_curves(make_points: Build) -> None:

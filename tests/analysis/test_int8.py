@@ -7,7 +7,7 @@ import math
 import pandas as pd
 import pytest
 
-from kbit.analysis.curves import name_data_type
+from kbit.analysis.curves import AmbiguousResults, name_data_type
 from kbit.analysis.figures import FIGURES
 from kbit.analysis.int8 import read_paper
 from kbit.quantconfig import INT8_METHODS
@@ -24,7 +24,7 @@ def plant(planted: pd.DataFrame, added: dict[str, float]) -> pd.DataFrame:
 
 
 def test_the_figure_has_what_each_method_adds(planted: pd.DataFrame) -> None:
-    added = {"absmax": 0.3, "vectorwise": 0.1, "llm_int8": 0.01}
+    added = {"absmax": 0.3, "vectorwise": 0.1, "llm_int8": 0.001}
     figure = FIGURES["int8_methods"](plant(planted, added))
     ours = figure.data[figure.data["source"] == "this store"]
     assert set(ours["panel"]) == {"opt"}
@@ -33,9 +33,31 @@ def test_the_figure_has_what_each_method_adds(planted: pd.DataFrame) -> None:
         assert ours.loc[ours["method"] == method, "added"].tolist() == [pytest.approx(loss)] * 3
     assert (ours["low"] < ours["added"]).all()
     assert (ours["added"] < ours["high"]).all()
-    assert figure.verdict.startswith("Holds: llm_int8 is closer to 16 bits than absmax in 3 of 3 models")
-    reversed_claim = FIGURES["int8_methods"](plant(planted, {"absmax": 0.01, "llm_int8": 0.3}))
-    assert reversed_claim.verdict.startswith("Does not hold")
+    assert figure.verdict.startswith("Of 3 models: holds in 3. llm_int8 adds less than 0.01 nats: holds in 3 (+0.0010")
+
+
+@pytest.mark.parametrize(
+    ("absmax", "llm_int8", "verdict"),
+    [
+        (0.3, 0.2, "does not hold in 3. llm_int8 adds less than 0.01 nats: does not hold in 3"),
+        (0.002, 0.001, "does not hold in 3. llm_int8 adds less than 0.01 nats: holds in 3"),  # absmax keeps it too
+        (0.011, 0.001, "undecided in 3. llm_int8 adds less than 0.01 nats: holds in 3"),
+        (0.3, 0.009, "undecided in 3. llm_int8 adds less than 0.01 nats: undecided in 3"),
+    ],
+)
+def test_both_halves_of_the_claim_need_their_intervals(
+    absmax: float, llm_int8: float, verdict: str, planted: pd.DataFrame
+) -> None:
+    figure = FIGURES["int8_methods"](plant(planted, {"absmax": absmax, "llm_int8": llm_int8}))
+    assert figure.verdict.startswith(f"Of 3 models: {verdict}")
+
+
+def test_a_baseline_of_another_evaluation_is_refused(planted: pd.DataFrame) -> None:
+    rows = plant(planted, {"absmax": 0.3})
+    base = rows[rows["bits"] == 16]
+    other = base.assign(key="0" + base["key"], evaluation="float32, 8 windows", value=base["value"] - 1)
+    with pytest.raises(AmbiguousResults, match="8 windows"):
+        FIGURES["int8_methods"](pd.concat([other, rows], ignore_index=True))
 
 
 def test_a_threshold_of_ones_own_is_named(planted: pd.DataFrame) -> None:

@@ -89,14 +89,14 @@ def test_the_slope_is_the_derivative() -> None:
             assert design.slope(theta)[:, k] == pytest.approx(numeric, rel=1e-5, abs=1e-8)
 
 
-def test_tokens_count_only_where_they_vary() -> None:
-    points = make_points("kumar")
-    assert make_design("kumar", points.assign(tokens=3e11)).names == ("log C", "N exponent", "1 / g")
-    varied = points.assign(tokens=np.where(points["parameters"] > 10**6, 3e11, 1e11))
-    assert make_design("kumar", varied).names[-1] == "D exponent"
-    y = make_design("kumar", varied).predict(np.array([*TRUE["kumar"], 0.05]))
-    fit = fit_law("kumar", varied.assign(y=y), draws=10)
-    assert fit.parameters[-1] == pytest.approx(0.05, abs=1e-3)
+@pytest.mark.parametrize("law", ["power", "kumar"])
+def test_a_prediction_interval_covers_the_held_out_model(law: str) -> None:
+    """Errors of very different sizes: 95% intervals hold 95% of the points of the largest model, within chance."""
+    points = make_points(law)
+    points = points.assign(error=points["error"] * np.where(points["bits"] == 3, 5.0, 1.0))
+    inside = [check_held_out(law, add_noise(points, seed), draws=200, seed=seed).inside for seed in range(60)]
+    error = np.std(inside) / len(inside) ** 0.5  # points of one fit miss together
+    assert 0.95 - 2.5 * error <= np.mean(inside) <= 0.995
 
 
 @pytest.mark.parametrize("law", LAWS)

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from kbit.analysis.curves import ZERO_SHOT, Measure
+from kbit.analysis.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy
 from kbit.analysis.drawing import MissingResults, draw_table
 from kbit.analysis.figures import FIGURES
 from kbit.analysis.maps import choose_ink, name_part
 from kbit.analysis.published import compare_anchors, match_published, read_published
-from kbit.analysis.relations import correlate, increase, read_loss
+from kbit.analysis.relations import correlate, read_loss, read_lost, read_weight_error
 from kbit.analysis.roofline import DEVICES, Device, estimate_seconds, find_largest_batch
 from kbit.analysis.tables import table_1, table_2
 
@@ -84,23 +84,52 @@ def test_published_circles_are_drawn_and_their_source_named(planted: pd.DataFram
     assert figure.fig.legends[0].get_texts()[-1].get_text() == "published"
 
 
-def test_anchors_say_whether_published_values_are_inside(planted: pd.DataFrame) -> None:
+def test_anchors_say_whether_published_values_are_met(planted: pd.DataFrame) -> None:
     base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")].head(2)
     rows = base.assign(
         model="opt-125m",
         task=["piqa", "winogrande"],
         metric="acc",
-        value=[0.63, 0.4],
-        low=[0.62, 0.39],
-        high=[0.64, 0.41],
+        value=[0.63, 0.51],
+        low=[0.5, 0.4],
+        high=[0.7, 0.6],
     )
     table = compare_anchors(rows).set_index("task")
-    assert table["inside"].to_dict() == {"piqa": True, "winogrande": False}
-    assert FIGURES["anchors"](rows).verdict.startswith("1 of 2 published values lie in our 95% interval")
+    assert table["agrees"].to_dict() == {"piqa": True, "winogrande": False}  # however wide our intervals are
+    assert FIGURES["anchors"](rows).verdict.startswith("1 of 2 values agree with the published ones to 0.005")
+    few = rows.assign(evaluation="float32, 10 items")
+    assert compare_anchors(few).empty
+    assert compare_anchors(pd.concat([few, rows])).equals(compare_anchors(rows))
+    with pytest.raises(AmbiguousResults, match="bfloat16"):
+        compare_anchors(pd.concat([rows, rows.assign(evaluation="bfloat16, all items", key="other")]))
 
 
-def test_an_increase_is_over_the_same_model_at_16_bits(planted: pd.DataFrame) -> None:
-    added = increase(read_loss(planted), planted)
+def test_a_perplexity_agrees_relative_to_the_published(planted: pd.DataFrame) -> None:
+    base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")].head(1)
+    rows = base.assign(model="opt-125m", task="wikitext2", metric="perplexity", evaluation="float32, all windows")
+    assert compare_anchors(rows.assign(value=27.65 * 1.004))["agrees"].tolist() == [True]
+    assert compare_anchors(rows.assign(value=27.65 * 1.006))["agrees"].tolist() == [False]
+
+
+@pytest.mark.parametrize("name", ["perplexity_accuracy", "kl_accuracy", "error_accuracy", "error_loss"])
+def test_a_baseline_measured_in_another_way_is_refused(name: str, planted: pd.DataFrame) -> None:
+    base = planted[planted["bits"] == 16]
+    other = base.assign(evaluation="bfloat16, 100 items", key="0" + base["key"], value=base["value"] - 0.1)
+    with pytest.raises(AmbiguousResults, match="bfloat16, 100 items"):
+        FIGURES[name](pd.concat([other, planted], ignore_index=True))
+
+
+def test_the_error_of_some_layers_or_of_activations_is_not_the_weights(planted: pd.DataFrame) -> None:
+    own = read_weight_error(planted)
+    assert len(own) == planted.loc[planted["bits"] < 16, "key"].nunique()
+    rows = planted[planted["bits"] == 4]
+    for change in ({"exclude": r"layers\.(?!3\.)"}, {"include": "mlp"}, {"method": "llm_int8"}):
+        more = rows.assign(key="more" + rows["key"], **change)
+        assert read_weight_error(pd.concat([planted, more], ignore_index=True)).equals(own)
+
+
+def test_what_is_lost_is_against_the_same_model_at_16_bits(planted: pd.DataFrame) -> None:
+    added = read_lost(planted, find_cross_entropy(planted))
     about = planted.drop_duplicates("key").set_index("key").loc[added.index]
     assert (about["bits"] < 16).all()
     loss = read_loss(planted)
@@ -205,6 +234,24 @@ def test_sensitivity_is_the_loss_of_one_part(planted: pd.DataFrame) -> None:
     assert "opt-1m: layer 1 (+0.300)" in figure.verdict
     with pytest.raises(MissingResults, match=r"kbit run \+sweeps=nano/sensitivity"):
         FIGURES["sensitivity"](pd.concat(rows[:2], ignore_index=True))
+    other = base.assign(key="0other", value=base["value"] - 1, evaluation="float32, 8 windows")
+    with pytest.raises(AmbiguousResults, match="8 windows"):
+        FIGURES["sensitivity"](pd.concat([other, *rows], ignore_index=True))
+
+
+def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
+    """Layers quantized to 3 and to 4 bits, and by int: the setting with the most layers is shown, and named."""
+    base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")]
+    rows = [base]
+    for bits, kind, parts in ((3, "nf", 2), (4, "nf", 3), (4, "int", 2)):
+        for part in range(parts):
+            about = {"key": f"{bits}{kind}{part}", "bits": bits, "data_type": kind, "block_size": 64, "method": "rtn"}
+            loss = base["value"] + 1 / bits + 0.1 * part
+            rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=loss, **about))
+    figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
+    assert figure.data["loss"].to_numpy() == pytest.approx([0.25, 0.35, 0.45])
+    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, 4-bit nf block 64"]
+    assert "Left out: 4 experiments" in " ".join(figure.fig.texts[0].get_text().split())
 
 
 @pytest.mark.parametrize(
