@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.curves import AmbiguousResults, prefer_baseline
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.drawing import MissingResults, PaperFigure, count_things, describe_lack, write_verdict
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
 from kbit.analysis.styles import STYLE, style_series
@@ -68,7 +68,7 @@ def draw_features(results: pd.DataFrame) -> PaperFigure:
             "within a source."
         )
         families, ways = (", ".join(sorted(set(ours[name]))) for name in ("family", "evaluation"))
-        sample = f"Data: {len(ours)} experiments, one of each model, of {families} ({ways})."
+        sample = f"Data: {count_things(len(ours), 'experiment')}, one of each model, of {families} ({ways})."
         write_verdict(fig, "features", CLAIM, verdict, note, sample)
     return PaperFigure("features", fig, data, CLAIM, verdict)
 
@@ -116,7 +116,7 @@ def judge_features(ours: pd.DataFrame) -> str:
     """Say how many models have features, how far the leading dimension goes, and what zeroing features did."""
     some = ours[ours["features"] > 0]
     parts = [
-        f"{len(some)} of {len(ours)} models have outlier features",
+        f"{len(some)} of {count_things(len(ours), 'model')} have outlier features",
         f"the most frequent dimension is large in up to {ours['layers'].max():.0%} of layers, at up to "
         f"{ours['positions'].max():.1%} of positions",
     ]

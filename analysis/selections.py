@@ -64,17 +64,17 @@ def has_curves(points: pd.DataFrame, panel: list[str], series: list[str]) -> pd.
     return pd.Series((counts >= 2).to_numpy(dtype=bool), points.index)
 
 
-def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bool]) -> pd.DataFrame:
+def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bool] | None = None) -> pd.DataFrame:
     """Return, for each family, the points of the setting of `columns` that has the most points.
 
     Args:
         points: those that count.
         columns: what a setting is.
-        drawable: of all points, see has_curves; a setting without any such point comes after those with one.
+        drawable: of all points, see has_curves; a setting without any such point comes after those with one; None: all.
     """
     if points.empty:
         return points
-    counted = points.assign(_drawable=drawable.loc[points.index])
+    counted = points.assign(_drawable=True if drawable is None else drawable.loc[points.index])
     groups = counted.groupby(["family", *columns], dropna=False)["_drawable"]
     counts = groups.agg(count="size", drawable="any").reset_index()
     ranks = [tuple(map(rank_setting, row)) for row in counts[columns].itertuples(index=False)]

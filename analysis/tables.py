@@ -16,6 +16,7 @@ from kbit.analysis.drawing import (
     LIMIT,
     MissingResults,
     PaperFigure,
+    count_things,
     describe_lack,
     describe_sample,
     draw_table,
@@ -113,7 +114,8 @@ def table_2(results: pd.DataFrame) -> PaperFigure:
     verdict = judge_order(ours.pivot_table(index="model", columns="relation", values="spearman"))
     wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
     families = ", ".join(sorted(rows["family"].unique()))
-    sample = f"Data: {rows['key'].nunique()} experiments on {rows['model'].nunique()} models of {families}."
+    counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
+    sample = f"Data: {counts} of {families}."
     return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict, sample)
 
 
@@ -131,9 +133,12 @@ def judge_order(correlations: pd.DataFrame) -> str:
         low, high = (np.nan, np.nan) if len(gaps) < 2 else stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
         grades.append(grade_interval(low, high))
         mean = gaps.mean() if len(gaps) else np.nan
-        parts.append(f"{better} less {worse} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        interval = "no interval" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+        parts.append(f"{better} less {worse} {mean:+.2f} ({interval})")
     grade = next(g for g in ("does not hold", "undecided", "holds") if g in grades)
-    return f"{grade.capitalize()}: {', '.join(parts)}, mean over {len(order)} models with 95% t-interval."
+    return (
+        f"{grade.capitalize()}: {', '.join(parts)}, mean over {count_things(len(order), 'model')} with 95% t-interval."
+    )
 
 
 def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
