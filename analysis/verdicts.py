@@ -8,8 +8,16 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.claims import CLAIMED_BITS, Trial, find_measures, line_up, try_precision
-from kbit.analysis.curves import VARIANT, AmbiguousResults, bound_budgets, is_contest, precision_curves, split_variants
+from kbit.analysis.claims import CLAIMED_BITS, Race, Trial, find_measures, line_up, try_precision
+from kbit.analysis.curves import (
+    TIE,
+    VARIANT,
+    AmbiguousResults,
+    bound_budgets,
+    is_contest,
+    precision_curves,
+    split_variants,
+)
 from kbit.analysis.panels import format_bits
 from kbit.analysis.selections import rank_setting
 
@@ -49,15 +57,23 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
                     rows.append(about | {"precisions": list_bits(group["bits"]), "grade": NO_CONTEST})
                     continue
                 race = line_up(group, measure, results)
-                trials = {bits: try_precision(race, bits) for bits in (int(str(name)) for name in race.values)}
+                trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
                 tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
                 if tested:
-                    rows.append(about | {"precisions": list_bits(tested)} | describe_best(tested))
+                    rows.append(about | {"precisions": list_bits(race.values)} | describe_best(tested))
     columns = ["bits", "share", "gap", "low", "high", "rival", "chance", "grade", "four_bit", "source"]
     columns += ["lowest", "highest", "keys"]
     return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
         {"block_size": "Int64", "bits": "Int64", "rival": "Int64"}
     )
+
+
+def list_candidates(race: Race) -> list[int]:
+    """Return the precisions that can be the best of describe_best, and CLAIMED_BITS: a trial of each takes time."""
+    leads = {bits: race.values[bits] - race.values.drop(columns=bits).max(axis=1) for bits in race.values}
+    shares = {int(str(bits)): float((lead.dropna() > TIE).mean()) for bits, lead in leads.items()}
+    most = max(share for share in shares.values() if not np.isnan(share))
+    return [bits for bits, share in shares.items() if share == most or bits == CLAIMED_BITS]
 
 
 def list_bits(bits: Iterable[int]) -> str:
