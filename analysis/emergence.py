@@ -98,8 +98,8 @@ def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:
     pairs = zip(table["key"], table["task"].str.removeprefix("features/"), strict=True)
     table["perplexity"] = np.exp([float(losses.get(pair, np.nan)) for pair in pairs])
     table = table.join(about, on="key").assign(source="this store")
-    # "float32, 16 windows, magnitude 2": how it was measured, then criteria that are not the paper's
-    table["criteria"] = [", ".join(way.split(", ")[2:]) for way in table.get("evaluation", [""] * len(table))]
+    # "float32, 16 windows, criteria magnitude 2": criteria that are not the paper's come last
+    table["criteria"] = [way.partition("criteria ")[2] for way in table.get("evaluation", [""] * len(table))]
     if table["criteria"].nunique() > 1:
         found = "; ".join(sorted(table["evaluation"].unique()))
         raise AmbiguousResults(f"outlier features were found by different criteria: {found}; keep one with --where")

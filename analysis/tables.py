@@ -130,7 +130,9 @@ def judge_order(correlations: pd.DataFrame) -> str:
     grades, parts = [], []
     for better, worse in pairwise(order):
         gaps = (order[better] - order[worse]).to_numpy(dtype=np.float64)
-        low, high = (np.nan, np.nan) if len(gaps) < 2 else stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+        low, high = np.nan, np.nan
+        if len(gaps) > 1:
+            low, high = map(float, stats.ttest_1samp(gaps, 0).confidence_interval(0.95))
         grades.append(grade_interval(low, high))
         mean = gaps.mean() if len(gaps) else np.nan
         interval = "no interval" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"

@@ -127,7 +127,7 @@ def compare(
     layout = next(iter(scorer._layouts.values()))
     batches, start = [], 0
     while start < len(layout.rows):
-        rows = take_batch(layout.rows, start, scorer.budget.tokens)
+        rows = take_batch(layout.rows, start, scorer.batch_tokens)
         batches.append(build_batch(rows))
         start += len(rows)
     tokens = sum(len(q.tokens) for row in layout.rows for q in row.queries)
@@ -148,7 +148,7 @@ def compare(
         scored_places=scored,
         bound=tokens * (trunk + head) / (distinct * trunk + scored * head),
         path=scorer.path,
-        batch_tokens=scorer.budget.tokens,
+        batch_tokens=scorer.batch_tokens,
         hflm_batch_size=best,
         kbit_cold=cold,
         kbit_warm=statistics.median(run[0][1] for run in runs),

@@ -108,9 +108,10 @@ def plan_quantization(model: nn.Module, quant: QuantSpec, kept: Mapping[str, int
         in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
         reason = _why_not(names, parameter, owner, include, exclude)
         quantized = not reason and not spec.is_baseline
-        blocked = parameter.transpose(-1, -2) if parameter.ndim >= 2 and is_transposed(owner) else parameter
-        count = None if kept is None else kept.get(names[0], 0)
-        bits = config.count_bits(blocked.shape, count) if quantized else BASELINE_BITS * parameter.numel()
+        # a vector has no input dimensions that could stay at 16 bits
+        count = 0 if parameter.ndim < 2 else None if kept is None else kept.get(names[0], 0)
+        blocked = as_matrix(parameter, owner).shape
+        bits = config.count_bits(blocked, count) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):
@@ -146,9 +147,15 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
-def is_transposed(owner: nn.Module) -> bool:
-    """Whether the module stores its matrices as [..., in, out]: GPT-2's Conv1D, and experts that say so (GPT-OSS)."""
-    return isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
+def as_matrix(parameter: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+    """Return a parameter as it is quantized and counted, [..., out, in] or a vector: a view.
+
+    Matrices of GPT-2's Conv1D, and fused experts [experts, in, out] of modules that say so (GPT-OSS), are transposed.
+    Vectors, the experts' stacked biases and embeddings (blocked along the hidden dimension) are as they are stored.
+    """
+    least = 2 if isinstance(owner, Conv1D) else 3
+    transposed = isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
+    return parameter.transpose(-1, -2) if transposed and parameter.ndim >= least else parameter
 
 
 def describe_low_coverage(report: QuantizationReport, min_coverage: float) -> str:

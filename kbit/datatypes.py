@@ -165,7 +165,7 @@ def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float3
 
     nearest: t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away
     from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint,
-    which for float32 v is v >= the next float32 above it. truncate: towards zero, so t_j is the neighbour farther from
+    which for float32 v is v >= the next float32 above it. truncate: towards v = 0, so t_j is the neighbour farther from
     zero (the midpoint if zero lies between). floor: t_j = codebook[j + 1]; stochastic rounding goes up from there.
     """
     wide = codebook.astype(np.float64)

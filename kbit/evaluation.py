@@ -61,7 +61,8 @@ class TaskScores:
     """What was measured on tasks.
 
     Attributes:
-        measurements: every metric of every task, then the mean accuracy if there are several tasks.
+        measurements: every metric of every task, then the mean accuracy of those that have one, if
+            there are several.
         items: the correctness of each item, for each accuracy.
         truncated: requests of each task, by name, that lost tokens to the model's context length.
         first_tokens: of each task, by name: what was sent for its first request; empty for a generation task.
@@ -82,7 +83,10 @@ def evaluate(
     limit: int | None = None,
     task_path: str | None = None,
 ) -> list[Measurement]:
-    """Score a model on tasks, zero-shot; with more than one task, their mean accuracy comes last.
+    """Score a model on tasks, zero-shot; with more than one accuracy, their mean comes last.
+
+    Of a task with several filters (ways to read an answer) the first one's metrics have their own names, the others'
+    also the filter's, as lm-eval writes it: exact_match, "exact_match,flexible-extract".
 
     Args:
         model: a Hugging Face causal language model.
@@ -132,7 +136,7 @@ def _check_answers(task: Any) -> None:
 
 
 def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
-    """Score prepared tasks and measure each; with more than one task, the mean accuracy comes last."""
+    """Score prepared tasks and measure each; with more than one that has "acc", the mean of these comes last."""
     values: list[tuple[LoadedTask, str, list[Any]]] = []
     truncated: dict[str, int] = {}
     first_tokens: dict[str, tuple[int, ...]] = {}
@@ -163,12 +167,13 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
     items: dict[int, list[Any]] = defaultdict(list)
     for instance in prepared.instances:
         items[instance.doc_id].append(instance)
-    name_of_filter = next(iter(prepared.instances[0].filtered_resps))
     values: dict[str, list[Any]] = defaultdict(list)
-    for instances in items.values():
-        responses = [instance.filtered_resps[name_of_filter] for instance in instances]
-        for metric, value in task.process_results(instances[0].doc, responses).items():
-            values[metric].append(value)
+    for number, name in enumerate(prepared.instances[0].filtered_resps):
+        suffix = f",{name}" if number else ""
+        for instances in items.values():
+            responses = [instance.filtered_resps[name] for instance in instances]
+            for metric, value in task.process_results(instances[0].doc, responses).items():
+                values[metric + suffix].append(value)
     return values
 
 
@@ -177,15 +182,16 @@ def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> list[Measure
 
     None of a perplexity that float64 cannot hold.
     """
+    kind = metric.partition(",")[0]  # without a filter
     if not _are_numbers(values):  # such as F1: only lm-eval can aggregate it
         try:
-            value = float(loaded.task.aggregation()[metric](values))
+            value = float(loaded.task.aggregation()[kind](values))
         except OverflowError:  # its word_perplexity is an exp, too
             return []
         return [Measurement(loaded.name, metric, value, math.nan, math.nan, len(values))]
     if _is_accuracy(metric, values):
         return [measure_accuracy(loaded.name, metric, values)]
-    if metric == "perplexity":  # lm-eval keeps the log-likelihood of each item
+    if kind == "perplexity":  # lm-eval keeps the log-likelihood of each item
         return exponentiate(measure_mean(loaded.name, metric, [-value for value in values]), metric)
     return [measure_mean(loaded.name, metric, values)]
 

@@ -44,7 +44,8 @@ class TaskRecord:
     """Which data a task's numbers come from, and what of it the model was sent.
 
     Attributes:
-        name, version, source, sha256, fingerprint: see LoadedTask.
+        name, version, source, sha256, fingerprint, definition_sha256: see LoadedTask; the last is empty in results from
+            before it was kept.
         truncated: requests that lost tokens to the model's context length.
         first_tokens: of the first request, context and continuation, at most 64.
     """
@@ -56,6 +57,7 @@ class TaskRecord:
     fingerprint: str
     truncated: int
     first_tokens: tuple[int, ...]
+    definition_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Result:
         finished: UTC, ISO 8601.
         items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
             empty in results from before they were kept.
-        scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory.
+        scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory; 1:
+            a row at a time.
         features: the dimensions that are large most often, if eval.features asks for them, see kbit.features.
         weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
         method_notes: what the method says of itself, see QuantizationReport.notes.
@@ -202,7 +205,7 @@ class Session:
     ) -> Result:
         model, config = self._loaded.model, experiment.eval
         weights_hash = hash_weights(model)
-        self._scorer.set_batch_size(config.batch_size, row_by_row=experiment.quant.sees_whole_input)
+        self._scorer.set_batch_size(config.batch_size)
         tasks = self._prepare_tasks(config, data["tasks"])
         scores = score_tasks(self._scorer, tasks)
         text, of_text = self._measure_text(config, data, reference)
@@ -251,7 +254,7 @@ class Session:
             peak_memory_bytes=0,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             scorer=self._scorer.path,
-            batch_tokens=self._scorer.budget.tokens,
+            batch_tokens=self._scorer.batch_tokens,
             weight_rmse=report.weight_rmse,
             method_notes=report.notes | describe_products(self._loaded.model),
         )
@@ -322,7 +325,8 @@ def _check_read(what: str, found: object, expected: object) -> None:
 def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:
     sent = scores.first_tokens[task.name][:FIRST_TOKENS]
     truncated = scores.truncated[task.name]
-    return TaskRecord(task.name, task.version, task.source, task.sha256, task.fingerprint, truncated, sent)
+    identity = (task.name, task.version, task.source, task.sha256, task.fingerprint)
+    return TaskRecord(*identity, truncated, sent, task.definition_sha256)
 
 
 def run_experiment(experiment: Experiment, device: str = "cpu") -> Result:

@@ -164,7 +164,7 @@ def observe(model: Any, windows: Windows, budget: TokenBudget, magnitude: float)
         return run_trunk(model, windows.tokens[rows])
 
     with torch.no_grad(), _hooks(_list_inputs(list_blocks(model)), model, keep):
-        for _, hidden in iterate_windows(windows, budget, run):
+        for _, hidden in iterate_windows(model, windows, budget, run):
             observations.add(dict(pending), large, hidden[..., 0].numel())
     return observations
 
@@ -322,7 +322,7 @@ def _score(model: Any, windows: Windows, budget: TokenBudget) -> tuple[list[floa
         return both.view(2, *tokens[:, 1:].shape).mean(-1).cpu()
 
     with torch.no_grad():
-        values = torch.cat([result for _, result in iterate_windows(windows, budget, run)], dim=1)
+        values = torch.cat([result for _, result in iterate_windows(model, windows, budget, run)], dim=1)
     return values[0].tolist(), values[1].tolist()
 
 

@@ -160,50 +160,62 @@ class RemoteFiles:
 
     def has(self, name: str) -> bool:
         """See Files."""
-        return bool(self._system.exists(f"{self._path}/{name}"))
+        with self._own_errors():
+            return bool(self._system.exists(f"{self._path}/{name}"))
 
     def prepare(self, folders: tuple[str, ...]) -> None:
         """See Files; an object store has no folders, so a file marks the store."""
-        try:
+        with self._own_errors():
             self._system.makedirs(self._path, exist_ok=True)
             self._system.pipe_file(f"{self._path}/{_MARKER}", b"a store of kbit\n")
-        except Exception as error:  # each protocol has its own errors
-            raise OSError(f"{type(error).__name__}: {error}") from error
 
     def names(self, folder: str, suffix: str) -> list[str]:
         """See Files."""
         try:
-            found: list[str] = self._system.ls(f"{self._path}/{folder}", detail=False)
+            with self._own_errors():
+                found: list[str] = self._system.ls(f"{self._path}/{folder}", detail=False)
         except FileNotFoundError:
             return []
         return sorted(f"{folder}/{Path(name).name}" for name in found if name.endswith(suffix))
 
     def open(self, name: str) -> BinaryIO:
         """See Files."""
-        file: Any = self._system.open(f"{self._path}/{name}", "rb")
+        with self._own_errors():
+            file: Any = self._system.open(f"{self._path}/{name}", "rb")
         return file  # type: ignore[no-any-return]
 
     def create(self, name: str, content: bytes) -> bool:
         """See Files; the store's own refusal to overwrite where it has one."""
         path = f"{self._path}/{name}"
-        try:
-            self._system.pipe_file(path, content, mode="create")
-        except FileExistsError:
-            return False
-        except OSError:
-            if self._system.exists(path):  # S3 says "precondition failed"
+        with self._own_errors():
+            try:
+                self._system.pipe_file(path, content, mode="create")
+            except FileExistsError:
                 return False
-            raise
+            except OSError:
+                if self._system.exists(path):  # S3 says "precondition failed"
+                    return False
+                raise
         return True
 
     def remove(self, name: str) -> None:
         """See Files."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._own_errors():
             self._system.rm_file(f"{self._path}/{name}")
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """No lock: see the class."""
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Raise a protocol's own errors, such as missing credentials, as OSError, which names the store."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise OSError(f"results={self.root}: {type(error).__name__}: {error}") from error
 
 
 def _sync_folder(folder: Path) -> None:

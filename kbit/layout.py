@@ -90,16 +90,20 @@ def share_prefixes(queries: Sequence[Query], longest: int) -> list[Row]:
     or those of its longest query, within which others find room.
     """
     rows: list[Row] = []
+    length = 0  # of the last row: counted on, as thousands of queries may be alike
     for query in sorted(queries, key=lambda q: q.tokens):
+        own = len(query.tokens)
         if rows:
             last = rows[-1]
-            joined = Row(
-                min(last.prefix, _common_length(last.queries[-1].tokens, query.tokens)), [*last.queries, query]
-            )
-            if joined.length <= max(last.length, min(longest, last.length + len(query.tokens) // 2)):
-                rows[-1] = joined
+            prefix = min(last.prefix, _common_length(last.queries[-1].tokens, query.tokens))
+            # what is no longer shared, each query but the first has to have of its own
+            joined = length + (last.prefix - prefix) * (len(last.queries) - 1) + own - prefix
+            if joined <= max(length, min(longest, length + own // 2)):
+                last.queries.append(query)
+                rows[-1], length = Row(prefix, last.queries), joined
                 continue
-        rows.append(Row(len(query.tokens), [query]))
+        rows.append(Row(own, [query]))
+        length = own
     return rows
 
 

@@ -17,12 +17,16 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
+from kbit.coverage import as_matrix, owner_of
 from kbit.quantconfig import QuantConfig
-from kbit.wiring import deviation_of, find_sources, measure_deviation, orient
+from kbit.wiring import deviation_of, find_sources, measure_deviation
 
 
 def choose_kept(model: nn.Module, names: Sequence[str], config: QuantConfig) -> dict[str, Int64[Tensor, " kept"]]:
     """Return for each weight the input dimensions that stay at 16 bits, in rising order, before anything is changed.
+
+    They are places in the last dimension of the weight as it is quantized (kbit.coverage.as_matrix), of an embedding
+    hidden units; a vector, such as an included bias, has none and is left out.
 
     Args:
         model: with its 16-bit weights.
@@ -34,12 +38,14 @@ def choose_kept(model: nn.Module, names: Sequence[str], config: QuantConfig) -> 
     """
     if not config.keeps_outliers:
         return {}
+    weights = {name: as_matrix(model.get_parameter(name).detach(), owner_of(model, name)) for name in names}
+    weights = {name: weight for name, weight in weights.items() if weight.ndim >= 2}
     if config.outlier_selection == "proxy":
-        deviations = _measure_sources(model, names)
+        deviations = _measure_sources(model, list(weights))
     elif config.outlier_selection == "column":
-        deviations = {name: _measure_columns(orient(model, name)) for name in names}
+        deviations = {name: _measure_columns(weight) for name, weight in weights.items()}
     else:
-        deviations = {name: _draw(model, name, config.seed) for name in names}
+        deviations = {name: _draw(name, weight, config.seed) for name, weight in weights.items()}
     return {name: _select(values, config) for name, values in deviations.items()}
 
 
@@ -64,9 +70,8 @@ def _measure_columns(weight: Tensor) -> Float32[Tensor, " in"]:
     return deviation_of(weight.flatten(0, -2), dim=0)
 
 
-def _draw(model: nn.Module, name: str, seed: int) -> Float32[Tensor, " in"]:
+def _draw(name: str, weight: Tensor, seed: int) -> Float32[Tensor, " in"]:
     """Return random numbers of the weight's own, one for each input dimension."""
-    weight = orient(model, name)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
     return torch.rand(weight.shape[-1], generator=generator).to(weight.device)
 

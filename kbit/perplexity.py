@@ -36,6 +36,7 @@ from kbit.measurement import (
     measure_ratio,
     transform,
 )
+from kbit.methods.llm_int8 import sees_whole_input
 from kbit.scorer import NonFiniteError, Scorer, splits_at_head
 from kbit.textdata import read_documents
 
@@ -127,7 +128,7 @@ def compute_reference(
         _reserve(file, size * model.dtype.itemsize)
         flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
     hidden = flat.view(count, length - 1, hidden_size)
-    for rows, states in iterate_windows(windows, budget, lambda rows: run_trunk(model, windows.tokens[rows])):
+    for rows, states in iterate_windows(model, windows, budget, lambda rows: run_trunk(model, windows.tokens[rows])):
         hidden[rows] = states.cpu()
     return hidden
 
@@ -178,7 +179,7 @@ def measure_cross_entropy(
         measure = functools.partial(_measure_windows, model, windows, reference)
     else:
         measure = functools.partial(_measure_whole_logits, model, windows)
-    values = [of_windows for _, of_windows in iterate_windows(windows, budget, measure)]
+    values = [of_windows for _, of_windows in iterate_windows(model, windows, budget, measure)]
     names = ["cross_entropy"] if reference is None else ["cross_entropy", "kl_divergence", "top1_agreement"]
     by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
     for metric, of_windows in by_metric.items():
@@ -248,13 +249,18 @@ def run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def iterate_windows(
-    windows: Windows, budget: TokenBudget, function: Callable[[slice], torch.Tensor]
+    model: nn.Module, windows: Windows, budget: TokenBudget, function: Callable[[slice], torch.Tensor]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, what the function returns for these rows), as many windows at once as the budget has tokens for."""
+    """Yield (rows, what the function returns for these rows), as many windows at once as the budget has tokens for.
+
+    One at a time whatever the budget if windows of a batch would affect each other in the model.
+    """
     count, length = windows.tokens.shape
+    one_by_one = sees_whole_input(model)
     done = 0
     while done < count:
-        rows = slice(done, min(count, done + max(1, budget.tokens // length)))
+        at_once = 1 if one_by_one else max(1, budget.tokens // length)
+        rows = slice(done, min(count, done + at_once))
         result = budget.attempt(functools.partial(function, rows), can_split=rows.stop - rows.start > 1)
         if result is not None:
             yield rows, result

@@ -29,6 +29,11 @@ class Scheme:
     zero_point: bool = False
     decomposes: bool = False
 
+    @property
+    def sees_whole_input(self) -> bool:
+        """Whether an output depends on more of a layer's input than its own token: on what else is in the batch."""
+        return self.decomposes or not self.input_rows
+
 
 # The names are those of LLM.int8(), Table 1.
 SCHEMES: Final = {
@@ -207,12 +212,6 @@ class QuantConfig(QuantSpec):
     def decomposes(self) -> bool:
         """Whether input dimensions are multiplied at 16 bits that are found at run time."""
         return self.scheme is not None and self.scheme.decomposes
-
-    @property
-    def sees_whole_input(self) -> bool:
-        """Whether an output depends on more of a layer's input than its own token: on what else is in the batch."""
-        scheme = None if self.is_baseline else self.scheme
-        return scheme is not None and (scheme.decomposes or not scheme.input_rows)
 
     @property
     def spec(self) -> QuantSpec:

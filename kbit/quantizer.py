@@ -24,6 +24,7 @@ from kbit.scales import Scales, Stored, decode_scales, encode_scales
 from kbit.spec import QuantSpec
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
+Elements = TypeVar("Elements", NDArray[np.int64], torch.Tensor)
 
 Values = Float[torch.Tensor, " n"]  # contiguous float32, float16 or bfloat16
 
@@ -84,7 +85,7 @@ def dequantize(q: QuantizedTensor, device: torch.device | str = "cpu") -> torch.
     """
     backend = choose_backend(torch.device(device))
     row, block_size = _block_shape(q.shape, q.spec)
-    scales = _decode_scales(q.scales, q.spec)
+    scales = decode_block_scales(q.scales, q.spec)
     offsets = _add_center(decode_scales(q.offsets, q.spec.offset_format) if q.offsets else None, q.center, scales)
     result = backend.allocate(q.shape, _computed_dtype(q.dtype))
     with torch_threads_kept():
@@ -174,7 +175,7 @@ def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backe
     codebook = None if adaptive else spec.make_codebook()
     bounds = (np.float32(-1), np.float32(1)) if codebook is None else (codebook[0], codebook[-1])
     stored_scales = encode_scales(_choose_scales(low, high, bounds, spec), spec.scale_format)
-    scales = _decode_scales(stored_scales, spec)
+    scales = decode_block_scales(stored_scales, spec)
     stored_offsets: Stored = {}
     if spec.normalization == "minmax":
         stored_offsets = encode_scales(low - bounds[0] * scales, spec.offset_format, "block offset")
@@ -228,8 +229,8 @@ def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float
     return np.asarray(np.where(largest > 0, powers, np.float32(0)), np.float32)
 
 
-def _decode_scales(stored: Stored, spec: QuantSpec) -> Scales:
-    """Return the scales; without a sign a double-quantized scale that lands below zero is 0."""
+def decode_block_scales(stored: Stored, spec: QuantSpec) -> Scales:
+    """Return the scales; without a sign the double-quantized scale of a zero block that lands below zero is 0."""
     scales = decode_scales(stored, spec.scale_format)
     return scales if spec.normalization == "signed_absmax" else np.maximum(scales, np.float32(0))
 
@@ -257,7 +258,7 @@ def _adaptive_sample(
         return np.concatenate([edges[:1], edges, edges[-1:]])
     row, block_size = block_shape
     at = fitted.sample_indices(values.numel(), spec.seed)
-    blocks = at // row * -(-row // block_size) + at % row // block_size
+    blocks = find_blocks(at, row, block_size)
     shifted = values[torch.from_numpy(at).to(values.device)].float().cpu().numpy() - offsets[blocks]
     normalized: NDArray[np.float32] = np.zeros_like(shifted)
     np.divide(shifted, scales[blocks], out=normalized, where=scales[blocks] != 0)
@@ -290,6 +291,11 @@ def _block_shape(shape: torch.Size | tuple[int, ...], spec: QuantSpec) -> tuple[
     elements = int(np.prod(shape))
     row = shape[-1] if spec.layout == "row" and len(shape) else elements
     return row, min(spec.block_size or row, row)
+
+
+def find_blocks(elements: Elements, row: int, block_size: int) -> Elements:
+    """Return the block of each element, given by its place in the flat tensor."""
+    return elements // row * -(-row // block_size) + elements % row // block_size
 
 
 def _as_tensor(x: torch.Tensor | NDArray[Any]) -> torch.Tensor:

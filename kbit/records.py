@@ -7,6 +7,7 @@ Parquet part of the store keeps both, so that reading results touches no JSON an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -19,6 +20,7 @@ from kbit.quantconfig import CALIBRATED, QuantConfig
 from kbit.spec import write_table
 
 SCHEMA_VERSION: Final = 1
+_HASH: Final = 8  # hexadecimal digits shown of a hash: of a thousand contents two are equal once in 8,600 times
 # Of outlier features; those of a record that are not these are said in `evaluation`.
 _CRITERIA: Final = {field.name: field.default for field in dataclasses.fields(FeatureConfig) if field.name != "measure"}
 
@@ -46,7 +48,9 @@ COLUMNS: Final = (
 ROW_SCHEMA: Final = pa.schema(
     [*EXPERIMENT_COLUMNS.items(), ("measurements", pa.list_(pa.struct(list(MEASUREMENT_COLUMNS.items()))))]
 )
-PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string()))
+# Of what the columns say, where it changed under their names; a part of another one is made again from its records.
+ROWS_VERSION: Final = {b"kbit.rows": b"2"}
+PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
 def parse_record(content: bytes | str, source: str) -> dict[str, Any]:
@@ -76,7 +80,8 @@ def tabulate(records: Iterable[dict[str, Any]]) -> pa.Table:
 def make_part(records: Sequence[dict[str, Any]]) -> pa.Table:
     """Return records with their rows (PART_SCHEMA)."""
     texts = [json.dumps(record, separators=(",", ":")) for record in records]
-    return tabulate(records).append_column("record", pa.array(texts, pa.string()))
+    part = tabulate(records).append_column("record", pa.array(texts, pa.string()))
+    return part.replace_schema_metadata(ROWS_VERSION)
 
 
 def list_measurements(rows: pa.Table) -> pa.Table:
@@ -102,7 +107,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(config)
     row["measurements"] = [
-        measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}
+        measurement | {"evaluation": _describe_evaluation(record, measurement["task"])}
         for measurement in record["measurements"]
     ]
     return row
@@ -128,18 +133,40 @@ def _describe_outliers(config: QuantConfig) -> dict[str, Any]:
     return columns | ({"activation_threshold": config.activation_threshold} if config.decomposes else {})
 
 
-def _describe_evaluation(experiment: dict[str, Any], task: str) -> str:
-    """Return what must be equal for two values of a measurement to compare: dtype, and items or windows."""
-    evaluation, dtype = experiment["eval"], experiment["model"]["dtype"]
+def _describe_evaluation(record: dict[str, Any], task: str) -> str:
+    """Return what must be equal for two values of a measurement to compare: dtype, items or windows, and their content.
+
+    Content is the beginning of a hash, see LoadedTask and TextRecord; of a mean, over those of its tasks. Results in
+    which it is not recorded do without.
+    """
+    evaluation, dtype = record["experiment"]["eval"], record["experiment"]["model"]["dtype"]
+    items = f"{dtype}, {evaluation['limit'] or 'all'} items"
+    content = {data["name"]: _describe_content(data) for data in record.get("tasks", ())}
     if task in evaluation["tasks"]:
-        return f"{dtype}, {evaluation['limit'] or 'all'} items"
-    if task == "mean_zero_shot":
-        return f"{dtype}, {evaluation['limit'] or 'all'} items, {' '.join(sorted(evaluation['tasks']))}"
+        return ", ".join(filter(None, [items, content.get(task)]))
+    if task == "mean_zero_shot":  # of those that have it
+        names = sorted({m["task"] for m in record["measurements"] if m["metric"] == "acc"} - {task})
+        joined = "; ".join(content[name] for name in names if content.get(name))
+        digest = f"data {hashlib.sha256(joined.encode()).hexdigest()[:_HASH]}" if joined else None
+        return ", ".join(filter(None, [items, " ".join(names), digest]))
+    text = record.get("text")
+    digest = f"text {text['sha256'][:_HASH]}" if text else None
     if evaluation.get("perplexity_kind") == "rolling":
-        return f"{dtype}, rolling"
-    windows = f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows"
-    if task.startswith("features/"):
-        criteria = evaluation.get("features", {})
-        own = [f"{name} {criteria[name]:g}" for name, usual in _CRITERIA.items() if criteria.get(name, usual) != usual]
-        return ", ".join([windows, *own])
-    return windows
+        return ", ".join(filter(None, [f"{dtype}, rolling", digest]))
+    length = f" of {text['window_length']} tokens" if text else ""
+    windows = f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows{length}"
+    criteria = _describe_criteria(evaluation.get("features", {})) if task.startswith("features/") else None
+    return ", ".join(filter(None, [windows, digest, criteria]))
+
+
+def _describe_criteria(features: dict[str, Any]) -> str | None:
+    """Return the criteria of outlier features that are not LLM.int8()'s: "criteria magnitude 2 positions 0.01"."""
+    own = [f"{name} {features[name]:g}" for name, usual in _CRITERIA.items() if features.get(name, usual) != usual]
+    return f"criteria {' '.join(own)}" if own else None
+
+
+def _describe_content(task: dict[str, Any]) -> str:
+    """Return what tells a task's rows, and a user's own definition, from others of its name."""
+    data, definition = task["sha256"] or task["fingerprint"], task.get("definition_sha256")
+    parts = {"data": data, "definition": definition}
+    return ", ".join(f"{name} {digest[:_HASH]}" for name, digest in parts.items() if digest)

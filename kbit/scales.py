@@ -34,7 +34,8 @@ def encode_scales(scales: Scales, scale_format: str, what: str = "block scale") 
     fp16, bf16, fp32: a number each. e8m0: the exponent of a power of two (the scales must be powers of two or 0; 0 is
     stored as the smallest). fp8: E4M3 numbers and one float32 for the tensor, max |scale| / 448 (NVFP4). dq8: 8-bit
     dynamic codes in blocks of 256 with a float32 each, after subtracting the mean, one float32 (QLoRA). A scale that is
-    not 0 never becomes 0, an offset may.
+    not 0 never becomes 0, an offset may. With dq8 a scale above 0 is not stored as one below, which would mean 0
+    (decode_block_scales in kbit.quantizer): it takes the next code above that stands for more than 0.
 
     Raises:
         ValueError: a scale beyond the format's range.
@@ -61,9 +62,21 @@ def encode_scales(scales: Scales, scale_format: str, what: str = "block scale") 
             return _encode_double(scales)
 
 
+def largest_scale(scale_format: str) -> float:
+    """Return the largest scale or offset that encode_scales takes."""
+    return _LARGEST.get(scale_format, _LARGEST["fp32"])
+
+
+def round_to_power(scales: Scales) -> Scales:
+    """Return for each scale > 0 the nearest power of two that e8m0 has; the larger of two as near; 0 stays 0."""
+    fractions, exponents = np.frexp(scales)  # scale = fraction 2^exponent, 1/2 <= fraction < 1
+    powers = np.ldexp(np.float32(1), np.clip(exponents - (fractions < 0.75), -_E8M0_BIAS, _E8M0_BIAS))
+    return np.where(scales > 0, powers, np.float32(0)).astype(np.float32)
+
+
 def check_scale_range(largest: float, scale_format: str, what: str = "block scale") -> None:
     """Raise ValueError if a scale or offset of this magnitude is beyond the format's range."""
-    most = _LARGEST.get(scale_format, _LARGEST["fp32"])
+    most = largest_scale(scale_format)
     if not largest <= most:  # so that NaN is refused, too
         wider = [name for name in ("bf16", "fp32") if largest <= _LARGEST[name]]
         advice = f": use scale_format={' or '.join(wider)}" if wider else ""
@@ -137,7 +150,23 @@ def _encode_double(scales: Scales) -> Stored:
     second = np.abs(blocks).max(axis=1)
     v = np.divide(blocks, second[:, None], out=np.zeros_like(blocks), where=second[:, None] > 0)
     codes = np.searchsorted(decision_thresholds(dynamic_codebook(8)), v.ravel(), side="right").astype(np.uint8)
-    return {"scales": codes[: scales.size], "second_scales": second, "mean": np.array([mean], np.float32)}
+    stored = {"scales": codes[: scales.size], "second_scales": second, "mean": np.array([mean], np.float32)}
+    return _raise_lost(stored, scales)
+
+
+def _raise_lost(stored: Stored, scales: Scales) -> Stored:
+    """Return double-quantized scales of which none is lost: the mean added to a rounded difference may be 0 or less."""
+    codes, top = stored["scales"].copy(), np.iinfo(np.uint8).max  # whose value is 1: the largest scale itself
+    while True:
+        decoded = decode_scales(stored | {"scales": codes}, "dq8")
+        lost = (scales > 0) & (decoded <= 0) & (codes < top)
+        if not lost.any():
+            break
+        codes[lost] += 1
+    # beside scales of the other sign a scale may still be exactly 0: to a neighbour with it
+    zero = (scales != 0) & (decoded == 0)
+    codes[zero] = np.where(codes[zero] < top, codes[zero] + 1, top - 1)
+    return stored | {"scales": codes}
 
 
 @functools.cache

@@ -5,8 +5,11 @@ computed at the scored places only, and a task's tokens and rows are made once a
 How a model is scored is its `path`, the first of these that is known to be right for it:
 
     prefix sharing        architectures that tests hold equal to one sequence per row, with full attention in each layer
+                          and no product that sees more than one token (int8 methods, see kbit.methods.llm_int8)
     one sequence per row  the logits are the output embedding of the trunk's last hidden state, on a probe, bit for bit
     hflm                  any other model: lm-eval's own loop
+
+A model with such a product is scored one row at a time, whatever the batch size.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kbit.budget import TokenBudget
 from kbit.head import score_targets
 from kbit.layout import Batch, Query, Row, build_batch, find_visible, order_rows, share_prefixes, take_batch
+from kbit.methods.llm_int8 import sees_whole_input
 
 Request = tuple[tuple[str, str], list[int], list[int]]
 Asked = tuple[tuple[str, str], ...]  # the texts of one call's requests
@@ -55,12 +59,13 @@ class _Layout:
     """The requests of one call as rows, and what of them is recorded.
 
     Attributes:
-        rows: of no more than row_limit tokens, see Scorer._limit_rows; made anew when the limit changes.
+        made_for: the scorer's path, and how long rows may be (see Scorer._limit_rows).
+        rows: made anew when that changes.
     """
 
     requests: list[Request]
     queries: list[Query]
-    row_limit: int
+    made_for: tuple[str, int]
     rows: list[Row]
     truncated: int
     first_tokens: tuple[int, ...]
@@ -74,7 +79,6 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     assertion; no cache of logits, which lm-eval reads at wrong places for equal tokens that are split differently.
 
     Attributes:
-        path: how the model is scored (see the module).
         budget: of a forward pass; halved when memory runs out.
         truncated: requests so far whose context or continuation lost tokens to the model's context length.
         first_tokens: context and continuation of the first request of the last call, as sent to the model.
@@ -95,27 +99,42 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 "lm-eval tied weights of the model that were not tied (its lm_head, quantized on its own?): "
                 "set model.config.tie_word_embeddings=False before evaluating"
             )
-        self.path = _choose_path(model)
+        self._path = _choose_path(model)
         self._set_budget(batch_size)
         self.truncated = 0
         self.first_tokens: tuple[int, ...] = ()
         self.tokens: dict[Asked, list[Request]] = {}
         self._layouts: dict[Asked, _Layout] = {}
-        self._last_layout = _Layout([], [], 0, [], 0, ())
+        self._last_layout = _Layout([], [], ("", 0), [], 0, ())
 
-    def set_batch_size(self, batch_size: int, *, row_by_row: bool = False) -> None:
-        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one.
+    @property
+    def path(self) -> str:
+        """How the model, as it is quantized now, is scored (see the module)."""
+        return "one sequence per row" if self._path == "prefix sharing" and self._is_row_by_row else self._path
 
-        row_by_row: one row at a time whatever the batch size, for models in which rows of a batch affect each other.
-        """
-        if row_by_row:
-            self._set_budget(1, tokens=1)
-        elif batch_size != self.batch_size_per_gpu or self.budget.tokens == 1:
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a forward pass; 1: a row at a time."""
+        return 1 if self._is_row_by_row else self.budget.tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that are generated at once, HFLM's."""
+        return 1 if self._is_row_by_row else self.batch_size_per_gpu
+
+    @property
+    def _is_row_by_row(self) -> bool:
+        """Whether texts in one forward pass would affect each other; asked each time, as the model may be restored."""
+        return sees_whole_input(self.model)
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Set the budget of tokens, and for generation the sequences, of a forward pass; no news keeps a halved one."""
+        if batch_size != self.batch_size_per_gpu:
             self._set_budget(batch_size)
 
-    def _set_budget(self, batch_size: int, tokens: int | None = None) -> None:
-        self.batch_size_per_gpu: int = batch_size  # HFLM's, for generation
-        self.budget = TokenBudget(tokens or batch_size * TOKENS_PER_SEQUENCE[self.device.type])
+    def _set_budget(self, batch_size: int) -> None:
+        self.batch_size_per_gpu: int = batch_size  # HFLM's
+        self.budget = TokenBudget(batch_size * TOKENS_PER_SEQUENCE[self.device.type])
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, greedy) of each request; tokens and rows are kept for the next call that asks it."""
@@ -160,7 +179,8 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 raise ValueError(f"request {request[0]!r} has no token to score")
         truncated = sum(len(c) + len(k) > longest + 1 for _, c, k in requests)
         first = (*queries[0].tokens, queries[0].targets[-1]) if queries else ()
-        return _Layout(requests, queries, self._limit_rows(queries), self._arrange(queries), truncated, first)
+        made_for = (self.path, self._limit_rows(queries))
+        return _Layout(requests, queries, made_for, self._arrange(queries), truncated, first)
 
     def _limit_rows(self, queries: list[Query]) -> int:
         """Return how long a row of several queries may be: the budget, or twice the longest query, which has to fit.
@@ -178,14 +198,14 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _score(self, layout: _Layout) -> list[tuple[float, bool]]:
         """Score a layout's rows batch by batch; when memory runs out, smaller batches of shorter rows."""
-        if layout.row_limit != (limit := self._limit_rows(layout.queries)):
-            layout.row_limit, layout.rows = limit, self._arrange(layout.queries)
+        if layout.made_for != (now := (self.path, self._limit_rows(layout.queries))):
+            layout.made_for, layout.rows = now, self._arrange(layout.queries)
         self.truncated += layout.truncated
         self.first_tokens = layout.first_tokens
         results: list[tuple[float, bool]] = [(0.0, False)] * len(layout.requests)
         todo, done = layout.rows, 0
         while done < len(todo):
-            rows = take_batch(todo, done, self.budget.tokens)
+            rows = take_batch(todo, done, self.batch_tokens)
             can_split = len(rows) > 1 or rows[0].can_split
             scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
             if scores is None:
@@ -204,7 +224,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     @torch.no_grad()
     def _score_rows(self, rows: list[Row]) -> list[tuple[int, float, bool]]:
         """Return (request, log-likelihood, greedy) for each query of the rows, from one forward pass."""
-        if self.path == "hflm":
+        if self._path == "hflm":
             return self._score_by_hflm(rows)
         batch = build_batch(rows)
         # branches predict their first token from the same place, and differ only in a few words: each place once

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kbit import datatypes
 from kbit.datatypes import Codebook, check_bits, check_choice, check_exponent_bits
-from kbit.scales import SCALE_FORMATS, count_scale_bits
+from kbit.scales import SCALE_FORMATS, count_scale_bits, largest_scale
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
 CODEBOOK_VALUE_BITS: Final = 16  # a per-tensor codebook is stored as float16
@@ -49,7 +49,8 @@ class QuantSpec:
             on its natural grid (E2M1: up to 1.5), of other tables the one at or above. Offsets take the same format, or
             fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
         rounding: nearest (ties away from zero); stochastic (up with the probability that makes it unbiased within the
-            table's range, seeded); truncate (towards 0).
+            table's range, seeded); truncate (towards 0, in units of the scale: of the weights, towards the block's
+            offset, which with minmax and centering need not be 0).
         seed: of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's name,
             so that tensors do not share their random numbers.
 
@@ -142,6 +143,12 @@ class QuantSpec:
     def offset_format(self) -> str:
         """The format of minmax's offsets."""
         return self.scale_format if self.scale_format in ("fp16", "bf16", "fp32") else "fp16"
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest magnitude of weights whose scales, and offsets, their formats hold."""
+        formats = (self.scale_format, self.offset_format) if self.normalization == "minmax" else (self.scale_format,)
+        return min(map(largest_scale, formats))
 
     def canonical(self) -> QuantSpec:
         """Return the same quantizer with every field that has no effect at its default.

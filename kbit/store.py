@@ -13,7 +13,6 @@ who finds a file gone since it was listed looks again.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -26,12 +25,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from kbit.config import Experiment
 from kbit.files import Files, is_url, open_files
 from kbit.measurement import ItemValues, decode_items
+from kbit.parts import encode_part, read_keys, read_rows, read_texts
 from kbit.records import (
     PART_SCHEMA,
     ROW_SCHEMA,
@@ -80,6 +79,8 @@ class Store:
         try:
             self._files.prepare(_FOLDERS)
         except OSError as error:
+            if is_url(path):  # says so itself
+                raise
             raise OSError(f"results={path}: cannot write to {self.root}: {error.strerror or error}") from error
 
     @property
@@ -144,7 +145,7 @@ class Store:
                 self._files.remove(f"experiments/{key}.json")
             for name, there in _read_part_keys(self._files, self._compacted).items():
                 if there & deleted:
-                    part = _read_part(self._files, name, PART_SCHEMA)
+                    part = read_rows(self._files, name, PART_SCHEMA)
                     self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
         return len(deleted)
 
@@ -183,7 +184,7 @@ class Store:
         for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
             if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
-                    parts = [_read_part(self._files, old, PART_SCHEMA) for old in pending]
+                    parts = [read_rows(self._files, old, PART_SCHEMA) for old in pending]
                     self._replace(pending, _drop_repeated(pa.concat_tables(parts)))
                 pending, size = [], 0
             pending.append(name)
@@ -192,10 +193,7 @@ class Store:
     def _replace(self, names: Collection[str], part: pa.Table) -> None:
         """Write a Parquet file, then remove the files whose results it has."""
         if len(part):
-            content = io.BytesIO()
-            # sorted and in small groups, so that a few experiments are found without reading all
-            pq.write_table(part.sort_by("key"), content, compression="zstd", row_group_size=500)
-            self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", content.getvalue())
+            self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", encode_part(part))
         for name in names:
             self._files.remove(name)
 
@@ -215,9 +213,9 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     (block_size missing: whole tensor; table as text; all missing for the 16-bit baseline), method, method_options
     (what is not at its default, as text), outlier_fraction, outlier_selection, outlier_zscore and
     activation_threshold (what stays at 16 bits), include, exclude, evaluation (values compare only where it is
-    equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized weights), task, metric, value,
-    low, high (95% interval), n. The table's attrs["store"] is the path, for those who need the items behind a value
-    (read_items).
+    equal: dtype, items or windows, and the beginning of a hash of their content), bits_per_param, total_bits,
+    weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n. The table's
+    attrs["store"] is the path, for those who need the items behind a value (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.
@@ -333,10 +331,7 @@ def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes |
     loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
     texts: dict[str, bytes | str] = {}
     for name in files.names("compacted", ".parquet"):
-        wanted = None if keys is None else pc.is_in(pc.field("key"), pa.array(sorted(keys), pa.string()))
-        with files.open(name) as file:
-            table = pq.read_table(file, columns=["key", "record"], filters=wanted)
-        texts |= zip(table["key"].to_pylist(), table["record"].to_pylist(), strict=True)
+        texts |= read_texts(files, name, keys)
     for key in loose.keys() - texts.keys() if keys is None else (loose.keys() & set(keys)) - texts.keys():
         with files.open(loose[key]) as file:
             texts[key] = file.read()
@@ -370,8 +365,7 @@ def _read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[s
     names = files.names("compacted", ".parquet")
     for name in names:
         if name not in known:
-            with files.open(name) as file:
-                known[name] = set(pq.read_table(file, columns=["key"])["key"].to_pylist())
+            known[name] = read_keys(files, name)
     return {name: known[name] for name in names}
 
 
@@ -379,19 +373,10 @@ def _read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield the store's experiments as tables, ROW_SCHEMA or PART_SCHEMA; an experiment may come twice."""
     loose = files.names("experiments", ".json")  # before compacted/: see the module
     for name in files.names("compacted", ".parquet"):
-        yield _read_part(files, name, schema)
+        yield read_rows(files, name, schema)
     make = tabulate if schema == ROW_SCHEMA else make_part
     for at in range(0, len(loose), PART_EXPERIMENTS):
         yield make([_read_json(files, name) for name in loose[at : at + PART_EXPERIMENTS]])
-
-
-def _read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
-    """Return columns of a Parquet file; one of another kbit, with other columns, is made again from its records."""
-    with files.open(name) as file:
-        if pq.read_schema(file).equals(PART_SCHEMA):
-            return pq.read_table(file, columns=schema.names).select(schema.names)
-        texts = pq.read_table(file, columns=["record"])["record"]
-    return make_part([parse_record(text.as_py(), name) for text in texts]).select(schema.names)
 
 
 def _read_json(files: Files, name: str) -> dict[str, Any]:

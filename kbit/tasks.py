@@ -8,6 +8,7 @@ nothing is written to a dataset cache and the same YAML works from any folder, o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -39,6 +40,8 @@ class LoadedTask:
         source: the data's file name, or the hub data set.
         sha256: over the uncompressed data files; empty for a hub data set.
         fingerprint: of the loaded rows as `datasets` computes it, for a hub data set; empty for local files.
+        definition_sha256: over the YAML, with what it includes, of a user's own task; empty for others, whose version
+            tells as much.
     """
 
     name: str
@@ -48,6 +51,7 @@ class LoadedTask:
     source: str
     sha256: str
     fingerprint: str
+    definition_sha256: str = ""
 
 
 def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[LoadedTask]:
@@ -127,13 +131,31 @@ def _load_local(name: str, yaml_path: Path, task_path: str | None) -> LoadedTask
         config = load_yaml(yaml_path, _seen=definitions)
         _check_within(definitions, yaml_path, task_path)
     if config.get("dataset_path") != "json":
-        return _load_hub(name, _make_manager(include_defaults=False), config)
+        loaded = _load_hub(name, _make_manager(include_defaults=False), config)
+        return dataclasses.replace(loaded, definition_sha256=_hash_definition(definitions, yaml_path))
     data = JsonFiles(yaml_path.parent)
     with errors_named(str(yaml_path)):
         task = ConfigurableTask(config=complete_definition(config, data))
         _check_within(data.read, yaml_path, task_path)
     source = ", ".join(path.name for path in data.read)
-    return LoadedTask(name, task, str(yaml_path), str(task.VERSION), source, data.digest.hexdigest(), "")
+    return LoadedTask(
+        name,
+        task,
+        str(yaml_path),
+        str(task.VERSION),
+        source,
+        data.digest.hexdigest(),
+        "",
+        _hash_definition(definitions, yaml_path),
+    )
+
+
+def _hash_definition(files: Iterable[Path], yaml_path: Path) -> str:
+    """Return the hash of a definition's files, in an order that does not depend on where they lie."""
+    if EMBEDDED_TASKS in yaml_path.parents:
+        return ""
+    contents = sorted(path.read_bytes() for path in {*files, yaml_path.resolve()})
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
 
 
 def _check_within(read: Iterable[Path], yaml_path: Path, task_path: str | None) -> None:

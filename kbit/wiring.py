@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kbit.coverage import is_transposed, owner_of
+from kbit.coverage import as_matrix, owner_of
 
 _ROWS_AT_ONCE: Final = 256  # of squares: 4 MiB of 4,096 float32 columns
 # configuration -> the row of the values for each unit of attention's output; None: each its own
@@ -160,9 +160,9 @@ def find_sources(model: Any) -> dict[str, list[Source]]:
 
 
 def orient(model: nn.Module, name: str) -> Tensor:
-    """Return a weight as [..., units that it makes, units that it reads], a view."""
+    """Return a matrix as [..., units that it makes, what it reads], a view: of an embedding [hidden units, tokens]."""
     weight, owner = model.get_parameter(name).detach(), owner_of(model, name)
-    return weight.transpose(-1, -2) if is_transposed(owner) or isinstance(owner, nn.Embedding) else weight
+    return weight.T if isinstance(owner, nn.Embedding) else as_matrix(weight, owner)
 
 
 def measure_deviation(model: nn.Module, sources: list[Source]) -> Tensor:

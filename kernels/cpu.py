@@ -63,7 +63,7 @@ class SearchTable(NamedTuple):
     """Thresholds prepared for the search: see the module's docstring."""
 
     first: UInt8[np.ndarray, " 65536"]  # by upper half-word: thresholds at or below the least value that begins with it
-    thresholds: Thresholds  # padded with +inf to 257, so that the comparison after the last one fails
+    thresholds: Thresholds  # padded with NaN to 257, so that the comparison after the last one fails, of +inf too
     compares: int  # the most thresholds that lie inside one cell, at least 1
 
 
@@ -180,7 +180,7 @@ def _search_table(thresholds_bytes: bytes) -> SearchTable:
     lowest, highest = np.fmin(*ends), np.fmax(*ends)  # a negative cell begins at its largest magnitude
     first = np.searchsorted(thresholds, lowest, side="right")
     compares = (np.searchsorted(thresholds, highest, side="right") - first).max()
-    padded = np.full(257, np.inf, np.float32)
+    padded = np.full(257, np.nan, np.float32)
     padded[: thresholds.size] = thresholds
     return SearchTable(first.astype(np.uint8), padded, max(1, int(compares)))
 

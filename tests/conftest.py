@@ -40,6 +40,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "num_local_experts": 4, "max_position_embeddings": 256},
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16}
+        | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 256},
+    ),
 }
 _LLAMA_LIKE: Final = ("mistral", "qwen2", "qwen3", "olmo2", "phi", "gemma2")
 _CLASSES: Final = ("MistralConfig", "Qwen2Config", "Qwen3Config", "Olmo2Config", "PhiConfig", "Gemma2Config")
@@ -97,7 +102,7 @@ def run_kbit() -> Callable[..., Done]:
     def run(*arguments: str, cwd: Path) -> Done:
         command = [str(Path(sys.executable).with_name("kbit")), *arguments]
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False
         )
         return Done(done.returncode, done.stdout, done.stderr)
 

@@ -52,6 +52,14 @@ def test_an_offset_that_is_removed_costs_nothing(data_type: str, bits: int, remo
     assert quantize(x + 3, spec).codebook[0] < 0
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("values", [[0.5], [-0.5], [-1.0, 1.0], [0.25, 0.5, 1.0], [0.0]])
+def test_a_learned_table_has_room_for_few_values_beside_zero(bits: int, values: list[float]) -> None:
+    x = torch.tensor(values * 48)
+    assert torch.equal(fake_quantize(x, QuantSpec(bits, "learned")), x)
+    assert 0 in quantize(x, QuantSpec(bits, "learned")).codebook
+
+
 def test_the_mean_of_many_values_is_added_up_in_float64() -> None:
     x = torch.full((2**21 + 3,), 0.1, dtype=torch.bfloat16)
     spec = QuantSpec(4, "int", centering=True)

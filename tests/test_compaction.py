@@ -6,11 +6,14 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from toy_results import fill, make_result, write_and_compact
@@ -19,6 +22,7 @@ import kbit.store
 import kbit.sweep
 from kbit.config import ModelConfig
 from kbit.files import LocalFiles
+from kbit.records import PART_SCHEMA
 from kbit.store import Store, list_keys, read_items, read_provenance, read_results
 from kbit.sweep import make_plan
 
@@ -117,8 +121,19 @@ def test_a_part_of_another_version_is_read_from_its_records(tmp_path: Path) -> N
     before = describe(tmp_path)
     (part,) = (tmp_path / "compacted").iterdir()
     table = pq.read_table(part)
+    assert table.schema.equals(PART_SCHEMA)
+    assert table.schema.metadata == PART_SCHEMA.metadata  # else each reading would make it again
     pq.write_table(table.drop_columns(["scale_format", "layout"]), part)
     assert describe(tmp_path) == before
+    lists = [
+        [measured | {"evaluation": "as it was called once"} for measured in row]
+        for row in table["measurements"].to_pylist()
+    ]
+    at = table.schema.get_field_index("measurements")
+    older = table.set_column(at, table.schema.field(at), pa.array(lists, table.schema.field(at).type))
+    pq.write_table(older.replace_schema_metadata(None), part)
+    assert describe(tmp_path) == before
+    assert "as it was called once" not in set(read_results(tmp_path)["evaluation"])
 
 
 def test_results_of_a_newer_version_are_refused(tmp_path: Path) -> None:
@@ -128,6 +143,21 @@ def test_results_of_a_newer_version_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"written by a newer kbit \(schema 99\)"):
         store.compact()
     assert files_of(tmp_path) == {"experiments": 1, "compacted": 0}
+
+
+def test_a_part_is_read_without_threads_that_outlive_the_interpreter(tmp_path: Path) -> None:
+    """Threads of pyarrow's that came back to a dead interpreter aborted 14 of 60 short commands."""
+    fill(tmp_path, range(4)).compact()
+    code = (
+        "import os, sys; from kbit.files import open_files; from kbit.records import ROW_SCHEMA\n"
+        "from kbit import parts\n"
+        "files, threads = open_files(sys.argv[1]), len(os.listdir('/proc/self/task'))\n"
+        "[name] = files.names('compacted', '.parquet'); keys = parts.read_keys(files, name)\n"
+        "texts, rows = parts.read_texts(files, name, list(keys)[:3]), parts.read_rows(files, name, ROW_SCHEMA)\n"
+        "print(len(keys), len(texts), len(rows), len(os.listdir('/proc/self/task')) - threads)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "4 3 4 0\n"
 
 
 def test_deleting_leaves_the_others(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from kbit.quantconfig import METHODS, CalibrationConfig, GptqConfig, QuantConfig
 from kbit.textdata import locate_text
 
 # Of each field: what else must be set so that it means something, and another value than its default.
-DISTINCT: dict[str, tuple[dict[str, object], object]] = {
+DISTINCT: dict[str, tuple[dict[str, Any], Any]] = {
     "bits": ({}, 5),
     "data_type": ({}, "int"),
     "exponent_bits": ({}, 2),
@@ -327,7 +328,8 @@ def test_label_names_model_quantizer_and_block() -> None:
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(QuantConfig)])
 def test_no_two_quantizers_have_one_label(name: str) -> None:
     other = DISTINCT[name]
-    base = QuantConfig(**{"data_type": "float"} | other[0])
+    values: dict[str, Any] = {"data_type": "float"} | other[0]
+    base = QuantConfig(**values)
     changed = dataclasses.replace(base, **{name: other[1]})
     labels = {Experiment(ModelConfig(), quant).label() for quant in (base, changed)}
     assert (len(labels), base.content == changed.content) == ((2, False) if name != "min_coverage" else (1, True))

@@ -27,6 +27,29 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
 """
 
 
+TWO_FILTERS = """
+task: sum
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{text}}"
+doc_to_target: "{{gold}}"
+generation_kwargs: {until: ["!"]}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+  - {name: whole, filter: [{function: take_first}]}
+  - {name: number, filter: [{function: regex, regex_pattern: "[0-9]+"}, {function: take_first}]}
+"""
+
+
+class Talker(Scorer):
+    """Answers with some words before the number."""
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        return [f"it is {i}" for i in range(len(requests))]
+
+
 class Oracle(Scorer):
     """Prefers the first choice of each item, or the last."""
 
@@ -87,3 +110,16 @@ def test_accuracies_of_exactly_0_and_1_have_intervals(prefers: float, accuracy: 
     assert (acc.value, acc.n) == (accuracy, limit)
     assert 0 <= acc.low < acc.high <= 1
     assert decode_items(scores.items[0]).tolist() == [accuracy] * limit
+
+
+def test_every_filter_of_a_task_is_measured_and_only_accuracies_are_averaged(tmp_path: Path) -> None:
+    loaded = load_model("nano-neox-98k")
+    (tmp_path / "sum.yaml").write_text(TWO_FILTERS)
+    (tmp_path / "rows.jsonl").write_text('{"text": "0?", "gold": "0"}\n{"text": "2?", "gold": "2"}\n')
+    [task] = load_tasks(["sum"], str(tmp_path))
+    scores = score_tasks(Talker(loaded.model, loaded.tokenizer), [prepare_task(task)])
+    measured = {(m.task, m.metric): (m.value, m.n) for m in scores.measurements}
+    assert measured == {("sum", "exact_match"): (0.0, 2), ("sum", "exact_match,number"): (0.5, 2)}
+    both = [prepare_task(one, 2) for one in load_tasks(["sum", "nano_choice", "nano_cloze"], str(tmp_path))]
+    *_, mean = score_tasks(Talker(loaded.model, loaded.tokenizer), both).measurements
+    assert (mean.task, mean.n) == ("mean_zero_shot", 4)  # of the two tasks that have an accuracy

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
+import fsspec.implementations.memory
 import pytest
 from toy_results import fill, make_result
 
@@ -103,3 +105,15 @@ def test_a_failed_write_is_no_result(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left on device"):
             store.write(make_result(0))
     assert store.finished_keys() == set()
+
+
+@pytest.mark.parametrize("ask", [Store, list_keys, read_results])
+def test_a_store_out_of_reach_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
+) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+    for method in ("exists", "makedirs", "ls"):
+        refuse = mock.Mock(side_effect=exceptions.NoCredentialsError())
+        monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, method, refuse)
+    with pytest.raises(OSError, match=r"^results=memory://away: NoCredentialsError: Unable to locate credentials$"):
+        ask("memory://away")

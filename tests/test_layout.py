@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import takewhile
 
 import pytest
 import torch
@@ -34,6 +35,23 @@ def test_every_query_is_in_one_row_that_is_no_longer_than_allowed(texts: list[li
     assert sum(row.length for row in rows) <= sum(len(text) - 1 for text in texts)
     for row in rows:
         assert len({tuple(q.tokens[: row.prefix]) for q in row.queries}) == 1
+
+
+@given(sequences, st.integers(0, LONGEST))
+def test_a_row_is_as_long_as_it_was_counted_to_be(texts: list[list[int]], longest: int) -> None:
+    """The slow truth: each query joins the last row if the row that they make, measured, is short enough."""
+    expected: list[Row] = []
+    for query in sorted(queries := make_queries(texts), key=lambda q: q.tokens):
+        if expected:
+            last = expected[-1]
+            alike = zip(last.queries[0].tokens[: last.prefix], query.tokens, strict=False)
+            prefix = len(list(takewhile(lambda pair: pair[0] == pair[1], alike)))
+            joined = Row(prefix, [*last.queries, query])
+            if joined.length <= max(last.length, min(longest, last.length + len(query.tokens) // 2)):
+                expected[-1] = joined
+                continue
+        expected.append(Row(len(query.tokens), [query]))
+    assert share_prefixes(queries, longest) == expected
 
 
 @given(sequences)

@@ -74,6 +74,14 @@ def test_a_whole_tensor_block_is_asked_for_by_none() -> None:
     assert lm.budget.tokens == 1024  # one sequence at a time is a default of lm-eval's that costs and changes nothing
 
 
+def test_int8_products_that_see_the_whole_input_are_computed_one_text_at_a_time() -> None:
+    lm = QuantizedLM.create_from_arg_string(
+        "pretrained=nano-neox-98k,bits=8,method=absmax", {"batch_size": 8, "device": "cpu"}
+    )
+    assert (lm.batch_tokens, lm.batch_size) == (1, 1)  # of log-likelihoods, of generation
+    assert lm.get_model_info()["kbit"]["scorer"] == "one sequence per row"
+
+
 def test_methods_and_outliers_are_asked_for_as_in_an_experiment() -> None:
     arguments = ARGUMENTS + ",method=gptq,calibration.samples=4,gptq.damping=0.1,outlier_fraction=0.05,exclude=none"
     lm = QuantizedLM.create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,42 @@ def test_an_unknown_previous_layer_is_named_and_nothing_is_changed(build_tiny: B
 def test_an_included_tensor_without_a_previous_layer_is_named(build_tiny: Build) -> None:
     with pytest.raises(ValueError, match=r"inputs of model\.decoder\.embed_positions\.weight is not known"):
         quantize_model(build_tiny("opt"), configure(outlier_fraction=0.02, include="embed_positions"))
+
+
+@pytest.mark.parametrize("selection", ["column", "random"])
+@pytest.mark.parametrize(("architecture", "include"), [("gpt2", "wte|wpe"), ("gpt2", "bias|ln_"), ("opt", "embed_pos"),
+    ("gpt_neox", "bias|embed_in"), ("gpt_oss", "bias|embed")])  # fmt: skip
+def test_what_is_included_is_kept_along_its_last_dimension(
+    build_tiny: Build, architecture: str, include: str, selection: str
+) -> None:
+    """Of an embedding these are hidden units; a vector has no input dimensions."""
+    model = build_tiny(architecture)
+    config = configure(include=include, outlier_fraction=0.05, outlier_selection=selection)
+    names = [name for name in quantized(model, config) if re.search(include, name)]
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    kept = choose_kept(model, names, config)
+    assert kept.keys() == {name for name in names if before[name].ndim > 1}
+    plan = plan_quantization(model, config)
+    assert quantize_model(model, config) == plan
+    for name, dimensions in kept.items():
+        assert len(dimensions) == config.count_kept(before[name].shape[-1])
+        assert torch.equal(model.get_parameter(name)[..., dimensions], before[name][..., dimensions])
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse", "hqq"])
+def test_an_included_vector_is_quantized_as_it_lies(build_tiny: Build, method: str) -> None:
+    model = build_tiny("gpt2")
+    report = quantize_model(model, configure(include="bias|ln_", method=method, outlier_fraction=0.05))
+    assert all(t.quantized for t in report.tensors if t.name.startswith("transformer.h"))
+
+
+def test_column_chooses_the_hidden_unit_of_an_embedding_and_not_a_token(build_tiny: Build) -> None:
+    model = build_tiny("gpt_neox")
+    with torch.no_grad():
+        model.gpt_neox.embed_in.weight[200] *= 20  # a token
+        model.gpt_neox.embed_in.weight[:, 40] *= 20
+    config = configure(outlier_fraction=0.01, outlier_selection="column")
+    assert choose_kept(model, ["gpt_neox.embed_in.weight"], config)["gpt_neox.embed_in.weight"].tolist() == [40]
 
 
 # ---- what becomes of the weights

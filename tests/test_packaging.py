@@ -27,7 +27,7 @@ def run_python(*arguments: str, cwd: Path, python_path: Path | None = None) -> s
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": str(python_path)} if python_path else {})
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=170, check=False
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()

@@ -116,6 +116,14 @@ def test_truncation_goes_towards_zero() -> None:
     assert fake_quantize(x, spec).tolist() == [1, 0.5, 0.5, 0, 0, -0.5, -0.5, -1]
 
 
+@pytest.mark.parametrize("fields", [{"normalization": "minmax"}, {"centering": True}])
+def test_truncation_goes_towards_an_offset(fields: dict[str, Any]) -> None:
+    x = torch.linspace(1, 3, 64)  # about 2
+    truncated = fake_quantize(x, QuantSpec(bits=3, data_type="int", rounding="truncate", scale_format="fp32", **fields))
+    assert bool(((truncated - 2).abs() <= (x - 2).abs() + 1e-6).all())
+    assert bool((truncated[:32] > x[:32] + 0.01).any())
+
+
 def test_stochastic_rounding_is_unbiased_with_the_variance_of_a_coin() -> None:
     n, v = 2**18, np.float32(0.3)
     x = np.full(n, v, np.float32)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from kbit.scales import SCALE_FORMATS, check_scale_range, count_scale_bits, decode_scales, encode_scales
+from kbit.scales import (
+    SCALE_FORMATS,
+    check_scale_range,
+    count_scale_bits,
+    decode_scales,
+    encode_scales,
+    round_to_power,
+)
 
 
 def many_scales() -> np.ndarray:
@@ -59,6 +66,26 @@ def test_double_quantization_is_the_8_bit_dynamic_type_about_the_mean() -> None:
     # the dynamic type's widest gap is 0.9/64 of the block's maximum; -0.993 is its lowest value
     half_gap = 0.9 / 64 / 2 * np.repeat(stored["second_scales"], 256)[:700]
     assert (np.abs(decode_scales(stored, "dq8") - x) <= half_gap * 1.001).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_double_quantized_scale_is_never_lost(seed: int, sign: int) -> None:
+    """Weak blocks among strong ones: the mean added to the rounded difference is often 0 or less."""
+    rng = np.random.default_rng(seed)
+    x = (np.exp(rng.normal(0, 3, 2000)) * rng.choice([1, 1e-3, 1e-9], 2000)).astype(np.float32)
+    x[::7] = 0
+    x[::3] *= sign
+    decoded = decode_scales(encode_scales(x, "dq8"), "dq8")
+    assert (decoded[x != 0] != 0).all()
+    assert (decoded[x > 0] > 0).all() or sign < 0
+    widest = 0.9 / 64 * np.repeat(encode_scales(x, "dq8")["second_scales"], 256)[:2000]
+    assert (np.abs(decoded - x) <= widest * 1.001).all()  # half of it where nothing had to be raised
+
+
+def test_rounding_to_a_power_of_two_is_to_the_nearest() -> None:
+    x = np.array([0, 0.74, 0.76, 1, 1.49, 1.5, 1.9999, 2, 2.0**-126, 3.4e38], np.float32)
+    np.testing.assert_array_equal(round_to_power(x), [0, 0.5, 1, 1, 1, 2, 2, 2, 2.0**-126, 2.0**127])
 
 
 @pytest.mark.parametrize("blocks", [1, 255, 256, 257, 1000])

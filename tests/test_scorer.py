@@ -196,7 +196,7 @@ def test_sharing_prefixes_does_not_change_the_scores(
     requests = [ask(context, ending) for ending in (" ran.", " ran away.", " was a", " ate the apple", " ran.")]
     shared, alone = Scorer(model, tokenizer), Scorer(model, tokenizer)
     assert shared.path == "prefix sharing"
-    alone.path = "one sequence per row"
+    alone._path = "one sequence per row"
     # Sums of some 40 nats: float32 is good to 1e-5. In bfloat16 a logit near 0.5 has steps of 0.002, and the order of
     # sums within attention differs.
     tolerance = 1e-4 if dtype == torch.float32 else 0.02

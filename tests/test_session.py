@@ -138,6 +138,25 @@ def test_a_file_edited_after_planning_is_an_error(session: Session, tmp_path: Pa
         session.run(experiment)
 
 
+@pytest.mark.parametrize("edited", ["rows.jsonl", "mine.yaml", "text.jsonl"])
+def test_results_of_an_edited_file_are_told_apart(session: Session, tmp_path: Path, edited: str) -> None:
+    write_tasks(tmp_path / "tasks", 0)
+    text = tmp_path / "tasks" / "text.jsonl"
+    write_text(text, STORIES[0])
+    wanted = of_tasks(tmp_path / "tasks")
+    wanted = dataclasses.replace(wanted, eval=dataclasses.replace(wanted.eval, perplexity=str(text)))
+    store = Store(tmp_path / "results")
+    store.write(session.run(wanted))
+    path = tmp_path / "tasks" / edited
+    path.write_text(path.read_text().replace("0}", "1}").replace("ran", "sat"))
+    if edited == "text.jsonl":
+        write_text(text, STORIES[1])
+    store.write(session.run(dataclasses.replace(wanted)))
+    ways = read_results(store.path).groupby("task")["evaluation"].nunique()
+    changed = str(text) if edited == "text.jsonl" else "mine"
+    assert ways.to_dict() == {"mine": 1, str(text): 1} | {changed: 2}
+
+
 def edit_before(
     monkeypatch: pytest.MonkeyPatch,
     module: Any,

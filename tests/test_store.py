@@ -8,13 +8,14 @@ import math
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from toy_results import race
 
-from kbit.config import Experiment, ModelConfig
-from kbit.experiment import Result
+from kbit.config import EvalConfig, Experiment, ModelConfig
+from kbit.experiment import Result, TaskRecord, TextRecord
 from kbit.measurement import Measurement, encode_items
 from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.records import SCHEMA_VERSION
@@ -88,6 +89,54 @@ def test_result_is_read_back(tmp_path: Path) -> None:
         "n": 100,
     }
     assert {name: row[name] for name in expected} == expected
+
+
+def evaluations_of(path: Path, result: Result, **changes: Any) -> dict[str, str]:
+    """What read_results says of each task's evaluation, of the result with its data changed."""
+    Store(path).write(dataclasses.replace(result, **changes))
+    table = read_results(path)
+    return dict(zip(table["task"], table["evaluation"], strict=True))
+
+
+def test_values_of_other_content_do_not_compare(tmp_path: Path) -> None:
+    """Nor of other windows; results from before that was recorded are read as they were."""
+    config = EvalConfig(tasks=("nano_cloze", "piqa", "f1"), limit=9, perplexity="nano_held_out", perplexity_windows=3)
+    tasks = [TaskRecord(name, "1", "d", digit * 64, "", 0, ()) for name, digit in zip(config.tasks, "123", strict=True)]
+    metrics = {
+        "nano_cloze": "acc",
+        "piqa": "acc",
+        "f1": "f1",
+        "mean_zero_shot": "acc",
+        "nano_held_out": "cross_entropy",
+    }
+    measured = tuple(Measurement(task, metric, 0.5, 0.4, 0.6, 9) for task, metric in metrics.items())
+    result = dataclasses.replace(
+        make_result(), experiment=Experiment(eval=config), measurements=measured, tasks=(), text=None
+    )
+    assert evaluations_of(tmp_path / "old", result) == {
+        "nano_cloze": "float32, 9 items",
+        "piqa": "float32, 9 items",
+        "f1": "float32, 9 items",
+        "mean_zero_shot": "float32, 9 items, nano_cloze piqa",  # f1 is not in it
+        "nano_held_out": "float32, 3 windows",
+    }
+    text = TextRecord("nano_held_out", "4" * 64, 3, 256)
+    first = evaluations_of(tmp_path / "new", result, tasks=tuple(tasks), text=text)
+    assert first["piqa"] == "float32, 9 items, data 22222222"
+    assert first["nano_held_out"] == "float32, 3 windows of 256 tokens, text 44444444"
+    assert first["mean_zero_shot"].startswith("float32, 9 items, nano_cloze piqa, data ")
+    tasks[2] = dataclasses.replace(tasks[2], sha256="", fingerprint="9" * 16)
+    hub = evaluations_of(tmp_path / "hub", result, tasks=tuple(tasks), text=text)
+    assert hub == first | {"f1": "float32, 9 items, data 99999999"}
+    tasks[1] = dataclasses.replace(tasks[1], definition_sha256="5" * 64)
+    edited = evaluations_of(tmp_path / "edited", result, tasks=tuple(tasks), text=text)
+    assert edited["piqa"] == "float32, 9 items, data 22222222, definition 55555555"
+    assert edited["mean_zero_shot"] != hub["mean_zero_shot"]
+    longer = evaluations_of(tmp_path / "longer", result, text=dataclasses.replace(text, window_length=512))
+    assert longer["nano_held_out"] == "float32, 3 windows of 512 tokens, text 44444444"
+    rolling = dataclasses.replace(config, perplexity_kind="rolling")
+    whole = evaluations_of(tmp_path / "whole", result, experiment=Experiment(eval=rolling), text=text)
+    assert whole["nano_held_out"] == "float32, rolling, text 44444444"
 
 
 def test_columns_have_their_types(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kbit.coverage import (
     QuantizationReport,
+    as_matrix,
     describe_low_coverage,
-    is_transposed,
     owner_of,
     plan_quantization,
 )
@@ -130,8 +130,7 @@ def _find_weights(model: nn.Module, report: QuantizationReport, config: QuantCon
             raise ValueError(f"{name}: {error}") from error
         # tensors of one model must not share their random numbers
         own_seed = dataclasses.replace(report.spec, seed=(report.spec.seed + zlib.crc32(name.encode())) % 2**63)
-        transposed = is_transposed(owner_of(model, name))
-        weight = Weight(name, values.transpose(-1, -2) if transposed else values, own_seed)
+        weight = Weight(name, as_matrix(values, owner_of(model, name)), own_seed)
         weights.append(dataclasses.replace(weight, kept=kept[name]) if name in kept else weight)
     return weights
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.methods.calibration import calibrate, describe_windows, draw_windows
+from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
 from kbit.methods.weight import Weight
 from kbit.quantconfig import QuantConfig
 from kbit.quantizer import fake_quantize
@@ -37,7 +37,7 @@ def scale_by_activations(
     chosen: dict[str, list[float]] = {}
     for weight, hessians in calibrate(model, weights, quant, windows):
         chosen[weight.name] = quantize_scaled(weight, hessians)
-    return describe_windows(windows) | {"alpha": chosen}
+    return describe_calibration(windows, weights) | {"alpha": chosen}
 
 
 def quantize_scaled(weight: Weight, hessians: Float[Tensor, "experts in in"]) -> list[float]:
@@ -66,7 +66,10 @@ def find_channel_scales(
 def _round_scaled(
     stacked: Float[Tensor, "experts out in"], scales: Float[Tensor, "experts 1 in"], weight: Weight
 ) -> Float[Tensor, "experts out in"]:
+    """Return round(W diag(s)) diag(s)^-1; an expert whose W diag(s) leaves the format of scales is rounded as it is."""
     shape = stacked.shape if weight.values.ndim > 2 else stacked.shape[1:]
+    fits = (stacked * scales).abs().amax(dim=(1, 2), keepdim=True) <= weight.spec.largest_weight
+    scales = torch.where(fits, scales, 1.0)
     return fake_quantize((stacked * scales).view(shape), weight.spec).view(stacked.shape) / scales
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kbit.backend import choose_backend, torch_threads_kept
 from kbit.datatypes import ADAPTIVE
-from kbit.quantizer import Grid, make_grid
-from kbit.scales import Scales, decode_scales, encode_scales
+from kbit.quantizer import Grid, decode_block_scales, find_blocks, make_grid
+from kbit.scales import Scales, decode_scales, encode_scales, largest_scale, round_to_power
 from kbit.spec import QuantSpec
 
 ChooseScales = Callable[[Tensor, "BlockGrid"], tuple[Scales, Scales]]  # of a matrix's blocks, as they are stored
@@ -49,15 +50,24 @@ class BlockGrid:
         )
 
     @property
+    def has_own_scales(self) -> bool:
+        """Whether a block's stored scale is independent of the other blocks'."""
+        return self.spec.scale_format in _OWN_SCALES
+
+    @property
     def can_refit(self) -> bool:
         """Whether a block's scale can be chosen anew by itself: the block is a part of one row and shares nothing."""
         within_rows = self.spec.layout == "row" or self.inputs % self.grid.block_size == 0
-        return within_rows and self.spec.scale_format in _OWN_SCALES and not self.spec.centering
+        return within_rows and self.has_own_scales and not self.spec.centering
 
     def refit(
         self, rows: slice, block: int, values: Float[Tensor, "rows width"], choose: ChooseScales | None = None
     ) -> None:
-        """Choose the scales of these rows' block number `block` (within the row) anew, from the values it has now."""
+        """Choose the scales of these rows' block number `block` (within the row) anew, from the values it has now.
+
+        Values that have moved beyond what the format of scales holds count as its largest.
+        """
+        values = values.clamp(-self.spec.largest_weight, self.spec.largest_weight)
         # the codebook stays; of an adaptive one it matters here only that it ends at -1 and 1 and lies on no grid
         data_type = "nf" if self.spec.data_type in ADAPTIVE else self.spec.data_type
         spec = dataclasses.replace(
@@ -78,7 +88,7 @@ class BlockGrid:
     def at(self, rows: slice, columns: Int64[Tensor, " n"]) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"]]:
         """Return the scale and the offset of each element of some columns, transposed."""
         flat = torch.arange(rows.start, rows.stop, device=columns.device) * self.inputs + columns[:, None]
-        blocks = flat // self.grid.row * self.blocks_per_row + flat % self.grid.row // self.grid.block_size
+        blocks = find_blocks(flat, self.grid.row, self.grid.block_size)
         return self._scales[blocks], self._offsets[blocks]
 
     def look_up(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
@@ -91,17 +101,19 @@ class BlockGrid:
         return self.look_up(values, scales, offsets) * scales + offsets
 
     def encode(self, scales: Scales, offsets: Scales) -> tuple[Scales, Scales]:
-        """Return scales and offsets as their formats store them; without minmax there are no offsets but the mean's."""
-        rounded = decode_scales(encode_scales(scales, self.spec.scale_format), self.spec.scale_format)
-        if self.spec.normalization != "signed_absmax":
-            rounded = np.maximum(rounded, np.float32(0))
+        """Return scales and offsets as their formats store them; without minmax there are no offsets but the mean's.
+
+        A scale is rounded to nearest, of powers of two too, and beyond the format's range it is its largest.
+        """
+        scale_format, offset_format = self.spec.scale_format, self.spec.offset_format
+        scales = _clip(scales, scale_format)
+        scales = round_to_power(scales) if scale_format == "e8m0" else scales
+        rounded = decode_block_scales(encode_scales(scales, scale_format), self.spec)
         if self.spec.normalization != "minmax":
             return rounded, self.grid.offsets
         center = self.grid.center.astype(np.float32).sum(dtype=np.float32)  # 0 without centering
-        own = decode_scales(
-            encode_scales(offsets - center, self.spec.offset_format, "block offset"), self.spec.offset_format
-        )
-        return rounded, own + center
+        own = encode_scales(_clip(offsets - center, offset_format), offset_format, "block offset")
+        return rounded, decode_scales(own, offset_format) + center
 
     def quantize(self, matrix: Float[Tensor, "rows in"], scales: Scales, offsets: Scales) -> Float[Tensor, "rows in"]:
         """Return the matrix rounded to nearest with these scales and offsets of its blocks, in float32."""
@@ -115,8 +127,23 @@ class BlockGrid:
             )  # fmt: skip
         return result
 
+    def measure_errors(
+        self, matrix: Float[Tensor, "rows in"], scales: Scales, offsets: Scales, power: float = 2.0
+    ) -> NDArray[np.float64]:
+        """Return sum |error|^power of each block [blocks], if the matrix is quantized with these scales and offsets."""
+        lost = self.split((self.quantize(matrix, scales, offsets) - matrix).abs().pow(power))
+        errors: NDArray[np.float64] = lost.sum(dim=1, dtype=torch.float64).cpu().numpy()
+        return errors
+
     def split(self, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "blocks size"]:
         """Return the blocks as rows, short ones filled up with zeros."""
         by_row = matrix.reshape(-1, self.grid.row)
         missing = self.blocks_per_row * self.grid.block_size - self.grid.row
         return F.pad(by_row, (0, missing)).view(-1, self.grid.block_size)
+
+
+def _clip(values: Scales, value_format: str) -> Scales:
+    """Return scales or offsets within the range of their format."""
+    most = np.float32(largest_scale(value_format))
+    clipped: Scales = np.clip(values, -most, most)
+    return clipped

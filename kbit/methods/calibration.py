@@ -5,8 +5,9 @@ with H = 2/n sum x x^T over their n inputs x (tokens); when the caller has put t
 outputs are the inputs of the next. So beyond the model there are in memory the windows' hidden states and the Hessians
 of one block.
 
-The inputs of a weight are seen where it is multiplied (torch.nn.functional.linear, or addmm for GPT-2's Conv1D); it is
-known by its memory: one mechanism for linear layers, Conv1D, and experts that are slices of one parameter.
+The inputs of a weight are seen where it is multiplied (torch.nn.functional.linear, addmm for GPT-2's Conv1D, matmul for
+GPT-OSS' experts); it is known by its memory: one mechanism for linear layers, Conv1D, and experts that are slices of
+one parameter.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from kbit.perplexity import MAX_WINDOW, Windows, make_windows
 from kbit.quantconfig import QuantConfig
 
 TOKENS_AT_ONCE: Final = 2048  # of a forward pass: one of the published code's sequences
+_MATMULS: Final = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CHOICE: Final = 8  # windows of the text's beginning for each sample that is drawn from them
 
 
@@ -53,25 +55,33 @@ class _Sums:
         self.squares[expert].addmm_(x.T, x)
         self.tokens[expert] += len(x)
 
-    def finish(self, name: str, unseen: str) -> Float[Tensor, "experts in in"]:
-        """Return H of each expert; an identity, which makes GPTQ round to nearest, of one without inputs if unseen=rtn.
+    def finish(self, name: str, unseen: str) -> tuple[Float[Tensor, "experts in in"], list[int]]:
+        """Return H of each expert, and which of them saw no input.
+
+        Those have an identity for H if unseen=rtn, with which GPTQ and AWQ round to nearest.
 
         Raises:
             ValueError: no inputs and unseen=error; inputs that are NaN or Inf.
         """
         empty = (self.tokens == 0).nonzero().flatten().tolist()
-        if empty and unseen == "error":
-            which = f" (experts {empty} of {len(self.tokens)})" if len(self.tokens) > 1 else ""
+        if len(empty) == len(self.tokens) and unseen == "error":
             raise ValueError(
-                f"{name}{which} saw no input from the calibration text: use more of it (quant.calibration.samples), "
-                "leave the weight out (quant.exclude), or round it to nearest (quant.calibration.unseen=rtn)"
+                f"{name} is in no product on the calibration text, or in none whose inputs are seen (linear, addmm, "
+                "matmul with one matrix), as biases, norms and embeddings are not: leave it out (quant.exclude), or "
+                "round it to nearest (quant.calibration.unseen=rtn)"
+            )
+        if empty and unseen == "error":
+            raise ValueError(
+                f"{name} (experts {empty} of {len(self.tokens)}) saw no input from the calibration text: use more of "
+                "it (quant.calibration.samples), leave the weight out (quant.exclude), or round it to nearest "
+                "(quant.calibration.unseen=rtn)"
             )
         hessians = self.squares * (2 / self.tokens.clamp(min=1)).to(self.squares)[:, None, None]
         if not torch.isfinite(hessians).all():
             raise ValueError(f"{name}: its inputs on the calibration text hold NaN or Inf")
         for expert in empty:
             hessians[expert] = torch.eye(hessians.shape[-1])
-        return hessians
+        return hessians, empty
 
 
 class _Recorder(TorchFunctionMode):
@@ -87,6 +97,8 @@ class _Recorder(TorchFunctionMode):
         if func in (F.linear, torch.addmm):
             inputs, matrix = args[:2] if func is F.linear else args[1:3]
             self._record(inputs, matrix)
+        elif func in _MATMULS and len(args) == 2 and args[1].ndim == 2:
+            self._record(*args)
         return func(*args, **(kwargs or {}))
 
     def _record(self, inputs: Tensor, matrix: Tensor) -> None:
@@ -97,10 +109,12 @@ class _Recorder(TorchFunctionMode):
                 sums.add(offset // size, inputs)
 
     def finish(self, unseen: str) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
-        """Yield each weight with its H, and forget the sums."""
+        """Yield each weight with its H, and forget the sums; note in the weight what saw no input."""
         while self._weights:
             weight, sums = self._weights.pop(0)
-            yield weight, sums.finish(weight.name, unseen)
+            hessians, empty = sums.finish(weight.name, unseen)
+            weight.unseen = tuple(empty)
+            yield weight, hessians
 
 
 @dataclass(frozen=True)
@@ -171,10 +185,11 @@ def draw_windows(model: Any, quant: QuantConfig, tokenizer: PreTrainedTokenizerB
     return Windows(windows.name, windows.sha256, windows.tokens[drawn], windows.bytes_per_token)
 
 
-def describe_windows(windows: Windows) -> dict[str, Any]:
-    """Return what the record says of the calibration data."""
+def describe_calibration(windows: Windows, weights: Sequence[Weight]) -> dict[str, Any]:
+    """Return what the record says of the calibration data, and of the experts (0 of a plain matrix) that it missed."""
     samples, length = windows.tokens.shape
-    return {"calibration": {"text": windows.name, "sha256": windows.sha256, "samples": samples, "length": length}}
+    text = {"text": windows.name, "sha256": windows.sha256, "samples": samples, "length": length}
+    return {"calibration": text, "unseen": {weight.name: list(weight.unseen) for weight in weights if weight.unseen}}
 
 
 def _calibrate_part(

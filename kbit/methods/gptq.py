@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kbit.methods.blocks import BlockGrid, ChooseScales
-from kbit.methods.calibration import calibrate, describe_windows, draw_windows
+from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
 from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
 from kbit.quantconfig import GptqConfig, QuantConfig
@@ -58,7 +58,7 @@ def quantize_by_gptq(
         notes[weight.name] = quantize_weight(weight, hessians, quant.gptq)
     raised = {name: of.damping for name, of in notes.items() if of.damping > quant.gptq.damping}
     dead = {name: of.dead for name, of in notes.items() if of.dead}
-    return describe_windows(windows) | {"dead_columns": dead, "raised_damping": raised}
+    return describe_calibration(windows, weights) | {"dead_columns": dead, "raised_damping": raised}
 
 
 def quantize_weight(weight: Weight, hessians: Float[Tensor, "experts in in"], options: GptqConfig) -> LayerNotes:
@@ -77,10 +77,12 @@ def quantize_weight(weight: Weight, hessians: Float[Tensor, "experts in in"], op
     choose = find_best_scales if options.search_scales else None
     if choose:
         grid.use(*choose(matrix, grid))
-    damping = []
+    damping = [options.damping]
     for part, hessian in zip(parts, hessians, strict=True):
+        order = order_columns(hessian, weight.kept, act_order=options.act_order)
+        if not len(order):  # all its input dimensions stay at 16 bits
+            continue
         try:
-            order = order_columns(hessian, weight.kept, act_order=options.act_order)
             factor, used = factor_inverse(hessian[order][:, order], options.damping)
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}") from None

@@ -7,7 +7,9 @@ the errors that are let be, it is minimised by turns, z = codebook[code]:
     s, o = least squares of x - e - (z s + o);   z = nearest codebook values;   beta = kappa beta
 
 HQQ moves the offset alone, of ints. Here scale and offset move (the offset only where the quantizer has one, with
-normalization=minmax), for any codebook, and errors are measured in units of the block's scale.
+normalization=minmax), for any codebook, and errors are measured in units of the block's scale. Of powers of two
+(scale_format=e8m0) a fit moves a scale too little to reach the next: that is nearly always rounding to nearest. The
+power of least |error|^p instead clips so much that models get worse (FINDINGS.md).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from kbit.methods.blocks import BlockGrid
 from kbit.methods.weight import Weight
 from kbit.quantconfig import QuantConfig
+from kbit.scales import Scales
 
 P: Final = 0.7  # as in HQQ's code, like the three below
 BETA: Final = 10.0
@@ -45,7 +48,10 @@ def fit_half_quadratic(
 
 
 def quantize_half_quadratic(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -> Float[Tensor, "rows in"]:
-    """Return the matrix quantized with fitted scales, or the usual ones if they have the smaller sum of |error|^p."""
+    """Return the matrix quantized with fitted scales, or the usual ones where they have the smaller sum of |error|^p.
+
+    In each block, or in all together with formats in which scales depend on each other (fp8, dq8).
+    """
     x, valid = grid.split(matrix), grid.split(torch.ones_like(matrix)) > 0
     unit = torch.tensor(grid.grid.scales, device=matrix.device)[:, None].abs()
     scales, offsets = (
@@ -57,9 +63,19 @@ def quantize_half_quadratic(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -
         target = x - shrink((x - (z * scales + offsets)) / unit.clamp(min=1e-30), beta) * unit
         scales, offsets = fit_line(z, target, valid, scales, offsets, has_offset=has_offset)
         beta *= KAPPA
-    stored = grid.encode(*(np.ascontiguousarray(part[:, 0].cpu().numpy()) for part in (scales, offsets)))
-    fitted, usual = grid.quantize(matrix, *stored), grid.quantize(matrix, grid.grid.scales, grid.grid.offsets)
-    return fitted if (fitted - matrix).abs().pow(P).sum() < (usual - matrix).abs().pow(P).sum() else usual
+    fitted = [np.ascontiguousarray(part[:, 0].cpu().numpy()) for part in (scales, offsets)]
+    return grid.quantize(matrix, *_choose_stored(matrix, grid, *fitted))
+
+
+def _choose_stored(
+    matrix: Float[Tensor, "rows in"], grid: BlockGrid, scales: Scales, offsets: Scales
+) -> tuple[Scales, Scales]:
+    """Return what is stored of the fitted scales and offsets, or the usual ones where they are better."""
+    stored, usual = grid.encode(scales, offsets), (grid.grid.scales, grid.grid.offsets)
+    errors, least = (grid.measure_errors(matrix, *which, power=P) for which in (stored, usual))
+    better = errors < least if grid.has_own_scales else errors.sum() < least.sum()
+    chosen_scales, chosen_offsets = (np.where(better, new, old) for new, old in zip(stored, usual, strict=True))
+    return chosen_scales, chosen_offsets
 
 
 def shrink(errors: Tensor, beta: float) -> Tensor:

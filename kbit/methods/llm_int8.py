@@ -7,8 +7,8 @@ and in whether input dimensions with large activations are taken out and multipl
     X W^T  ~  X[:, O] W[:, O]^T  +  s_X s_W (Q_X Q_W^T),     O = {i: some |X[t, i]| > threshold}
 
 The left product takes the 16-bit weights, as in the paper, so it needs them in memory; bitsandbytes takes the
-dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives these methods one row of text
-at a time.
+dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives models with such products
+(sees_whole_input) one text at a time.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def quantize_int8(x: Float[Tensor, "rows columns"], *, by_row: bool, zero_point:
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if not zero_point:
         scale = _positive(torch.maximum(-low, high) / LEVELS)
-        return Int8Matrix((x / scale).round_().to(torch.int8), scale)
+        # a scale among float32's last subnormals is itself rounded, by up to a half
+        return Int8Matrix((x / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale)
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = _positive((high - low) / (2 * LEVELS))
     zero = (low / scale).round() + LEVELS
@@ -172,8 +173,9 @@ def quantize_products(
     head = get_head()
     for weight in weights:
         owner = owner_of(model, weight.name)
-        if not isinstance(owner, nn.Linear | Conv1D) or owner is head:
-            what = "the output embedding" if owner is head else f"a weight of {type(owner).__name__}"
+        if not isinstance(owner, nn.Linear | Conv1D) or owner is head or weight.values.ndim < 2:
+            kind = "vector" if weight.values.ndim < 2 else "weight"
+            what = "the output embedding" if owner is head else f"a {kind} of {type(owner).__name__}"
             raise ValueError(
                 f"quant.method={quant.method} computes linear layers of the blocks in int8: {weight.name} is {what}; "
                 "leave it out by quant.exclude, or take another method"
@@ -201,6 +203,11 @@ def describe_products(model: nn.Module) -> dict[str, Any]:
         "decomposed_share": sum(counts.values()) / sum(len(dimensions) for dimensions in met.values()),
         "decomposed_most": {"module": most, "dimensions": counts[most], "of": len(met[most])},
     }
+
+
+def sees_whole_input(model: nn.Module) -> bool:
+    """Whether some layer's output depends on what else is in the batch: texts must be given one at a time."""
+    return any(product.scheme.sees_whole_input for _, product in _list_products(model))
 
 
 def undo_products(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Weight:
         kept: input dimensions that stay at 16 bits (kbit.outliers). put leaves these columns as they are whatever it is
             given; a method quantizes the values with 0 in their place (kept_at_zero, take_matrix), so that they decide
             no block's scale. The zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
+        unseen: fused experts (0 of a plain matrix) whose inputs calibration did not see: they are rounded to nearest.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Weight:
     spec: QuantSpec
     squared_error: float = 0.0
     kept: Int64[Tensor, " kept"] = field(default_factory=_no_dimensions)
+    unseen: tuple[int, ...] = ()
 
     def take_matrix(self) -> Float[Tensor, "rows in"]:
         """Return a float32 copy of the values as a matrix, kept columns 0 so that no block scale sees them."""
@@ -54,12 +57,18 @@ class Weight:
             self.values[..., self.kept] = kept
 
     def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
-        """Replace the weight but for its kept columns, in its own dtype and memory, and count the error."""
+        """Replace the weight but for its kept columns, in its own dtype and memory, and count the error.
+
+        Raises:
+            ValueError: a value that is beyond the weight's dtype; the weight is then lost.
+        """
         before = self.values.to(torch.float32, copy=True)
         kept = self.values[..., self.kept]
         self.values.copy_(quantized)
         self.values[..., self.kept] = kept
         self.squared_error += sum_squares(before.sub_(self.values))
+        if not math.isfinite(self.squared_error):
+            raise ValueError(f"{self.name}: quantized values are beyond {self.values.dtype}: load a wider type")
 
 
 def sum_squares(values: Tensor) -> float:

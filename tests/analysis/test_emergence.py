@@ -51,7 +51,7 @@ def test_a_model_counts_once_at_16_bits_and_criteria_are_said_and_not_mixed(plan
     ours = tabulate_features(pd.concat([rows, quantized], ignore_index=True))
     assert ours["bits"].tolist() == [16] * 3
     assert ours["features"].tolist() == [0, 0, 2]
-    rows.loc[is_feature, "evaluation"] = "float32, 16 windows, magnitude 2"
+    rows.loc[is_feature, "evaluation"] = "float32, 16 windows, criteria magnitude 2"
     verdict = FIGURES["features"](rows).verdict
     assert verdict.startswith("By other criteria than the paper's (magnitude 2): 1 of 3 models")
     rows.loc[is_feature & (rows["model"] == "opt-1m"), "evaluation"] = "float32, 16 windows"

@@ -43,7 +43,7 @@ def test_it_runs_and_answers(path: Path, quick_store: str, monkeypatch: pytest.M
     monkeypatch.setenv("KBIT_RESULTS", quick_store)
     monkeypatch.setenv("MPLBACKEND", "agg")
     notebook = nbformat.read(path, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=170, resources={"metadata": {"path": str(FOLDER)}})
+    client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(FOLDER)}})
     client.execute()
     last = notebook.cells[-1]
     assert last.source.endswith("print(answer)")

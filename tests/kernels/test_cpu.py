@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from kbit import reference
+from kbit.datatypes import decision_thresholds, make_codebook
 from kbit.kernels import cpu, cpu_chunks
 from kbit.kernels.cpu_select import order_statistics
 
@@ -111,3 +112,17 @@ def test_offsets_beyond_2_to_the_31_elements_need_no_such_tensor() -> None:
         assert cpu_chunks.first_block(start, 2**20, block_size)[0] == start // 64
     b, row_end, block_end = cpu_chunks.first_block(2**32 - 64, 2**32, block_size)
     assert cpu_chunks.next_block(b, row_end, block_end, 2**32, block_size) == (2**26, 2**33, 2**32 + 64)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_scale_so_small_that_values_overflow_gives_the_ends_of_the_table(bits: int) -> None:
+    x, scales, offsets = np.array([1e10, -1e10, 1e10, 0], np.float32), np.array([1e-40], np.float32), np.zeros(1)
+    codebook = make_codebook("nf", bits)
+    arguments = (scales, offsets.astype(np.float32), codebook, decision_thresholds(codebook), 4, 4)
+    with np.errstate(over="ignore"):
+        expected = reference.quantize(x, *arguments)
+    assert expected.tolist() == [2**bits - 1, 0, 2**bits - 1, 2 ** (bits - 1) - 1]
+    np.testing.assert_array_equal(cpu.quantize(x, *arguments), expected)
+    np.testing.assert_array_equal(cpu.unpack(cpu.quantize(x, *arguments, bits=bits), bits, 4), expected)
+    restored = cpu.fake_quantize(x, *arguments, None, np.empty_like(x))
+    np.testing.assert_array_equal(restored, codebook[expected] * scales)

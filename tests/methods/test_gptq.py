@@ -224,6 +224,13 @@ def test_kept_columns_stay_and_the_others_do_not_see_them() -> None:
     assert torch.equal(rounded[:, others], fake_quantize(alone, spec)[:, others])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_matrix_whose_columns_are_all_kept_stays(static: bool) -> None:
+    values, hessian = make_layer(8, 48)
+    options = GptqConfig(static_groups=static)
+    assert torch.equal(run_gptq(values, hessian, QuantSpec(bits=3), options, kept=tuple(range(48))), values)
+
+
 def test_a_dead_column_becomes_zero_and_harms_no_other() -> None:
     spec = QuantSpec(bits=4, block_size=16, layout="row")
     values, hessian = make_layer(8, 32)

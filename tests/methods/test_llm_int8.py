@@ -10,19 +10,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.models.huggingface import HFLM
 from planted import plant_features
 from torch import nn
 
+from kbit.budget import TokenBudget
 from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.coverage import plan_quantization
+from kbit.evaluation import evaluate, prepare_task
 from kbit.experiment import Session
 from kbit.methods import copy_weights, llm_int8, quantize_model, restore_weights
 from kbit.methods.llm_int8 import Int8Linear, describe_products, multiply_int8, quantize_int8
 from kbit.methods.weight import Weight
-from kbit.models import hash_weights
+from kbit.models import hash_weights, load_model
+from kbit.perplexity import Reference, compute_reference, make_windows, measure_cross_entropy
 from kbit.quantconfig import INT8_METHODS, SCHEMES, QuantConfig
 from kbit.quantizer import fake_quantize
+from kbit.scorer import Scorer
 from kbit.spec import QuantSpec
+from kbit.tasks import load_tasks
 
 Build = Callable[..., Any]
 
@@ -95,6 +101,13 @@ def test_zero_is_exact_and_a_matrix_of_zeros_is_zeros(zero_point: bool) -> None:
     x[:, 7] = 0
     assert (quantize_int8(x, by_row=False, zero_point=zero_point).dequantize()[:, 7] == 0).all()
     assert (quantize_int8(torch.zeros(2, 3), by_row=True, zero_point=zero_point).dequantize() == 0).all()
+
+
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_the_smallest_numbers_have_codes_of_their_sign(zero_point: bool) -> None:
+    """Below 2^-142 the scale itself is a rounded subnormal, down to 2/3 of what it should be."""
+    x = torch.tensor([[190.0, -190, 100, 0], [300, 128, -200, 0]]) * 2.0**-149
+    assert torch.equal(quantize_int8(x, by_row=True, zero_point=zero_point).dequantize().sign(), x.sign())
 
 
 def test_a_zero_point_uses_the_levels_of_one_sided_values() -> None:
@@ -258,6 +271,51 @@ def test_results_do_not_depend_on_the_batch(method: str) -> None:
     assert baseline.batch_tokens == 1024
 
 
+@pytest.mark.parametrize(("method", "fields"), [
+    ("absmax", {}), ("zeropoint", {}), ("llm_int8", {"activation_threshold": 2.0}), ("vectorwise", {}),
+])  # fmt: skip
+def test_choices_of_an_item_score_as_alone_under_lm_eval(method: str, fields: dict[str, Any]) -> None:
+    """Also the user's own model, quantized before any scorer sees it."""
+    loaded = load_model("nano-neox-98k")
+    scorer = Scorer(loaded.model, loaded.tokenizer)
+    [task] = load_tasks(["nano_choice"])
+    requests = prepare_task(task, 3).instances
+    unquantized = scorer.loglikelihood(requests)
+    config = QuantConfig(bits=8, method=method, **fields)
+    original = copy_weights(loaded.model, plan_quantization(loaded.model, config))
+    quantize_model(loaded.model, config)
+    theirs = HFLM(
+        loaded.model, tokenizer=loaded.tokenizer, batch_size=1, softmax_dtype=torch.float32, logits_cache=False
+    ).loglikelihood(requests, disable_tqdm=True)
+    for one in (scorer, Scorer(loaded.model, loaded.tokenizer)):
+        mine = one.loglikelihood(requests)
+        assert max(abs(a - b) for (a, _), (b, _) in zip(mine, theirs, strict=True)) < 1e-4  # 0.6 where they share a row
+        assert one.path == ("prefix sharing" if method == "vectorwise" else "one sequence per row")
+        assert (one.batch_size, one.batch_tokens) == ((32, 1024) if method == "vectorwise" else (1, 1))
+    restore_weights(loaded.model, original)
+    assert scorer.loglikelihood(requests) == unquantized
+
+
+@pytest.mark.parametrize("method", ["absmax", "llm_int8"])
+def test_whoever_evaluates_the_model_its_results_do_not_depend_on_the_batch(method: str) -> None:
+    """The functions that are given a model, not an experiment: tasks, windows, the reference of a KL divergence."""
+    loaded = load_model("nano-neox-98k")
+    windows = make_windows("nano_held_out", loaded.tokenizer, context=64, max_windows=3)
+    quantize_model(loaded.model, QuantConfig(bits=8, method=method, activation_threshold=2.0))
+    by_1, by_32 = (evaluate(loaded.model, loaded.tokenizer, "nano_cloze", batch_size=size, limit=3) for size in (1, 32))
+    assert by_1 == by_32
+    states = [compute_reference(loaded.model, windows, TokenBudget(tokens)) for tokens in (1, 1024)]
+    assert torch.equal(*states)
+    model: Any = loaded.model
+    reference = Reference(states[0], model.get_output_embeddings())
+    alone, together = (
+        measure_cross_entropy(loaded.model, windows, TokenBudget(tokens), reference) for tokens in (1, 1024)
+    )
+    assert alone == together
+    [divergence] = [m.value for m in together.measurements if m.metric == "kl_divergence"]
+    assert divergence == 0
+
+
 def test_the_record_says_what_was_decomposed() -> None:
     quant = dataclasses.replace(INT8, activation_threshold=2.0)
     result = Session(ModelConfig("nano-gpt2-98k")).run(
@@ -303,7 +361,7 @@ def test_the_configuration_does_what_the_methods_are_called() -> None:
         decomposes = name.endswith(("llm_int8", "decomposition"))
         assert config.decomposes == decomposes
         assert config.spec.layout == ("row" if name.endswith(("vectorwise", "llm_int8")) else "flat")
-        assert config.sees_whole_input == (decomposes or name in ("absmax", "zeropoint"))
+        assert SCHEMES[name].sees_whole_input == (decomposes or name in ("absmax", "zeropoint"))
         assert (config.count_bits((4, 4)) > config.spec.count_bits((4, 4))) == name.startswith("zeropoint")
 
 

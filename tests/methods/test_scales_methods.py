@@ -15,10 +15,11 @@ from torch import Tensor
 from kbit.methods import quantize_model
 from kbit.methods.awq import ALPHAS, find_channel_scales, quantize_scaled
 from kbit.methods.blocks import BlockGrid
+from kbit.methods.gptq import quantize_weight
 from kbit.methods.hqq import P, fit_line, quantize_half_quadratic, shrink
 from kbit.methods.mse import FACTORS, find_best_scales
 from kbit.methods.weight import Weight
-from kbit.quantconfig import CalibrationConfig, QuantConfig
+from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.quantizer import fake_quantize
 from kbit.scales import SCALE_FORMATS
 from kbit.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
@@ -73,6 +74,50 @@ def test_half_quadratic_scales_lose_less_of_the_error_they_minimise() -> None:
         assert fitted <= usual * (1 + 1e-6)
         better += fitted < 0.99 * usual
     assert better > 0.5 * len(SPECS)  # not just the usual scales returned
+
+
+MX = [
+    QuantSpec(4, "float", 2, layout="row", block_size=20, scale_format="e8m0"),
+    QuantSpec(4, "int", layout="row", block_size=20, scale_format="e8m0"),
+    QuantSpec(4, "nf", layout="flat", block_size=20, scale_format="e8m0"),
+]
+
+
+@pytest.mark.parametrize("spec", MX)
+def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
+    """Half-quadratic scales are nearest powers, which are the usual ones or better."""
+    matrix = make_matrix()
+    grid = BlockGrid(matrix, spec)
+    powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.exp2(np.arange(-3, 3, dtype=np.float32))]
+    best = np.min([grid.measure_errors(matrix, *scales) for scales in powers], axis=0)
+    assert distance(quantize_best(matrix, spec), matrix) == pytest.approx(best.sum(), rel=1e-6)
+    for factor, power in ((0.76, 1), (0.9, 1), (1.4, 1), (1.6, 2), (0.7, 0.5)):
+        stored, _ = grid.encode(grid.grid.scales * np.float32(factor), grid.grid.offsets)
+        np.testing.assert_array_equal(stored, grid.grid.scales * np.float32(power))
+    usual = grid.measure_errors(matrix, grid.grid.scales, grid.grid.offsets, power=P)
+    fitted = grid.split((quantize_half_quadratic(matrix, grid) - matrix).abs().pow(P)).sum(1).numpy()
+    assert (fitted <= usual * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("scale_format", SCALE_FORMATS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_no_scale_leaves_its_format(scale_format: str, normalization: str) -> None:
+    """Where rounding to nearest works, so do methods that try larger scales."""
+    if scale_format == "e8m0" and normalization != "absmax":
+        return
+    spec = QuantSpec(3, "dynamic", block_size=16, layout="row", normalization=normalization, scale_format=scale_format)
+    most = {"bf16": 3e38, "fp32": 3e38, "e8m0": 2.0**127}.get(scale_format, 65504.0)  # minmax has offsets in fp16
+    values = make_matrix(8, 32)
+    values *= 0.999 * most / values.abs().max() / (2 if normalization == "minmax" else 1)
+    hessian = torch.diag(torch.logspace(-3, 3, 32))[None]
+    usual = distance(fake_quantize(values, spec) / most, values / most)
+    assert distance(quantize_best(values, spec) / most, values / most) <= usual * (1 + 1e-5)
+    assert bool(quantize_half_quadratic(values, BlockGrid(values, spec)).isfinite().all())
+    for quantize in (quantize_scaled, lambda w, h: quantize_weight(w, h, GptqConfig(search_scales=True))):
+        weight = Weight("w", values.clone(), spec)
+        if most == 65504:  # products of larger weights leave float32
+            quantize(weight, hessian)
+            assert bool(weight.values.isfinite().all())
 
 
 def test_shrink_lets_large_errors_be_and_takes_small_ones() -> None:

@@ -1,0 +1,332 @@
+"""A study by the sweep engine beside what one does without it; the engine's overhead and start-up; two Ray nodes.
+
+    python benchmarks/engine.py [--stock-python PYTHON] [--bits 3 4] [--data-types int nf] [--limit 200]
+
+The study is every point of models x bits x data types, on the four nano tasks alone, two workers of one thread each:
+
+kbit        `kbit run -m` on Ray, twice: before and after the others
+lm_eval     one process of lm-eval's command line for each experiment, two at a time, one thread each. Of each model two
+            are run, on checkpoints of quantized weights: neither quantizing nor writing them is in its time. Scaled to
+            the study by each model's mean
+stock       hydra-ray-launcher, whose job runs the experiment as kbit's workers do (same evaluation, loaded anew)
+stock hflm  the same launcher, whose job evaluates with lm-eval's own model class, as one would without kbit
+
+The stock launcher pins packages that others need newer, so that it needs an environment of its own, with kbit's
+dependencies: --stock-python is its interpreter (default: this one). Where it is not installed, its parts are left out.
+Ray's dashboard is off everywhere; lm-eval computes no bootstrap, which for the perplexity of a task takes longer than
+the evaluation. All parts must find the same accuracies (two items apart at most: float rounding); exit code 1 if not.
+
+Start-up is from the command to the first experiment of each worker, overhead is wall time x workers after that, less
+the seconds of quantizing and evaluating in the results. The two-node study runs on ray.cluster_utils.Cluster; the node
+of an experiment is that of the process that has the experiment's log open. Writes benchmarks/results/engine.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+from watch import Load, Watch
+
+from kbit.config import NANO_TASKS, EvalConfig, Experiment, ModelConfig
+from kbit.provenance import git_commit, package_versions
+from kbit.quantconfig import QuantConfig
+from kbit.taskfiles import EMBEDDED_TASKS
+
+RECORD: Final = Path(__file__).parent / "results" / "engine.json"
+ROOT: Final = Path(__file__).parents[1]
+WORKERS: Final = 2
+SAMPLES: Final = 2  # processes of lm_eval for each model
+BATCH_SIZE: Final = 32  # sequences of lm-eval's model class, among its best on these models: see evaluation.py
+ITEMS_APART: Final = 2
+ONE_THREAD: Final = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS: Final = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's workers give way to all other processes (nice 15), lm_eval's do not: what else runs would decide
+    "RAY_worker_niceness": "0",
+}
+
+Accuracies = dict[str, dict[str, float]]  # of each experiment's name, of each task
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid on the nano tasks."""
+
+    models: tuple[str, ...]
+    bits: tuple[int, ...]
+    data_types: tuple[str, ...]
+    limit: int
+
+    def experiments(self) -> dict[str, Experiment]:
+        """Return the experiments by name, a model's together."""
+        points = product(self.models, self.bits, self.data_types)
+        return {f"{m}-{b}-{d}": self._experiment(m, QuantConfig(bits=b, data_type=d)) for m, b, d in points}
+
+    def samples(self) -> dict[str, Experiment]:
+        """Return experiments of each model that differ in bits and data type, the models in turn."""
+        quants = [(self.bits[i % len(self.bits)], self.data_types[i % len(self.data_types)]) for i in range(SAMPLES)]
+        names = [f"{model}-{bits}-{data_type}" for bits, data_type in dict.fromkeys(quants) for model in self.models]
+        return {name: self.experiments()[name] for name in names}
+
+    def overrides(self) -> list[str]:
+        """Return the study as arguments of `kbit run`."""
+        grid = {"model.name": self.models, "quant.bits": self.bits, "quant.data_type": self.data_types}
+        swept = [f"{key}={','.join(map(str, values))}" for key, values in grid.items()]
+        return [*swept, f"eval.limit={self.limit}", "eval.perplexity=null"]
+
+    def _experiment(self, model: str, quant: QuantConfig) -> Experiment:
+        return Experiment(ModelConfig(model), quant, EvalConfig(limit=self.limit, perplexity=None))
+
+
+def run_kbit(study: Study, folder: Path, *options: str, find_nodes: bool = False) -> tuple[dict[str, Any], Watch]:
+    """Run the study with `kbit run`; return what it took, and what was seen."""
+    results = folder / "results"
+    arguments = [*study.overrides(), f"ray.num_workers={WORKERS}", f"results={results}", *options]
+    with Watch(results, find_nodes=find_nodes) as watch:
+        start = time.perf_counter()
+        call([sys.executable, "-m", "kbit", "run", "-m", *arguments], folder / "log.txt")
+        wall = time.perf_counter() - start
+    done = [
+        json.loads(file.read_text()) for file in (results / "experiments").glob("*.json")
+    ]  # too few to be compacted
+    work = sum(result["seconds_quantize"] + result["seconds_evaluate"] for result in done)
+    begins, ends = sorted(watch.begins.values()), sorted(watch.ends.values())
+    startup = statistics.mean(begins[:WORKERS])
+    overhead = WORKERS * (wall - startup) - work
+    return {
+        "experiments": len(done),
+        "wall": wall,
+        "start-up": startup,
+        "quantize and evaluate": work,
+        "overhead": overhead,
+        "overhead / quantize and evaluate": overhead / work,
+        "of it within experiments": sum(ends) - sum(begins) - work,
+        "of it between, and one idle at the end": WORKERS * ends[-1] - sum(ends) + sum(begins) - sum(begins[:WORKERS]),
+        "of it after the last": WORKERS * (wall - ends[-1]),
+    }, watch
+
+
+def read_accuracies(study: Study, results: Path) -> Accuracies:
+    """Return the accuracies in a store."""
+    from kbit.store import read_results
+
+    rows = read_results(results).query("metric == 'acc'")
+    names = {experiment.key: name for name, experiment in study.experiments().items()}
+    found: Accuracies = {}
+    for key, task, value in rows[["key", "task", "value"]].itertuples(index=False):
+        found.setdefault(names[key], {})[task] = value
+    return found
+
+
+def save_checkpoints(study: Study, folder: Path) -> None:
+    """Write the quantized weights of the experiments that lm_eval runs, and fill the kernels' cache on disk."""
+    from kbit.methods import quantize_model
+    from kbit.models import load_model
+
+    for name, experiment in study.samples().items():
+        loaded = load_model(experiment.model.name)
+        quantize_model(loaded.model, experiment.quant, loaded.tokenizer)
+        loaded.model.save_pretrained(folder / name)
+        loaded.tokenizer.save_pretrained(folder / name)
+
+
+def save_tasks(folder: Path) -> None:
+    """Copy the nano tasks for lm-eval: accuracy alone, and absolute paths, as it has them of the working directory."""
+    shutil.copy(EMBEDDED_TASKS / "preprocess.py", folder)
+    for name in NANO_TASKS:
+        text = (EMBEDDED_TASKS / f"{name}.yaml").read_text().replace(" data/", f" {EMBEDDED_TASKS}/data/")
+        perplexity = "  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
+        (folder / f"{name}.yaml").write_text(text.replace(perplexity, ""))
+
+
+def run_lm_eval(names: list[str], study: Study, checkpoints: Path, tasks: Path) -> tuple[dict[str, float], Accuracies]:
+    """Run lm-eval's command line on these checkpoints, two at a time; return the seconds and accuracies of each."""
+
+    def run(name: str) -> tuple[float, dict[str, float]]:
+        model = ["--model", "hf", "--model_args", f"pretrained={checkpoints / name},dtype=float32", "--device", "cpu"]
+        what = ["--tasks", ",".join(NANO_TASKS), "--include_path", str(tasks), "--limit", str(study.limit)]
+        out = checkpoints / f"{name}.out"
+        how = ["--batch_size", str(BATCH_SIZE), "--output_path", str(out)]
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "lm_eval", "run", *model, *what, *how]
+        call(command, checkpoints / f"{name}.txt", **ONE_THREAD)
+        seconds = time.perf_counter() - start
+        [file] = out.rglob("results_*.json")
+        found = json.loads(file.read_text())["results"]
+        return seconds, {task: found[task]["acc,none"] for task in NANO_TASKS}
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        done = dict(zip(names, pool.map(run, names), strict=True))
+    return {name: seconds for name, (seconds, _) in done.items()}, {name: found for name, (_, found) in done.items()}
+
+
+def run_stock(
+    study: Study, evaluator: str, python: str, tasks: Path, folder: Path
+) -> tuple[dict[str, Any], Accuracies]:
+    """Run the study with the stock launcher."""
+    out = folder / evaluator
+    out.mkdir()
+    grid = {"model": study.models, "bits": study.bits, "data_type": study.data_types}
+    swept = [f"{key}={','.join(map(str, values))}" for key, values in grid.items()]
+    ray = [f"+hydra.launcher.ray.init.num_cpus={WORKERS}", "+hydra.launcher.ray.init.include_dashboard=false"]
+    job = [f"evaluator={evaluator}", f"limit={study.limit}", f"tasks={tasks}", f"batch_size={BATCH_SIZE}"]
+    where = [f"out={out}", f"hydra.sweep.dir={folder / 'hydra'}", f"hydra.run.dir={folder / 'hydra'}"]
+    script = str(ROOT / "benchmarks" / "stock_launcher.py")
+    start, clock = time.perf_counter(), time.time()
+    call([python, script, "-m", *swept, *job, *ray, *where], folder / f"{evaluator}.txt")
+    wall = time.perf_counter() - start
+    done = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    if missing := study.experiments().keys() - done.keys():
+        raise RuntimeError(f"the stock launcher left out {sorted(missing)}")
+    startup = statistics.mean(sorted(d["begin"] - clock for d in done.values())[:WORKERS])
+    return {"wall": wall, "start-up": startup}, {name: d["accuracies"] for name, d in done.items()}
+
+
+def run_on_two_nodes(study: Study, folder: Path) -> dict[str, Any]:
+    """Run a study on a cluster of two nodes of one CPU each; count the results of each node."""
+    from ray.cluster_utils import Cluster
+
+    start = time.perf_counter()
+    cluster: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
+        ready = time.perf_counter() - start
+        measured, watch = run_kbit(study, folder, f"ray.address={cluster.address}", find_nodes=True)
+    finally:
+        cluster.shutdown()
+    nodes = [sum(watch.nodes.get(key) == raylet for key in watch.ends) for raylet in raylets]
+    if sum(nodes) != len(study.experiments()) or 0 in nodes:
+        raise RuntimeError(f"results of each node: {nodes}")
+    return {"cluster up": ready, "wall": measured["wall"], "results of each node": nodes}
+
+
+def call(command: list[str], log: Path, **environment: str) -> None:
+    """Run a command, its output to a file; raise RuntimeError with the end of it if it fails."""
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=os.environ | environment, cwd=log.parent)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{log.read_text()[-3000:]}")
+
+
+def can_run_stock(python: str) -> bool:
+    """Say whether the interpreter has the stock launcher."""
+    find = "import importlib.util as u, sys; sys.exit(u.find_spec('hydra_plugins.hydra_ray_launcher') is None)"
+    return subprocess.run([python, "-c", find], capture_output=True).returncode == 0
+
+
+def count_items_apart(ours: Accuracies, theirs: Accuracies, limit: int) -> int:
+    """Return by how many items the accuracy of a task differs at most."""
+    return max(round(abs(ours[name][t] - found[t]) * limit) for name, found in theirs.items() for t in NANO_TASKS)
+
+
+def measure(study: Study, small: Study, python: str) -> dict[str, Any]:
+    """Run all parts in turn; return what they took and found."""
+    parts: dict[str, Any] = {}
+    accuracies: dict[str, Accuracies] = {}
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for sub in ("first", "second", "checkpoints", "tasks", "stock", "nodes"):
+            (folder / sub).mkdir()
+        save_tasks(folder / "tasks")
+        save_checkpoints(study, folder / "checkpoints")
+        samples = list(study.samples())
+        half = -(-len(samples) // (2 * WORKERS)) * WORKERS
+
+        def lm_eval(names: list[str]) -> dict[str, Any]:
+            took, found = run_lm_eval(names, study, folder / "checkpoints", folder / "tasks")
+            seconds.update(took)
+            accuracies.setdefault("lm_eval", {}).update(found)
+            return {"seconds": took}
+
+        def stock(evaluator: str) -> dict[str, Any]:
+            took, accuracies[f"stock {evaluator}"] = run_stock(
+                study, evaluator, python, folder / "tasks", folder / "stock"
+            )
+            return took
+
+        steps: dict[str, Callable[[], dict[str, Any]]] = {
+            "kbit, first": lambda: run_kbit(study, folder / "first")[0],
+            "lm_eval, first half": lambda: lm_eval(samples[:half]),
+            "stock": lambda: stock("kbit"),
+            "lm_eval, second half": lambda: lm_eval(samples[half:]),
+            "stock hflm": lambda: stock("hflm"),
+            "kbit, second": lambda: run_kbit(study, folder / "second")[0],
+            "two nodes": lambda: run_on_two_nodes(small, folder / "nodes"),
+        }
+        for step, run in steps.items():
+            if step.startswith("stock") and not can_run_stock(python):
+                print(f"{step}: left out, {python} has no hydra-ray-launcher", flush=True)
+                continue
+            with Load() as load:
+                parts[step] = run()
+            parts[step] |= {"load before": load.before, "largest load": load.largest}
+            print(f"{step}: {json.dumps(parts[step])}", flush=True)
+        ours = read_accuracies(study, folder / "first" / "results")
+    apart = {part: count_items_apart(ours, found, study.limit) for part, found in accuracies.items()}
+    return {"parts": parts, "summary": summarise(study, parts, seconds), "items apart": apart}
+
+
+def summarise(study: Study, parts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """Return wall seconds of the study by each way, and how many times kbit's they are (kbit: the mean of its two)."""
+    each = len(study.bits) * len(study.data_types)
+    means = {
+        model: statistics.mean(s for name, s in seconds.items() if name.startswith(model)) for model in study.models
+    }
+    walls = {"kbit": statistics.mean(parts[part]["wall"] for part in ("kbit, first", "kbit, second"))}
+    walls["lm_eval, scaled"] = sum(each * mean for mean in means.values()) / WORKERS
+    walls |= {part: parts[part]["wall"] for part in ("stock", "stock hflm") if part in parts}
+    return {part: {"wall": wall, "of kbit's": wall / walls["kbit"]} for part, wall in walls.items()}
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["nano-neox-98k", "nano-neox-332k", "nano-opt-98k", "nano-opt-332k"]
+    parser.add_argument("--models", nargs="+", default=models)
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6, 8])
+    parser.add_argument("--data-types", nargs="+", default=["int", "float", "dynamic", "nf"])
+    parser.add_argument("--limit", type=int, default=200, help="items of each of the four tasks (default: 200)")
+    parser.add_argument("--stock-python", default=sys.executable, help="interpreter that has hydra-ray-launcher")
+    options = parser.parse_args()
+    study = Study(tuple(options.models), tuple(options.bits), tuple(options.data_types), options.limit)
+    small = Study((study.models[0],), study.bits, study.data_types[:2], study.limit)
+    os.environ.update(SETTINGS)
+    start = time.perf_counter()
+    measured = measure(study, small, options.stock_python)
+    packages = {name: version(name) for name in ("ray", "hydra-core")}
+    record = {
+        "machine": {"cpus": os.cpu_count(), "machine": platform.machine()},
+        "versions": package_versions() | packages,
+        "git_commit": git_commit(),
+        "study": asdict(study) | {"experiments": len(study.experiments()), "workers": WORKERS},
+        "seconds of the whole benchmark": time.perf_counter() - start,
+        **measured,
+    }
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({"summary": record["summary"], "items apart": record["items apart"]}, indent=1))
+    return int(max(measured["items apart"].values()) > ITEMS_APART)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
