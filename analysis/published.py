@@ -62,7 +62,7 @@ def compare_anchors(results: pd.DataFrame) -> pd.DataFrame:
     ours = results[(results["bits"] == BASELINE_BITS) & results["model"].isin(table["model"])]
     ours = ours[ours["evaluation"].str.contains(ALL_ITEMS)] if "evaluation" in ours else ours.iloc[:0]
     for (metric, task), _ in table.groupby(["metric", "task"]):
-        pick_rows(ours, metric, task)  # refuses several ways
+        pick_rows(ours, str(metric), str(task))  # refuses several ways
     both = ours.drop_duplicates(on)[[*on, "value", "low", "high"]].merge(table, on=on)
     difference = both["value"] - both["published"]
     unit = both["published"].where(both["metric"] == "perplexity", 1.0)

@@ -245,7 +245,13 @@ def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
     rows = [base]
     for bits, kind, parts in ((3, "nf", 2), (4, "nf", 3), (4, "int", 2)):
         for part in range(parts):
-            about = {"key": f"{bits}{kind}{part}", "bits": bits, "data_type": kind, "block_size": 64, "method": "rtn"}
+            about: dict[str, Any] = {
+                "key": f"{bits}{kind}{part}",
+                "bits": bits,
+                "data_type": kind,
+                "block_size": 64,
+                "method": "rtn",
+            }
             loss = base["value"] + 1 / bits + 0.1 * part
             rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=loss, **about))
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
