@@ -60,7 +60,7 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
                 trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
                 tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
                 if tested:
-                    rows.append(about | {"precisions": list_bits(race.values)} | describe_best(tested))
+                    rows.append(about | {"precisions": list_bits(race.values.columns)} | describe_best(tested))
     columns = ["bits", "share", "gap", "low", "high", "rival", "chance", "grade", "four_bit", "source"]
     columns += ["lowest", "highest", "keys"]
     return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
@@ -76,7 +76,7 @@ def list_candidates(race: Race) -> list[int]:
     return [bits for bits, share in shares.items() if share == most or bits == CLAIMED_BITS]
 
 
-def list_bits(bits: Iterable[int]) -> str:
+def list_bits(bits: Iterable[Any]) -> str:
     """Return for example "3, 4, 16"."""
     return ", ".join(map(str, sorted(set(bits))))
 

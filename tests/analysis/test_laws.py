@@ -91,7 +91,7 @@ def test_the_slope_is_the_derivative() -> None:
 
 @pytest.mark.parametrize("law", ["power", "kumar"])
 def test_a_prediction_interval_covers_the_held_out_model(law: str) -> None:
-    """Errors of very different sizes: 95% intervals hold 95% of the largest model's points within chance (93% of 250)."""
+    """Errors of very different sizes: 95% intervals hold the largest model's points, within chance (93% of 250)."""
     points = make_points(law)
     points = points.assign(error=points["error"] * np.where(points["bits"] == 3, 5.0, 1.0))
     inside = [check_held_out(law, add_noise(points, seed), draws=200, seed=seed).inside for seed in range(60)]
