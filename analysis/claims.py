@@ -27,6 +27,7 @@ from kbit.analysis.curves import (
     ZERO_SHOT,
     Floats,
     Measure,
+    bound_budgets,
     find_cross_entropy,
     name_variant,
     shared_budgets,
@@ -41,6 +42,7 @@ from kbit.analysis.frontier import (
     mean_interval,
     weigh_points,
 )
+from kbit.analysis.panels import format_bits
 
 CLAIMED_BITS: Final = 4
 SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
@@ -204,15 +206,20 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         (name_panel(variant), try_precision(line_up(group, measure, results)))
         for variant, group in split_variants(curves)
     ]
+    ranges = [describe_budgets(group) for _, group in split_variants(curves)]
     if len(trials) == 1:
-        return describe_trial(trials[0][1], measure)
-    tested = [(panel, trial) for panel, trial in trials if not np.isnan(trial.share)]
+        return describe_trial(trials[0][1], measure) + (f" Budgets: {ranges[0]}." if ranges[0] else "")
+    tested = [
+        (panel, trial, budgets)
+        for (panel, trial), budgets in zip(trials, ranges, strict=True)
+        if not np.isnan(trial.share)
+    ]
     if not tested:
         return f"Not tested: in none of {len(trials)} panels does a 4-bit curve meet another precision."
     parts = [
         f"{panel}: {trial.grade}, {describe_lead(trial.gap, trial.low, trial.high, measure)} over {trial.rival}-bit, "
-        f"best over {trial.share:.0%} of the budgets"
-        for panel, trial in tested[:NAMED]
+        f"best over {trial.share:.0%} of the budgets, {budgets}"
+        for panel, trial, budgets in tested[:NAMED]
     ]
     return (
         f"Of {len(trials)} panels: {count_grades(trial.grade for _, trial in trials)}. Mean lead of 4-bit over its "
@@ -223,6 +230,11 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
 def name_panel(variant: dict[str, Any]) -> str:
     """Return for example "opt, nf block 64"."""
     return f"{variant['family']}, {name_variant(variant['data_type'], variant['block_size'])}"
+
+
+def describe_budgets(curves: pd.DataFrame) -> str:
+    """Return the budgets of a variant and the precisions that bound them: "20 Mbit (8-bit) to 300 Mbit (2-bit)"."""
+    return " to ".join(f"{format_bits(end)} ({bits}-bit)" for end, bits in bound_budgets(curves) or ())
 
 
 def join_parts(parts: Sequence[str], count: int) -> str:
@@ -341,17 +353,21 @@ def judge_contrasts(
     """
     contrast = contrast_best if expected == "best" else contrast_curves
     tests: list[tuple[str, Contrast]] = []
+    budgets: list[str] = []
     for panel, group in curves.groupby("panel", sort=False):
         names = list(dict.fromkeys(group["series"]))
-        tests.append((str(panel), contrast(group, split(str(panel), names), measure, results)))
+        test = contrast(group, split(str(panel), names), measure, results)
+        tests.append((str(panel), test))
+        bounds = bound_budgets(group[group["series"].isin([*test.first, *test.second])], "series")
+        budgets.append(" to ".join(format_bits(end) for end, _ in bounds or ()))
     negligible = NEGLIGIBLE[measure.higher_is_better]
-    tested = [(panel, test) for panel, test in tests if not np.isnan(test.gap)]
+    tested = [(*test, ends) for test, ends in zip(tests, budgets, strict=True) if not np.isnan(test[1].gap)]
     if not tested:
         return "Not tested: in no panel do the two kinds of curves meet at equal total bits."
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
     limits = {"no better": f" (better by less than {negligible:g} counts as no better)"}
     limits["level"] = f" (a difference below {negligible:g} counts as level)"
-    parts = [f"{panel}, {describe_contrast(test, measure)}" for panel, test in tested[:NAMED]]
+    parts = [f"{panel}, {describe_contrast(test, measure)}, {ends}" for panel, test, ends in tested[:NAMED]]
     whom = " over the strongest rival" if expected == "best" else ""
     head = grades.capitalize() if len(tests) == 1 else f"Of {len(tests)} panels: {grades}"
     leads = join_parts(parts, len(tested))

@@ -170,6 +170,25 @@ def refuse_mixed_evaluations(rows: pd.DataFrame) -> None:
             )
 
 
+def prefer_baseline(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of each model's experiments with the most bits, one row of each task and metric.
+
+    Of what is said of a model, not of a way to quantize it: where it was measured at 16 bits, that counts alone.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways at those bits.
+    """
+    widest = rows[rows["bits"] == rows.groupby("model")["bits"].transform("max")]
+    refuse_mixed_evaluations(widest)
+    return widest.sort_values("key", kind="stable").drop_duplicates(["model", "task", "metric"])
+
+
+def is_contest(curves: pd.DataFrame) -> bool:
+    """Whether a variant has two quantized precisions of two sizes each; one against 16 bits alone wins by default."""
+    sizes = curves[curves["bits"] < BASELINE_BITS].groupby("bits")["total_bits"].nunique()
+    return int((sizes >= 2).sum()) >= 2
+
+
 def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
     """Return one row per point, averaged over seeds; the same value twice (measured beside other tasks) is one."""
     points = points.drop_duplicates([*POINT, *points.columns.intersection(["seed"]), *READING])
@@ -244,18 +263,26 @@ def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits")
         curves: points of one panel; `by` tells its curves apart.
         count: budgets.
     """
-    place = pd.factorize(curves[by])[0]
+    bounds = bound_budgets(curves, by)
+    if bounds is None:
+        return np.empty(0)
+    (low, _), (high, _) = bounds
+    return np.asarray(np.geomspace(low, high, count), dtype=np.float64)
+
+
+def bound_budgets(curves: pd.DataFrame, by: str = "bits") -> tuple[tuple[float, Any], tuple[float, Any]] | None:
+    """Return the ends of shared_budgets, each with the curve that sets it; None if the curves never meet."""
+    place, names = pd.factorize(curves[by])
     sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy(dtype=np.float64)
-    ends = [(sizes[place == k].min(), sizes[place == k].max(), bits[place == k].min()) for k in range(max(place) + 1)]
+    parts = [place == k for k in range(len(names))]
+    ends = [(sizes[own].min(), sizes[own].max(), bits[own].min(), names[k]) for k, own in enumerate(parts)]
     ends = [end for end in ends if end[1] > end[0]]
     quantized = [end for end in ends if end[2] < BASELINE_BITS]
     compared = quantized if len(quantized) >= 2 else ends
     if len(compared) < 2:
-        return np.empty(0)
-    low, high = max(end[0] for end in compared), min(end[1] for end in compared)
-    if low >= high:
-        return np.empty(0)
-    return np.asarray(np.geomspace(low, high, count), dtype=np.float64)
+        return None
+    first, last = max(compared, key=lambda end: end[0]), min(compared, key=lambda end: end[1])
+    return ((first[0], first[3]), (last[1], last[3])) if first[0] < last[1] else None
 
 
 def tabulate_curves(curves: pd.DataFrame, column: str = "value", by: str = "bits") -> pd.DataFrame:

@@ -70,9 +70,14 @@ def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measu
     rows = pd.concat(parts)
     families = sorted(map(str, rows["family"].unique()))
     named = ", ".join(families) if len(families) <= NAMED_FAMILIES else f"{len(families)} families"
-    counts = f"{rows['key'].nunique():,} experiments on {rows['model'].nunique()} models of {named}"
+    counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
     sizes = "; ".join(f"{m.name}: n = {describe_size(part)}" for m, part in zip(measures, parts, strict=True))
-    return f"Data: {counts}. {sizes[:1].upper()}{sizes[1:]}."
+    return f"Data: {counts} of {named}. {sizes[:1].upper()}{sizes[1:]}."
+
+
+def count_things(count: int, noun: str) -> str:
+    """Return for example "1 model", "2,000 models"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def describe_size(rows: pd.DataFrame) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.curves import AmbiguousResults, prefer_baseline
+from kbit.analysis.drawing import MissingResults, PaperFigure, count_things, describe_lack, write_verdict
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
 from kbit.analysis.styles import STYLE, style_series
@@ -44,7 +45,7 @@ def draw_features(results: pd.DataFrame) -> PaperFigure:
         needs = "models that were looked at for outlier features (eval.features.measure=true)"
         raise MissingResults(describe_lack("features", needs, ("nano/features", "paper/table_2")))
     data = pd.concat([ours, read_published("features")], ignore_index=True)
-    verdict = judge_features(ours)
+    verdict = name_criteria(ours) + judge_features(ours)
     with matplotlib.style.context(["default", STYLE]):
         fig = Figure(figsize=(8.2 + LEGEND_WIDTH, 3.6), layout="constrained")
         names = [f"{what}{source}" for source in ("", " (paper)") for what in SHARES.values()]
@@ -66,33 +67,56 @@ def draw_features(results: pd.DataFrame) -> PaperFigure:
             "Shares are of the most frequent dimension. The paper's perplexities are on C4, ours on our text: compare "
             "within a source."
         )
-        write_verdict(fig, "features", CLAIM, verdict, note)
+        families, ways = (", ".join(sorted(set(ours[name]))) for name in ("family", "evaluation"))
+        sample = f"Data: {count_things(len(ours), 'experiment')}, one of each model, of {families} ({ways})."
+        write_verdict(fig, "features", CLAIM, verdict, note, sample)
     return PaperFigure("features", fig, data, CLAIM, verdict)
 
 
 def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:
-    """Return family, model, bits, parameters, perplexity, METRICS' columns and source, a row for each experiment."""
+    """Return a row for each model: of its experiments the 16-bit one, where there is one.
+
+    Returns:
+        Columns family, model, bits, parameters, perplexity, METRICS' columns, key, evaluation, criteria (those that are
+        not LLM.int8()'s) and source.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways, or features were found by different criteria.
+    """
     is_feature = results["task"].str.startswith("features/") & results["metric"].isin(METRICS)
     if not is_feature.any():
         return pd.DataFrame()
-    rows = results[is_feature]
+    rows = prefer_baseline(results[is_feature])
+    rows = rows[~rows.duplicated(["model", "metric"])]
     wide = rows.assign(column=rows["metric"].map(METRICS)).pivot(
         index=["key", "task"], columns="column", values="value"
     )
     table = wide.reindex(columns=list(METRICS.values())).reset_index()
-    about = results.drop_duplicates("key").set_index("key")[["family", "model", "bits", "parameters"]]
+    about = rows.drop_duplicates("key").set_index("key")
+    about = about[["family", "model", "bits", "parameters", *(["evaluation"] if "evaluation" in rows else [])]]
     losses = results[results["metric"] == "cross_entropy"].set_index(["key", "task"])["value"]
     pairs = zip(table["key"], table["task"].str.removeprefix("features/"), strict=True)
     table["perplexity"] = np.exp([float(losses.get(pair, np.nan)) for pair in pairs])
     table = table.join(about, on="key").assign(source="this store")
-    return table.drop(columns=["key", "task"]).sort_values(["family", "parameters", "bits"], ignore_index=True)
+    # "float32, 16 windows, criteria magnitude 2": criteria that are not the paper's come last
+    table["criteria"] = [way.partition("criteria ")[2] for way in table.get("evaluation", [""] * len(table))]
+    if table["criteria"].nunique() > 1:
+        found = "; ".join(sorted(table["evaluation"].unique()))
+        raise AmbiguousResults(f"outlier features were found by different criteria: {found}; keep one with --where")
+    return table.drop(columns="task").sort_values(["family", "parameters", "bits"], ignore_index=True)
+
+
+def name_criteria(ours: pd.DataFrame) -> str:
+    """Return how a verdict starts if features were found by other criteria than LLM.int8()'s; else nothing."""
+    criteria = ours["criteria"].iloc[0]
+    return f"By other criteria than the paper's ({criteria}): " if criteria else ""
 
 
 def judge_features(ours: pd.DataFrame) -> str:
     """Say how many models have features, how far the leading dimension goes, and what zeroing features did."""
     some = ours[ours["features"] > 0]
     parts = [
-        f"{len(some)} of {len(ours)} models have outlier features",
+        f"{len(some)} of {count_things(len(ours), 'model')} have outlier features",
         f"the most frequent dimension is large in up to {ours['layers'].max():.0%} of layers, at up to "
         f"{ours['positions'].max():.1%} of positions",
     ]

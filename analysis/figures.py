@@ -28,6 +28,7 @@ from kbit.analysis.paper import CURVE_FIGURES, CurveFigure
 from kbit.analysis.published import match_published
 from kbit.analysis.relations import RELATIONS, draw_relation
 from kbit.analysis.roofline import figure_16
+from kbit.analysis.selections import keep_comparable
 from kbit.analysis.styles import STYLE, TooManyCurves
 from kbit.analysis.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 
@@ -102,15 +103,6 @@ def count_tasks(results: pd.DataFrame) -> int:
     return int(tasks[tasks != ZERO_SHOT.task].nunique())
 
 
-def keep_comparable(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return the panels that have two curves of two sizes each: less is points, not curves to compare."""
-    if curves.empty:
-        return curves
-    sizes = curves.groupby(["panel", "series"])["model"].nunique()
-    lines = sizes[sizes >= 2].groupby("panel").size()
-    return curves[curves["panel"].isin(lines[lines >= 2].index)].reset_index(drop=True)
-
-
 def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
     """Say how much of the store a figure leaves out."""
     families = points[points["family"].isin(curves["family"])]
@@ -157,12 +149,10 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results).
         out: folder, made if absent and there is something to write.
-        names: keys of FIGURES; None for all that the results allow, the others recorded as skipped with the
-        reason.
+        names: keys of FIGURES; None for all. What the results do not allow is recorded as skipped, with the reason.
 
     Raises:
-        ValueError: a name is not a figure; or a figure asked for by name cannot be drawn (MissingResults,
-            AmbiguousResults). Nothing is written then.
+        ValueError: a name is not a figure. Nothing is written then.
     """
     unknown = [name for name in names or () if name not in FIGURES]
     if unknown:
@@ -172,8 +162,6 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
         try:
             drawn.append(FIGURES[name](results))
         except (MissingResults, AmbiguousResults, TooManyCurves) as error:
-            if names is not None:
-                raise
             drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))
     if any(isinstance(figure, PaperFigure) for figure in drawn):
         out.mkdir(parents=True, exist_ok=True)

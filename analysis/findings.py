@@ -12,6 +12,7 @@ from kbit.analysis.curves import (
     Measure,
     best_precision,
     find_cross_entropy,
+    is_contest,
     is_missing,
     name_variant,
     optimal_share,
@@ -39,7 +40,7 @@ def describe_family(results: pd.DataFrame, family: str) -> str:
         return f"{family}: {error}."
     if not variants:
         return f"{family}: neither mean zero-shot accuracy nor cross entropy was measured."
-    scope = variants[0] if len(variants) == 1 else f"{len(variants)} variants of data type and block size"
+    scope = variants[0] if len(variants) == 1 else f"{len(variants)} variants (data type, block size, method, outliers)"
     return f"{family}, {scope}, at equal total bits: {'; '.join(clauses)}."
 
 
@@ -52,16 +53,21 @@ def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
         if measure is None or curves is None or curves.empty:
             clauses.append(f"{label} was not measured")
             continue
-        variants.update(name_variant(v["data_type"], v["block_size"]) for v, _ in split_variants(curves))
-        clauses.append(describe_curves(curves, measure, results))
+        parts = list(split_variants(curves))
+        contests = [part for part in parts if is_contest(part[1])] or parts
+        variants.update(name_variant(v["data_type"], v["block_size"]) for v, _ in contests)
+        compared = pd.concat([group for _, group in contests], ignore_index=True)
+        left = len(parts) - len(contests)
+        alone = f" ({left} more have one quantized precision: no contest)" if left else ""
+        clauses.append(describe_curves(compared, measure, results) + alone)
     return clauses, sorted(variants)
 
 
 def describe_curves(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Return the clause for one family and measure: the best precision, over which share of budgets, how surely."""
     shares = optimal_share(best_precision(curves, measure.higher_is_better))
-    if shares.empty:
-        reason = explain_too_few(curves) or "needs two precisions that overlap, each at two sizes or more"
+    if shares.empty or not any(is_contest(group) for _, group in split_variants(curves)):
+        reason = explain_too_few(curves) or "needs two quantized precisions that overlap, each at two sizes or more"
         return f"the best precision by {measure.name} {reason}"
     variants = sum(1 for _ in split_variants(curves))
     if variants == 1:

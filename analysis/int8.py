@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kbit.analysis.claims import NEGLIGIBLE, count_grades, grade_interval, grade_level
 from kbit.analysis.curves import find_cross_entropy, is_missing
-from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, write_verdict
+from kbit.analysis.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
 from kbit.analysis.lost import measure_lost, pick_rows
 from kbit.analysis.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.published import read_published
@@ -29,7 +29,7 @@ CLAIMED: Final = ("llm_int8", "absmax")  # keeps the 16-bit loss; does not
 USUAL_THRESHOLD: Final = 6.0
 # nats: a log axis is linear below, so that zero and gains are on it; where none adds ten times as much, it all is
 LINEAR_TO: Final = 1e-3
-COLUMNS: Final = ["panel", "method", "model", "parameters", "perplexity", "added", "low", "high", "source"]
+COLUMNS: Final = ["panel", "method", "model", "parameters", "perplexity", "added", "low", "high", "key", "source"]
 
 
 def draw_int8_methods(results: pd.DataFrame) -> PaperFigure:
@@ -54,10 +54,18 @@ def draw_int8_methods(results: pd.DataFrame) -> PaperFigure:
             axes.set_ylabel("" if place else "cross entropy added (nats per token)")
         draw_legend(fig, styles)
         verdict = judge_methods(ours)
-        write_verdict(
-            fig, "int8_methods", CLAIM, verdict, "Bars: 95% intervals, windows paired with the 16-bit model's."
-        )
+        bars = "Bars: 95% intervals, windows paired with the 16-bit model's."
+        write_verdict(fig, "int8_methods", CLAIM, verdict, bars, describe_used(results, ours))
     return PaperFigure("int8_methods", fig, data, CLAIM, verdict)
+
+
+def describe_used(results: pd.DataFrame, ours: pd.DataFrame) -> str:
+    """Return the line that says how much data the figure rests on: int8 experiments and their 16-bit baselines."""
+    measure = find_cross_entropy(results)
+    assert measure is not None  # the points have it
+    base = pick_rows(results[results["bits"] == BASELINE_BITS], measure.metric, measure.task)
+    base = base[base["model"].isin(ours["model"])].drop_duplicates("model")
+    return describe_sample(results, [*base["key"], *ours["key"]], measure)
 
 
 def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> None:
@@ -111,7 +119,7 @@ def read_paper() -> pd.DataFrame:
     base = table[table["method"] == "none"].set_index("model")["perplexity"]
     table = table[table["method"] != "none"]
     added = np.log(table["perplexity"] / table["model"].map(base))
-    return table.assign(panel="fairseq (paper)", added=added, low=np.nan, high=np.nan)[COLUMNS]
+    return table.assign(panel="fairseq (paper)", added=added, low=np.nan, high=np.nan, key="")[COLUMNS]
 
 
 def judge_methods(ours: pd.DataFrame) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from kbit.analysis.claims import NAMED, join_parts
 from kbit.analysis.curves import Measure, find_cross_entropy, precision_curves
 from kbit.analysis.drawing import (
     LIMIT_OF_MODELS,
@@ -72,7 +73,8 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns family, law, points, r2, rmse, worst (the largest residual, nats), held_out (the model), held_out_rmse,
-        inside, naive_rmse, parameters (text with 95% intervals), and reason where a law could not be fitted.
+        inside, naive_rmse, parameters (text with 95% intervals), keys (of the experiments behind the points, separated
+        by blanks), and reason where a law could not be fitted.
 
     Raises:
         AmbiguousResults: see precision_curves.
@@ -90,10 +92,23 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
                 points = collect_points(law, curves, measure, losses)
                 if points.empty:
                     raise TooFewPoints("no quantized models beside their 16-bit baseline")
-                rows.append(row | describe_fit(law, points))
+                is_base = (curves["bits"] == BASELINE_BITS) & curves["model"].isin(points["model"])
+                keys = " ".join(dict.fromkeys([*curves.loc[is_base, "key"], *points["key"]]))
+                rows.append(row | describe_fit(law, points) | {"keys": keys})
             except TooFewPoints as error:
                 rows.append(row | {"reason": str(error)})
-    columns = ["points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse", "parameters"]
+    columns = [
+        "points",
+        "r2",
+        "rmse",
+        "worst",
+        "held_out",
+        "held_out_rmse",
+        "inside",
+        "naive_rmse",
+        "parameters",
+        "keys",
+    ]
     return pd.DataFrame(rows, columns=["family", "law", *columns, "reason"])
 
 
@@ -164,10 +179,27 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
         "power, offset: of the loss; kumar, block: of what quantization adds to it, with the tokens of training taken "
         "as the same for all sizes of a family. naive: as the next smaller model."
     )
-    measure = find_cross_entropy(results)
-    sample = describe_sample(results, results["key"].unique(), measure) if measure else ""
-    write_verdict(fig, "laws", CLAIM, verdict, note, sample, LIMIT_OF_MODELS)
+    measures = [
+        find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
+    ]
+    sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
+    write_verdict(fig, "laws", CLAIM, verdict, note, describe_unfitted(data), sample, LIMIT_OF_MODELS)
     return PaperFigure("laws", fig, data, CLAIM, verdict)
+
+
+def describe_unfitted(data: pd.DataFrame) -> str:
+    """Return the line of the caption that names each law that was not fitted, with the reason; perhaps empty."""
+    unfitted = data[data["rmse"].isna()]
+    short = [
+        reason.replace(f"the law {law!r} has ", "")
+        for law, reason in zip(unfitted["law"], unfitted["reason"], strict=True)
+    ]
+    unfitted = unfitted.assign(reason=short)
+    parts = [
+        f"{' and '.join(rows['law'])} of {family} ({reason})"
+        for (family, reason), rows in unfitted.groupby(["family", "reason"], sort=False)
+    ]
+    return f"Not fitted: {join_parts(parts[:NAMED], len(parts))}." if parts else ""
 
 
 def judge_laws(fitted: pd.DataFrame) -> str:

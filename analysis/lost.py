@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves import Measure, refuse_mixed_evaluations
+from kbit.analysis.curves import Floats, Measure, refuse_mixed_evaluations
 from kbit.analysis.frontier import draw_values
 from kbit.spec import BASELINE_BITS
 
@@ -21,6 +21,23 @@ def pick_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
     return rows.drop_duplicates("key")
 
 
+def widen_degenerate(low: Floats, high: Floats, n: Floats) -> tuple[Floats, Floats]:
+    """Return 95% intervals of paired differences of accuracies, none of width zero.
+
+    Where no item is right for one model and wrong for the other, resampling items gives the same difference every
+    time, whatever n is. If a share p of all items went over to one of the models, n items would show none with
+    probability (1 - p)^n; the exact (Clopper-Pearson) bound is the p where that is 2.5%:
+
+        p = 1 - 0.025^(1/n)              for n = 30: 0.116; for n = 1000: 0.0037
+
+    Args:
+        low, high: intervals by bootstrap.
+        n: items of each; of a mean of tasks those of all tasks together.
+    """
+    half = np.where(high > low, 0.0, 1 - 0.025 ** (1 / n))
+    return low - half, high + half
+
+
 def measure_lost(
     points: pd.DataFrame, measure: Measure, results: pd.DataFrame, *, intervals: bool = True
 ) -> pd.DataFrame:
@@ -34,7 +51,8 @@ def measure_lost(
 
     Returns:
         The quantized points in their order, with columns lost (> 0: worse, in the measure's unit) and, with intervals,
-        error (standard error), low, high (95%) of that, and source (how they were found).
+        error (standard error), low, high (95%) of that, and source (how they were found). See widen_degenerate for
+        accuracies that differ in no item.
     """
     is_base = points["bits"] == BASELINE_BITS
     base = points[is_base].drop_duplicates("model").set_index("model", drop=False)
@@ -49,5 +67,7 @@ def measure_lost(
         draws = draw_values(pd.concat([base.loc[[model]], group]), measure, results)
         drawn = sign * (draws.values[:, 1:] - draws.values[:, :1])
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        if measure.higher_is_better and "n" in group:
+            low, high = widen_degenerate(low, high, group["n"].to_numpy(dtype=np.float64))
         parts.append(group.assign(error=drawn.std(axis=0), low=low, high=high, source=draws.source))
     return pd.concat(parts).loc[quantized.index]

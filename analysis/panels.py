@@ -25,6 +25,7 @@ MARGIN: Final = 0.1
 CAPTION_SIZE: Final = 9.0  # points
 CHARACTER_WIDTH: Final = 0.56 * CAPTION_SIZE / 72  # DejaVu Sans: just under 0.56 em on average in English
 LINE_HEIGHT: Final = 1.35 * CAPTION_SIZE / 72
+TITLE_PAD: Final = 6.0  # points, between a title and what is below it
 
 
 PUBLISHED: Final[dict[str, Any]] = {
@@ -64,9 +65,8 @@ def draw_panels(curves: pd.DataFrame, y_label: str, higher_is_better: bool, publ
         axes = fig.add_subplot(rows, columns, cell + 1)
         group = curves[curves["panel"] == name]
         limits = view_limits(curves[curves["family"].isin(group["family"])], higher_is_better)
-        draw_panel(axes, group, styles, limits, tick_gap=TICK_WIDTH / (width / columns - AXIS_WIDTH))
+        draw_panel(axes, group, styles, limits, panel_width=width / columns - AXIS_WIDTH)
         draw_published(axes, published[published["panel"] == name])
-        axes.set_title(name, loc="left")
         axes.set_ylabel(y_label if cell % columns == 0 else "")
         axes.set_xlabel("total model bits" if cell + columns >= len(names) else "")
     draw_legend(fig, styles, with_published=not published.empty)
@@ -97,22 +97,31 @@ def draw_panel(
     curves: pd.DataFrame,
     styles: dict[str, LineStyle],
     limits: tuple[float, float, float, float],
-    tick_gap: float,
+    panel_width: float,
 ) -> None:
-    """Draw the curves of one panel with their 95% intervals, on a log axis of total bits."""
+    """Draw the curves of one panel with their 95% intervals, on a log axis of total bits; its name is the title.
+
+    What lies above the axis is named between title and axis. panel_width is the axis's, inches.
+    """
     for series, curve in curves.groupby("series", sort=False):
         draw_curve(axes, curve.sort_values("total_bits"), str(series), styles[str(series)])
     left, right, bottom, top = limits
     axes.set_ylim(bottom, top)
-    set_bits_axis(axes, left, right, tick_gap)
+    set_bits_axis(axes, left, right, tick_gap=TICK_WIDTH / panel_width)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
+    title_pad = TITLE_PAD
     hidden = curves[curves["value"] > top]
     if not hidden.empty:
         worst = hidden.groupby("series", sort=False)["value"].max()
-        notes = [f"{series} up to {value:.2f}" for series, value in worst.items()]
-        note = "above the axis: " + "\n".join(", ".join(notes[place : place + 2]) for place in range(0, len(notes), 2))
-        axes.text(0.99, 0.99, note, fontsize=CAPTION_SIZE, transform=axes.transAxes, ha="right", va="top")
+        notes = ", ".join(f"{series} up to {value:.2f}" for series, value in worst.items())
+        lines = textwrap.wrap(f"above the axis: {notes}", int(panel_width / CHARACTER_WIDTH))
+        # Above the panel, where no curve runs; the title stands above it.
+        axes.annotate(
+            "\n".join(lines), (0, 1), (0, 3), "axes fraction", "offset points", fontsize=CAPTION_SIZE, va="bottom"
+        )
+        title_pad += 72 * LINE_HEIGHT * len(lines)
+    axes.set_title(str(curves["panel"].iloc[0]), loc="left", pad=title_pad)
 
 
 def set_bits_axis(axes: Axes, left: float, right: float, tick_gap: float) -> None:

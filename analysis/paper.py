@@ -16,6 +16,8 @@ import pandas as pd
 from kbit.analysis.claims import Expectation, Split, judge_contrasts, judge_four_bit
 from kbit.analysis.curves import Measure
 from kbit.analysis.selections import (
+    CONTROLS,
+    prefer_family,
     select_block_sizes,
     select_data_types,
     select_exponents,
@@ -89,6 +91,13 @@ def split_outliers(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Se
     return kept, [name.split(" with")[0] for name in kept]
 
 
+def split_control(control: str, panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Compare outliers that the proxy selects with as many dimensions selected in another way (CONTROLS)."""
+    shares = [name.removesuffix(control) for name in series if name.endswith(control)]
+    kept = [f"{share} outliers" for share in shares]
+    return [name for name in kept if name in series], [f"{share}{control}" for share in shares]
+
+
 def split_rival(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Compare a precision with outliers in 16 bit with 4 bits without."""
     return [name for name in series if "outliers" in name], ["4-bit"]
@@ -125,15 +134,23 @@ def judge_by(split: Split, expected: Expectation) -> Judge:
 
 
 def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
-    """Test all three parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits."""
+    """Test all parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits.
+
+    Where the same layers' or random dimensions were measured, also: those that the proxy selects are worth more.
+    """
     is_three = curves["panel"].str.contains(", 3-bit")
     parts: list[tuple[str, pd.DataFrame, Split, Expectation]] = [
-        ("3-bit gains", curves[is_three], split_outliers, "better"),
-        ("3-bit with outliers against 4-bit", curves[is_three], split_rival, "worse"),
-        ("4-bit gains nothing", curves[~is_three], split_outliers, "no better"),
+        ("3-bit gains by outliers", curves[is_three], split_outliers, "better"),
+        ("3-bit with outliers stays behind 4-bit", curves[is_three], split_rival, "worse"),
+        ("4-bit gains nothing by outliers", curves[~is_three], split_outliers, "no better"),
     ]
+    for control in CONTROLS[1:]:
+        has_control = curves[curves["series"].str.endswith(control)]["panel"].unique()
+        among = curves[curves["panel"].isin(has_control)]
+        what = f"outliers by proxy gain more than{control} dimensions"
+        parts.append((what, among, partial(split_control, control), "better"))
     return " ".join(
-        f"{what}: {judge_contrasts(points, split, expected, measure, results)}"
+        f"[{what}] {judge_contrasts(points, split, expected, measure, results)}"
         for what, points, split, expected in parts
         if len(points)
     )
@@ -153,6 +170,11 @@ def join(*selects: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[pd.DataF
     return lambda points: pd.concat([select(points) for select in selects], ignore_index=True)
 
 
+def of_family(family: str, *selects: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    """Return a selection that shows the panels of several of one family, see selections.prefer_family."""
+    return lambda points: prefer_family(join(*selects)(points), family)
+
+
 _PRECISIONS = "two precisions, each at two or more sizes of one family"
 _BLOCKS = "{} bits with two block sizes of one data type, each at two or more sizes of one family"
 _TYPES = "{} bits with two data types of one block size, each at two or more sizes of one family"
@@ -161,7 +183,7 @@ CURVE_FIGURES: Final = (
     CurveFigure(
         "figure_1",
         "For OPT, accuracy at equal total bits rises from 16 to 8 to 4 bits and falls again at 3 bits.",
-        partial(select_precisions, bits=(3, 4, 8, 16), family="opt"),
+        of_family("opt", partial(select_precisions, bits=(3, 4, 8, 16))),
         judge_four_bit,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_1"),
@@ -178,7 +200,7 @@ CURVE_FIGURES: Final = (
         "figure_3",
         "At 4 bits, small blocks and the data types quantile and float improve the scaling; for Pythia, block 64 "
         "instead of 1024 gains nearly as much as a fifth bit.",
-        join(partial(select_block_sizes, bits=4, family="pythia"), partial(select_data_types, bits=4, family="pythia")),
+        of_family("pythia", partial(select_block_sizes, bits=4), partial(select_data_types, bits=4)),
         judge_block_sizes_and_types,
         "4 bits with two block sizes or two data types, each at two or more sizes of one family",
         ("nano/block_size", "nano/data_types", "paper/figure_3"),
@@ -186,7 +208,7 @@ CURVE_FIGURES: Final = (
     CurveFigure(
         "figure_4",
         "16-bit outliers (proxy quantization) stabilize 3-bit, which still does not reach 4-bit; 4-bit gains nothing.",
-        join(*(partial(select_outliers, bits=bits, family="opt") for bits in (3, 4))),
+        of_family("opt", *(partial(select_outliers, bits=bits) for bits in (3, 4))),
         judge_outliers,
         "3 or 4 bits with and without outliers in 16 bit, at two or more sizes of one family",
         ("nano/outliers", "paper/figure_4"),
@@ -194,7 +216,7 @@ CURVE_FIGURES: Final = (
     CurveFigure(
         "outliers",
         "By cross entropy, do 16-bit outliers pay for their bits, more than the same layer's or random dimensions?",
-        join(*(partial(select_outliers, bits=bits, family="opt") for bits in (3, 4))),
+        of_family("opt", *(partial(select_outliers, bits=bits) for bits in (3, 4))),
         judge_outliers,
         "3 or 4 bits with and without outliers in 16 bit, at two or more sizes of one family",
         ("nano/outliers",),
@@ -203,7 +225,7 @@ CURVE_FIGURES: Final = (
     CurveFigure(
         "figure_5",
         "Without blocks, GPTQ at 3 bits scales worse than zero-shot float with blocks of 64; at 4 bits they are level.",
-        join(*(partial(select_gptq, bits=bits, family="opt") for bits in (3, 4))),
+        of_family("opt", *(partial(select_gptq, bits=bits) for bits in (3, 4))),
         judge_gptq,
         "GPTQ beside float with blocks of 64, each at two or more sizes of one family",
         ("nano/gptq", "paper/figure_5"),
@@ -251,7 +273,7 @@ CURVE_FIGURES: Final = (
     CurveFigure(
         "figure_12",
         "A float does best with half of its bits, rounded up, as exponent bits (Appendix C.4; not at 5 bits).",
-        partial(select_exponents, family="opt"),
+        of_family("opt", select_exponents),
         judge_by(split_exponents, "best"),
         "float with two numbers of exponent bits at one precision, each at two or more sizes of one family",
         ("nano/exponent_bits", "paper/figure_12"),

@@ -6,7 +6,7 @@ where there are enough of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves import ZERO_SHOT, Measure, find_cross_entropy
+from kbit.analysis.curves import ZERO_SHOT, Measure, find_cross_entropy, name_data_types
 from kbit.analysis.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -38,6 +38,8 @@ MIN_POINTS: Final = 4
 MOST_BARS: Final = 200  # points; more bars would hide them
 MIN_MODELS: Final = 8  # below, resampling models says little
 DRAWS: Final = 1000
+# what tells experiments of one data type and block size apart, in the CSV
+QUANTIZER: Final = ("method", "method_options", "outlier_fraction", "outlier_selection", "seed")
 
 Values = Callable[[pd.DataFrame], "pd.Series[float]"]
 
@@ -183,11 +185,19 @@ RELATIONS: Final = (
 
 
 def gather_points(relation: Relation, results: pd.DataFrame) -> pd.DataFrame:
-    """Return key, family, model, bits, data_type, block_size, x, y of the experiments that have both values."""
+    """Return a row for each experiment that has both values.
+
+    Returns:
+        Columns key, family, model, bits, data_type, block_size, variant (the data type's name with every setting that
+        is not the default, as in the figures), those of QUANTIZER that the results have, x, y.
+    """
     both = pd.concat({"x": relation.x(results), "y": relation.y(results)}, axis=1).dropna()
     about = results.drop_duplicates("key").set_index("key")
-    columns = ["family", "model", "bits", "data_type", "block_size"]
-    return about.loc[both.index, columns].join(both).reset_index(names="key")
+    about = about.loc[both.index]
+    columns = ["family", "model", "bits", "data_type", "block_size", "variant"]
+    settings = [name for name in QUANTIZER if name in about]
+    about = about.assign(variant=name_data_types(about))[[*columns, *settings]]
+    return about.join(both).reset_index(names="key")
 
 
 def correlate(points: pd.DataFrame, rank: bool, seed: int = 0) -> tuple[float, float, float, str]:
@@ -232,7 +242,7 @@ def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
         verdict += f"; the paper's {PAPER_R} is {inside} the interval"
     per_model = [correlate(group, relation.rank)[0] for _, group in points.groupby("model") if is_varied(group)]
     if per_model:
-        verdict += f". Within one model: {min(per_model):.2f} to {max(per_model):.2f} over {len(per_model)} models"
+        verdict += f". Within one model: {describe_range(per_model)}"
     measure = ZERO_SHOT if relation.of_accuracy else find_cross_entropy(results)
     assert measure is not None  # the points have it
     notes = [describe_sample(results, points["key"], measure), LIMIT_OF_MODELS]
@@ -242,6 +252,13 @@ def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
     fig = scatter(points, relation)
     write_verdict(fig, relation.name, relation.claim, verdict + ".", *notes)
     return PaperFigure(relation.name, fig, points, relation.claim, verdict + ".")
+
+
+def describe_range(values: Sequence[float]) -> str:
+    """Return for example "-0.20 to 0.30 over 3 models", "0.87 (1 model)"."""
+    if len(values) == 1:
+        return f"{values[0]:.2f} (1 model)"
+    return f"{min(values):.2f} to {max(values):.2f} over {len(values)} models"
 
 
 def add_intervals(points: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> tuple[pd.DataFrame, str]:

@@ -78,7 +78,7 @@ def build_page(results: pd.DataFrame, failures: pd.DataFrame, provenance: pd.Dat
 def try_table(make: Callable[[pd.DataFrame], pd.DataFrame], results: pd.DataFrame) -> pd.DataFrame:
     """Return a table of the analysis, or one row with the reason why these results allow none."""
     try:
-        return make(results)
+        return make(results).drop(columns="keys", errors="ignore")
     except AmbiguousResults as error:
         return pd.DataFrame({"not computed": [str(error)]})
 

@@ -2,7 +2,8 @@
 
 The paper varies one thing a figure: the precision (2, 7, 13), the block size (8, 11, 15), the data type (9, 10, 14), a
 float's exponent bits (12), outliers kept in 16 bit (4), a method with data (5). What else a store holds is left out;
-where the choice is open, the setting with the most points is shown, and its name stands in the panel's title.
+where the choice is open, the setting with the most points is shown, and its name stands in the panel's title. A family
+or setting that cannot be drawn (two curves of two sizes each) is never chosen before one that can.
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ NANO_TWINS: Final = {"pythia": "nano-neox", "gpt2": "nano-gpt2", "opt": "nano-op
 Row = Mapping[Any, Any]
 
 
-def prefer_family(points: pd.DataFrame, family: str) -> pd.DataFrame:
-    """Return the points of one family; else of its architecture's nano family; else of that with the most models."""
+def prefer_family(shown: pd.DataFrame, family: str) -> pd.DataFrame:
+    """Return the panels of one family that can be drawn, perhaps none.
+
+    The family asked for; else its architecture's nano family; else that with the most models.
+
+    Args:
+        shown: points of all families, with panel and series.
+        family: the paper's.
+    """
+    points = keep_comparable(shown)
     for name in (family, NANO_TWINS.get(family)):
         if name in set(points["family"]):
             return points[points["family"] == name]
@@ -40,14 +49,38 @@ def prefer_family(points: pd.DataFrame, family: str) -> pd.DataFrame:
     return points[points["family"] == (models.idxmax() if len(models) else family)]
 
 
-def most_points(points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Return, for each family, the points of the setting of `columns` that has the most points."""
+def keep_comparable(shown: pd.DataFrame) -> pd.DataFrame:
+    """Return the panels that can be drawn: two curves of two sizes each. Less is points, not curves to compare."""
+    if shown.empty:
+        return shown
+    return shown[has_curves(shown, ["panel"], ["series"])].reset_index(drop=True)
+
+
+def has_curves(points: pd.DataFrame, panel: list[str], series: list[str]) -> pd.Series[bool]:
+    """Whether the panel of each point has two curves of two sizes each; columns tell panels and their curves apart."""
+    sizes = points.groupby([*panel, *series], dropna=False)["model"].nunique().rename("sizes").reset_index()
+    lines = sizes[sizes["sizes"] >= 2].groupby(panel, dropna=False).size().rename("lines").reset_index()
+    counts = points[panel].merge(lines, on=panel, how="left")["lines"]
+    return pd.Series((counts >= 2).to_numpy(dtype=bool), points.index)
+
+
+def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bool] | None = None) -> pd.DataFrame:
+    """Return, for each family, the points of the setting of `columns` that has the most points.
+
+    Args:
+        points: those that count.
+        columns: what a setting is.
+        drawable: of all points, see has_curves; a setting without any such point comes after those with one; None: all.
+    """
     if points.empty:
         return points
-    counts = points.groupby(["family", *columns], dropna=False).size().reset_index(name="count")
+    counted = points.assign(_drawable=True if drawable is None else drawable.loc[points.index])
+    groups = counted.groupby(["family", *columns], dropna=False)["_drawable"]
+    counts = groups.agg(count="size", drawable="any").reset_index()
     ranks = [tuple(map(rank_setting, row)) for row in counts[columns].itertuples(index=False)]
     counts["rank"] = pd.Series(ranks, counts.index, dtype=object)
-    best = counts.sort_values(["count", "rank"], ascending=[False, True]).drop_duplicates("family")
+    order = ["drawable", "count", "rank"]
+    best = counts.sort_values(order, ascending=[False, False, True]).drop_duplicates("family")
     return points.merge(best[["family", *columns]], on=["family", *columns])
 
 
@@ -70,17 +103,16 @@ def mark(
     return marked.sort_values(["panel", *order, "total_bits"], kind="stable", ignore_index=True)
 
 
-def select_precisions(points: pd.DataFrame, bits: Sequence[int] = (), family: str | None = None) -> pd.DataFrame:
+def select_precisions(points: pd.DataFrame, bits: Sequence[int] = ()) -> pd.DataFrame:
     """Return a panel per family and a curve per precision: the variant that was measured most.
 
     Args:
         points: from curves.precision_curves.
         bits: precisions to show; empty is all.
-        family: the one family to show, see prefer_family; None is all.
     """
-    points = prefer_family(points, family) if family else points
     points = points[points["bits"].isin(bits)] if bits else points
-    chosen = most_points(points[points["bits"] < BASELINE_BITS], ["data_type", "block_size"])
+    drawable = has_curves(points, VARIANT, ["bits"])
+    chosen = most_points(points[points["bits"] < BASELINE_BITS], ["data_type", "block_size"], drawable)
     shown = points.merge(chosen[VARIANT].drop_duplicates(), on=VARIANT)
     return mark(
         shown,
@@ -90,19 +122,19 @@ def select_precisions(points: pd.DataFrame, bits: Sequence[int] = (), family: st
     )
 
 
-def select_block_sizes(points: pd.DataFrame, bits: int, family: str | None = None) -> pd.DataFrame:
+def select_block_sizes(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel per family and a curve per block size, at one precision, for the data type measured most."""
-    points = prefer_family(points, family) if family else points
-    shown = most_points(points[(points["bits"] == bits) & ~has_settings(points["data_type"])], ["data_type"])
+    points = points[(points["bits"] == bits) & ~has_settings(points["data_type"])]
+    shown = most_points(points, ["data_type"], has_curves(points, ["family", "data_type"], ["block_size"]))
     shown = shown.assign(_place=shown["block_size"].fillna(WHOLE))
     marked = mark(shown, lambda row: f"{row['family']}, {bits}-bit {row['data_type']}", name_block, ["_place"])
     return marked.drop(columns="_place")
 
 
-def select_data_types(points: pd.DataFrame, bits: int, family: str | None = None) -> pd.DataFrame:
+def select_data_types(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel per family and a curve per data type, at one precision, for the block size measured most."""
-    points = prefer_family(points, family) if family else points
-    shown = most_points(points[(points["bits"] == bits) & ~has_settings(points["data_type"])], ["block_size"])
+    points = points[(points["bits"] == bits) & ~has_settings(points["data_type"])]
+    shown = most_points(points, ["block_size"], has_curves(points, ["family", "block_size"], ["data_type"]))
     return mark(
         shown,
         lambda row: f"{row['family']}, {bits}-bit {name_block(row)}",
@@ -121,11 +153,12 @@ def name_block(row: Row) -> str:
     return "whole tensor" if is_missing(row["block_size"]) else f"block {row['block_size']}"
 
 
-def select_exponents(points: pd.DataFrame, family: str) -> pd.DataFrame:
+def select_exponents(points: pd.DataFrame) -> pd.DataFrame:
     """Return a panel per precision and a curve per number of exponent bits of the data type float."""
-    points = prefer_family(points, family)
     is_float = [re.fullmatch(r"float( E\d)?", str(name)) is not None for name in points["data_type"]]
-    shown = most_points(points[np.array(is_float, dtype=bool) & (points["bits"] < BASELINE_BITS)], ["block_size"])
+    points = points[np.array(is_float, dtype=bool) & (points["bits"] < BASELINE_BITS)]
+    drawable = has_curves(points, ["family", "bits", "block_size"], ["data_type"])
+    shown = most_points(points, ["block_size"], drawable)
     return mark(
         shown,
         lambda row: f"{row['family']}, {row['bits']}-bit float {name_block(row)}",
@@ -140,22 +173,21 @@ def find_exponent(row: Row) -> int:
     return int(name[-1]) if " " in name else PAPER_EXPONENT_BITS[row["bits"]]
 
 
-def select_outliers(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:
+def select_outliers(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel with one precision with and without 16-bit outliers; at 3 bits also 4 bits without.
 
     The paper asks whether 3-bit with outliers catches up with 4-bit (section 5.2). Dimensions that were selected in
     another way than the paper's have a curve of their own.
     """
-    points = prefer_family(points, family)
-    pairs = [OUTLIERS.sub("", str(name)) for name in points["data_type"]]
-    points = points.assign(_base=pairs, _kept=[rank_selection(str(name)) for name in points["data_type"]])
-    chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], ["_base", "block_size"])
-    shown = points.merge(
-        chosen[["family", "_base", "block_size"]].drop_duplicates(), on=["family", "_base", "block_size"]
-    )
-    is_rival = (shown["bits"] == RIVAL_BITS) & (shown["_kept"] == 0) & (bits < RIVAL_BITS)
+    names = points["data_type"].astype(str)
+    points = points.assign(_base=[OUTLIERS.sub("", name) for name in names], _kept=list(map(rank_selection, names)))
+    is_rival = (points["bits"] == RIVAL_BITS) & (points["_kept"] == 0) & (bits < RIVAL_BITS)
+    points = points[(points["bits"] == bits) | is_rival]
+    panel = ["family", "_base", "block_size"]
+    drawable = has_curves(points, panel, ["bits", "data_type"])
+    chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], panel[1:], drawable)
     marked = mark(
-        shown[(shown["bits"] == bits) | is_rival],
+        points.merge(chosen[panel].drop_duplicates(), on=panel),
         lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",
         name_outliers,
         ["bits", "_kept"],
@@ -176,14 +208,14 @@ def name_outliers(row: Row) -> str:
     return f"{row['bits']}-bit{share}"
 
 
-def select_gptq(points: pd.DataFrame, bits: int, family: str) -> pd.DataFrame:
+def select_gptq(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel with GPTQ, per block size, beside zero-shot float with blocks of 64, at one precision."""
-    points = prefer_family(points[points["bits"] == bits], family)
+    points = points[points["bits"] == bits]
     is_gptq = np.array(["gptq" in str(name).split() for name in points["data_type"]], dtype=bool)
     is_float = ((points["data_type"] == "float") & (points["block_size"] == USUAL_BLOCK)).to_numpy(dtype=bool)
-    shown = points[(is_gptq | is_float) & is_gptq.any()]
+    has_gptq = points["family"].isin(points.loc[is_gptq, "family"])
     return mark(
-        shown,
+        points[(is_gptq | is_float) & has_gptq],
         lambda row: f"{row['family']}, {bits}-bit",
         lambda row: name_variant(row["data_type"], row["block_size"]),
         ["series"],
@@ -198,8 +230,9 @@ def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
         _base=[METHOD.sub("", name) for name in names], _method=[match[0][1:] if match else "rtn" for match in found]
     )
     points = points[points["bits"] == bits]
-    chosen = most_points(points[points["_method"] != "rtn"], ["_base", "block_size"])
     quantizer = ["family", "_base", "block_size"]
+    drawable = has_curves(points, quantizer, ["_method"])
+    chosen = most_points(points[points["_method"] != "rtn"], quantizer[1:], drawable)
     marked = mark(
         points.merge(chosen[quantizer].drop_duplicates(), on=quantizer),
         lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",

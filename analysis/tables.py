@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval
-from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
+from kbit.analysis.curves import VARIANT, Measure, find_cross_entropy, name_variant, precision_curves, prefer_baseline
 from kbit.analysis.drawing import (
     LIMIT,
     MissingResults,
     PaperFigure,
+    count_things,
     describe_lack,
     describe_sample,
     draw_table,
@@ -24,8 +25,7 @@ from kbit.analysis.drawing import (
 from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import TOLERANCE, compare_anchors, read_published
-from kbit.analysis.selections import has_settings
-from kbit.analysis.verdicts import tabulate_verdicts
+from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, name_range, tabulate_verdicts
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -107,12 +107,16 @@ def table_2(results: pd.DataFrame) -> PaperFigure:
     if rows.empty:
         needs = f"measurements of {TABLE_2_METRIC} (weight deviation against the size of the next layer's inputs)"
         raise MissingResults(describe_lack("table_2", needs, ("nano/features", "paper/table_2")))
+    rows = prefer_baseline(rows)
     ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
     columns = ["relation", "model", "spearman", "source"]
     data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)
     verdict = judge_order(ours.pivot_table(index="model", columns="relation", values="spearman"))
     wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
-    return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict)
+    families = ", ".join(sorted(rows["family"].unique()))
+    counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
+    sample = f"Data: {counts} of {families}."
+    return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict, sample)
 
 
 def judge_order(correlations: pd.DataFrame) -> str:
@@ -131,9 +135,12 @@ def judge_order(correlations: pd.DataFrame) -> str:
             low, high = map(float, stats.ttest_1samp(gaps, 0).confidence_interval(0.95))
         grades.append(grade_interval(low, high))
         mean = gaps.mean() if len(gaps) else np.nan
-        parts.append(f"{better} less {worse} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+        interval = "no interval" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+        parts.append(f"{better} less {worse} {mean:+.2f} ({interval})")
     grade = next(g for g in ("does not hold", "undecided", "holds") if g in grades)
-    return f"{grade.capitalize()}: {', '.join(parts)}, mean over {len(order)} models with 95% t-interval."
+    return (
+        f"{grade.capitalize()}: {', '.join(parts)}, mean over {count_things(len(order), 'model')} with 95% t-interval."
+    )
 
 
 def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
@@ -149,15 +156,27 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
     claim = "Which precision is optimal at equal total bits, by how much, and does 4-bit, as the paper has it?"
     grades = table["four_bit"].value_counts()
     tested = ", ".join(f"{grade} in {count}" for grade, count in grades.items())
-    winners = table["bits"].value_counts()
+    tried = table[table["bits"].notna()]
+    winners = tried["bits"].value_counts()
     leader = ", ".join(f"{bits}-bit in {count}" for bits, count in winners.items())
-    verdict = f"Best over most budgets: {leader} of {len(table)} rows. The claim for 4 bits: {tested}."
+    verdict = (
+        f"Best over most budgets: {leader} of {len(tried)} variants (data type, block size, method, outliers) by "
+        f"measure. The claim for 4 bits: {tested}."
+    )
+    left = int((table["grade"] == NO_CONTEST).sum())
+    data, table = table, table.groupby(["family", "measure"], sort=False).head(MOST_VARIANTS)
+    more = ""
+    if len(data) > len(table):
+        more = f"Table: of each family and measure the {MOST_VARIANTS} variants with the most points; the CSV has "
+        more += f"{len(data) - len(table)} more."
+    alone = f"Not counted: {left} with one quantized precision, which met 16 bits alone." if left else ""
     shown = pd.DataFrame(
         {
             "family": table["family"],
             "variant": [name_variant(*pair) for pair in zip(table["data_type"], table["block_size"], strict=True)],
             "measure": table["measure"],
             "bits compared": table["precisions"],
+            "budgets": [name_range(*ends) for ends in zip(table["lowest"], table["highest"], strict=True)],
             "best": table["bits"].astype("string").fillna("?") + "-bit",
             "of budgets": table["share"].map("{:.0%}".format),
             "mean lead (95% interval)": [
@@ -170,26 +189,28 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         }
     )
     note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
-    notes = [SIGN + note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
-    return finish_table("verdicts", table, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
+    measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
+    notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
+    return finish_table("verdicts", data, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     """Show, for budgets across the range of each family, the best model to have and the probability that it is.
 
-    All precisions, data types and block sizes of the family compete; settings beyond these are left out.
+    All curves of the family compete, whatever their precision, data type, block size, method, outliers or settings.
 
     Raises:
         MissingResults: no measure was taken at two sizes.
     """
     pairs = list_family_measures(results)
     steps = min(BUDGET_STEPS, max(1, SHOWN // max(1, len(pairs))))
-    parts = [tabulate_frontier(results, family, measure, steps) for family, measure in pairs]
+    fields = [(family, measure, find_rivals(results, family, measure)) for family, measure in pairs]
+    parts = [tabulate_frontier(curves, family, measure, steps, results) for family, measure, curves in fields]
     data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if data.empty:
         needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
         raise MissingResults(describe_lack("frontier", needs, ("nano/bit_level", "paper/figure_2")))
-    claim = "For a budget of bits, which precision, data type and block size is best, and how sure is that?"
+    claim = "For a budget of bits, which precision, data type, block size and method is best, how surely?"
     sure = int((data["chance"] >= 0.95).sum())
     verdict = f"At {sure} of {len(data)} budgets one choice is best with 95% or more."
     shown = pd.DataFrame(
@@ -207,7 +228,9 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
         "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
     )
     note += "the one that is most probably best."
-    notes = [note, describe_sample(results, results["key"].unique(), *find_measures(results)), LIMIT]
+    used = [key for (_, _, curves), part in zip(fields, parts, strict=True) if len(part) for key in curves["key"]]
+    measures = dict.fromkeys(measure for (_, measure, _), part in zip(fields, parts, strict=True) if len(part))
+    notes = [note, describe_sample(results, used, *measures), LIMIT]
     return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, *notes)
 
 
@@ -218,25 +241,39 @@ def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
     return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
 
 
-def tabulate_frontier(results: pd.DataFrame, family: str, measure: Measure, steps: int) -> pd.DataFrame:
-    """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
-
-    Args:
-        results: long form.
-        family: the one to tabulate.
-        measure: what makes a choice the best.
-        steps: budgets, evenly spaced in their logarithm inside the frontier's range.
+def find_rivals(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+    """Return the points of a family's curves of two sizes or more: those that compete for a budget.
 
     Raises:
         AmbiguousResults: see precision_curves.
     """
     is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
     curves = precision_curves(results[is_meant], measure.metric, measure.task)
-    curves = curves[(curves["bits"] == 16) | ~has_settings(curves["data_type"])]
-    if curves["model"].nunique() < 2:
+    sizes = curves.groupby([*VARIANT, "bits"], dropna=False)["model"].transform("nunique")
+    return curves[sizes >= 2].reset_index(drop=True)
+
+
+def tabulate_frontier(
+    curves: pd.DataFrame, family: str, measure: Measure, steps: int, results: pd.DataFrame
+) -> pd.DataFrame:
+    """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
+
+    Args:
+        curves: from find_rivals.
+        family: its family.
+        measure: what makes a choice the best.
+        steps: budgets, evenly spaced in their logarithm inside the frontier's range; of all curves, where only one
+            curve reaches the frontier's.
+        results: see frontier.draw_values.
+    """
+    if curves.empty:
         return pd.DataFrame()
     frontier = find_pareto_frontier(curves, measure.higher_is_better)
-    budgets = np.geomspace(frontier["total_bits"].min(), frontier["total_bits"].max(), steps + 2)[1:-1]
+    first, last = frontier["total_bits"].min(), frontier["total_bits"].max()
+    starts = curves.groupby([*VARIANT, "bits"], dropna=False)["total_bits"].min().drop_duplicates().nsmallest(2)
+    if last <= starts.max():  # one of the smallest models beats all others: no second curve reaches such budgets
+        last = curves["total_bits"].max()
+    budgets = np.geomspace(first, last, steps + 2)[1:-1]
     rows = []
     for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:

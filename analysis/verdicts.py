@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.claims import CLAIMED_BITS, Trial, find_measures, line_up, try_precision
-from kbit.analysis.curves import VARIANT, AmbiguousResults, precision_curves, shared_budgets, split_variants
+from kbit.analysis.claims import CLAIMED_BITS, Race, Trial, find_measures, line_up, try_precision
+from kbit.analysis.curves import (
+    TIE,
+    VARIANT,
+    AmbiguousResults,
+    bound_budgets,
+    is_contest,
+    precision_curves,
+    split_variants,
+)
+from kbit.analysis.panels import format_bits
 from kbit.analysis.selections import rank_setting
 
-MOST_VARIANTS: Final = 4  # a table that is read; --where shows others
+MOST_VARIANTS: Final = 4  # of a family and measure in a table that is read; the CSV has all
+NO_CONTEST: Final = "no contest: one quantized precision"
 
 
 def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
     """Return the statement "k-bit is optimal" for every family and measure, with its margin.
 
-    Of a family's variants (data type and block size) those with the most points, MOST_VARIANTS at most.
+    A variant is a data type with its method, outliers and other settings, and a block size; those with the most points
+    come first. A variant with one quantized precision is listed as NO_CONTEST, without a verdict.
 
     Returns:
         Columns family, data_type, block_size, measure, precisions (that were compared), bits (the one that is best over
         most budgets), share, gap, low, high, rival, chance, grade (of "this precision is optimal"), four_bit (the grade
-        of the paper's claim), source.
+        of the paper's claim), source, lowest, highest (the budgets compared, bits), keys (of the experiments, separated
+        by blanks).
         Variants whose curves never meet are left out; a family measured in several ways has one row, with the reason
         as its grade.
     """
@@ -34,19 +47,43 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
             except AmbiguousResults as error:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
-            for variant, group in sorted(split_variants(curves), key=rank_variant)[:MOST_VARIANTS]:
-                if not shared_budgets(group).size:
+            for variant, group in sorted(split_variants(curves), key=rank_variant):
+                bounds = bound_budgets(group)
+                if bounds is None:
+                    continue
+                about = variant | {"measure": measure.name, "lowest": bounds[0][0], "highest": bounds[1][0]}
+                about |= {"keys": " ".join(group["key"])}
+                if not is_contest(group):
+                    rows.append(about | {"precisions": list_bits(group["bits"]), "grade": NO_CONTEST})
                     continue
                 race = line_up(group, measure, results)
-                trials = {bits: try_precision(race, bits) for bits in (int(str(name)) for name in race.values)}
+                trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
                 tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
                 if tested:
-                    compared = ", ".join(map(str, sorted(tested)))
-                    rows.append(variant | {"measure": measure.name, "precisions": compared} | describe_best(tested))
+                    rows.append(about | {"precisions": list_bits(race.values.columns)} | describe_best(tested))
     columns = ["bits", "share", "gap", "low", "high", "rival", "chance", "grade", "four_bit", "source"]
+    columns += ["lowest", "highest", "keys"]
     return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
         {"block_size": "Int64", "bits": "Int64", "rival": "Int64"}
     )
+
+
+def list_candidates(race: Race) -> list[int]:
+    """Return the precisions that can be the best of describe_best, and CLAIMED_BITS: a trial of each takes time."""
+    leads = {bits: race.values[bits] - race.values.drop(columns=bits).max(axis=1) for bits in race.values}
+    shares = {int(str(bits)): float((lead.dropna() > TIE).mean()) for bits, lead in leads.items()}
+    most = max(share for share in shares.values() if not np.isnan(share))
+    return [bits for bits, share in shares.items() if share == most or bits == CLAIMED_BITS]
+
+
+def list_bits(bits: Iterable[Any]) -> str:
+    """Return for example "3, 4, 16"."""
+    return ", ".join(map(str, sorted(set(bits))))
+
+
+def name_range(low: float, high: float) -> str:
+    """Return budgets as "20 Mbit to 300 Mbit"; "-" where none are compared."""
+    return "-" if np.isnan(low) else f"{format_bits(low)} to {format_bits(high)}"
 
 
 def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:

@@ -190,9 +190,13 @@ def draw_figures(arguments: list[str]) -> None:
             shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"
             print(f"{figure.name}: {shown}")
         if not any(figure.paths for figure in figures):
-            sys.exit("kbit: error: these results allow no figure")
+            which = f"none of the figures {' '.join(options.names)}" if options.names else "no figure"
+            sys.exit(f"kbit: error: these results allow {which}")
         print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
         print(f"\n{finding(results)}")
+        missing = [figure.name for figure in figures if figure.skipped]
+        if options.names and missing:
+            sys.exit(f"kbit: error: not drawn: {' '.join(missing)}")
     except (ValueError, OSError) as error:
         sys.exit(f"kbit: error: {error}")
 

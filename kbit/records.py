@@ -15,11 +15,14 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kbit.config import FeatureConfig
 from kbit.quantconfig import CALIBRATED, QuantConfig
 from kbit.spec import write_table
 
 SCHEMA_VERSION: Final = 1
 _HASH: Final = 8  # hexadecimal digits shown of a hash: of a thousand contents two are equal once in 8,600 times
+# Of outlier features; those of a record that are not these are said in `evaluation`.
+_CRITERIA: Final = {field.name: field.default for field in dataclasses.fields(FeatureConfig) if field.name != "measure"}
 
 EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "key": pa.string(), "model": pa.string(), "family": pa.string(), "architecture": pa.string(),
@@ -151,7 +154,15 @@ def _describe_evaluation(record: dict[str, Any], task: str) -> str:
     if evaluation.get("perplexity_kind") == "rolling":
         return ", ".join(filter(None, [f"{dtype}, rolling", digest]))
     length = f" of {text['window_length']} tokens" if text else ""
-    return ", ".join(filter(None, [f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows{length}", digest]))
+    windows = f"{dtype}, {evaluation['perplexity_windows'] or 'all'} windows{length}"
+    criteria = _describe_criteria(evaluation.get("features", {})) if task.startswith("features/") else None
+    return ", ".join(filter(None, [windows, digest, criteria]))
+
+
+def _describe_criteria(features: dict[str, Any]) -> str | None:
+    """Return the criteria of outlier features that are not LLM.int8()'s: "criteria magnitude 2 positions 0.01"."""
+    own = [f"{name} {features[name]:g}" for name, usual in _CRITERIA.items() if features.get(name, usual) != usual]
+    return f"criteria {' '.join(own)}" if own else None
 
 
 def _describe_content(task: dict[str, Any]) -> str:

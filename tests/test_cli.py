@@ -321,6 +321,17 @@ def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
     assert not (study / "figures").exists()
 
 
+def test_of_figures_asked_for_those_that_can_be_are_drawn_and_the_others_named(
+    kbit: Kbit, study: Path, tmp_path: Path
+) -> None:
+    done = kbit("figures", "figure_16", "figure_3", "--out", str(tmp_path))
+    assert done.code == 1
+    assert (tmp_path / "figure_16.png").is_file()
+    assert "figure_3: not drawn: " in done.out
+    assert "kbit run +sweeps=nano/block_size" in done.out
+    assert "not drawn: figure_3" in done.err
+
+
 @pytest.mark.parametrize("command", ["figures", "report", "results"])
 def test_missing_store_is_named(kbit: Kbit, tmp_path: Path, command: str) -> None:
     done = kbit(command)

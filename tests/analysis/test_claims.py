@@ -23,7 +23,7 @@ from kbit.analysis.claims import (
 )
 from kbit.analysis.curves import ZERO_SHOT, Measure
 from kbit.analysis.frontier import Draws, find_strongest_rival
-from kbit.analysis.verdicts import MOST_VARIANTS, tabulate_verdicts
+from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, tabulate_verdicts
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
@@ -212,7 +212,10 @@ def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
     table = tabulate_verdicts(planted)
     assert set(table["family"]) == {"opt", "pythia"}
     assert set(table["measure"]) == {"mean zero-shot accuracy", "cross entropy"}
-    assert table.groupby(["family", "measure"]).size().tolist() == [MOST_VARIANTS] * 4
+    variants = table.groupby(["family", "measure"])[["data_type", "block_size"]]
+    assert (variants.size() > MOST_VARIANTS).all()  # the table that is drawn shows some, the CSV all
+    assert not table.duplicated(["family", "measure", "data_type", "block_size"]).any()
+    table = table[table["grade"] != NO_CONTEST]
     best = table[(table["data_type"] == "float") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
     assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 8, 16"] * 2
     assert set(table["grade"]) <= {"holds", "does not hold", "undecided"}

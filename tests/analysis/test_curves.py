@@ -250,7 +250,7 @@ def test_the_finding_names_both_measures() -> None:
         (make_results(CROSSING, **LOSS), "mean zero-shot accuracy was not measured"),
         (make_results({16: {10: 0.1, 20: 0.2}}), "needs at least two precisions (has 16-bit only)"),
         (make_results(CROSSING, model="one"), "needs at least two model sizes (has one only)"),
-        (make_results({3: {10: 0.1, 20: 0.2}, 4: {30: 0.1, 40: 0.2}}), "needs two precisions that overlap"),
+        (make_results({3: {10: 0.1, 20: 0.2}, 4: {30: 0.1, 40: 0.2}}), "needs two quantized precisions that overlap"),
     ],
 )
 def test_the_finding_says_what_is_missing(results: pd.DataFrame, sentence: str) -> None:
@@ -263,6 +263,6 @@ def test_the_finding_has_a_sentence_per_family_and_sums_up_variants() -> None:
         for block, data_type in itertools.product((64, 128), ("int", "nf"))
     ]
     text = finding(pd.concat([*parts, make_results(CROSSING, family="beta")], ignore_index=True))
-    assert text.startswith("alpha, 4 variants of data type and block size, at equal total bits: ")
+    assert text.startswith("alpha, 4 variants (data type, block size, method, outliers), at equal total bits: ")
     assert "in 4 of 4 variants" in text
     assert ". beta, nf block 64, at equal total bits: " in text

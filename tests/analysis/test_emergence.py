@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from kbit.analysis.curves import AmbiguousResults
 from kbit.analysis.emergence import METRICS, tabulate_features
 from kbit.analysis.figures import FIGURES
 from kbit.analysis.published import read_published
@@ -41,6 +42,21 @@ def test_ours_stand_beside_the_papers(planted: pd.DataFrame) -> None:
     assert "adds +2.000 nats on average, as many random dimensions +0.010" in figure.verdict
     assert "0.400 becomes 0.200 and 0.390" in figure.verdict
     assert len(figure.data) == 3 + len(read_published("features"))
+
+
+def test_a_model_counts_once_at_16_bits_and_criteria_are_said_and_not_mixed(planted: pd.DataFrame) -> None:
+    rows = plant(planted)
+    is_feature = rows["task"] == "features/text"
+    quantized = rows[is_feature].assign(bits=4, key=rows["key"] + "-4", value=9.0)
+    ours = tabulate_features(pd.concat([rows, quantized], ignore_index=True))
+    assert ours["bits"].tolist() == [16] * 3
+    assert ours["features"].tolist() == [0, 0, 2]
+    rows.loc[is_feature, "evaluation"] = "float32, 16 windows, criteria magnitude 2"
+    verdict = FIGURES["features"](rows).verdict
+    assert verdict.startswith("By other criteria than the paper's (magnitude 2): 1 of 3 models")
+    rows.loc[is_feature & (rows["model"] == "opt-1m"), "evaluation"] = "float32, 16 windows"
+    with pytest.raises(AmbiguousResults, match="measured in 2 ways"):
+        FIGURES["features"](rows)
 
 
 def test_without_features_the_ablation_is_not_spoken_of(planted: pd.DataFrame) -> None:

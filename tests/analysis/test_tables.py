@@ -39,7 +39,7 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     rows = pd.DataFrame(
         [(model, f"proxy/{r}") for model in ("a", "b", "c") for r in relations], columns=["model", "task"]
     )
-    rows = rows.assign(metric="spearman_weight_std")
+    rows = rows.assign(metric="spearman_weight_std", bits=16, family="toy", key=rows["model"])
     values = [0.7, 0.3, 0.0, 0.8, 0.35, 0.05, 0.75, 0.4, 0.0]
     figure = table_2(rows.assign(value=values))
     assert figure.verdict.startswith("Holds: feed_forward less attention +0.40 (")
@@ -50,6 +50,10 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     assert table_2(rows.assign(value=[*values[:6], 0.3, 0.4, 0.0])).verdict.startswith("Undecided")
     assert table_2(rows.head(3).assign(value=values[:3])).verdict.startswith("Undecided")
     assert table_2(rows.head(2).assign(value=values[:2])).verdict.startswith("Undecided")
+    quantized = rows.assign(value=0.0, bits=3, key=rows["model"] + "-3")
+    both = table_2(pd.concat([quantized, rows.assign(value=values)], ignore_index=True))
+    assert both.verdict == figure.verdict  # the 16-bit experiment stands for its model
+    assert "Data: 3 experiments on 3 models of toy." in both.fig.texts[0].get_text()
 
 
 def test_published_values_are_the_transcribed_ones() -> None:
@@ -278,3 +282,35 @@ def test_a_table_holds_every_cell() -> None:
     words = [text.get_text() for text in fig.axes[0].texts]
     assert {"title", "name", "number", "a", "1", "2"} <= set(words)
     assert sum(word.count("b") for word in words) == 40 + 1
+
+
+def test_methods_compete_for_a_budget(planted: pd.DataFrame) -> None:
+    """GPTQ on int is planted 0.1 nats a bit better than int: of these alone it is the best choice of 4 bits."""
+    rows = planted[(planted["data_type"] == "int") & (planted["block_size"] == 64) | (planted["bits"] == 16)]
+    rows = rows[rows["bits"].isin([3, 4]) & (rows["family"] == "opt")]
+    figure = FIGURES["frontier"](rows)
+    assert set(figure.data["choice"]) == {"4-bit int gptq block 64"}
+    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in figure.fig.texts[0].get_text()
+
+
+def test_a_frontier_of_one_small_model_is_still_shown(planted: pd.DataFrame) -> None:
+    rows = planted[(planted["data_type"] == "nf") & (planted["block_size"] == 64) & (planted["metric"] == "acc")]
+    rows = rows[rows["method"].eq("rtn") & rows["outlier_fraction"].eq(0) & rows["family"].eq("opt")]
+    best = rows["model"].eq("opt-1m") & rows["bits"].eq(2)
+    figure = FIGURES["frontier"](rows.assign(value=rows["value"].mask(best, 0.9)))
+    assert len(figure.data) == 5
+    assert figure.data["total_bits"].between(rows["total_bits"].min(), rows["total_bits"].max()).all()
+
+
+def test_a_precision_against_16_bits_alone_is_no_contest(planted: pd.DataFrame) -> None:
+    one = planted[~planted["data_type"].eq("int") | planted["bits"].eq(8)]
+    one = one[one["data_type"].isin(["int", "nf"]) | (one["bits"] == 16)]
+    figure = FIGURES["verdicts"](one[one["family"] == "opt"])
+    alone = figure.data["grade"].str.startswith("no contest")
+    assert set(figure.data.loc[alone, "data_type"]) == {"int"}
+    assert figure.data.loc[alone, "bits"].isna().all()
+    counted = int((~alone).sum())
+    assert f"of {counted} variants" in figure.verdict
+    caption = " ".join(figure.fig.texts[0].get_text().split())
+    assert f"Not counted: {int(alone.sum())} with one quantized precision" in caption
+    assert (figure.data["lowest"] < figure.data["highest"]).all()
