@@ -39,7 +39,7 @@ def describe_device(device: str) -> str:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return the peak memory so far: of the card's allocator (cuda: of all cards used), or of this process on the CPU."""
+    """Return the peak memory so far: of the allocators of all cards used, or of this process on the CPU."""
     if device == "cuda":
         return sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
     if device.startswith("cuda"):
