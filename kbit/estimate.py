@@ -153,7 +153,7 @@ class Estimator:
         time = self.predict_time(left, workers or 1)
         if self.learned:
             on = f"{workers or 1} worker{'s' if workers and workers > 1 else ''}"
-            time = f"{time} on {on}, by {self.learned} results of this store"
+            time = f"{time} on {on}, by {self.learned} stored result{'s' if self.learned > 1 else ''}"
         memory = self.predict_memory(experiments)
         space = f"about {memory / 1e9:.1f} GB a worker, by parameters and batch size" if memory else "unknown"
         return f"tokens to score: {tokens}; time: {time}; memory: {space}"

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kbit.cluster import _count_workers, _dispatch
+from kbit.cluster import GPU_SHARE, _count_workers, _dispatch, check_gpus, choose_gpus, count_fitting
 from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
 from kbit.quantconfig import QuantConfig
 from kbit.store import Store, list_keys
@@ -81,3 +83,94 @@ def test_more_than_the_cluster_has_is_refused(cluster: Any, config: RayConfig, w
 
 def test_workers_default_to_what_the_cpus_allow(cluster: Any) -> None:
     assert (_count_workers(RayConfig()), _count_workers(RayConfig(cpus_per_worker=2))) == (2, 1)
+
+
+def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(cluster: Any, tmp_path: Path) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise ValueError("no GPU was given")
+
+        def run(self, experiment: Experiment) -> Outcome:
+            return Outcome(experiment, "")
+
+    actor = cluster.remote(Broken).options(num_cpus=1, max_restarts=0)
+    with pytest.raises(ValueError, match="a worker cannot start: ValueError: no GPU was given"):
+        list(_dispatch([make_experiment(4)] * 3, actor.remote, 2, Store(tmp_path)))
+    assert list_keys(tmp_path) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    ("node", "cpus", "gpus", "fitting"),
+    [
+        ({"CPU": 8}, 3, 0, 2),
+        ({"CPU": 8}, 1, 0.5, 0),
+        ({"CPU": 8, "GPU": 2}, 1, 0.5, 4),
+        ({"CPU": 8, "GPU": 2}, 1, 0.4, 4),  # a fifth one would lie on both
+        ({"CPU": 8, "GPU": 3}, 1, 2, 1),
+        ({"CPU": 8, "GPU": 3}, 1, 4, 0),
+        ({"CPU": 3, "GPU": 8}, 2, 0.1, 1),
+        ({}, 1, 0, 0),
+    ],
+)
+def test_workers_fit_on_a_node_and_shares_on_a_gpu(
+    node: dict[str, float], cpus: int, gpus: float, fitting: int
+) -> None:
+    assert count_fitting(node, cpus, gpus) == fitting
+
+
+@pytest.mark.parametrize("workers", range(1, 60))
+def test_a_share_is_met_so_often(workers: int) -> None:
+    assert count_fitting({"CPU": 100, "GPU": 1}, 1, 1 / workers) == workers
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            RayConfig(cpus_per_worker=6),
+            "has 8 CPUs and 4 GPUs, on 2 nodes of 4 CPUs and 4 GPUs; 4 CPUs and 0 GPUs; 0 s",
+        ),
+        (RayConfig(gpus_per_worker=2, num_workers=3), "3 workers .*ray.gpus_per_worker=2 .*; 2 such workers would fit"),
+    ],
+    ids=["CPUs of two nodes", "GPUs"],
+)
+def test_a_worker_must_fit_on_one_node(monkeypatch: pytest.MonkeyPatch, config: RayConfig, words: str) -> None:
+    nodes = [{"CPU": 4.0, "GPU": 4.0}, {"CPU": 4.0}]
+    monkeypatch.setattr("kbit.cluster._list_nodes", lambda: nodes)
+    with pytest.raises(ValueError, match=words):
+        _count_workers(config)
+
+
+@given(st.integers(1, 10**12), st.integers(GB, 200 * GB))
+def test_workers_that_share_a_gpu_fit_in_its_memory(worker_bytes: int, gpu_bytes: int) -> None:
+    gpus = choose_gpus(worker_bytes, gpu_bytes)
+    usable = GPU_SHARE * gpu_bytes
+    if gpus < 1:
+        assert round(1 / gpus) * worker_bytes <= usable < (round(1 / gpus) + 1) * worker_bytes
+    else:
+        assert (gpus - 1) * usable < worker_bytes <= gpus * usable
+    RayConfig(gpus_per_worker=gpus)  # accepts it
+
+
+@pytest.mark.parametrize(
+    ("given_ids", "visible", "asked"), [([0], "0", 0.25), (["3"], "3", 1), ([2, 3], "2,3", 2), (["GPU-a"], "GPU-a", 1)]
+)
+def test_a_worker_with_its_gpus_starts(given_ids: list[object], visible: str, asked: float) -> None:
+    check_gpus(given_ids, visible, asked)
+
+
+@pytest.mark.parametrize(
+    ("given_ids", "visible", "asked", "words"),
+    [
+        ([], "", 1, r"GPUs \[\], where ray.gpus_per_worker=1 asks for more"),
+        ([], None, 0.5, "asks for more"),
+        ([0], "0", 2, "asks for more"),
+        ([1], "0,1", 1, "CUDA_VISIBLE_DEVICES=0,1 .*another worker"),
+        ([1], None, 1, "CUDA_VISIBLE_DEVICES=None"),
+    ],
+)
+def test_a_worker_without_its_gpus_does_not(
+    given_ids: list[object], visible: str | None, asked: float, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_gpus(given_ids, visible, asked)

@@ -65,9 +65,7 @@ def test_hooks_change_no_score(build_tiny: Callable[..., Any], tokenizer: Any, a
         scorer = Scorer(model, tokenizer)
         requests = [(("", ""), [5, 6, 7], [n, 9]) for n in range(3)]
         before = scorer._loglikelihood_tokens(requests)
-        original = None
         report = quantize_model(model, QuantConfig(bits=3))
-        del original
         scores.append((before, scorer._loglikelihood_tokens(requests), report.total_bits))
     assert scores[0] == scores[1]
     assert scores[0][0] != scores[0][1]

@@ -39,10 +39,10 @@ def simulate(experiments: list[Experiment], seconds: dict[str, int], load: int, 
         last[worker] = experiment
         loads += fresh
         now += seconds[experiment.model.name] + load * fresh
-        seen.add(experiment.key)
+        seen.add(experiment)
         heapq.heappush(free, (now, worker))
         end = max(end, now)
-    assert len(seen) == len({e.key for e in experiments})
+    assert len(seen) == len(experiments)
     return end, loads
 
 
