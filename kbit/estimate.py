@@ -127,15 +127,15 @@ class Estimator:
         return ratios[nearest] * statistics.median(self._seconds[nearest])
 
     def predict_time(self, left: Counter[Alike], workers: int) -> str:
-        """Return how long so many experiments will take so many workers, such as 'about 12 min'."""
+        """Return how long so many experiments will take so many workers, such as 'about 12 min'; '' if that is unknown."""
         total, longest, unknown = 0.0, 0.0, False
         for alike in +left:
             seconds = self.predict_seconds(alike)
             unknown |= seconds is None
             total += left[alike] * (seconds or 0.0)
             longest = max(longest, seconds or 0.0)
-        if unknown and not total:
-            return "unknown until the first result"
+        if not total:
+            return ""
         return f"{'at least' if unknown else 'about'} {format_seconds(max(total / workers, longest))}"
 
     def describe(self, experiments: Sequence[Experiment], workers: int | None) -> str:
@@ -150,7 +150,7 @@ class Estimator:
         tokens = "unknown until the first result"
         if None not in counts.values():
             tokens = f"about {format_count(sum(left[a] * (count or 0) for a, count in counts.items()))}"
-        time = self.predict_time(left, workers or 1)
+        time = self.predict_time(left, workers or 1) or "unknown until the first result"
         if self.learned:
             on = f"{workers or 1} worker{'s' if workers and workers > 1 else ''}"
             time = f"{time} on {on}, by {self.learned} stored result{'s' if self.learned > 1 else ''}"

@@ -236,14 +236,15 @@ class Progress:
         if outcome.seconds and not outcome.error:
             self._estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
         time_left = self._estimator.predict_time(self._left, len(outcome.working) + 1)
+        time_left = f"{time_left} left, " if time_left else ""
         label = outcome.experiment.label()
         self._failed += bool(outcome.error)
         if outcome.error or self._bar.disable:
-            line = f"[{done}/{self._total}] {label}: {outcome.error or 'done'}; {time_left} left"
-            tqdm.write(line, file=sys.stderr)
+            how = outcome.error or ("done, " + time_left).removesuffix(", ")
+            tqdm.write(f"[{done}/{self._total}] {label}: {how}", file=sys.stderr)
         speed = 60 * done / (time.monotonic() - self._start)
         doing = f"now: {' | '.join(outcome.working)}" if outcome.working else f"last: {label}"
-        self._bar.set_postfix_str(f"{time_left} left, {self._failed} failed, {speed:.1f}/min, {doing}", refresh=False)
+        self._bar.set_postfix_str(f"{time_left}{self._failed} failed, {speed:.1f}/min, {doing}", refresh=False)
         self._bar.update()
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ def test_one_model_is_shared_by_all_workers() -> None:
 
 
 @given(
-    st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(1, 20), st.integers(1, 50)), min_size=1),
+    st.dictionaries(st.sampled_from("abcdefgh"), st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1),
     st.integers(0, 30),
     st.integers(1, 6),
 )

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kbit.config import EvalConfig, Experiment, ModelConfig
+from kbit.estimate import format_seconds
 from kbit.families import EMBEDDED
 from kbit.files import LocalFiles
 from kbit.logfile import log_output
@@ -229,6 +230,29 @@ def test_a_store_that_cannot_be_compacted_does_not_stop_a_sweep(
     outcomes = (Outcome(experiment, "") for experiment in plan.to_run)
     assert finish(outcomes, plan, fail_fast=False, store=Store(tmp_path)) == []
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_progress_says_what_is_left_by_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = (make_experiment(4, f"nano-neox-{size}") for size in ("98k", "1m"))
+    plan = make_plan([small, dataclasses.replace(small, quant=QuantConfig(bits=3)), large], tmp_path / "none")
+    assert plan.to_run[0] == large
+    took = {large: 600.0, small: 120.0}  # the third is like the second
+
+    def outcomes() -> Generator[Outcome]:
+        for experiment in plan.to_run:
+            yield Outcome(experiment, "", working=("another",), seconds=took.get(experiment, 120.0))
+
+    finish(outcomes(), plan, fail_fast=False)
+    lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    by_cost = 600 * 231_168 / 1_298_016  # seconds, until one of the small model was measured
+    assert lines == [f"done, about {format_seconds(by_cost)} left", "done, about 2 min left", "done"]
+
+
+def test_progress_says_nothing_of_time_before_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan([make_experiment(4), make_experiment(5)], tmp_path / "none")
+    outcomes = (Outcome(experiment, "broken", seconds=3.0) for experiment in plan.to_run)
+    assert len(finish(outcomes, plan, fail_fast=False)) == 2
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["broken", "broken"]
 
 
 def test_each_experiment_has_a_log(tmp_path: Path) -> None:
