@@ -127,7 +127,7 @@ class Estimator:
         return ratios[nearest] * statistics.median(self._seconds[nearest])
 
     def predict_time(self, left: Counter[Alike], workers: int) -> str:
-        """Return how long so many experiments will take so many workers, such as 'about 12 min'; '' if that is unknown."""
+        """Return how long so many experiments take so many workers, such as 'about 12 min'; '' if that is unknown."""
         total, longest, unknown = 0.0, 0.0, False
         for alike in +left:
             seconds = self.predict_seconds(alike)
