@@ -31,6 +31,7 @@ REPEAT_COLUMNS: Final = ["exponent_bits", "method", "task", "metric"]
 # Settings that make a variant of a data type: column, default, how its name says so.
 SETTINGS: Final = (
     ("float_bias", "ieee", "{}"),
+    ("table", None, "{}"),
     ("layout", "flat", "{}"),
     ("normalization", "absmax", "{}"),
     ("centering", False, "centred"),

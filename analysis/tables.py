@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
 from kbit.analysis.claims import SIGN, describe_lead, find_measures, grade_interval, tabulate_verdicts
 from kbit.analysis.curves import Measure, find_cross_entropy, name_variant, precision_curves
@@ -107,12 +109,28 @@ def table_2(results: pd.DataFrame) -> PaperFigure:
     ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
     columns = ["relation", "model", "spearman", "source"]
     data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)
-    means = ours.groupby("relation")["spearman"].mean()
-    order = means.reindex(["feed_forward", "attention", "control"])
-    holds = bool(order.is_monotonic_decreasing and order.notna().all())
-    verdict = f"{'Holds' if holds else 'Does not hold'}: means {', '.join(f'{k} {v:.2f}' for k, v in order.items())}."
+    verdict = judge_order(ours.pivot_table(index="model", columns="relation", values="spearman"))
     wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
     return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict)
+
+
+def judge_order(correlations: pd.DataFrame) -> str:
+    """Return whether the proxy is better before feed-forward layers than in attention, and there than in the control.
+
+    Args:
+        correlations: index model, columns the relations. Differences are of each model; models are the sample of their
+            95% t-interval.
+    """
+    order = correlations.reindex(columns=["feed_forward", "attention", "control"]).dropna()
+    grades, parts = [], []
+    for better, worse in pairwise(order):
+        gaps = (order[better] - order[worse]).to_numpy(dtype=np.float64)
+        low, high = (np.nan, np.nan) if len(gaps) < 2 else stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+        grades.append(grade_interval(low, high))
+        mean = gaps.mean() if len(gaps) else np.nan
+        parts.append(f"{better} less {worse} {mean:+.2f} ({low:+.2f} to {high:+.2f})")
+    grade = next(g for g in ("does not hold", "undecided", "holds") if g in grades)
+    return f"{grade.capitalize()}: {', '.join(parts)}, mean over {len(order)} models with 95% t-interval."
 
 
 def draw_verdicts(results: pd.DataFrame) -> PaperFigure:

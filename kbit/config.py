@@ -175,11 +175,15 @@ class Experiment:
         return content
 
     def label(self) -> str:
-        """Return a short description for people, such as 'nano-neox-1m nf4 block 64'."""
+        """Return a short description for people, such as 'nano-neox-1m nf4 block 64': what is not a default."""
         has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
-        return f"{self.model.name} {self.quant.label()}{block}{method}"
+        others = dict(self.quant.distinctions)
+        if self.model.dtype != ModelConfig.dtype:
+            others["dtype"] = self.model.dtype
+        more = "".join(f" {name}={value}" for name, value in others.items())
+        return f"{self.model.name} {self.quant.label()}{block}{method}{more}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ of a layer, of the standard deviation of a unit's incoming weights and the large
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -262,7 +263,8 @@ def measure_proxy(model: Any, seen: Observations) -> list[Measurement]:
             deviation = measure_deviation(model, sources[f"{reader}.weight"]).cpu()
             rho = float(stats.spearmanr(deviation.numpy(), extremes.magnitude.numpy()).statistic)
             by_relation.setdefault(relation, []).append(rho)
-    return [measure_mean(f"proxy/{name}", "spearman_weight_std", values) for name, values in by_relation.items()]
+    means = [measure_mean(f"proxy/{name}", "spearman_weight_std", values) for name, values in by_relation.items()]
+    return [dataclasses.replace(m, low=max(m.low, -1.0), high=min(m.high, 1.0)) for m in means]  # as a rho is
 
 
 def _name_relation(block: Block, place: str) -> tuple[str, str]:

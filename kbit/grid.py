@@ -87,7 +87,7 @@ class Composer:
                     matching = [exclusion for exclusion in study["exclude"] if _matches(values, exclusion)]
                     unused = [exclusion for exclusion in unused if exclusion not in matching]
                     if not matching:
-                        yield build(RunConfig, values)
+                        yield _build_point(values, point, hint="; study.exclude leaves points out")
             if not own & {key for grid in study["grids"] for key in grid}:  # else they may be for what was not asked
                 _warn_of_unused(unused)
         else:
@@ -99,7 +99,7 @@ class Composer:
         Raises:
             see expand.
         """
-        return build(RunConfig, self._compose_values(overrides))
+        return _build_point(self._compose_values(overrides), overrides)
 
     def _compose_values(self, overrides: Sequence[str]) -> Values:
         """Return a configuration's values, which may not be valid together yet."""
@@ -157,6 +157,15 @@ def build(cls: type[T], values: Values) -> T:
     """Return a dataclass, nested ones included, from the values of its fields, which its own checks then see."""
     types = _field_types(typing.cast(Any, cls))
     return cls(**{k: build(types[k], v) if dataclasses.is_dataclass(types[k]) else v for k, v in values.items()})
+
+
+def _build_point(values: Values, point: Sequence[str], hint: str = "") -> RunConfig:
+    """Return a point's configuration; one that is refused is named, since it may be one of thousands."""
+    try:
+        return build(RunConfig, values)
+    except ValueError as error:
+        where = f" (at {' '.join(point)}{hint})" if len(point) > 1 else ""
+        raise ValueError(f"{error}{where}") from None
 
 
 def copy_nodes(values: Values) -> Values:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -25,9 +26,8 @@ from kbit.budget import TokenBudget
 from kbit.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.methods import quantize_model
 from kbit.models import load_model
-from kbit.quantconfig import QuantConfig
+from kbit.quantconfig import OPTION_GROUPS, QuantConfig
 from kbit.scorer import Scorer
-from kbit.spec import QuantSpec
 from kbit.taskfiles import EMBEDDED_TASKS
 from kbit.tasks import JsonFiles, complete_definition
 
@@ -41,6 +41,7 @@ class QuantizedLM(Scorer):
     """A model by short name, hub id or folder, quantized, for lm-eval.
 
     Attributes:
+        quant: the quantizer, its method and options.
         report: what was quantized, and its bits.
     """
 
@@ -51,10 +52,7 @@ class QuantizedLM(Scorer):
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
-        include: str | None = None,
-        exclude: str | None = None,
-        min_coverage: float = QuantConfig.min_coverage,
-        **quantizer: Any,
+        **quant: Any,
     ) -> None:
         """Load and quantize.
 
@@ -64,20 +62,15 @@ class QuantizedLM(Scorer):
             device: as lm-eval has it: cuda:0 is what its command line asks for by default.
             batch_size: of generation; log-likelihoods are computed with at least EvalConfig's default.
             max_batch_size: of lm-eval's own search for a batch size, which kbit does not need.
-            include, exclude, min_coverage: see QuantConfig.
-            quantizer: fields of QuantSpec; block_size=none is the whole tensor.
+            quant: as `quant.` of `kbit run`: bits=3, method=gptq, calibration.samples=32; None or
+                null is no value (block_size=null: the whole tensor).
 
         Raises:
-            ValueError: a key that is no field of QuantSpec, or see QuantSpec, load_model, quantize_model.
+            ValueError: a key that is no field of QuantConfig, or see QuantConfig, load_model, quantize_model.
         """
-        fields = [field.name for field in dataclasses.fields(QuantSpec)]
-        if unknown := sorted(quantizer.keys() - set(fields)):
-            raise ValueError(f"--model_args: no key {unknown[0]!r}; of the quantizer there are {', '.join(fields)}")
-        nulls = ("none", "null")
-        values: dict[str, Any] = {k: None if str(v).lower() in nulls else v for k, v in quantizer.items()}
+        self.quant = read_options(quant)
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
-        config = QuantConfig(**values, include=include, exclude=exclude, min_coverage=min_coverage)
-        self.report = quantize_model(loaded.model, config, loaded.tokenizer)
+        self.report = quantize_model(loaded.model, self.quant, loaded.tokenizer)
         asked = int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_BATCH_SIZE
         super().__init__(loaded.model, loaded.tokenizer, asked)
         # lm-eval's command line says 1 unless told otherwise, which is for loops that pad; it changes no score
@@ -87,7 +80,31 @@ class QuantizedLM(Scorer):
         """Return lm-eval's description of the model, and the quantizer with its bits."""
         counts = {name: getattr(self.report, name) for name in ("total_bits", "bits_per_param", "coverage")}
         info: dict[str, Any] = super().get_model_info()
-        return info | {"kbit": dataclasses.asdict(self.report.spec) | counts | {"scorer": self.path}}
+        return info | {"kbit": dataclasses.asdict(self.quant) | counts | {"scorer": self.path}}
+
+
+def read_options(options: Mapping[str, Any]) -> QuantConfig:
+    """Return a QuantConfig from its fields by name, those of a group with the group's: calibration.samples.
+
+    Raises:
+        ValueError: a name that is no field, or see QuantConfig.
+    """
+    values: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {name: {} for name in OPTION_GROUPS}
+    for key, given in options.items():
+        value = None if str(given).lower() in ("none", "null") else given
+        group, _, name = key.rpartition(".")
+        if key not in _list_options():
+            raise ValueError(f"--model_args: no key {key!r}; of the quantizer there are {', '.join(_list_options())}")
+        (groups[group] if group else values)[name] = value
+    return QuantConfig(**values, **{name: OPTION_GROUPS[name](**own) for name, own in groups.items()})
+
+
+def _list_options() -> list[str]:
+    own = [field.name for field in dataclasses.fields(QuantConfig) if field.name not in OPTION_GROUPS]
+    return own + [
+        f"{group}.{field.name}" for group, kind in OPTION_GROUPS.items() for field in dataclasses.fields(kind)
+    ]
 
 
 def register_tasks() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.datatypes import check_choice
-from kbit.spec import BASELINE_BITS, QuantSpec
+from kbit.spec import BASELINE_BITS, QuantSpec, write_table
 from kbit.textdata import identify_text
 
 
@@ -101,6 +101,9 @@ class GptqConfig:
             raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
 
 
+OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
+
+
 @dataclass(frozen=True)
 class QuantConfig(QuantSpec):
     """The quantizer and which tensors it applies to.
@@ -185,7 +188,7 @@ class QuantConfig(QuantSpec):
     def from_json(values: Mapping[str, Any]) -> QuantConfig:
         """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
         known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
-        for name, kind in (("calibration", CalibrationConfig), ("gptq", GptqConfig)):
+        for name, kind in OPTION_GROUPS.items():
             if name in known:
                 known[name] = kind(**known[name])
         return QuantConfig(**known)
@@ -240,6 +243,23 @@ class QuantConfig(QuantSpec):
             options["gptq"] = own
         return options
 
+    @property
+    def distinctions(self) -> dict[str, Any]:
+        """What else the label does not tell and is not at its default: layout, scale_format, gptq.act_order and so on.
+
+        The calibration text is given by the name that the user gave it.
+        """
+        told: tuple[str, ...] = ("bits", "data_type", "exponent_bits", "block_size", "method", "calibration", "gptq")
+        told += ("outlier_fraction", "outlier_selection", "outlier_zscore")
+        if self.scheme is not None:  # which decides the quantizer
+            told += tuple(f.name for f in dataclasses.fields(QuantSpec))
+        others = {name: value for name, value in self.content.items() if name not in told}
+        if "table" in others:
+            others["table"] = write_table(others["table"])
+        if self.method in CALIBRATED and not self.is_baseline:
+            others |= _with_prefix("calibration", differences(self.calibration, CalibrationConfig()))
+        return others | _with_prefix("gptq", self.content.get("gptq", {}))
+
     def _outlier_content(self) -> dict[str, Any]:
         content: dict[str, Any] = {}
         if self.keeps_outliers:
@@ -284,6 +304,10 @@ class QuantConfig(QuantSpec):
             return name
         share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"
         return f"{name} {self.outlier_selection} outliers {share}"
+
+
+def _with_prefix(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in values.items()}
 
 
 def differences(value: Any, default: Any) -> dict[str, Any]:

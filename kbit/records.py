@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.quantconfig import CALIBRATED, QuantConfig
+from kbit.spec import write_table
 
 SCHEMA_VERSION: Final = 1
 
@@ -22,6 +23,7 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "key": pa.string(), "model": pa.string(), "family": pa.string(), "architecture": pa.string(),
     "parameters": pa.int64(), "quantized_parameters": pa.int64(), "dtype": pa.string(),
     "bits": pa.int64(), "data_type": pa.string(), "exponent_bits": pa.int64(), "float_bias": pa.string(),
+    "table": pa.string(),
     "block_size": pa.int64(), "layout": pa.string(), "normalization": pa.string(), "centering": pa.bool_(),
     "scale_format": pa.string(), "rounding": pa.string(), "seed": pa.int64(), "method": pa.string(),
     "method_options": pa.string(), "outlier_fraction": pa.float64(), "outlier_selection": pa.string(),
@@ -94,6 +96,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     if not spec.is_baseline:
         row |= dataclasses.asdict(spec) | {name: quant[name] for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
+        row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(config)
     row["measurements"] = [
         measurement | {"evaluation": _describe_evaluation(experiment, measurement["task"])}

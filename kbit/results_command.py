@@ -14,7 +14,14 @@ if TYPE_CHECKING:  # takes half a second, and --help can do without
 
     from kbit.store import Store
 
-_SHOWN = ["model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"]
+_QUANTIZER = ["model", "bits", "data_type", "block_size"]
+_MEASURED = ["total_bits", "task", "metric", "value", "low", "high", "n"]
+# Shown where not all quantized models have the same.
+_SETTINGS = [
+    "dtype", "exponent_bits", "float_bias", "table", "layout", "normalization", "centering", "scale_format", "rounding",
+    "seed", "method", "method_options", "outlier_fraction", "outlier_selection", "outlier_zscore",
+    "activation_threshold", "include", "exclude",
+]  # fmt: skip
 
 
 def run_results(arguments: list[str]) -> None:
@@ -44,6 +51,19 @@ def select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
         raise ValueError(f'--where {where!r} is no condition, such as "bits == 4"; the columns are {columns}')
     holds: pd.Series[bool] = found.fillna(False).astype(bool)  # a condition on a missing value does not
     return table[holds]
+
+
+def choose_columns(table: pd.DataFrame) -> list[str]:
+    """Return the columns that tell the rows of a table of results apart, and what was measured.
+
+    A float's exponent bits, say, are shown if there are several; what only some types have is no difference.
+    """
+    quantized = table[table["data_type"].notna()]
+    of_types = ("exponent_bits", "float_bias", "table")
+    settings = [name for name in _SETTINGS if quantized[name].nunique(dropna=name in of_types) > 1]
+    ways = table.groupby(["task", "metric"])["evaluation"].nunique()
+    evaluation = ["evaluation"] if (ways > 1).any() else []
+    return [*_QUANTIZER, *settings, *evaluation, *_MEASURED]
 
 
 def show_failures(failures: pd.DataFrame, width: int) -> str:
@@ -80,7 +100,7 @@ def _list(arguments: list[str]) -> None:
     elif options.failures:
         print(show_failures(table, shutil.get_terminal_size().columns))
     else:
-        print(table[_SHOWN].to_string(index=False, na_rep="-"))
+        print(table[choose_columns(table)].to_string(index=False, na_rep="-"))
 
 
 def _delete(arguments: list[str]) -> None:
@@ -98,7 +118,7 @@ def _delete(arguments: list[str]) -> None:
         print(_say_nothing(options))
         return
     what = f"{len(keys)} {'failed ' if options.failures else ''}experiment{'s' if len(keys) > 1 else ''}"
-    shown = table.drop_duplicates("key")[["key", "model", "bits", "data_type", "block_size"]]
+    shown = table.drop_duplicates("key")[["key", *_QUANTIZER]]
     print(shown.to_string(index=False, na_rep="-", max_rows=20))
     if not options.yes and not _ask(f"delete {what} of {options.results}?"):
         raise ValueError("nothing was deleted")

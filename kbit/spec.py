@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -214,3 +214,8 @@ class QuantSpec:
         if self.is_baseline:
             return "16-bit"
         return datatypes.data_type_label(self.data_type, self.bits, self.exponent_bits)
+
+
+def write_table(values: Iterable[float]) -> str:
+    """Return a user's own table as quant.table takes it: [-1, 0.3, 0.5, 1]."""
+    return f"[{', '.join(f'{value:g}' for value in values)}]"

@@ -212,11 +212,12 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
-    (block_size missing: whole tensor; all missing for the 16-bit baseline), method, method_options (what is not at
-    its default, as text), outlier_fraction, outlier_selection, outlier_zscore and activation_threshold (what stays at
-    16 bits), include, exclude, evaluation (values compare only where it is equal), bits_per_param, total_bits,
-    weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n. The
-    table's attrs["store"] is the path, for those who need the items behind a value (read_items).
+    (block_size missing: whole tensor; table as text; all missing for the 16-bit baseline), method, method_options
+    (what is not at its default, as text), outlier_fraction, outlier_selection, outlier_zscore and
+    activation_threshold (what stays at 16 bits), include, exclude, evaluation (values compare only where it is
+    equal), bits_per_param, total_bits, weight_rmse (relative error of the quantized weights), task, metric, value,
+    low, high (95% interval), n. The table's attrs["store"] is the path, for those who need the items behind a value
+    (read_items).
 
     Raises:
         FileNotFoundError: there is no store at path.

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from toy_results import fill, make_result
+from toy_results import fill, make_result, write_and_compact
 
 import kbit.store
 from kbit.config import ModelConfig
@@ -155,19 +155,10 @@ def test_merging_copies_what_is_missing(tmp_path: Path) -> None:
         store.merge(tmp_path / "none")
 
 
-def write_and_compact(path: Path, start: int) -> None:
-    """What one of several drivers does: results, and now and then a compaction."""
-    for number in range(start, start + 60):
-        store = Store(path)
-        store.write(make_result(number))
-        if number % 7 == 0:
-            store.compact()
-
-
 @pytest.fixture
 def writers(tmp_path: Path) -> Iterator[list[Any]]:
     """Two processes that write overlapping results and compact."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads can wait for ever
     processes = [context.Process(target=write_and_compact, args=(tmp_path, start)) for start in (0, 30)]
     yield processes
     for process in processes:

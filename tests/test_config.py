@@ -15,6 +15,32 @@ from kbit.datatypes import PAPER_EXPONENT_BITS
 from kbit.quantconfig import METHODS, CalibrationConfig, GptqConfig, QuantConfig
 from kbit.textdata import locate_text
 
+# Of each field: what else must be set so that it means something, and another value than its default.
+DISTINCT: dict[str, tuple[dict[str, object], object]] = {
+    "bits": ({}, 5),
+    "data_type": ({}, "int"),
+    "exponent_bits": ({}, 2),
+    "float_bias": ({"exponent_bits": 2}, "bnb"),
+    "table": ({"data_type": "table", "table": (-1.0, 1.0)}, (-1.0, 0.0, 1.0)),
+    "block_size": ({}, None),
+    "layout": ({}, "row"),
+    "normalization": ({}, "signed_absmax"),
+    "centering": ({}, True),
+    "scale_format": ({}, "bf16"),
+    "rounding": ({}, "truncate"),
+    "seed": ({"rounding": "stochastic"}, 1),
+    "method": ({}, "hqq"),
+    "calibration": ({"method": "gptq"}, CalibrationConfig(seed=1)),
+    "gptq": ({"method": "gptq"}, GptqConfig(static_groups=True)),
+    "outlier_fraction": ({}, 0.02),
+    "outlier_selection": ({"outlier_fraction": 0.02}, "column"),
+    "outlier_zscore": ({}, 4.0),
+    "activation_threshold": ({"bits": 8, "method": "llm_int8"}, 3.0),
+    "include": ({}, "embed"),
+    "exclude": ({}, "mlp"),
+    "min_coverage": ({}, 0.5),
+}
+
 BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(bits=1), ["bits=1", "2..8", "16"]),
     (lambda: QuantConfig(bits=9), ["bits=9", "2..8", "16"]),
@@ -289,6 +315,25 @@ def test_label_names_model_quantizer_and_block() -> None:
     assert with_quant(data_type="nf", block_size=None).label() == "nano-neox-98k nf4 block whole"
     assert with_quant(method="gptq").label() == "nano-neox-98k float4-e3m0 block 64 gptq"
     assert with_quant(bits=16, method="gptq").label() == "nano-neox-98k 16-bit"
+    assert with_quant(bits=8, method="llm_int8", activation_threshold=3.0).label() == (
+        "nano-neox-98k llm_int8 activation_threshold=3.0"
+    )
+    calibrated = with_quant(method="gptq", gptq=GptqConfig(damping=0.1), calibration=CalibrationConfig(samples=4))
+    assert calibrated.label() == "nano-neox-98k float4-e3m0 block 64 gptq calibration.samples=4 gptq.damping=0.1"
+    mine = with_quant(bits=2, data_type="table", table=(-1.0, 0.5, 1.0), layout="row", exclude="mlp")
+    assert mine.label() == "nano-neox-98k table2 block 64 table=[-1, 0.5, 1] layout=row exclude=mlp"
+    assert Experiment(ModelConfig(dtype="bfloat16"), QuantConfig(bits=16)).label() == (
+        "nano-neox-98k 16-bit dtype=bfloat16"
+    )
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(QuantConfig)])
+def test_no_two_quantizers_have_one_label(name: str) -> None:
+    other = DISTINCT[name]
+    base = QuantConfig(**{"data_type": "float"} | other[0])
+    changed = dataclasses.replace(base, **{name: other[1]})
+    labels = {Experiment(ModelConfig(), quant).label() for quant in (base, changed)}
+    assert (len(labels), base.content == changed.content) == ((2, False) if name != "min_coverage" else (1, True))
 
 
 @pytest.mark.parametrize("text", ["nano_held_out", str(locate_text("nano_held_out"))])

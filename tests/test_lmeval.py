@@ -13,8 +13,8 @@ from lm_eval.tasks import TaskManager
 import kbit.lmeval
 from kbit.config import EvalConfig, Experiment, ModelConfig
 from kbit.experiment import run_experiment
-from kbit.lmeval import QuantizedLM
-from kbit.quantconfig import QuantConfig
+from kbit.lmeval import QuantizedLM, read_options
+from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
 
 ARGUMENTS = "pretrained=nano-neox-98k,bits=4,data_type=nf,block_size=64"
 
@@ -72,6 +72,22 @@ def test_a_whole_tensor_block_is_asked_for_by_none() -> None:
     lm = QuantizedLM.create_from_arg_string(ARGUMENTS.replace("64", "none"), {"batch_size": 1, "device": "cpu"})
     assert lm.report.spec.block_size is None
     assert lm.budget.tokens == 1024  # one sequence at a time is a default of lm-eval's that costs and changes nothing
+
+
+def test_methods_and_outliers_are_asked_for_as_in_an_experiment() -> None:
+    arguments = ARGUMENTS + ",method=gptq,calibration.samples=4,gptq.damping=0.1,outlier_fraction=0.05,exclude=none"
+    lm = QuantizedLM.create_from_arg_string(arguments, {"batch_size": 1, "device": "cpu"})
+    assert lm.quant == QuantConfig(
+        data_type="nf",
+        method="gptq",
+        calibration=CalibrationConfig(samples=4),
+        gptq=GptqConfig(damping=0.1),
+        outlier_fraction=0.05,
+    )
+    assert lm.report.notes["calibration"]["samples"] == 4
+    assert lm.get_model_info()["kbit"]["gptq"]["damping"] == 0.1
+    with pytest.raises(ValueError, match=r"no key 'calibration\.size'.*calibration\.samples"):
+        read_options({"calibration.size": 3})
 
 
 def test_an_unknown_key_is_refused_with_the_known_ones() -> None:

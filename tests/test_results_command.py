@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pandas as pd
 import pytest
 from toy_results import fill, make_result
 
-from kbit.config import ModelConfig
-from kbit.results_command import select_rows, show_failures
+from kbit.config import EvalConfig, ModelConfig
+from kbit.quantconfig import QuantConfig
+from kbit.results_command import choose_columns, select_rows, show_failures
 from kbit.store import Store, list_keys, read_failures, read_results
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py, which starts in tmp_path
@@ -45,6 +47,31 @@ def test_a_condition_on_a_missing_value_does_not_hold() -> None:
     table = pd.DataFrame({"bits": [3, 4], "block_size": pd.array([64, None], dtype="Int64")})
     assert select_rows(table, "block_size >= 64")["bits"].tolist() == [3]
     assert select_rows(table, "bits >= 3 and block_size != 64")["bits"].tolist() == []
+
+
+def test_what_tells_results_apart_is_shown(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    same = dataclasses.replace(make_result(0).experiment, quant=QuantConfig(bits=2, data_type="nf"))
+    tables = [
+        QuantConfig(bits=2, data_type="table", table=table) for table in ((-1.0, 0.3, 0.5, 1.0), (-1.0, 0.0, 1.0))
+    ]
+
+    def shown(*quants: QuantConfig) -> set[str]:
+        for quant in quants:
+            experiment = dataclasses.replace(same, quant=quant)
+            store.write(dataclasses.replace(make_result(0), key=experiment.key, experiment=experiment))
+        return set(choose_columns(read_results(tmp_path)))
+
+    plain = {"model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"}
+    assert shown(QuantConfig(bits=16), same.quant, QuantConfig(data_type="float")) == plain
+    assert shown(tables[0]) == plain
+    assert shown(tables[1]) == plain | {"table"}
+    assert set(read_results(tmp_path)["table"].dropna()) == {"[-1, 0.3, 0.5, 1]", "[-1, 0, 1]"}
+    assert shown(dataclasses.replace(same.quant, scale_format="bf16")) == plain | {"table", "scale_format"}
+    assert shown(dataclasses.replace(same.quant, method="hqq")) == plain | {"table", "scale_format", "method"}
+    limited = dataclasses.replace(same, eval=EvalConfig(limit=3))
+    store.write(dataclasses.replace(make_result(0), key=limited.key, experiment=limited))
+    assert "evaluation" in choose_columns(read_results(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,21 @@ def test_table_1_holds_ours_and_the_papers(planted: pd.DataFrame) -> None:
 
 
 def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
-    rows = planted.head(3).assign(
-        metric="spearman_weight_std",
-        value=[0.7, 0.3, 0.0],
-        task=["proxy/feed_forward", "proxy/attention", "proxy/control"],
+    relations = ["feed_forward", "attention", "control"]
+    rows = pd.DataFrame(
+        [(model, f"proxy/{r}") for model in ("a", "b", "c") for r in relations], columns=["model", "task"]
     )
-    figure = table_2(rows)
-    assert figure.verdict.startswith("Holds: means feed_forward 0.70, attention 0.30, control 0.00")
-    assert set(figure.data["model"]) >= {"opt-1m", "opt-66b"}
-    assert table_2(rows.assign(value=[0.0, 0.3, 0.7])).verdict.startswith("Does not hold")
+    rows = rows.assign(metric="spearman_weight_std")
+    values = [0.7, 0.3, 0.0, 0.8, 0.35, 0.05, 0.75, 0.4, 0.0]
+    figure = table_2(rows.assign(value=values))
+    assert figure.verdict.startswith("Holds: feed_forward less attention +0.40 (")
+    assert set(figure.data["model"]) >= {"a", "opt-66b"}
+    # 0.333 +- 4.303 * 0.0577 / sqrt(3): Student's quantile of two degrees of freedom
+    assert "attention less control +0.33 (+0.19 to +0.48)" in figure.verdict
+    assert table_2(rows.assign(value=[-v for v in values])).verdict.startswith("Does not hold")
+    assert table_2(rows.assign(value=[*values[:6], 0.3, 0.4, 0.0])).verdict.startswith("Undecided")
+    assert table_2(rows.head(3).assign(value=values[:3])).verdict.startswith("Undecided")
+    assert table_2(rows.head(2).assign(value=values[:2])).verdict.startswith("Undecided")
 
 
 def test_published_values_are_the_transcribed_ones() -> None:

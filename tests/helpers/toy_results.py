@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from kbit.config import Experiment, ModelConfig
@@ -42,3 +43,20 @@ def fill(path: Path, numbers: range) -> Store:
     for number in numbers:
         store.write(make_result(number))
     return store
+
+
+def write_and_compact(path: Path, start: int) -> None:
+    """What one of several drivers does: results, and now and then a compaction."""
+    for number in range(start, start + 60):
+        store = Store(path)
+        store.write(make_result(number))
+        if number % 7 == 0:
+            store.compact()
+
+
+def race(path: Path, value: float, start: Barrier) -> None:
+    """Write 50 results as soon as the other process is there too: what each of two writers does."""
+    store = Store(path)
+    start.wait(timeout=120)
+    for number in range(50):
+        store.write(make_result(number, value))
