@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from kbit.sizes import ModelSize, estimate_memory, find_size
     "name", ["nano-neox-98k", "nano-gpt2-98k", "nano-opt-98k", "nano-bloom-98k", "nano-stories-260k"]
 )
 def test_an_embedded_models_size_is_that_of_the_loaded_one(name: str) -> None:
-    model = load_model(name).model
+    model: Any = load_model(name).model
     size = find_size(name)
     assert size == ModelSize(
         parameters=sum(parameter.numel() for _, parameter in distinct_parameters(model)),
