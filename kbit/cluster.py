@@ -134,7 +134,12 @@ def _dispatch(
 
 
 def _start_ray(config: RayConfig) -> None:
-    """Start or join Ray, quietly; say which cluster was joined."""
+    """Start or join Ray, quietly; say which cluster was joined.
+
+    Raises:
+        ConnectionError: no cluster at config.address, or Ray does not start.
+        ValueError: an address that Ray does not know.
+    """
     import ray
 
     # Workers must not send this process' output twice, and Ray's usage pings have no place in an offline study.
@@ -143,12 +148,18 @@ def _start_ray(config: RayConfig) -> None:
     local = config.address == "local"
     if ":" in config.address and "://" not in config.address:
         _check_reachable(config.address)
-    context: Any = ray.init(
-        address=config.address,
-        include_dashboard=False if local else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    try:
+        context: Any = ray.init(
+            address=config.address,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # a bare one where its processes take too long, as on a machine with much other work
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"Ray does not start ({reason}); hydra/launcher=basic runs without it") from error
     if not local:
         print(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
         if context.dashboard_url:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.cluster import GPU_SHARE, _count_workers, _dispatch, check_gpus, choose_gpus, count_fitting
+from kbit.cluster import GPU_SHARE, _count_workers, _dispatch, _start_ray, check_gpus, choose_gpus, count_fitting
 from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
 from kbit.quantconfig import QuantConfig
 from kbit.store import Store, list_keys
@@ -83,6 +83,17 @@ def test_more_than_the_cluster_has_is_refused(cluster: Any, config: RayConfig, w
 
 def test_workers_default_to_what_the_cpus_allow(cluster: Any) -> None:
     assert (_count_workers(RayConfig()), _count_workers(RayConfig(cpus_per_worker=2))) == (2, 1)
+
+
+def test_ray_that_does_not_start_is_named_with_the_way_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(**_: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr("ray.init", time_out)
+    with pytest.raises(
+        ConnectionError, match=r"Ray does not start \(The current node timed out .*hydra/launcher=basic"
+    ):
+        _start_ray(RayConfig())
 
 
 def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(cluster: Any, tmp_path: Path) -> None:

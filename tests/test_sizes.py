@@ -26,7 +26,7 @@ def test_an_embedded_models_size_is_that_of_the_loaded_one(name: str) -> None:
     assert size == ModelSize(
         parameters=sum(parameter.numel() for _, parameter in distinct_parameters(model)),
         hidden=model.get_input_embeddings().weight.shape[1],
-        context=getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "seq_length", 2048),
+        context=getattr(model.config, "max_position_embeddings", 0) or model.config.seq_length,  # BLOOM's
         vocabulary=model.config.vocab_size,
     )
 
