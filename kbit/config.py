@@ -22,6 +22,10 @@ from kbit.textdata import identify_text
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
 DTYPES: Final = ("float32", "bfloat16", "float16")
 PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.perplexity
+MAX_WINDOW: Final = 2048  # tokens: what quantization papers use; less where the model's context is shorter
+# A batch size counts sequences of this many tokens. On a CPU 32 of them (1,024 tokens) keep activations in its caches:
+# eight times as many cost a third more time; a GPU wants many more at once.
+TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}
 
 
 @dataclass(frozen=True)
@@ -190,21 +194,23 @@ class RayConfig:
         address: local starts Ray on this machine; auto or host:port joins a running cluster.
         num_workers: workers, each holding one model at a time; None is as many as the CPUs allow.
         cpus_per_worker: CPU threads of each worker.
-        gpus_per_worker: GPUs of each worker; a fraction shares a GPU.
+        gpus_per_worker: GPUs of each worker; a fraction shares a GPU, several hold a model that is larger than one.
+            None: with device=cuda as the memory of the largest model asks for (kbit.sizes), else none.
     """
 
     address: str = "local"
     num_workers: int | None = None
     cpus_per_worker: int = 1
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
             raise ValueError(f"ray.num_workers={self.num_workers} is not >= 1 (null: as many as the CPUs allow)")
         if self.cpus_per_worker < 1:
             raise ValueError(f"ray.cpus_per_worker={self.cpus_per_worker} is not >= 1")
-        if not self.gpus_per_worker >= 0:  # so that NaN is refused, too
-            raise ValueError(f"ray.gpus_per_worker={self.gpus_per_worker:g} is not >= 0")
+        gpus = self.gpus_per_worker
+        if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):  # Ray shares one GPU, not several
+            raise ValueError(f"ray.gpus_per_worker={gpus:g} is not >= 0, and whole above 1 (null: by the model's size)")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from kbit import provenance
-from kbit.config import EvalConfig, Experiment, ModelConfig
+from kbit.config import MAX_WINDOW, EvalConfig, Experiment, ModelConfig
 from kbit.coverage import QuantizationReport, plan_quantization
 from kbit.evaluation import Prepared, PreparedTask, TaskScores, prepare_task, score_tasks
 from kbit.families import family_of, identify_model
@@ -22,7 +22,6 @@ from kbit.methods import copy_weights, quantize_model, restore_weights
 from kbit.methods.llm_int8 import describe_products
 from kbit.models import LoadedModel, hash_weights, load_model
 from kbit.perplexity import (
-    MAX_WINDOW,
     Reference,
     TextScores,
     Windows,
@@ -102,6 +101,7 @@ class Result:
             empty in results from before they were kept.
         scorer: how log-likelihoods were computed, see kbit.scorer; batch_tokens: at once, after any lack of memory; 1:
             a row at a time.
+        tokens: sent to the model in all, shared beginnings counted with each request; 0 in results from before.
         features: the dimensions that are large most often, if eval.features asks for them, see kbit.features.
         weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
         method_notes: what the method says of itself, see QuantizationReport.notes.
@@ -135,6 +135,7 @@ class Result:
     items: tuple[ItemValues, ...] = ()
     scorer: str = ""
     batch_tokens: int = 0
+    tokens: int = 0
     features: tuple[Feature, ...] = ()
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
@@ -148,17 +149,20 @@ class Session:
 
     Args:
         prepared: of an earlier session, to render and tokenize the same tasks once.
+        gpus: see load_model.
 
     Raises:
         ValueError: the model's folder was changed while it was read; or see load_model.
         OSError: see load_model.
     """
 
-    def __init__(self, model: ModelConfig, device: str = "cpu", prepared: Prepared | None = None) -> None:
+    def __init__(
+        self, model: ModelConfig, device: str = "cpu", prepared: Prepared | None = None, gpus: int = 1
+    ) -> None:
         self.config = model
         self.device = device
         self._identity = identify_model(model.name)
-        self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device)
+        self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device, gpus=gpus)
         _check_read(model.name, identify_model(model.name), self._identity)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._prepared = Prepared() if prepared is None else prepared
@@ -207,6 +211,7 @@ class Session:
         weights_hash = hash_weights(model)
         self._scorer.set_batch_size(config.batch_size)
         tasks = self._prepare_tasks(config, data["tasks"])
+        sent_before = self._scorer.sent
         scores = score_tasks(self._scorer, tasks)
         text, of_text = self._measure_text(config, data, reference)
         features, of_features = self._measure_features(config, data)
@@ -222,6 +227,7 @@ class Session:
             tasks=tuple(_record_task(prepared.loaded, scores) for prepared in tasks),
             text=text,
             truncated=sum(scores.truncated.values()),
+            tokens=self._scorer.sent - sent_before + (text.windows * text.window_length if text else 0),
         )
 
     def _describe(self, experiment: Experiment, report: QuantizationReport) -> Result:

@@ -23,11 +23,11 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex  # private, but lm-eval 
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from kbit.budget import TokenBudget
-from kbit.config import NANO_TASKS, EvalConfig
+from kbit.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.methods import quantize_model
 from kbit.models import load_model
 from kbit.quantconfig import OPTION_GROUPS, QuantConfig
-from kbit.scorer import TOKENS_PER_SEQUENCE, Scorer
+from kbit.scorer import Scorer
 from kbit.taskfiles import EMBEDDED_TASKS
 from kbit.tasks import JsonFiles, complete_definition
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kbit.config import DTYPES
 from kbit.datatypes import check_choice
 from kbit.families import locate_model
+from kbit.placement import spread_model
 from kbit.quiet import silence_libraries
 
 
@@ -35,11 +36,12 @@ class LoadedModel:
     revision: str
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+def load_model(name: str, *, dtype: str = "float32", device: str = "cpu", gpus: int = 1) -> LoadedModel:
     """Load a model by short name, local folder or hub id: safetensors only, no remote code.
 
     The weights are first rounded to 16 bits (the checkpoint's dtype if it is one of 16 bits, float16 if it is float32),
-    since the baseline of every curve is the 16-bit model, then cast to dtype, in which the model computes.
+    since the baseline of every curve is the 16-bit model, then cast to dtype, in which the model computes. With device
+    cuda and gpus > 1 its blocks are spread over so many GPUs (kbit.placement).
 
     Raises:
         ValueError: unknown name or dtype, or weights that are not finite.
@@ -68,7 +70,11 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> Loa
     module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
     for parameter in module.parameters():  # not buffers: rotary frequencies stay float32, as transformers keeps them
         parameter.data = parameter.data.to(checkpoint_dtype).to(getattr(torch, dtype))
-    module.to(device=device).eval()
+    module.eval()
+    if gpus > 1:
+        spread_model(model, gpus)
+    else:
+        module.to(device=device)
     check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
     revision = hash_folder(Path(location)) if Path(location).is_dir() else str(config._commit_hash)
     return LoadedModel(model, tokenizer, str(checkpoint_dtype).removeprefix("torch."), revision)

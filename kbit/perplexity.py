@@ -40,7 +40,6 @@ from kbit.methods.llm_int8 import sees_whole_input
 from kbit.scorer import NonFiniteError, Scorer, splits_at_head
 from kbit.textdata import read_documents
 
-MAX_WINDOW: Final = 2048  # tokens: what quantization papers use; less where the model's context is shorter
 _MARGIN: Final = 64  # tokens at a cut that may differ from those of the whole text
 _CHARACTERS_PER_TOKEN: Final = 8  # more than a tokenizer's usual 3 to 5, so that one attempt is enough
 

@@ -39,7 +39,9 @@ def describe_device(device: str) -> str:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return the peak memory so far: of the card's allocator, or of this process on the CPU."""
+    """Return the peak memory so far: of the allocators of all cards used, or of this process on the CPU."""
+    if device == "cuda":
+        return sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

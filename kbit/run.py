@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +14,9 @@ from kbit.config import RunConfig
 if TYPE_CHECKING:  # pandas, which a refused configuration need not wait for
     import pandas as pd
 
+    from kbit.estimate import Estimator
     from kbit.store import Store
-    from kbit.sweep import Plan
+    from kbit.sweep import Outcome, Plan
 
 
 def to_run_config(config: DictConfig) -> RunConfig:
@@ -32,30 +34,32 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
 
     Prints the plan, and the failures if there are any. Exits with 1 unless every asked result exists.
     """
+    from kbit.estimate import Estimator
     from kbit.files import check_writable
     from kbit.store import Store
-    from kbit.sweep import compact_quietly, finish, run_in_process, run_on_ray
+    from kbit.sweep import compact_quietly, finish
 
     settings = configs[0]
     try:
         plan = _make_plan(configs, engine, plan_only=plan_only)
         if plan_only:
             check_writable(settings.results)
-            print(plan.describe())
-            return
-        store = Store(settings.results)
-        if engine == "ray" and store.root.startswith("memory://"):
-            raise ValueError(f"results={store.root}: no other process sees it; use hydra/launcher=basic")
+        else:
+            store = Store(settings.results)
+            if engine == "ray" and store.root.startswith("memory://"):
+                raise ValueError(f"results={store.root}: no other process sees it; use hydra/launcher=basic")
         print(plan.describe())
+        estimator = Estimator(settings.device)
+        if plan.to_run and (plan_only or len(configs) > 1):
+            print(_estimate(plan, estimator, settings, engine))
     except (ValueError, OSError) as error:
         fail(str(error))
+    if plan_only:
+        return
     if plan.to_run:
         try:
-            if engine == "process":
-                outcomes = run_in_process(plan.to_run, store.root, settings.device)
-            else:
-                outcomes = run_on_ray(plan.to_run, store.root, settings.device, settings.ray)
-            finish(outcomes, plan, fail_fast=settings.fail_fast, store=store)
+            outcomes = _start(plan, estimator, settings, engine, store.root)
+            finish(outcomes, plan, fail_fast=settings.fail_fast, store=store, estimator=estimator)
         except (ValueError, OSError) as error:
             fail(str(error))
         except KeyboardInterrupt:
@@ -63,6 +67,33 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
             sys.exit(130)
         compact_quietly(store)
     _report(configs, settings, store)
+
+
+def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, store_path: str) -> Generator[Outcome]:
+    """Return the outcomes of a plan as they come; the work begins with the first."""
+    from kbit.cluster import run_on_ray
+    from kbit.sweep import run_in_process
+
+    if engine == "process":
+        return run_in_process(plan.to_run, store_path, settings.device)
+    memory = estimator.predict_memory(plan.to_run)
+    return run_on_ray(plan.to_run, store_path, settings.device, settings.ray, estimator.cost_of, memory)
+
+
+def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:
+    """Return what a plan will take, as far as the store's results and the models' sizes tell."""
+    workers: int | None = 1
+    threads = settings.ray.cpus_per_worker
+    if engine == "process":
+        import torch  # takes a second; a run needs it anyway
+
+        threads = torch.get_num_threads()
+    elif settings.device == "cpu" and settings.ray.address == "local":
+        workers = settings.ray.num_workers or max(1, (os.cpu_count() or 1) // threads)
+    else:
+        workers = settings.ray.num_workers  # how many fit is known only of a running cluster
+    estimator.learn_stored(settings.results, plan.to_run, threads)
+    return estimator.describe(plan.to_run, None if workers is None else min(workers, len(plan.to_run)))
 
 
 def _make_plan(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) -> Plan:
@@ -96,6 +127,8 @@ def _check_device(settings: RunConfig, engine: str) -> None:
         return
     if engine == "ray" and settings.ray.gpus_per_worker == 0:
         raise ValueError(f"device={settings.device} on Ray needs ray.gpus_per_worker > 0, such as 1 or 0.5")
+    if engine == "ray" and settings.device != "cuda":
+        raise ValueError(f"device={settings.device}: Ray chooses each worker's GPU; use device=cuda")
     if engine == "process" or settings.ray.address == "local":
         from kbit.models import check_device
 

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.budget import TokenBudget
+from kbit.config import TOKENS_PER_SEQUENCE
 from kbit.head import score_targets
 from kbit.layout import Batch, Query, Row, build_batch, find_visible, order_rows, share_prefixes, take_batch
 from kbit.methods.llm_int8 import sees_whole_input
@@ -41,9 +42,6 @@ Asked = tuple[tuple[str, str], ...]  # the texts of one call's requests
 PREFIX_SHARING: Final = frozenset(
     {"bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi", "qwen2", "qwen3"}
 )
-# A batch size counts sequences of this many tokens. On a CPU 32 of them (1,024 tokens) keep activations in its caches:
-# eight times as many cost a third more time; a GPU wants many more at once.
-TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}
 # A row of several sequences has at most so many tokens: its attention mask grows with their square, 4 bytes a pair of
 # tokens in float32 and 4 of truth values while it is made, 130 MB.
 LONGEST_SHARED_ROW: Final = 4096
@@ -81,6 +79,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
     Attributes:
         budget: of a forward pass; halved when memory runs out.
         truncated: requests so far whose context or continuation lost tokens to the model's context length.
+        sent: tokens of all requests so far, shared beginnings counted with each.
         first_tokens: context and continuation of the first request of the last call, as sent to the model.
         tokens: of the requests asked so far; may be shared with scorers of one identify_tokenizer().
     """
@@ -102,6 +101,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self._path = _choose_path(model)
         self._set_budget(batch_size)
         self.truncated = 0
+        self.sent = 0
         self.first_tokens: tuple[int, ...] = ()
         self.tokens: dict[Asked, list[Request]] = {}
         self._layouts: dict[Asked, _Layout] = {}
@@ -201,6 +201,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         if layout.made_for != (now := (self.path, self._limit_rows(layout.queries))):
             layout.made_for, layout.rows = now, self._arrange(layout.queries)
         self.truncated += layout.truncated
+        self.sent += sum(len(query.tokens) for query in layout.queries)
         self.first_tokens = layout.first_tokens
         results: list[tuple[float, bool]] = [(0.0, False)] * len(layout.requests)
         todo, done = layout.rows, 0

@@ -239,7 +239,7 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
             "reason": record["reason"],
             "finished": record["finished"],
         }
-        for record in _read_records(path, "failures")
+        for record in read_records(path, "failures")
     ]
     columns = ["key", "model", "bits", "data_type", "block_size", "reason", "finished"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
@@ -254,7 +254,7 @@ def read_provenance(path: str | Path = "results") -> pd.DataFrame:
     rows = [
         {name: record[name] for name in ("git_commit", "device", "finished")}
         | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
-        for record in _read_records(path, "experiments")
+        for record in read_records(path, "experiments")
     ]
     table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
     origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
@@ -288,7 +288,7 @@ def read_items_by_task(
         FileNotFoundError: there is no store at path.
     """
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for record in _read_records(path, "experiments", keys):
+    for record in read_records(path, "experiments", keys):
         for items in record.get("items", ()):
             if items["metric"] == metric:
                 found.setdefault(items["task"], {})[record["key"]] = decode_items(ItemValues(**items))
@@ -305,7 +305,7 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
         FileNotFoundError: there is no store at path.
     """
     rows = []
-    for record in _read_records(path, "experiments", keys):
+    for record in read_records(path, "experiments", keys):
         about = {"key": record["key"], "model": record["experiment"]["model"]["name"]}
         for feature in record.get("features", ()):
             own = {name: feature[name] for name in ("dimension", "is_feature", "layers", "positions", "one_sided")}
@@ -314,8 +314,8 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
     return pd.DataFrame(rows, columns=[*columns, "share", "largest"])
 
 
-def _read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of these keys that are there, by key; None: all."""
+def read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of these keys that are there, by key; None: all. kind: experiments or failures."""
     files = _open_existing(path)
     if kind == "failures":
         names = files.names(kind, ".json")

@@ -15,7 +15,7 @@ import chaos_driver
 import psutil
 import pytest
 
-from kbit.store import Store, _read_records
+from kbit.store import Store, read_records
 
 EXPERIMENTS = 40
 SEED = 20
@@ -86,7 +86,7 @@ def test_every_result_is_there_once_after_kills_of_workers_and_drivers(
     second.kill()
     assert third.wait(timeout=100) == 0
 
-    records = list(_read_records(tmp_path, "experiments"))
+    records = list(read_records(tmp_path, "experiments"))
     expected = [chaos_driver.make_record(e.key) for e in chaos_driver.list_experiments(0, EXPERIMENTS)]
     assert {(r["key"], r["value"]) for r in records} == {(r.key, r.value) for r in expected}
     assert len(records) == EXPERIMENTS == len(Store(tmp_path).finished_keys())

@@ -122,13 +122,16 @@ def test_settings_of_a_sweep_cannot_be_swept(kbit: Kbit, tmp_path: Path) -> None
 def test_plan_says_what_would_run_and_writes_nothing(kbit: Kbit, tmp_path: Path) -> None:
     done = kbit("plan", "quant.bits=3,4,4,16", "quant.data_type=int,nf")
     assert done.code == 0
-    assert done.out == "8 asked, 5 distinct, 0 done, 5 to run\n"
+    plan, work = done.out.splitlines()
+    assert plan == "8 asked, 5 distinct, 0 done, 5 to run"
+    assert work.startswith("tokens to score: about ")
+    assert "; time: unknown until the first result; memory: about 0.8 GB a worker" in work
     assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
     done = kbit("plan", "quant.bits=3,4", "quant.data_type=int", *SMALL)
-    assert done.out == "2 asked, 2 distinct, 1 done, 1 to run\n"
+    assert done.out.splitlines()[0] == "2 asked, 2 distinct, 1 done, 1 to run"
 
 
 def test_plan_of_a_ready_study(kbit: Kbit) -> None:
@@ -229,7 +232,9 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["-m", "quant.bits=3,9", BASIC], ["bits=9", "2..8"]),
     (["-m", "hydra/launcher=slurm"], ["slurm", "basic", "kbit"]),
     (["-m", "ray.address=nonsense"], ["nonsense"]),
-    (["-m", "device=cuda"], ["device=cuda", "ray.gpus_per_worker"]),
+    (["-m", "device=cuda", "ray.gpus_per_worker=0"], ["device=cuda", "ray.gpus_per_worker > 0"]),
+    (["-m", "device=cuda:1"], ["device=cuda:1", "use device=cuda"]),
+    (["-m", "ray.gpus_per_worker=1.5"], ["ray.gpus_per_worker=1.5", "whole above 1"]),
 ]
 
 

@@ -79,6 +79,9 @@ BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: RayConfig(num_workers=0), ["ray.num_workers=0", ">= 1"]),
     (lambda: RayConfig(cpus_per_worker=0), ["ray.cpus_per_worker=0", ">= 1"]),
     (lambda: RayConfig(gpus_per_worker=-0.5), ["ray.gpus_per_worker=-0.5", ">= 0"]),
+    (lambda: RayConfig(gpus_per_worker=1.5), ["ray.gpus_per_worker=1.5", "whole above 1"]),
+    (lambda: RayConfig(gpus_per_worker=float("nan")), ["ray.gpus_per_worker=nan", ">= 0"]),
+    (lambda: RayConfig(gpus_per_worker=float("inf")), ["ray.gpus_per_worker=inf", ">= 0"]),
 ]
 
 

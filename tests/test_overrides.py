@@ -54,7 +54,7 @@ def test_a_study_that_is_not_well_formed_is_refused(kbit: Kbit, tmp_path: Path, 
         (["+sweeps=[nano/quick,nano/all]"], ["+sweeps=nano/quick,nano/all"]),
         (["+sweeps=nano/quick", "+sweeps=nano/all"], ["+sweeps=nano/quick,nano/all"]),
         (["results=/proc/x"], ["cannot write to /proc"]),
-        (["device=cuda"], ["device=cuda", "ray.gpus_per_worker"]),
+        (["device=cuda", "ray.gpus_per_worker=0"], ["device=cuda", "ray.gpus_per_worker"]),
     ],
     ids=lambda value: value[0],
 )
@@ -75,7 +75,7 @@ def test_an_exclusion_without_effect_is_a_warning(kbit: Kbit, tmp_path: Path) ->
         tmp_path, HEAD + "  grids: [{quant.bits: [3, 4]}]\n  exclude: [{quant.bits: 3}, {quant.bits: 7}]\n"
     )
     done = kbit("plan", *study)
-    assert done.out == "1 asked, 1 distinct, 0 done, 1 to run\n"
+    assert done.out.startswith("1 asked, 1 distinct, 0 done, 1 to run\n")
     assert done.err == "kbit: warning: study.exclude={'quant.bits': 7} leaves out no point of the grids\n"
     assert kbit("plan", *study, "quant.bits=4").err == ""  # what was not asked for cannot be left out
 

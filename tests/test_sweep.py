@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
+from kbit.config import EvalConfig, Experiment, ModelConfig
+from kbit.estimate import format_seconds
 from kbit.families import EMBEDDED
 from kbit.files import LocalFiles
 from kbit.logfile import log_output
 from kbit.quantconfig import QuantConfig
 from kbit.store import Store, list_keys, read_failures, read_results
-from kbit.sweep import (
-    Outcome,
-    Plan,
-    Worker,
-    _count_workers,
-    _dispatch,
-    _take,
-    check_experiment,
-    finish,
-    make_plan,
-    run_in_process,
-)
+from kbit.sweep import Outcome, Plan, Worker, check_experiment, finish, make_plan, run_in_process
 
 SMALL = EvalConfig(tasks=(), perplexity_windows=4)
 MODEL = "nano-neox-98k"
@@ -161,23 +151,6 @@ def test_unknown_name_is_refused_before_any_work(experiment: Experiment, words: 
         check_experiment(experiment)
 
 
-def test_worker_takes_its_own_model_first() -> None:
-    pending = [make_experiment(4, "a"), make_experiment(4, "b"), make_experiment(5, "b")]
-    taken = _take(pending, ModelConfig("b"), {ModelConfig("a"), ModelConfig("b")})
-    assert taken == make_experiment(4, "b")
-    assert len(pending) == 2
-
-
-def test_worker_then_takes_a_model_that_nobody_holds() -> None:
-    pending = [make_experiment(4, "a"), make_experiment(4, "b"), make_experiment(4, "c")]
-    assert _take(pending, ModelConfig("x"), {ModelConfig("a"), ModelConfig("b")}).model.name == "c"
-
-
-def test_worker_else_helps_with_any_model() -> None:
-    pending = [make_experiment(4, "a"), make_experiment(4, "b")]
-    assert _take(pending, None, {ModelConfig("a"), ModelConfig("b")}).model.name == "a"
-
-
 def test_experiments_run_and_are_stored(tmp_path: Path) -> None:
     plan, failures = run([make_experiment(bits) for bits in (3, 8, 16)], tmp_path)
     assert failures == []
@@ -259,6 +232,29 @@ def test_a_store_that_cannot_be_compacted_does_not_stop_a_sweep(
     assert "is damaged" in capsys.readouterr().err
 
 
+def test_progress_says_what_is_left_by_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large = (make_experiment(4, f"nano-neox-{size}") for size in ("98k", "1m"))
+    plan = make_plan([small, dataclasses.replace(small, quant=QuantConfig(bits=3)), large], tmp_path / "none")
+    assert plan.to_run[0] == large
+    took = {large: 600.0, small: 120.0}  # the third is like the second
+
+    def outcomes() -> Generator[Outcome]:
+        for experiment in plan.to_run:
+            yield Outcome(experiment, "", working=("another",), seconds=took.get(experiment, 120.0))
+
+    finish(outcomes(), plan, fail_fast=False)
+    lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    by_cost = 600 * 231_168 / 1_298_016  # seconds, until one of the small model was measured
+    assert lines == [f"done, about {format_seconds(by_cost)} left", "done, about 2 min left", "done"]
+
+
+def test_progress_says_nothing_of_time_before_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan([make_experiment(4), make_experiment(5)], tmp_path / "none")
+    outcomes = (Outcome(experiment, "broken", seconds=3.0) for experiment in plan.to_run)
+    assert len(finish(outcomes, plan, fail_fast=False)) == 2
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["broken", "broken"]
+
+
 def test_each_experiment_has_a_log(tmp_path: Path) -> None:
     """Of all that its process prints, C code included, if the process is a worker's own."""
     path = tmp_path / "logs" / "0.log"
@@ -269,63 +265,3 @@ def test_each_experiment_has_a_log(tmp_path: Path) -> None:
     assert re.sub(r"\S+ (first|again)", r"\1", path.read_text()) == "first\nfrom below Python\nagain\n"
     with log_output(None, "a store behind a URL", redirect=True):
         pass
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Ray with two CPUs and no GPU."""
-    import ray
-
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
-
-
-def make_fragile_actor(ray: Any, poisoned: str) -> Any:
-    """An actor class like Worker, which ends its own process at one experiment; its result is its process id."""
-
-    class Fragile:  # in a function, so that Ray sends the class itself: workers cannot import this file
-        def run(self, experiment: Experiment) -> Outcome:
-            if experiment.key == poisoned:
-                os._exit(9)
-            return Outcome(experiment, "")
-
-    return ray.remote(Fragile).options(num_cpus=1, max_restarts=0)
-
-
-def test_experiment_that_kills_its_worker_twice_fails_and_the_others_finish(cluster: Any, tmp_path: Path) -> None:
-    experiments = [make_experiment(bits) for bits in (3, 4, 5, 6)]
-    actor = make_fragile_actor(cluster, poisoned=experiments[1].key)
-    started: list[Any] = []
-
-    def start_worker() -> Any:
-        started.append(actor.remote())
-        return started[-1]
-
-    outcomes = list(_dispatch(list(experiments), start_worker, 2, Store(tmp_path)))
-    failed = {outcome.experiment.key: outcome.error for outcome in outcomes if outcome.error}
-    assert failed.keys() == {experiments[1].key}
-    assert "the worker died 2 times" in failed[experiments[1].key]
-    assert {outcome.experiment.key for outcome in outcomes} == {experiment.key for experiment in experiments}
-    assert list_keys(tmp_path) == (set(), {experiments[1].key})
-    assert len(started) == 4  # two at the start, and one for each death
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (RayConfig(gpus_per_worker=1), "1 workers .*ray.gpus_per_worker=1 .* 2 CPUs and 0 GPUs"),
-        (RayConfig(num_workers=100), "100 workers .* 2 CPUs and 0 GPUs"),
-        (RayConfig(cpus_per_worker=64), "ray.cpus_per_worker=64 .* 2 CPUs and 0 GPUs"),
-    ],
-    ids=["a GPU", "100 workers", "64 CPUs"],
-)
-def test_more_than_the_cluster_has_is_refused(cluster: Any, config: RayConfig, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        _count_workers(config)
-
-
-def test_workers_default_to_what_the_cpus_allow(cluster: Any) -> None:
-    assert (_count_workers(RayConfig()), _count_workers(RayConfig(cpus_per_worker=2))) == (2, 1)

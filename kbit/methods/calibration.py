@@ -27,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from kbit.config import MAX_WINDOW
 from kbit.methods.weight import Weight
-from kbit.perplexity import MAX_WINDOW, Windows, make_windows
+from kbit.perplexity import Windows, make_windows
 from kbit.quantconfig import QuantConfig
 
 TOKENS_AT_ONCE: Final = 2048  # of a forward pass: one of the published code's sequences

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kbit.cluster import _dispatch, _start_ray
 from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
 from kbit.quantconfig import QuantConfig
 from kbit.store import Store
-from kbit.sweep import Outcome, _dispatch, _start_ray, compact_quietly, finish, make_plan
+from kbit.sweep import Outcome, compact_quietly, finish, make_plan
 
 SECONDS = 0.2  # of an experiment
 
