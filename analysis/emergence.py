@@ -120,12 +120,15 @@ def judge_features(ours: pd.DataFrame) -> str:
         f"the most frequent dimension is large in up to {ours['layers'].max():.0%} of layers, at up to "
         f"{ours['positions'].max():.1%} of positions",
     ]
-    if len(some):
-        loss = np.log(some["perplexity"])
-        removed, random = (some[name] - loss for name in ("loss_without", "loss_without_random"))
-        parts.append(
-            f"zeroing the features adds {removed.mean():+.3f} nats on average, as many random dimensions "
-            f"{random.mean():+.3f}; top-1 probability {some['top1'].mean():.3f} becomes "
-            f"{some['top1_without'].mean():.3f} and {some['top1_without_random'].mean():.3f}"
-        )
+    controlled = some[some["loss_without_random"].notna()]  # where there are as many other dimensions
+    if len(shown := controlled if len(controlled) else some):
+        loss = np.log(shown["perplexity"])
+        removed, random = ((shown[name] - loss).mean() for name in ("loss_without", "loss_without_random"))
+        nats = f"zeroing the features adds {removed:+.3f} nats on average"
+        top1 = f"top-1 probability {shown['top1'].mean():.3f} becomes {shown['top1_without'].mean():.3f}"
+        if len(controlled):
+            nats += f", as many random dimensions {random:+.3f}"
+            top1 += f" and {shown['top1_without_random'].mean():.3f}"
+        few = f" (of the {len(shown)} with as many other dimensions)" if len(shown) < len(some) else ""
+        parts += [nats + few, top1]
     return "; ".join(parts) + "."

@@ -44,6 +44,13 @@ def test_ours_stand_beside_the_papers(planted: pd.DataFrame) -> None:
     assert len(figure.data) == 3 + len(read_published("features"))
 
 
+def test_without_as_many_other_dimensions_there_is_no_control(planted: pd.DataFrame) -> None:
+    rows = plant(planted)
+    verdict = FIGURES["features"](rows[~rows["metric"].str.endswith("_without_random")]).verdict
+    assert "adds +2.000 nats on average; top-1 probability 0.400 becomes 0.200." in verdict
+    assert "nan" not in verdict
+
+
 def test_a_model_counts_once_at_16_bits_and_criteria_are_said_and_not_mixed(planted: pd.DataFrame) -> None:
     rows = plant(planted)
     is_feature = rows["task"] == "features/text"
