@@ -182,6 +182,8 @@ class Experiment:
         others = dict(self.quant.distinctions)
         if self.model.dtype != ModelConfig.dtype:
             others["dtype"] = self.model.dtype
+        if self.eval.task_path is not None:
+            others["task_path"] = self.eval.task_path
         more = "".join(f" {name}={value}" for name, value in others.items())
         return f"{self.model.name} {self.quant.label()}{block}{method}{more}"
 

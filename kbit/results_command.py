@@ -69,9 +69,9 @@ def choose_columns(table: pd.DataFrame) -> list[str]:
 def show_failures(failures: pd.DataFrame, width: int) -> str:
     """Return failed experiments as text for a terminal of this width: what failed, and below it why."""
     blocks = []
-    rows: Any = failures.astype({"block_size": object}).fillna({"block_size": "whole"}).itertuples()
+    rows: Any = failures.itertuples()
     for row in rows:
-        head = f"{row.key}  {row.model}  {row.bits}-bit {row.data_type}, block {row.block_size}  {row.finished}"
+        head = f"{row.key}  {row.label or f'{row.model} {row.bits}-bit {row.data_type}'}  {row.finished}"
         reason = textwrap.fill(
             str(row.reason), max(width, 40), initial_indent="    ", subsequent_indent="    ", break_long_words=False
         )

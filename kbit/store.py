@@ -62,6 +62,7 @@ class Failure:
     reason: str
     traceback: str
     finished: str
+    label: str
 
 
 class Store:
@@ -112,7 +113,9 @@ class Store:
         name = f"failures/{experiment.key}.json"
         self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files.create(name, _encode(Failure(experiment.key, experiment, reason, traceback, now)))
+        self._files.create(
+            name, _encode(Failure(experiment.key, experiment, reason, traceback, now, experiment.label()))
+        )
 
     def compact(self, at_least: int = 0) -> int:
         """Put the JSON files of finished experiments into Parquet files; return how many.
@@ -230,10 +233,11 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
-    """Return the failed experiments: key, model, bits, data_type, block_size, reason, finished."""
+    """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
     rows = [
         {
             "key": record["key"],
+            "label": record.get("label", ""),  # failures from before have none
             "model": record["experiment"]["model"]["name"],
             **{name: record["experiment"]["quant"][name] for name in ("bits", "data_type", "block_size")},
             "reason": record["reason"],
@@ -241,7 +245,7 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
         }
         for record in read_records(path, "failures")
     ]
-    columns = ["key", "model", "bits", "data_type", "block_size", "reason", "finished"]
+    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 

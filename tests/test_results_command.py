@@ -90,7 +90,7 @@ def test_nothing_found_is_said(kbit: Kbit, store: Store, arguments: list[str], m
 def test_failures_fit_a_terminal(kbit: Kbit, store: Store) -> None:
     shown = show_failures(read_failures("results"), width=80)
     assert max(map(len, shown.splitlines()[1:])) <= 80
-    assert "toy-9" in shown.splitlines()[0]
+    assert f"  {make_result(9).experiment.label()}  " in shown.splitlines()[0]
     assert " ".join(shown.split()).count("a long reason") == 20
     assert "a long reason" in kbit("results", "--failures").out
 
