@@ -25,7 +25,7 @@ from kbit.analysis.drawing import (
 from kbit.analysis.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.panels import format_bits
 from kbit.analysis.published import TOLERANCE, compare_anchors, read_published
-from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, name_range, tabulate_verdicts
+from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, name_range, tabulate_verdicts
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -163,13 +163,14 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         f"Best over most budgets: {leader} of {len(tried)} variants (data type, block size, method, outliers) by "
         f"measure. The claim for 4 bits: {tested}."
     )
-    left = int((table["grade"] == NO_CONTEST).sum())
+    left, untried = (int((table["grade"] == why).sum()) for why in (NO_CONTEST, NOT_TRIED))
     data, table = table, table.groupby(["family", "measure"], sort=False).head(MOST_VARIANTS)
     more = ""
     if len(data) > len(table):
         more = f"Table: of each family and measure the {MOST_VARIANTS} variants with the most points; the CSV has "
         more += f"{len(data) - len(table)} more."
     alone = f"Not counted: {left} with one quantized precision, which met 16 bits alone." if left else ""
+    alone += f" Not tried: {untried} more variants; --where chooses." if untried else ""
     shown = pd.DataFrame(
         {
             "family": table["family"],

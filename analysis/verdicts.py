@@ -13,6 +13,7 @@ from kbit.analysis.curves import (
     TIE,
     VARIANT,
     AmbiguousResults,
+    Measure,
     bound_budgets,
     is_contest,
     precision_curves,
@@ -22,6 +23,8 @@ from kbit.analysis.panels import format_bits
 from kbit.analysis.selections import rank_setting
 
 MOST_VARIANTS: Final = 4  # of a family and measure in a table that is read; the CSV has all
+MOST_TRIALS: Final = 80  # variants that are tried, over all families and measures: 0.03 s each
+NOT_TRIED: Final = "not tried: too many variants; --where chooses"
 NO_CONTEST: Final = "no contest: one quantized precision"
 
 
@@ -29,7 +32,8 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
     """Return the statement "k-bit is optimal" for every family and measure, with its margin.
 
     A variant is a data type with its method, outliers and other settings, and a block size; those with the most points
-    come first. A variant with one quantized precision is listed as NO_CONTEST, without a verdict.
+    come first. A variant with one quantized precision is listed as NO_CONTEST, without a verdict; of a large study's
+    variants the first of each family and measure are tried, MOST_TRIALS in all, and the others listed as NOT_TRIED.
 
     Returns:
         Columns family, data_type, block_size, measure, precisions (that were compared), bits (the one that is best over
@@ -39,6 +43,7 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
         Variants whose curves never meet are left out; a family measured in several ways has one row, with the reason
         as its grade.
     """
+    most = max(MOST_VARIANTS, MOST_TRIALS // max(1, 2 * results["family"].nunique()))  # by accuracy and cross entropy
     rows: list[dict[str, Any]] = []
     for family, of_family in results.groupby("family"):
         for measure in find_measures(of_family):
@@ -47,25 +52,34 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
             except AmbiguousResults as error:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
-            for variant, group in sorted(split_variants(curves), key=rank_variant):
-                bounds = bound_budgets(group)
-                if bounds is None:
-                    continue
-                about = variant | {"measure": measure.name, "lowest": bounds[0][0], "highest": bounds[1][0]}
-                about |= {"keys": " ".join(group["key"])}
-                if not is_contest(group):
-                    rows.append(about | {"precisions": list_bits(group["bits"]), "grade": NO_CONTEST})
-                    continue
-                race = line_up(group, measure, results)
-                trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
-                tested = {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}
-                if tested:
-                    rows.append(about | {"precisions": list_bits(race.values.columns)} | describe_best(tested))
+            rows += judge_variants(curves, measure, results, most)
     columns = ["bits", "share", "gap", "low", "high", "rival", "chance", "grade", "four_bit", "source"]
     columns += ["lowest", "highest", "keys"]
     return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
         {"block_size": "Int64", "bits": "Int64", "rival": "Int64"}
     )
+
+
+def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame, most: int) -> list[dict[str, Any]]:
+    """Return the rows of tabulate_verdicts of one family and measure; at most so many variants are tried."""
+    rows: list[dict[str, Any]] = []
+    tries = 0
+    for variant, group in sorted(split_variants(curves), key=rank_variant):
+        bounds = bound_budgets(group)
+        if bounds is None:
+            continue
+        about = variant | {"measure": measure.name, "lowest": bounds[0][0], "highest": bounds[1][0]}
+        about |= {"keys": " ".join(group["key"]), "precisions": list_bits(group["bits"])}
+        contest = is_contest(group)
+        if not contest or tries == most:
+            rows.append(about | {"grade": NOT_TRIED if contest else NO_CONTEST})
+            continue
+        tries += 1
+        race = line_up(group, measure, results)
+        trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
+        if tested := {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}:
+            rows.append(about | {"precisions": list_bits(race.values.columns)} | describe_best(tested))
+    return rows
 
 
 def list_candidates(race: Race) -> list[int]:

@@ -23,7 +23,7 @@ from kbit.analysis.claims import (
 )
 from kbit.analysis.curves import ZERO_SHOT, Measure
 from kbit.analysis.frontier import Draws, find_strongest_rival
-from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, tabulate_verdicts
+from kbit.analysis.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, tabulate_verdicts
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
@@ -215,13 +215,22 @@ def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
     variants = table.groupby(["family", "measure"])[["data_type", "block_size"]]
     assert (variants.size() > MOST_VARIANTS).all()  # the table that is drawn shows some, the CSV all
     assert not table.duplicated(["family", "measure", "data_type", "block_size"]).any()
-    table = table[table["grade"] != NO_CONTEST]
+    table = table[~table["grade"].isin([NO_CONTEST, NOT_TRIED])]
     best = table[(table["data_type"] == "float") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
     assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 8, 16"] * 2
     assert set(table["grade"]) <= {"holds", "does not hold", "undecided"}
     for low, high, grade in zip(table["low"], table["high"], table["grade"], strict=True):
         assert grade == ("holds" if low > 0 else "does not hold" if high < 0 else "undecided")
     assert (table["share"] <= 1).all()
+
+
+def test_of_many_variants_the_first_are_tried(planted: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tabulate_verdicts(planted)
+    monkeypatch.setattr("kbit.analysis.verdicts.MOST_TRIALS", 2)
+    few = tabulate_verdicts(planted)
+    assert few["keys"].tolist() == whole["keys"].tolist()
+    assert set(few[few["grade"] != NO_CONTEST].groupby(["family", "measure"])["bits"].count()) == {MOST_VARIANTS}
+    assert few.loc[few["bits"].isna(), "grade"].isin([NO_CONTEST, NOT_TRIED]).all()
 
 
 def test_a_family_measured_in_two_ways_is_listed_with_the_reason(planted: pd.DataFrame) -> None:
