@@ -97,18 +97,8 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
                 rows.append(row | describe_fit(law, points) | {"keys": keys})
             except TooFewPoints as error:
                 rows.append(row | {"reason": str(error)})
-    columns = [
-        "points",
-        "r2",
-        "rmse",
-        "worst",
-        "held_out",
-        "held_out_rmse",
-        "inside",
-        "naive_rmse",
-        "parameters",
-        "keys",
-    ]
+    columns = ["points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse", "parameters"]
+    columns += ["keys"]
     return pd.DataFrame(rows, columns=["family", "law", *columns, "reason"])
 
 

@@ -171,7 +171,15 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         more += f"{len(data) - len(table)} more."
     alone = f"Not counted: {left} with one quantized precision, which met 16 bits alone." if left else ""
     alone += f" Not tried: {untried} more variants; --where chooses." if untried else ""
-    shown = pd.DataFrame(
+    note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
+    measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
+    notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
+    return finish_table("verdicts", data, show_verdicts(table), "k-bit is optimal: which k?", claim, verdict, *notes)
+
+
+def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of tabulate_verdicts as they are read."""
+    return pd.DataFrame(
         {
             "family": table["family"],
             "variant": [name_variant(*pair) for pair in zip(table["data_type"], table["block_size"], strict=True)],
@@ -189,10 +197,6 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
             "4-bit": table["four_bit"],
         }
     )
-    note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
-    measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
-    notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
-    return finish_table("verdicts", data, shown, "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:

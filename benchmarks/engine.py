@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -240,7 +240,6 @@ def count_items_apart(ours: Accuracies, theirs: Accuracies, limit: int) -> int:
 
 def measure(study: Study, small: Study, python: str) -> dict[str, Any]:
     """Run all parts in turn; return what they took and found."""
-    parts: dict[str, Any] = {}
     accuracies: dict[str, Accuracies] = {}
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -273,17 +272,24 @@ def measure(study: Study, small: Study, python: str) -> dict[str, Any]:
             "kbit, second": lambda: run_kbit(study, folder / "second")[0],
             "two nodes": lambda: run_on_two_nodes(small, folder / "nodes"),
         }
-        for step, run in steps.items():
-            if step.startswith("stock") and not can_run_stock(python):
-                print(f"{step}: left out, {python} has no hydra-ray-launcher", flush=True)
-                continue
-            with Load() as load:
-                parts[step] = run()
-            parts[step] |= {"load before": load.before, "largest load": load.largest}
-            print(f"{step}: {json.dumps(parts[step])}", flush=True)
+        if not can_run_stock(python):
+            print(f"the stock launcher is left out: {python} has no hydra-ray-launcher", flush=True)
+            steps = {step: run for step, run in steps.items() if not step.startswith("stock")}
+        parts = run_steps(steps)
         ours = read_accuracies(study, folder / "first" / "results")
     apart = {part: count_items_apart(ours, found, study.limit) for part, found in accuracies.items()}
     return {"parts": parts, "summary": summarise(study, parts, seconds), "items apart": apart}
+
+
+def run_steps(steps: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
+    """Run each part, and say what it took and how busy the machine was."""
+    parts: dict[str, Any] = {}
+    for step, run in steps.items():
+        with Load() as load:
+            parts[step] = run()
+        parts[step] |= {"load before": load.before, "largest load": load.largest}
+        print(f"{step}: {json.dumps(parts[step])}", flush=True)
+    return parts
 
 
 def summarise(study: Study, parts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:

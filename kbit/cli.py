@@ -19,7 +19,7 @@ from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.config import RunConfig, StudyConfig
-from kbit.overrides import REFUSALS, explain, find_unknown_key, list_files, refuse_several_studies
+from kbit.overrides import find_unknown_key, list_files, refuse_several_studies, run_explained
 from kbit.results_command import run_results, select_rows
 
 _USAGE = """\
@@ -131,16 +131,7 @@ def run_hydra(arguments: list[str], command: str = "run") -> None:
     flags_first = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # argparse insists
     _refuse(arguments)
     sys.argv = [f"kbit {command}", *flags_first]
-    if os.environ.get("HYDRA_FULL_ERROR"):
-        _hydra_main()
-        return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print: its internals, and where to learn more
-    try:
-        _hydra_main()
-    except REFUSALS as error:
-        sys.exit(f"kbit: error: {explain(error)}")
-    finally:
-        del os.environ["HYDRA_FULL_ERROR"]
+    run_explained(_hydra_main, "kbit")
 
 
 def register_schema() -> None:

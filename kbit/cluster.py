@@ -124,13 +124,17 @@ def _dispatch(
             tries[experiment.key] += 1
             if tries[experiment.key] < WORKER_TRIES:
                 waiting.add(experiment)
-                continue
-            if store.has(experiment.key):  # it died after its work was done
-                yield Outcome(experiment, "", working=working)
-                continue
-            reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
-            store.write_failure(experiment, reason, str(error))
-            yield Outcome(experiment, reason, working=working)
+            else:
+                yield Outcome(experiment, _record_death(experiment, error, store), working=working)
+
+
+def _record_death(experiment: Experiment, error: Exception, store: Store) -> str:
+    """Record that an experiment's workers died, unless one did when its work was done; return the reason."""
+    if store.has(experiment.key):
+        return ""
+    reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
+    store.write_failure(experiment, reason, str(error))
+    return reason
 
 
 def _start_ray(config: RayConfig) -> None:

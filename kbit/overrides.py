@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -49,6 +51,24 @@ def refuse_several_studies(arguments: Sequence[str]) -> str:
         return ""
     studies = ",".join(name.strip("[]").replace(" ", "") for name in named)
     return f"{' '.join(a for a in arguments if 'sweeps' in a)}: several studies are given as +sweeps={studies}"
+
+
+def run_explained(main: Callable[[], None], program: str, schema: Any = RunConfig) -> None:
+    """Run a function that hydra.main has made; exit with one line of explain if Hydra refuses the arguments.
+
+    HYDRA_FULL_ERROR, which makes Hydra raise what it would print (its internals, and where to learn more), is set
+    meanwhile. A user who sets it gets Hydra's own errors.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR"):
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except REFUSALS as error:
+        sys.exit(f"{program}: error: {explain(error, schema)}")
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 def explain(error: Exception, schema: Any = RunConfig) -> str:

@@ -205,8 +205,9 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         self.first_tokens = layout.first_tokens
         results: list[tuple[float, bool]] = [(0.0, False)] * len(layout.requests)
         todo, done = layout.rows, 0
+        one_by_one = self._is_row_by_row  # goes through the whole model
         while done < len(todo):
-            rows = take_batch(todo, done, self.batch_tokens)
+            rows = take_batch(todo, done, 1 if one_by_one else self.budget.tokens)
             can_split = len(rows) > 1 or rows[0].can_split
             scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
             if scores is None:

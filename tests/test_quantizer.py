@@ -39,8 +39,7 @@ def reference_values(x: np.ndarray[Any, Any], spec: QuantSpec) -> tuple[np.ndarr
     """Return codes and dequantized values by the plain NumPy definition, on the grid that the product chose."""
     values = torch.from_numpy(x.ravel())
     grid = make_grid(values, torch.Size(x.shape), spec, choose_backend(values.device))
-    tables = (grid.scales, grid.offsets, grid.codebook)
-    shape = (grid.row, grid.block_size)
+    tables, shape = (grid.scales, grid.offsets, grid.codebook), (grid.row, grid.block_size)
     codes = reference.quantize(x.ravel(), *tables, grid.thresholds, *shape, grid.seed)
     return codes, reference.dequantize(codes, *tables, *shape).reshape(x.shape)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-import os
 import pickle
 import sys
 import time
@@ -39,7 +38,7 @@ from kbit.families import locate_model
 from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
 from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
 from kbit.nano.export import Training, export_model
-from kbit.overrides import REFUSALS, explain
+from kbit.overrides import run_explained
 from kbit.quiet import silence_libraries
 
 BETAS: Final = (0.9, 0.95)
@@ -286,16 +285,7 @@ def _hydra_main(config: DictConfig) -> None:
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    if os.environ.get("HYDRA_FULL_ERROR"):
-        _hydra_main()
-        return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print, see kbit.cli
-    try:
-        _hydra_main()
-    except REFUSALS as error:
-        sys.exit(f"kbit.nano.train: error: {explain(error, TrainConfig)}")
-    finally:
-        del os.environ["HYDRA_FULL_ERROR"]
+    run_explained(_hydra_main, "kbit.nano.train", TrainConfig)
 
 
 if __name__ == "__main__":
