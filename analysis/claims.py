@@ -166,30 +166,30 @@ def line_up(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None
 
 def try_precision(race: Race, bits: int = CLAIMED_BITS) -> Trial:
     """Return how one precision does against every other precision of a race."""
-    reached = race.values[bits].notna() if bits in race.values else pd.Series(False, race.values.index)
-    others = race.values[reached].drop(columns=bits, errors="ignore").dropna(how="all")
-    if others.empty:
+    values = {name: race.values[name].to_numpy(dtype=np.float64) for name in race.values}
+    own = values.pop(bits, np.full(len(race.values), np.nan))
+    leads = {name: own - other for name, other in values.items() if not np.isnan(own - other).all()}
+    if not leads:
         return Trial(bits, np.nan)
-    best_other = others.idxmax(axis=1)
-    ahead = race.values.loc[others.index, bits] - others.max(axis=1)
-    rivals = list(others.columns[others.notna().any()])
-    leads = -race.values[rivals].sub(race.values[bits], axis=0)
-    met = leads.notna().to_numpy().T
+    rivals, table = list(leads), np.stack(list(leads.values()))  # [rivals, budgets]
+    met = ~np.isnan(table)
     weights = [race.weights[bits][both] - race.weights[name][both] for name, both in zip(rivals, met, strict=True)]
     rows = race.sign * np.stack([row.mean(axis=0) for row in weights])
-    decisive = find_strongest_rival(race.draws, rows, leads.mean().to_numpy(dtype=np.float64))
-    chance = None if race.chances is None else race.chances[bits].loc[others.index]
+    decisive = find_strongest_rival(race.draws, rows, np.nanmean(table, axis=1))
+    reached = met.any(axis=0)
+    closest, nearest = np.nanmin(table[:, reached], axis=0), np.nanargmin(table[:, reached], axis=0)
+    chance = None if race.chances is None else race.chances[bits].to_numpy()[reached]
     return Trial(
         bits,
-        share=float((ahead > TIE).mean()),
+        share=float((closest > TIE).mean()),
         gap=decisive.gap,
         low=decisive.low,
         high=decisive.high,
-        rival=int(rivals[decisive.place]),
+        rival=int(str(rivals[decisive.place])),
         chance=np.nan if chance is None else float(chance.mean()),
         ahead=np.nan if chance is None else float((chance >= SURE).mean()),
         behind=np.nan if chance is None else float((chance <= 1 - SURE).mean()),
-        rivals=tuple(int(name) for name in best_other[ahead <= TIE].value_counts().index),
+        rivals=tuple(int(str(rivals[place])) for place, _ in Counter(nearest[closest <= TIE].tolist()).most_common()),
         source="" if chance is None else race.draws.source,
     )
 

@@ -185,16 +185,15 @@ def prefer_baseline(rows: pd.DataFrame) -> pd.DataFrame:
 
 def is_contest(curves: pd.DataFrame) -> bool:
     """Whether a variant has two quantized precisions of two sizes each; one against 16 bits alone wins by default."""
-    sizes = curves[curves["bits"] < BASELINE_BITS].groupby("bits")["total_bits"].nunique()
-    return int((sizes >= 2).sum()) >= 2
+    return len([bits for bits in sort_curves(curves) if bits < BASELINE_BITS]) >= 2
 
 
 def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
     """Return one row per point, averaged over seeds; the same value twice (measured beside other tasks) is one."""
     points = points.drop_duplicates([*POINT, *points.columns.intersection(["seed"]), *READING])
-    refuse_ambiguous(points)
     if not points.duplicated(POINT).any():  # one seed, as nearly always: joining 35,000 groups takes seconds
         return points[[*POINT, *READING, "key"]]
+    refuse_ambiguous(points)
     merged = points.groupby(POINT, dropna=False).agg(
         {"total_bits": "first", "value": "mean", "low": "mean", "high": "mean", "key": " ".join}
     )
@@ -232,24 +231,21 @@ def split_variants(curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.Da
         yield dict(zip(VARIANT, values, strict=True)), group
 
 
-def interpolate(curve: pd.DataFrame, total_bits: npt.ArrayLike, column: str = "value") -> Floats:
+def interpolate(sizes: Floats, values: Floats, total_bits: npt.ArrayLike) -> Floats:
     """Return a curve's value at each budget, linear in log(total_bits) between its points.
 
         y(b) = y_i + (y_(i+1) - y_i) * log(b / b_i) / log(b_(i+1) / b_i)   for b_i <= b <= b_(i+1)
 
     Args:
-        curve: one precision of one variant; columns total_bits (any order) and `column`.
-        total_bits: budgets, bits of the whole model.
-        column: "value", "low" or "high".
+        sizes: b_i, bits of the whole model, ascending.
+        values: y_i.
+        total_bits: budgets, in bits.
 
     Returns:
         Same shape as total_bits; NaN outside the curve's range: a curve is never extrapolated.
     """
-    ordered = curve.sort_values("total_bits")
-    x = np.log(ordered["total_bits"].to_numpy(dtype=np.float64))
-    y = ordered[column].to_numpy(dtype=np.float64)
     budgets = np.log(np.asarray(total_bits, dtype=np.float64))
-    return np.asarray(np.interp(budgets, x, y, left=np.nan, right=np.nan), dtype=np.float64)
+    return np.asarray(np.interp(budgets, np.log(sizes), values, left=np.nan, right=np.nan), dtype=np.float64)
 
 
 def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits") -> Floats:
@@ -270,13 +266,19 @@ def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits")
     return np.asarray(np.geomspace(low, high, count), dtype=np.float64)
 
 
+def sort_curves(curves: pd.DataFrame, by: str = "bits") -> dict[Any, npt.NDArray[np.intp]]:
+    """Return the curves of two sizes or more: the places of each one's points, in order of total_bits."""
+    sizes = curves["total_bits"].to_numpy(dtype=np.float64)
+    names, codes, counts = np.unique(curves[by].to_numpy(), return_inverse=True, return_counts=True)
+    order, ends = np.lexsort((sizes, codes)), np.cumsum(counts)
+    places = [order[end - count : end] for end, count in zip(ends, counts, strict=True)]
+    return {name: own for name, own in zip(names.tolist(), places, strict=True) if sizes[own[-1]] > sizes[own[0]]}
+
+
 def bound_budgets(curves: pd.DataFrame, by: str = "bits") -> tuple[tuple[float, Any], tuple[float, Any]] | None:
     """Return the ends of shared_budgets, each with the curve that sets it; None if the curves never meet."""
-    place, names = pd.factorize(curves[by])
     sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy(dtype=np.float64)
-    parts = [place == k for k in range(len(names))]
-    ends = [(sizes[own].min(), sizes[own].max(), bits[own].min(), names[k]) for k, own in enumerate(parts)]
-    ends = [end for end in ends if end[1] > end[0]]
+    ends = [(sizes[own[0]], sizes[own[-1]], bits[own].min(), name) for name, own in sort_curves(curves, by).items()]
     quantized = [end for end in ends if end[2] < BASELINE_BITS]
     compared = quantized if len(quantized) >= 2 else ends
     if len(compared) < 2:
@@ -285,11 +287,11 @@ def bound_budgets(curves: pd.DataFrame, by: str = "bits") -> tuple[tuple[float, 
     return ((first[0], first[3]), (last[1], last[3])) if first[0] < last[1] else None
 
 
-def tabulate_curves(curves: pd.DataFrame, column: str = "value", by: str = "bits") -> pd.DataFrame:
+def tabulate_curves(curves: pd.DataFrame, by: str = "bits") -> pd.DataFrame:
     """Return one panel at its shared budgets: index total_bits, a column per curve, NaN where undefined."""
     budgets = shared_budgets(curves, by=by)
-    sizes = curves.groupby(by)["total_bits"].nunique()
-    columns = {name: interpolate(curves[curves[by] == name], budgets, column) for name in sizes[sizes > 1].index}
+    sizes, values = (curves[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
+    columns = {name: interpolate(sizes[own], values[own], budgets) for name, own in sort_curves(curves, by).items()}
     return pd.DataFrame(columns, index=pd.Index(budgets, name="total_bits"))
 
 

@@ -65,8 +65,9 @@ def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measu
         measures: what is drawn.
     """
     wanted = {key for group in keys for key in str(group).split()}
-    of_keys = results[results["key"].isin(wanted)]
-    parts = [of_keys[(of_keys["metric"] == m.metric) & (of_keys["task"] == m.task)] for m in measures]
+    measured = [results[(results["metric"] == m.metric) & (results["task"] == m.task)] for m in measures]
+    # as objects: of Arrow strings pandas makes a scalar for each one that is wanted
+    parts = [rows[rows["key"].astype(object).isin(wanted)] for rows in measured]
     rows = pd.concat(parts)
     families = sorted(map(str, rows["family"].unique()))
     named = ", ".join(families) if len(families) <= NAMED_FAMILIES else f"{len(families)} families"

@@ -172,6 +172,9 @@ def write_figure(figure: PaperFigure, out: Path) -> SavedFigure:
     """Write one figure as PNG (150 dpi), SVG and CSV."""
     png, svg, csv = (out / f"{figure.name}.{suffix}" for suffix in ("png", "svg", "csv"))
     with matplotlib.style.context(["default", STYLE]):
+        if figure.fig.get_layout_engine() is not None:  # once: each file would lay the panels out again
+            figure.fig.draw_without_rendering()
+            figure.fig.set_layout_engine(None)  # not "none", whose placeholder draws everything twice
         replace_file(png, lambda path: figure.fig.savefig(path, format="png", dpi=150))
         # Without a date: the same results give the same bytes.
         replace_file(svg, lambda path: figure.fig.savefig(path, format="svg", metadata={"Date": None}))

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves import VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets
+from kbit.analysis.curves import VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets, sort_curves
 from kbit.measurement import Z_95
 from kbit.spec import BASELINE_BITS
 from kbit.store import read_items_by_task
@@ -140,17 +140,25 @@ def weigh_points(
     The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN,
     or with `extend` beyond its largest model the value of that model: a budget need not be spent.
     """
-    x = np.log(curves["total_bits"].to_numpy(dtype=np.float64))
+    sizes = curves["total_bits"].to_numpy(dtype=np.float64)
     matrices: dict[object, Floats] = {}
-    for name, places in curves.reset_index(drop=True).groupby(by).groups.items():
-        order = np.asarray(places)[np.argsort(x[np.asarray(places)], kind="stable")]
-        if np.unique(x[order]).size < 2:
-            continue
-        right = None if extend else np.nan
+    for name, own in sort_curves(curves, by).items():
         matrices[name] = np.zeros((budgets.size, len(curves)))
-        for place, unit in zip(order, np.eye(order.size), strict=True):
-            matrices[name][:, place] = np.interp(np.log(budgets), x[order], unit, left=np.nan, right=right)
+        matrices[name][:, own] = weigh_curve(sizes[own], budgets, extend=extend)
     return matrices
+
+
+def weigh_curve(sizes: Floats, budgets: Floats, *, extend: bool = False) -> Floats:
+    """Return the interpolation of one curve as a matrix [budgets, points]; see weigh_points.
+
+    Args:
+        sizes: of its points, bits, ascending.
+        budgets: bits of the whole model.
+        extend: see weigh_points.
+    """
+    right = None if extend else np.nan
+    x, at = np.log(sizes), np.log(budgets)
+    return np.stack([np.interp(at, x, unit, left=np.nan, right=right) for unit in np.eye(x.size)], axis=1)
 
 
 def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by: str = "bits") -> pd.DataFrame:
@@ -169,9 +177,11 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
     counts = np.zeros((budgets.size, len(matrices)))
     own = [np.flatnonzero((matrix != 0).any(axis=0)) for matrix in matrices.values()]  # the points of each curve
     rows = [sign * matrix[:, places].T for matrix, places in zip(matrices.values(), own, strict=True)]
+    absent = np.stack([np.isnan(row).any(axis=0) for row in rows])  # [curves, budgets]: not defined there
+    rows = [np.nan_to_num(row) for row in rows]
     for chunk in np.array_split(draws.values, max(1, len(draws.values) // 100)):  # all draws at once would be large
         values = np.stack([chunk[:, places] @ row for places, row in zip(own, rows, strict=True)])
-        winners = np.nanargmax(values, axis=0)
+        winners = np.where(absent[:, None], -np.inf, values).argmax(axis=0)
         counts += np.stack([(winners == place).sum(axis=0) for place in range(len(matrices))], axis=1)
     return pd.DataFrame(counts / len(draws.values), pd.Index(budgets, name="total_bits"), columns=list(matrices))
 
@@ -198,15 +208,15 @@ def choose_precision(
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
     points = curves[~is_twin].reset_index(drop=True)
     points["curve"] = points.groupby([*VARIANT, "bits"], dropna=False).ngroup()
-    draws = draw_values(points, measure, results).values
-    value = points["value"].to_numpy(dtype=np.float64)
+    draws = np.ascontiguousarray(draw_values(points, measure, results).values.T)
+    sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
     about = points.drop_duplicates("curve").set_index("curve")[CHOICE[1:4]]
     known: list[list[tuple[object, float, Floats]]] = [[] for _ in budgets]
-    for curve, matrix in weigh_points(points, np.asarray(budgets, dtype=np.float64), "curve", extend=True).items():
-        for place in np.flatnonzero(~np.isnan(matrix).any(axis=1)):
-            own = np.flatnonzero(matrix[place])  # two points of thousands
-            weights = matrix[place, own]
-            known[place].append((curve, float(value[own] @ weights), draws[:, own] @ weights))
+    for curve, own in sort_curves(points, "curve").items():
+        weights = weigh_curve(sizes[own], np.asarray(budgets, dtype=np.float64), extend=True)
+        values, drawn = weights @ value[own], weights @ draws[own]
+        for place in np.flatnonzero(~np.isnan(values)):
+            known[place].append((curve, float(values[place]), drawn[place]))
     parts = [
         rank_choices(about, found, measure).assign(total_bits=budget)
         for budget, found in zip(budgets, known, strict=True)

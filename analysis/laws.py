@@ -31,7 +31,6 @@ from kbit.measurement import Z_95
 from kbit.spec import BASELINE_BITS
 
 LAWS: Final = ("power", "offset", "kumar", "block")
-ON_DELTA: Final = ("kumar", "block")  # these describe the loss added by quantization
 SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
 DRAWS: Final = 400
 STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
@@ -234,22 +233,23 @@ def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floa
     theta = np.repeat(start[None], len(samples), axis=0)
     damping = np.full(len(samples), 1e-3)
     cost = measure_cost(design, theta, samples, scale)
+    active = np.arange(len(samples))  # those that have not settled
     for _ in range(STEPS):
-        residual = (samples - design.predict(theta)) / (scale * SOFTNESS)
+        residual = (samples[active] - design.predict(theta[active])) / (scale * SOFTNESS)
         weight = 1 / np.sqrt(1 + residual**2)  # derivative of rho by the squared residual
-        slope = design.slope(theta) / (scale * SOFTNESS)[:, None]
+        slope = design.slope(theta[active]) / (scale * SOFTNESS)[:, None]
         weighted = slope * weight[..., None]
         curvature = np.swapaxes(weighted, -1, -2) @ slope
         diagonal = np.einsum("...ii->...i", curvature)
-        damped = curvature + damping[:, None, None] * np.eye(theta.shape[1]) * (diagonal + 1e-300)[:, None, :]
+        damped = curvature + damping[active, None, None] * np.eye(theta.shape[1]) * (diagonal + 1e-300)[:, None, :]
         step = np.linalg.solve(damped, np.swapaxes(weighted, -1, -2) @ residual[..., None])[..., 0]
-        tried = measure_cost(design, theta + step, samples, scale)
-        better = tried < cost
-        theta = np.where(better[:, None], theta + step, theta)
-        converged = np.abs(cost - tried) <= SETTLED * cost
-        cost = np.where(better, tried, cost)
-        damping = np.clip(np.where(better, damping / 5, damping * 5), 1e-9, 1e9)
-        if converged.all():
+        before, tried = cost[active], measure_cost(design, theta[active] + step, samples[active], scale)
+        better = tried < before
+        theta[active[better]] += step[better]
+        cost[active] = np.where(better, tried, before)
+        damping[active] = np.clip(np.where(better, damping[active] / 5, damping[active] * 5), 1e-9, 1e9)
+        active = active[~(np.abs(before - tried) <= SETTLED * before)]
+        if not active.size:
             break
     return theta
 

@@ -19,7 +19,7 @@ from kbit.analysis.drawing import (
     write_verdict,
 )
 from kbit.analysis.frontier import draw_values
-from kbit.analysis.laws import LAWS, ON_DELTA, Fit, TooFewPoints, check_held_out, fit_law
+from kbit.analysis.laws import LAWS, Fit, TooFewPoints, check_held_out, fit_law
 from kbit.analysis.lost import measure_lost
 from kbit.analysis.selections import select_block_sizes, select_precisions
 from kbit.spec import BASELINE_BITS
@@ -37,35 +37,43 @@ PUBLISHED: Final = {
 }
 
 
-def collect_points(law: str, curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
-    """Return the points that a law describes: model, parameters, bits, block_size, y, error; perhaps none.
+def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return by law (laws.LAWS) the points that it describes: model, parameters, bits, block_size, y, error.
 
-    Of a family's variants the one measured most. y is the cross entropy, or what quantization adds to it; its standard
-    error comes from the draws of frontier.draw_values, so that of a difference on the same text is small.
+    Of a family's variants the one measured most; without any, no points. y is the cross entropy, or what quantization
+    adds to it; its standard error comes from the draws of frontier.draw_values, so that of a difference on the same
+    text is small.
 
     Args:
-        law: one of laws.LAWS.
         curves: of one family, from precision_curves.
         measure: cross entropy on which text.
         results: the table that the curves come from: sizes of the models, and where their items are.
     """
-    base = curves[curves["bits"] == BASELINE_BITS].drop_duplicates("model")
-    if law == "block":
-        chosen = select_block_sizes(curves, BLOCK_LAW_BITS)
-        chosen = chosen[chosen["block_size"].notna()]
-    else:
-        chosen = select_precisions(curves)
-        chosen = chosen[chosen["bits"] < BASELINE_BITS]
-    if chosen.empty or base.empty:
+    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
+    sized = curves.assign(parameters=curves["model"].map(parameters).astype(float))
+    base = sized[sized["bits"] == BASELINE_BITS].drop_duplicates("model")
+    precisions, blocks = select_precisions(sized), select_block_sizes(sized, BLOCK_LAW_BITS)
+    precisions = precisions[precisions["bits"] < BASELINE_BITS]
+    points = dict.fromkeys(LAWS, add_losses(base, precisions, measure, results))
+    on_delta = {"kumar": precisions, "block": blocks[blocks["block_size"].notna()]}
+    return points | {law: subtract_base(base, chosen, measure, results) for law, chosen in on_delta.items()}
+
+
+def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the 16-bit points and the chosen ones with y = L; none without either kind."""
+    if base.empty or chosen.empty:
         return pd.DataFrame()
     everything = pd.concat([base, chosen], ignore_index=True)
-    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
-    everything = everything.assign(parameters=everything["model"].map(parameters).astype(float))
-    if law in ON_DELTA:
-        added = measure_lost(everything, measure, results)
-        return added.assign(y=added["lost"]).reset_index(drop=True)
     draws = draw_values(everything, measure, results).values
     return everything.assign(y=everything["value"], error=draws.std(axis=0))
+
+
+def subtract_base(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen points with y = L - L_16; none without 16-bit points."""
+    if base.empty or chosen.empty:
+        return pd.DataFrame()
+    added = measure_lost(pd.concat([base, chosen], ignore_index=True), measure, results)
+    return added.assign(y=added["lost"]).reset_index(drop=True)
 
 
 def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
@@ -80,16 +88,14 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
         AmbiguousResults: see precision_curves.
     """
     rows: list[dict[str, Any]] = []
-    for family, of_family in results.groupby("family"):
-        if (measure := find_cross_entropy(of_family)) is None:
-            continue
-        is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
-        losses = results[is_meant & (results["task"] == measure.task)]
+    for family, of_family in results[results["metric"] == "cross_entropy"].groupby("family"):
+        measure = find_cross_entropy(of_family)
+        assert measure is not None  # the rows have it
+        losses = of_family[of_family["task"] == measure.task]
         curves = precision_curves(losses, measure.metric, measure.task)
-        for law in LAWS:
+        for law, points in collect_points(curves, measure, losses).items():
             row: dict[str, Any] = {"family": family, "law": law}
             try:
-                points = collect_points(law, curves, measure, losses)
                 if points.empty:
                     raise TooFewPoints("no quantized models beside their 16-bit baseline")
                 is_base = (curves["bits"] == BASELINE_BITS) & curves["model"].isin(points["model"])

@@ -63,11 +63,14 @@ def measure_lost(
     if not intervals or quantized.empty:
         return quantized
     parts = []
+    needed = ["key", "value", "low", "high"]
     for model, group in quantized.groupby("model", sort=False):
-        draws = draw_values(pd.concat([base.loc[[model]], group]), measure, results)
+        draws = draw_values(pd.concat([base.loc[[model], needed], group[needed]]), measure, results)
         drawn = sign * (draws.values[:, 1:] - draws.values[:, :1])
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         if measure.higher_is_better and "n" in group:
             low, high = widen_degenerate(low, high, group["n"].to_numpy(dtype=np.float64))
-        parts.append(group.assign(error=drawn.std(axis=0), low=low, high=high, source=draws.source))
-    return pd.concat(parts).loc[quantized.index]
+        found = {"error": drawn.std(axis=0), "low": low, "high": high, "source": draws.source}
+        parts.append(pd.DataFrame(found, index=group.index))
+    spread = pd.concat(parts).loc[quantized.index]
+    return quantized.drop(columns=list(spread), errors="ignore").join(spread)

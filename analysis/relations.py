@@ -12,11 +12,12 @@ from typing import Final
 
 import matplotlib.style
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves import ZERO_SHOT, Measure, find_cross_entropy, name_data_types
+from kbit.analysis.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, name_data_types
 from kbit.analysis.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -38,6 +39,7 @@ MIN_POINTS: Final = 4
 MOST_BARS: Final = 200  # points; more bars would hide them
 MIN_MODELS: Final = 8  # below, resampling models says little
 DRAWS: Final = 1000
+ROUNDING: Final = 1e-12  # a sum of squares that shrinks to this share of itself is that of one value
 # what tells experiments of one data type and block size apart, in the CSV
 QUANTIZER: Final = ("method", "method_options", "outlier_fraction", "outlier_selection", "seed")
 
@@ -214,14 +216,31 @@ def correlate(points: pd.DataFrame, rank: bool, seed: int = 0) -> tuple[float, f
         points = points.assign(x=points["x"].rank(), y=points["y"].rank())
     test = stats.pearsonr(points["x"], points["y"])
     r = float(test.statistic)
-    models = [group[["x", "y"]].to_numpy() for _, group in points.groupby("model")]
-    if len(models) < MIN_MODELS:
+    names, codes = np.unique(points["model"].to_numpy(), return_inverse=True)
+    if len(names) < MIN_MODELS:
         interval = test.confidence_interval(0.95)
         return r, float(interval.low), float(interval.high), "Fisher's, points taken as independent: too narrow"
-    rng = np.random.default_rng(seed)
-    draws = [np.concatenate([models[k] for k in rng.integers(0, len(models), len(models))]) for _ in range(DRAWS)]
-    low, high = np.nanquantile([np.corrcoef(draw.T)[0, 1] for draw in draws], [0.025, 0.975])
-    return r, float(low), float(high), f"bootstrap over {len(models)} models"
+    low, high = np.nanquantile(resample_groups(points, codes, np.random.default_rng(seed)), [0.025, 0.975])
+    return r, float(low), float(high), f"bootstrap over {len(names)} models"
+
+
+def resample_groups(points: pd.DataFrame, codes: npt.NDArray[np.intp], rng: np.random.Generator) -> Floats:
+    """Return Pearson's r of x and y in DRAWS resamples of whole groups, from the sums of each group.
+
+    Args:
+        points: columns x, y.
+        codes: the group of each point, 0, 1, ...
+        rng: source of the draws.
+    """
+    x, y = ((points[name] - points[name].mean()).to_numpy(dtype=np.float64) for name in ("x", "y"))
+    sums = np.stack([np.bincount(codes, terms) for terms in (np.ones_like(x), x, y, x * x, y * y, x * y)], axis=1)
+    groups = len(sums)
+    chosen = np.stack([np.bincount(rng.integers(0, groups, groups), minlength=groups) for _ in range(DRAWS)])
+    n, sx, sy, xx, yy, xy = (chosen @ sums).T
+    spread_x, spread_y = xx - sx**2 / n, yy - sy**2 / n
+    varied = (spread_x > ROUNDING * xx) & (spread_y > ROUNDING * yy)  # others have no r
+    product = np.where(varied, spread_x * spread_y, 1.0)
+    return np.where(varied, (xy - sx * sy / n) / np.sqrt(product), np.nan)
 
 
 def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:

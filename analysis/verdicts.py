@@ -84,8 +84,12 @@ def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
 
 def list_candidates(race: Race) -> list[int]:
     """Return the precisions that can be the best of describe_best, and CLAIMED_BITS: a trial of each takes time."""
-    leads = {bits: race.values[bits] - race.values.drop(columns=bits).max(axis=1) for bits in race.values}
-    shares = {int(str(bits)): float((lead.dropna() > TIE).mean()) for bits, lead in leads.items()}
+    values = race.values.to_numpy()
+    shares: dict[int, float] = {}
+    for place, bits in enumerate(race.values):
+        lead = values[:, place] - np.fmax.reduce(np.delete(values, place, axis=1), axis=1)
+        met = lead[~np.isnan(lead)]
+        shares[int(str(bits))] = float((met > TIE).mean()) if met.size else np.nan
     most = max(share for share in shares.values() if not np.isnan(share))
     return [bits for bits, share in shares.items() if share == most or bits == CLAIMED_BITS]
 

@@ -21,6 +21,8 @@ from kbit.analysis.curves import (
     interpolate,
     optimal_share,
     precision_curves,
+    sort_curves,
+    tabulate_curves,
 )
 from kbit.analysis.findings import finding
 from kbit.results_command import select_rows
@@ -107,16 +109,26 @@ def test_shares_are_of_the_log_range_and_sum_to_one() -> None:
 def test_interpolation_is_exact_on_a_log_linear_curve(
     slope: float, at_one: float, sizes: list[int], where: float
 ) -> None:
-    curve = pd.DataFrame({"total_bits": sizes, "value": [at_one + slope * math.log(size) for size in sizes]})
+    ordered = np.array(sorted(sizes), dtype=np.float64)
+    values = at_one + slope * np.log(ordered)
     budget = min(sizes) ** (1 - where) * max(sizes) ** where
     budget = min(max(budget, min(sizes)), max(sizes))
-    assert interpolate(curve, [budget])[0] == pytest.approx(at_one + slope * math.log(budget), abs=1e-9)
+    assert interpolate(ordered, values, [budget])[0] == pytest.approx(at_one + slope * math.log(budget), abs=1e-9)
 
 
 def test_interpolation_never_extrapolates() -> None:
-    curve = pd.DataFrame({"total_bits": [100, 10], "value": [2.0, 1.0]})  # any order
-    assert np.isnan(interpolate(curve, [9.999, 100.001])).all()
-    assert interpolate(curve, [10, 100]).tolist() == [1.0, 2.0]
+    sizes, values = np.array([10.0, 100.0]), np.array([1.0, 2.0])
+    assert np.isnan(interpolate(sizes, values, [9.999, 100.001])).all()
+    assert interpolate(sizes, values, [10, 100]).tolist() == [1.0, 2.0]
+
+
+def test_rows_may_come_in_any_order() -> None:
+    curves = pd.DataFrame({"bits": [4, 3, 4, 3], "total_bits": [100, 1000, 10, 10], "value": [2.0, 5.0, 1.0, 3.0]})
+    table = tabulate_curves(curves)
+    assert [own.tolist() for own in sort_curves(curves).values()] == [[3, 1], [2, 0]]
+    assert (table.index[0], table.index[-1]) == (pytest.approx(10), pytest.approx(100))
+    assert table.iloc[0].to_dict() == {3: 3.0, 4: 1.0}
+    assert table.iloc[-1].to_dict() == {3: pytest.approx(4.0), 4: pytest.approx(2.0)}
 
 
 def test_budgets_stay_where_every_quantized_precision_is_defined() -> None:
