@@ -109,7 +109,7 @@ def _dispatch(
             running[worker.run.remote(experiment)] = (worker, experiment)
         ready, _ = ray.wait(list(running), num_returns=1)
         worker, experiment = running.pop(ready[0])
-        working = tuple(other.label() for _, other in running.values())
+        working = tuple(other for _, other in running.values())
         try:
             yield dataclasses.replace(ray.get(ready[0]), working=working)
             idle.append(worker)

@@ -126,14 +126,24 @@ class Estimator:
         nearest = min(ratios, key=lambda a: abs(math.log(ratios[a])))
         return ratios[nearest] * statistics.median(self._seconds[nearest])
 
-    def predict_time(self, left: Counter[Alike], workers: int) -> str:
-        """Return how long so many experiments take so many workers, such as 'about 12 min'; '' if that is unknown."""
+    def predict_time(self, left: Counter[Alike], workers: int, running: Sequence[tuple[Alike, float]] = ()) -> str:
+        """Return how long so many experiments take so many workers, such as 'about 12 min'; '' if that is unknown.
+
+        Args:
+            left: how many of which kind have not ended.
+            workers: that share them.
+            running: those of `left` that workers are at, each with the seconds since it began.
+        """
+        waiting = left - Counter(alike for alike, _ in running)
+        parts = [(alike, count, 0.0) for alike, count in waiting.items()]
+        parts += [(alike, 1, elapsed) for alike, elapsed in running]
         total, longest, unknown = 0.0, 0.0, False
-        for alike in +left:
+        for alike, count, elapsed in parts:
             seconds = self.predict_seconds(alike)
             unknown |= seconds is None
-            total += left[alike] * (seconds or 0.0)
-            longest = max(longest, seconds or 0.0)
+            remaining = max((seconds or 0.0) - elapsed, 0.0)
+            total += count * remaining
+            longest = max(longest, remaining)
         if not total:
             return ""
         return f"{'at least' if unknown else 'about'} {format_seconds(max(total / workers, longest))}"

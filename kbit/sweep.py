@@ -6,6 +6,7 @@ exists; the driver only hands out work and counts.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from kbit.config import Experiment
+from kbit.config import EvalConfig, Experiment
 from kbit.estimate import Alike, Estimator
 from kbit.families import locate_model
 from kbit.logfile import log_output
@@ -63,7 +64,7 @@ class Outcome:
         experiment: it.
         error: empty if its result is in the store.
         stored: whether the store took the result or the failure; if not, to go on would waste work.
-        working: labels of the experiments that other workers are at.
+        working: the experiments that other workers are at.
         seconds: that it took, the model's loading included if it had to be; 0 if it was not run.
         tokens: see Result.
     """
@@ -71,7 +72,7 @@ class Outcome:
     experiment: Experiment
     error: str
     stored: bool = True
-    working: tuple[str, ...] = ()
+    working: tuple[Experiment, ...] = ()
     seconds: float = 0.0
     tokens: int = 0
 
@@ -221,8 +222,10 @@ class Progress:
     def __init__(self, experiments: Sequence[Experiment], estimator: Estimator) -> None:
         self._total = len(experiments)
         self._left = Counter(map(Alike.of, experiments))
+        self._varied = find_varied(experiments)
         self._estimator = estimator
-        self._start = time.monotonic()  # which no change of the clock moves
+        self._start = self._shown = time.monotonic()  # which no change of the clock moves
+        self._began: dict[Experiment, float] = {}
         self._failed = 0
         self._bar = tqdm(
             total=self._total, unit="exp", disable=None, mininterval=1.0, dynamic_ncols=True,
@@ -235,21 +238,40 @@ class Progress:
         self._left[Alike.of(outcome.experiment)] -= 1
         if outcome.seconds and not outcome.error:
             self._estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
-        time_left = self._estimator.predict_time(self._left, len(outcome.working) + 1)
-        time_left = f"{time_left} left, " if time_left else ""
-        label = outcome.experiment.label()
+        time_left = self._predict_time(outcome.working)
+        label = self._name(outcome.experiment)
         self._failed += bool(outcome.error)
         if outcome.error or self._bar.disable:
             how = outcome.error or ("done, " + time_left).removesuffix(", ")
             tqdm.write(f"[{done}/{self._total}] {label}: {how}", file=sys.stderr)
         speed = 60 * done / (time.monotonic() - self._start)
-        doing = f"now: {' | '.join(outcome.working)}" if outcome.working else f"last: {label}"
+        doing = f"now: {' | '.join(map(self._name, outcome.working))}" if outcome.working else f"last: {label}"
         self._bar.set_postfix_str(f"{time_left}{self._failed} failed, {speed:.1f}/min, {doing}", refresh=False)
         self._bar.update()
 
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+    def _predict_time(self, working: Sequence[Experiment]) -> str:
+        """Return for example "about 12 min left, "; one that is seen for the first time began as the last ended."""
+        now = time.monotonic()
+        self._began = {experiment: self._began.get(experiment, self._shown) for experiment in working}
+        self._shown = now
+        running = [(Alike.of(experiment), now - began) for experiment, began in self._began.items()]
+        time_left = self._estimator.predict_time(self._left, len(working) + 1, running)
+        return f"{time_left} left, " if time_left else ""
+
+    def _name(self, experiment: Experiment) -> str:
+        """Return the label, and what of the evaluation differs within the sweep."""
+        return experiment.label() + "".join(f" {name}={getattr(experiment.eval, name)}" for name in self._varied)
+
+
+def find_varied(experiments: Iterable[Experiment]) -> list[str]:
+    """Return the fields of the evaluation in which experiments differ and that their labels leave out."""
+    evaluations = {experiment.eval for experiment in experiments}
+    names = [field.name for field in dataclasses.fields(EvalConfig) if field.name not in ("task_path", "batch_size")]
+    return [name for name in names if len({getattr(evaluation, name) for evaluation in evaluations}) > 1]
 
 
 def compact_quietly(store: Store) -> None:

@@ -84,6 +84,17 @@ def test_time_left_is_that_of_the_work_left_not_of_its_count(sizes: list[str], w
     assert estimator.predict_time(left, workers) == f"about {format_seconds(expected)}"
 
 
+def test_what_runs_is_counted_from_its_start() -> None:
+    """Else the time left would stand still while the last ones run."""
+    estimator = Estimator()
+    estimator.learn(make_experiment(), 120)
+    alike = Alike.of(make_experiment())
+    assert estimator.predict_time(Counter({alike: 1}), 1, [(alike, 60.0)]) == "about 60 s"
+    assert estimator.predict_time(Counter({alike: 3}), 2, [(alike, 60.0), (alike, 90.0)]) == "about 2 min"
+    assert estimator.predict_time(Counter({alike: 2}), 2, [(alike, 60.0), (alike, 90.0)]) == "about 60 s"
+    assert estimator.predict_time(Counter({alike: 1}), 1, [(alike, 200.0)]) == ""  # longer than ever: nothing is known
+
+
 def store_result(path: Path, device: str = "x86_64, 1 threads", **changes: object) -> None:
     """An invented result of 12 seconds."""
     result = dataclasses.replace(make_result(0), experiment=make_experiment(), device=device, seconds_quantize=2.0)

@@ -240,12 +240,23 @@ def test_progress_says_what_is_left_by_what_was_measured(tmp_path: Path, capsys:
 
     def outcomes() -> Generator[Outcome]:
         for experiment in plan.to_run:
-            yield Outcome(experiment, "", working=("another",), seconds=took.get(experiment, 120.0))
+            others = tuple(plan.to_run[-1:]) if experiment != plan.to_run[-1] else ()
+            yield Outcome(experiment, "", working=others, seconds=took.get(experiment, 120.0))
 
     finish(outcomes(), plan, fail_fast=False)
     lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
     by_cost = 600 * 231_168 / 1_298_016  # seconds, until one of the small model was measured
     assert lines == [f"done, about {format_seconds(by_cost)} left", "done, about 2 min left", "done"]
+
+
+def test_lines_tell_evaluations_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = make_experiment(4)
+    other = dataclasses.replace(one, eval=dataclasses.replace(one.eval, perplexity_windows=3))
+    plan = make_plan([one, other], tmp_path / "none")
+    finish((Outcome(experiment, "") for experiment in plan.to_run), plan, fail_fast=False)
+    windows = [one.eval.perplexity_windows, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"[{k + 1}/2] {one.label()} perplexity_windows={windows[k]}: done" for k in range(2)]
 
 
 def test_progress_says_nothing_of_time_before_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
