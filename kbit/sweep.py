@@ -123,12 +123,14 @@ class Worker:
     ) -> None:
         from kbit.quiet import silence_libraries
 
+        self._store = Store(store_path)
         silence_libraries()
+        import kbit.experiment  # noqa: F401  # for seconds: the first experiment's time would be no guide to the next's
+
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)  # the kernels follow: see kbit.backend.torch_threads_kept
-        self._store = Store(store_path)
         self._device = device
         self._own_process = own_process
         self._gpus = gpus
