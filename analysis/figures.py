@@ -32,6 +32,8 @@ from kbit.analysis.selections import keep_comparable
 from kbit.analysis.styles import STYLE, TooManyCurves
 from kbit.analysis.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 
+QUICKLY: Final = {"compress_level": 2}  # of 9: files 3% larger than at 6, Pillow's own choice, in a seventh less time
+
 
 @dataclass(frozen=True)
 class SavedFigure:
@@ -175,7 +177,7 @@ def write_figure(figure: PaperFigure, out: Path) -> SavedFigure:
         if figure.fig.get_layout_engine() is not None:  # once: each file would lay the panels out again
             figure.fig.draw_without_rendering()
             figure.fig.set_layout_engine(None)  # not "none", whose placeholder draws everything twice
-        replace_file(png, lambda path: figure.fig.savefig(path, format="png", dpi=150))
+        replace_file(png, lambda path: figure.fig.savefig(path, format="png", dpi=150, pil_kwargs=QUICKLY))
         # Without a date: the same results give the same bytes.
         replace_file(svg, lambda path: figure.fig.savefig(path, format="svg", metadata={"Date": None}))
     replace_file(csv, lambda path: figure.data.to_csv(path, index=False))

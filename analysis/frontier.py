@@ -208,13 +208,18 @@ def choose_precision(
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
     points = curves[~is_twin].reset_index(drop=True)
     points["curve"] = points.groupby([*VARIANT, "bits"], dropna=False).ngroup()
-    draws = np.ascontiguousarray(draw_values(points, measure, results).values.T)
     sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
+    places, at = sort_curves(points, "curve"), np.asarray(budgets, dtype=np.float64)
+    weights = {curve: weigh_curve(sizes[own], at, extend=True) for curve, own in places.items()}
+    is_used = np.zeros(len(points), dtype=bool)  # of ten sizes, the two that a budget lies between
+    for curve, own in places.items():
+        is_used[own] = (np.nan_to_num(weights[curve]) != 0).any(axis=0)
+    draws = np.zeros((len(points), DRAWS))
+    draws[is_used] = draw_values(points[is_used].reset_index(drop=True), measure, results).values.T
     about = points.drop_duplicates("curve").set_index("curve")[CHOICE[1:4]]
     known: list[list[tuple[object, float, Floats]]] = [[] for _ in budgets]
-    for curve, own in sort_curves(points, "curve").items():
-        weights = weigh_curve(sizes[own], np.asarray(budgets, dtype=np.float64), extend=True)
-        values, drawn = weights @ value[own], weights @ draws[own]
+    for curve, own in places.items():
+        values, drawn = weights[curve] @ value[own], weights[curve] @ draws[own]
         for place in np.flatnonzero(~np.isnan(values)):
             known[place].append((curve, float(values[place]), drawn[place]))
     parts = [
