@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -96,10 +96,10 @@ class Done:
 
 @pytest.fixture(scope="session")
 def run_kbit() -> Callable[..., Done]:
-    """Run the console script in a process of its own: (*arguments, cwd=folder)."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """Run the console script in a process of its own: (*arguments, cwd=folder, without=names of the environment)."""
 
-    def run(*arguments: str, cwd: Path) -> Done:
+    def run(*arguments: str, cwd: Path, without: Sequence[str] = ()) -> Done:
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", *without)}
         command = [str(Path(sys.executable).with_name("kbit")), *arguments]
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False

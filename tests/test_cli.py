@@ -27,10 +27,10 @@ Kbit = Callable[..., Any]  # the fixtures kbit and run_kbit of conftest.py
 
 @pytest.fixture(scope="module")
 def ray_sweep(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
-    """A folder with the store of a multirun on Ray that asks for the same experiment four times."""
+    """A folder with the store of a multirun on Ray that asks for the same experiment four times; HOME is not set."""
     folder = tmp_path_factory.mktemp("study")
     sweep = ("quant.bits=4,4", "quant.data_type=int,int", "ray.num_workers=1")
-    return folder, run_kbit("run", "-m", *sweep, *SMALL, cwd=folder)
+    return folder, run_kbit("run", "-m", *sweep, *SMALL, cwd=folder, without=["HOME"])
 
 
 @pytest.fixture
