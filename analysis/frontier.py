@@ -10,7 +10,7 @@ then look less certain than they are, and `Draws.paired` is False.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -132,29 +132,26 @@ def resample_means(scores: Floats, count: int, rng: np.random.Generator) -> Floa
     return np.asarray(weights @ scores.T / n, dtype=np.float64)
 
 
-def weigh_points(
-    curves: pd.DataFrame, budgets: Floats, by: str = "bits", *, extend: bool = False
-) -> dict[object, Floats]:
+def weigh_points(curves: pd.DataFrame, budgets: Floats, by: str = "bits") -> dict[object, Floats]:
     """Return the interpolation of each curve as a matrix [budgets, points]: value at a budget = row @ values.
 
-    The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN,
-    or with `extend` beyond its largest model the value of that model: a budget need not be spent.
+    The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN.
     """
     sizes = curves["total_bits"].to_numpy(dtype=np.float64)
     matrices: dict[object, Floats] = {}
     for name, own in sort_curves(curves, by).items():
         matrices[name] = np.zeros((budgets.size, len(curves)))
-        matrices[name][:, own] = weigh_curve(sizes[own], budgets, extend=extend)
+        matrices[name][:, own] = weigh_curve(sizes[own], budgets)
     return matrices
 
 
 def weigh_curve(sizes: Floats, budgets: Floats, *, extend: bool = False) -> Floats:
-    """Return the interpolation of one curve as a matrix [budgets, points]; see weigh_points.
+    """Return the interpolation of one curve as a matrix [budgets, points]; outside the curve is NaN.
 
     Args:
         sizes: of its points, bits, ascending.
         budgets: bits of the whole model.
-        extend: see weigh_points.
+        extend: beyond the largest model give the value of that model: a budget need not be spent.
     """
     right = None if extend else np.nan
     x, at = np.log(sizes), np.log(budgets)
@@ -177,11 +174,9 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
     counts = np.zeros((budgets.size, len(matrices)))
     own = [np.flatnonzero((matrix != 0).any(axis=0)) for matrix in matrices.values()]  # the points of each curve
     rows = [sign * matrix[:, places].T for matrix, places in zip(matrices.values(), own, strict=True)]
-    absent = np.stack([np.isnan(row).any(axis=0) for row in rows])  # [curves, budgets]: not defined there
-    rows = [np.nan_to_num(row) for row in rows]
     for chunk in np.array_split(draws.values, max(1, len(draws.values) // 100)):  # all draws at once would be large
         values = np.stack([chunk[:, places] @ row for places, row in zip(own, rows, strict=True)])
-        winners = np.where(absent[:, None], -np.inf, values).argmax(axis=0)
+        winners = np.where(np.isnan(values), -np.inf, values).argmax(axis=0)  # NaN: not defined there
         counts += np.stack([(winners == place).sum(axis=0) for place in range(len(matrices))], axis=1)
     return pd.DataFrame(counts / len(draws.values), pd.Index(budgets, name="total_bits"), columns=list(matrices))
 
@@ -208,18 +203,9 @@ def choose_precision(
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
     points = curves[~is_twin].reset_index(drop=True)
     points["curve"] = points.groupby([*VARIANT, "bits"], dropna=False).ngroup()
-    sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
-    places, at = sort_curves(points, "curve"), np.asarray(budgets, dtype=np.float64)
-    weights = {curve: weigh_curve(sizes[own], at, extend=True) for curve, own in places.items()}
-    is_used = np.zeros(len(points), dtype=bool)  # of ten sizes, the two that a budget lies between
-    for curve, own in places.items():
-        is_used[own] = (np.nan_to_num(weights[curve]) != 0).any(axis=0)
-    draws = np.zeros((len(points), DRAWS))
-    draws[is_used] = draw_values(points[is_used].reset_index(drop=True), measure, results).values.T
     about = points.drop_duplicates("curve").set_index("curve")[CHOICE[1:4]]
     known: list[list[tuple[object, float, Floats]]] = [[] for _ in budgets]
-    for curve, own in places.items():
-        values, drawn = weights[curve] @ value[own], weights[curve] @ draws[own]
+    for curve, values, drawn in interpolate_draws(points, np.asarray(budgets, dtype=np.float64), measure, results):
         for place in np.flatnonzero(~np.isnan(values)):
             known[place].append((curve, float(values[place]), drawn[place]))
     parts = [
@@ -230,6 +216,31 @@ def choose_precision(
     return pd.concat(parts, ignore_index=True)[CHOICE] if parts else pd.DataFrame(columns=CHOICE)
 
 
+def interpolate_draws(
+    points: pd.DataFrame, budgets: Floats, measure: Measure, results: pd.DataFrame | None
+) -> Iterator[tuple[object, Floats, Floats]]:
+    """Yield each curve (column curve) with its values at the budgets and their draws, [budgets, draws].
+
+    A budget needs two points of a curve, and only such points are drawn: of ten sizes at few budgets, a part. A value
+    below the curve's smallest model is NaN; a draw is NaN where a point that it needs has no interval.
+    """
+    sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
+    places = sort_curves(points, "curve")
+    weights = {curve: weigh_curve(sizes[own], budgets, extend=True) for curve, own in places.items()}
+    is_used = np.zeros(len(points), dtype=bool)
+    for curve, own in places.items():
+        is_used[own] = (np.nan_to_num(weights[curve]) != 0).any(axis=0)
+    used = draw_values(points[is_used].reset_index(drop=True), measure, results).values.T
+    draws = np.zeros((len(points), used.shape[1]))
+    draws[is_used] = np.nan_to_num(used)
+    unknown = np.zeros(len(points))
+    unknown[is_used] = np.isnan(used).any(axis=1)
+    for curve, own in places.items():
+        drawn = weights[curve] @ draws[own]
+        drawn[np.nan_to_num(weights[curve]) @ unknown[own] > 0] = np.nan
+        yield curve, weights[curve] @ value[own], drawn
+
+
 def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]], measure: Measure) -> pd.DataFrame:
     """Return the rows of choose_precision for one budget: of each curve its name, its value there and its draws."""
     draws = np.stack([drawn for _, _, drawn in found], axis=1)
@@ -237,7 +248,8 @@ def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]],
     table = about.loc[[curve for curve, _, _ in found]].reset_index(drop=True)
     table["value"] = [value for _, value, _ in found]
     table["low"], table["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
-    table["chance"] = np.bincount((sign * draws).argmax(axis=1), minlength=len(found)) / len(draws)
+    wins = np.bincount((sign * draws).argmax(axis=1), minlength=len(found)) / len(draws)
+    table["chance"] = np.nan if np.isnan(draws).any() else wins  # one that is not known leaves all unknown
     by_value = table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
     rivals = by_value[1:].sort_values("chance", ascending=False, kind="stable")  # equal chances: by value
     return pd.concat([by_value[:1], rivals], ignore_index=True)

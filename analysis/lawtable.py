@@ -19,7 +19,7 @@ from kbit.analysis.drawing import (
     write_verdict,
 )
 from kbit.analysis.frontier import draw_values
-from kbit.analysis.laws import LAWS, Fit, TooFewPoints, check_held_out, fit_law
+from kbit.analysis.laws import Fit, TooFewPoints, check_held_out, fit_law
 from kbit.analysis.lost import measure_lost
 from kbit.analysis.selections import select_block_sizes, select_precisions
 from kbit.spec import BASELINE_BITS
@@ -54,9 +54,14 @@ def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     base = sized[sized["bits"] == BASELINE_BITS].drop_duplicates("model")
     precisions, blocks = select_precisions(sized), select_block_sizes(sized, BLOCK_LAW_BITS)
     precisions = precisions[precisions["bits"] < BASELINE_BITS]
-    points = dict.fromkeys(LAWS, add_losses(base, precisions, measure, results))
-    on_delta = {"kumar": precisions, "block": blocks[blocks["block_size"].notna()]}
-    return points | {law: subtract_base(base, chosen, measure, results) for law, chosen in on_delta.items()}
+    blocks = blocks[blocks["block_size"].notna()]
+    losses = add_losses(base, precisions, measure, results)
+    return {
+        "power": losses,
+        "offset": losses,
+        "kumar": subtract_base(base, precisions, measure, results),
+        "block": subtract_base(base, blocks, measure, results),
+    }
 
 
 def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:

@@ -73,4 +73,4 @@ def measure_lost(
         found = {"error": drawn.std(axis=0), "low": low, "high": high, "source": draws.source}
         parts.append(pd.DataFrame(found, index=group.index))
     spread = pd.concat(parts).loc[quantized.index]
-    return quantized.drop(columns=list(spread), errors="ignore").join(spread)
+    return quantized.assign(**{str(name): column for name, column in spread.items()})

@@ -240,7 +240,7 @@ def resample_groups(points: pd.DataFrame, codes: npt.NDArray[np.intp], rng: np.r
     spread_x, spread_y = xx - sx**2 / n, yy - sy**2 / n
     varied = (spread_x > ROUNDING * xx) & (spread_y > ROUNDING * yy)  # others have no r
     product = np.where(varied, spread_x * spread_y, 1.0)
-    return np.where(varied, (xy - sx * sy / n) / np.sqrt(product), np.nan)
+    return np.where(varied, np.clip((xy - sx * sy / n) / np.sqrt(product), -1, 1), np.nan)  # rounding can exceed 1
 
 
 def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:

@@ -18,7 +18,6 @@ STYLE: Final[dict[str, Any]] = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
     "axes.titlesize": 11,
-    "axes.titley": 1.0,  # no axis has ticks above it, and matplotlib's search for them takes time
     "axes.labelsize": 10,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,

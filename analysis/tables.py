@@ -192,11 +192,16 @@ def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
                 f"{gap:+.4f} ({low:+.4f} to {high:+.4f}) over {rival}-bit"
                 for gap, low, high, rival in zip(table["gap"], table["low"], table["high"], table["rival"], strict=True)
             ],
-            "P(best)": table["chance"].map("{:.0%}".format),
+            "P(best)": table["chance"].map(show_chance),
             "so": table["grade"],
             "4-bit": table["four_bit"],
         }
     )
+
+
+def show_chance(chance: float) -> str:
+    """Return for example "97%"; "?" where a value without an interval leaves it unknown."""
+    return "?" if np.isnan(chance) else f"{chance:.0%}"
 
 
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:
@@ -225,8 +230,8 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
             "budget": data["total_bits"].map(format_bits),
             "best": data["choice"],
             "value": data["value"].map("{:.3f}".format),
-            "P(best)": data["chance"].map("{:.0%}".format),
-            "likeliest rival": data["next"] + data["next_chance"].map(" ({:.0%})".format),
+            "P(best)": data["chance"].map(show_chance),
+            "likeliest rival": data["next"] + " (" + data["next_chance"].map(show_chance) + ")",
         }
     )
     note = (

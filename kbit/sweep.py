@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from kbit.config import EvalConfig, Experiment
+from kbit.config import EvalConfig, Experiment, FeatureConfig
 from kbit.estimate import Alike, Estimator
 from kbit.families import locate_model
 from kbit.logfile import log_output
+from kbit.quantconfig import differences
 from kbit.sizes import find_size
 from kbit.store import MANY_FILES, Store, list_keys
 from kbit.taskfiles import find_local_tasks
@@ -125,7 +126,7 @@ class Worker:
 
         self._store = Store(store_path)
         silence_libraries()
-        import kbit.experiment  # noqa: F401  # for seconds: the first experiment's time would be no guide to the next's
+        import kbit.experiment  # noqa: F401  # which takes seconds: the first experiment's time is to tell the next ones'
 
         if threads is not None:
             import torch
@@ -226,7 +227,8 @@ class Progress:
         self._left = Counter(map(Alike.of, experiments))
         self._varied = find_varied(experiments)
         self._estimator = estimator
-        self._start = self._shown = time.monotonic()  # which no change of the clock moves
+        self._start = time.monotonic()  # which no change of the clock moves
+        self._shown: float | None = None
         self._began: dict[Experiment, float] = {}
         self._failed = 0
         self._bar = tqdm(
@@ -240,7 +242,7 @@ class Progress:
         self._left[Alike.of(outcome.experiment)] -= 1
         if outcome.seconds and not outcome.error:
             self._estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
-        time_left = self._predict_time(outcome.working)
+        time_left = self._predict_time(outcome)
         label = self._name(outcome.experiment)
         self._failed += bool(outcome.error)
         if outcome.error or self._bar.disable:
@@ -255,25 +257,37 @@ class Progress:
         """Leave the bar as it is."""
         self._bar.close()
 
-    def _predict_time(self, working: Sequence[Experiment]) -> str:
-        """Return for example "about 12 min left, "; one that is seen for the first time began as the last ended."""
+    def _predict_time(self, outcome: Outcome) -> str:
+        """Return for example "about 12 min left, "; what is seen for the first time began as the last outcome came."""
         now = time.monotonic()
-        self._began = {experiment: self._began.get(experiment, self._shown) for experiment in working}
+        began = now - outcome.seconds if self._shown is None else self._shown  # before the first one workers start
+        self._began = {experiment: self._began.get(experiment, began) for experiment in outcome.working}
         self._shown = now
-        running = [(Alike.of(experiment), now - began) for experiment, began in self._began.items()]
-        time_left = self._estimator.predict_time(self._left, len(working) + 1, running)
+        running = [(Alike.of(experiment), now - start) for experiment, start in self._began.items()]
+        time_left = self._estimator.predict_time(self._left, len(outcome.working) + 1, running)
         return f"{time_left} left, " if time_left else ""
 
     def _name(self, experiment: Experiment) -> str:
         """Return the label, and what of the evaluation differs within the sweep."""
-        return experiment.label() + "".join(f" {name}={getattr(experiment.eval, name)}" for name in self._varied)
+        values = {name: getattr(experiment.eval, name) for name in self._varied}
+        return experiment.label() + "".join(f" {name}={show_value(value)}" for name, value in values.items())
 
 
 def find_varied(experiments: Iterable[Experiment]) -> list[str]:
-    """Return the fields of the evaluation in which experiments differ and that their labels leave out."""
+    """Return the fields of the evaluation that tell experiments apart and that their labels leave out."""
     evaluations = {experiment.eval for experiment in experiments}
-    names = [field.name for field in dataclasses.fields(EvalConfig) if field.name not in ("task_path", "batch_size")]
+    told = ("task_path", "batch_size")  # in the label; no part of an experiment's content
+    names = [field.name for field in dataclasses.fields(EvalConfig) if field.name not in told]
     return [name for name in names if len({getattr(evaluation, name) for evaluation in evaluations}) > 1]
+
+
+def show_value(value: object) -> str:
+    """Return a value of a configuration in a few characters: of a list its items, of a section what is not default."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    if isinstance(value, FeatureConfig):
+        return ",".join(f"{name}={item}" for name, item in differences(value, FeatureConfig()).items()) or "default"
+    return str(value)
 
 
 def compact_quietly(store: Store) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kbit.config import EvalConfig, Experiment, ModelConfig
-from kbit.estimate import format_seconds
+from kbit.config import EvalConfig, Experiment, FeatureConfig, ModelConfig
+from kbit.estimate import Estimator, format_seconds
 from kbit.families import EMBEDDED
 from kbit.files import LocalFiles
 from kbit.logfile import log_output
 from kbit.quantconfig import QuantConfig
 from kbit.store import Store, list_keys, read_failures, read_results
-from kbit.sweep import Outcome, Plan, Worker, check_experiment, finish, make_plan, run_in_process
+from kbit.sweep import (
+    Outcome,
+    Plan,
+    Progress,
+    Worker,
+    check_experiment,
+    finish,
+    make_plan,
+    run_in_process,
+    show_value,
+)
 
 SMALL = EvalConfig(tasks=(), perplexity_windows=4)
 MODEL = "nano-neox-98k"
@@ -240,13 +252,34 @@ def test_progress_says_what_is_left_by_what_was_measured(tmp_path: Path, capsys:
 
     def outcomes() -> Generator[Outcome]:
         for experiment in plan.to_run:
-            others = tuple(plan.to_run[-1:]) if experiment != plan.to_run[-1] else ()
-            yield Outcome(experiment, "", working=others, seconds=took.get(experiment, 120.0))
+            yield Outcome(experiment, "", seconds=took.get(experiment, 120.0))
 
     finish(outcomes(), plan, fail_fast=False)
     lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
-    by_cost = 600 * 231_168 / 1_298_016  # seconds, until one of the small model was measured
+    by_cost = 2 * 600 * 231_168 / 1_298_016  # seconds, until one of the small model was measured
     assert lines == [f"done, about {format_seconds(by_cost)} left", "done, about 2 min left", "done"]
+
+
+def test_time_left_falls_while_the_last_ones_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third = plan = make_plan([make_experiment(bits) for bits in (3, 4, 5)], tmp_path / "none").to_run
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = Progress(plan, Estimator())
+    now = 1000.0  # Ray started, and both workers
+    progress.show(Outcome(first, "", working=(second,), seconds=100.0))  # the second is as far as the first was
+    now = 1060.0
+    progress.show(Outcome(second, "", working=(third,), seconds=100.0))  # the third runs for 60 s
+    lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["done, about 2 min left", "done, about 40 s left"]
+
+
+def test_a_worker_imports_before_its_first_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbit.experiment", sys.modules["kbit.experiment"])  # put back afterwards
+    monkeypatch.delitem(sys.modules, "kbit.experiment")
+    Worker(str(tmp_path), "cpu")
+    assert "kbit.experiment" in sys.modules
 
 
 def test_lines_tell_evaluations_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,6 +288,9 @@ def test_lines_tell_evaluations_apart(tmp_path: Path, capsys: pytest.CaptureFixt
     plan = make_plan([one, other], tmp_path / "none")
     finish((Outcome(experiment, "") for experiment in plan.to_run), plan, fail_fast=False)
     windows = [one.eval.perplexity_windows, 3]
+    assert [show_value(v) for v in (("a", "b"), (), FeatureConfig(measure=True), None)] == [
+        "a,b", "none", "measure=True", "None"
+    ]  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"[{k + 1}/2] {one.label()} perplexity_windows={windows[k]}: done" for k in range(2)]
 

@@ -337,6 +337,13 @@ def test_saved_files_hold_the_figure_and_its_data(tmp_path: Path) -> None:
     assert saved[0].verdict == figure_2(make_results()).verdict
 
 
+def test_a_figure_is_laid_out_once_for_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("matplotlib.layout_engine.do_constrained_layout", lambda *args, **_: calls.append(args))
+    save_figures(make_results(), tmp_path, ["figure_2"])
+    assert len(calls) == 1
+
+
 def test_the_same_results_give_the_same_bytes_and_settings_stay(tmp_path: Path) -> None:
     (first,) = save_figures(make_results(), tmp_path / "a", ["figure_2"])
     with matplotlib.rc_context({"font.size": 30, "savefig.bbox": "tight", "axes.facecolor": "red"}):

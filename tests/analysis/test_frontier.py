@@ -85,6 +85,26 @@ def test_resampled_means_have_the_error_of_a_mean_and_move_together() -> None:
     assert difference < 0.3 * draws[:, 0].std()
 
 
+def test_a_point_without_interval_counts_only_where_it_is_needed(make_points: Build) -> None:
+    points = make_points({4: {10: 0.50, 100: 0.60, 1000: 0.70}, 5: {12: 0.51, 120: 0.61, 1200: 0.69}})
+    points.loc[points["total_bits"] == 1200, ["low", "high"]] = np.nan
+    chosen = choose_precision(points, ZERO_SHOT, [50, 500])
+    near, far = (chosen[chosen["total_bits"] == budget].set_index("bits") for budget in (50, 500))
+    whole = choose_precision(points.fillna({"low": 0.67, "high": 0.71}), ZERO_SHOT, [50, 500])
+    expected = whole[whole["total_bits"] == 50].set_index("bits")
+    pd.testing.assert_frame_equal(near, expected)
+    assert 0.1 < near["chance"].min() < near["chance"].max() < 0.9
+    assert far["chance"].isna().all()  # nobody knows
+    assert far["low"].isna().to_dict() == {4: False, 5: True}
+
+
+def test_a_curve_is_never_best_by_a_draw_that_is_unknown(make_points: Build) -> None:
+    points = make_points({4: {10: 0.5, 100: 0.6}, 5: {10: 0.4, 100: 0.5}})
+    draws = draw_values(points, ZERO_SHOT)
+    draws.values[:, 3] = np.nan
+    assert (best_chances(points, draws, higher_is_better=True)[4] == 1).all()
+
+
 def write_items(folder: Path, scores: dict[str, dict[str, Any]], metric: str = "acc") -> None:
     """A store that holds nothing but items: {key: {task: scores}}."""
     (folder / "experiments").mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from kbit.analysis.drawing import MissingResults, draw_table
 from kbit.analysis.figures import FIGURES
 from kbit.analysis.maps import choose_ink, name_part
 from kbit.analysis.published import compare_anchors, match_published, read_published
-from kbit.analysis.relations import correlate, read_loss, read_lost, read_weight_error
+from kbit.analysis.relations import correlate, read_loss, read_lost, read_weight_error, resample_groups
 from kbit.analysis.roofline import DEVICES, Device, estimate_seconds, find_largest_batch
 from kbit.analysis.tables import table_1, table_2
 
@@ -162,6 +162,28 @@ def test_correlations_and_their_intervals() -> None:
         assert low < 0.8 < high + 0.03
         assert source == "bootstrap over 20 models"
     assert "Fisher" in correlate(points.assign(model=0), rank=False)[3]
+
+
+def test_resampling_by_sums_is_resampling_of_points() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 8, 50)
+    points = pd.DataFrame({"x": np.where(codes < 7, 3.0, 4.0), "y": rng.standard_normal(50)})
+    found = resample_groups(points, codes, np.random.default_rng(1))
+    again = np.random.default_rng(1)
+    varied = 0
+    for r in found:
+        chosen = [np.flatnonzero(codes == group) for group in again.integers(0, 8, 8)]
+        drawn = points.iloc[np.concatenate(chosen)]
+        if drawn["x"].nunique() < 2:
+            assert np.isnan(r)
+        else:
+            varied += 1
+            assert r == pytest.approx(np.corrcoef(drawn.T)[0, 1])
+    assert 0 < varied < len(found)
+
+
+def test_a_rank_correlation_sees_order_alone() -> None:
+    points = pd.DataFrame({"x": np.arange(10.0), "model": 0})
     assert correlate(points.assign(y=np.exp(points["x"])), rank=True)[0] == pytest.approx(1)
 
 
