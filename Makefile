@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
-JOBS ?= 2  # processes of the tests, each with one thread; a file's tests share its fixtures
+# Processes of the tests, each with one thread; a file's tests share its fixtures.
+JOBS ?= 2
 
 .PHONY: demo test lint types check clean
 
@@ -14,7 +15,7 @@ demo: $(VENV)/runtime.stamp
 	$(BIN)/kbit report
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses=$(strip $(JOBS)) --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -235,15 +235,16 @@ def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floa
     cost = measure_cost(design, theta, samples, scale)
     active = np.arange(len(samples))  # those that have not settled
     for _ in range(STEPS):
-        residual = (samples[active] - design.predict(theta[active])) / (scale * SOFTNESS)
+        now, target = theta[active], samples[active]
+        residual = (target - design.predict(now)) / (scale * SOFTNESS)
         weight = 1 / np.sqrt(1 + residual**2)  # derivative of rho by the squared residual
-        slope = design.slope(theta[active]) / (scale * SOFTNESS)[:, None]
+        slope = design.slope(now) / (scale * SOFTNESS)[:, None]
         weighted = slope * weight[..., None]
         curvature = np.swapaxes(weighted, -1, -2) @ slope
         diagonal = np.einsum("...ii->...i", curvature)
         damped = curvature + damping[active, None, None] * np.eye(theta.shape[1]) * (diagonal + 1e-300)[:, None, :]
         step = np.linalg.solve(damped, np.swapaxes(weighted, -1, -2) @ residual[..., None])[..., 0]
-        before, tried = cost[active], measure_cost(design, theta[active] + step, samples[active], scale)
+        before, tried = cost[active], measure_cost(design, now + step, target, scale)
         better = tried < before
         theta[active[better]] += step[better]
         cost[active] = np.where(better, tried, before)

@@ -7,6 +7,7 @@ exists; the driver only hands out work and counts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 import traceback
@@ -29,7 +30,6 @@ from kbit.taskfiles import find_local_tasks
 from kbit.textdata import check_text, locate_text
 
 if TYPE_CHECKING:
-    from kbit.evaluation import Prepared
     from kbit.experiment import Result, Session
 
 
@@ -126,17 +126,17 @@ class Worker:
 
         self._store = Store(store_path)
         silence_libraries()
-        import kbit.experiment  # noqa: F401  # which takes seconds: the first experiment's time is to tell the next ones'
+        # here, as it takes seconds: the first experiment's time is to tell the next ones'
+        from kbit.evaluation import Prepared
+        from kbit.experiment import Session
 
         if threads is not None:
             import torch
 
             torch.set_num_threads(threads)  # the kernels follow: see kbit.backend.torch_threads_kept
-        self._device = device
         self._own_process = own_process
-        self._gpus = gpus
+        self._open_session = functools.partial(Session, device=device, prepared=Prepared(), gpus=gpus)
         self._session: Session | None = None
-        self._prepared: Prepared | None = None
 
     def run(self, experiment: Experiment) -> Outcome:
         """Run one experiment; an error becomes a recorded failure, never a number."""
@@ -158,14 +158,10 @@ class Worker:
 
     def _try(self, experiment: Experiment) -> tuple[Result | None, tuple[str, str]]:
         """Return the result, or the reason and traceback of why there is none."""
-        from kbit.evaluation import Prepared
-        from kbit.experiment import Session
-
         try:
             if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
-                self._prepared = self._prepared or Prepared()
-                self._session = Session(experiment.model, self._device, self._prepared, gpus=self._gpus)
+                self._session = self._open_session(experiment.model)
             return self._session.run(experiment), ("", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             trace = traceback.format_exc()

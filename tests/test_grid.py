@@ -70,7 +70,7 @@ def test_composition_equals_hydras(hydra: Any, composer: Composer, overrides: li
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Composer, study: str) -> None:
-    """Each point of its grids, composed by Hydra alone, in order; the first and last 4 of each."""
+    """Each point of its grids, composed by Hydra alone, in order; the first and last 8, and both ends of each."""
     job = [f"+sweeps={study}"]
     expanded = expand(composer, study)  # raises on a value that is not allowed
     assert len({config.experiment.key for config in expanded}) > 1
@@ -80,6 +80,7 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
         assert expanded == list(itertools.chain(*parts))
         return
     points: list[list[str]] = []
+    ends: set[int] = set()
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     grids: Any = OmegaConf.to_container(config.study.grids)
     for grid in grids or [{}]:
@@ -87,10 +88,12 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
             f"{key}={','.join(map(write_value, value if isinstance(value, list) else [value]))}"
             for key, value in grid.items()
         ]
+        ends.add(len(points))
         points += BasicSweeper.split_arguments(parser.parse_overrides(texts), None)[0]
+        ends.add(len(points) - 1)
     if not config.study.exclude:
         assert len(expanded) == len(points)
-        for at in {*range(min(4, len(points))), *range(max(0, len(points) - 4), len(points))}:
+        for at in ends | {*range(min(8, len(points))), *range(max(0, len(points) - 8), len(points))}:
             assert expanded[at] == compose_slowly(hydra, [*job, *points[at]])
 
 
