@@ -43,10 +43,12 @@ from typing import Any, Final
 
 from watch import Load, Watch
 
-from kbit.config import NANO_TASKS, EvalConfig, Experiment, ModelConfig
-from kbit.provenance import git_commit, package_versions
-from kbit.quantconfig import QuantConfig
-from kbit.taskfiles import EMBEDDED_TASKS
+from kbit.data.task_files import EMBEDDED_TASKS
+from kbit.evaluation.config import NANO_TASKS, EvalConfig
+from kbit.experiments.config import Experiment
+from kbit.experiments.provenance import git_commit, package_versions
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
 
 RECORD: Final = Path(__file__).parent / "results" / "engine.json"
 ROOT: Final = Path(__file__).parents[1]
@@ -126,7 +128,7 @@ def run_kbit(study: Study, folder: Path, *options: str, find_nodes: bool = False
 
 def read_accuracies(study: Study, results: Path) -> Accuracies:
     """Return the accuracies in a store."""
-    from kbit.store import read_results
+    from kbit.store.readers import read_results
 
     rows = read_results(results).query("metric == 'acc'")
     names = {experiment.key: name for name, experiment in study.experiments().items()}
@@ -138,8 +140,8 @@ def read_accuracies(study: Study, results: Path) -> Accuracies:
 
 def save_checkpoints(study: Study, folder: Path) -> None:
     """Write the quantized weights of the experiments that lm_eval runs, and fill the kernels' cache on disk."""
-    from kbit.methods import quantize_model
-    from kbit.models import load_model
+    from kbit.methods.quantize_model import quantize_model
+    from kbit.models.loading import load_model
 
     for name, experiment in study.samples().items():
         loaded = load_model(experiment.model.name)

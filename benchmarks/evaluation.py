@@ -37,13 +37,13 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from kbit.config import NANO_TASKS
-from kbit.evaluation import PreparedTask, prepare_task
-from kbit.layout import Batch, Query, build_batch, take_batch
-from kbit.models import load_model
-from kbit.quiet import silence_libraries
-from kbit.scorer import Scorer
-from kbit.tasks import load_tasks
+from kbit.data.tasks import load_tasks
+from kbit.evaluation.config import NANO_TASKS
+from kbit.evaluation.prefix_sharing import Batch, Query, build_batch, take_batch
+from kbit.evaluation.scorer import Scorer
+from kbit.evaluation.zero_shot import PreparedTask, prepare_task
+from kbit.models.loading import load_model
+from kbit.silence import silence_libraries
 
 PAPER_TASKS = ("hellaswag", "piqa", "winogrande", "lambada_openai")
 TOLERANCE = 1e-4  # nats

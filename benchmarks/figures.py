@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves import AmbiguousResults
-from kbit.analysis.drawing import MissingResults
-from kbit.analysis.figures import FIGURES, save_figures
-from kbit.datatypes import PAPER_EXPONENT_BITS
+from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.figures.drawing import MissingResults
+from kbit.analysis.figures.registry import FIGURES, save_figures
+from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
 
 RESULTS = Path(__file__).parent / "results" / "figures.json"
 SYNTHETIC = "synthetic"

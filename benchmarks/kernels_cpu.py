@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from kbit import QuantSpec, dequantize, fake_quantize, quantize
-from kbit.quantizer import fake_quantize_
+from kbit.numerics.quantizer import fake_quantize_
 
 RESULTS = Path(__file__).parent / "results" / "kernels_cpu.json"
 BITS = (3, 4, 5, 6, 8)
@@ -194,7 +194,7 @@ def measure_peak_memory() -> dict[str, float]:
     for operation in ("fake_quantize", "fake_quantize_"):
         code = (
             "import re, torch; from pathlib import Path; from kbit import QuantSpec\n"
-            "from kbit.quantizer import fake_quantize, fake_quantize_\n"
+            "from kbit.numerics.quantizer import fake_quantize, fake_quantize_\n"
             "def peak():\n"  # not ru_maxrss, which a process inherits from the one that started it
             "    status = Path('/proc/self/status').read_text()\n"
             "    return 1024 * int(re.search(r'VmHWM:\\s+(\\d+)', status)[1])\n"
@@ -214,7 +214,7 @@ def measure_first_call() -> dict[str, float]:
     """Return the seconds of the imports and of the first quantize, in a process that finds the kernels compiled."""
     code = (
         "import time; start = time.perf_counter(); import torch; from kbit import QuantSpec, quantize; "
-        "import kbit.quantizer; imported = time.perf_counter()\n"
+        "import kbit.numerics.quantizer; imported = time.perf_counter()\n"
         "quantize(torch.randn(4096), QuantSpec(bits=4, data_type='nf', block_size=64))\n"
         "print(imported - start, time.perf_counter() - imported)"
     )

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from kbit.datatypes import Codebook, decision_thresholds, make_codebook
 from kbit.kernels import cpu
 from kbit.kernels import cuda as kernels
-from kbit.quantizer import fake_quantize
-from kbit.quantizer import quantize as quantize_tensor
-from kbit.spec import QuantSpec
+from kbit.numerics.codebooks import Codebook, decision_thresholds, make_codebook
+from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.quantizer import quantize as quantize_tensor
+from kbit.numerics.spec import QuantSpec
 
 torch_cuda: Any = torch.cuda  # partly annotated
 

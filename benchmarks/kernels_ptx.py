@@ -29,9 +29,9 @@ import numba
 import numpy as np
 from numba.cuda import compiler
 
-from kbit.datatypes import decision_thresholds, make_codebook
 from kbit.kernels import cuda as kernels
 from kbit.kernels import cuda_arrays as arrays
+from kbit.numerics.codebooks import decision_thresholds, make_codebook
 
 RESULTS = Path(__file__).parent / "results" / "cuda_registers.json"
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (12, 0))  # Turing, Ampere, Hopper, Blackwell: the oldest of CUDA 13 on

@@ -34,14 +34,13 @@ import torch
 from torch import Tensor
 
 from kbit.methods.awq import quantize_scaled
-from kbit.methods.blocks import BlockGrid
+from kbit.methods.block_scales import BlockGrid, find_best_scales
+from kbit.methods.config import METHODS, GptqConfig
 from kbit.methods.gptq import quantize_weight
 from kbit.methods.hqq import quantize_half_quadratic
-from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
-from kbit.quantconfig import METHODS, GptqConfig
-from kbit.quantizer import fake_quantize
-from kbit.spec import QuantSpec
+from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.spec import QuantSpec
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 BATCH = 2048  # tokens whose products are summed at once, as in calibration

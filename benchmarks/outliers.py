@@ -32,17 +32,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from kbit.budget import TokenBudget
-from kbit.coverage import plan_quantization
-from kbit.features import Observations, observe
-from kbit.methods import quantize_model
-from kbit.methods.llm_int8 import Int8Linear
+from kbit.data.windows import Windows
+from kbit.evaluation.outlier_features import Observations, observe
+from kbit.evaluation.token_budget import TokenBudget
+from kbit.layers.int8_linear import Int8Linear
+from kbit.methods.config import INT8_METHODS, QuantConfig
+from kbit.methods.outlier_columns import choose_kept
+from kbit.methods.quantize_model import quantize_model
+from kbit.methods.report import plan_quantization
 from kbit.methods.weight import Weight
-from kbit.models import load_model
-from kbit.outliers import choose_kept
-from kbit.perplexity import Windows
-from kbit.quantconfig import INT8_METHODS, QuantConfig
-from kbit.quiet import silence_libraries
+from kbit.models.loading import load_model
+from kbit.silence import silence_libraries
 
 RESULTS = Path(__file__).parent / "results" / "outliers.json"
 SHAPE = (1024, 4096, 4096)  # tokens, inputs, outputs

@@ -48,9 +48,11 @@ def main(job: Job) -> None:
     begin = time.time()
     import torch
 
-    from kbit.config import EvalConfig, Experiment, ModelConfig
-    from kbit.quantconfig import QuantConfig
-    from kbit.quiet import silence_libraries
+    from kbit.evaluation.config import EvalConfig
+    from kbit.experiments.config import Experiment
+    from kbit.methods.config import QuantConfig
+    from kbit.models.config import ModelConfig
+    from kbit.silence import silence_libraries
 
     silence_libraries()
     torch.set_num_threads(1)
@@ -63,7 +65,7 @@ def main(job: Job) -> None:
 
 
 def _score_with_kbit(experiment: Any) -> dict[str, float]:
-    from kbit.experiment import run_experiment
+    from kbit.experiments.session import run_experiment
 
     result = run_experiment(experiment)
     return {m.task: m.value for m in result.measurements if m.metric == "acc"}
@@ -75,8 +77,8 @@ def _score_with_hflm(job: Job, experiment: Any) -> dict[str, float]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from kbit.methods import quantize_model
-    from kbit.models import load_model
+    from kbit.methods.quantize_model import quantize_model
+    from kbit.models.loading import load_model
 
     loaded = load_model(job.model)
     quantize_model(loaded.model, experiment.quant, loaded.tokenizer)

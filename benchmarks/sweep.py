@@ -27,8 +27,9 @@ def measure_store(experiments: int) -> dict[str, Any]:
     The records are one real result, with its items and ten of its measurements, under the key of each experiment of a
     grid.
     """
-    from kbit.store import Store, list_keys, read_results
-    from kbit.sweep import make_plan
+    from kbit.engine.plan import make_plan
+    from kbit.store.readers import list_keys, read_results
+    from kbit.store.store import Store
 
     grid = list(make_grid(experiments))
     record = _run_one(grid[0])
@@ -54,8 +55,10 @@ def measure_store(experiments: int) -> dict[str, Any]:
 
 def make_grid(count: int) -> Iterator[Any]:
     """Yield so many distinct experiments."""
-    from kbit.config import EvalConfig, Experiment, ModelConfig
-    from kbit.quantconfig import QuantConfig
+    from kbit.evaluation.config import EvalConfig
+    from kbit.experiments.config import Experiment
+    from kbit.methods.config import QuantConfig
+    from kbit.models.config import ModelConfig
 
     for number in range(count):
         quant = QuantConfig(bits=3 + number % 6, data_type=("int", "nf")[number // 6 % 2], block_size=1 + number // 12)
@@ -66,8 +69,8 @@ def _run_one(experiment: Any) -> dict[str, Any]:
     """Run an experiment; return its record with ten of its measurements."""
     import dataclasses
 
-    from kbit.experiment import run_experiment
-    from kbit.quiet import silence_libraries
+    from kbit.experiments.session import run_experiment
+    from kbit.silence import silence_libraries
 
     silence_libraries()
     record = json.loads(json.dumps(dataclasses.asdict(run_experiment(experiment)) | {"schema_version": 1}))

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from kbit.store import Store
+from kbit.store.store import Store
 
 POLL: Final = 0.03  # s
 

@@ -19,37 +19,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kbit.config import Experiment as Experiment
-    from kbit.datatypes import make_codebook as codebook  # noqa: F401 (public under this name)
-    from kbit.evaluation import evaluate as evaluate
-    from kbit.experiment import run_experiment as run_experiment
-    from kbit.methods import quantize_model as quantize_model
-    from kbit.models import load_model as load_model
-    from kbit.quantconfig import QuantConfig as QuantConfig
-    from kbit.quantized import QuantizedTensor as QuantizedTensor
-    from kbit.quantizer import dequantize as dequantize
-    from kbit.quantizer import fake_quantize as fake_quantize
-    from kbit.quantizer import quantize as quantize
-    from kbit.spec import QuantSpec as QuantSpec
-    from kbit.store import read_failures as read_failures
-    from kbit.store import read_results as read_results
+    from kbit.evaluation.zero_shot import evaluate as evaluate
+    from kbit.experiments.config import Experiment as Experiment
+    from kbit.experiments.session import run_experiment as run_experiment
+    from kbit.methods.config import QuantConfig as QuantConfig
+    from kbit.methods.quantize_model import quantize_model as quantize_model
+    from kbit.models.loading import load_model as load_model
+    from kbit.numerics.codebooks import make_codebook as codebook  # noqa: F401 (public under this name)
+    from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
+    from kbit.numerics.quantizer import dequantize as dequantize
+    from kbit.numerics.quantizer import fake_quantize as fake_quantize
+    from kbit.numerics.quantizer import quantize as quantize
+    from kbit.numerics.spec import QuantSpec as QuantSpec
+    from kbit.store.readers import read_failures as read_failures
+    from kbit.store.readers import read_results as read_results
 
 # Public name -> where it lives. `kbit.quantize` and `kbit.evaluate` are the functions, as design and README have it.
 _PUBLIC = {
-    "Experiment": "kbit.config:Experiment",
-    "QuantConfig": "kbit.quantconfig:QuantConfig",
-    "QuantSpec": "kbit.spec:QuantSpec",
-    "QuantizedTensor": "kbit.quantized:QuantizedTensor",
-    "codebook": "kbit.datatypes:make_codebook",
-    "dequantize": "kbit.quantizer:dequantize",
-    "evaluate": "kbit.evaluation:evaluate",
-    "fake_quantize": "kbit.quantizer:fake_quantize",
-    "load_model": "kbit.models:load_model",
-    "quantize": "kbit.quantizer:quantize",
-    "quantize_model": "kbit.methods:quantize_model",
+    "Experiment": "kbit.experiments.config:Experiment",
+    "QuantConfig": "kbit.methods.config:QuantConfig",
+    "QuantSpec": "kbit.numerics.spec:QuantSpec",
+    "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
+    "codebook": "kbit.numerics.codebooks:make_codebook",
+    "dequantize": "kbit.numerics.quantizer:dequantize",
+    "evaluate": "kbit.evaluation.zero_shot:evaluate",
+    "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
+    "load_model": "kbit.models.loading:load_model",
+    "quantize": "kbit.numerics.quantizer:quantize",
+    "quantize_model": "kbit.methods.quantize_model:quantize_model",
     "read_failures": "kbit.store:read_failures",
     "read_results": "kbit.store:read_results",
-    "run_experiment": "kbit.experiment:run_experiment",
+    "run_experiment": "kbit.experiments.session:run_experiment",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -1,5 +1,5 @@
 """`python -m kbit` is the command `kbit`."""
 
-from kbit.cli import main
+from kbit.cli.main import main
 
 main()

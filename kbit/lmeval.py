@@ -19,19 +19,20 @@ from typing import Any, Final
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
-from lm_eval.tasks._index import Entry, Kind, TaskIndex  # private, but lm-eval registers no tasks otherwise
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from kbit.budget import TokenBudget
-from kbit.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
-from kbit.methods import quantize_model
-from kbit.models import load_model
-from kbit.quantconfig import OPTION_GROUPS, QuantConfig
-from kbit.scorer import Scorer
-from kbit.taskfiles import EMBEDDED_TASKS
-from kbit.tasks import JsonFiles, complete_definition
+from kbit.data.task_files import EMBEDDED_TASKS
+from kbit.data.tasks import JsonFiles, complete_definition
+from kbit.evaluation.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
+from kbit.evaluation.scorer import Scorer
+from kbit.evaluation.token_budget import TokenBudget
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.methods.quantize_model import quantize_model
+from kbit.models.loading import load_model
 
 log = logging.getLogger(__name__)
+
 
 DEFAULT_BATCH_SIZE: Final = EvalConfig().batch_size
 
@@ -134,6 +135,7 @@ def _choose_device(device: str | None) -> str:
 
 
 register_tasks()
+
 
 if __name__ == "__main__":
     cli_evaluate()

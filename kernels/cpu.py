@@ -1,4 +1,4 @@
-"""Quantization kernels for the CPU: numba, parallel over chunks, the same functions as kbit.reference.
+"""Quantization kernels for the CPU: numba, parallel over chunks, the same functions as kbit.numerics.reference.
 
 Arrays are one-dimensional and contiguous. Values (x, out) are float32, float16, or the bits of bfloat16 as uint16; they
 are converted chunk by chunk, so no float32 copy of the tensor is made. Index arithmetic is 64-bit.
@@ -94,7 +94,7 @@ def quantize(
     seed: int | None = None,
     bits: int = 8,
 ) -> Packed:
-    """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.reference.quantize."""
+    """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.numerics.reference."""
     words, kind = typed_words(x)
     packed = np.empty((x.size * bits + 7) // 8, np.uint8)
     grid = Grid(scales, offsets, _pad(codebook), row, block_size)
@@ -112,7 +112,7 @@ def dequantize(
     out: Values,
     bits: int = 8,
 ) -> Values:
-    """Fill out with codebook[code] * scale + offset. See kbit.reference.dequantize."""
+    """Fill out with codebook[code] * scale + offset. See kbit.numerics.reference.dequantize."""
     words, kind = typed_words(out)
     _decode(codes, bits, Grid(scales, offsets, _pad(codebook), row, block_size), _pairs(codebook, bits), words, kind)
     return out
@@ -129,7 +129,7 @@ def fake_quantize(
     seed: int | None,
     out: Values,
 ) -> Values:
-    """Fill out, which may be x, with dequantize(quantize(x)), without an array of codes. See kbit.reference."""
+    """Fill out, which may be x, with dequantize(quantize(x)), without codes. See kbit.numerics.reference."""
     words, kind = typed_words(x)
     out_words, _ = typed_words(out)
     grid = Grid(scales, offsets, _pad(codebook), row, block_size)
@@ -138,14 +138,14 @@ def fake_quantize(
 
 
 def pack(codes: Codes, bits: int) -> Packed:
-    """Write the codes one after the other, bits each. See kbit.reference.pack."""
+    """Write the codes one after the other, bits each. See kbit.numerics.reference.pack."""
     packed = np.empty((codes.size * bits + 7) // 8, np.uint8)
     _pack(codes, bits, packed)
     return packed
 
 
 def unpack(packed: Packed, bits: int, n: int) -> Codes:
-    """Return the n codes that pack wrote. See kbit.reference.unpack."""
+    """Return the n codes that pack wrote. See kbit.numerics.reference.unpack."""
     codes = np.empty(n, np.uint8)
     _unpack(packed, bits, codes)
     return codes

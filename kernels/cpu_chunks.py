@@ -247,7 +247,7 @@ def round_up_at_random(buffer, count, codebook, levels, key, start, codes):
 
 @jit()
 def mix(z):
-    """The finalizer of splitmix64. See kbit.reference.uniform."""
+    """The finalizer of splitmix64. See kbit.numerics.reference.uniform."""
     z = np.uint64(z)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -17,7 +17,7 @@ How it maps to the hardware. Quantization does little arithmetic for each byte i
   a thread block for long ones, keeps a block in registers: it finds the maximum by shuffles, rounds it to the scale's
   format, and quantizes what it holds. Blocks of more than MAX_FUSED_BLOCK take two passes.
 * Exactness. Multiplication, addition and division are the correctly rounded instructions and are never contracted into
-  a fused multiply-add, so results equal kbit.reference bit for bit.
+  a fused multiply-add, so results equal kbit.numerics.reference bit for bit.
 
 Word width, bits and group size are constants of a kernel: one is compiled for each combination in use (cuda_kernels).
 cuda_device has the device code, cuda_arrays what the host does around a launch.
@@ -61,7 +61,7 @@ from kbit.kernels.cuda_kernels import (
     make_unpack,
 )
 
-# kind, smallest positive and largest number of each scale format: kbit.scales
+# kind, smallest positive and largest number of each scale format: kbit.numerics.scale_formats
 FUSED_SCALE_FORMATS = {
     "fp32": (FLOAT32, np.float32(2.0**-149), np.float32(3.4028234663852886e38)),
     "fp16": (FLOAT16, np.float32(2.0**-24), np.float32(65504.0)),
@@ -105,7 +105,7 @@ def quantize(
     seed: int | None = None,
     bits: int = 8,
 ) -> DeviceArray:
-    """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.reference.quantize."""
+    """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.numerics.reference."""
     require_device()
     with device_of(x):
         codes = new_array(x, count_values(x), "uint8")
@@ -129,7 +129,7 @@ def dequantize(
     out: DeviceArray,
     bits: int = 8,
 ) -> DeviceArray:
-    """Fill out with codebook[code] * scale + offset; codes are packed. See kbit.reference.dequantize."""
+    """Fill out with codebook[code] * scale + offset; codes are packed. See kbit.numerics.reference.dequantize."""
     require_device()
     if bits != 8:
         codes = unpack(codes, bits, count_values(out))
@@ -154,7 +154,7 @@ def fake_quantize(
     seed: int | None,
     out: DeviceArray,
 ) -> DeviceArray:
-    """Fill out with dequantize(quantize(x)), without an array of codes. See kbit.reference.fake_quantize."""
+    """Fill out with dequantize(quantize(x)), without codes. See kbit.numerics.reference.fake_quantize."""
     require_device()
     with device_of(x):
         layout = plan_words(x, row, block_size, out)
@@ -178,9 +178,9 @@ def fake_quantize_absmax(
 ) -> DeviceArray:
     """Fill out with fake_quantize(x) for normalization=absmax and offsets 0, without scales from outside.
 
-    The scale is the block's largest |x| rounded to scale_format (fp16, bf16 or fp32) as kbit.scales does. A block that
-    holds NaN or Inf, or whose maximum is beyond the format's range, becomes NaN throughout, and refused, uint8 [1],
-    becomes 1; nothing is raised, since the CPU would have to wait for the result.
+    The scale is the block's largest |x| rounded to scale_format (fp16, bf16 or fp32) as kbit.numerics.scale_formats
+    does. A block that holds NaN or Inf, or whose maximum is beyond the format's range, becomes NaN throughout, and
+    refused, uint8 [1], becomes 1; nothing is raised, since the CPU would have to wait for the result.
 
     Raises:
         ValueError: another scale_format.
@@ -216,7 +216,7 @@ def fake_quantize_absmax(
 
 
 def pack(codes: DeviceArray, bits: int) -> DeviceArray:
-    """Write the codes one after the other, bits each. See kbit.reference.pack."""
+    """Write the codes one after the other, bits each. See kbit.numerics.reference.pack."""
     require_device()
     with device_of(codes):
         n = count_values(codes)
@@ -226,7 +226,7 @@ def pack(codes: DeviceArray, bits: int) -> DeviceArray:
 
 
 def unpack(packed: DeviceArray, bits: int, n: int) -> DeviceArray:
-    """Return the n codes that pack wrote. See kbit.reference.unpack."""
+    """Return the n codes that pack wrote. See kbit.numerics.reference.unpack."""
     require_device()
     with device_of(packed):
         codes = new_array(packed, n, "uint8")

@@ -114,7 +114,7 @@ def count_steps(codebook: Codebook) -> int:
 
 
 def mix_key(seed: int | None) -> np.uint64:
-    """Return the mixed seed: see kbit.reference.uniform."""
+    """Return the mixed seed: see kbit.numerics.reference.uniform."""
     with np.errstate(over="ignore"):
         return np.uint64(0) if seed is None else mix_seed(np.uint64(seed))
 

@@ -130,7 +130,7 @@ def _round_up_at_random(v, code, table, steps, top, key, index):
 
 
 def mix_seed(z):
-    """The finalizer of splitmix64. See kbit.reference.uniform."""
+    """The finalizer of splitmix64. See kbit.numerics.reference.uniform."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

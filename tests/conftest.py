@@ -80,7 +80,7 @@ def tokenizer() -> Any:
     """The tokenizer of the nano models: byte-level BPE, 1,024 tokens, <|endoftext|> = 0."""
     import transformers
 
-    from kbit.families import locate_model
+    from kbit.models.catalog import locate_model
 
     return transformers.AutoTokenizer.from_pretrained(locate_model("nano-neox-98k"))
 
@@ -117,7 +117,7 @@ def kbit(
     from hydra.core.global_hydra import GlobalHydra
     from hydra_state import config_store_kept
 
-    from kbit.cli import main
+    from kbit.cli.main import main
 
     monkeypatch.chdir(tmp_path)
 

@@ -11,10 +11,12 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 
 import kbit.lmeval
-from kbit.config import EvalConfig, Experiment, ModelConfig
-from kbit.experiment import run_experiment
+from kbit.evaluation.config import EvalConfig
+from kbit.experiments.config import Experiment
+from kbit.experiments.session import run_experiment
 from kbit.lmeval import QuantizedLM, read_options
-from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
+from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
+from kbit.models.config import ModelConfig
 
 ARGUMENTS = "pretrained=nano-neox-98k,bits=4,data_type=nf,block_size=64"
 

@@ -11,10 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from kbit.config import EvalConfig, Experiment, ModelConfig
-from kbit.experiment import Session
-from kbit.quantconfig import QuantConfig
-from kbit.store import Store
+from kbit.evaluation.config import EvalConfig
+from kbit.experiments.config import Experiment
+from kbit.experiments.session import Session
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
+from kbit.store.store import Store
 
 TOP: Final = Path(__file__).resolve().parents[2]
 MODELS: Final = ("nano-neox-98k", "nano-neox-332k", "nano-neox-1m")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
+from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Weight
-from kbit.quantconfig import QuantConfig
-from kbit.quantizer import fake_quantize
+from kbit.numerics.quantizer import fake_quantize
 
 ALPHAS: Final = tuple(i / 20 for i in range(20))  # the paper's grid
 

@@ -27,13 +27,17 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kbit.config import MAX_WINDOW
+from kbit.data.windows import Windows, make_windows
+from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Weight
-from kbit.perplexity import Windows, make_windows
-from kbit.quantconfig import QuantConfig
+from kbit.models.config import MAX_WINDOW
 
 TOKENS_AT_ONCE: Final = 2048  # of a forward pass: one of the published code's sequences
+
+
 _MATMULS: Final = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+
+
 _CHOICE: Final = 8  # windows of the text's beginning for each sample that is drawn from them
 
 

@@ -26,13 +26,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.methods.blocks import BlockGrid, ChooseScales
+from kbit.methods.block_scales import BlockGrid, ChooseScales, find_best_scales
 from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
-from kbit.methods.mse import find_best_scales
+from kbit.methods.config import GptqConfig, QuantConfig
 from kbit.methods.weight import Weight
-from kbit.quantconfig import GptqConfig, QuantConfig
 
 LEAF: Final = 128  # columns that are updated one by one; the published block of lazy updates
+
+
 _RAISES: Final = 3  # times that a damping which was too little is raised tenfold
 
 

@@ -23,17 +23,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.methods.blocks import BlockGrid
+from kbit.methods.block_scales import BlockGrid
+from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Weight
-from kbit.quantconfig import QuantConfig
-from kbit.scales import Scales
+from kbit.numerics.scale_formats import Scales
 
 P: Final = 0.7  # as in HQQ's code, like the three below
+
+
 BETA: Final = 10.0
+
+
 KAPPA: Final = 1.01
+
+
 ROUNDS: Final = 20
 
+
 Blocks = Float[Tensor, "blocks size"]
+
+
 PerBlock = Float[Tensor, "blocks 1"]
 
 

@@ -1,163 +1,19 @@
-"""Matrix products of int8 weights and activations, summed in int32 (Dettmers et al. 2022, "LLM.int8()").
-
-X [tokens, in] and W [out, in] become integers, X at run time. The methods of the paper's Table 1 differ in what shares
-a constant (the whole tensor, or a row: a token of X, an output of W), in whether values are shifted by a zero point,
-and in whether input dimensions with large activations are taken out and multiplied at 16 bits (section 3.2):
-
-    X W^T  ~  X[:, O] W[:, O]^T  +  s_X s_W (Q_X Q_W^T),     O = {i: some |X[t, i]| > threshold}
-
-The left product takes the 16-bit weights, as in the paper, so it needs them in memory; bitsandbytes takes the
-dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives models with such products
-(sees_whole_input) one text at a time.
-"""
+"""Linear layers of a model that compute in int8: which, and what they did (kbit.layers.int8_linear)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from kbit.coverage import owner_of
+from kbit.layers.int8_linear import Int8Linear, list_products, quantize_int8
+from kbit.layers.int8_schemes import SCHEMES
+from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Weight
-from kbit.quantconfig import SCHEMES, QuantConfig
-
-LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code of x negated
-# What torch._int_mm asks of (rows, inner and outer columns): multiples of the second, and at least the first of rows
-_GEMM_SHAPES: Final = {"cpu": (1, 1), "cuda": (24, 8)}
-
-
-@dataclass(frozen=True)
-class Int8Matrix:
-    """x ~ (codes + zero) * scale.
-
-    Attributes:
-        codes: [rows, columns], -127..127.
-        scale: of each row, or one for all.
-        zero: zero point of each row, or one for all; None is 0.
-    """
-
-    codes: Int8[Tensor, "rows columns"]
-    scale: Float[Tensor, "constants 1"]
-    zero: Int64[Tensor, "constants 1"] | None = None
-
-    def dequantize(self) -> Float[Tensor, "rows columns"]:
-        """Return what the codes stand for, float32."""
-        return (self.codes if self.zero is None else self.codes + self.zero) * self.scale
-
-
-def quantize_int8(x: Float[Tensor, "rows columns"], *, by_row: bool, zero_point: bool = False) -> Int8Matrix:
-    """Quantize a matrix to int8, in float32, ties to even.
-
-    absmax      scale = max |x| / 127,           code = round(x / scale)
-    zero point  scale = (max x - min x) / 254,   code = round(x / scale) - zero,   zero = round(min x / scale) + 127
-
-    The range of a zero point always contains 0, which is exact then (a ReLU's zeros, dimensions taken out). All zeros
-    give zeros. NaN or Inf in x makes the scale, and so whatever is computed of it, NaN or Inf.
-
-    Args:
-        x: the matrix.
-        by_row: a scale (and zero point) for each row, else one for all.
-        zero_point: see above.
-    """
-    x = x.float()
-    if not by_row:
-        whole = quantize_int8(x.reshape(1, -1), by_row=True, zero_point=zero_point)
-        return Int8Matrix(whole.codes.view(x.shape), whole.scale, whole.zero)
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    if not zero_point:
-        scale = _positive(torch.maximum(-low, high) / LEVELS)
-        # a scale among float32's last subnormals is itself rounded, by up to a half
-        return Int8Matrix((x / scale).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale)
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = _positive((high - low) / (2 * LEVELS))
-    zero = (low / scale).round() + LEVELS
-    # the range is 254 steps to within rounding: its upper end may come out as 128
-    codes = (x / scale).round_().sub_(zero).clamp_(-LEVELS, LEVELS)
-    return Int8Matrix(codes.to(torch.int8), scale, zero.to(torch.int64))
-
-
-def multiply_int8(a: Int8[Tensor, "m k"], b: Int8[Tensor, "n k"]) -> Int32[Tensor, "m n"]:
-    """Return a b^T exactly, summed in int32: no overflow below 2^31 / 127^2 = 133,144 columns.
-
-    Raises:
-        ValueError: a device without an int8 matrix product.
-    """
-    device = a.device.type
-    if device not in _GEMM_SHAPES:
-        raise ValueError(f"there is no int8 matrix product on {device}; there is on: {', '.join(_GEMM_SHAPES)}")
-    (m, k), n = a.shape, len(b)
-    rows, multiple = _GEMM_SHAPES[device]
-    inner, outer = -k % multiple, -n % multiple
-    a = F.pad(a, (0, inner, 0, max(0, rows - m))) if inner or m < rows else a
-    b = F.pad(b, (0, inner, 0, outer)) if inner or outer else b
-    product: Tensor = torch._int_mm(a, b.t())
-    return product[:m, :n]
-
-
-def multiply_quantized(a: Int8Matrix, b: Int8Matrix) -> Float[Tensor, "m n"]:
-    """Return dequantize(a) dequantize(b)^T, float32, with the sum over columns in integers.
-
-    sum (q_a + z_a) (q_b + z_b) = sum q_a q_b + z_a sum q_b + z_b sum q_a + columns z_a z_b
-    """
-    total = multiply_int8(a.codes, b.codes)
-    if a.zero is not None and b.zero is not None:
-        sum_a, sum_b = a.codes.sum(1, keepdim=True), b.codes.sum(1, keepdim=True)  # int64
-        zero_b = b.zero.t()
-        total = total + a.zero * sum_b.t() + sum_a * zero_b + a.codes.shape[1] * a.zero * zero_b
-    return total.float().mul_(a.scale).mul_(b.scale.t())
-
-
-class Int8Linear:
-    """The forward of a linear layer whose product is in int8: takes the place of module.forward.
-
-    Attributes:
-        weight: the quantized weight [out, in], 0 in the kept columns.
-        wide: [out, in], the 16-bit weight, for the input dimensions that are not multiplied in int8; None without.
-        bias: of the layer.
-        scheme, threshold: of the method.
-        kept: input dimensions that always stay at 16 bits.
-        met: bool [in], dimensions that stayed at 16 bits in any call so far.
-    """
-
-    def __init__(self, weight: Weight, bias: Tensor | None, config: QuantConfig) -> None:
-        self.scheme, self.threshold = SCHEMES[config.method], config.activation_threshold
-        self.bias, self.kept = None if bias is None else bias.detach(), weight.kept
-        by_row, zero_point = self.scheme.weight_rows, self.scheme.zero_point
-        needs_wide = self.scheme.decomposes or len(self.kept) > 0
-        self.wide = weight.values.clone(memory_format=torch.contiguous_format) if needs_wide else None
-        with weight.kept_at_zero() as values:
-            self.weight = quantize_int8(values, by_row=by_row, zero_point=zero_point)
-        self.met: Bool[Tensor, " in"] = torch.zeros(weight.values.shape[-1], dtype=torch.bool, device=self.kept.device)
-        self.met[self.kept] = True
-
-    def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Return x W^T + bias in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1])
-        outliers = self._find_outliers(rows)
-        rest = rows.index_fill(1, outliers, 0.0) if len(outliers) else rows
-        inputs = quantize_int8(rest, by_row=self.scheme.input_rows, zero_point=self.scheme.zero_point)
-        result = multiply_quantized(inputs, self.weight)
-        if len(outliers) and self.wide is not None:
-            result += F.linear(rows[:, outliers], self.wide[:, outliers])
-        if self.bias is not None:
-            result += self.bias
-        return result.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def _find_outliers(self, rows: Float[Tensor, "tokens in"]) -> Int64[Tensor, " outliers"]:
-        """Return the input dimensions to multiply at 16 bits."""
-        if not self.scheme.decomposes:
-            return self.kept
-        is_outlier = torch.maximum(rows.amax(0), -rows.amin(0)) > self.threshold
-        is_outlier[self.kept] = True
-        self.met |= is_outlier
-        return is_outlier.nonzero().flatten()
+from kbit.models.parameters import owner_of
 
 
 def quantize_products(
@@ -182,10 +38,18 @@ def quantize_products(
             )
     for weight in weights:
         owner = owner_of(model, weight.name)
-        product = Int8Linear(weight, owner.bias, quant)  # type: ignore[arg-type]
+        product = make_product(weight, cast(Tensor | None, owner.bias), quant)
         weight.put(product.weight.dequantize())
         owner.forward = product
     return {}
+
+
+def make_product(weight: Weight, bias: Tensor | None, quant: QuantConfig) -> Int8Linear:
+    """Return the int8 product of a linear layer's weight, which stays as it is."""
+    scheme = SCHEMES[quant.method]
+    with weight.kept_at_zero() as values:
+        matrix = quantize_int8(values, by_row=scheme.weight_rows, zero_point=scheme.zero_point)
+    return Int8Linear(matrix, weight.values, bias, scheme, quant.activation_threshold, weight.kept)
 
 
 def describe_products(model: nn.Module) -> dict[str, Any]:
@@ -194,7 +58,7 @@ def describe_products(model: nn.Module) -> dict[str, Any]:
     16-bit copies of these columns would cost 8 * decomposed_share bits per parameter, which total_bits leaves out, as
     the paper does; of all dimensions, each layer's counting by its number of inputs.
     """
-    met = {name: product.met for name, product in _list_products(model) if product.scheme.decomposes}
+    met = {name: product.met for name, product in list_products(model) if product.scheme.decomposes}
     if not met:
         return {}
     counts = {name: int(dimensions.sum()) for name, dimensions in met.items()}
@@ -203,24 +67,3 @@ def describe_products(model: nn.Module) -> dict[str, Any]:
         "decomposed_share": sum(counts.values()) / sum(len(dimensions) for dimensions in met.values()),
         "decomposed_most": {"module": most, "dimensions": counts[most], "of": len(met[most])},
     }
-
-
-def sees_whole_input(model: nn.Module) -> bool:
-    """Whether some layer's output depends on what else is in the batch: texts must be given one at a time."""
-    return any(product.scheme.sees_whole_input for _, product in _list_products(model))
-
-
-def undo_products(model: nn.Module) -> None:
-    """Give every layer its own forward again."""
-    for name, _ in _list_products(model):
-        del model.get_submodule(name).forward
-
-
-def _list_products(model: nn.Module) -> list[tuple[str, Int8Linear]]:
-    found = ((name, vars(module).get("forward")) for name, module in model.named_modules())
-    return [(name, forward) for name, forward in found if isinstance(forward, Int8Linear)]
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """Return the scale with 1 for 0; NaN stays NaN."""
-    return scale.masked_fill_(scale == 0, 1.0)

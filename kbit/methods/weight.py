@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from kbit.spec import QuantSpec
+from kbit.numerics.spec import QuantSpec
 
 
 def _no_dimensions() -> Tensor:
@@ -27,9 +27,10 @@ class Weight:
         values: [..., out, in], the parameter's own memory: Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of what put has changed so far.
-        kept: input dimensions that stay at 16 bits (kbit.outliers). put leaves these columns as they are whatever it is
-            given; a method quantizes the values with 0 in their place (kept_at_zero, take_matrix), so that they decide
-            no block's scale. The zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
+        kept: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). put leaves these columns as they are
+            whatever it is given; a method quantizes the values with 0 in their place (kept_at_zero, take_matrix), so
+            that they decide no block's scale. The zeros are part of the blocks, as in bitsandbytes: no block changes
+            place or number.
         unseen: fused experts (0 of a plain matrix) whose inputs calibration did not see: they are rounded to nearest.
     """
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, GPTNeoXConfig, OPTConfig, PreTrainedConfig
 
-from kbit.datatypes import check_choice
+from kbit.checks import check_choice
 from kbit.nano.data import VOCABULARY
 
 Fields = dict[str, Any]

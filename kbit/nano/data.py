@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from kbit.data.texts import read_documents
 from kbit.nano.tasks import BOOKS
-from kbit.textdata import read_documents
 
 SOURCES: Final = ("gutenberg-children/*.txt", "tinystories/*train*.jsonl")  # one book a file; one story a line
 VOCABULARY: Final = 1024

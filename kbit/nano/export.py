@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from kbit.budget import TokenBudget
-from kbit.coverage import plan_quantization
-from kbit.measurement import Measurement
-from kbit.models import LoadedModel, load_model
+from kbit.data.windows import make_windows
+from kbit.evaluation.measurement import Measurement
+from kbit.evaluation.perplexity import measure_cross_entropy
+from kbit.evaluation.token_budget import TokenBudget
+from kbit.methods.report import plan_quantization
+from kbit.models.loading import LoadedModel, load_model
 from kbit.nano.architectures import CONTEXT
-from kbit.perplexity import make_windows, measure_cross_entropy
-from kbit.spec import QuantSpec
+from kbit.numerics.spec import QuantSpec
 
 HELD_OUT_WINDOWS = 256
 SHIPPED_TEXT = (2772, 6_758_744)  # documents and tokens of the text that the shipped models were trained on

@@ -33,13 +33,13 @@ from omegaconf.errors import MissingMandatoryValue
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kbit.datatypes import check_choice
-from kbit.families import locate_model
+from kbit.checks import check_choice
+from kbit.cli.explain import run_explained
+from kbit.models.catalog import locate_model
 from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
 from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
 from kbit.nano.export import Training, export_model
-from kbit.overrides import run_explained
-from kbit.quiet import silence_libraries
+from kbit.silence import silence_libraries
 
 BETAS: Final = (0.9, 0.95)
 WEIGHT_DECAY: Final = 0.1

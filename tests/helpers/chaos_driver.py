@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kbit.cluster import _dispatch, _start_ray
-from kbit.config import EvalConfig, Experiment, ModelConfig, RayConfig
-from kbit.quantconfig import QuantConfig
-from kbit.store import Store
-from kbit.sweep import Outcome, compact_quietly, finish, make_plan
+from kbit.engine.plan import Outcome, make_plan
+from kbit.engine.progress import compact_quietly, finish
+from kbit.engine.ray_cluster import _dispatch, _start_ray
+from kbit.evaluation.config import EvalConfig
+from kbit.experiments.config import Experiment, RayConfig
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
+from kbit.store.store import Store
 
 SECONDS = 0.2  # of an experiment
 
@@ -45,7 +48,7 @@ def make_record(key: str) -> Record:
 
 
 class LightWorker:
-    """Stands in for kbit.sweep.Worker; leaves a file for every experiment that it starts."""
+    """Stands in for kbit.engine.worker.Worker; leaves a file for every experiment that it starts."""
 
     def __init__(self, store_path: str) -> None:
         self._store = Store(store_path)
@@ -65,7 +68,7 @@ class LightWorker:
 
 
 def run_sweep(store_path: str, first: int, last: int) -> None:
-    """Plan and run, as kbit.run does."""
+    """Plan and run, as kbit.cli.run does."""
     import ray
 
     plan = make_plan(list_experiments(first, last), store_path, retry_failed=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-from kbit.config import Experiment, ModelConfig
-from kbit.experiment import Result
-from kbit.measurement import Measurement, encode_items
-from kbit.quantconfig import QuantConfig
-from kbit.store import Store
+from kbit.evaluation.measurement import Measurement, encode_items
+from kbit.experiments.config import Experiment
+from kbit.experiments.result import Result
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
+from kbit.store.store import Store
 
 QUANTS = (
     QuantConfig(bits=16),

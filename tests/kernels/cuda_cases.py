@@ -1,4 +1,4 @@
-"""Inputs of the CUDA kernels, and how their results differ from kbit.reference: in the simulator or on a GPU.
+"""Inputs of the CUDA kernels, and how their results differ from kbit.numerics.reference: in the simulator or on a GPU.
 
 put and get, arguments of the checks, copy an array to and from where the kernels run.
 """
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kbit import reference
-from kbit.datatypes import ADAPTIVE, DATA_TYPES, decision_thresholds, make_codebook
 from kbit.kernels import cuda as kernels
-from kbit.scales import decode_scales, encode_scales
+from kbit.numerics import reference
+from kbit.numerics.codebooks import ADAPTIVE, DATA_TYPES, decision_thresholds, make_codebook
+from kbit.numerics.scale_formats import decode_scales, encode_scales
 
 Array = NDArray[Any]
 
@@ -72,7 +72,7 @@ def list_cases() -> list[Case]:
 CASES = list_cases()
 
 
-# ---- inputs and expectations, from kbit.reference ----
+# ---- inputs and expectations, from kbit.numerics.reference ----
 
 
 def awkward_values(n: int) -> Array:

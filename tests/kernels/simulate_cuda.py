@@ -1,7 +1,7 @@
 """A process of its own, since numba decides on import whether to simulate: run by test_cuda.py.
 
-Prints as JSON what is wrong, by name of the case: of the kernels against kbit.reference, and of kbit's public functions
-with these kernels in the place of the CPU's.
+Prints as JSON what is wrong, by name of the case: of the kernels against kbit.numerics.reference, and of kbit's public
+functions with these kernels in the place of the CPU's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from cuda_cases import DTYPES, Array, as_words, compare
 
-from kbit import quantizer, reference
-from kbit.backend import Backend, choose_backend
 from kbit.kernels import cuda as kernels
-from kbit.scales import SCALE_FORMATS
-from kbit.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
+from kbit.numerics import quantizer, reference
+from kbit.numerics.backend import Backend, choose_backend
+from kbit.numerics.scale_formats import SCALE_FORMATS
+from kbit.numerics.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
 
 CPU = choose_backend(torch.device("cpu"))
 GPU = Backend(torch.device("cpu"), kernels, is_gpu=True)  # the simulated one: its memory is the CPU's

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from kbit import reference
-from kbit.datatypes import decision_thresholds, make_codebook
 from kbit.kernels import cpu, cpu_chunks
 from kbit.kernels.cpu_select import order_statistics
+from kbit.numerics import reference
+from kbit.numerics.codebooks import decision_thresholds, make_codebook
 
 Array = np.ndarray[Any, Any]
 

@@ -18,11 +18,11 @@ import torch
 from cuda_cases import DTYPES, Array, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kbit import quantizer
-from kbit.backend import choose_backend
-from kbit.datatypes import decision_thresholds, make_codebook
 from kbit.kernels import cuda as kernels
-from kbit.spec import QuantSpec
+from kbit.numerics import quantizer
+from kbit.numerics.backend import choose_backend
+from kbit.numerics.codebooks import decision_thresholds, make_codebook
+from kbit.numerics.spec import QuantSpec
 
 numba_cuda: Any = importlib.import_module("numba.cuda")  # Any: it and torch.cuda are only partly annotated
 torch_cuda: Any = torch.cuda

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kbit.coverage import plan_quantization
-from kbit.experiment import Session
-from kbit.methods import _find_weights, quantize_model
+from kbit.data.texts import read_documents
+from kbit.data.windows import Windows
+from kbit.experiments.session import Session
 from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
-from kbit.perplexity import Windows
-from kbit.quantconfig import CalibrationConfig, QuantConfig
-from kbit.quantizer import fake_quantize
-from kbit.textdata import read_documents
+from kbit.methods.config import CalibrationConfig, QuantConfig
+from kbit.methods.quantize_model import find_weights, quantize_model
+from kbit.methods.report import plan_quantization
+from kbit.numerics.quantizer import fake_quantize
 
 SMALL = CalibrationConfig(samples=4, length=32)
 GPTQ3 = QuantConfig(bits=3, data_type="nf", block_size=16, layout="row", method="gptq", calibration=SMALL)
@@ -31,8 +31,8 @@ def make_windows_of(count: int, length: int) -> Windows:
     return Windows("random", "", torch.randint(259, (count, length), generator=torch.Generator().manual_seed(0)), 1.0)
 
 
-def find_weights(model: Any, quant: QuantConfig = GPTQ3) -> Any:
-    return _find_weights(model, plan_quantization(model, quant), quant)
+def list_weights(model: Any, quant: QuantConfig = GPTQ3) -> Any:
+    return find_weights(model, plan_quantization(model, quant), quant)
 
 
 @torch.no_grad()
@@ -58,18 +58,18 @@ def test_the_hessian_is_that_of_the_inputs(build_tiny: Callable[..., Any], archi
     model, windows = build_tiny(architecture), make_windows_of(count, 32)
     expected = record_inputs(model, windows.tokens)
     seen = []
-    for weight, hessians in calibrate(model, find_weights(model), GPTQ3, windows):
+    for weight, hessians in calibrate(model, list_weights(model), GPTQ3, windows):
         x = expected[weight.name]
         assert torch.allclose(
             hessians[0].double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-5 * float(x.square().max())
         )
         seen.append(weight.name)
-    assert seen == [weight.name for weight in find_weights(model)]
+    assert seen == [weight.name for weight in list_weights(model)]
 
 
 def test_later_blocks_see_what_the_quantized_ones_before_give(build_tiny: Callable[..., Any]) -> None:
     model, windows = build_tiny("gpt_neox"), make_windows_of(4, 32)
-    for weight, hessians in calibrate(model, find_weights(model), GPTQ3, windows):
+    for weight, hessians in calibrate(model, list_weights(model), GPTQ3, windows):
         if ".layers.1." in weight.name:
             x = record_inputs(model, windows.tokens)["gpt_neox.layers.1.attention.query_key_value.weight"]
             assert torch.allclose(hessians[0].double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
@@ -128,9 +128,9 @@ def test_windows_are_drawn_without_overlap(build_tiny: Callable[..., Any], token
 def test_an_expert_that_sees_nothing_is_an_error_or_rounded_to_nearest(build_tiny: Callable[..., Any]) -> None:
     model, windows = build_tiny("mixtral"), make_windows_of(1, 1)  # one token reaches two of four experts
     with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj.* of 4\) saw no input.*unseen=rtn"):
-        list(calibrate(model, find_weights(model), GPTQ3, windows))
+        list(calibrate(model, list_weights(model), GPTQ3, windows))
     quant = dataclasses.replace(GPTQ3, calibration=dataclasses.replace(SMALL, unseen="rtn"))
-    for weight, hessians in calibrate(model, weights := find_weights(model), quant, windows):
+    for weight, hessians in calibrate(model, weights := list_weights(model), quant, windows):
         identities = tuple(i for i, h in enumerate(hessians) if torch.equal(h, torch.eye(len(h))))
         assert weight.unseen == identities
         assert len(identities) == (2 if "experts" in weight.name else 0)
@@ -144,7 +144,7 @@ def test_what_is_in_no_product_is_said_to_be_that(build_tiny: Callable[..., Any]
     """More text would not help."""
     model, quant = build_tiny("gpt_neox"), dataclasses.replace(GPTQ3, include=include)
     with pytest.raises(ValueError, match=f"{include}.* is in no product .*quant.exclude.*unseen=rtn"):
-        list(calibrate(model, find_weights(model, quant), quant, make_windows_of(1, 8)))
+        list(calibrate(model, list_weights(model, quant), quant, make_windows_of(1, 8)))
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_blocks_that_are_no_chain_are_refused(build_tiny: Callable[..., Any]) ->
     layers = model.gpt_neox.layers
     original = layers[1].forward
     layers[1].forward = lambda hidden, **kwargs: original(hidden + 1, **kwargs)
-    list(calibrate(model, find_weights(model), GPTQ3, make_windows_of(2, 8)))  # a change inside a block is its own
+    list(calibrate(model, list_weights(model), GPTQ3, make_windows_of(2, 8)))  # a change inside a block is its own
     model.gpt_neox.layers = nn.ModuleList([layers[1], layers[0], layers[0]])
     with pytest.raises(ValueError, match="blocks"):
-        list(calibrate(model, find_weights(model), GPTQ3, make_windows_of(2, 8)))
+        list(calibrate(model, list_weights(model), GPTQ3, make_windows_of(2, 8)))
 
 
 def test_the_embedded_text_shares_nothing_with_the_held_out_one() -> None:
@@ -210,7 +210,9 @@ def test_an_experiment_may_not_calibrate_on_what_it_measures(kbit: Callable[...,
 
 
 def test_a_session_restores_the_weights() -> None:
-    from kbit.config import EvalConfig, Experiment, ModelConfig
+    from kbit.evaluation.config import EvalConfig
+    from kbit.experiments.config import Experiment
+    from kbit.models.config import ModelConfig
 
     session = Session(ModelConfig())
     evaluation = EvalConfig(tasks=(), perplexity_windows=2)

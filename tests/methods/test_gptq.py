@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kbit.datatypes import DATA_TYPES
-from kbit.methods.blocks import BlockGrid
+from kbit.methods.block_scales import BlockGrid, find_best_scales
+from kbit.methods.config import GptqConfig
 from kbit.methods.gptq import factor_inverse, order_columns, quantize_weight, round_columns
-from kbit.methods.mse import find_best_scales
 from kbit.methods.weight import Weight
-from kbit.quantconfig import GptqConfig
-from kbit.quantizer import fake_quantize
-from kbit.scales import SCALE_FORMATS
-from kbit.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
+from kbit.numerics.codebooks import DATA_TYPES
+from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.scale_formats import SCALE_FORMATS
+from kbit.numerics.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
 
 TABLE = (-1.0, -0.4, 0.0, 0.3, 1.0)
 

@@ -14,21 +14,28 @@ from lm_eval.models.huggingface import HFLM
 from planted import plant_features
 from torch import nn
 
-from kbit.budget import TokenBudget
-from kbit.config import EvalConfig, Experiment, ModelConfig
-from kbit.coverage import plan_quantization
-from kbit.evaluation import evaluate, prepare_task
-from kbit.experiment import Session
-from kbit.methods import copy_weights, llm_int8, quantize_model, restore_weights
-from kbit.methods.llm_int8 import Int8Linear, describe_products, multiply_int8, quantize_int8
+from kbit.data.tasks import load_tasks
+from kbit.data.windows import make_windows
+from kbit.evaluation.config import EvalConfig
+from kbit.evaluation.perplexity import Reference, compute_reference, measure_cross_entropy
+from kbit.evaluation.scorer import Scorer
+from kbit.evaluation.token_budget import TokenBudget
+from kbit.evaluation.zero_shot import evaluate, prepare_task
+from kbit.experiments.config import Experiment
+from kbit.experiments.session import Session
+from kbit.layers.int8_linear import Int8Linear, multiply_int8, quantize_int8
+from kbit.layers.int8_schemes import SCHEMES
+from kbit.methods import llm_int8
+from kbit.methods.config import INT8_METHODS, QuantConfig
+from kbit.methods.llm_int8 import describe_products, make_product
+from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
+from kbit.methods.report import plan_quantization
 from kbit.methods.weight import Weight
-from kbit.models import hash_weights, load_model
-from kbit.perplexity import Reference, compute_reference, make_windows, measure_cross_entropy
-from kbit.quantconfig import INT8_METHODS, SCHEMES, QuantConfig
-from kbit.quantizer import fake_quantize
-from kbit.scorer import Scorer
-from kbit.spec import QuantSpec
-from kbit.tasks import load_tasks
+from kbit.models.config import ModelConfig
+from kbit.models.loading import load_model
+from kbit.models.parameters import hash_weights
+from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.spec import QuantSpec
 
 Build = Callable[..., Any]
 
@@ -41,7 +48,7 @@ WITH_OUTLIER = torch.tensor([15.0, 0.1, 0.02, 1, 0.3, 0.01, 0.05, 0.1])
 
 def make_layer(method: str, weight: torch.Tensor, bias: torch.Tensor | None = None, **fields: Any) -> Int8Linear:
     config = QuantConfig(bits=8, method=method, **fields)
-    return Int8Linear(Weight("w", weight.clone(), config.spec), bias, config)
+    return make_product(Weight("w", weight.clone(), config.spec), bias, config)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -161,7 +168,7 @@ def test_a_layer_is_the_product_of_what_its_codes_stand_for(method: str) -> None
     x, w, scheme = draw(2, 3, 48, seed=3) * 2, draw(10, 48, seed=4), SCHEMES[method]
     config = QuantConfig(bits=8, method=method, activation_threshold=4.0)
     kept = torch.tensor([1, 30])
-    layer = Int8Linear(Weight("w", w.clone(), config.spec, kept=kept), None, config)
+    layer = make_product(Weight("w", w.clone(), config.spec, kept=kept), None, config)
     rows = x.view(6, 48)
     wide = (rows.abs().amax(0) > 4.0) if scheme.decomposes else torch.zeros(48, dtype=torch.bool)
     wide[kept] = True

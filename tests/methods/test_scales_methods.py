@@ -12,17 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kbit.methods import quantize_model
 from kbit.methods.awq import ALPHAS, find_channel_scales, quantize_scaled
-from kbit.methods.blocks import BlockGrid
+from kbit.methods.block_scales import FACTORS, BlockGrid, find_best_scales
+from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.methods.gptq import quantize_weight
 from kbit.methods.hqq import P, fit_line, quantize_half_quadratic, shrink
-from kbit.methods.mse import FACTORS, find_best_scales
+from kbit.methods.quantize_model import quantize_model
 from kbit.methods.weight import Weight
-from kbit.quantconfig import CalibrationConfig, GptqConfig, QuantConfig
-from kbit.quantizer import fake_quantize
-from kbit.scales import SCALE_FORMATS
-from kbit.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
+from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.scale_formats import SCALE_FORMATS
+from kbit.numerics.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
 
 SPECS = [
     QuantSpec(2 * i % 3 + 2, kind, block_size=24, layout=LAYOUTS[i % 2], normalization=normal, scale_format=scales)

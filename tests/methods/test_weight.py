@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kbit.coverage import plan_quantization
-from kbit.methods import quantize_model
-from kbit.spec import QuantSpec
+from kbit.methods.quantize_model import quantize_model
+from kbit.methods.report import plan_quantization
+from kbit.numerics.spec import QuantSpec
 
 NF3 = QuantSpec(bits=3, data_type="nf")
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbit.families import EMBEDDED
+from kbit.models.catalog import EMBEDDED
 from kbit.nano.data import draw_batch, read_training_documents, tokenize_stream, train_tokenizer
 
 SHARED_TEXT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "train"

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kbit.families import EMBEDDED, STUDIED
-from kbit.models import load_model
+from kbit.models.catalog import EMBEDDED, STUDIED
+from kbit.models.loading import load_model
 from kbit.nano.architectures import SIZES, make_config
 from kbit.nano.export import measure_held_out_loss
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from kbit.data.texts import read_documents
 from kbit.nano import train as training
 from kbit.nano.architectures import FAMILIES, SIZES, build_model
 from kbit.nano.data import Tokens, tokenize_stream
 from kbit.nano.train import TrainConfig, make_state, run_training, schedule_lr, take_step, train
-from kbit.textdata import read_documents
 
 BATCH = 2 * 256  # tokens in a step of these tests
 

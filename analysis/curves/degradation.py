@@ -1,0 +1,76 @@
+"""What quantization costs a model: its value against its own at 16 bits, on the same items."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from kbit.analysis.curves.curves import Floats, Measure, refuse_mixed_evaluations
+from kbit.analysis.statistics.frontier import draw_values
+from kbit.numerics.spec import BASELINE_BITS
+
+
+def pick_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
+    """Return the rows of one measurement, one for each experiment that has a value.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways, see curves.refuse_mixed_evaluations.
+    """
+    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
+    refuse_mixed_evaluations(rows)
+    return rows.drop_duplicates("key")
+
+
+def widen_degenerate(low: Floats, high: Floats, n: Floats) -> tuple[Floats, Floats]:
+    """Return 95% intervals of paired differences of accuracies, none of width zero.
+
+    Where no item is right for one model and wrong for the other, resampling items gives the same difference every
+    time, whatever n is. If a share p of all items went over to one of the models, n items would show none with
+    probability (1 - p)^n; the exact (Clopper-Pearson) bound is the p where that is 2.5%:
+
+        p = 1 - 0.025^(1/n)              for n = 30: 0.116; for n = 1000: 0.0037
+
+    Args:
+        low, high: intervals by bootstrap.
+        n: items of each; of a mean of tasks those of all tasks together.
+    """
+    half = np.where(high > low, 0.0, 1 - 0.025 ** (1 / n))
+    return low - half, high + half
+
+
+def measure_lost(
+    points: pd.DataFrame, measure: Measure, results: pd.DataFrame, *, intervals: bool = True
+) -> pd.DataFrame:
+    """Return the quantized points with what each loses against the same model at 16 bits; others are left out.
+
+    Args:
+        points: measured in one way (pick_rows, curves.precision_curves): columns model, bits, value, low, high, key.
+        measure: what they show.
+        results: see frontier.draw_values.
+        intervals: False skips the draws.
+
+    Returns:
+        The quantized points in their order, with columns lost (> 0: worse, in the measure's unit) and, with intervals,
+        error (standard error), low, high (95%) of that, and source (how they were found). See widen_degenerate for
+        accuracies that differ in no item.
+    """
+    is_base = points["bits"] == BASELINE_BITS
+    base = points[is_base].drop_duplicates("model").set_index("model", drop=False)
+    quantized = points[~is_base & points["model"].isin(base.index)]
+    sign = -1.0 if measure.higher_is_better else 1.0
+    own = quantized["model"].map(base["value"]).astype(np.float64)  # of none, pandas would make it text
+    quantized = quantized.assign(lost=sign * (quantized["value"].astype(np.float64) - own))
+    if not intervals or quantized.empty:
+        return quantized
+    parts = []
+    needed = ["key", "value", "low", "high"]
+    for model, group in quantized.groupby("model", sort=False):
+        draws = draw_values(pd.concat([base.loc[[model], needed], group[needed]]), measure, results)
+        drawn = sign * (draws.values[:, 1:] - draws.values[:, :1])
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        if measure.higher_is_better and "n" in group:
+            low, high = widen_degenerate(low, high, group["n"].to_numpy(dtype=np.float64))
+        found = {"error": drawn.std(axis=0), "low": low, "high": high, "source": draws.source}
+        parts.append(pd.DataFrame(found, index=group.index))
+    spread = pd.concat(parts).loc[quantized.index]
+    return quantized.assign(**{str(name): column for name, column in spread.items()})

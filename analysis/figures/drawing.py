@@ -1,0 +1,134 @@
+"""What every figure is: a drawing, the data drawn, the claim it tests and the verdict; or why there is none."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+import matplotlib.style
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kbit.analysis.curves.curves import Measure
+from kbit.analysis.figures.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
+from kbit.analysis.figures.styles import STYLE
+
+CELL: Final = 44  # characters
+
+
+NAMED_FAMILIES: Final = 6
+
+
+# What intervals leave out: those of values and differences, and those of correlations and laws.
+LIMIT: Final = "Intervals are about these items alone: not about other texts, tasks or trainings of the models."
+
+
+LIMIT_OF_MODELS: Final = "Other families, texts and tasks may give another answer."
+
+
+class MissingResults(ValueError):
+    """The store lacks what a figure needs; the message says which study to run."""
+
+
+@dataclass(frozen=True)
+class PaperFigure:
+    """One figure or table on this store's data.
+
+    Attributes:
+        name: for example "figure_2".
+        fig: the drawing.
+        data: exactly what is drawn, a tidy table.
+        claim: what the paper says, one sentence; of figures that are not the paper's, the question.
+        verdict: what these results say about it, computed.
+    """
+
+    name: str
+    fig: Figure
+    data: pd.DataFrame
+    claim: str
+    verdict: str
+
+
+def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
+    """Return the message of MissingResults: what a figure needs, and which ready studies measure it."""
+    root = Path(str(files("kbit"))) / "sweeps"
+    ready = [study for study in studies if (root / f"{study}.yaml").is_file()]
+    advice = " or ".join(f"kbit run +sweeps={study}" for study in ready)
+    advice = f"run: {advice}" if ready else "no ready study measures it yet"
+    return f"{name} needs {needs}, and these results lack it; {advice}"
+
+
+def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measure) -> str:
+    """Return the line of a caption that says how much data a figure rests on.
+
+    Args:
+        results: long form; keys and measures say which rows are drawn.
+        keys: of experiments, several in one string separated by blanks.
+        measures: what is drawn.
+    """
+    wanted = {key for group in keys for key in str(group).split()}
+    measured = [results[(results["metric"] == m.metric) & (results["task"] == m.task)] for m in measures]
+    # as objects: of Arrow strings pandas makes a scalar for each one that is wanted
+    parts = [rows[rows["key"].astype(object).isin(wanted)] for rows in measured]
+    rows = pd.concat(parts)
+    families = sorted(map(str, rows["family"].unique()))
+    named = ", ".join(families) if len(families) <= NAMED_FAMILIES else f"{len(families)} families"
+    counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
+    sizes = "; ".join(f"{m.name}: n = {describe_size(part)}" for m, part in zip(measures, parts, strict=True))
+    return f"Data: {counts} of {named}. {sizes[:1].upper()}{sizes[1:]}."
+
+
+def count_things(count: int, noun: str) -> str:
+    """Return for example "1 model", "2,000 models"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def describe_size(rows: pd.DataFrame) -> str:
+    """Return for example "2,000 (float32, 500 items)": what one value rests on, and how it was measured."""
+    size = f"{rows['n'].min():,}" + ("" if rows["n"].nunique() == 1 else f" to {rows['n'].max():,}")
+    ways = sorted(rows["evaluation"].unique()) if "evaluation" in rows else []
+    return size + (f" ({'; '.join(ways)})" if ways else "")
+
+
+def write_verdict(fig: Figure, name: str, claim: str, verdict: str, *notes: str) -> None:
+    """Write below a drawing what the paper claims (or the question), what these results say, and notes."""
+    is_paper = name.startswith(("figure_", "table_"))
+    head = f"Paper ({name.replace('_', ' ')}): {claim}" if is_paper else f"Question: {claim}"
+    write_caption(fig, [head, f"These results: {verdict}", *(note for note in notes if note)])
+
+
+def draw_table(table: pd.DataFrame, title: str) -> Figure:
+    """Draw a table of strings: a header, a line below it, a row each; columns as wide as their longest cell.
+
+    Cells longer than CELL characters are wrapped.
+    """
+    cells = [[textwrap.wrap(str(cell), CELL) or [""] for cell in row] for row in table.to_numpy()]
+    widths = [
+        max(1.15 * len(str(name)), *(len(line) for row in cells for line in row[column])) + 2
+        for column, name in enumerate(table)
+    ]
+    starts = [MARGIN + sum(widths[:column]) * CHARACTER_WIDTH for column in range(len(widths))]
+    width = max(starts[-1] + widths[-1] * CHARACTER_WIDTH, 6.6)
+    counts = [max(map(len, row)) for row in cells]
+    height = (sum(counts) + 0.25 * len(counts) + 4) * LINE_HEIGHT + MARGIN
+    with matplotlib.style.context(["default", STYLE]):
+        fig = Figure(figsize=(width, height))
+        axes = fig.add_axes((0.0, 0.0, 1.0, 1.0))
+        axes.set_axis_off()
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        axes.text(MARGIN, MARGIN + LINE_HEIGHT, title, fontsize=11)
+        place = MARGIN + 2.8 * LINE_HEIGHT
+        for start, name in zip(starts, table, strict=True):
+            axes.text(start, place, str(name), fontsize=CAPTION_SIZE, weight="bold")
+        axes.plot([MARGIN, width - MARGIN], [place + 0.4 * LINE_HEIGHT] * 2, color="0.3", linewidth=0.8)
+        for row, count in zip(cells, counts, strict=True):
+            for start, lines in zip(starts, row, strict=True):
+                for number, line in enumerate(lines, start=1):
+                    axes.text(start, place + (number + 0.3) * LINE_HEIGHT, line, fontsize=CAPTION_SIZE)
+            place += (count + 0.25) * LINE_HEIGHT
+    return fig

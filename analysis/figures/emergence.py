@@ -1,0 +1,138 @@
+"""Emergent outlier features against model size and perplexity (LLM.int8(), section 4)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kbit.analysis.curves.curves import AmbiguousResults, prefer_baseline
+from kbit.analysis.curves.published import read_published
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack, write_verdict
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
+from kbit.analysis.figures.styles import STYLE, style_series
+
+CLAIM: Final = (
+    "Do outlier features (a hidden dimension of magnitude 6 or more in 25% of layers, at 6% of positions) come with "
+    "size, or with a lower perplexity? LLM.int8(): smoothly with perplexity, from 6.7 billion parameters in all layers."
+)
+
+
+SHARES: Final = {"layers": "share of layers", "positions": "share of positions"}
+
+
+# of measurements of task features/<text> (kbit.evaluation.outlier_features) -> column
+METRICS: Final = {
+    "features": "features",
+    "features_one_sided": "one_sided",
+    "layers_affected": "layers",
+    "positions_affected": "positions",
+    "top1_probability": "top1",
+    "top1_probability_without_features": "top1_without",
+    "top1_probability_without_random": "top1_without_random",
+    "cross_entropy_without_features": "loss_without",
+    "cross_entropy_without_random": "loss_without_random",
+}
+
+
+def draw_features(results: pd.DataFrame) -> PaperFigure:
+    """Draw the shares of layers and positions that outliers affect, the paper's models beside ours.
+
+    Raises:
+        MissingResults: no model was looked at.
+    """
+    ours = tabulate_features(results) if len(results) else pd.DataFrame()
+    if ours.empty:
+        needs = "models that were looked at for outlier features (eval.features.measure=true)"
+        raise MissingResults(describe_lack("features", needs, ("nano/features", "paper/table_2")))
+    data = pd.concat([ours, read_published("features")], ignore_index=True)
+    verdict = name_criteria(ours) + judge_features(ours)
+    with matplotlib.style.context(["default", STYLE]):
+        fig = Figure(figsize=(8.2 + LEGEND_WIDTH, 3.6), layout="constrained")
+        names = [f"{what}{source}" for source in ("", " (paper)") for what in SHARES.values()]
+        styles = style_series(names)
+        for place, (x, label) in enumerate([("parameters", "parameters"), ("perplexity", "perplexity (per token)")]):
+            axes = fig.add_subplot(1, 2, place + 1)
+            for is_paper, rows in data.groupby(data["source"] != "this store"):
+                for column, what in SHARES.items():
+                    style = styles[f"{what}{' (paper)' if is_paper else ''}"]
+                    axes.plot(rows[x], rows[column], linestyle="none", marker=style.marker, color=style.color)
+            set_log_axis(axes, data[x], format_count)
+            axes.set_ylim(-0.04, 1.04)
+            axes.set_xlabel(label)
+            axes.set_ylabel("" if place else "share affected")
+            axes.grid(color="0.9", linewidth=0.6)
+            axes.set_axisbelow(True)
+        draw_legend(fig, styles, lines=False)
+        note = (
+            "Shares are of the most frequent dimension. The paper's perplexities are on C4, ours on our text: compare "
+            "within a source."
+        )
+        families, ways = (", ".join(sorted(set(ours[name]))) for name in ("family", "evaluation"))
+        sample = f"Data: {count_things(len(ours), 'experiment')}, one of each model, of {families} ({ways})."
+        write_verdict(fig, "features", CLAIM, verdict, note, sample)
+    return PaperFigure("features", fig, data, CLAIM, verdict)
+
+
+def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each model: of its experiments the 16-bit one, where there is one.
+
+    Returns:
+        Columns family, model, bits, parameters, perplexity, METRICS' columns, key, evaluation, criteria (those that are
+        not LLM.int8()'s) and source.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways, or features were found by different criteria.
+    """
+    is_feature = results["task"].str.startswith("features/") & results["metric"].isin(METRICS)
+    if not is_feature.any():
+        return pd.DataFrame()
+    rows = prefer_baseline(results[is_feature])
+    rows = rows[~rows.duplicated(["model", "metric"])]
+    wide = rows.assign(column=rows["metric"].map(METRICS)).pivot(
+        index=["key", "task"], columns="column", values="value"
+    )
+    table = wide.reindex(columns=list(METRICS.values())).reset_index()
+    about = rows.drop_duplicates("key").set_index("key")
+    about = about[["family", "model", "bits", "parameters", *(["evaluation"] if "evaluation" in rows else [])]]
+    losses = results[results["metric"] == "cross_entropy"].set_index(["key", "task"])["value"]
+    pairs = zip(table["key"], table["task"].str.removeprefix("features/"), strict=True)
+    table["perplexity"] = np.exp([float(losses.get(pair, np.nan)) for pair in pairs])
+    table = table.join(about, on="key").assign(source="this store")
+    # "float32, 16 windows, criteria magnitude 2": criteria that are not the paper's come last
+    table["criteria"] = [way.partition("criteria ")[2] for way in table.get("evaluation", [""] * len(table))]
+    if table["criteria"].nunique() > 1:
+        found = "; ".join(sorted(table["evaluation"].unique()))
+        raise AmbiguousResults(f"outlier features were found by different criteria: {found}; keep one with --where")
+    return table.drop(columns="task").sort_values(["family", "parameters", "bits"], ignore_index=True)
+
+
+def name_criteria(ours: pd.DataFrame) -> str:
+    """Return how a verdict starts if features were found by other criteria than LLM.int8()'s; else nothing."""
+    criteria = ours["criteria"].iloc[0]
+    return f"By other criteria than the paper's ({criteria}): " if criteria else ""
+
+
+def judge_features(ours: pd.DataFrame) -> str:
+    """Say how many models have features, how far the leading dimension goes, and what zeroing features did."""
+    some = ours[ours["features"] > 0]
+    parts = [
+        f"{len(some)} of {count_things(len(ours), 'model')} have outlier features",
+        f"the most frequent dimension is large in up to {ours['layers'].max():.0%} of layers, at up to "
+        f"{ours['positions'].max():.1%} of positions",
+    ]
+    controlled = some[some["loss_without_random"].notna()]  # where there are as many other dimensions
+    if len(shown := controlled if len(controlled) else some):
+        loss = np.log(shown["perplexity"])
+        removed, random = ((shown[name] - loss).mean() for name in ("loss_without", "loss_without_random"))
+        nats = f"zeroing the features adds {removed:+.3f} nats on average"
+        top1 = f"top-1 probability {shown['top1'].mean():.3f} becomes {shown['top1_without'].mean():.3f}"
+        if len(controlled):
+            nats += f", as many random dimensions {random:+.3f}"
+            top1 += f" and {shown['top1_without_random'].mean():.3f}"
+        few = f" (of the {len(shown)} with as many other dimensions)" if len(shown) < len(some) else ""
+        parts += [nats + few, top1]
+    return "; ".join(parts) + "."

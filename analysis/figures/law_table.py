@@ -1,0 +1,222 @@
+"""The laws compared on a store: a row per law and family, with what each gets wrong."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from kbit.analysis.curves.curves import Measure, find_cross_entropy, precision_curves
+from kbit.analysis.curves.degradation import measure_lost
+from kbit.analysis.curves.selections import select_block_sizes, select_precisions
+from kbit.analysis.figures.drawing import (
+    LIMIT_OF_MODELS,
+    MissingResults,
+    PaperFigure,
+    describe_lack,
+    describe_sample,
+    draw_table,
+    write_verdict,
+)
+from kbit.analysis.statistics.claims import NAMED, join_parts
+from kbit.analysis.statistics.frontier import draw_values
+from kbit.analysis.statistics.laws import Fit, TooFewPoints, check_held_out, fit_law
+from kbit.numerics.spec import BASELINE_BITS
+
+CLAIM: Final = (
+    "Do power laws in parameters and bits fit poorly, and precisions run nearly parallel, as the paper has it?"
+)
+
+
+BLOCK_LAW_BITS: Final = 4
+
+
+TABLE_DRAWS: Final = 200  # the ends of 95% intervals rest on 5 draws each: enough for the two digits shown
+
+
+# Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907); arXiv 2505.14302, W4A16.
+# Theirs of the training tokens D (0.5068 and 0.161) have no counterpart: see laws.
+PUBLISHED: Final = {
+    "kumar": {"N exponent": 0.3439, "1 / g": 1 / 0.5907},
+    "block": {"N exponent": 0.3589, "G exponent": 0.3533},
+}
+
+
+def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return by law (laws.LAWS) the points that it describes: model, parameters, bits, block_size, y, error.
+
+    Of a family's variants the one measured most; without any, no points. y is the cross entropy, or what quantization
+    adds to it; its standard error comes from the draws of frontier.draw_values, so that of a difference on the same
+    text is small.
+
+    Args:
+        curves: of one family, from precision_curves.
+        measure: cross entropy on which text.
+        results: the table that the curves come from: sizes of the models, and where their items are.
+    """
+    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
+    sized = curves.assign(parameters=curves["model"].map(parameters).astype(float))
+    base = sized[sized["bits"] == BASELINE_BITS].drop_duplicates("model")
+    precisions, blocks = select_precisions(sized), select_block_sizes(sized, BLOCK_LAW_BITS)
+    precisions = precisions[precisions["bits"] < BASELINE_BITS]
+    blocks = blocks[blocks["block_size"].notna()]
+    losses = add_losses(base, precisions, measure, results)
+    return {
+        "power": losses,
+        "offset": losses,
+        "kumar": subtract_base(base, precisions, measure, results),
+        "block": subtract_base(base, blocks, measure, results),
+    }
+
+
+def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the 16-bit points and the chosen ones with y = L; none without either kind."""
+    if base.empty or chosen.empty:
+        return pd.DataFrame()
+    everything = pd.concat([base, chosen], ignore_index=True)
+    draws = draw_values(everything, measure, results).values
+    return everything.assign(y=everything["value"], error=draws.std(axis=0))
+
+
+def subtract_base(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen points with y = L - L_16; none without 16-bit points."""
+    if base.empty or chosen.empty:
+        return pd.DataFrame()
+    added = measure_lost(pd.concat([base, chosen], ignore_index=True), measure, results)
+    return added.assign(y=added["lost"]).reset_index(drop=True)
+
+
+def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per family and law: how well it fits, what it predicts of the largest model, its parameters.
+
+    Returns:
+        Columns family, law, points, r2, rmse, worst (the largest residual, nats), held_out (the model), held_out_rmse,
+        inside, naive_rmse, parameters (text with 95% intervals), keys (of the experiments behind the points, separated
+        by blanks), and reason where a law could not be fitted.
+
+    Raises:
+        AmbiguousResults: see precision_curves.
+    """
+    rows: list[dict[str, Any]] = []
+    for family, of_family in results[results["metric"] == "cross_entropy"].groupby("family"):
+        measure = find_cross_entropy(of_family)
+        assert measure is not None  # the rows have it
+        losses = of_family[of_family["task"] == measure.task]
+        curves = precision_curves(losses, measure.metric, measure.task)
+        for law, points in collect_points(curves, measure, losses).items():
+            row: dict[str, Any] = {"family": family, "law": law}
+            try:
+                if points.empty:
+                    raise TooFewPoints("no quantized models beside their 16-bit baseline")
+                is_base = (curves["bits"] == BASELINE_BITS) & curves["model"].isin(points["model"])
+                keys = " ".join(dict.fromkeys([*curves.loc[is_base, "key"], *points["key"]]))
+                rows.append(row | describe_fit(law, points) | {"keys": keys})
+            except TooFewPoints as error:
+                rows.append(row | {"reason": str(error)})
+    columns = ["points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse", "parameters"]
+    columns += ["keys"]
+    return pd.DataFrame(rows, columns=["family", "law", *columns, "reason"])
+
+
+def describe_fit(law: str, points: pd.DataFrame) -> dict[str, Any]:
+    """Return the columns of compare_laws for one fit.
+
+    Raises:
+        TooFewPoints: see fit_law.
+    """
+    fit = fit_law(law, points, draws=TABLE_DRAWS)
+    row: dict[str, Any] = {
+        "points": len(points),
+        "r2": fit.r2,
+        "rmse": fit.rmse,
+        "parameters": describe_parameters(fit),
+    }
+    row["worst"] = float(np.abs(fit.residuals).max())
+    try:
+        check = check_held_out(law, points, draws=TABLE_DRAWS)
+    except TooFewPoints:
+        return row
+    return row | {
+        "held_out": check.model,
+        "held_out_rmse": check.rmse,
+        "inside": check.inside,
+        "naive_rmse": check.naive,
+    }
+
+
+def describe_parameters(fit: Fit) -> str:
+    """Return the exponents with their 95% intervals, beside published ones."""
+    words = []
+    for name, value, (low, high) in zip(fit.design.names, fit.parameters, fit.intervals, strict=True):
+        known = PUBLISHED.get(fit.law, {}).get(name)
+        paper = "" if known is None else f", published {known:.3g}"
+        words.append(f"{name} {value:.3g} ({low:.3g} to {high:.3g}{paper})")
+    return "; ".join(words)
+
+
+def draw_laws(results: pd.DataFrame) -> PaperFigure:
+    """Compare the laws: residuals of each, and its prediction of the largest model from the smaller ones.
+
+    Raises:
+        MissingResults: no family has enough points for any law.
+        AmbiguousResults: see precision_curves.
+    """
+    data = pd.DataFrame() if results.empty else compare_laws(results)
+    if data.empty or data["rmse"].isna().all():
+        needs = "cross entropy at two or more precisions and several sizes of one family, with the 16-bit models"
+        raise MissingResults(describe_lack("laws", needs, ("nano/bit_level", "paper/figure_13")))
+    fitted = data[data["rmse"].notna()]
+    verdict = judge_laws(fitted)
+    shown = pd.DataFrame(
+        {
+            "family": fitted["family"],
+            "law": fitted["law"],
+            "points": fitted["points"].astype(int).astype(str),
+            "R2": fitted["r2"].map("{:.3f}".format),
+            "RMSE (nats)": fitted["rmse"].map("{:.4f}".format),
+            "largest model": fitted["held_out"].fillna("-"),
+            "RMSE there": fitted["held_out_rmse"].map("{:.4f}".format).replace("nan", "-"),
+            "naive": fitted["naive_rmse"].map("{:.4f}".format).replace("nan", "-"),
+            "parameters (95% intervals)": fitted["parameters"],
+        }
+    )
+    fig = draw_table(shown, "Laws of quantized models' cross entropy")
+    note = (
+        "power, offset: of the loss; kumar, block: of what quantization adds to it, with the tokens of training taken "
+        "as the same for all sizes of a family. naive: as the next smaller model."
+    )
+    measures = [
+        find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
+    ]
+    sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
+    write_verdict(fig, "laws", CLAIM, verdict, note, describe_unfitted(data), sample, LIMIT_OF_MODELS)
+    return PaperFigure("laws", fig, data, CLAIM, verdict)
+
+
+def describe_unfitted(data: pd.DataFrame) -> str:
+    """Return the line of the caption that names each law that was not fitted, with the reason; perhaps empty."""
+    unfitted = data[data["rmse"].isna()]
+    short = [
+        reason.replace(f"the law {law!r} has ", "")
+        for law, reason in zip(unfitted["law"], unfitted["reason"], strict=True)
+    ]
+    unfitted = unfitted.assign(reason=short)
+    parts = [
+        f"{' and '.join(rows['law'])} of {family} ({reason})"
+        for (family, reason), rows in unfitted.groupby(["family", "reason"], sort=False)
+    ]
+    return f"Not fitted: {join_parts(parts[:NAMED], len(parts))}." if parts else ""
+
+
+def judge_laws(fitted: pd.DataFrame) -> str:
+    """Say how much worse the power law fits than a base curve with offsets; no verdict, for want of an interval."""
+    wide = fitted.pivot(index="family", columns="law", values="rmse").reindex(columns=["power", "offset"]).dropna()
+    if wide.empty:
+        return "Not tested: power law and offsets were not both fitted."
+    ratio = wide["power"] / wide["offset"]
+    worse = int((ratio > 1).sum())
+    return (
+        f"In {worse} of {len(ratio)} families the bivariate power law leaves larger residuals than a base "
+        f"curve with offsets (RMSE {wide['power'].mean():.4f} against {wide['offset'].mean():.4f} nats)."
+    )

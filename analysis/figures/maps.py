@@ -1,0 +1,287 @@
+"""Where in the space of settings quality is lost: data type by block size, and layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from kbit.analysis.curves.curves import (
+    ZERO_SHOT,
+    Floats,
+    Measure,
+    is_missing,
+    name_data_types,
+    name_variant,
+    precision_curves,
+    tabulate_curves,
+)
+from kbit.analysis.curves.degradation import measure_lost, pick_rows
+from kbit.analysis.curves.selections import WHOLE, has_settings, most_points, rank_setting
+from kbit.analysis.figures.drawing import (
+    LIMIT,
+    MissingResults,
+    PaperFigure,
+    describe_lack,
+    describe_sample,
+    write_verdict,
+)
+from kbit.analysis.figures.panels import CAPTION_SIZE
+from kbit.analysis.figures.styles import STYLE
+from kbit.analysis.statistics.claims import describe_lead, find_measures
+from kbit.analysis.statistics.frontier import draw_values, mean_interval, weigh_points
+from kbit.numerics.spec import BASELINE_BITS
+
+MAP_PANELS: Final = 4  # the maps with the most cells
+
+
+SHADES: Final = "Blues"  # its luminance falls steadily: it reads in grey too
+
+
+BAR_WIDTH: Final = 1.0  # inches, for the scale of shades
+
+
+LAYERS: Final = re.compile(r"\(\?!(?:\.\*)?(?P<kept>.+?)\)")  # an exclude that spares one layer: layers\.(?!3\.)
+
+
+MAP_CLAIM: Final = "Which data type and block size is best at equal total bits, counting the bits of the scales?"
+
+
+QUANTIZER: Final = ["bits", "data_type", "block_size"]
+
+
+SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone?"
+
+
+def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
+    """Draw, for each family and precision, what each data type and block size loses at equal total bits.
+
+    A cell is the mean over the shared budgets of the distance to the best cell there: smaller blocks pay for their
+    scales, as they are compared with a larger model. Below each number are the bits per parameter. One scale of shades
+    serves all panels; a cell that was not measured is hatched.
+
+    Raises:
+        MissingResults: nowhere are there two data types in two block sizes, each at two or more sizes of a model.
+    """
+    measures = [] if results.empty else find_measures(results)
+    maps = find_maps(results, measures[-1]) if measures else {}
+    if not maps:
+        needs = "two data types in two block sizes at one precision, each at two or more sizes of one family"
+        raise MissingResults(describe_lack("data_types_map", needs, ("nano/data_types", "nano/block_size")))
+    measure = measures[-1]
+    data = pd.concat([cells.table for cells in maps.values()], ignore_index=True)
+    verdict = "; ".join(describe_winner(panel, cells, measure, results) for panel, cells in maps.items()) + "."
+    with matplotlib.style.context(["default", STYLE]):
+        columns = min(len(maps), 2)
+        rows = -(-len(maps) // columns)
+        widest = max(cells.table["block_size"].nunique(dropna=False) for cells in maps.values())
+        tallest = max(cells.table["data_type"].nunique() for cells in maps.values())
+        fig = Figure(
+            figsize=(columns * (1.4 + 0.95 * widest) + BAR_WIDTH, rows * (1.3 + 0.55 * tallest)), layout="constrained"
+        )
+        shades = ScalarMappable(PowerNorm(0.5, 0, scale_top(data["loss"])), SHADES)
+        for place, (title, cells) in enumerate(maps.items()):
+            draw_map(fig.add_subplot(rows, columns, place + 1), cells.table, title, shades)
+        unit = "" if measure.higher_is_better else " (nats per token)"
+        fig.colorbar(shades, ax=fig.axes, extend="max", shrink=0.8, label=f"{measure.name} lost{unit}")
+        note = f"Numbers: {measure.name} lost against the best cell (framed); in brackets: bits per parameter. "
+        note += "One scale of shades for all panels. Hatched: not measured, or not at two sizes."
+        sample = describe_sample(results, data["keys"], measure)
+        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, f"{sample} {LIMIT}")
+    return PaperFigure("data_types_map", fig, data, MAP_CLAIM, verdict)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of one map.
+
+    Attributes:
+        table: a row per cell: data_type, block_size, loss, keys (of its experiments), bits_per_param, panel, measure.
+        points: of the curves, column cell tells them apart: the index of `table`.
+        budgets: at which all cells are compared.
+    """
+
+    table: pd.DataFrame
+    points: pd.DataFrame
+    budgets: Floats
+
+
+def scale_top(losses: pd.Series[float]) -> float:
+    """Return the loss of the darkest shade: nine cells in ten lose less, and collapsed cells do not set the scale."""
+    return float(np.quantile(losses, 0.9)) or 1.0
+
+
+def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
+    """Return the largest maps by title."""
+    curves = precision_curves(results, measure.metric, measure.task)
+    curves = curves[(curves["bits"] < 16) & ~has_settings(curves["data_type"])]
+    per_param = results.drop_duplicates("key").set_index("key")["bits_per_param"]
+    maps = {}
+    for (family, bits), group in curves.groupby(["family", "bits"]):
+        cells = compare_cells(group, measure)
+        if cells is None:
+            continue
+        first = cells.table["keys"].str.split().str[0]
+        panel = f"{family}, {bits}-bit"
+        table = cells.table.assign(bits_per_param=first.map(per_param), panel=panel, measure=measure.name)
+        maps[panel] = replace(cells, table=table)
+    return dict(sorted(maps.items(), key=lambda item: -len(item[1].table))[:MAP_PANELS])
+
+
+def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
+    """Return the cells of one precision that have a curve; None if they are not two data types in two block sizes."""
+    points = curves.assign(cell=curves.groupby(["data_type", "block_size"], dropna=False).ngroup())
+    values = tabulate_curves(points, by="cell")
+    if values.empty:
+        return None
+    sign = 1.0 if measure.higher_is_better else -1.0
+    best = (sign * values).max(axis=1)
+    loss = (best - (sign * values).T).T.mean()
+    by_cell = points.groupby("cell")
+    table = by_cell[["data_type", "block_size"]].first().loc[loss.index]
+    table = table.assign(loss=loss, keys=by_cell["key"].agg(" ".join).loc[loss.index])
+    if min(table["data_type"].nunique(), table["block_size"].nunique(dropna=False)) < 2:
+        return None
+    return Cells(table, points.reset_index(drop=True), values.index.to_numpy(dtype=np.float64))
+
+
+def describe_winner(panel: str, cells: Cells, measure: Measure, results: pd.DataFrame) -> str:
+    """Return the best cell of a map and its lead over the next, with the interval of the lead."""
+    best, second, *_ = cells.table.sort_values("loss", kind="stable").index
+    points = cells.points[cells.points["cell"].isin([best, second])].reset_index(drop=True)
+    weights = weigh_points(points, cells.budgets, "cell")
+    sign = 1.0 if measure.higher_is_better else -1.0
+    row = sign * np.mean(weights[best] - weights[second], axis=0)
+    low, high = mean_interval(draw_values(points, measure, results), row)
+    lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ row), low, high, measure)
+    winner, rival = (name_cell(cells.table.loc[cell]) for cell in (best, second))
+    return f"{panel}: best is {winner}, its lead over {rival} {lead}"
+
+
+def name_cell(cell: pd.Series[Any]) -> str:
+    """Return for example "nf block 64 [4.25]": with its bits per parameter."""
+    return f"{name_variant(cell['data_type'], cell['block_size'])} [{cell['bits_per_param']:.2f}]"
+
+
+def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable) -> None:
+    """Draw one map: darker cells lose more, the best has a frame, those not measured are hatched."""
+    kinds = sorted(table["data_type"].unique(), key=rank_setting)
+    blocks = sorted(table["block_size"].astype("Int64").fillna(WHOLE).unique())
+    grid = np.full((len(kinds), len(blocks)), np.nan)
+    axes.set_facecolor("0.97")
+    axes.patch.set(hatch="////", edgecolor="0.6")  # what no cell covers shows it
+    axes.imshow(grid, aspect="auto")  # sets the limits
+    for row in table.itertuples():
+        block = WHOLE if is_missing(row.block_size) else int(row.block_size)  # type: ignore[arg-type]
+        y, x = kinds.index(row.data_type), blocks.index(block)
+        grid[y, x] = row.loss
+        shade = shades.to_rgba(np.array([row.loss]))[0]
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
+        words = f"{row.loss:.3f}\n[{row.bits_per_param:.2f}]"
+        axes.text(x, y, words, ha="center", va="center", fontsize=CAPTION_SIZE, color=choose_ink(shade))
+    best_y, best_x = (int(k) for k in np.unravel_index(np.nanargmin(grid), grid.shape))
+    corner = (best_x - 0.46, best_y - 0.46)
+    axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.5))
+    axes.set_xticks(range(len(blocks)), ["whole" if block == WHOLE else str(block) for block in blocks])
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("block size")
+    axes.set_title(title, loc="left")
+
+
+def choose_ink(shade: Sequence[float] | Floats) -> str:
+    """Return "black" or "white", whichever contrasts more with a colour: at least 4.5 to 1 on any.
+
+    WCAG 2.1: contrast = (L + 0.05) / (L' + 0.05) of the relative luminances; black and white are level where
+    (L + 0.05)^2 = 1.05 * 0.05.
+    """
+    rgb = np.asarray(shade, dtype=np.float64)[:3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+    return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
+
+
+def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
+    """Draw what the model loses when one layer, or one kind of matrix, is quantized and all others stay at 16 bits.
+
+    Such an experiment excludes all but one: quant.exclude='layers\\.(?!3\\.)' (see sweeps/nano/sensitivity.yaml).
+
+    Raises:
+        MissingResults: no model has two such experiments and its 16-bit baseline.
+    """
+    measure = find_measures(results)[-1] if len(results) and find_measures(results) else ZERO_SHOT
+    data = tabulate_sensitivity(results, measure) if "exclude" in results else pd.DataFrame()
+    if data.empty:
+        needs = "experiments that quantize one layer each, and the 16-bit model"
+        raise MissingResults(describe_lack("sensitivity", needs, ("nano/sensitivity",)))
+    parts = []
+    for model, group in data.groupby("model", sort=False):
+        worst = group.sort_values("loss").iloc[-1]
+        parts.append(f"{model}: {worst['part']} ({worst['loss']:+.3f})")
+    verdict = f"The most sensitive part is, of {'; '.join(parts)}."
+    with matplotlib.style.context(["default", STYLE]):
+        groups = list(data.groupby("model", sort=False))
+        height = sum(0.28 * len(group) + 0.7 for _, group in groups)
+        fig = Figure(figsize=(6.6, height + 0.6), layout="constrained")
+        ratios = [len(group) + 2 for _, group in groups]
+        grid = fig.add_gridspec(len(groups), 1, height_ratios=ratios)
+        for place, (model, group) in enumerate(groups):
+            axes = fig.add_subplot(grid[place])
+            error = np.nan_to_num(np.maximum([group["loss"] - group["low"], group["high"] - group["loss"]], 0))
+            axes.barh(group["part"], group["loss"], xerr=error, color="#56B4E9", edgecolor="0.2", height=0.7)
+            axes.invert_yaxis()
+            axes.axvline(0, color="0.3", linewidth=0.8)
+            first = group.iloc[0]
+            quantizer = name_variant(first["data_type"], first["block_size"])
+            axes.set_title(f"{model}, {first['bits']}-bit {quantizer}", loc="left")
+        axes.set_xlabel(f"{measure.name} lost")
+        bars = f"Bars: 95% intervals ({'; '.join(sorted(data['source'].unique()))})."
+        left = data["left_out"].iloc[0]
+        bars += f" Left out: {left} experiments with other quantizers (choose with --where)." if left else ""
+        sample = describe_sample(results, data["key"], measure)
+        write_verdict(fig, "sensitivity", SENSITIVITY_CLAIM, verdict, bars, f"{sample} {LIMIT}")
+    return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict)
+
+
+def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
+    """Return a row per model and part quantized alone, with the one quantizer by which each family has the most.
+
+    Columns: key, family, model, bits, data_type (with settings), block_size, part, quantized_parameters, loss, low,
+    high, source; left_out is how many such experiments have other quantizers.
+    """
+    part = results["exclude"].map(name_part, na_action="ignore")
+    rows = results.assign(part=part)[part.notna() | (results["bits"] == BASELINE_BITS)]
+    rows = pick_rows(rows, measure.metric, measure.task)
+    alone = rows[rows["part"].notna()]
+    if alone.empty:
+        return pd.DataFrame()
+    names = name_data_types(alone.assign(include=None, exclude=None))
+    alone = alone.assign(data_type=names, block_size=alone["block_size"].astype("Int64"))
+    chosen = most_points(alone, QUANTIZER).drop_duplicates(["model", "part"])
+    table = measure_lost(pd.concat([rows[rows["part"].isna()], chosen], ignore_index=True), measure, results)
+    if table.empty:
+        return pd.DataFrame()
+    table = table[table.groupby("model")["part"].transform("size") >= 2]
+    columns = ["key", "family", "model", *QUANTIZER, "part", "quantized_parameters"]
+    order = table["part"].str.extract(r"(\d+)")[0].astype(float)
+    ordered = table.assign(_order=order, loss=table["lost"], left_out=len(alone) - len(chosen))
+    ordered = ordered.sort_values(["model", "_order"], kind="stable", ignore_index=True)
+    return ordered[[*columns, "loss", "low", "high", "source", "left_out"]]
+
+
+def name_part(exclude: str) -> str | None:
+    """Return the one part that an exclude pattern spares: "layer 3", "dense_h_to_4h"; None for other patterns."""
+    found = LAYERS.search(exclude)
+    if found is None:
+        return None
+    kept = found["kept"].replace("\\.", ".").strip(".^$*")
+    return f"layer {kept}" if kept.isdigit() else kept

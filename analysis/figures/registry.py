@@ -1,0 +1,201 @@
+"""Every figure and table by name: draw what the results allow, write it, or say what is missing.
+
+Drawn with matplotlib.figure.Figure objects alone: no pyplot, no backend choice, no global setting left
+changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import matplotlib.style
+import pandas as pd
+
+from kbit.analysis.curves.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy, precision_curves
+from kbit.analysis.curves.published import match_published
+from kbit.analysis.curves.selections import keep_comparable
+from kbit.analysis.figures.drawing import (
+    LIMIT,
+    MissingResults,
+    PaperFigure,
+    describe_lack,
+    describe_sample,
+    write_verdict,
+)
+from kbit.analysis.figures.emergence import draw_features
+from kbit.analysis.figures.int8 import draw_int8_methods
+from kbit.analysis.figures.law_table import draw_laws
+from kbit.analysis.figures.maps import draw_data_types_map, draw_sensitivity
+from kbit.analysis.figures.panels import draw_panels
+from kbit.analysis.figures.paper import CURVE_FIGURES, CurveFigure
+from kbit.analysis.figures.relations import RELATIONS, draw_relation
+from kbit.analysis.figures.roofline import figure_16
+from kbit.analysis.figures.styles import STYLE, TooManyCurves
+from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
+from kbit.analysis.statistics.claims import SIGN
+
+QUICKLY: Final = {"compress_level": 2}  # of 9: files 3% larger than at 6, Pillow's own choice, in a seventh less time
+
+
+@dataclass(frozen=True)
+class SavedFigure:
+    """A figure on disk, or the reason why there is none.
+
+    Attributes:
+        paths: the PNG, SVG and CSV; empty if the figure was skipped.
+        claim, verdict: as in PaperFigure; empty if the figure was skipped.
+        skipped: why the figure was not drawn; None if it was.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    claim: str
+    verdict: str
+    skipped: str | None = None
+
+
+def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
+    """Draw a figure of curves; below it the paper's claim and these results' verdict.
+
+    Points far above the best curve's losses are off the axis and named in the panel (the paper caps its curves at
+    perplexity 100), so that the curves in question stay readable. Of several texts, the one with the most results.
+
+    Args:
+        definition: which figure, see paper.CURVE_FIGURES.
+        results: long form, one row per experiment and measurement (kbit.read_results).
+
+    Raises:
+        MissingResults: no panel has two curves of two sizes each; the message names the study to run.
+        AmbiguousResults: see curves.precision_curves.
+    """
+    measure = find_measure(results, loss=definition.loss)
+    points = pd.DataFrame() if measure is None else precision_curves(results, measure.metric, measure.task)
+    curves = pd.DataFrame() if points.empty else keep_comparable(definition.select(points))
+    if measure is None or curves.empty:
+        what = "cross entropy" if definition.loss else ZERO_SHOT.name
+        raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
+    verdict = definition.judge(curves, measure, results)
+    published = match_published(curves, measure)
+    with matplotlib.style.context(["default", STYLE]):
+        sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
+        notes = [f"{SIGN} {describe_bars(curves, measure)}", sample, *describe_choice(points, curves)]
+        notes.append(describe_sources(published))
+        fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)
+        write_verdict(fig, definition.name, definition.claim, verdict, *notes)
+    data = curves.assign(metric=measure.metric, task=measure.task)
+    return PaperFigure(definition.name, fig, data, definition.claim, verdict)
+
+
+def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:
+    """Return the measure that a figure shows; None if the results lack it."""
+    if results.empty:
+        return None
+    return find_cross_entropy(results) if loss else ZERO_SHOT
+
+
+def name_axis(results: pd.DataFrame, measure: Measure) -> str:
+    """Return the label of the y axis: the measure with its unit or number of tasks."""
+    if not measure.higher_is_better:
+        return f"{measure.name} (nats per token)"
+    tasks = count_tasks(results)
+    return measure.name + (f" ({tasks} task{'s' if tasks > 1 else ''})" if tasks else "")
+
+
+def count_tasks(results: pd.DataFrame) -> int:
+    """Return how many tasks have an accuracy of their own beside the mean; 0 if only the mean was stored."""
+    tasks = results.loc[results["metric"] == ZERO_SHOT.metric, "task"]
+    return int(tasks[tasks != ZERO_SHOT.task].nunique())
+
+
+def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Say how much of the store a figure leaves out."""
+    families = points[points["family"].isin(curves["family"])]
+    left = len(families.drop_duplicates(["family", "key"])) - len(curves.drop_duplicates(["family", "key"]))
+    return [f"Left out: {left} points of the same families with other settings (choose with --where)."] if left else []
+
+
+def describe_bars(curves: pd.DataFrame, measure: Measure) -> str:
+    """Return the line of the caption that says what the bars are, and which text was read."""
+    bars = "" if curves["low"].isna().all() else "Bars: 95% intervals. "
+    return f"{bars}Measured on {measure.task}." if measure.metric == "cross_entropy" else bars.strip()
+
+
+def describe_sources(published: pd.DataFrame) -> str:
+    """Say where the published points are from."""
+    if published.empty:
+        return ""
+    return "Circles: published values; " + "; ".join(sorted(published["source"].unique())) + "."
+
+
+FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
+    **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
+    "figure_16": figure_16,
+    "table_1": table_1,
+    "table_2": table_2,
+    "verdicts": draw_verdicts,
+    "frontier": draw_frontier,
+    "laws": draw_laws,
+    "data_types_map": draw_data_types_map,
+    **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
+    "sensitivity": draw_sensitivity,
+    "int8_methods": draw_int8_methods,
+    "features": draw_features,
+    "anchors": draw_anchors,
+}
+
+
+def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None = None) -> list[SavedFigure]:
+    """Draw figures and write each as PNG, SVG and CSV (the data drawn) into a folder.
+
+    Everything is drawn before anything is written, so an error leaves the folder as it was; each file is
+    replaced in one step. The same results give the same bytes.
+
+    Args:
+        results: long form, one row per experiment and measurement (kbit.read_results).
+        out: folder, made if absent and there is something to write.
+        names: keys of FIGURES; None for all. What the results do not allow is recorded as skipped, with the reason.
+
+    Raises:
+        ValueError: a name is not a figure. Nothing is written then.
+    """
+    unknown = [name for name in names or () if name not in FIGURES]
+    if unknown:
+        raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(FIGURES)}")
+    drawn: list[PaperFigure | SavedFigure] = []
+    for name in dict.fromkeys(FIGURES if names is None else names):
+        try:
+            drawn.append(FIGURES[name](results))
+        except (MissingResults, AmbiguousResults, TooManyCurves) as error:
+            drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))
+    if any(isinstance(figure, PaperFigure) for figure in drawn):
+        out.mkdir(parents=True, exist_ok=True)
+    return [write_figure(figure, out) if isinstance(figure, PaperFigure) else figure for figure in drawn]
+
+
+def write_figure(figure: PaperFigure, out: Path) -> SavedFigure:
+    """Write one figure as PNG (150 dpi), SVG and CSV."""
+    png, svg, csv = (out / f"{figure.name}.{suffix}" for suffix in ("png", "svg", "csv"))
+    with matplotlib.style.context(["default", STYLE]):
+        if figure.fig.get_layout_engine() is not None:  # once: each file would lay the panels out again
+            figure.fig.draw_without_rendering()
+            figure.fig.set_layout_engine(None)  # not "none", whose placeholder draws everything twice
+        replace_file(png, lambda path: figure.fig.savefig(path, format="png", dpi=150, pil_kwargs=QUICKLY))
+        # Without a date: the same results give the same bytes.
+        replace_file(svg, lambda path: figure.fig.savefig(path, format="svg", metadata={"Date": None}))
+    replace_file(csv, lambda path: figure.data.to_csv(path, index=False))
+    return SavedFigure(figure.name, (png, svg, csv), figure.claim, figure.verdict)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside path, then move it there: a reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

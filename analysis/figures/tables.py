@@ -1,0 +1,334 @@
+"""The figures that are tables: the paper's tables 1 and 2, the verdicts, the frontier, and published anchors."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from kbit.analysis.curves.curves import (
+    VARIANT,
+    Measure,
+    find_cross_entropy,
+    name_variant,
+    precision_curves,
+    prefer_baseline,
+)
+from kbit.analysis.curves.published import TOLERANCE, compare_anchors, read_published
+from kbit.analysis.figures.drawing import (
+    LIMIT,
+    MissingResults,
+    PaperFigure,
+    count_things,
+    describe_lack,
+    describe_sample,
+    draw_table,
+    write_verdict,
+)
+from kbit.analysis.figures.panels import format_bits
+from kbit.analysis.statistics.claims import SIGN, describe_lead, find_measures, grade_interval
+from kbit.analysis.statistics.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
+from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, name_range, tabulate_verdicts
+
+TABLE_1: Final = (
+    "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
+)
+
+
+TABLE_2: Final = (
+    "The standard deviation of a layer's weights, per hidden unit, predicts where the next layer's inputs are large: "
+    "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
+)
+
+
+TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
+
+
+BUDGET_STEPS: Final = 5  # budgets that the frontier lists of each family and measure, fewer if they fill a page
+
+
+SHOWN: Final = 28  # rows of a table that a page holds
+
+
+def finish_table(
+    name: str, data: pd.DataFrame, shown: pd.DataFrame, title: str, claim: str, verdict: str, *notes: str
+) -> PaperFigure:
+    """Draw a table with claim and verdict below it; at most SHOWN rows, all of them in the data."""
+    left = len(shown) - SHOWN
+    fig: Figure = draw_table(shown.head(SHOWN), title)
+    more = f"{left} more rows are in the CSV." if left > 0 else ""
+    write_verdict(fig, name, claim, verdict, *notes, more)
+    return PaperFigure(name, fig, data, claim, verdict)
+
+
+def table_1(results: pd.DataFrame) -> PaperFigure:
+    """Compare the perplexity of 2-bit GPTQ and 3-bit float by block size, the paper's values beside ours.
+
+    Raises:
+        MissingResults: no model has both at one block size.
+    """
+    text = None if results.empty else find_cross_entropy(results)
+    rows = pd.DataFrame() if text is None else precision_curves(results, text.metric, text.task)
+    if rows.empty or text is None:
+        raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
+    is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
+    is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
+    pick = ["model", "block_size", "value", "key"]
+    gptq = rows[is_gptq][[*pick, "data_type"]].rename(columns={"data_type": "gptq"})
+    both = gptq.merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
+    if both.empty:
+        needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
+        raise MissingResults(describe_lack("table_1", needs, ("nano/gptq", "paper/table_1")))
+    data = both.assign(gptq_2bit=np.exp(both["value_gptq"]), float_3bit=np.exp(both["value_float"]), text=text.task)
+    data = data[["model", "text", "block_size", "gptq", "gptq_2bit", "float_3bit"]]
+    paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2", gptq="")
+    data = pd.concat([data, paper[[*data.columns, "source"]]], ignore_index=True)
+    verdict = judge_pairs(both, rows, text, results)
+    shown = data.drop(columns="source").round(3).fillna("whole")
+    return finish_table("table_1", data, shown, "Perplexity of 2-bit GPTQ and 3-bit float", TABLE_1, verdict)
+
+
+def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: pd.DataFrame) -> str:
+    """Return whether the first of each pair is better on average: the mean lead with its interval.
+
+    Args:
+        both: a row per pair; key_gptq and key_float name its experiments.
+        rows: points of all curves, see curves.precision_curves.
+        text: the measure, a loss.
+        results: see frontier.draw_values.
+    """
+    points = rows.drop_duplicates("key").set_index("key", drop=False).loc[[*both["key_gptq"], *both["key_float"]]]
+    weights = np.repeat([-1 / len(both), 1 / len(both)], len(both))
+    draws = draw_values(points, text, results)
+    low, high = mean_interval(draws, weights)
+    lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ weights), low, high, text)
+    wins = int((both["value_gptq"] < both["value_float"]).sum())
+    grade = grade_interval(low, high).capitalize()
+    pairs = f"it is lower in {wins} of {len(both)} pairs ({draws.source})"
+    return f"{grade}: the mean lead of 2-bit GPTQ over 3-bit float is {lead}; {pairs}."
+
+
+def table_2(results: pd.DataFrame) -> PaperFigure:
+    """Show the Spearman correlation of weight deviation and outlier magnitude, the paper's values beside ours.
+
+    Raises:
+        MissingResults: it was not measured.
+    """
+    rows = results[results["metric"] == TABLE_2_METRIC] if len(results) else results
+    if rows.empty:
+        needs = f"measurements of {TABLE_2_METRIC} (weight deviation against the size of the next layer's inputs)"
+        raise MissingResults(describe_lack("table_2", needs, ("nano/features", "paper/table_2")))
+    rows = prefer_baseline(rows)
+    ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
+    columns = ["relation", "model", "spearman", "source"]
+    data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)
+    verdict = judge_order(ours.pivot_table(index="model", columns="relation", values="spearman"))
+    wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
+    families = ", ".join(sorted(rows["family"].unique()))
+    counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
+    sample = f"Data: {counts} of {families}."
+    return finish_table("table_2", data, wide, "Spearman correlation", TABLE_2, verdict, sample)
+
+
+def judge_order(correlations: pd.DataFrame) -> str:
+    """Return whether the proxy is better before feed-forward layers than in attention, and there than in the control.
+
+    Args:
+        correlations: index model, columns the relations. Differences are of each model; models are the sample of their
+            95% t-interval.
+    """
+    order = correlations.reindex(columns=["feed_forward", "attention", "control"]).dropna()
+    grades, parts = [], []
+    for better, worse in pairwise(order):
+        gaps = (order[better] - order[worse]).to_numpy(dtype=np.float64)
+        low, high = np.nan, np.nan
+        if len(gaps) > 1:
+            low, high = map(float, stats.ttest_1samp(gaps, 0).confidence_interval(0.95))
+        grades.append(grade_interval(low, high))
+        mean = gaps.mean() if len(gaps) else np.nan
+        interval = "no interval" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+        parts.append(f"{better} less {worse} {mean:+.2f} ({interval})")
+    grade = next(g for g in ("does not hold", "undecided", "holds") if g in grades)
+    return (
+        f"{grade.capitalize()}: {', '.join(parts)}, mean over {count_things(len(order), 'model')} with 95% t-interval."
+    )
+
+
+def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
+    """Show for every family, variant and measure which precision is optimal, by how much and how surely.
+
+    Raises:
+        MissingResults: no variant has two precisions that meet.
+    """
+    table = pd.DataFrame() if results.empty else tabulate_verdicts(results)
+    if table.empty or table["bits"].isna().all():
+        needs = "two precisions, each at two or more sizes of one family"
+        raise MissingResults(describe_lack("verdicts", needs, ("nano/bit_level", "paper/figure_2")))
+    claim = "Which precision is optimal at equal total bits, by how much, and does 4-bit, as the paper has it?"
+    grades = table["four_bit"].value_counts()
+    tested = ", ".join(f"{grade} in {count}" for grade, count in grades.items())
+    tried = table[table["bits"].notna()]
+    winners = tried["bits"].value_counts()
+    leader = ", ".join(f"{bits}-bit in {count}" for bits, count in winners.items())
+    verdict = (
+        f"Best over most budgets: {leader} of {len(tried)} variants (data type, block size, method, outliers) by "
+        f"measure. The claim for 4 bits: {tested}."
+    )
+    left, untried = (int((table["grade"] == why).sum()) for why in (NO_CONTEST, NOT_TRIED))
+    data, table = table, table.groupby(["family", "measure"], sort=False).head(MOST_VARIANTS)
+    more = ""
+    if len(data) > len(table):
+        more = f"Table: of each family and measure the {MOST_VARIANTS} variants with the most points; the CSV has "
+        more += f"{len(data) - len(table)} more."
+    alone = f"Not counted: {left} with one quantized precision, which met 16 bits alone." if left else ""
+    alone += f" Not tried: {untried} more variants; --where chooses." if untried else ""
+    note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
+    measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
+    notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
+    return finish_table("verdicts", data, show_verdicts(table), "k-bit is optimal: which k?", claim, verdict, *notes)
+
+
+def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of tabulate_verdicts as they are read."""
+    return pd.DataFrame(
+        {
+            "family": table["family"],
+            "variant": [name_variant(*pair) for pair in zip(table["data_type"], table["block_size"], strict=True)],
+            "measure": table["measure"],
+            "bits compared": table["precisions"],
+            "budgets": [name_range(*ends) for ends in zip(table["lowest"], table["highest"], strict=True)],
+            "best": table["bits"].astype("string").fillna("?") + "-bit",
+            "of budgets": table["share"].map("{:.0%}".format),
+            "mean lead (95% interval)": [
+                f"{gap:+.4f} ({low:+.4f} to {high:+.4f}) over {rival}-bit"
+                for gap, low, high, rival in zip(table["gap"], table["low"], table["high"], table["rival"], strict=True)
+            ],
+            "P(best)": table["chance"].map(show_chance),
+            "so": table["grade"],
+            "4-bit": table["four_bit"],
+        }
+    )
+
+
+def show_chance(chance: float) -> str:
+    """Return for example "97%"; "?" where a value without an interval leaves it unknown."""
+    return "?" if np.isnan(chance) else f"{chance:.0%}"
+
+
+def draw_frontier(results: pd.DataFrame) -> PaperFigure:
+    """Show, for budgets across the range of each family, the best model to have and the probability that it is.
+
+    All curves of the family compete, whatever their precision, data type, block size, method, outliers or settings.
+
+    Raises:
+        MissingResults: no measure was taken at two sizes.
+    """
+    pairs = list_family_measures(results)
+    steps = min(BUDGET_STEPS, max(1, SHOWN // max(1, len(pairs))))
+    fields = [(family, measure, find_rivals(results, family, measure)) for family, measure in pairs]
+    parts = [tabulate_frontier(curves, family, measure, steps, results) for family, measure, curves in fields]
+    data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if data.empty:
+        needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
+        raise MissingResults(describe_lack("frontier", needs, ("nano/bit_level", "paper/figure_2")))
+    claim = "For a budget of bits, which precision, data type, block size and method is best, how surely?"
+    sure = int((data["chance"] >= 0.95).sum())
+    verdict = f"At {sure} of {len(data)} budgets one choice is best with 95% or more."
+    shown = pd.DataFrame(
+        {
+            "family": data["family"],
+            "measure": data["measure"],
+            "budget": data["total_bits"].map(format_bits),
+            "best": data["choice"],
+            "value": data["value"].map("{:.3f}".format),
+            "P(best)": data["chance"].map(show_chance),
+            "likeliest rival": data["next"] + " (" + data["next_chance"].map(show_chance) + ")",
+        }
+    )
+    note = (
+        "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
+    )
+    note += "the one that is most probably best."
+    used = [key for (_, _, curves), part in zip(fields, parts, strict=True) if len(part) for key in curves["key"]]
+    measures = dict.fromkeys(measure for (_, measure, _), part in zip(fields, parts, strict=True) if len(part))
+    notes = [note, describe_sample(results, used, *measures), LIMIT]
+    return finish_table("frontier", data, shown, "The best choice for a budget of bits", claim, verdict, *notes)
+
+
+def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
+    """Return every family with each measure it has."""
+    if results.empty:
+        return []
+    return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
+
+
+def find_rivals(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+    """Return the points of a family's curves of two sizes or more: those that compete for a budget.
+
+    Raises:
+        AmbiguousResults: see precision_curves.
+    """
+    is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
+    curves = precision_curves(results[is_meant], measure.metric, measure.task)
+    sizes = curves.groupby([*VARIANT, "bits"], dropna=False)["model"].transform("nunique")
+    return curves[sizes >= 2].reset_index(drop=True)
+
+
+def tabulate_frontier(
+    curves: pd.DataFrame, family: str, measure: Measure, steps: int, results: pd.DataFrame
+) -> pd.DataFrame:
+    """Return family, measure, total_bits, choice, value, low, high, chance, next, next_chance for one family.
+
+    Args:
+        curves: from find_rivals.
+        family: its family.
+        measure: what makes a choice the best.
+        steps: budgets, evenly spaced in their logarithm inside the frontier's range; of all curves, where only one
+            curve reaches the frontier's.
+        results: see frontier.draw_values.
+    """
+    if curves.empty:
+        return pd.DataFrame()
+    frontier = find_pareto_frontier(curves, measure.higher_is_better)
+    first, last = frontier["total_bits"].min(), frontier["total_bits"].max()
+    starts = curves.groupby([*VARIANT, "bits"], dropna=False)["total_bits"].min().drop_duplicates().nsmallest(2)
+    if last <= starts.max():  # one of the smallest models beats all others: no second curve reaches such budgets
+        last = curves["total_bits"].max()
+    budgets = np.geomspace(first, last, steps + 2)[1:-1]
+    rows = []
+    for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
+        if len(choices) < 2:
+            continue
+        names = [
+            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(kind, block)}")
+            for bits, kind, block in zip(choices["bits"], choices["data_type"], choices["block_size"], strict=True)
+        ]
+        first, second = choices.iloc[0], choices.iloc[1]
+        rows.append(
+            {"family": family, "measure": measure.name, "total_bits": budget, "choice": names[0]}
+            | {name: first[name] for name in ("value", "low", "high", "chance")}
+            | {"next": names[1], "next_chance": second["chance"]}
+        )
+    return pd.DataFrame(rows)
+
+
+def draw_anchors(results: pd.DataFrame) -> PaperFigure:
+    """Compare our 16-bit values with published ones of the same models: is the evaluation itself right?
+
+    Raises:
+        MissingResults: no model here has published values.
+    """
+    data = pd.DataFrame() if results.empty else compare_anchors(results)
+    if data.empty:
+        needs = "a 16-bit model whose accuracies are published (OPT, BLOOM, Pythia) on all items of the paper's tasks"
+        raise MissingResults(describe_lack("anchors", needs, ("paper/figure_2",)))
+    claim = "Do the unquantized models score what others published for them?"
+    verdict = f"{int(data['agrees'].sum())} of {len(data)} values agree with the published ones to {TOLERANCE:g} "
+    verdict += f"(perplexities: to {TOLERANCE:.1%}); the largest difference is {data['difference'].abs().max():.3f}."
+    numbers = data[["value", "low", "high", "published", "difference"]].round(3)
+    shown = pd.concat([data[["model", "task", "metric"]], numbers, data[["agrees"]]], axis=1)
+    return finish_table("anchors", data, shown, "Ours and published", claim, verdict)

@@ -1,0 +1,326 @@
+"""Parametric scaling laws of quantized models: fitted robustly, with intervals, and checked on the largest model.
+
+Every law here is of one form, an exponential of linear terms plus linear terms:
+
+    y = exp(X a) + Z b                 X: design of the power law, Z: design of what is added to it
+
+| law | y | formula | source |
+|---|---|---|---|
+| power | L | C N^-p k^-q | bivariate in parameters and bits; the paper (section 4) reports that it fits poorly |
+| offset | L | C N^-p + E + e_k | a base curve and an offset per precision, e_16 = 0: the paper's "nearly parallel" |
+| kumar | L - L_16 | C N^-b exp(-k / g) | Kumar et al. 2024, arXiv 2411.04330, equation of delta_PTQ |
+| block | L - L_16 | C N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training; G is the block size |
+
+L: cross entropy in nats per token; N: parameters; k: bits. Both laws of L - L_16 have a factor D^a in the training
+tokens D. It is part of C here: the sizes of a family were trained on (nearly) as many, and a store holds no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from scipy.optimize import least_squares
+
+from kbit.analysis.curves.curves import Floats
+from kbit.evaluation.measurement import Z_95
+from kbit.numerics.spec import BASELINE_BITS
+
+LAWS: Final = ("power", "offset", "kumar", "block")
+
+
+SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
+
+
+DRAWS: Final = 400
+
+
+STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
+
+
+SETTLED: Final = 1e-9  # relative change of the objective: parameters are then within 1e-4 of their standard errors
+
+
+MIN_SPARE: Final = 2  # fewer points than parameters + 2 say nothing about the law's form
+
+
+class TooFewPoints(ValueError):
+    """A law has more parameters than these points can tell."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """The terms of a law at given points.
+
+    Attributes:
+        power: X, [points, terms of the exponent]; added: Z, [points, added terms], perhaps without columns.
+        names: of the parameters, those of X first.
+    """
+
+    power: Floats
+    added: Floats
+    names: tuple[str, ...]
+
+    def predict(self, parameters: Floats) -> Floats:
+        """Return y for parameters [..., terms]: [..., points]."""
+        split = self.power.shape[1]
+        with np.errstate(over="ignore"):
+            grown = np.exp(parameters[..., :split] @ self.power.T)
+        return np.asarray(grown + parameters[..., split:] @ self.added.T)
+
+    def slope(self, parameters: Floats) -> Floats:
+        """Return dy / dparameters: [..., points, terms]."""
+        split = self.power.shape[1]
+        with np.errstate(over="ignore"):
+            grown = np.exp(parameters[..., :split] @ self.power.T)[..., None] * self.power
+        added = np.broadcast_to(self.added, (*grown.shape[:-1], self.added.shape[1]))
+        return np.concatenate([grown, added], axis=-1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law.
+
+    Attributes:
+        law: one of LAWS.
+        design: its terms at the points it was fitted on.
+        parameters: of the fit, in the order of design.names.
+        draws: bootstrap draws of the parameters, [draws, terms].
+        residuals: y - prediction at the points, in nats.
+        r2: share of the variance of y that it explains.
+    """
+
+    law: str
+    design: Design
+    parameters: Floats
+    draws: Floats
+    residuals: Floats
+    r2: float
+
+    @property
+    def intervals(self) -> Floats:
+        """95% interval of each parameter (percentiles of the draws): [terms, 2]."""
+        return np.asarray(np.quantile(self.draws, [0.025, 0.975], axis=0).T)
+
+    @property
+    def rmse(self) -> float:
+        """Root mean square of the residuals, nats."""
+        return float(np.sqrt(np.mean(self.residuals**2)))
+
+
+def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None = None) -> Design:
+    """Return a law's terms at points.
+
+    Args:
+        law: one of LAWS.
+        points: columns parameters, bits, block_size (for "block"); one row per point.
+        precisions: of "offset", those with an offset of their own; None: those of the points.
+
+    Raises:
+        ValueError: another law.
+    """
+    rows = len(points)
+    size = -np.log(points["parameters"].to_numpy(dtype=np.float64))
+    bits = points["bits"].to_numpy(dtype=np.float64)
+    terms = {"log C": np.ones(rows), "N exponent": size}
+    added: dict[str, Floats] = {}
+    if law == "power":
+        terms["k exponent"] = -np.log(bits)
+    elif law == "offset":
+        own = sorted({int(k) for k in (bits if precisions is None else precisions)} - {BASELINE_BITS})
+        added = {"E": np.ones(rows)} | {f"e_{k}": (bits == k).astype(np.float64) for k in own}
+    elif law == "kumar":
+        terms["1 / g"] = -bits
+    elif law == "block":
+        terms["G exponent"] = np.log(np.log2(points["block_size"].to_numpy(dtype=np.float64)))
+    else:
+        raise ValueError(f"law={law!r} is not one of: {', '.join(LAWS)}")
+    columns = list(added.values())
+    return Design(
+        np.stack(list(terms.values()), axis=1),
+        np.stack(columns, axis=1) if columns else np.empty((rows, 0)),
+        (*terms, *added),
+    )
+
+
+def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> Fit:
+    """Fit a law by robust least squares, with bootstrap intervals.
+
+    minimize sum_i rho((y_i - f(x_i)) / (s_i softness)),  rho(z) = 2 (sqrt(1 + z^2) - 1)   (scipy's soft_l1)
+
+    The bootstrap resamples the standardized residuals, puts them on the fitted values and fits again. Residuals of n
+    points and p parameters are too small by sqrt((n - p) / n), and their spread is itself uncertain, which Student's t
+    counts: they are enlarged by sqrt(n / (n - p)) t(n - p) / t(infinity), t at 97.5%.
+
+    Args:
+        law: one of LAWS.
+        points: columns y, error (standard error of y; NaN: all alike), and those of make_design.
+        draws: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart, as where the
+            best fit has the loss of large models fall below zero (E < 0).
+    """
+    design = make_design(law, points)
+    y = points["y"].to_numpy(dtype=np.float64)
+    n, p = len(y), len(design.names)
+    few = TooFewPoints(f"the law {law!r} has {p} parameters; {n} such points cannot tell them")
+    if n < p + MIN_SPARE or np.linalg.matrix_rank(design.power) < design.power.shape[1]:
+        raise few
+    scale = choose_scale(points)
+    parameters = fit_once(design, y, scale)
+    if "E" in design.names and (floor := parameters[design.names.index("E")]) < 0:
+        raise TooFewPoints(
+            f"the law {law!r} has its floor at E = {floor:.3g} nats: such sizes cannot tell E and N apart"
+        )
+    slope = design.slope(parameters)
+    if np.linalg.matrix_rank(slope / np.linalg.norm(slope, axis=0)) < p:
+        raise few
+    fitted = design.predict(parameters)
+    rng = np.random.default_rng(seed)
+    noise = rng.choice(standardize((y - fitted) / scale, p), (draws, n))
+    sample = refit(design, fitted + noise * scale, scale, parameters)
+    spread = float(np.sum((y - y.mean()) ** 2))
+    r2 = 1 - float(np.sum((y - fitted) ** 2)) / spread if spread else np.nan
+    return Fit(law, design, parameters, sample, y - fitted, r2)
+
+
+def standardize(residuals: Floats, parameters: int) -> Floats:
+    """Return the residuals of a fit, in standard errors, centred and enlarged as fit_law says."""
+    spare = len(residuals) - parameters
+    larger = np.sqrt(len(residuals) / spare) * stats.t.ppf(0.975, spare) / Z_95
+    return np.asarray((residuals - residuals.mean()) * larger)
+
+
+def choose_scale(points: pd.DataFrame) -> Floats:
+    """Return the standard error of each point; where it is not known for all, the same for all."""
+    error = points["error"].to_numpy(dtype=np.float64)
+    return error if np.isfinite(error).all() and (error > 0).all() else np.full(len(points), float(points["y"].std()))
+
+
+def fit_once(design: Design, y: Floats, scale: Floats) -> Floats:
+    """Return the parameters that fit best, from several starts, by scipy's trust-region solver."""
+
+    def residuals(theta: Floats) -> Floats:
+        return (design.predict(theta) - y) / scale
+
+    def slopes(theta: Floats) -> Floats:
+        return design.slope(theta) / scale[:, None]
+
+    solver: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "max_nfev": 500}
+    fits = [least_squares(residuals, start, jac=slopes, **solver) for start in guess_starts(design, y)]
+    return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
+
+
+def guess_starts(design: Design, y: Floats) -> list[Floats]:
+    """Return starting parameters: a fit of log y by linear least squares, after taking away candidate constants."""
+    split = design.power.shape[1]
+    lows = (0.0,) if not design.added.shape[1] else tuple(share * float(y.min()) for share in (0.0, 0.5, 0.9))
+    starts = []
+    for low in lows:
+        positive = y > low
+        power = np.linalg.lstsq(design.power[positive], np.log(y[positive] - low))[0]
+        added = np.zeros(design.added.shape[1])
+        added[:1] = low
+        starts.append(np.concatenate([power[:split], added]))
+    return starts
+
+
+def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floats:
+    """Return the parameters of many samples at once: Levenberg-Marquardt on the same robust objective as fit_once.
+
+    Args:
+        design: of the law.
+        samples: y of each sample, [samples, points].
+        scale: standard errors, [points].
+        start: parameters to start from, [terms].
+    """
+    theta = np.repeat(start[None], len(samples), axis=0)
+    damping = np.full(len(samples), 1e-3)
+    cost = measure_cost(design, theta, samples, scale)
+    active = np.arange(len(samples))  # those that have not settled
+    for _ in range(STEPS):
+        now, target = theta[active], samples[active]
+        residual = (target - design.predict(now)) / (scale * SOFTNESS)
+        weight = 1 / np.sqrt(1 + residual**2)  # derivative of rho by the squared residual
+        slope = design.slope(now) / (scale * SOFTNESS)[:, None]
+        weighted = slope * weight[..., None]
+        curvature = np.swapaxes(weighted, -1, -2) @ slope
+        diagonal = np.einsum("...ii->...i", curvature)
+        damped = curvature + damping[active, None, None] * np.eye(theta.shape[1]) * (diagonal + 1e-300)[:, None, :]
+        step = np.linalg.solve(damped, np.swapaxes(weighted, -1, -2) @ residual[..., None])[..., 0]
+        before, tried = cost[active], measure_cost(design, now + step, target, scale)
+        better = tried < before
+        theta[active[better]] += step[better]
+        cost[active] = np.where(better, tried, before)
+        damping[active] = np.clip(np.where(better, damping[active] / 5, damping[active] * 5), 1e-9, 1e9)
+        active = active[~(np.abs(before - tried) <= SETTLED * before)]
+        if not active.size:
+            break
+    return theta
+
+
+def measure_cost(design: Design, theta: Floats, samples: Floats, scale: Floats) -> Floats:
+    """Return the robust objective of each sample; infinite where it overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squared = ((samples - design.predict(theta)) / (scale * SOFTNESS)) ** 2
+        cost = np.sum(np.sqrt(1 + squared) - 1, axis=-1)
+    return np.where(np.isfinite(cost), cost, np.inf)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A law fitted without the largest model, and its predictions for it.
+
+    Attributes:
+        model: the largest.
+        rmse: of the predictions, nats.
+        inside: share of its points within the 95% prediction interval.
+        naive: root mean square error, nats, of the rule "as the next smaller model at the same setting".
+    """
+
+    model: str
+    rmse: float
+    inside: float
+    naive: float
+
+
+def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> HeldOut:
+    """Fit a law on all but the largest model and predict that one.
+
+    A prediction interval holds the uncertainty of the parameters and the scatter of the residuals: these are
+    standardized and enlarged as for fit_law, and have the standard errors of the points that are predicted.
+
+    Args:
+        law, draws, seed: as in fit_law.
+        points: as in fit_law, with a column model.
+
+    Raises:
+        TooFewPoints: see fit_law.
+    """
+    largest = points.sort_values("parameters")["model"].iloc[-1]
+    points = points.assign(_scale=choose_scale(points))
+    known, held = points[points["model"] != largest], points[points["model"] == largest]
+    precisions = [int(k) for k in known["bits"].unique()]
+    held = held[held["bits"].isin(precisions)]
+    fit = fit_law(law, known, draws=draws, seed=seed)
+    design = make_design(law, held, precisions)
+    y = held["y"].to_numpy(dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    standard = standardize(fit.residuals / known["_scale"].to_numpy(), len(fit.parameters))
+    scatter = rng.choice(standard, (draws, len(held))) * held["_scale"].to_numpy()
+    low, high = np.quantile(design.predict(fit.draws) + scatter, [0.025, 0.975], axis=0)
+    error = y - design.predict(fit.parameters)
+    smaller = known[known["parameters"] == known["parameters"].max()].set_index(["bits", "block_size"])["y"]
+    before = smaller.reindex(pd.MultiIndex.from_frame(held[["bits", "block_size"]])).to_numpy(dtype=np.float64)
+    return HeldOut(
+        model=str(largest),
+        rmse=float(np.sqrt(np.mean(error**2))),
+        inside=float(np.mean((y >= low) & (y <= high))),
+        naive=float(np.sqrt(np.nanmean((y - before) ** 2))) if np.isfinite(before).any() else np.nan,
+    )

@@ -1,0 +1,3 @@
+"""The command line, `kbit`: the only place that prints results and exits."""
+
+from kbit.cli.main import main as main

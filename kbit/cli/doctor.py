@@ -1,0 +1,151 @@
+"""What works here: the machine, the hub, and the data of every configured task and text, without running a model."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeVar
+
+from kbit.data.task_files import find_local_tasks
+from kbit.data.texts import read_documents
+from kbit.experiments.config import RunConfig
+from kbit.models.catalog import locate_model
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        subject: what was looked at, such as "task piqa".
+        detail: what is there, or what is missing.
+        missing: the configuration asks for it and it cannot be had.
+    """
+
+    subject: str
+    detail: str
+    missing: bool = False
+
+    def __str__(self) -> str:
+        return f"{'MISSING' if self.missing else 'ok':8}{self.subject:24}{self.detail}"
+
+
+def examine(configs: Sequence[RunConfig]) -> None:
+    """Print what is found, line by line, and exit with 1 if something asked for is missing: `kbit doctor`."""
+    missing = 0
+    for finding in diagnose(configs):
+        print(finding, flush=True)
+        missing += finding.missing
+    if missing:
+        print(f"kbit: {missing} of what these arguments ask for cannot be had here", file=sys.stderr)
+        sys.exit(1)
+
+
+def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
+    """Look at everything that runs of these configurations need, and at every local task; yield what is found at once.
+
+    What several configurations share is looked at once.
+    """
+    yield Finding(
+        "versions", ", ".join(f"{name} {version(name)}" for name in ("kbit", "torch", "transformers", "lm-eval"))
+    )
+    yield from (_find_devices(device) for device in _distinct(c.device for c in configs))
+    yield from (_try("ray", _describe_ray, address) for address in _distinct(c.ray.address for c in configs))
+    yield _find_hub()
+    yield from (_try("results", _describe_results, folder) for folder in _distinct(c.results for c in configs))
+    yield from (_try(f"model {name}", _describe_model, name) for name in _distinct(c.model.name for c in configs))
+    asked = _distinct((name, c.eval.task_path) for c in configs for name in c.eval.tasks)
+    yield from (_try(f"task {name}", _describe_task, name, folder) for name, folder in asked)
+    texts = _distinct(text for c in configs for text in c.texts)
+    yield from (_try(f"text {name}", _describe_text, name) for name in texts)
+    folders = _distinct(c.eval.task_path for c in configs)
+    there = _distinct((name, folder) for folder in folders for name in sorted(_local_tasks(folder)))
+    for name, folder in there:
+        if (name, folder) not in asked:  # so nothing is missing if it does not load
+            finding = _try(f"task {name}", _describe_task, name, folder)
+            yield Finding(finding.subject, f"{finding.detail} (not configured)")
+
+
+def _distinct(values: Iterable[T]) -> list[T]:
+    """Return each value once, in order."""
+    return list(dict.fromkeys(values))
+
+
+def _find_devices(asked: str) -> Finding:
+    import torch  # takes a second, and the lines before need not wait
+
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    number = int(asked.partition(":")[2] or 0)
+    detail = f"{os.cpu_count()} CPUs, torch uses {torch.get_num_threads()}; {', '.join(cards) or 'no CUDA device'}"
+    return Finding(f"device {asked}", detail, missing=asked.startswith("cuda") and number >= len(cards))
+
+
+def _find_hub() -> Finding:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    state = "offline (HF_HUB_OFFLINE=1)" if constants.HF_HUB_OFFLINE else "used for what is not local"
+    there = sorted(path.name.replace("--", "/", 2) for path in cache.glob("*--*")) if cache.is_dir() else []
+    return Finding("hub", f"{state}; cache {cache} has {', '.join(there) or 'nothing'}")
+
+
+def _local_tasks(task_path: str | None) -> dict[str, Path]:
+    """Return the local tasks; the shipped ones if the folder is not there, which the configured tasks' lines say."""
+    return find_local_tasks(task_path if task_path and Path(task_path).is_dir() else None)
+
+
+def _try(subject: str, describe: Callable[..., str], *arguments: str | None) -> Finding:
+    try:
+        return Finding(subject, describe(*arguments))
+    except (OSError, ValueError) as error:  # what loading raises for what is not there or not right
+        return Finding(subject, str(error), missing=True)
+
+
+def _describe_ray(address: str) -> str:
+    if ":" in address and "://" not in address:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), timeout=5).close()
+    place = {"local": "starts on this machine", "auto": "joins the cluster of this machine"}.get(address, address)
+    return f"ray {version('ray')}, {place}"
+
+
+def _describe_results(folder: str) -> str:
+    from kbit.store.filesystem import check_writable, open_files
+    from kbit.store.readers import list_keys
+
+    check_writable(folder)
+    return f"{len(list_keys(folder)[0])} experiments in {open_files(folder).root}"
+
+
+def _describe_model(name: str) -> str:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    place = locate_model(name)
+    if Path(place).is_dir():
+        return f"in {place}"
+    cached = isinstance(try_to_load_from_cache(place, "config.json"), str)
+    if constants.HF_HUB_OFFLINE and not cached:
+        raise FileNotFoundError(f"{place} is not in the hub's cache, and HF_HUB_OFFLINE=1 is set")
+    return f"{place} of the hub, {'in the cache' if cached else 'to be downloaded'}"
+
+
+def _describe_task(name: str, task_path: str | None) -> str:
+    from kbit.data.tasks import load_tasks
+    from kbit.silence import silence_libraries
+
+    silence_libraries()
+    [loaded] = load_tasks([name], task_path)
+    identity = f"sha256 {loaded.sha256[:12]}" if loaded.sha256 else f"fingerprint {loaded.fingerprint}"
+    return f"{len(loaded.task.eval_docs):,} rows of {loaded.source}, {identity}, version {loaded.version}"
+
+
+def _describe_text(name: str) -> str:
+    documents, sha256 = read_documents(name)
+    return f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, sha256 {sha256[:12]}"

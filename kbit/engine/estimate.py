@@ -1,0 +1,267 @@
+"""How much a study asks for: tokens to score, memory, and time, learned from what finished experiments took.
+
+    cost = tokens x parameters,   seconds = median of alike experiments, or that of the nearest cost, in proportion
+
+Alike are experiments of one model, evaluation and method. Without a finished one nothing is said of time.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+import statistics
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
+from kbit.data.texts import locate_text, read_documents
+from kbit.evaluation.config import TOKENS_PER_SEQUENCE, EvalConfig
+from kbit.experiments.config import Experiment
+from kbit.experiments.serialize import read_experiment
+from kbit.models.catalog import family_of
+from kbit.models.config import MAX_WINDOW, ModelConfig
+from kbit.models.size import ModelSize, find_size
+from kbit.store.filesystem import is_url
+from kbit.store.readers import read_records, read_results
+
+_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+# Of a token in a block at the same time: residual stream, its norm, queries, keys, values, attention's output, 4 + 4 of
+# the inner layer, and 2 spare.
+_STATES_PER_TOKEN: Final = 16
+
+
+# What a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
+# GPU: the driver's context and workspaces of libraries; assumed, as no GPU has been measured.
+_PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
+
+
+def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int:
+    """Return the bytes that a worker needs for a model, on the GPU if the device is one; an estimate.
+
+        process + parameters x dtype (twice on a CPU, where the weights to restore lie) + tokens at once x states
+
+    Not in it: a quantizer's own work on one tensor, and GPTQ's and AWQ's sums over the inputs of one block.
+    """
+    kind = device.partition(":")[0]
+    width = _BYTES[experiment.model.dtype]
+    window = min(size.context, MAX_WINDOW)
+    tokens = max(window, experiment.eval.batch_size * TOKENS_PER_SEQUENCE[kind])
+    copies = 2 if kind == "cpu" else 1
+    return _PROCESS_BYTES[kind] + width * (copies * size.parameters + _STATES_PER_TOKEN * tokens * size.hidden)
+
+
+_KEPT: Final = 32  # durations of alike experiments: the latest, as a machine's load changes
+
+
+_STORED: Final = 4  # results of alike experiments that are read from a store
+
+
+class Alike(NamedTuple):
+    """What experiments have in common that take as long as each other."""
+
+    model: ModelConfig
+    evaluation: EvalConfig
+    method: str
+
+    @staticmethod
+    def of(experiment: Experiment) -> Alike:
+        """Return an experiment's; the baseline is rounding to nearest without the rounding."""
+        quant = experiment.quant
+        return Alike(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method)
+
+
+class Estimator:
+    """Says what experiments will take, by their models' sizes and by what others took.
+
+    Args:
+        device: that they run on.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._size = functools.cache(find_size)
+        self._tokens = functools.cache(estimate_tokens)
+        self._seconds: dict[Alike, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._counted: dict[tuple[str, EvalConfig], int] = {}  # tokens, by family: its models share a tokenizer
+        self.learned = 0
+
+    def learn(self, experiment: Experiment, seconds: float, tokens: int = 0) -> None:
+        """Remember what an experiment took, and its tokens if they were counted."""
+        self._seconds[Alike.of(experiment)].append(seconds)
+        self.learned += 1
+        if tokens:
+            self._counted[family_of(experiment.model.name), experiment.eval] = tokens
+
+    def learn_stored(self, store_path: str, experiments: Iterable[Experiment], threads: int) -> None:
+        """Learn from a store's results of these experiments' models (of others, if there are none).
+
+        Only from the same kind of device, on a CPU with the same number of threads. A store behind a URL is not read,
+        where each result may be a request.
+        """
+        if is_url(store_path):
+            return
+        try:
+            table = read_results(store_path).drop_duplicates("key")
+            mine = table[table["model"].isin({experiment.model.name for experiment in experiments})]
+            alike = (table if mine.empty else mine).groupby(["model", "dtype", "method", "evaluation"], dropna=False)
+            records = list(read_records(store_path, "experiments", set(alike.tail(_STORED)["key"])))
+        except (ValueError, OSError):  # no store yet, or a damaged file, which its readers will name
+            return
+        for record in records:
+            on_cpu = record["device"].endswith("threads")
+            if on_cpu == (self._device == "cpu") and (record["threads"] == threads or not on_cpu):
+                took = record["seconds_quantize"] + record["seconds_evaluate"]
+                self.learn(read_experiment(record["experiment"]), took, record.get("tokens", 0))
+
+    def count_tokens(self, alike: Alike) -> int | None:
+        """Return the tokens that are sent to the model for an experiment; None if they cannot be told."""
+        counted = self._counted.get((family_of(alike.model.name), alike.evaluation))
+        size = self._size(alike.model.name)
+        return counted or (None if size is None else self._tokens(alike.evaluation, size))
+
+    def cost(self, alike: Alike) -> float:
+        """Return tokens x parameters; what is not known counts as 1."""
+        return (self.count_tokens(alike) or 1) * self.count_parameters(alike.model)
+
+    def cost_of(self, experiment: Experiment) -> float:
+        """Return the cost of an experiment."""
+        return self.cost(Alike.of(experiment))
+
+    def count_parameters(self, model: ModelConfig) -> int:
+        """Return a model's parameters; 1 if they are not known."""
+        size = self._size(model.name)
+        return 1 if size is None else size.parameters
+
+    def predict_memory(self, experiments: Iterable[Experiment]) -> int | None:
+        """Return the bytes of a worker for the largest of the experiments; None if a model's size is not known."""
+        largest = 0
+        for experiment in {(e.model, e.eval.batch_size): e for e in experiments}.values():
+            if (size := self._size(experiment.model.name)) is None:
+                return None
+            largest = max(largest, estimate_memory(size, experiment, self._device))
+        return largest
+
+    def predict_seconds(self, alike: Alike) -> float | None:
+        """Return how long an experiment takes a worker; None before one of its method was measured."""
+        if alike in self._seconds:
+            return statistics.median(self._seconds[alike])
+        cost = self.cost(alike)
+        ratios = {a: cost / self.cost(a) for a in self._seconds if a.method == alike.method}
+        if not ratios:
+            return None
+        nearest = min(ratios, key=lambda a: abs(math.log(ratios[a])))
+        return ratios[nearest] * statistics.median(self._seconds[nearest])
+
+    def predict_time(self, left: Counter[Alike], workers: int, running: Sequence[tuple[Alike, float]] = ()) -> str:
+        """Return how long so many experiments take so many workers, such as 'about 12 min'; '' if that is unknown.
+
+        Args:
+            left: how many of which kind have not ended.
+            workers: that share them.
+            running: those of `left` that workers are at, each with the seconds since it began.
+        """
+        waiting = left - Counter(alike for alike, _ in running)
+        parts = [(alike, count, 0.0) for alike, count in waiting.items()]
+        parts += [(alike, 1, elapsed) for alike, elapsed in running]
+        total, longest, unknown = 0.0, 0.0, False
+        for alike, count, elapsed in parts:
+            seconds = self.predict_seconds(alike)
+            unknown |= seconds is None
+            remaining = max((seconds or 0.0) - elapsed, 0.0)
+            total += count * remaining
+            longest = max(longest, remaining)
+        if not total:
+            return ""
+        return f"{'at least' if unknown else 'about'} {format_seconds(max(total / workers, longest))}"
+
+    def describe(self, experiments: Sequence[Experiment], workers: int | None) -> str:
+        """Return what experiments will take, as one line.
+
+        Args:
+            experiments: to run.
+            workers: that share them; None if not known yet.
+        """
+        left = Counter(map(Alike.of, experiments))
+        counts = {alike: self.count_tokens(alike) for alike in left}
+        tokens = "unknown until the first result"
+        if None not in counts.values():
+            tokens = f"about {format_count(sum(left[a] * (count or 0) for a, count in counts.items()))}"
+        time = self.predict_time(left, workers or 1) or "unknown until the first result"
+        if self.learned:
+            on = f"{workers or 1} worker{'s' if workers and workers > 1 else ''}"
+            time = f"{time} on {on}, by {self.learned} stored result{'s' if self.learned > 1 else ''}"
+        memory = self.predict_memory(experiments)
+        space = f"about {memory / 1e9:.1f} GB a worker, by parameters and batch size" if memory else "unknown"
+        return f"tokens to score: {tokens}; time: {time}; memory: {space}"
+
+
+def estimate_tokens(evaluation: EvalConfig, size: ModelSize) -> int | None:
+    """Return about how many tokens are sent to a model; None for a task that does not ship, or a text not here."""
+    column = _choose_column(size)
+    total = 0.0
+    for name in evaluation.tasks:
+        row = _shipped_tasks().get(name)
+        if row is None or EMBEDDED_TASKS not in find_local_tasks(evaluation.task_path)[name].parents:
+            return None
+        items = int(row["items"])
+        total += int(row[column]) * min(evaluation.limit or items, items) / items
+    if evaluation.perplexity is not None:
+        of_text = _estimate_text(evaluation, size, column)
+        if of_text is None:
+            return None
+        total += of_text
+    return round(total)
+
+
+def _estimate_text(evaluation: EvalConfig, size: ModelSize, column: str) -> float | None:
+    """Return about how many tokens of the text are sent to a model."""
+    most = math.inf
+    if evaluation.perplexity_kind == "windows" and evaluation.perplexity_windows is not None:
+        most = evaluation.perplexity_windows * min(size.context, MAX_WINDOW)
+    if locate_text(str(evaluation.perplexity)) is None:  # a text of the hub: at least as long as what is asked for
+        return None if math.isinf(most) else most
+    return min(most, _count_characters(str(evaluation.perplexity)) / _characters_per_token(column))
+
+
+@functools.lru_cache(maxsize=64)
+def _count_characters(text: str) -> int:
+    return sum(map(len, read_documents(text)[0]))
+
+
+@functools.cache
+def _shipped_tasks() -> dict[str, dict[str, str]]:
+    """Return what the shipped tasks come to with two tokenizers, of 1,024 tokens (nano) and 49,152 (SmolLM2)."""
+    with Path(EMBEDDED_TASKS / "tokens.csv").open() as file:
+        return {row["task"]: row for row in csv.DictReader(file)}
+
+
+def _choose_column(size: ModelSize) -> str:
+    """Return the tokenizer that is counted for a model: the nearer; of a model that is not here, the large one."""
+    return "tokens_1024" if size.vocabulary and size.vocabulary < math.sqrt(1024 * 49152) else "tokens_49152"
+
+
+@functools.cache
+def _characters_per_token(column: str) -> float:
+    rows = _shipped_tasks().values()
+    return sum(int(row["characters"]) for row in rows) / sum(int(row[column]) for row in rows)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in the unit that makes it a number of two digits: 45 s, 12 min, 30 h, 5 days."""
+    for unit, length, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{max(seconds / length, 1):.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"
+
+
+def format_count(count: int) -> str:
+    """Return a count in two or three digits: 950, 31 thousand, 4.2 million."""
+    for name, unit in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return str(count)

@@ -1,0 +1,125 @@
+"""What a sweep would do: experiments without repeats, less those that the store has, grouped by model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kbit.data.task_files import find_local_tasks
+from kbit.data.texts import check_text, locate_text, read_documents
+from kbit.experiments.config import Experiment, RunConfig
+from kbit.models.catalog import locate_model
+from kbit.models.size import find_size
+from kbit.store.readers import list_keys
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep would do.
+
+    Attributes:
+        asked: experiments asked for, repeats included.
+        distinct: the distinct ones, in the order asked.
+        done: how many of them have a result.
+        failed: how many of them are recorded as failed and will not be tried again.
+        to_run: the rest, grouped by model, largest model first.
+    """
+
+    asked: int
+    distinct: tuple[Experiment, ...]
+    done: int
+    failed: int
+    to_run: tuple[Experiment, ...]
+
+    def describe(self) -> str:
+        """Return the plan as one line."""
+        failed = f", {self.failed} failed before (retry_failed=true runs them again)" if self.failed else ""
+        return f"{self.asked} asked, {len(self.distinct)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one experiment ended.
+
+    Attributes:
+        experiment: it.
+        error: empty if its result is in the store.
+        stored: whether the store took the result or the failure; if not, to go on would waste work.
+        working: the experiments that other workers are at.
+        seconds: that it took, the model's loading included if it had to be; 0 if it was not run.
+        tokens: see Result.
+    """
+
+    experiment: Experiment
+    error: str
+    stored: bool = True
+    working: tuple[Experiment, ...] = ()
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
+    """De-duplicate by key, drop what the store has, group by model; the store need not exist yet."""
+    distinct = {experiment.key: experiment for experiment in experiments}
+    finished, failures = list_keys(store_path)
+    done, failed = finished & distinct.keys(), failures & distinct.keys()
+    skip = done if retry_failed else done | failed
+    to_run = [experiment for key, experiment in distinct.items() if key not in skip]
+    # a worker keeps one model, and of the 16-bit model the states on one text
+    sizes = {name: find_size(name) for name in {experiment.model.name for experiment in to_run}}
+    parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
+    to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
+    failed_count = 0 if retry_failed else len(failed)
+    return Plan(len(experiments), tuple(distinct.values()), len(done), failed_count, tuple(to_run))
+
+
+def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:
+    """Raise the error that an unknown model, task or text would give later, before any work.
+
+    What is only planned need not be here: a study of the hub's texts is planned offline.
+    """
+    locate_model(experiment.model.name)
+    for text in experiment.texts:
+        (locate_text if planned_only else check_text)(text)
+    experiment.check_texts()
+    if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
+        from kbit.data.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
+
+        load_tasks(experiment.eval.tasks, experiment.eval.task_path)
+
+
+def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) -> Plan:
+    """Return the plan of these configurations, each model, task and text of which is looked for before any work."""
+    settings = configs[0]
+    _check_settings(configs)
+    experiments = [config.experiment for config in configs]
+    for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
+        check_experiment(experiment, planned_only=plan_only)
+    for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
+        if locate_text(text) is not None:  # a text of the hub need not be here to be planned
+            read_documents(text)  # not UTF-8, no text, a record without a "text", ...
+    plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+    _check_device(settings, engine)
+    return plan
+
+
+def _check_settings(configs: Sequence[RunConfig]) -> None:
+    """Raise ValueError if the configurations differ in how to run: a sweep has one store, one device, one cluster."""
+    for name in ("results", "device", "ray", "fail_fast", "retry_failed"):
+        if len(values := {str(getattr(config, name)): None for config in configs}) > 1:
+            raise ValueError(f"{name} must be the same for the whole sweep, not {' and '.join(values)}")
+
+
+def _check_device(settings: RunConfig, engine: str) -> None:
+    """Raise ValueError if the asked device cannot be there; on a cluster the workers check it themselves."""
+    if settings.device == "cpu":
+        return
+    if engine == "ray" and settings.ray.gpus_per_worker == 0:
+        raise ValueError(f"device={settings.device} on Ray needs ray.gpus_per_worker > 0, such as 1 or 0.5")
+    if engine == "ray" and settings.device != "cuda":
+        raise ValueError(f"device={settings.device}: Ray chooses each worker's GPU; use device=cuda")
+    if engine == "process" or settings.ray.address == "local":
+        from kbit.models.loading import check_device
+
+        check_device(settings.device)

@@ -1,0 +1,259 @@
+"""Experiments on Ray workers: what the cluster has, how many workers fit on it, and the loop that keeps them busy."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import socket
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Final
+
+from kbit.engine.plan import Outcome
+from kbit.engine.schedule import Schedule
+from kbit.engine.worker import RayWorker
+from kbit.experiments.config import Experiment, RayConfig
+from kbit.store.store import Store
+
+WORKER_TRIES: Final = 2  # a worker that dies (killed, out of memory) loses the experiment once; then it has failed
+
+
+GPU_SHARE: Final = 0.9  # of a GPU's memory to fill by estimate: the rest is for what an estimate leaves out
+
+
+_PROBE_GPUS: Final = 0.001  # of a GPU, for asking how large it is
+
+
+_PROBE_SECONDS: Final = 60  # for that, importing torch included
+
+
+def run_on_ray(
+    experiments: Sequence[Experiment],
+    store_path: str,
+    device: str,
+    config: RayConfig,
+    cost: Callable[[Experiment], float] = lambda _: 1.0,
+    worker_bytes: int | None = None,
+) -> Generator[Outcome]:
+    """Run the experiments on Ray workers, each keeping its model loaded.
+
+    Args:
+        experiments: as make_plan orders them; store_path, device: see Worker.
+        config: what workers ask for; without gpus_per_worker on a GPU, it is chosen by worker_bytes.
+        cost: see Schedule.
+        worker_bytes: memory of a worker, estimated; None if that is not known.
+
+    Raises:
+        ValueError: the cluster has not the resources that the workers ask for, or a worker could not be set up.
+        ConnectionError: no cluster at config.address.
+    """
+    import ray
+
+    print("starting Ray ..." if config.address == "local" else f"joining Ray at {config.address} ...", file=sys.stderr)
+    _start_ray(config)
+    try:
+        if config.gpus_per_worker is None:
+            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes))
+        count = min(_count_workers(config), len(experiments))
+        remote = ray.remote(RayWorker).options(
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            max_restarts=0,
+            runtime_env={"env_vars": {"NUMBA_NUM_THREADS": str(config.cpus_per_worker)}},
+        )
+
+        def start_worker() -> Any:
+            return remote.remote(store_path, device, config)
+
+        yield from _dispatch(experiments, start_worker, count, Store(store_path), cost)
+    finally:
+        ray.shutdown()
+
+
+def _dispatch(
+    experiments: Sequence[Experiment],
+    start_worker: Callable[[], Any],
+    count: int,
+    store: Store,
+    cost: Callable[[Experiment], float] = lambda _: 1.0,
+) -> Generator[Outcome]:
+    """Keep `count` actors busy until no experiment waits; replace an actor that died."""
+    import ray
+
+    waiting = Schedule(experiments, cost)
+    tries: Counter[str] = Counter()
+    last: dict[Any, Experiment] = {}  # that each worker was given, whose model it has loaded
+    running: dict[Any, tuple[Any, Experiment]] = {}
+    idle: deque[Any] = deque(start_worker() for _ in range(count))
+    while waiting or running:
+        while waiting and idle:
+            worker = idle.popleft()
+            experiment = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
+            last[worker] = experiment
+            running[worker.run.remote(experiment)] = (worker, experiment)
+        ready, _ = ray.wait(list(running), num_returns=1)
+        worker, experiment = running.pop(ready[0])
+        working = tuple(other for _, other in running.values())
+        try:
+            yield dataclasses.replace(ray.get(ready[0]), working=working)
+            idle.append(worker)
+        except ray.exceptions.RayTaskError as error:  # not the experiment: recording its end failed
+            idle.append(worker)
+            yield Outcome(experiment, f"its end could not be recorded: {error.cause}", working=working)
+        except ray.exceptions.RayError as error:  # the worker died: killed, out of memory, could not start
+            if getattr(error, "actor_init_failed", False):  # nor would the next one start
+                raise ValueError(f"a worker cannot start: {str(error).strip().splitlines()[-1]}") from None
+            last.pop(worker, None)
+            idle.append(start_worker())
+            tries[experiment.key] += 1
+            if tries[experiment.key] < WORKER_TRIES:
+                waiting.add(experiment)
+            else:
+                yield Outcome(experiment, _record_death(experiment, error, store), working=working)
+
+
+def _record_death(experiment: Experiment, error: Exception, store: Store) -> str:
+    """Record that an experiment's workers died, unless one did when its work was done; return the reason."""
+    if store.has(experiment.key):
+        return ""
+    reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
+    store.write_failure(experiment, reason, str(error))
+    return reason
+
+
+def _start_ray(config: RayConfig) -> None:
+    """Start or join Ray, quietly; say which cluster was joined.
+
+    Raises:
+        ConnectionError: no cluster at config.address, or Ray does not start.
+        ValueError: an address that Ray does not know.
+    """
+    import ray
+
+    # Workers must not send this process' output twice, and Ray's usage pings have no place in an offline study.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = config.address == "local"
+    if ":" in config.address and "://" not in config.address:
+        _check_reachable(config.address)
+    try:
+        context: Any = ray.init(
+            address=config.address,
+            include_dashboard=False if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # a bare one where its processes take too long, as on a machine with much other work
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"Ray does not start ({reason}); hydra/launcher=basic runs without it") from error
+    if not local:
+        print(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+        if context.dashboard_url:
+            print(f"its dashboard: http://{context.dashboard_url}")
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConnectionError if nothing answers at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster at ray.address={address}: {error}") from None
+
+
+def _count_workers(config: RayConfig) -> int:
+    """Return how many workers to start.
+
+    Raises:
+        ValueError: not even one fits; names what was asked and what there is, node by node.
+    """
+    nodes = _list_nodes()
+    gpus_per_worker = config.gpus_per_worker or 0.0
+    fitting = sum(count_fitting(node, config.cpus_per_worker, gpus_per_worker) for node in nodes)
+    wanted = config.num_workers or max(fitting, 1)
+    if wanted > fitting:
+        there = [f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes]
+        total = f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
+        by_node = f", on {len(nodes)} nodes of {'; '.join(there)}" if len(nodes) > 1 else ""
+        raise ValueError(
+            f"{wanted} workers with ray.cpus_per_worker={config.cpus_per_worker} and ray.gpus_per_worker="
+            f"{gpus_per_worker:g} do not fit: the cluster has {total}{by_node}; {fitting} such workers would fit"
+        )
+    return wanted
+
+
+def _list_nodes() -> list[Mapping[str, float]]:
+    """Return the resources of each node of the cluster."""
+    import ray
+
+    nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def count_fitting(node: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Return how many workers fit on a node: all that one has lies on one node, and a share of a GPU on one GPU."""
+    by_cpus = int(node.get("CPU", 0) // cpus)
+    there = int(node.get("GPU", 0))
+    if not gpus:
+        return by_cpus
+    return min(by_cpus, there // math.ceil(gpus) if gpus >= 1 else there * int(1 / gpus + 1e-9))
+
+
+def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
+    """Return the GPUs of a worker: 1/n if n workers fit on one, else as many whole ones as it needs."""
+    usable = GPU_SHARE * gpu_bytes
+    return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
+
+
+def _choose_gpus(device: str, worker_bytes: int | None) -> float:
+    """Return the GPUs of a worker by the memory it needs and the smallest GPU's; none on a CPU.
+
+    Raises:
+        ValueError: what a worker needs is not known, or there is no GPU.
+    """
+    if device == "cpu":
+        return 0.0
+    if worker_bytes is None:
+        raise ValueError("a model's size is not known before it is downloaded: give ray.gpus_per_worker, such as 1")
+    sizes = _measure_gpus()
+    if not sizes:
+        raise ValueError(f"device={device}: no node of the cluster has a GPU that Ray knows of")
+    gpus = choose_gpus(worker_bytes, min(sizes))
+    print(
+        f"ray.gpus_per_worker={gpus:.3g}: a worker takes about {worker_bytes / 1e9:.1f} GB, a GPU has "
+        f"{min(sizes) / 1e9:.1f} GB (estimated from parameters, dtype and batch size)",
+        file=sys.stderr,
+    )
+    return gpus
+
+
+def _measure_gpus() -> list[int]:
+    """Return the bytes of one GPU of each node that has any."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def measure() -> int:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
+    ids = [node["NodeID"] for node in nodes if node["Alive"] and node["Resources"].get("GPU")]
+    probe: Any = ray.remote(measure)
+    asked = [
+        probe.options(
+            num_cpus=0, num_gpus=_PROBE_GPUS, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        ).remote()
+        for node in ids
+    ]
+    try:
+        sizes: list[int] = ray.get(asked, timeout=_PROBE_SECONDS)
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"the GPUs' memory cannot be read ({reason}): give ray.gpus_per_worker, such as 1") from None
+    return sizes

@@ -1,0 +1,127 @@
+"""A worker runs experiments one after the other on one model, and writes each result itself the moment it exists."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Generator, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from kbit.engine.plan import Outcome
+from kbit.engine.worker_log import log_output
+from kbit.experiments.config import Experiment, RayConfig
+from kbit.store.store import Store
+
+if TYPE_CHECKING:
+    from kbit.experiments.result import Result
+    from kbit.experiments.session import Session
+
+
+class Worker:
+    """Runs experiments and writes their results; keeps the model of the last one loaded, and tasks for the next.
+
+    Args:
+        store_path: of the store.
+        device: to run on.
+        threads: of torch and the kernels; None leaves them as they are.
+        own_process: whether all that the process prints belongs to the experiment.
+        gpus: over which to spread a model.
+    """
+
+    def __init__(
+        self, store_path: str, device: str, threads: int | None = None, *, own_process: bool = False, gpus: int = 1
+    ) -> None:
+        from kbit.silence import silence_libraries
+
+        self._store = Store(store_path)
+        silence_libraries()
+        # here, as it takes seconds: the first experiment's time is to tell the next ones'
+        from kbit.evaluation.zero_shot import Prepared
+        from kbit.experiments.session import Session
+
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)  # the kernels follow: see kbit.numerics.backend.torch_threads_kept
+        self._own_process = own_process
+        self._open_session = functools.partial(Session, device=device, prepared=Prepared(), gpus=gpus)
+        self._session: Session | None = None
+
+    def run(self, experiment: Experiment) -> Outcome:
+        """Run one experiment; an error becomes a recorded failure, never a number."""
+        if self._store.has(experiment.key):  # another driver on this store has finished it since the plan
+            return Outcome(experiment, "")
+        log = self._store.log_path(experiment.key)
+        start = time.monotonic()
+        try:
+            with log_output(log, experiment.label(), redirect=self._own_process):
+                result, reason = self._try(experiment)
+            if result is not None:
+                self._store.write(result)
+            else:
+                self._store.write_failure(experiment, *reason)
+        except OSError as error:  # a full disk, or a store out of reach
+            return Outcome(experiment, f"{self._store.root} cannot be written: {error}", stored=False)
+        tokens = 0 if result is None else result.tokens
+        return Outcome(experiment, reason[0], seconds=time.monotonic() - start, tokens=tokens)
+
+    def _try(self, experiment: Experiment) -> tuple[Result | None, tuple[str, str]]:
+        """Return the result, or the reason and traceback of why there is none."""
+        try:
+            if self._session is None or not self._session.holds(experiment.model):
+                self._session = None  # free the old model before loading the next
+                self._session = self._open_session(experiment.model)
+            return self._session.run(experiment), ("", "")
+        except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
+            trace = traceback.format_exc()
+            if self._own_process:
+                print(trace, file=sys.stderr)  # into the log
+            return None, (f"{type(error).__name__}: {error}", trace)
+
+
+def run_in_process(experiments: Iterable[Experiment], store_path: str, device: str) -> Generator[Outcome]:
+    """Run the experiments one after the other in this process, with all of torch's threads."""
+    worker = Worker(store_path, device)
+    for experiment in experiments:
+        yield worker.run(experiment)
+
+
+class RayWorker(Worker):
+    """A worker in a process of its own, with CPUs and GPUs that Ray gave it.
+
+    Args:
+        store_path, device: see Worker.
+        config: what each worker asks for.
+
+    Raises:
+        ValueError: it should have GPUs, and Ray gave it none; or see Store.
+    """
+
+    def __init__(self, store_path: str, device: str, config: RayConfig) -> None:
+        gpus = config.gpus_per_worker or 0
+        if device != "cpu":
+            import ray
+
+            check_gpus(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpus)
+        super().__init__(store_path, device, config.cpus_per_worker, own_process=True, gpus=max(1, math.floor(gpus)))
+
+
+def check_gpus(given: Sequence[object], visible: str | None, asked: float) -> None:
+    """Raise ValueError if a worker has not the GPUs that it should have.
+
+    Args:
+        given: the ids that Ray says it gave; visible: CUDA_VISIBLE_DEVICES of the worker's process.
+        asked: ray.gpus_per_worker.
+    """
+    ids = [str(gpu) for gpu in given]
+    if len(ids) < max(1, math.floor(asked)):
+        raise ValueError(f"Ray gave this worker the GPUs {ids}, where ray.gpus_per_worker={asked:g} asks for more")
+    if visible is None or visible.split(",") != ids:
+        raise ValueError(
+            f"Ray gave this worker the GPUs {ids}, but CUDA_VISIBLE_DEVICES={visible} in its process: another worker "
+            "may be on the same GPU; unset RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+        )

@@ -1,0 +1,229 @@
+"""How well a model predicts a text, by the two definitions that are often confused, and how far it is from its 16 bits.
+
+windows   Fixed, non-overlapping windows, each predicted from its own beginning; nats per *token*. The quantization
+          papers' definition (GPTQ, section 5.1: windows of 2,048 tokens; of which text, see kbit.data.hub_texts).
+rolling   lm-eval's: every token of every document, each with as much context as fits; per *word* and byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lm_eval.api.instance import Instance
+from torch import nn
+
+from kbit.data.windows import Windows
+from kbit.evaluation.logits import compare_heads, score_targets
+from kbit.evaluation.measurement import (
+    ItemValues,
+    Measurement,
+    encode_items,
+    exponentiate,
+    measure_mean,
+    measure_ratio,
+    transform,
+)
+from kbit.evaluation.scorer import NonFiniteError, Scorer, splits_at_head
+from kbit.evaluation.token_budget import TokenBudget
+from kbit.layers.int8_linear import sees_whole_input
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The 16-bit model on the windows: its last hidden states, from which its logits are computed again piece by piece.
+
+    Logits would be V numbers a token instead of the hidden size, some 50 times as many.
+
+    Attributes:
+        hidden: [windows, window length - 1, hidden size], see compute_reference.
+        head: the 16-bit model's output embedding.
+    """
+
+    hidden: Float[torch.Tensor, "windows length hidden"]
+    head: nn.Linear
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What was measured on a text.
+
+    Attributes:
+        measurements: cross_entropy (nats per token), bits_per_byte, perplexity, and with a reference kl_divergence
+            (nats per token) and top1_agreement; or (rolling) word_cross_entropy (nats per word), word_perplexity,
+            byte_perplexity and bits_per_byte. A perplexity that float64 cannot hold is left out.
+        items: cross_entropy, kl_divergence and top1_agreement of each window.
+    """
+
+    measurements: list[Measurement]
+    items: list[ItemValues]
+
+
+@torch.no_grad()
+def compute_reference(
+    model: Any, windows: Windows, budget: TokenBudget
+) -> Float[torch.Tensor, "windows length hidden"]:
+    """Return the last hidden states of a model on the windows' tokens but the last, in the model's dtype, on the CPU.
+
+    They lie in a temporary file that is mapped into memory, so that a text larger than memory does no harm; the file
+    has no name any more and goes with the tensor.
+
+    Raises:
+        OSError: the folder of temporary files has not the space.
+    """
+    count, length = windows.tokens.shape
+    hidden_size = model.get_output_embeddings().weight.shape[1]
+    size = count * (length - 1) * hidden_size
+    with tempfile.NamedTemporaryFile(prefix="kbit-") as file:
+        _reserve(file, size * model.dtype.itemsize)
+        flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
+    hidden = flat.view(count, length - 1, hidden_size)
+    for rows, states in iterate_windows(model, windows, budget, lambda rows: run_trunk(model, windows.tokens[rows])):
+        hidden[rows] = states.cpu()
+    return hidden
+
+
+def _reserve(file: Any, size: int) -> None:
+    """Take the space of a temporary file at once: a mapped page that finds none later kills the process (SIGBUS).
+
+    Raises:
+        OSError: there is less than `size` bytes.
+    """
+    folder = Path(file.name).parent
+    free = shutil.disk_usage(folder).free
+    try:
+        if size > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise OSError(
+            f"the 16-bit model's states on the text take {size:,} bytes in {folder}, of which {free:,} are free "
+            f"({error.strerror}): fewer eval.perplexity_windows, or another folder by TMPDIR"
+        ) from error
+
+
+@torch.no_grad()
+def measure_cross_entropy(
+    model: Any, windows: Windows, budget: TokenBudget, reference: Reference | None = None
+) -> TextScores:
+    """Measure a model on windows; with a reference also how far it is from the 16-bit model.
+
+    In a window of L tokens the last L - 1 are predicted, each from those before it; softmax in float32. Intervals are
+    over windows, as tokens within one are not independent.
+
+        kl_divergence = mean over tokens of sum_v p16(v) (log p16(v) - log p(v)),   0 for the 16-bit model itself
+        top1_agreement = share of tokens where both models' most likely next token is the same
+
+    Args:
+        model: a causal language model; one whose logits are not its head's on its trunk's states (see
+            kbit.evaluation.scorer) has its logits computed as a whole and no reference.
+        windows: the text.
+        budget: of tokens for each forward pass.
+        reference: of the 16-bit model on the same windows.
+
+    Raises:
+        NonFiniteError: a window's loss or divergence is NaN or infinite.
+    """
+    if reference is not None or splits_at_head(model):  # a reference is made only of a model that does
+        measure = functools.partial(_measure_windows, model, windows, reference)
+    else:
+        measure = functools.partial(_measure_whole_logits, model, windows)
+    values = [of_windows for _, of_windows in iterate_windows(model, windows, budget, measure)]
+    names = ["cross_entropy"] if reference is None else ["cross_entropy", "kl_divergence", "top1_agreement"]
+    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
+    for metric, of_windows in by_metric.items():
+        if not all(math.isfinite(value) for value in of_windows):
+            raise NonFiniteError(f"{metric.replace('_', ' ')} on {windows.name!r} is not finite")
+    nats, *others = (measure_mean(windows.name, metric, of_windows) for metric, of_windows in by_metric.items())
+    in_bits = transform(nats, "bits_per_byte", lambda x: x / (math.log(2) * windows.bytes_per_token))
+    items = [encode_items(windows.name, metric, of_windows) for metric, of_windows in by_metric.items()]
+    return TextScores([nats, in_bits, *exponentiate(nats, "perplexity"), *others], items)
+
+
+def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> TextScores:
+    """Measure a text of this name as lm-eval's rolling log-likelihood tasks do (its wikitext): per word and per byte.
+
+    Every token of a document is predicted, the first from the end-of-text token; words are what white space separates.
+
+        word_cross_entropy = -sum log p / words,   word_perplexity = exp(-sum log p / words)
+        byte_perplexity = exp(-sum log p / bytes),   bits_per_byte = -sum log p / (bytes ln 2)
+
+    Sums are over all documents; intervals over documents, so not defined for a text of one.
+
+    Raises:
+        NonFiniteError: a log-likelihood is NaN or infinite.
+    """
+    requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(documents)]
+    nats = [-log_likelihood for log_likelihood in scorer.loglikelihood_rolling(requests, disable_tqdm=True)]
+    words = [len(re.split(r"\s+", text)) for text in documents]
+    per_word = measure_ratio(name, "word_cross_entropy", nats, words)
+    per_byte = measure_ratio(name, "byte_cross_entropy", nats, [len(text.encode()) for text in documents])
+    measurements = [
+        per_word,
+        *exponentiate(per_word, "word_perplexity"),
+        *exponentiate(per_byte, "byte_perplexity"),
+        transform(per_byte, "bits_per_byte", lambda x: x / math.log(2)),
+    ]
+    return TextScores(measurements, [])
+
+
+def _measure_windows(model: Any, windows: Windows, reference: Reference | None, rows: slice) -> torch.Tensor:
+    """Return each window's mean loss, and with a reference divergence and agreement [windows, 1 or 3]."""
+    tokens = windows.tokens[rows].to(model.device)
+    hidden, targets = run_trunk(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()
+    head = model.get_output_embeddings()
+    if reference is None:
+        places = torch.arange(len(targets), device=model.device)
+        columns = [-score_targets(head, hidden, places, targets)[0]]
+    else:
+        baseline = reference.hidden[rows].flatten(0, 1).to(model.device)
+        log_p, divergence, agreement = compare_heads(head, hidden, reference.head, baseline, targets)
+        columns = [-log_p, divergence, agreement]
+    values = torch.stack([column.double() for column in columns], dim=-1)
+    return values.view(*tokens[:, 1:].shape, -1).mean(dim=1).cpu()
+
+
+def _measure_whole_logits(model: Any, windows: Windows, rows: slice) -> torch.Tensor:
+    """Return the mean loss of each window [windows, 1], from the logits as the model itself gives them."""
+    tokens = windows.tokens[rows].to(model.device)
+    logits = model(tokens[:, :-1], use_cache=False).logits.float()
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return losses.double().mean(dim=1, keepdim=True).cpu()
+
+
+def run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the last hidden states of tokens [windows, L], those of the last token left out."""
+    hidden: torch.Tensor = model.base_model(tokens[:, :-1].to(model.device), use_cache=False).last_hidden_state
+    return hidden
+
+
+def iterate_windows(
+    model: nn.Module, windows: Windows, budget: TokenBudget, function: Callable[[slice], torch.Tensor]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (rows, what the function returns for these rows), as many windows at once as the budget has tokens for.
+
+    One at a time whatever the budget if windows of a batch would affect each other in the model.
+    """
+    count, length = windows.tokens.shape
+    one_by_one = sees_whole_input(model)
+    done = 0
+    while done < count:
+        at_once = 1 if one_by_one else max(1, budget.tokens // length)
+        rows = slice(done, min(count, done + at_once))
+        result = budget.attempt(functools.partial(function, rows), can_split=rows.stop - rows.start > 1)
+        if result is not None:
+            yield rows, result
+            done = rows.stop

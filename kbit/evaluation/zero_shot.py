@@ -1,0 +1,204 @@
+"""Evaluate a model on lm-eval tasks: measurements with intervals, computed from the items."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kbit.data.tasks import LoadedTask, errors_named, load_tasks
+from kbit.evaluation.measurement import (
+    ItemValues,
+    Measurement,
+    encode_items,
+    exponentiate,
+    mean_accuracy,
+    measure_accuracy,
+    measure_mean,
+)
+from kbit.evaluation.scorer import Asked, Request, Scorer
+from kbit.silence import silence_libraries
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task with its requests built (prompts rendered), so that every variant of a model is asked the same.
+
+    Attributes:
+        loaded: the task.
+        instances: lm-eval's requests, in order.
+    """
+
+    loaded: LoadedTask
+    instances: list[Any]
+
+
+@dataclass
+class Prepared:
+    """What the models of a study share.
+
+    Attributes:
+        tasks: by (names, what identifies their content, limit).
+        tokenizer: whose tokens are kept, see Scorer.identify_tokenizer: only of the last, as they may take gigabytes.
+        tokens: see Scorer.
+    """
+
+    tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], list[PreparedTask]] = field(default_factory=dict)
+    tokenizer: str = ""
+    tokens: dict[Asked, list[Request]] = field(default_factory=dict)
+
+    def tokens_of(self, tokenizer: str) -> dict[Asked, list[Request]]:
+        """Return the tokens kept for a tokenizer; of another one than the last, or of an unknown one, none yet."""
+        if tokenizer != self.tokenizer or not tokenizer:
+            self.tokenizer, self.tokens = tokenizer, {}
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What was measured on tasks.
+
+    Attributes:
+        measurements: every metric of every task, then the mean accuracy of those that have one, if
+            there are several.
+        items: the correctness of each item, for each accuracy.
+        truncated: requests of each task, by name, that lost tokens to the model's context length.
+        first_tokens: of each task, by name: what was sent for its first request; empty for a generation task.
+    """
+
+    measurements: list[Measurement]
+    items: list[ItemValues]
+    truncated: dict[str, int]
+    first_tokens: dict[str, tuple[int, ...]]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    tasks: str | Sequence[str],
+    *,
+    batch_size: int = 32,
+    limit: int | None = None,
+    task_path: str | None = None,
+) -> list[Measurement]:
+    """Score a model on tasks, zero-shot; with more than one accuracy, their mean comes last.
+
+    Of a task with several filters (ways to read an answer) the first one's metrics have their own names, the others'
+    also the filter's, as lm-eval writes it: exact_match, "exact_match,flexible-extract".
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        tasks: one name or several: shipped, in task_path, or lm-eval's own when online.
+        batch_size: see EvalConfig.
+        limit: evaluate only the first items of each task.
+        task_path: a folder with the user's own task YAMLs.
+
+    Raises:
+        ValueError, FileNotFoundError: see load_tasks.
+        NonFiniteError: a log-likelihood is NaN or infinite.
+    """
+    silence_libraries()
+    names = [tasks] if isinstance(tasks, str) else tasks
+    prepared = [prepare_task(task, limit) for task in load_tasks(names, task_path)]
+    return score_tasks(Scorer(model, tokenizer, batch_size), prepared).measurements
+
+
+def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
+    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise.
+
+    Raises:
+        ValueError: limit is less than 1; or a row lacks a field that the task asks for: names task, file and field.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} is not >= 1 (None: all items)")
+    task = loaded.task
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=1234)  # lm-eval's default
+    with errors_named(loaded.definition):
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+            _check_answers(task)
+    return PreparedTask(loaded, task.instances)
+
+
+def _check_answers(task: Any) -> None:
+    """Raise ValueError at a right answer that is none of the choices: lm-eval would count the item as wrong."""
+    for doc in {instance.doc_id: instance.doc for instance in task.instances}.values():
+        choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+        for answer in target if isinstance(target, list) else [target]:
+            if not (answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)):
+                fields = ", ".join(doc)
+                raise ValueError(f"doc_to_target gives {answer!r}, which is none of {choices}; a row has {fields}")
+
+
+def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
+    """Score prepared tasks and measure each; with more than one that has "acc", the mean of these comes last."""
+    values: list[tuple[LoadedTask, str, list[Any]]] = []
+    truncated: dict[str, int] = {}
+    first_tokens: dict[str, tuple[int, ...]] = {}
+    for task in tasks:
+        scorer.truncated, scorer.first_tokens = 0, ()
+        values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]
+        truncated[task.loaded.name], first_tokens[task.loaded.name] = scorer.truncated, scorer.first_tokens
+    measurements = [measurement for value in values for measurement in _measure(*value)]
+    accuracies = [m for m in measurements if m.metric == "acc"]
+    if len(accuracies) > 1:
+        measurements.append(mean_accuracy(accuracies))
+    items = [encode_items(task.name, metric, v) for task, metric, v in values if _is_accuracy(metric, v)]
+    return TaskScores(measurements, items, truncated, first_tokens)
+
+
+def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
+    """Ask the model, let lm-eval filter and judge each item; return each metric's values in item order."""
+    by_type: dict[str, list[Any]] = defaultdict(list)
+    for instance in prepared.instances:
+        instance.resps = []  # of an earlier variant
+        by_type[instance.request_type] += [instance] * instance.repeats
+    for request_type, instances in by_type.items():
+        responses = getattr(scorer, request_type)(instances, disable_tqdm=True)
+        for instance, response in zip(instances, responses, strict=True):
+            instance.resps.append(response)
+    task = prepared.loaded.task
+    task.apply_filters()
+    items: dict[int, list[Any]] = defaultdict(list)
+    for instance in prepared.instances:
+        items[instance.doc_id].append(instance)
+    values: dict[str, list[Any]] = defaultdict(list)
+    for number, name in enumerate(prepared.instances[0].filtered_resps):
+        suffix = f",{name}" if number else ""
+        for instances in items.values():
+            responses = [instance.filtered_resps[name] for instance in instances]
+            for metric, value in task.process_results(instances[0].doc, responses).items():
+                values[metric + suffix].append(value)
+    return values
+
+
+def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> list[Measurement]:
+    """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean.
+
+    None of a perplexity that float64 cannot hold.
+    """
+    kind = metric.partition(",")[0]  # without a filter
+    if not _are_numbers(values):  # such as F1: only lm-eval can aggregate it
+        try:
+            value = float(loaded.task.aggregation()[kind](values))
+        except OverflowError:  # its word_perplexity is an exp, too
+            return []
+        return [Measurement(loaded.name, metric, value, math.nan, math.nan, len(values))]
+    if _is_accuracy(metric, values):
+        return [measure_accuracy(loaded.name, metric, values)]
+    if kind == "perplexity":  # lm-eval keeps the log-likelihood of each item
+        return exponentiate(measure_mean(loaded.name, metric, [-value for value in values]), metric)
+    return [measure_mean(loaded.name, metric, values)]
+
+
+def _is_accuracy(metric: str, values: list[Any]) -> bool:
+    return metric.startswith("acc") and _are_numbers(values)
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)

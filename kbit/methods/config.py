@@ -1,0 +1,287 @@
+"""How a model is quantized: the quantizer, the method and its options, and which weights or dimensions are left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kbit.checks import check_choice, differences
+from kbit.data.texts import identify_text
+from kbit.layers.int8_schemes import SCHEMES, Scheme
+from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
+
+INT8_METHODS: Final = tuple(SCHEMES)
+
+
+ZERO_POINT_BITS: Final = 8  # an integer in -127..127
+
+
+CALIBRATED: Final = ("awq", "gptq")  # methods that see data
+
+
+METHODS: Final = ("rtn", "mse", "hqq", *CALIBRATED, *INT8_METHODS)  # see kbit.methods.quantize_model
+
+
+UNSEEN: Final = ("error", "rtn")
+
+
+OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.outlier_columns
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The text that a method with data sees. Nothing of it should be in the text that is measured.
+
+    Attributes:
+        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train); see eval.perplexity.
+        samples: windows drawn at random, without overlap.
+        length: tokens of a window; None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
+        seed: of the draw.
+        unseen: what becomes of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
+    """
+
+    text: str = "nano_calibration"
+    samples: int = 128
+    length: int | None = None
+    seed: int = 0
+    unseen: str = "error"
+
+    def __post_init__(self) -> None:
+        check_choice("quant.calibration.unseen", self.unseen, UNSEEN)
+        for name in ("samples", "length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"quant.calibration.{name}={value} is not >= 1")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the windows, canonical."""
+        return differences(self, CalibrationConfig()) | {"text": identify_text(self.text)}
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """Options of method=gptq; the defaults are those of the published code.
+
+    Attributes:
+        act_order: columns by falling Hessian diagonal instead of in their order.
+        static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
+        search_scales: each block's scale by search, as method=mse does, instead of its largest magnitude.
+        damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
+    """
+
+    act_order: bool = False
+    static_groups: bool = False
+    search_scales: bool = False
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
+
+
+OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
+
+
+@dataclass(frozen=True)
+class QuantConfig(QuantSpec):
+    """The quantizer and which tensors it applies to.
+
+    Attributes:
+        method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
+            and offsets), awq (input channels scaled by their activations), gptq; or one of INT8_METHODS, which decide
+            the quantizer: they need bits=8, and of a QuantSpec's other fields none means anything to them.
+        calibration: of awq and gptq.
+        gptq: of gptq.
+        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
+            p (16 - bits) bits per parameter. Rounded to the nearest count, at least one dimension.
+        outlier_selection: which dimensions: proxy (the weights before have the largest standard deviation; paper, eq.
+            2), column (this matrix' own column has), random (a control).
+        outlier_zscore: instead of a fraction: the dimensions whose standard deviation is more than so many standard
+            deviations above the matrix' mean one (bitsandbytes: 4).
+        activation_threshold: of the methods that decompose (llm_int8 and others): input dimensions in which an
+            activation is larger are multiplied at 16 bits (LLM.int8(): 6.0).
+        include: regular expression of tensor names to quantize in addition to the block matrices.
+        exclude: regular expression of tensor names not to quantize.
+        min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
+    """
+
+    method: str = "rtn"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    gptq: GptqConfig = field(default_factory=GptqConfig)
+    outlier_fraction: float = 0.0
+    outlier_selection: str = "proxy"
+    outlier_zscore: float | None = None
+    activation_threshold: float = 6.0
+    include: str | None = None
+    exclude: str | None = None
+    min_coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("quant.method", self.method, METHODS)
+        self._check_outliers()
+        self._check_method()
+        if not 0 <= self.min_coverage <= 1:
+            raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
+        for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(f"quant.{name}={pattern!r} is not a regular expression: {error}") from None
+
+    def _check_outliers(self) -> None:
+        check_choice("quant.outlier_selection", self.outlier_selection, OUTLIER_SELECTIONS)
+        if not 0 <= self.outlier_fraction < 1:
+            raise ValueError(f"quant.outlier_fraction={self.outlier_fraction:g} is not in [0, 1)")
+        if self.outlier_zscore is not None:
+            if not self.outlier_zscore > 0:
+                raise ValueError(f"quant.outlier_zscore={self.outlier_zscore:g} is not > 0 (null: none)")
+            if self.outlier_fraction or self.outlier_selection == "random":
+                raise ValueError(
+                    "quant.outlier_zscore says by itself how many dimensions stay at 16 bits: it goes with neither "
+                    "quant.outlier_fraction nor quant.outlier_selection=random"
+                )
+        if not self.activation_threshold > 0:
+            raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
+
+    def _check_method(self) -> None:
+        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
+            raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
+        if self.rounding == "stochastic" and self.method in ("mse", "hqq", "gptq"):
+            raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
+        if self.method == "gptq" and self.gptq.act_order and not self.gptq.static_groups and self.block_size:
+            raise ValueError(
+                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
+                "columns would need an index for each column, which total_bits does not count"
+            )
+
+    @staticmethod
+    def of(spec: QuantSpec) -> QuantConfig:
+        """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
+        if isinstance(spec, QuantConfig):
+            return spec
+        return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> QuantConfig:
+        """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
+        known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
+        for name, kind in OPTION_GROUPS.items():
+            if name in known:
+                known[name] = kind(**known[name])
+        return QuantConfig(**known)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the method multiplies in int8; None of the methods that do not."""
+        return SCHEMES.get(self.method)
+
+    @property
+    def keeps_outliers(self) -> bool:
+        """Whether input dimensions stay at 16 bits that are chosen before anything runs."""
+        return not self.is_baseline and bool(self.outlier_fraction or self.outlier_zscore)
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether input dimensions are multiplied at 16 bits that are found at run time."""
+        return self.scheme is not None and self.scheme.decomposes
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The weights' quantizer alone."""
+        if self.scheme is not None and not self.is_baseline:
+            layout = "row" if self.scheme.weight_rows else "flat"
+            return QuantSpec(bits=8, data_type="int", block_size=None, layout=layout, scale_format="fp32")
+        return QuantSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)})
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the quantized model, canonical: without fields that mean nothing here or are at their default.
+
+        So a field added later does not change the keys of old results; in turn a default, once released, never changes.
+        """
+        spec = self.spec.canonical()
+        content = differences(spec, QuantSpec()) | {"bits": spec.bits}
+        if spec.is_baseline:
+            return content
+        names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
+        return content | {"method": self.method} | self.method_options | names | self._outlier_content()
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options that mean something to the method, canonical; empty for a method without any."""
+        options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
+        if self.method == "gptq" and (own := differences(self.gptq, GptqConfig())):
+            options["gptq"] = own
+        return options
+
+    @property
+    def distinctions(self) -> dict[str, Any]:
+        """What else the label does not tell and is not at its default: layout, scale_format, gptq.act_order and so on.
+
+        The calibration text is given by the name that the user gave it.
+        """
+        told: tuple[str, ...] = ("bits", "data_type", "exponent_bits", "block_size", "method", "calibration", "gptq")
+        told += ("outlier_fraction", "outlier_selection", "outlier_zscore")
+        if self.scheme is not None:  # which decides the quantizer
+            told += tuple(f.name for f in dataclasses.fields(QuantSpec))
+        others = {name: value for name, value in self.content.items() if name not in told}
+        if "table" in others:
+            others["table"] = write_table(others["table"])
+        if self.method in CALIBRATED and not self.is_baseline:
+            others |= _with_prefix("calibration", differences(self.calibration, CalibrationConfig()))
+        return others | _with_prefix("gptq", self.content.get("gptq", {}))
+
+    def _outlier_content(self) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        if self.keeps_outliers:
+            names = ("outlier_fraction", "outlier_zscore")
+            content |= {name: getattr(self, name) for name in names if getattr(self, name)}
+            content |= {"outlier_selection": self.outlier_selection} if self.outlier_selection != "proxy" else {}
+            content |= {"seed": self.seed} if self.outlier_selection == "random" and self.seed else {}
+        if self.decomposes and self.activation_threshold != QuantConfig.activation_threshold:
+            content |= {"activation_threshold": self.activation_threshold}
+        return content
+
+    def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
+        """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.
+
+        Codes, scales, zero points of int8 methods and AWQ's scale of each input too. A kept dimension costs 16 - bits
+        for each of its weights: it has its share in the blocks' scales as if it were quantized, and the paper's
+        p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
+        decomposed at run time is not counted.
+
+        Args:
+            shape: of the matrix, input dimensions last.
+            kept: how many input dimensions are kept; None is as many as outlier_fraction says (of outlier_zscore, which
+                only the weights' values tell, none).
+        """
+        spec, elements = self.spec, math.prod(shape)
+        if spec.is_baseline or elements == 0:
+            return spec.count_bits(shape)
+        kept = self.count_kept(shape[-1]) if kept is None else kept
+        zero_points = ZERO_POINT_BITS * spec.count_blocks(shape) if self.scheme and self.scheme.zero_point else 0
+        input_scales = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.method == "awq" else 0
+        kept_bits = elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
+        return spec.count_bits(shape) + zero_points + input_scales + kept_bits
+
+    def count_kept(self, inputs: int) -> int:
+        """Return how many of so many input dimensions outlier_fraction keeps at 16 bits."""
+        return max(1, math.floor(self.outlier_fraction * inputs + 0.5)) if self.outlier_fraction else 0
+
+    def label(self) -> str:
+        """Return the short name of a bare quantizer, or the int8 method's, and what of outliers is kept."""
+        name = self.method if self.method in INT8_METHODS and not self.is_baseline else super().label()
+        if not self.keeps_outliers:
+            return name
+        share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"
+        return f"{name} {self.outlier_selection} outliers {share}"
+
+
+def _with_prefix(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{group}.{name}": value for name, value in values.items()}

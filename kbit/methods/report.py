@@ -1,0 +1,157 @@
+"""Which of a model's weights are quantized, which are not and why, and how many bits each takes.
+
+Quantized by default: every weight matrix inside the transformer blocks, that is nn.Linear, transformers' Conv1D (GPT-2;
+blocked as the equivalent Linear) and fused 3-D expert weights. Not quantized: embeddings, lm_head, norms, biases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+from kbit.methods.config import QuantConfig
+from kbit.models.parameters import as_matrix, distinct_parameters, owner_of
+from kbit.numerics.spec import BASELINE_BITS, QuantSpec
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What happened to one tensor of the model, once per distinct storage.
+
+    Attributes:
+        name: the parameter's name; names of tied parameters are joined by " = ".
+        shape: of the parameter.
+        in_block: whether it is a weight matrix (2-D or more) inside a transformer block.
+        quantized: whether it was quantized.
+        reason: why not; empty if quantized.
+        bits: bits that the tensor takes in the quantized model.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    in_block: bool
+    quantized: bool
+    reason: str
+    bits: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """Coverage and bit accounting of a quantized model (or of the baseline: nothing quantized, 16 bits each).
+
+    Attributes:
+        spec: the quantizer.
+        tensors: every distinct tensor of the model.
+        notes: what the method has to say of itself, such as the hash of its calibration data; values fit for JSON.
+        weight_rmse: relative error of all quantized weights together, sqrt(sum (w - w')^2 / sum w^2); 0 where nothing
+            is quantized, None of a plan.
+    """
+
+    spec: QuantSpec
+    tensors: tuple[TensorReport, ...]
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)  # a plan is equal to the report of its execution
+    weight_rmse: float | None = field(default=None, compare=False)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        return sum(_elements(t) for t in self.tensors)
+
+    @property
+    def quantized_parameters(self) -> int:
+        """Parameters in quantized tensors."""
+        return sum(_elements(t) for t in self.tensors if t.quantized)
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of the whole model: quantized tensors with their scales and codebooks, everything else at 16."""
+        return sum(t.bits for t in self.tensors)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Bits per quantized parameter, scales and codebooks included; 16 where nothing is quantized."""
+        quantized_bits = sum(t.bits for t in self.tensors if t.quantized)
+        return quantized_bits / self.quantized_parameters if self.quantized_parameters else float(BASELINE_BITS)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the block matrices' parameters that is quantized; 0 for the baseline."""
+        in_blocks = sum(_elements(t) for t in self.tensors if t.in_block)
+        covered = sum(_elements(t) for t in self.tensors if t.in_block and t.quantized)
+        return covered / in_blocks if in_blocks else 0.0
+
+
+def plan_quantization(model: nn.Module, quant: QuantSpec, kept: Mapping[str, int] | None = None) -> QuantizationReport:
+    """Return the report that quantize_model would return, without touching the model (meta tensors will do).
+
+    Args:
+        model: see quantize_model.
+        quant: see quantize_model.
+        kept: how many input dimensions of each quantized tensor stay at 16 bits; without it as many as outlier_fraction
+            says, and none for outlier_zscore, as only the values tell.
+
+    Raises:
+        ValueError: an include that finds nothing.
+    """
+    config = QuantConfig.of(quant)
+    spec, include, exclude = config.spec, config.include, config.exclude
+    tensors = []
+    for names, parameter in distinct_parameters(model):
+        owner = owner_of(model, names[0])
+        in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
+        reason = _why_not(names, parameter, owner, include, exclude)
+        quantized = not reason and not spec.is_baseline
+        # a vector has no input dimensions that could stay at 16 bits
+        count = 0 if parameter.ndim < 2 else None if kept is None else kept.get(names[0], 0)
+        blocked = as_matrix(parameter, owner).shape
+        bits = config.count_bits(blocked, count) if quantized else BASELINE_BITS * parameter.numel()
+        reason = "16-bit baseline" if spec.is_baseline and not reason else reason
+        tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
+    if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):
+        raise ValueError(f"quant.include={include!r} finds none of the model's tensors")
+    return QuantizationReport(spec, tuple(tensors))
+
+
+def _why_not(
+    names: list[str], parameter: nn.Parameter, owner: nn.Module, include: str | None, exclude: str | None
+) -> str:
+    """Return why a tensor is not quantized, or an empty string if it is."""
+    if exclude is not None and any(re.search(exclude, name) for name in names):
+        return f"excluded by {exclude!r}"
+    if include is not None and any(re.search(include, name) for name in names):
+        return ""
+    if not _is_in_block(names[0]):
+        return "outside the transformer blocks"
+    if parameter.ndim < 2:
+        return "not a matrix (bias or norm)"
+    is_convolution = isinstance(owner, _ConvNd)
+    if isinstance(owner, nn.Linear | Conv1D) or (parameter.ndim == 3 and not is_convolution):  # 3-D: fused experts
+        return ""
+    return f"matrix of {type(owner).__name__}, which is neither a linear layer nor fused experts"
+
+
+def _is_in_block(name: str) -> bool:
+    """Whether a parameter belongs to a transformer block: a numbered member of a list such as layers or h."""
+    return re.search(r"\.\d+\.", name) is not None
+
+
+def describe_low_coverage(report: QuantizationReport, min_coverage: float) -> str:
+    """Return the error of a model of which too little would be quantized."""
+    skipped = [t for t in report.tensors if t.in_block and not t.quantized]
+    examples = "; ".join(f"{t.name} {list(t.shape)}: {t.reason}" for t in skipped[:3])
+    return (
+        f"only {report.coverage:.1%} of the block matrices' parameters would be quantized, "
+        f"quant.min_coverage={min_coverage:g}; "
+        + (f"skipped {len(skipped)} tensors, such as {examples}" if skipped else "there are no matrices in blocks")
+    )
+
+
+def _elements(tensor: TensorReport) -> int:
+    return int(torch.Size(tensor.shape).numel())

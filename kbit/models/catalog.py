@@ -1,0 +1,107 @@
+"""The studied model families: short names, where their weights are, and which paper sizes they are.
+
+Embedded models ship inside the package and need no network; all others are Hugging Face hub ids.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+_MEBIBYTE: Final = 2**20
+
+
+EMBEDDED: Final = Path(str(files("kbit"))) / "assets" / "models"
+
+
+@dataclass(frozen=True)
+class StudiedModel:
+    """One size of a family.
+
+    Attributes:
+        name: the short name, as in model.name.
+        family: the curve it belongs to.
+        hub_id: Hugging Face id; None if embedded.
+    """
+
+    name: str
+    family: str
+    hub_id: str | None = None
+
+
+def _hub_family(family: str, organisation: str, names: str) -> list[StudiedModel]:
+    return [StudiedModel(name, family, f"{organisation}/{name}") for name in names.split()]
+
+
+_NANO_FAMILIES: Final = ("nano-gpt2", "nano-opt", "nano-bloom")  # the paper's other architectures, see kbit/nano
+
+
+_PYTHIA_SIZES: Final = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
+
+
+# The paper (December 2022) used Pythia before its retraining of April 2023: the weights now named -v0. Weights of
+# OPT-175B are given on request only: pass a local path. Hub ids are given as known in November 2026.
+STUDIED: Final[dict[str, StudiedModel]] = {
+    model.name: model
+    for model in [
+        *(StudiedModel(f"nano-neox-{size}", "nano-neox") for size in ("98k", "332k", "1m", "3m", "7m")),
+        *(StudiedModel(f"{family}-{size}", family) for family in _NANO_FAMILIES for size in ("98k", "332k", "1m")),
+        StudiedModel("nano-stories-260k", "nano-stories"),
+        *_hub_family("pythia", "EleutherAI", " ".join(f"pythia-{size}-v0" for size in _PYTHIA_SIZES)),
+        StudiedModel("gpt-neox-20b", "pythia", "EleutherAI/gpt-neox-20b"),
+        *_hub_family("pythia-v1", "EleutherAI", " ".join(f"pythia-{size}" for size in _PYTHIA_SIZES)),
+        *_hub_family("opt", "facebook", "opt-125m opt-350m opt-1.3b opt-2.7b opt-6.7b opt-13b opt-30b opt-66b"),
+        *_hub_family("bloom", "bigscience", "bloom-560m bloom-1b1 bloom-1b7 bloom-3b bloom-7b1 bloom"),
+        *_hub_family("bloomz", "bigscience", "bloomz-560m bloomz-1b1 bloomz-1b7 bloomz-3b bloomz-7b1 bloomz"),
+        *_hub_family("gpt2", "openai-community", "gpt2 gpt2-medium gpt2-large gpt2-xl"),
+    ]
+}
+
+
+def family_of(name: str) -> str:
+    """Return the family a model's results are drawn with: the studied family, else the model's own last name part."""
+    return STUDIED[name].family if name in STUDIED else Path(name).name
+
+
+def locate_model(name: str) -> str:
+    """Return what transformers loads for a short name, a local folder or a hub id.
+
+    Raises:
+        ValueError: a name that is none of these, with the short names that are near.
+    """
+    if name in STUDIED:
+        hub_id = STUDIED[name].hub_id
+        return str(EMBEDDED / name) if hub_id is None else hub_id
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    near = difflib.get_close_matches(name, STUDIED, n=3)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise ValueError(
+        f"model.name={name!r} is neither a short name, nor a folder here, nor a hub id 'organisation/name'; "
+        f"{hint}`kbit models` lists the short names"
+    )
+
+
+def identify_model(name: str) -> str:
+    """Return what names a model wherever it lies: its name, or for a local folder its last part and a fingerprint.
+
+    The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
+    must not read all weights. The result of an experiment has the hash of all of them.
+    """
+    folder = Path(name)
+    if name in STUDIED or not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_MEBIBYTE)
+            file.seek(max(0, size - _MEBIBYTE))
+            digest.update(f"{path.name} {size}".encode() + head + file.read())
+    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"

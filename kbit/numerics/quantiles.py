@@ -1,0 +1,77 @@
+"""Quantiles of a tensor on its own device, in parallel, without a sort: exact on the CPU, from a histogram on a GPU.
+
+The histogram is of bits. The bits of a float, negative ones complemented, order as the numbers do. Their upper bits are
+a cell of a histogram; the cell in which the count passes a rank holds the value of that rank.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from kbit.kernels.cpu_select import order_statistics
+from kbit.numerics.backend import Backend
+
+# Low bits of a float32 that a cell does not tell apart: sign, exponent and 13 of 23 fraction bits are left, 2^22 cells.
+_SHIFT: Final = 10
+
+
+RELATIVE_ERROR: Final = 2.0**-13  # of a value of float32: the spacing that 13 fraction bits leave; 0 for 16-bit types
+
+
+_CHUNK: Final = 2**24  # values counted at a time: 64 MB of cell numbers, whatever the size of the tensor
+
+
+def find_quantiles(
+    values: Float[Tensor, " n"], positions: Float64[np.ndarray, " count"], backend: Backend
+) -> Float64[np.ndarray, " count"]:
+    """Return the quantiles at these positions in [0, 1], interpolated linearly between two ranks as np.quantile does.
+
+    On the CPU, and of float16 and bfloat16, from the exact order statistics. Of float32 on a GPU: see estimate_ranks.
+
+    Args:
+        values: float16, bfloat16 or float32, finite.
+    """
+    places = positions * (values.numel() - 1)
+    ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
+    at_ranks = estimate_ranks(values, ranks) if backend.is_gpu else order_statistics(backend.view(values), ranks)
+    below, above = np.split(at_ranks.astype(np.float64), 2)
+    quantiles: Float64[np.ndarray, " count"] = below + (above - below) * (places - np.floor(places))
+    return quantiles
+
+
+def estimate_ranks(values: Float[Tensor, " n"], ranks: Int64[np.ndarray, " r"]) -> Float64[np.ndarray, " r"]:
+    """Return the values at these ranks (0 .. n - 1) of the sorted values, on any device.
+
+    float16 and bfloat16: exact. float32: each rounded towards zero by less than RELATIVE_ERROR of itself (below the
+    normal range, 2^-126, by less than 2^-139), so that a quantile between a and b is off by less than RELATIVE_ERROR
+    max(|a|, |b|). Zeros stay zero.
+    """
+    passed = torch.cumsum(_count_cells(values), 0)
+    cells = torch.searchsorted(passed, torch.from_numpy(ranks).to(values.device), right=True)
+    estimates: Float64[np.ndarray, " r"] = _cell_values(cells, values.dtype).cpu().numpy()
+    return estimates
+
+
+def _count_cells(values: Float[Tensor, " n"]) -> Int64[Tensor, " cells"]:
+    """Return how many values lie in each cell, from the most negative to the largest."""
+    bits, shift = (32, _SHIFT) if values.dtype == torch.float32 else (16, 0)
+    words = values.view(torch.int32 if bits == 32 else torch.int16)
+    cells = 2 ** (bits - shift)
+    counts = torch.zeros(cells, dtype=torch.int64, device=values.device)
+    for chunk in torch.split(words, _CHUNK):
+        ordered = torch.where(chunk < 0, chunk ^ (2 ** (bits - 1) - 1), chunk) >> shift
+        counts += torch.bincount(ordered.int() + cells // 2, minlength=cells)
+    return counts
+
+
+def _cell_values(cells: Int64[Tensor, " *n"], dtype: torch.dtype) -> Float64[Tensor, " *n"]:
+    """Return the value of each cell that is nearest to zero."""
+    bits, shift = (32, _SHIFT) if dtype == torch.float32 else (16, 0)
+    ordered = (cells - 2 ** (bits - shift - 1)) << shift
+    words = torch.where(ordered < 0, (ordered | (2**shift - 1)) ^ (2 ** (bits - 1) - 1), ordered)
+    return words.to(torch.int32 if bits == 32 else torch.int16).view(dtype).double()

@@ -1,0 +1,238 @@
+"""QuantSpec: the whole description of a quantizer, and what it costs in bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.checks import check_choice
+from kbit.numerics import codebooks
+from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits
+from kbit.numerics.scale_formats import SCALE_FORMATS, count_scale_bits, largest_scale
+
+BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
+
+
+CODEBOOK_VALUE_BITS: Final = 16  # a per-tensor codebook is stored as float16
+
+
+CENTER_BITS: Final = 16  # the tensor mean that centering subtracts is stored as float16
+
+
+LAYOUTS: Final = ("flat", "row")
+
+
+NORMALIZATIONS: Final = ("absmax", "signed_absmax", "minmax")
+
+
+ROUNDINGS: Final = ("nearest", "stochastic", "truncate")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Block-wise quantization to k bits: x ~ codebook[code] * scale + offset, a scale (and offset) per block.
+
+    Attributes:
+        bits: 2..8, or 16 for the unquantized baseline.
+        data_type: int, float, dynamic, quantile, nf, af (least expected absolute error of normal values in units of the
+            block's maximum, for this block size), learned, or table (the user's own values). dynamic and quantile lack
+            -1 or 1: a block's largest magnitude may be clipped, as in the originals.
+        exponent_bits: float only, 1..bits-1; None is the paper's choice (3 bits: 2; 4..8 bits: 3).
+        float_bias: float only; where the subnormals lie: ieee as in OCP's formats, bnb at 1/4 of that (bitsandbytes'
+            create_fp8_map), paper at 1/16 (its Appendix A, and bitsandbytes' FP4).
+        table: data_type=table only: its values, within [-1, 1] where 1 is the block's scale, at most 2^bits.
+        block_size: elements per block, >= 1; None is the whole tensor (the whole row if layout=row).
+        layout: flat: blocks run over the flattened tensor, as in the paper; row: they restart at each row (index of all
+            dimensions but the last).
+        normalization: absmax: scale = max |x|, offset 0. signed_absmax: scale = the x of largest magnitude, sign kept.
+            minmax: scale and offset map [min x, max x] to the codebook's range (zero point).
+        centering: subtract the tensor's mean first (paper, Appendix B).
+        scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0, fp8 (NVFP4), dq8 (QLoRA's double quantization).
+            e8m0 are powers of two: of int and float the one at or below max |x|, as BFP and MX have it, with the table
+            on its natural grid (E2M1: up to 1.5), of other tables the one at or above. Offsets take the same format, or
+            fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
+        rounding: nearest (ties away from zero); stochastic (up with the probability that makes it unbiased within the
+            table's range, seeded); truncate (towards 0, in units of the scale: of the weights, towards the block's
+            offset, which with minmax and centering need not be 0).
+        seed: of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's name,
+            so that tensors do not share their random numbers.
+
+    Raises:
+        ValueError: a value outside its allowed set, named with what is allowed.
+    """
+
+    bits: int = 4
+    data_type: str = "float"
+    exponent_bits: int | None = None
+    float_bias: str = "ieee"
+    table: tuple[float, ...] | None = None
+    block_size: int | None = 64
+    layout: str = "flat"
+    normalization: str = "absmax"
+    centering: bool = False
+    scale_format: str = "fp16"
+    rounding: str = "nearest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._convert_types()
+        check_choice("data_type", self.data_type, codebooks.DATA_TYPES)
+        check_choice("float_bias", self.float_bias, codebooks.FLOAT_BIASES)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("normalization", self.normalization, NORMALIZATIONS)
+        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} is not >= 1 (null is the whole tensor)")
+        if self.bits == BASELINE_BITS:
+            return
+        try:
+            check_bits(self.bits)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor {BASELINE_BITS} (the unquantized baseline)") from None
+        self._check_combinations()
+
+    def _convert_types(self) -> None:
+        """Make plain Python values of NumPy's and YAML's, so that specs compare, hash and are written as JSON."""
+        for name in ("bits", "block_size", "exponent_bits", "seed"):
+            value = getattr(self, name)
+            if value is None and name in ("block_size", "exponent_bits"):
+                continue
+            if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+                raise ValueError(f"{name}={value!r} is not an integer")
+            object.__setattr__(self, name, operator.index(value))
+        if not isinstance(self.centering, bool):
+            raise ValueError(f"centering={self.centering!r} is not one of: False, True")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not in 0..2^63 - 1")
+        if self.table is not None:
+            try:
+                object.__setattr__(self, "table", tuple(float(value) for value in self.table))
+            except (TypeError, ValueError):
+                raise ValueError(f"table={self.table!r} is not a list of numbers") from None
+
+    def _check_combinations(self) -> None:
+        if self.data_type == "float" and self.exponent_bits is not None:
+            check_exponent_bits(self.bits, self.exponent_bits)
+        if self.data_type == "table":
+            if self.table is None:
+                raise ValueError("data_type=table needs quant.table, such as [-1, 0.3, 0.5, 1]")
+            codebooks.table_codebook(self.bits, self.table)
+        if self.data_type == "af" and self.block_size is None:
+            raise ValueError("data_type=af is made for a block size: block_size=null has none")
+        if self.scale_format == "e8m0" and self.normalization != "absmax":
+            raise ValueError(
+                f"scale_format=e8m0 has neither sign nor fraction: normalization={self.normalization} needs another; "
+                "allowed is absmax"
+            )
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> QuantSpec:
+        """Return the spec again that went through dataclasses.asdict and JSON.
+
+        Fields that it lacks, written by an earlier version, are at their default; what is no field is ignored.
+        """
+        known = {field.name: values[field.name] for field in dataclasses.fields(QuantSpec) if field.name in values}
+        if known.get("table") is not None:
+            known["table"] = tuple(known["table"])  # JSON has lists
+        return QuantSpec(**known)
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the unquantized 16-bit model."""
+        return self.bits == BASELINE_BITS
+
+    @property
+    def offset_format(self) -> str:
+        """The format of minmax's offsets."""
+        return self.scale_format if self.scale_format in ("fp16", "bf16", "fp32") else "fp16"
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest magnitude of weights whose scales, and offsets, their formats hold."""
+        formats = (self.scale_format, self.offset_format) if self.normalization == "minmax" else (self.scale_format,)
+        return min(map(largest_scale, formats))
+
+    def canonical(self) -> QuantSpec:
+        """Return the same quantizer with every field that has no effect at its default.
+
+        Specs with equal canonical forms describe the same quantizer, so a grid of overrides collapses to its distinct
+        experiments: exponent_bits mean nothing to an int, the order of a table nothing, and nothing does at 16 bits.
+        """
+        if self.is_baseline:
+            return QuantSpec(bits=BASELINE_BITS)
+        spec = self
+        if spec.data_type == "float":
+            exponent_bits = spec.exponent_bits or codebooks.PAPER_EXPONENT_BITS[spec.bits]
+            spec = dataclasses.replace(spec, exponent_bits=exponent_bits)
+            if exponent_bits == spec.bits - 1:  # no mantissa, so no subnormals for float_bias to place
+                spec = dataclasses.replace(spec, float_bias="ieee")
+        else:
+            spec = dataclasses.replace(spec, exponent_bits=None, float_bias="ieee")
+        table = None if spec.data_type != "table" or spec.table is None else tuple(sorted(set(spec.table)))
+        spec = dataclasses.replace(spec, table=table)
+        if spec.rounding != "stochastic" and spec.data_type != "learned":
+            spec = dataclasses.replace(spec, seed=0)
+        return spec
+
+    def make_codebook(self, tensor: NDArray[Any] | None = None) -> Codebook:
+        """Return this spec's codebook.
+
+        Args:
+            tensor: for quantile the tensor, for learned its normalised values; not needed otherwise.
+        """
+        codebook = codebooks.make_codebook(
+            self.data_type,
+            self.bits,
+            exponent_bits=self.exponent_bits,
+            float_bias=self.float_bias,
+            block_size=self.block_size,
+            table=self.table,
+            tensor=tensor,
+            seed=self.seed,
+        )
+        if self.scale_format != "e8m0":
+            return codebook
+        peak = np.float32(codebooks.natural_peak(self.data_type, self.bits, self.exponent_bits))
+        return np.asarray(codebook * peak, np.float32)
+
+    def count_blocks(self, shape: Sequence[int]) -> int:
+        """Return the number of blocks of a tensor of this shape."""
+        elements = math.prod(shape)
+        if elements == 0:
+            return 0
+        row = shape[-1] if self.layout == "row" and len(shape) else elements
+        return (elements // row) * math.ceil(row / (self.block_size or row))
+
+    def count_bits(self, shape: Sequence[int]) -> int:
+        """Return the bits of a tensor of this shape: codes, scales, offsets, mean and its own codebook."""
+        elements = math.prod(shape)
+        if self.is_baseline or elements == 0:
+            return BASELINE_BITS * elements
+        blocks = self.count_blocks(shape)
+        bits = self.bits * elements + count_scale_bits(blocks, self.scale_format)
+        if self.normalization == "minmax":
+            bits += count_scale_bits(blocks, self.offset_format)
+        if self.centering:
+            bits += CENTER_BITS
+        if self.data_type in codebooks.ADAPTIVE:
+            bits += 2**self.bits * CODEBOOK_VALUE_BITS
+        return bits
+
+    def label(self) -> str:
+        """Return the short name used in tables and plots, such as nf4 or float4-e3m0; 16-bit for the baseline."""
+        if self.is_baseline:
+            return "16-bit"
+        return codebooks.data_type_label(self.data_type, self.bits, self.exponent_bits)
+
+
+def write_table(values: Iterable[float]) -> str:
+    """Return a user's own table as quant.table takes it: [-1, 0.3, 0.5, 1]."""
+    return f"[{', '.join(f'{value:g}' for value in values)}]"

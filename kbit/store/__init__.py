@@ -1,0 +1,31 @@
+"""The store of results: `Store` writes it, the `read_` functions read it.
+
+Names are imported on first use, so that what needs only a file's name does not wait for pandas.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kbit.store.readers import list_keys as list_keys
+    from kbit.store.readers import read_failures as read_failures
+    from kbit.store.readers import read_features as read_features
+    from kbit.store.readers import read_items as read_items
+    from kbit.store.readers import read_items_by_task as read_items_by_task
+    from kbit.store.readers import read_provenance as read_provenance
+    from kbit.store.readers import read_records as read_records
+    from kbit.store.readers import read_results as read_results
+    from kbit.store.store import Store as Store
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Store":
+        from kbit.store.store import Store
+
+        return Store
+    if name == "list_keys" or name.startswith("read_"):
+        from kbit.store import readers
+
+        return getattr(readers, name)
+    raise AttributeError(f"module 'kbit.store' has no attribute {name!r}")

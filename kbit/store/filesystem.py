@@ -1,0 +1,229 @@
+"""The files of a store, in a local folder or behind an fsspec URL (s3://, gs://, memory://): whole or not at all.
+
+A file's name is relative to the store: "experiments/0123456789abcdef.json".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol
+
+STALE_SECONDS: Final = 3600.0  # a temporary file lives for milliseconds; one of this age was left by a killed process
+
+
+_MARKER: Final = "kbit-store"  # says that there is a store, where folders cannot
+
+
+class Files(Protocol):
+    """What a store needs of the place where it lies."""
+
+    root: str
+
+    def is_store(self) -> bool:
+        """Whether there is a store."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def prepare(self, folders: tuple[str, ...]) -> None:
+        """Make the folders and write something; OSError if that is not possible."""
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Return the sorted names of a folder's finished files; none if there is no such folder."""
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file to read; FileNotFoundError if it is not there."""
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that others see whole or not at all; False, and nothing changes, if it is there already."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, which another process may have removed already."""
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Keep others from compacting and deleting; the lock ends with its process, however that ends."""
+
+
+def open_files(path: str | Path) -> Files:
+    """Return the files of the store at a local path or fsspec URL."""
+    return RemoteFiles(str(path)) if is_url(path) else LocalFiles(Path(path))
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a store's path is an fsspec URL."""
+    return "://" in str(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError if a store could not be made at a local path; nothing is left there."""
+    if is_url(path):
+        return
+    parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OSError(f"results={path}: cannot write to {parent}: {error.strerror}") from error
+
+
+class LocalFiles:
+    """Files of a local (or mounted) folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        self.root = str(self._path)
+
+    def is_store(self) -> bool:
+        """See Files."""
+        return (self._path / "experiments").is_dir()
+
+    def has(self, name: str) -> bool:
+        """See Files."""
+        return (self._path / name).exists()
+
+    def prepare(self, folders: tuple[str, ...]) -> None:
+        """See Files; also removes what killed writers left behind."""
+        for folder in folders:
+            (self._path / folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._path / folders[0]) as probe:
+            now = os.fstat(probe.fileno()).st_mtime  # of the file system's clock, which may be another machine's
+        for folder in folders:
+            for left in (self._path / folder).glob(".*-*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if now - left.stat().st_mtime > STALE_SECONDS:
+                        left.unlink()
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """See Files."""
+        try:
+            found = os.listdir(self._path / folder)  # noqa: PTH208, three times as fast as iterdir for 35,000 files
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(f"{folder}/{name}" for name in found if name.endswith(suffix) and not name.startswith("."))
+
+    def open(self, name: str) -> BinaryIO:
+        """See Files."""
+        return (self._path / name).open("rb")
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See Files."""
+        path = self._path / name
+        temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # atomic, and refuses to overwrite
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+        return True
+
+    def remove(self, name: str) -> None:
+        """See Files."""
+        (self._path / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """See Files."""
+        with (self._path / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+class RemoteFiles:
+    """Files behind an fsspec URL. Object stores put an object at once or not at all.
+
+    They have no lock: of two processes that compact and delete at the same moment, none loses a result, but a deleted
+    one may come back.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.root = url.rstrip("/")
+        try:
+            self._system, self._path = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
+        except (ValueError, ImportError) as error:  # a protocol that nobody knows, or whose package is missing
+            raise ValueError(f"results={url}: {error}") from None
+
+    def is_store(self) -> bool:
+        """See Files."""
+        return self.has(_MARKER)
+
+    def has(self, name: str) -> bool:
+        """See Files."""
+        with self._own_errors():
+            return bool(self._system.exists(f"{self._path}/{name}"))
+
+    def prepare(self, folders: tuple[str, ...]) -> None:
+        """See Files; an object store has no folders, so a file marks the store."""
+        with self._own_errors():
+            self._system.makedirs(self._path, exist_ok=True)
+            self._system.pipe_file(f"{self._path}/{_MARKER}", b"a store of kbit\n")
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """See Files."""
+        try:
+            with self._own_errors():
+                found: list[str] = self._system.ls(f"{self._path}/{folder}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(f"{folder}/{Path(name).name}" for name in found if name.endswith(suffix))
+
+    def open(self, name: str) -> BinaryIO:
+        """See Files."""
+        with self._own_errors():
+            file: Any = self._system.open(f"{self._path}/{name}", "rb")
+        return file  # type: ignore[no-any-return]
+
+    def create(self, name: str, content: bytes) -> bool:
+        """See Files; the store's own refusal to overwrite where it has one."""
+        path = f"{self._path}/{name}"
+        with self._own_errors():
+            try:
+                self._system.pipe_file(path, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError:
+                if self._system.exists(path):  # S3 says "precondition failed"
+                    return False
+                raise
+        return True
+
+    def remove(self, name: str) -> None:
+        """See Files."""
+        with contextlib.suppress(FileNotFoundError), self._own_errors():
+            self._system.rm_file(f"{self._path}/{name}")
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """No lock: see the class."""
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """Raise a protocol's own errors, such as missing credentials, as OSError, which names the store."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise OSError(f"results={self.root}: {type(error).__name__}: {error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a folder's entries survive a power failure: what a new file replaces is removed only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

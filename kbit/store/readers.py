@@ -1,0 +1,169 @@
+"""What a store holds, as tables and arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kbit.evaluation.measurement import ItemValues, decode_items
+from kbit.store.filesystem import Files, open_files
+from kbit.store.parquet import read_texts
+from kbit.store.records import (
+    drop_repeated,
+    list_finished,
+    open_existing,
+    parse_record,
+    read_json,
+    read_parts,
+    retry,
+)
+from kbit.store.rows import ROW_SCHEMA, list_measurements
+
+_NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
+
+
+def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
+    """Return the keys of finished and of failed experiments; none of either if there is no store yet."""
+    files = open_files(path)
+    failed = {Path(name).stem for name in files.names("failures", ".json")}
+    finished = retry(lambda: list_finished(files, {}))
+    return finished, failed - finished
+
+
+def read_results(path: str | Path = "results") -> pd.DataFrame:
+    """Return the store as a table, one row for each measurement of each finished experiment.
+
+    Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
+    (block_size missing: whole tensor; table as text; all missing for the 16-bit baseline), method, method_options
+    (what is not at its default, as text), outlier_fraction, outlier_selection, outlier_zscore and
+    activation_threshold (what stays at 16 bits), include, exclude, evaluation (values compare only where it is
+    equal: dtype, items or windows, and the beginning of a hash of their content), bits_per_param, total_bits,
+    weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n. The table's
+    attrs["store"] is the path, for those who need the items behind a value (read_items).
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+        ValueError: a file of it is damaged, or of a newer kbit.
+    """
+    files = open_existing(path)
+    rows = retry(lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
+    table: pd.DataFrame = list_measurements(drop_repeated(rows).sort_by("key")).to_pandas()
+    table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    table.attrs["store"] = str(path)
+    return table
+
+
+def read_failures(path: str | Path = "results") -> pd.DataFrame:
+    """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
+    rows = [
+        {
+            "key": record["key"],
+            "label": record.get("label", ""),  # failures from before have none
+            "model": record["experiment"]["model"]["name"],
+            **{name: record["experiment"]["quant"][name] for name in ("bits", "data_type", "block_size")},
+            "reason": record["reason"],
+            "finished": record["finished"],
+        }
+        for record in read_records(path, "failures")
+    ]
+    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
+    return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
+
+
+def read_provenance(path: str | Path = "results") -> pd.DataFrame:
+    """Return where the results come from: git_commit, device, versions, experiments, first, last; one row per origin.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = [
+        {name: record[name] for name in ("git_commit", "device", "finished")}
+        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
+        for record in read_records(path, "experiments")
+    ]
+    table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
+    origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
+    return origins.agg(experiments="size", first="min", last="max").reset_index()
+
+
+def read_items(
+    path: str | Path, task: str, metric: str, keys: Collection[str] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Return the value of each item [n] by experiment key, in item order: 0 or 1 for acc, nats for cross_entropy.
+
+    Experiments without such items are left out: another task, or a store from before items were kept.
+
+    Args:
+        path: of the store.
+        task, metric: as in read_results; metrics with items are acc, acc_norm, acc_bytes, and those of windows.
+        keys: of the experiments to read; None is all.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    return read_items_by_task(path, metric, keys).get(task, {})
+
+
+def read_items_by_task(
+    path: str | Path, metric: str, keys: Collection[str] | None = None
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return what read_items does for every task that has items of a metric: {task: {key: values [n]}}.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    found: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for record in read_records(path, "experiments", keys):
+        for items in record.get("items", ()):
+            if items["metric"] == metric:
+                found.setdefault(items["task"], {})[record["key"]] = decode_items(ItemValues(**items))
+    return found
+
+
+def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.DataFrame:
+    """Return the hidden dimensions that are large most often, a row for each dimension, layer and input.
+
+    Columns: key, model, dimension, is_feature, layers and positions (shares of the whole model), one_sided, layer,
+    input, share (of the positions of this input), largest; see kbit.evaluation.outlier_features.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    rows = []
+    for record in read_records(path, "experiments", keys):
+        about = {"key": record["key"], "model": record["experiment"]["model"]["name"]}
+        for feature in record.get("features", ()):
+            own = {name: feature[name] for name in ("dimension", "is_feature", "layers", "positions", "one_sided")}
+            rows += [about | own | place for place in feature["by_layer"]]
+    columns = ["key", "model", "dimension", "is_feature", "layers", "positions", "one_sided", "layer", "input"]
+    return pd.DataFrame(rows, columns=[*columns, "share", "largest"])
+
+
+def read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of these keys that are there, by key; None: all. kind: experiments or failures."""
+    files = open_existing(path)
+    if kind == "failures":
+        names = files.names(kind, ".json")
+        yield from (read_json(files, name) for name in names if keys is None or Path(name).stem in keys)
+        return
+    texts = retry(lambda: _read_texts(files, keys))
+    for key in sorted(texts):
+        yield parse_record(texts[key], f"{files.root}: {key}")
+
+
+def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes | str]:
+    """Return the JSON of experiments' records by key."""
+    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
+    texts: dict[str, bytes | str] = {}
+    for name in files.names("compacted", ".parquet"):
+        texts |= read_texts(files, name, keys)
+    for key in loose.keys() - texts.keys() if keys is None else (loose.keys() & set(keys)) - texts.keys():
+        with files.open(loose[key]) as file:
+            texts[key] = file.read()
+    return texts

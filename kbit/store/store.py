@@ -1,0 +1,203 @@
+"""The store: a JSON file per experiment, named by its key, written whole or not at all; many of them as a Parquet file.
+
+results/experiments/<key>.json    a finished experiment: a Result
+results/compacted/<id>.parquet    many finished experiments: their records, and their rows ready for tables
+results/failures/<key>.json       an experiment that failed: its reason and traceback, never a number
+results/logs/<key>.log            what an experiment printed
+
+A result moves from experiments/ to compacted/ and never back: first the Parquet file is there, whole, then the JSON
+files go. So whoever lists experiments/ first misses none; who meets a result twice (a crash in between) takes one; and
+who finds a file gone since it was listed looks again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kbit.experiments.config import Experiment
+from kbit.store.filesystem import is_url, open_files
+from kbit.store.parquet import encode_part
+from kbit.store.records import (
+    PART_EXPERIMENTS,
+    SCHEMA_VERSION,
+    drop_repeated,
+    list_finished,
+    open_existing,
+    read_json,
+    read_part_keys,
+    read_parts,
+    read_rows,
+    retry,
+)
+from kbit.store.rows import PART_SCHEMA, make_part
+
+if TYPE_CHECKING:
+    from kbit.experiments.result import Result
+
+MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read: a sweep that leaves more compacts them
+
+
+_FOLDERS: Final = ("experiments", "failures", "compacted")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An experiment without a result, and why."""
+
+    key: str
+    experiment: Experiment
+    reason: str
+    traceback: str
+    finished: str
+    label: str
+
+
+class Store:
+    """Results at a local path or an fsspec URL. Several processes may write at once: the first result of a key stays.
+
+    Raises:
+        OSError: the store cannot be made or written to.
+        ValueError: a URL of an unknown kind.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._files = open_files(path)
+        self.root = self._files.root
+        self._compacted: dict[str, set[str]] = {}  # the keys of each Parquet file, which never changes
+        try:
+            self._files.prepare(_FOLDERS)
+        except OSError as error:
+            if is_url(path):  # says so itself
+                raise
+            raise OSError(f"results={path}: cannot write to {self.root}: {error.strerror or error}") from error
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local store."""
+        return Path(self.root)
+
+    def finished_keys(self) -> set[str]:
+        """Return the keys of experiments that have a result."""
+        return retry(lambda: list_finished(self._files, self._compacted))
+
+    def has(self, key: str) -> bool:
+        """Whether the experiment has a result."""
+        if self._files.has(f"experiments/{key}.json"):  # before compacted/: see the module
+            return True
+        return any(key in keys for keys in retry(lambda: read_part_keys(self._files, self._compacted)).values())
+
+    def log_path(self, key: str) -> Path | None:
+        """Return where the output of an experiment goes; a store behind a URL keeps none."""
+        return None if is_url(self.root) else self.path / "logs" / f"{key}.log"
+
+    def write(self, result: Result) -> None:
+        """Write a result and forget an earlier failure of the same experiment."""
+        self._files.create(f"experiments/{result.key}.json", _encode(result))
+        self._files.remove(f"failures/{result.key}.json")
+
+    def write_failure(self, experiment: Experiment, reason: str, traceback: str) -> None:
+        """Record that an experiment failed; a later failure replaces an earlier one."""
+        name = f"failures/{experiment.key}.json"
+        self._files.remove(name)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._files.create(
+            name, _encode(Failure(experiment.key, experiment, reason, traceback, now, experiment.label()))
+        )
+
+    def compact(self, at_least: int = 0) -> int:
+        """Put the JSON files of finished experiments into Parquet files; return how many.
+
+        Readers and writers go on meanwhile; a crash at any moment loses nothing, and the next compaction ends the work.
+
+        Args:
+            at_least: do nothing if there are fewer files.
+        """
+        if len(self._files.names("experiments", ".json")) < at_least:
+            return 0
+        with self._files.lock():
+            done = set().union(*read_part_keys(self._files, self._compacted).values())
+            loose = self._files.names("experiments", ".json")
+            for name in [name for name in loose if Path(name).stem in done]:  # left by a crash, or finished twice
+                self._files.remove(name)
+            fresh = [name for name in loose if Path(name).stem not in done]
+            for at in range(0, len(fresh), PART_EXPERIMENTS):
+                chunk = fresh[at : at + PART_EXPERIMENTS]
+                self._replace(chunk, make_part([read_json(self._files, name) for name in chunk]))
+            self._merge_small_parts()
+        return len(fresh)
+
+    def delete(self, keys: Collection[str]) -> int:
+        """Delete the results of these experiments; return how many there were."""
+        wanted = pa.array(sorted(keys), pa.string())
+        with self._files.lock():
+            deleted = self.finished_keys() & set(keys)
+            for key in deleted:
+                self._files.remove(f"experiments/{key}.json")
+            for name, there in read_part_keys(self._files, self._compacted).items():
+                if there & deleted:
+                    part = read_rows(self._files, name, PART_SCHEMA)
+                    self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
+        return len(deleted)
+
+    def delete_failures(self, keys: Collection[str]) -> int:
+        """Forget that these experiments failed; return how many had."""
+        deleted = sorted(set(self._files.names("failures", ".json")) & {f"failures/{key}.json" for key in keys})
+        for name in deleted:
+            self._files.remove(name)
+        return len(deleted)
+
+    def merge(self, path: str | Path) -> tuple[int, int]:
+        """Copy another store's results and failures that this one lacks; return (results copied, had already).
+
+        Raises:
+            FileNotFoundError: there is no store at path.
+        """
+        other = open_existing(path)
+        mine = self.finished_keys()
+        copied = had = 0
+        for part in retry(lambda: list(read_parts(other, PART_SCHEMA))):
+            fresh = part.filter(pc.invert(pc.is_in(part["key"], pa.array(sorted(mine), pa.string()))))
+            mine.update(fresh["key"].to_pylist())
+            copied, had = copied + len(fresh), had + len(part) - len(fresh)
+            self._replace([], fresh)
+        for name in other.names("failures", ".json"):
+            if Path(name).stem not in mine:
+                with other.open(name) as file:
+                    self._files.create(name, file.read())
+        return copied, had
+
+    def _merge_small_parts(self) -> None:
+        """Put the smallest Parquet files together as long as that is not too long."""
+        pending: list[str] = []
+        size = 0
+        sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
+        for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
+            if not name or size + more > PART_EXPERIMENTS:
+                if len(pending) > 1:
+                    parts = [read_rows(self._files, old, PART_SCHEMA) for old in pending]
+                    self._replace(pending, drop_repeated(pa.concat_tables(parts)))
+                pending, size = [], 0
+            pending.append(name)
+            size += more
+
+    def _replace(self, names: Collection[str], part: pa.Table) -> None:
+        """Write a Parquet file, then remove the files whose results it has."""
+        if len(part):
+            self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", encode_part(part))
+        for name in names:
+            self._files.remove(name)
+
+
+def _encode(record: Any) -> bytes:
+    """Return a dataclass as JSON."""
+    return json.dumps(dataclasses.asdict(record) | {"schema_version": SCHEMA_VERSION}, indent=1).encode()

@@ -1,0 +1,137 @@
+"""Laws find what was planted, their intervals cover it as often as they say, and the twin solver equals scipy's."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kbit.analysis.statistics.laws import LAWS, TooFewPoints, check_held_out, fit_law, fit_once, make_design, refit
+
+TRUE: dict[str, list[float]] = {
+    "power": [2.0, 0.05, 0.1],
+    "offset": [2.4, 0.17, 2.3, 0.12, 0.03, 0.01, 0.005],
+    "kumar": [7.4, 0.34, 1.69],
+    "block": [1.7, 0.36, 0.7],
+}
+NOISE = 0.01  # relative to the size of what quantization adds; of the loss, in nats
+TRIALS = 200
+
+
+def make_points(law: str, **columns: Any) -> pd.DataFrame:
+    """Points without noise: six sizes, six precisions or five block sizes."""
+    sizes = 2.0 ** np.arange(17, 23)
+    if law == "block":
+        grid = list(itertools.product(sizes, [4], [16, 64, 128, 512, 2048]))
+    else:
+        grid = list(itertools.product(sizes, [3, 4, 5, 6] + ([16] if law in ("power", "offset") else [8]), [64]))
+    points = pd.DataFrame(grid, columns=["parameters", "bits", "block_size"])
+    points = points.assign(model=points["parameters"].map("m{:.0f}".format), **columns)
+    y = make_design(law, points).predict(np.array(TRUE[law]))
+    scale = NOISE if law in ("power", "offset") else NOISE * y
+    return points.assign(y=y, error=scale)
+
+
+def add_noise(points: pd.DataFrame, seed: int) -> pd.DataFrame:
+    noise = np.random.default_rng(seed).standard_normal(len(points))
+    return points.assign(y=points["y"] + noise * points["error"])
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_exact_points_give_the_planted_parameters(law: str) -> None:
+    fit = fit_law(law, make_points(law), draws=10)
+    assert fit.parameters == pytest.approx(TRUE[law], rel=1e-4, abs=1e-4)
+    assert fit.r2 == pytest.approx(1)
+    assert fit.rmse < 1e-5
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_intervals_cover_the_planted_parameters(law: str) -> None:
+    """95% intervals cover in 90 to 99% of 200 trials, on average over the parameters and about so for each."""
+    points = make_points(law)
+    inside = []
+    for seed in range(TRIALS):
+        low, high = fit_law(law, add_noise(points, seed), draws=199, seed=seed).intervals.T
+        inside.append((low <= TRUE[law]) & (TRUE[law] <= high))
+    covered = np.mean(inside, axis=0)
+    assert 0.90 <= covered.mean() <= 0.99
+    # of one parameter: three standard errors of a share of 200 trials beyond these bounds
+    assert (covered >= 0.90 - 3 * np.sqrt(0.9 * 0.1 / TRIALS)).all()
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_fast_solver_equals_scipy(law: str) -> None:
+    points = make_points(law)
+    design, scale = make_design(law, points), points["error"].to_numpy()
+    samples = np.stack([add_noise(points, seed)["y"].to_numpy() for seed in range(5)])
+    slow = np.stack([fit_once(design, y, scale) for y in samples])
+    fast = refit(design, samples, scale, np.array(TRUE[law]))
+    spread = slow.std(axis=0)
+    assert np.abs(fast - slow) == pytest.approx(0, abs=0.02 * float(spread.min()) + 1e-6)
+
+
+def test_one_wild_point_moves_a_robust_fit_little() -> None:
+    points = add_noise(make_points("kumar"), 0)
+    clean = fit_law("kumar", points, draws=10).parameters
+    shift = np.where(np.arange(len(points)) == 7, 30 * points["error"], 0.0)
+    wild = fit_law("kumar", points.assign(y=points["y"] + shift), draws=10).parameters
+    assert wild == pytest.approx(clean, rel=0.05)
+
+
+def test_the_slope_is_the_derivative() -> None:
+    for law in LAWS:
+        design, theta = make_design(law, make_points(law)), np.array(TRUE[law])
+        for k, step in enumerate(1e-6 * np.eye(theta.size)):
+            numeric = (design.predict(theta + step) - design.predict(theta - step)) / 2e-6
+            assert design.slope(theta)[:, k] == pytest.approx(numeric, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("law", ["power", "kumar"])
+def test_a_prediction_interval_covers_the_held_out_model(law: str) -> None:
+    """Errors of very different sizes: 95% intervals hold the largest model's points, within chance (93% of 250)."""
+    points = make_points(law)
+    points = points.assign(error=points["error"] * np.where(points["bits"] == 3, 5.0, 1.0))
+    inside = [check_held_out(law, add_noise(points, seed), draws=200, seed=seed).inside for seed in range(60)]
+    error = np.std(inside) / len(inside) ** 0.5  # points of one fit miss together
+    assert 0.95 - 2.5 * error <= np.mean(inside) <= 0.995
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_largest_model_is_predicted_from_the_smaller(law: str) -> None:
+    points = add_noise(make_points(law), 3)
+    check = check_held_out(law, points)
+    assert check.model == f"m{2**22}"
+    typical = float(points.loc[points["model"] == check.model, "error"].mean())
+    assert check.rmse < 6 * typical
+    assert check.inside >= 0.6
+    assert check.naive > check.rmse
+
+
+def test_a_wrong_law_shows_in_the_residuals_and_in_the_held_out_model() -> None:
+    points = make_points("offset")
+    assert fit_law("power", points, draws=10).rmse > 5 * fit_law("offset", points, draws=10).rmse + 1e-3
+    assert check_held_out("power", points, draws=50).rmse > check_held_out("offset", points, draws=50).rmse
+
+
+def test_too_few_points_are_refused() -> None:
+    points = make_points("kumar")
+    with pytest.raises(TooFewPoints, match="'kumar' has 3 parameters; 4 such points"):
+        fit_law("kumar", points.head(4))
+    with pytest.raises(TooFewPoints):
+        fit_law("kumar", points[points["bits"] == 4])  # one precision cannot tell 1 / g
+
+
+def test_a_curve_that_would_fall_below_zero_is_refused() -> None:
+    """Losses straight in log N, as of a few small models: the best floor is far below zero and means nothing."""
+    points = make_points("offset")
+    straight = 6.0 - 0.2 * np.log(points["parameters"]) + 2.0 * 4.0 ** (2.0 - points["bits"])
+    with pytest.raises(TooFewPoints, match=r"floor at E = -\d+(\.\d+)? nats"):
+        fit_law("offset", points.assign(y=straight), draws=10)
+
+
+def test_an_unknown_law_is_refused() -> None:
+    with pytest.raises(ValueError, match="law='cubic' is not one of: power, offset, kumar, block"):
+        make_design("cubic", make_points("power"))

@@ -1,0 +1,392 @@
+"""The command line as a user meets it: what it prints, what it leaves behind, and how it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kbit.experiments.config import RunConfig
+from kbit.models.catalog import EMBEDDED
+from kbit.store.readers import read_failures, read_results
+from kbit.store.store import Store
+
+SMALL = ("eval.tasks=[]", "eval.perplexity_windows=4")
+BASIC = "hydra/launcher=basic"
+TRACEBACK = "Traceback (most recent call last)"
+
+
+Kbit = Callable[..., Any]  # the fixtures kbit and run_kbit of conftest.py
+
+
+@pytest.fixture(scope="module")
+def ray_sweep(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
+    """A folder with the store of a multirun on Ray that asks for the same experiment four times; HOME is not set."""
+    folder = tmp_path_factory.mktemp("study")
+    sweep = ("quant.bits=4,4", "quant.data_type=int,int", "ray.num_workers=1")
+    return folder, run_kbit("run", "-m", *sweep, *SMALL, cwd=folder, without=["HOME"])
+
+
+@pytest.fixture
+def study(ray_sweep: tuple[Path, Any], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder, as the current one."""
+    folder, _ = ray_sweep
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def content(folder: Path) -> dict[str, int]:
+    """Every file and folder, with the time it was last changed."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+# --- running
+
+
+def test_multirun_on_ray_runs_equal_jobs_once(ray_sweep: tuple[Path, Any]) -> None:
+    folder, done = ray_sweep
+    assert (done.code, TRACEBACK in done.err) == (0, False)
+    assert "4 asked, 1 distinct, 0 done, 1 to run" in done.out
+    assert len(Store(folder / "results").finished_keys()) == 1
+
+
+def test_multirun_leaves_nothing_but_the_store(ray_sweep: tuple[Path, Any]) -> None:
+    folder, _ = ray_sweep
+    assert [path.name for path in folder.iterdir()] == ["results"]
+
+
+def test_single_run_writes_one_result_and_prints_it(run_kbit: Kbit, tmp_path: Path) -> None:
+    done = run_kbit("run", "quant.bits=3", "quant.data_type=nf", *SMALL, cwd=tmp_path)
+    assert (done.code, TRACEBACK in done.err) == (0, False)
+    table = read_results(tmp_path / "results")
+    assert (set(table["bits"]), set(table["data_type"])) == ({3}, {"nf"})
+    for shown in ("nano-neox-98k", "cross_entropy", f"{table['value'].iloc[0]:.6f}", str(tmp_path / "results")):
+        assert shown in done.out
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_second_start_runs_nothing_and_says_so(run_kbit: Kbit, study: Path) -> None:
+    before = content(study)
+    done = run_kbit("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=study)
+    assert done.code == 0
+    assert "1 asked, 1 distinct, 1 done, 0 to run" in done.out
+    assert {k: v for k, v in content(study).items() if k.endswith(".json")} == {
+        k: v for k, v in before.items() if k.endswith(".json")
+    }
+
+
+def test_float_only_option_with_int_is_one_job(kbit: Kbit, tmp_path: Path) -> None:
+    done = kbit("run", "-m", "quant.data_type=int", "quant.exponent_bits=1,2,3", BASIC, *SMALL)
+    assert done.code == 0
+    assert "3 asked, 1 distinct, 0 done, 1 to run" in done.out
+    assert len(Store(tmp_path / "results").finished_keys()) == 1
+
+
+def test_basic_launcher_runs_a_grid_without_ray(kbit: Kbit, tmp_path: Path) -> None:
+    done = kbit("run", "-m", "quant.bits=3,16", BASIC, *SMALL)
+    assert done.code == 0
+    assert "2 of 2 asked results" in done.out
+    assert sorted(read_results(tmp_path / "results")["bits"].unique()) == [3, 16]
+    assert "ray" not in done.err
+
+
+def test_limit_keeps_the_first_items_of_each_task(kbit: Kbit, tmp_path: Path) -> None:
+    done = kbit("run", "eval.tasks=[nano_choice,nano_swap]", "eval.limit=5", "eval.perplexity=null")
+    assert done.code == 0
+    accuracies = read_results(tmp_path / "results").query("metric == 'acc' and task != 'mean_zero_shot'")
+    assert dict(zip(accuracies["task"], accuracies["n"], strict=True)) == {"nano_choice": 5, "nano_swap": 5}
+
+
+def test_two_runs_in_one_process_do_not_mix(kbit: Kbit, tmp_path: Path) -> None:
+    for bits in (5, 6):
+        assert kbit("run", f"quant.bits={bits}", *SMALL).code == 0
+    assert sorted(read_results(tmp_path / "results")["bits"].unique()) == [5, 6]
+
+
+def test_settings_of_a_sweep_cannot_be_swept(kbit: Kbit, tmp_path: Path) -> None:
+    done = kbit("run", "-m", "results=a,b", BASIC, *SMALL)
+    assert done.code == 1
+    assert "results must be the same for the whole sweep, not a and b" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- planning
+
+
+def test_plan_says_what_would_run_and_writes_nothing(kbit: Kbit, tmp_path: Path) -> None:
+    done = kbit("plan", "quant.bits=3,4,4,16", "quant.data_type=int,nf")
+    assert done.code == 0
+    plan, work = done.out.splitlines()
+    assert plan == "8 asked, 5 distinct, 0 done, 5 to run"
+    assert work.startswith("tokens to score: about ")
+    assert "; time: unknown until the first result; memory: about 0.8 GB a worker" in work
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
+    done = kbit("plan", "quant.bits=3,4", "quant.data_type=int", *SMALL)
+    assert done.out.splitlines()[0] == "2 asked, 2 distinct, 1 done, 1 to run"
+
+
+def test_plan_of_a_ready_study(kbit: Kbit) -> None:
+    assert "78 asked, 78 distinct, 0 done, 78 to run" in kbit("plan", "+sweeps=nano/bit_level").out
+    assert "24 asked, 24 distinct, 0 done, 24 to run" in kbit("plan", "+sweeps=nano/quick").out
+
+
+def test_plan_works_without_ray_too(kbit: Kbit) -> None:
+    assert "2 asked, 2 distinct" in kbit("plan", "quant.bits=3,4", BASIC).out
+
+
+# --- reading
+
+
+def test_results_are_exported_with_all_columns(kbit: Kbit, study: Path, tmp_path: Path) -> None:
+    done = kbit("results", "--csv", str(tmp_path / "out.csv"))
+    assert (done.code, done.out) == (0, f"5 rows written to {tmp_path / 'out.csv'}\n")  # of the text
+    assert pd.read_csv(tmp_path / "out.csv").columns.tolist() == read_results(study / "results").columns.tolist()
+
+
+def test_where_selects_rows(kbit: Kbit, study: Path) -> None:
+    done = kbit("results", "--where", "metric == 'cross_entropy' and bits == 4")
+    assert "cross_entropy" in done.out
+    assert "bits_per_byte" not in done.out
+
+
+def test_no_failures_is_no_error(kbit: Kbit, study: Path) -> None:
+    assert kbit("results", "--failures").code == 0
+
+
+def test_models_lists_embedded_and_hub_models(kbit: Kbit) -> None:
+    lines = kbit("models").out.splitlines()
+    assert any(line.split() == ["nano-neox-98k", "nano-neox", "embedded"] for line in lines)
+    assert any(line.split() == ["opt-125m", "opt", "facebook/opt-125m"] for line in lines)
+
+
+def test_version(run_kbit: Kbit, tmp_path: Path) -> None:
+    done = run_kbit("--version", cwd=tmp_path)
+    assert (done.code, done.out.split()[0]) == (0, "kbit")
+    assert done.out.split()[1][0].isdigit()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)], ids=str)
+def test_usage_names_every_command(kbit: Kbit, arguments: tuple[str, ...]) -> None:
+    done = kbit(*arguments)
+    assert done.code == 0
+    assert all(f"\n  {command} " in done.out for command in ("run", "plan", "figures", "report", "results", "models"))
+
+
+def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
+    done = kbit("run", "--help")
+    assert done.code == 0
+    sections: list[Any] = [RunConfig(), RunConfig().model, RunConfig().quant, RunConfig().eval, RunConfig().ray]
+    keys = {field.name for section in sections for field in dataclasses.fields(section)}
+    assert [key for key in keys if f"{key}:" not in done.out] == []
+
+
+# --- refusing
+
+BAD_FILES = {
+    "table.csv": b"text\na mouse\n",
+    "empty.txt": b"",
+    "latin1.txt": b"caf\xe9",
+    "no_text.jsonl": b'{"txt": "a mouse"}\n',
+    "tasks/broken.yaml": b"dataset_path: json\n task : {mine\n",
+}
+BAD_RUNS: list[tuple[list[str], list[str]]] = [
+    (["quant.bitz=3"], ["no key 'bitz'", "bits, data_type"]),
+    (["sweeps=nano/bit_level"], ["+sweeps=nano/bit_level"]),
+    (["modle.name=x"], ["modle"]),
+    (["quant.bits=four"], ["quant.bits", "'four'", "Integer"]),
+    (["quant.data_type=flaot"], ["data_type='flaot'", "int, float, dynamic, quantile, nf"]),
+    (["quant.bits=1"], ["bits=1", "2..8", "16"]),
+    (["quant.bits=9"], ["bits=9", "2..8", "16"]),
+    (["quant.bits=4", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
+    (["quant.block_size=0"], ["block_size=0", ">= 1", "null"]),
+    (["quant.method=gptqq"], ["quant.method='gptqq'", "rtn", "did you mean gptq?"]),
+    (["eval.perplexity=table.csv"], ["table.csv is neither a plain text (.txt) nor JSON lines"]),
+    (["eval.perplexity=empty.txt"], ["empty.txt has no text"]),
+    (["eval.perplexity=latin1.txt"], ["latin1.txt is not a text in UTF-8"]),
+    (["eval.perplexity=no_text.jsonl"], ["record 1 has no field 'text'"]),
+    (["quant.method=gptq", "quant.calibration.text=empty.txt"], ["empty.txt has no text"]),
+    (["eval.task_path=tasks", "eval.tasks=[mine]"], ["'mine'", "broken.yaml, line 2 cannot be parsed"]),
+    (["quant.bits=3,4"], ["quant.bits=3,4: several values are a multirun: add -m", "quant.bits=[3,4]"]),
+    (["-m", "quant.bits=3,,4", BASIC], ["quant.bits=3,,4: cannot be read at ','"]),
+    (["-m", "quant.data_type=glob(*)", BASIC], ["quant.data_type=glob(*)", "config groups"]),
+    (["quant.include='['"], ["quant.include='['", "regular expression"]),
+    (["model.name=nano-neox-98"], ["'nano-neox-98'", "nano-neox-98k", "kbit models"]),
+    (["model.dtype=fp16"], ["model.dtype='fp16'", "float32, bfloat16, float16"]),
+    (["eval.perplexity=missing.txt"], ["'missing.txt'", "nano_held_out"]),
+    (["eval.tasks=[nano_clozee]"], ["'nano_clozee'", "nano_cloze,"]),
+    (["eval.tasks=[]", "eval.perplexity=null"], ["eval.tasks", "eval.perplexity"]),
+    (["eval.task_path=nowhere"], ["eval.task_path", "nowhere"]),
+    (["eval.limit=0"], ["eval.limit=0", ">= 1"]),
+    (["device=gpu"], ["device='gpu'", "cpu, cuda, cuda:N"]),
+    (["results=/proc/kbit"], ["results=/proc/kbit", "cannot write"]),
+    (["+sweeps=nowhere"], ["sweeps/nowhere"]),
+    (["-m", "quant.bits=3,9", BASIC], ["bits=9", "2..8"]),
+    (["-m", "hydra/launcher=slurm"], ["slurm", "basic", "kbit"]),
+    (["-m", "ray.address=nonsense"], ["nonsense"]),
+    (["-m", "device=cuda", "ray.gpus_per_worker=0"], ["device=cuda", "ray.gpus_per_worker > 0"]),
+    (["-m", "device=cuda:1"], ["device=cuda:1", "use device=cuda"]),
+    (["-m", "ray.gpus_per_worker=1.5"], ["ray.gpus_per_worker=1.5", "whole above 1"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_RUNS, ids=[" ".join(arguments) for arguments, _ in BAD_RUNS])
+def test_bad_input_is_refused_before_any_work(
+    kbit: Kbit, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    done = kbit("run", *arguments)
+    assert done.code not in (0, None)
+    assert [word for word in words if word not in done.err] == []
+    assert TRACEBACK not in done.err
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_plan_refuses_what_run_refuses(kbit: Kbit) -> None:
+    done = kbit("plan", "quant.bits=3,9")
+    assert (done.code, "bits=9" in done.err) == (1, True)
+
+
+def test_refusal_of_the_console_script_has_no_traceback(run_kbit: Kbit, tmp_path: Path) -> None:
+    done = run_kbit("run", "quant.data_type=flaot", cwd=tmp_path)
+    assert (done.code, done.out) == (1, "")
+    assert (
+        done.err
+        == "kbit: error: data_type='flaot' is not one of: int, float, dynamic, quantile, nf, af, learned, table; "
+        "did you mean float?\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_where_the_store_should_be_is_refused_and_kept(kbit: Kbit, tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("mine")
+    done = kbit("run", *SMALL)
+    assert done.code == 1
+    assert f"cannot write to {tmp_path / 'results'}" in done.err
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+def test_gpu_that_is_not_there_is_refused_with_what_there_is(run_kbit: Kbit, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    done = run_kbit("run", "-m", "ray.gpus_per_worker=1", *SMALL, cwd=tmp_path)
+    assert done.code == 1
+    assert "ray.gpus_per_worker=1" in done.err
+    assert "0 GPUs" in done.err
+    assert TRACEBACK not in done.err
+
+
+def test_nan_in_a_weight_is_a_failure_and_no_result(kbit: Kbit, tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED / "nano-neox-98k", tmp_path / "damaged")
+    path, name = tmp_path / "damaged" / "model.safetensors", "gpt_neox.layers.0.attention.dense.weight"
+    weights = load_file(path)
+    weights[name].view(-1)[:3] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    done = kbit("run", "model.name=damaged", *SMALL)
+    assert done.code == 1
+    assert f"{name} (3 of " in done.err
+    assert TRACEBACK not in done.err
+    assert read_results(tmp_path / "results").empty
+    assert f"{name} (3 of " in read_failures(tmp_path / "results")["reason"].item()
+    shown = kbit("results", "--failures")
+    assert (shown.code, f"{name} (3 of " in " ".join(shown.out.split())) == (0, True)
+
+
+def test_failed_experiment_is_not_tried_again_unasked(kbit: Kbit) -> None:
+    low_coverage = ("quant.exclude=mlp", *SMALL)
+    assert kbit("run", *low_coverage).code == 1
+    again = kbit("run", *low_coverage)
+    assert again.code == 1
+    assert "1 failed before (retry_failed=true runs them again), 0 to run" in again.out
+    assert "quant.min_coverage=0.9" in again.err
+
+
+def test_unknown_command_names_the_commands(kbit: Kbit) -> None:
+    done = kbit("rnu")
+    assert done.code == 1
+    assert "'rnu'" in done.err
+    assert "run, plan, figures, report, results, outliers, models" in done.err
+
+
+def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
+    done = kbit("figures", "figure_99")
+    assert done.code == 1
+    assert "figure_99" in done.err
+    assert "figure_2" in done.err
+    assert not (study / "figures").exists()
+
+
+def test_of_figures_asked_for_those_that_can_be_are_drawn_and_the_others_named(
+    kbit: Kbit, study: Path, tmp_path: Path
+) -> None:
+    done = kbit("figures", "figure_16", "figure_3", "--out", str(tmp_path))
+    assert done.code == 1
+    assert (tmp_path / "figure_16.png").is_file()
+    assert "figure_3: not drawn: " in done.out
+    assert "kbit run +sweeps=nano/block_size" in done.out
+    assert "not drawn: figure_3" in done.err
+
+
+@pytest.mark.parametrize("command", ["figures", "report", "results"])
+def test_missing_store_is_named(kbit: Kbit, tmp_path: Path, command: str) -> None:
+    done = kbit(command)
+    assert done.code == 1
+    assert f"no results at {tmp_path / 'results'}: start with `kbit run`" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["bits ===", "bitz == 4"])
+def test_bad_query_is_named_with_the_columns(kbit: Kbit, study: Path, where: str) -> None:
+    done = kbit("results", "--where", where)
+    assert done.code == 1
+    assert where in done.err
+    assert "data_type" in done.err
+    assert TRACEBACK not in done.err
+
+
+def test_figures_of_no_row_are_refused_and_leave_nothing(kbit: Kbit, study: Path) -> None:
+    done = kbit("figures", "--where", "bits == 7", "--out", "some/where")
+    assert done.code == 1
+    assert "--where 'bits == 7' finds none of the rows of results" in done.err
+    assert "No results yet" not in done.out + done.err
+    assert not (study / "some").exists()
+
+
+def test_export_makes_its_folder(kbit: Kbit, study: Path, tmp_path: Path) -> None:
+    for suffix in ("csv", "parquet"):
+        path = tmp_path / suffix / "deep" / f"out.{suffix}"
+        assert kbit("results", f"--{suffix}", str(path)).code == 0
+        assert path.is_file()
+
+
+def test_a_store_is_not_merged_into_itself(kbit: Kbit, study: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(study / "results")
+    for same in ("results", "./results/", str(study / "results"), str(tmp_path / "link")):
+        done = kbit("results", "merge", same)
+        assert (done.code, f"{same} is results itself" in done.err) == (1, True)
+
+
+def test_help_of_outliers_is_its_own(kbit: Kbit) -> None:
+    done = kbit("outliers", "--help")
+    assert (done.code, "usage: kbit outliers" in done.out, "eval.features.magnitude" in done.out) == (0, True, True)
+
+
+def test_a_list_of_studies_is_a_multirun(kbit: Kbit, tmp_path: Path) -> None:
+    for number in (3, 4):
+        folder = tmp_path / "studies" / "sweeps"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = f"# @package _global_\nquant: {{bits: {number}}}\nresults: {tmp_path}/store\n"
+        (folder / f"bits{number}.yaml").write_text(text)
+    done = kbit("run", "--config-dir", "studies", "+sweeps=bits3,bits4", "hydra.launcher.plan_only=true")
+    assert (done.code, "2 asked, 2 distinct" in done.out) == (0, True)

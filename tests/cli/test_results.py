@@ -1,0 +1,139 @@
+"""`kbit results`: what it lists, exports, deletes, compacts and merges, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from toy_results import fill, make_result
+
+from kbit.cli.results import choose_columns, select_rows, show_failures
+from kbit.evaluation.config import EvalConfig
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
+from kbit.store.readers import list_keys, read_failures, read_results
+from kbit.store.store import Store
+
+Kbit = Callable[..., Any]  # the fixture kbit of conftest.py, which starts in tmp_path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Four results and a failure, in the place where `kbit results` looks."""
+    store = fill(tmp_path / "results", range(4))
+    reason = "ValueError: " + "a long reason " * 20
+    store.write_failure(make_result(9).experiment, reason, "Traceback")
+    return store
+
+
+def test_results_are_exported_as_parquet(kbit: Kbit, store: Store, tmp_path: Path) -> None:
+    done = kbit("results", "--where", "metric == 'acc'", "--parquet", "out.parquet", "--csv", "out.csv")
+    assert (done.code, done.out) == (0, "4 rows written to out.csv and out.parquet\n")
+    expected = read_results("results").query("metric == 'acc'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet("out.parquet"), expected)
+
+
+@pytest.mark.parametrize("where", ["bits", "bits + 1", "3", "bits ===", "bitz == 4", "'nf'", "value.sum() > 3"])
+def test_what_is_no_condition_is_refused(kbit: Kbit, store: Store, where: str) -> None:
+    for command in (["results"], ["results", "delete", "--yes"]):
+        done = kbit(*command, "--where", where)
+        assert (done.code, f"--where {where!r}" in done.err, "scale_format" in done.err) == (1, True, True)
+    assert len(store.finished_keys()) == 4
+
+
+def test_a_condition_on_a_missing_value_does_not_hold() -> None:
+    table = pd.DataFrame({"bits": [3, 4], "block_size": pd.array([64, None], dtype="Int64")})
+    assert select_rows(table, "block_size >= 64")["bits"].tolist() == [3]
+    assert select_rows(table, "bits >= 3 and block_size != 64")["bits"].tolist() == []
+
+
+def test_what_tells_results_apart_is_shown(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    same = dataclasses.replace(make_result(0).experiment, quant=QuantConfig(bits=2, data_type="nf"))
+    tables = [
+        QuantConfig(bits=2, data_type="table", table=table) for table in ((-1.0, 0.3, 0.5, 1.0), (-1.0, 0.0, 1.0))
+    ]
+
+    def shown(*quants: QuantConfig) -> set[str]:
+        for quant in quants:
+            experiment = dataclasses.replace(same, quant=quant)
+            store.write(dataclasses.replace(make_result(0), key=experiment.key, experiment=experiment))
+        return set(choose_columns(read_results(tmp_path)))
+
+    plain = {"model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"}
+    assert shown(QuantConfig(bits=16), same.quant, QuantConfig(data_type="float")) == plain
+    assert shown(tables[0]) == plain
+    assert shown(tables[1]) == plain | {"table"}
+    assert set(read_results(tmp_path)["table"].dropna()) == {"[-1, 0.3, 0.5, 1]", "[-1, 0, 1]"}
+    assert shown(dataclasses.replace(same.quant, scale_format="bf16")) == plain | {"table", "scale_format"}
+    assert shown(dataclasses.replace(same.quant, method="hqq")) == plain | {"table", "scale_format", "method"}
+    limited = dataclasses.replace(same, eval=EvalConfig(limit=3))
+    store.write(dataclasses.replace(make_result(0), key=limited.key, experiment=limited))
+    assert "evaluation" in choose_columns(read_results(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--where", "bits == 7"], "no results in results with bits == 7"),
+        (["--failures", "--where", "bits == 7"], "no failed experiments in results with bits == 7"),
+        (["delete", "--where", "bits == 7"], "no results in results with bits == 7"),
+    ],
+)
+def test_nothing_found_is_said(kbit: Kbit, store: Store, arguments: list[str], message: str) -> None:
+    done = kbit("results", *arguments)
+    assert (done.code, done.out) == (0, f"{message}\n")
+
+
+def test_failures_fit_a_terminal(kbit: Kbit, store: Store) -> None:
+    shown = show_failures(read_failures("results"), width=80)
+    assert max(map(len, shown.splitlines()[1:])) <= 80
+    assert f"  {make_result(9).experiment.label()}  " in shown.splitlines()[0]
+    assert " ".join(shown.split()).count("a long reason") == 20
+    assert "a long reason" in kbit("results", "--failures").out
+
+
+def test_delete_asks_first(kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = kbit("results", "delete", "--where", "bits == 16")
+    assert (refused.code, "--yes" in refused.err) == (1, True)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    for answer, left in (("n", 4), ("", 4), ("y", 3)):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        kbit("results", "delete", "--where", "bits == 16")
+        assert len(store.finished_keys()) == left
+    assert kbit("results", "delete", "--where", "bits < 16", "--yes").out.endswith("deleted 3 of 3 experiments\n")
+    assert store.finished_keys() == set()
+
+
+def test_delete_needs_a_condition(kbit: Kbit, store: Store) -> None:
+    done = kbit("results", "delete", "--yes")
+    assert (done.code, "--where" in done.err) == (1, True)
+    assert len(store.finished_keys()) == 4
+
+
+def test_failures_are_forgotten(kbit: Kbit, store: Store) -> None:
+    done = kbit("results", "delete", "--failures", "--where", "model == 'toy-9'", "--yes")
+    assert done.out.endswith("deleted 1 of 1 failed experiment\n")
+    assert list_keys("results") == (store.finished_keys(), set())
+
+
+def test_stores_are_compacted_and_merged(kbit: Kbit, store: Store, tmp_path: Path) -> None:
+    fill(tmp_path / "b", range(3, 6))
+    assert kbit("results", "compact").out == "4 experiments compacted in results\n"
+    done = kbit("results", "merge", "b", "b")
+    said = "b: {} experiments copied to results, which had {} of its experiments already\n"
+    assert done.out == said.format(2, 1) + said.format(0, 3)
+    assert len(store.finished_keys()) == 6
+    for arguments in (["merge", "b", "nowhere"], ["compact", "--results", "nowhere"]):
+        refused = kbit("results", *arguments)
+        assert (refused.code, "no results at" in refused.err) == (1, True)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_delete_takes_all_rows_of_an_experiment(kbit: Kbit, store: Store) -> None:
+    kbit("results", "delete", "--yes", "--where", f"metric == 'acc' and key == '{make_result(1).key}'")
+    assert set(read_results("results")["model"]) == {ModelConfig(f"toy-{n}").name for n in (0, 2, 3)}

@@ -1,0 +1,89 @@
+"""The identity of texts: by content, found anew when a file changes, however it is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+import kbit.data.texts
+from kbit.data.texts import EMBEDDED_TEXTS, identify_text, name_content, read_bytes, read_documents
+from kbit.evaluation.config import EvalConfig
+from kbit.experiments.config import Experiment
+
+
+def test_an_edit_that_keeps_size_and_time_of_modification_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "story.txt"
+    path.write_text("one mouse")
+    before, modified = identify_text(str(path)), path.stat().st_mtime_ns
+    path.write_text("two mice ")
+    os.utime(path, ns=(modified, modified))
+    assert path.stat().st_mtime_ns == modified
+    assert identify_text(str(path)) == sha256(b"two mice ").hexdigest() != before
+
+
+def test_the_hash_is_of_the_very_bytes_that_are_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is replaced at each read: the documents and the hash must be of one of them."""
+    contents = iter([b"first", b"second", b"third"])
+    path = tmp_path / "story.txt"
+    path.write_bytes(b"zeroth")
+    monkeypatch.setattr(kbit.data.texts, "read_bytes", lambda _: next(contents))
+    [document], digest = read_documents(str(path))
+    assert sha256(document.encode()).hexdigest() == digest
+
+
+def test_a_content_has_the_name_that_its_text_has(tmp_path: Path) -> None:
+    path = tmp_path / "story.txt"
+    path.write_text("one mouse")
+    for name in ("nano_held_out", "c4", str(path)):
+        digest = "of the hub" if name == "c4" else read_documents(name)[1]
+        assert name_content(name, digest) == identify_text(name)
+
+
+@pytest.mark.parametrize("place", ["path", "relative path", "copy", "decompressed copy", "link"])
+def test_an_embedded_text_is_itself_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    embedded = EMBEDDED_TEXTS / "nano_held_out.jsonl.xz"
+    monkeypatch.chdir(EMBEDDED_TEXTS if place == "relative path" else tmp_path)
+    match place:
+        case "path":
+            name = str(embedded)
+        case "relative path":
+            name = embedded.name
+        case "copy":
+            name = str(shutil.copy(embedded, tmp_path / "mine.jsonl.xz"))
+        case "decompressed copy":
+            name = "mine.jsonl"
+            Path(name).write_bytes(read_bytes(embedded))
+        case _:
+            name = "link.jsonl.xz"
+            Path(name).symlink_to(embedded)
+    assert identify_text(name) == "nano_held_out"
+    assert Experiment(eval=EvalConfig(perplexity=name)).key == Experiment().key
+    assert name_content(name, read_documents(name)[1]) == "nano_held_out"
+
+
+def test_the_same_bytes_as_lines_and_as_one_document_are_two_texts(tmp_path: Path) -> None:
+    lines, whole = str(tmp_path / "story.jsonl"), str(tmp_path / "story.txt")
+    for name in (lines, whole):
+        Path(name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert len(read_documents(lines)[0]) == 2 != len(read_documents(whole)[0])
+    assert identify_text(lines) != identify_text(whole)
+
+
+def test_bytes_of_an_embedded_text_named_txt_are_not_it(tmp_path: Path) -> None:
+    name = tmp_path / "mine.txt"
+    name.write_bytes(read_bytes(EMBEDDED_TEXTS / "nano_held_out.jsonl.xz"))
+    assert identify_text(str(name)) == sha256(name.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["story.txt", "story.jsonl"])
+@pytest.mark.parametrize(("content", "why"), [(b"", "has no text"), (b"\xff\xfe", "is not a text in UTF-8")])
+def test_a_file_without_a_text_is_named(tmp_path: Path, name: str, content: bytes, why: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name} {why}"):
+        read_documents(str(tmp_path / name))

@@ -1,0 +1,176 @@
+"""What a study is said to take: nothing without a basis, and near the truth with one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_results import make_result
+
+from kbit.data.tasks import load_tasks
+from kbit.data.windows import make_windows
+from kbit.engine.estimate import Alike, Estimator, estimate_tokens, format_count, format_seconds
+from kbit.evaluation.config import EvalConfig
+from kbit.evaluation.scorer import Scorer
+from kbit.evaluation.zero_shot import prepare_task
+from kbit.experiments.config import Experiment
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
+from kbit.models.size import ModelSize, find_size
+from kbit.store.store import Store
+
+NANO = ModelSize(10**6, 64, 256, 1024)
+HUB = ModelSize(10**9, 2048, 2048, None)
+TEXT = EvalConfig(tasks=(), perplexity_windows=16)
+
+
+def make_experiment(model: str = "nano-neox-98k", method: str = "rtn", bits: int = 4) -> Experiment:
+    return Experiment(ModelConfig(model), QuantConfig(bits=bits, method=method), TEXT)
+
+
+def test_before_any_result_nothing_is_said_of_time(tmp_path: Path) -> None:
+    estimator = Estimator()
+    estimator.learn_stored(str(tmp_path / "none"), [make_experiment()], threads=1)
+    assert estimator.predict_seconds(Alike.of(make_experiment())) is None
+    line = estimator.describe([make_experiment()] * 3, workers=2)
+    assert line.startswith("tokens to score: about 12.3 thousand; time: unknown until the first result; memory: about ")
+    assert "GB a worker, by parameters and batch size" in line
+
+
+def test_what_is_not_known_is_said_to_be_unknown() -> None:
+    line = Estimator().describe([make_experiment("nobody/knows")], workers=1)
+    unknown = "unknown until the first result"
+    assert line == f"tokens to score: {unknown}; time: {unknown}; memory: unknown"
+
+
+def test_alike_experiments_take_as_long_as_the_middle_one() -> None:
+    """The first of a worker also loads the model."""
+    estimator = Estimator()
+    for seconds in (60, 9, 10, 11):
+        estimator.learn(make_experiment(bits=3), seconds)
+    assert estimator.predict_seconds(Alike.of(make_experiment(bits=16))) == 10.5
+
+
+def test_time_grows_with_tokens_and_parameters_from_the_nearest_model() -> None:
+    estimator = Estimator()
+    estimator.learn(make_experiment("some/model-1b"), 100)
+    estimator.learn(make_experiment("some/model-7b"), 300)
+    assert estimator.predict_seconds(Alike.of(make_experiment("some/model-2b"))) == pytest.approx(200)
+    assert estimator.predict_seconds(Alike.of(make_experiment("some/model-70b"))) == pytest.approx(3000)
+    more = dataclasses.replace(make_experiment("some/model-1b"), eval=dataclasses.replace(TEXT, perplexity_windows=32))
+    assert estimator.predict_seconds(Alike.of(more)) == pytest.approx(200)
+
+
+def test_a_method_that_was_not_measured_makes_it_at_least() -> None:
+    estimator = Estimator()
+    estimator.learn(make_experiment(), 120)
+    both = Counter(map(Alike.of, [make_experiment(), make_experiment(method="gptq")]))
+    assert estimator.predict_time(both, 1) == "at least 2 min"
+    estimator.learn(make_experiment(method="gptq"), 600)
+    assert estimator.predict_time(both, 1) == "about 12 min"
+    assert estimator.predict_time(both, 2) == "about 10 min"  # one worker has the longer
+
+
+@given(st.lists(st.sampled_from(["98k", "332k", "1m"]), min_size=1, max_size=30), st.integers(1, 8))
+def test_time_left_is_that_of_the_work_left_not_of_its_count(sizes: list[str], workers: int) -> None:
+    seconds = {"98k": 1.0, "332k": 30.0, "1m": 1000.0}
+    estimator = Estimator()
+    for size, second in seconds.items():
+        estimator.learn(make_experiment(f"nano-neox-{size}"), second)
+    left = Counter(Alike.of(make_experiment(f"nano-neox-{size}")) for size in sizes)
+    expected = max(sum(seconds[s] for s in sizes) / workers, max(seconds[s] for s in sizes))
+    assert estimator.predict_time(left, workers) == f"about {format_seconds(expected)}"
+
+
+def test_what_runs_is_counted_from_its_start() -> None:
+    """Else the time left would stand still while the last ones run."""
+    estimator = Estimator()
+    estimator.learn(make_experiment(), 120)
+    alike = Alike.of(make_experiment())
+    assert estimator.predict_time(Counter({alike: 1}), 1, [(alike, 60.0)]) == "about 60 s"
+    assert estimator.predict_time(Counter({alike: 3}), 2, [(alike, 60.0), (alike, 90.0)]) == "about 2 min"
+    assert estimator.predict_time(Counter({alike: 2}), 2, [(alike, 60.0), (alike, 90.0)]) == "about 60 s"
+    assert estimator.predict_time(Counter({alike: 1}), 1, [(alike, 200.0)]) == ""  # longer than ever: nothing is known
+
+
+def store_result(path: Path, device: str = "x86_64, 1 threads", **changes: object) -> None:
+    """An invented result of 12 seconds."""
+    result = dataclasses.replace(make_result(0), experiment=make_experiment(), device=device, seconds_quantize=2.0)
+    Store(path).write(dataclasses.replace(result, seconds_evaluate=10.0, **changes))  # type: ignore[arg-type]
+
+
+def test_stored_results_are_a_basis(tmp_path: Path) -> None:
+    store_result(tmp_path, tokens=5000)
+    estimator = Estimator()
+    estimator.learn_stored(str(tmp_path), [make_experiment()], threads=1)
+    assert estimator.describe([make_experiment(bits=3)] * 20, workers=2).startswith(
+        "tokens to score: about 100 thousand; time: about 2 min on 2 workers, by 1 stored result; "
+    )
+
+
+@pytest.mark.parametrize(("device", "threads"), [("x86_64, 8 threads", 8), ("NVIDIA H100", 1)])
+def test_results_of_other_hardware_are_no_basis(tmp_path: Path, device: str, threads: int) -> None:
+    store_result(tmp_path, device, threads=threads)
+    estimator = Estimator()
+    estimator.learn_stored(str(tmp_path), [make_experiment()], threads=1)
+    assert estimator.learned == 0
+
+
+def test_a_damaged_store_is_no_basis_and_no_error(tmp_path: Path) -> None:
+    store_result(tmp_path)
+    (tmp_path / "experiments" / "0.json").write_text("{")
+    estimator = Estimator()
+    estimator.learn_stored(str(tmp_path), [make_experiment()], threads=1)
+    assert estimator.learned == 0
+
+
+def test_tokens_of_a_task_are_those_that_are_sent() -> None:
+    from kbit.models.loading import load_model
+
+    loaded, size = load_model("nano-neox-98k"), find_size("nano-neox-98k")
+    assert size is not None
+    task = prepare_task(load_tasks(["nano_cloze"])[0])
+    scorer = Scorer(loaded.model, loaded.tokenizer)
+    requests = [(instance.args, *scorer._encode_pair(*instance.args)) for instance in task.instances]
+    sent = sum(len(query.tokens) for query in scorer._lay_out(requests).queries)
+    assert estimate_tokens(EvalConfig(("nano_cloze",), perplexity=None), size) == pytest.approx(sent, rel=0.02)
+    assert estimate_tokens(EvalConfig(("nano_cloze",), limit=64, perplexity=None), size) == pytest.approx(
+        sent / 10, rel=0.02
+    )
+    windows = make_windows("nano_held_out", loaded.tokenizer, context=256, max_windows=None)
+    assert estimate_tokens(EvalConfig((), perplexity_windows=None), size) == pytest.approx(
+        windows.tokens.numel(), rel=0.1
+    )
+
+
+def test_tokens_of_windows_are_counted_and_of_other_things_not_guessed(tmp_path: Path) -> None:
+    assert estimate_tokens(TEXT, NANO) == 16 * 256
+    assert estimate_tokens(EvalConfig((), perplexity="wikitext2", perplexity_windows=100), HUB) == 100 * 2048
+    assert estimate_tokens(EvalConfig((), perplexity="wikitext2", perplexity_kind="rolling"), HUB) is None
+    (tmp_path / "own.yaml").write_text("task: own\n")
+    assert estimate_tokens(EvalConfig(("own",), task_path=str(tmp_path)), NANO) is None
+
+
+def test_the_papers_tasks_are_counted_with_a_tokenizer_of_their_models_size() -> None:
+    tasks = EvalConfig(("lambada_openai", "piqa", "winogrande", "hellaswag"), perplexity=None)
+    assert estimate_tokens(tasks, HUB) == 415206 + 129742 + 54426 + 3135532
+    assert estimate_tokens(dataclasses.replace(tasks, tasks=("piqa",)), NANO) == 245948
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 s"), (45, "45 s"), (89, "89 s"), (90, "2 min"), (720, "12 min"), (5400, "2 h"), (864000, "10 days")],
+)
+def test_durations_have_two_digits(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(950, "950"), (31_000, "31 thousand"), (4_234_000, "4.23 million"), (7.06e8, "706 million")]
+)
+def test_counts_have_three_digits(count: int, text: str) -> None:
+    assert format_count(count) == text

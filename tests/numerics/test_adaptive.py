@@ -1,0 +1,67 @@
+"""Codebooks fitted to a tensor (quantile, learned): fitted to what is coded, the values less their offsets."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from kbit.numerics import fitted_codebooks as fitted
+from kbit.numerics import reference
+from kbit.numerics.backend import choose_backend
+from kbit.numerics.codebooks import ADAPTIVE
+from kbit.numerics.quantizer import fake_quantize, make_grid, quantize
+from kbit.numerics.spec import NORMALIZATIONS, QuantSpec
+
+SHAPE = (5, 37)
+BLOCKS = [(64, "flat"), (16, "row"), (7, "row"), (None, "row"), (None, "flat")]
+
+
+def relative_error(x: torch.Tensor, spec: QuantSpec) -> float:
+    return float((fake_quantize(x, spec) - x).square().mean().sqrt() / x.std())
+
+
+@pytest.mark.parametrize(("block_size", "layout"), BLOCKS)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("centering", [False, True])
+def test_quantile_table_is_of_the_values_less_their_offsets(
+    block_size: int | None, layout: str, normalization: str, centering: bool
+) -> None:
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) + torch.arange(5.0)[:, None]
+    spec = QuantSpec(4, "quantile", None, block_size=block_size, layout=layout, normalization=normalization)
+    spec = dataclasses.replace(spec, centering=centering)
+    grid = make_grid(x.view(-1), x.shape, spec, choose_backend(x.device))
+    shifted = x.view(-1).numpy().copy()
+    for b, block in enumerate(reference.iterate_blocks(x.numel(), grid.row, grid.block_size)):
+        shifted[block] -= grid.offsets[b]
+    np.testing.assert_array_equal(grid.codebook, fitted.quantile_values(4, shifted).astype(np.float32))
+
+
+@pytest.mark.parametrize("data_type", ADAPTIVE)
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("removed_by", [{"centering": True}, {"normalization": "minmax"}])
+def test_an_offset_that_is_removed_costs_nothing(data_type: str, bits: int, removed_by: dict[str, object]) -> None:
+    """A multiple of 1/8 is added to values on a grid of 2^-12, so that sums are exact and float16 holds the mean.
+
+    Within 5%: of a shifted tensor, the mean and the offsets are rounded to float16, at 3 to a step of 2^-9.
+    """
+    x = torch.randn(2**14, generator=torch.Generator().manual_seed(bits)).mul(2**12).round().div(2**12)
+    spec = dataclasses.replace(QuantSpec(bits, data_type, scale_format="fp32"), **removed_by)  # type: ignore[arg-type]
+    assert relative_error(x + 3, spec) == pytest.approx(relative_error(x, spec), rel=0.05)
+    assert quantize(x + 3, spec).codebook[0] < 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("values", [[0.5], [-0.5], [-1.0, 1.0], [0.25, 0.5, 1.0], [0.0]])
+def test_a_learned_table_has_room_for_few_values_beside_zero(bits: int, values: list[float]) -> None:
+    x = torch.tensor(values * 48)
+    assert torch.equal(fake_quantize(x, QuantSpec(bits, "learned")), x)
+    assert 0 in quantize(x, QuantSpec(bits, "learned")).codebook
+
+
+def test_the_mean_of_many_values_is_added_up_in_float64() -> None:
+    x = torch.full((2**21 + 3,), 0.1, dtype=torch.bfloat16)
+    spec = QuantSpec(4, "int", centering=True)
+    assert float(quantize(x, spec).center[0]) == float(x[0])  # a float32 sum of 2^21 equal numbers is off
