@@ -16,7 +16,7 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}{hint}")
 
 
-def differences(value: Any, default: Any) -> dict[str, Any]:
+def non_defaults(value: Any, default: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are not at their default."""
     mine, theirs = dataclasses.asdict(value), dataclasses.asdict(default)
     return {name: mine[name] for name in mine if mine[name] != theirs[name]}

@@ -34,7 +34,7 @@ from kbit.analysis.figures.maps import draw_data_types_map, draw_sensitivity
 from kbit.analysis.figures.panels import draw_panels
 from kbit.analysis.figures.paper import CURVE_FIGURES, CurveFigure
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
-from kbit.analysis.figures.roofline import figure_16
+from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.styles import STYLE, TooManyCurves
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.statistics.claims import SIGN
@@ -134,7 +134,7 @@ def describe_sources(published: pd.DataFrame) -> str:
 
 FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
     **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
-    "figure_16": figure_16,
+    "figure_16": draw_roofline,
     "table_1": table_1,
     "table_2": table_2,
     "verdicts": draw_verdicts,

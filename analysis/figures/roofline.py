@@ -97,7 +97,7 @@ def tabulate_roofline(devices: tuple[Device, ...] = DEVICES) -> pd.DataFrame:
     return table.assign(speedup=base / table["seconds"])
 
 
-def figure_16(results: pd.DataFrame, devices: tuple[Device, ...] = DEVICES) -> PaperFigure:
+def draw_roofline(results: pd.DataFrame, devices: tuple[Device, ...] = DEVICES) -> PaperFigure:
     """Draw the roofline speedup of k-bit weights against the batch, a panel per device.
 
     Args:

@@ -21,7 +21,7 @@ import pandas as pd
 from kbit.analysis.curves.curves import VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets, sort_curves
 from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
-from kbit.store.readers import read_items_by_task
+from kbit.store.items import read_items_by_task
 
 CHOICE: Final = ["total_bits", "data_type", "block_size", "bits", "value", "low", "high", "chance"]
 

@@ -25,7 +25,8 @@ from kbit.models.catalog import family_of
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import ModelSize, find_size
 from kbit.store.filesystem import is_url
-from kbit.store.readers import read_records, read_results
+from kbit.store.readers import read_results
+from kbit.store.records import read_records
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -61,7 +62,7 @@ _KEPT: Final = 32  # durations of alike experiments: the latest, as a machine's 
 _STORED: Final = 4  # results of alike experiments that are read from a store
 
 
-class Alike(NamedTuple):
+class CostClass(NamedTuple):
     """What experiments have in common that take as long as each other."""
 
     model: ModelConfig
@@ -69,10 +70,10 @@ class Alike(NamedTuple):
     method: str
 
     @staticmethod
-    def of(experiment: Experiment) -> Alike:
+    def of(experiment: Experiment) -> CostClass:
         """Return an experiment's; the baseline is rounding to nearest without the rounding."""
         quant = experiment.quant
-        return Alike(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method)
+        return CostClass(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method)
 
 
 class Estimator:
@@ -86,13 +87,13 @@ class Estimator:
         self._device = device
         self._size = functools.cache(find_size)
         self._tokens = functools.cache(estimate_tokens)
-        self._seconds: dict[Alike, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._seconds: dict[CostClass, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
         self._counted: dict[tuple[str, EvalConfig], int] = {}  # tokens, by family: its models share a tokenizer
         self.learned = 0
 
     def learn(self, experiment: Experiment, seconds: float, tokens: int = 0) -> None:
         """Remember what an experiment took, and its tokens if they were counted."""
-        self._seconds[Alike.of(experiment)].append(seconds)
+        self._seconds[CostClass.of(experiment)].append(seconds)
         self.learned += 1
         if tokens:
             self._counted[family_of(experiment.model.name), experiment.eval] = tokens
@@ -118,19 +119,19 @@ class Estimator:
                 took = record["seconds_quantize"] + record["seconds_evaluate"]
                 self.learn(read_experiment(record["experiment"]), took, record.get("tokens", 0))
 
-    def count_tokens(self, alike: Alike) -> int | None:
+    def count_tokens(self, alike: CostClass) -> int | None:
         """Return the tokens that are sent to the model for an experiment; None if they cannot be told."""
         counted = self._counted.get((family_of(alike.model.name), alike.evaluation))
         size = self._size(alike.model.name)
         return counted or (None if size is None else self._tokens(alike.evaluation, size))
 
-    def cost(self, alike: Alike) -> float:
+    def cost(self, alike: CostClass) -> float:
         """Return tokens x parameters; what is not known counts as 1."""
         return (self.count_tokens(alike) or 1) * self.count_parameters(alike.model)
 
     def cost_of(self, experiment: Experiment) -> float:
         """Return the cost of an experiment."""
-        return self.cost(Alike.of(experiment))
+        return self.cost(CostClass.of(experiment))
 
     def count_parameters(self, model: ModelConfig) -> int:
         """Return a model's parameters; 1 if they are not known."""
@@ -146,7 +147,7 @@ class Estimator:
             largest = max(largest, estimate_memory(size, experiment, self._device))
         return largest
 
-    def predict_seconds(self, alike: Alike) -> float | None:
+    def predict_seconds(self, alike: CostClass) -> float | None:
         """Return how long an experiment takes a worker; None before one of its method was measured."""
         if alike in self._seconds:
             return statistics.median(self._seconds[alike])
@@ -157,7 +158,9 @@ class Estimator:
         nearest = min(ratios, key=lambda a: abs(math.log(ratios[a])))
         return ratios[nearest] * statistics.median(self._seconds[nearest])
 
-    def predict_time(self, left: Counter[Alike], workers: int, running: Sequence[tuple[Alike, float]] = ()) -> str:
+    def predict_time(
+        self, left: Counter[CostClass], workers: int, running: Sequence[tuple[CostClass, float]] = ()
+    ) -> str:
         """Return how long so many experiments take so many workers, such as 'about 12 min'; '' if that is unknown.
 
         Args:
@@ -186,7 +189,7 @@ class Estimator:
             experiments: to run.
             workers: that share them; None if not known yet.
         """
-        left = Counter(map(Alike.of, experiments))
+        left = Counter(map(CostClass.of, experiments))
         counts = {alike: self.count_tokens(alike) for alike in left}
         tokens = "unknown until the first result"
         if None not in counts.values():

@@ -10,8 +10,8 @@ from collections.abc import Generator, Iterable, Sequence
 
 from tqdm import tqdm
 
-from kbit.checks import differences
-from kbit.engine.estimate import Alike, Estimator
+from kbit.checks import non_defaults
+from kbit.engine.estimate import CostClass, Estimator
 from kbit.engine.plan import Outcome, Plan
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.config import Experiment
@@ -61,7 +61,7 @@ class Progress:
 
     def __init__(self, experiments: Sequence[Experiment], estimator: Estimator) -> None:
         self._total = len(experiments)
-        self._left = Counter(map(Alike.of, experiments))
+        self._left = Counter(map(CostClass.of, experiments))
         self._varied = find_varied(experiments)
         self._estimator = estimator
         self._start = time.monotonic()  # which no change of the clock moves
@@ -76,7 +76,7 @@ class Progress:
     def show(self, outcome: Outcome) -> None:
         """Show that an experiment ended, what the others do, and how long the rest will take."""
         done = self._total - self._left.total() + 1
-        self._left[Alike.of(outcome.experiment)] -= 1
+        self._left[CostClass.of(outcome.experiment)] -= 1
         if outcome.seconds and not outcome.error:
             self._estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
         time_left = self._predict_time(outcome)
@@ -100,7 +100,7 @@ class Progress:
         began = now - outcome.seconds if self._shown is None else self._shown  # before the first one workers start
         self._began = {experiment: self._began.get(experiment, began) for experiment in outcome.working}
         self._shown = now
-        running = [(Alike.of(experiment), now - start) for experiment, start in self._began.items()]
+        running = [(CostClass.of(experiment), now - start) for experiment, start in self._began.items()]
         time_left = self._estimator.predict_time(self._left, len(outcome.working) + 1, running)
         return f"{time_left} left, " if time_left else ""
 
@@ -123,7 +123,7 @@ def show_value(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     if isinstance(value, FeatureConfig):
-        return ",".join(f"{name}={item}" for name, item in differences(value, FeatureConfig()).items()) or "default"
+        return ",".join(f"{name}={item}" for name, item in non_defaults(value, FeatureConfig()).items()) or "default"
     return str(value)
 
 

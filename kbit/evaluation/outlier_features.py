@@ -34,7 +34,7 @@ from kbit.evaluation.measurement import Feature, Layer, Measurement, measure_mea
 from kbit.evaluation.perplexity import iterate_windows, run_trunk
 from kbit.evaluation.scorer import splits_at_head
 from kbit.evaluation.token_budget import TokenBudget
-from kbit.models.architectures import Block, find_sources, list_blocks, measure_deviation
+from kbit.models.architectures import DecoderLayer, find_sources, list_blocks, measure_deviation
 
 STREAM: Final = ("attention", "feed_forward")  # inputs that read the residual stream
 
@@ -238,7 +238,7 @@ def measure_proxy(model: Any, seen: Observations) -> list[Measurement]:
     return [dataclasses.replace(m, low=max(m.low, -1.0), high=min(m.high, 1.0)) for m in means]  # as a rho is
 
 
-def _name_relation(block: Block, place: str) -> tuple[str, str]:
+def _name_relation(block: DecoderLayer, place: str) -> tuple[str, str]:
     """Return the relation of Table 2 that an input belongs to, or an empty string, and the module that reads it."""
     return {
         "attention": ("", block.attention[0]),
@@ -248,7 +248,7 @@ def _name_relation(block: Block, place: str) -> tuple[str, str]:
     }[place]
 
 
-def _list_inputs(blocks: Sequence[Block]) -> dict[tuple[int, str], str]:
+def _list_inputs(blocks: Sequence[DecoderLayer]) -> dict[tuple[int, str], str]:
     """Return the module that reads each input, one of those that read the same."""
     places = ("attention", "attention_out", "feed_forward", "feed_forward_out")
     return {(i, place): _name_relation(block, place)[1] for i, block in enumerate(blocks) for place in places}

@@ -36,7 +36,7 @@ class PreparedTask:
 
 
 @dataclass
-class Prepared:
+class PreparedTasks:
     """What the models of a study share.
 
     Attributes:

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from kbit.checks import differences
+from kbit.checks import non_defaults
 from kbit.data.task_files import identify_tasks
 from kbit.data.texts import identify_text
 from kbit.evaluation.config import EvalConfig, FeatureConfig
@@ -46,7 +46,7 @@ class Experiment:
             else:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         if self.eval.features.measure:
-            evaluation |= {"features": differences(self.eval.features, FeatureConfig())}
+            evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.content, "eval": evaluation}
 

@@ -19,7 +19,7 @@ from kbit.evaluation.measurement import Feature, Measurement
 from kbit.evaluation.outlier_features import measure_features
 from kbit.evaluation.perplexity import Reference, TextScores, compute_reference, measure_cross_entropy, measure_rolling
 from kbit.evaluation.scorer import Scorer
-from kbit.evaluation.zero_shot import Prepared, PreparedTask, TaskScores, prepare_task, score_tasks
+from kbit.evaluation.zero_shot import PreparedTask, PreparedTasks, TaskScores, prepare_task, score_tasks
 from kbit.experiments import provenance
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result, SkippedTensor, TaskRecord, TextRecord
@@ -50,7 +50,7 @@ class Session:
     """
 
     def __init__(
-        self, model: ModelConfig, device: str = "cpu", prepared: Prepared | None = None, gpus: int = 1
+        self, model: ModelConfig, device: str = "cpu", prepared: PreparedTasks | None = None, gpus: int = 1
     ) -> None:
         self.config = model
         self.device = device
@@ -58,7 +58,7 @@ class Session:
         self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device, gpus=gpus)
         _check_read(model.name, identify_model(model.name), self._identity)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
-        self._prepared = Prepared() if prepared is None else prepared
+        self._prepared = PreparedTasks() if prepared is None else prepared
         self._scorer.tokens = self._prepared.tokens_of(self._scorer.identify_tokenizer())
         self._windows: dict[tuple[str, str, int | None], Windows] = {}
         # the 16-bit model's states on the last text, see compute_reference: gigabytes, so of no more than one

@@ -27,7 +27,7 @@ LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code o
 
 
 # What torch._int_mm asks of (rows, inner and outer columns): multiples of the second, and at least the first of rows
-_GEMM_SHAPES: Final = {"cpu": (1, 1), "cuda": (24, 8)}
+GEMM_SHAPES: Final = {"cpu": (1, 1), "cuda": (24, 8)}
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def multiply_int8(a: Int8[Tensor, "m k"], b: Int8[Tensor, "n k"]) -> Int32[Tenso
         ValueError: a device without an int8 matrix product.
     """
     device = a.device.type
-    if device not in _GEMM_SHAPES:
-        raise ValueError(f"there is no int8 matrix product on {device}; there is on: {', '.join(_GEMM_SHAPES)}")
+    if device not in GEMM_SHAPES:
+        raise ValueError(f"there is no int8 matrix product on {device}; there is on: {', '.join(GEMM_SHAPES)}")
     (m, k), n = a.shape, len(b)
-    rows, multiple = _GEMM_SHAPES[device]
+    rows, multiple = GEMM_SHAPES[device]
     inner, outer = -k % multiple, -n % multiple
     a = F.pad(a, (0, inner, 0, max(0, rows - m))) if inner or m < rows else a
     b = F.pad(b, (0, inner, 0, outer)) if inner or outer else b

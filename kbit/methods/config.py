@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kbit.checks import check_choice, differences
+from kbit.checks import check_choice, non_defaults
 from kbit.data.texts import identify_text
 from kbit.layers.int8_schemes import SCHEMES, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
@@ -60,7 +60,7 @@ class CalibrationConfig:
     @property
     def content(self) -> dict[str, Any]:
         """What decides the windows, canonical."""
-        return differences(self, CalibrationConfig()) | {"text": identify_text(self.text)}
+        return non_defaults(self, CalibrationConfig()) | {"text": identify_text(self.text)}
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class QuantConfig(QuantSpec):
         So a field added later does not change the keys of old results; in turn a default, once released, never changes.
         """
         spec = self.spec.canonical()
-        content = differences(spec, QuantSpec()) | {"bits": spec.bits}
+        content = non_defaults(spec, QuantSpec()) | {"bits": spec.bits}
         if spec.is_baseline:
             return content
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
@@ -216,7 +216,7 @@ class QuantConfig(QuantSpec):
     def method_options(self) -> dict[str, Any]:
         """The options that mean something to the method, canonical; empty for a method without any."""
         options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
-        if self.method == "gptq" and (own := differences(self.gptq, GptqConfig())):
+        if self.method == "gptq" and (own := non_defaults(self.gptq, GptqConfig())):
             options["gptq"] = own
         return options
 
@@ -234,7 +234,7 @@ class QuantConfig(QuantSpec):
         if "table" in others:
             others["table"] = write_table(others["table"])
         if self.method in CALIBRATED and not self.is_baseline:
-            others |= _with_prefix("calibration", differences(self.calibration, CalibrationConfig()))
+            others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
         return others | _with_prefix("gptq", self.content.get("gptq", {}))
 
     def _outlier_content(self) -> dict[str, Any]:

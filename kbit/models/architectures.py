@@ -62,7 +62,7 @@ class _Architecture:
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderLayer:
     """Where a block reads the residual stream and what makes its matrices' inputs.
 
     Attributes:
@@ -127,7 +127,7 @@ _ARCHITECTURES: Final = {
 }
 
 
-def list_blocks(model: Any) -> list[Block]:
+def list_blocks(model: Any) -> list[DecoderLayer]:
     """Return the transformer blocks of a model.
 
     Raises:
@@ -136,7 +136,7 @@ def list_blocks(model: Any) -> list[Block]:
     architecture = _find_architecture(model)
     path = f"{model.base_model_prefix}.{architecture.blocks}"
     return [
-        Block(
+        DecoderLayer(
             tuple(f"{path}.{i}.{name}" for name in architecture.attention_in),
             tuple(f"{path}.{i}.{name}" for name in architecture.feed_forward_in),
             f"{path}.{i}.{architecture.attention_out}",

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from kbit.evaluation.measurement import ItemValues, decode_items
-from kbit.store.filesystem import Files, open_files
-from kbit.store.parquet import read_texts
+from kbit.store.filesystem import open_files
 from kbit.store.records import (
-    drop_repeated,
     list_finished,
     open_existing,
-    parse_record,
-    read_json,
-    read_parts,
+    read_records,
     retry,
 )
-from kbit.store.rows import ROW_SCHEMA, list_measurements
+from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements, read_parts
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
@@ -92,40 +85,6 @@ def read_provenance(path: str | Path = "results") -> pd.DataFrame:
     return origins.agg(experiments="size", first="min", last="max").reset_index()
 
 
-def read_items(
-    path: str | Path, task: str, metric: str, keys: Collection[str] | None = None
-) -> dict[str, NDArray[np.float64]]:
-    """Return the value of each item [n] by experiment key, in item order: 0 or 1 for acc, nats for cross_entropy.
-
-    Experiments without such items are left out: another task, or a store from before items were kept.
-
-    Args:
-        path: of the store.
-        task, metric: as in read_results; metrics with items are acc, acc_norm, acc_bytes, and those of windows.
-        keys: of the experiments to read; None is all.
-
-    Raises:
-        FileNotFoundError: there is no store at path.
-    """
-    return read_items_by_task(path, metric, keys).get(task, {})
-
-
-def read_items_by_task(
-    path: str | Path, metric: str, keys: Collection[str] | None = None
-) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return what read_items does for every task that has items of a metric: {task: {key: values [n]}}.
-
-    Raises:
-        FileNotFoundError: there is no store at path.
-    """
-    found: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for record in read_records(path, "experiments", keys):
-        for items in record.get("items", ()):
-            if items["metric"] == metric:
-                found.setdefault(items["task"], {})[record["key"]] = decode_items(ItemValues(**items))
-    return found
-
-
 def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.DataFrame:
     """Return the hidden dimensions that are large most often, a row for each dimension, layer and input.
 
@@ -143,27 +102,3 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
             rows += [about | own | place for place in feature["by_layer"]]
     columns = ["key", "model", "dimension", "is_feature", "layers", "positions", "one_sided", "layer", "input"]
     return pd.DataFrame(rows, columns=[*columns, "share", "largest"])
-
-
-def read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of these keys that are there, by key; None: all. kind: experiments or failures."""
-    files = open_existing(path)
-    if kind == "failures":
-        names = files.names(kind, ".json")
-        yield from (read_json(files, name) for name in names if keys is None or Path(name).stem in keys)
-        return
-    texts = retry(lambda: _read_texts(files, keys))
-    for key in sorted(texts):
-        yield parse_record(texts[key], f"{files.root}: {key}")
-
-
-def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes | str]:
-    """Return the JSON of experiments' records by key."""
-    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
-    texts: dict[str, bytes | str] = {}
-    for name in files.names("compacted", ".parquet"):
-        texts |= read_texts(files, name, keys)
-    for key in loose.keys() - texts.keys() if keys is None else (loose.keys() & set(keys)) - texts.keys():
-        with files.open(loose[key]) as file:
-            texts[key] = file.read()
-    return texts

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import pyarrow as pa
-
-from kbit.store import parquet
 from kbit.store.filesystem import Files, open_files
-from kbit.store.parquet import read_keys
-from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, make_part, tabulate
+from kbit.store.parquet import read_keys, read_texts
 
 T = TypeVar("T")
-
-
-PART_EXPERIMENTS: Final = 5000  # of a Parquet file: tens of megabytes, which compaction holds in memory
 
 
 _READ_TRIES: Final = 10  # each compaction that ends in the middle of reading costs one
@@ -54,32 +47,9 @@ def read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[st
     return {name: known[name] for name in names}
 
 
-def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield the store's experiments as tables, ROW_SCHEMA or PART_SCHEMA; an experiment may come twice."""
-    loose = files.names("experiments", ".json")  # before compacted/: see the module
-    for name in files.names("compacted", ".parquet"):
-        yield read_rows(files, name, schema)
-    make = tabulate if schema == ROW_SCHEMA else make_part
-    for at in range(0, len(loose), PART_EXPERIMENTS):
-        yield make([read_json(files, name) for name in loose[at : at + PART_EXPERIMENTS]])
-
-
-def read_rows(files: Files, name: str, schema: pa.Schema) -> pa.Table:
-    """Return the rows of a Parquet file, ROW_SCHEMA or PART_SCHEMA."""
-    return parquet.read_rows(
-        files, name, schema.names, PART_SCHEMA, lambda texts: make_part([parse_record(text, name) for text in texts])
-    )
-
-
 def read_json(files: Files, name: str) -> dict[str, Any]:
     with files.open(name) as file:
         return parse_record(file.read(), f"{files.root}/{name}")
-
-
-def drop_repeated(rows: pa.Table) -> pa.Table:
-    """Keep the first of each key's rows."""
-    repeated = rows["key"].to_pandas().duplicated().to_numpy()
-    return rows.filter(pa.array(~repeated)) if repeated.any() else rows
 
 
 SCHEMA_VERSION: Final = 1
@@ -102,3 +72,27 @@ def parse_record(content: bytes | str, source: str) -> dict[str, Any]:
     if record["schema_version"] > SCHEMA_VERSION:
         raise ValueError(f"{source} was written by a newer kbit (schema {record['schema_version']})")
     return record
+
+
+def read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the whole records of these keys that are there, by key; None: all. kind: experiments or failures."""
+    files = open_existing(path)
+    if kind == "failures":
+        names = files.names(kind, ".json")
+        yield from (read_json(files, name) for name in names if keys is None or Path(name).stem in keys)
+        return
+    texts = retry(lambda: _read_texts(files, keys))
+    for key in sorted(texts):
+        yield parse_record(texts[key], f"{files.root}: {key}")
+
+
+def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes | str]:
+    """Return the JSON of experiments' records by key."""
+    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
+    texts: dict[str, bytes | str] = {}
+    for name in files.names("compacted", ".parquet"):
+        texts |= read_texts(files, name, keys)
+    for key in loose.keys() - texts.keys() if keys is None else (loose.keys() & set(keys)) - texts.keys():
+        with files.open(loose[key]) as file:
+            texts[key] = file.read()
+    return texts

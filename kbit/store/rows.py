@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -18,7 +18,11 @@ import pyarrow.compute as pc
 from kbit.evaluation.config import FeatureConfig
 from kbit.methods.config import CALIBRATED, QuantConfig
 from kbit.numerics.spec import write_table
+from kbit.store import parquet
+from kbit.store.filesystem import Files
+from kbit.store.records import parse_record, read_json
 
+PART_EXPERIMENTS: Final = 5000  # of a Parquet file: tens of megabytes, which compaction holds in memory
 _HASH: Final = 8  # hexadecimal digits shown of a hash: of a thousand contents two are equal once in 8,600 times
 
 
@@ -163,3 +167,26 @@ def _describe_content(task: dict[str, Any]) -> str:
     data, definition = task["sha256"] or task["fingerprint"], task.get("definition_sha256")
     parts = {"data": data, "definition": definition}
     return ", ".join(f"{name} {digest[:_HASH]}" for name, digest in parts.items() if digest)
+
+
+def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yield the store's experiments as tables, ROW_SCHEMA or PART_SCHEMA; an experiment may come twice."""
+    loose = files.names("experiments", ".json")  # before compacted/: see the module
+    for name in files.names("compacted", ".parquet"):
+        yield read_rows(files, name, schema)
+    make = tabulate if schema == ROW_SCHEMA else make_part
+    for at in range(0, len(loose), PART_EXPERIMENTS):
+        yield make([read_json(files, name) for name in loose[at : at + PART_EXPERIMENTS]])
+
+
+def read_rows(files: Files, name: str, schema: pa.Schema) -> pa.Table:
+    """Return the rows of a Parquet file, ROW_SCHEMA or PART_SCHEMA."""
+    return parquet.read_rows(
+        files, name, schema.names, PART_SCHEMA, lambda texts: make_part([parse_record(text, name) for text in texts])
+    )
+
+
+def drop_repeated(rows: pa.Table) -> pa.Table:
+    """Keep the first of each key's rows."""
+    repeated = rows["key"].to_pandas().duplicated().to_numpy()
+    return rows.filter(pa.array(~repeated)) if repeated.any() else rows

@@ -28,18 +28,14 @@ from kbit.experiments.config import Experiment
 from kbit.store.filesystem import is_url, open_files
 from kbit.store.parquet import encode_part
 from kbit.store.records import (
-    PART_EXPERIMENTS,
     SCHEMA_VERSION,
-    drop_repeated,
     list_finished,
     open_existing,
     read_json,
     read_part_keys,
-    read_parts,
-    read_rows,
     retry,
 )
-from kbit.store.rows import PART_SCHEMA, make_part
+from kbit.store.rows import PART_EXPERIMENTS, PART_SCHEMA, drop_repeated, make_part, read_parts, read_rows
 
 if TYPE_CHECKING:
     from kbit.experiments.result import Result

@@ -15,7 +15,7 @@ import chaos_driver
 import psutil
 import pytest
 
-from kbit.store.readers import read_records
+from kbit.store.records import read_records
 from kbit.store.store import Store
 
 EXPERIMENTS = 40

@@ -13,7 +13,7 @@ from toy_results import make_result
 
 from kbit.data.tasks import load_tasks
 from kbit.data.windows import make_windows
-from kbit.engine.estimate import Alike, Estimator, estimate_tokens, format_count, format_seconds
+from kbit.engine.estimate import CostClass, Estimator, estimate_tokens, format_count, format_seconds
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import prepare_task
@@ -35,7 +35,7 @@ def make_experiment(model: str = "nano-neox-98k", method: str = "rtn", bits: int
 def test_before_any_result_nothing_is_said_of_time(tmp_path: Path) -> None:
     estimator = Estimator()
     estimator.learn_stored(str(tmp_path / "none"), [make_experiment()], threads=1)
-    assert estimator.predict_seconds(Alike.of(make_experiment())) is None
+    assert estimator.predict_seconds(CostClass.of(make_experiment())) is None
     line = estimator.describe([make_experiment()] * 3, workers=2)
     assert line.startswith("tokens to score: about 12.3 thousand; time: unknown until the first result; memory: about ")
     assert "GB a worker, by parameters and batch size" in line
@@ -52,23 +52,23 @@ def test_alike_experiments_take_as_long_as_the_middle_one() -> None:
     estimator = Estimator()
     for seconds in (60, 9, 10, 11):
         estimator.learn(make_experiment(bits=3), seconds)
-    assert estimator.predict_seconds(Alike.of(make_experiment(bits=16))) == 10.5
+    assert estimator.predict_seconds(CostClass.of(make_experiment(bits=16))) == 10.5
 
 
 def test_time_grows_with_tokens_and_parameters_from_the_nearest_model() -> None:
     estimator = Estimator()
     estimator.learn(make_experiment("some/model-1b"), 100)
     estimator.learn(make_experiment("some/model-7b"), 300)
-    assert estimator.predict_seconds(Alike.of(make_experiment("some/model-2b"))) == pytest.approx(200)
-    assert estimator.predict_seconds(Alike.of(make_experiment("some/model-70b"))) == pytest.approx(3000)
+    assert estimator.predict_seconds(CostClass.of(make_experiment("some/model-2b"))) == pytest.approx(200)
+    assert estimator.predict_seconds(CostClass.of(make_experiment("some/model-70b"))) == pytest.approx(3000)
     more = dataclasses.replace(make_experiment("some/model-1b"), eval=dataclasses.replace(TEXT, perplexity_windows=32))
-    assert estimator.predict_seconds(Alike.of(more)) == pytest.approx(200)
+    assert estimator.predict_seconds(CostClass.of(more)) == pytest.approx(200)
 
 
 def test_a_method_that_was_not_measured_makes_it_at_least() -> None:
     estimator = Estimator()
     estimator.learn(make_experiment(), 120)
-    both = Counter(map(Alike.of, [make_experiment(), make_experiment(method="gptq")]))
+    both = Counter(map(CostClass.of, [make_experiment(), make_experiment(method="gptq")]))
     assert estimator.predict_time(both, 1) == "at least 2 min"
     estimator.learn(make_experiment(method="gptq"), 600)
     assert estimator.predict_time(both, 1) == "about 12 min"
@@ -81,7 +81,7 @@ def test_time_left_is_that_of_the_work_left_not_of_its_count(sizes: list[str], w
     estimator = Estimator()
     for size, second in seconds.items():
         estimator.learn(make_experiment(f"nano-neox-{size}"), second)
-    left = Counter(Alike.of(make_experiment(f"nano-neox-{size}")) for size in sizes)
+    left = Counter(CostClass.of(make_experiment(f"nano-neox-{size}")) for size in sizes)
     expected = max(sum(seconds[s] for s in sizes) / workers, max(seconds[s] for s in sizes))
     assert estimator.predict_time(left, workers) == f"about {format_seconds(expected)}"
 
@@ -90,7 +90,7 @@ def test_what_runs_is_counted_from_its_start() -> None:
     """Else the time left would stand still while the last ones run."""
     estimator = Estimator()
     estimator.learn(make_experiment(), 120)
-    alike = Alike.of(make_experiment())
+    alike = CostClass.of(make_experiment())
     assert estimator.predict_time(Counter({alike: 1}), 1, [(alike, 60.0)]) == "about 60 s"
     assert estimator.predict_time(Counter({alike: 3}), 2, [(alike, 60.0), (alike, 90.0)]) == "about 2 min"
     assert estimator.predict_time(Counter({alike: 2}), 2, [(alike, 60.0), (alike, 90.0)]) == "about 60 s"

@@ -17,7 +17,7 @@ import kbit.experiments.session
 from kbit.engine.worker import Worker
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
-from kbit.evaluation.zero_shot import Prepared
+from kbit.evaluation.zero_shot import PreparedTasks
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result
 from kbit.experiments.session import Session, run_experiment
@@ -286,7 +286,7 @@ def test_models_of_a_family_render_and_tokenize_a_task_once(tmp_path: Path, monk
 
 
 def test_unknown_tokenizers_share_nothing() -> None:
-    prepared = Prepared()
+    prepared = PreparedTasks()
     prepared.tokens_of("one")[(("a", " b"),)] = []
     assert prepared.tokens_of("one")
     assert not prepared.tokens_of("")

@@ -23,9 +23,9 @@ from kbit.evaluation.token_budget import TokenBudget
 from kbit.evaluation.zero_shot import evaluate, prepare_task
 from kbit.experiments.config import Experiment
 from kbit.experiments.session import Session
+from kbit.layers import int8_linear
 from kbit.layers.int8_linear import Int8Linear, multiply_int8, quantize_int8
 from kbit.layers.int8_schemes import SCHEMES
-from kbit.methods import llm_int8
 from kbit.methods.config import INT8_METHODS, QuantConfig
 from kbit.methods.llm_int8 import describe_products, make_product
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
@@ -140,7 +140,7 @@ def test_products_are_exact_with_and_without_padding(m: int, k: int, n: int, pad
     a, b = (draw_codes(rows, max(k, 2), seed=seed + i).to(torch.int8) for i, rows in enumerate((m, n)))
     with pytest.MonkeyPatch.context() as patch:
         if padded:  # as a GPU needs it
-            patch.setitem(llm_int8._GEMM_SHAPES, "cpu", llm_int8._GEMM_SHAPES["cuda"])
+            patch.setitem(int8_linear.GEMM_SHAPES, "cpu", int8_linear.GEMM_SHAPES["cuda"])
         assert torch.equal(multiply_int8(a, b).long(), a.long() @ b.long().t())
 
 

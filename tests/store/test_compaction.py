@@ -22,7 +22,8 @@ import kbit.store
 from kbit.engine.plan import make_plan
 from kbit.models.config import ModelConfig
 from kbit.store.filesystem import LocalFiles
-from kbit.store.readers import list_keys, read_items, read_provenance, read_results
+from kbit.store.items import read_items
+from kbit.store.readers import list_keys, read_provenance, read_results
 from kbit.store.rows import PART_SCHEMA
 from kbit.store.store import Store
 
@@ -59,7 +60,7 @@ def test_no_field_of_a_record_is_lost(tmp_path: Path) -> None:
 
 
 def test_compacting_again_and_again_keeps_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kbit.store, "PART_EXPERIMENTS", 10)
+    monkeypatch.setattr("kbit.store.store.PART_EXPERIMENTS", 10)
     for start in range(0, 40, 4):
         store = fill(tmp_path, range(start, start + 4))
         assert store.compact() == 4

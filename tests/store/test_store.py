@@ -20,7 +20,8 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result, TaskRecord, TextRecord
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.models.config import ModelConfig
-from kbit.store.readers import list_keys, read_failures, read_items, read_provenance, read_results
+from kbit.store.items import read_items
+from kbit.store.readers import list_keys, read_failures, read_provenance, read_results
 from kbit.store.records import SCHEMA_VERSION
 from kbit.store.store import Store
 

@@ -1,0 +1,46 @@
+"""What a stored measurement was computed from, item by item, without reading whole results."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.evaluation.measurement import ItemValues, decode_items
+from kbit.store.records import read_records
+
+
+def read_items(
+    path: str | Path, task: str, metric: str, keys: Collection[str] | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Return the value of each item [n] by experiment key, in item order: 0 or 1 for acc, nats for cross_entropy.
+
+    Experiments without such items are left out: another task, or a store from before items were kept.
+
+    Args:
+        path: of the store.
+        task, metric: as in read_results; metrics with items are acc, acc_norm, acc_bytes, and those of windows.
+        keys: of the experiments to read; None is all.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    return read_items_by_task(path, metric, keys).get(task, {})
+
+
+def read_items_by_task(
+    path: str | Path, metric: str, keys: Collection[str] | None = None
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Return what read_items does for every task that has items of a metric: {task: {key: values [n]}}.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    found: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for record in read_records(path, "experiments", keys):
+        for items in record.get("items", ()):
+            if items["metric"] == metric:
+                found.setdefault(items["task"], {})[record["key"]] = decode_items(ItemValues(**items))
+    return found
