@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 from toy_results import fill, make_result, write_and_compact
 
-import kbit.store
 from kbit.engine.plan import make_plan
 from kbit.models.config import ModelConfig
 from kbit.store.filesystem import LocalFiles
