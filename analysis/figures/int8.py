@@ -11,14 +11,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kbit.analysis.curves.curves import find_cross_entropy, is_missing
-from kbit.analysis.curves.degradation import measure_lost, pick_rows
+from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.published import read_published
+from kbit.analysis.curves.settings import is_missing
+from kbit.analysis.curves.units import format_count
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, set_log_axis
 from kbit.analysis.figures.styles import STYLE, LineStyle, style_series
-from kbit.analysis.statistics.claims import NEGLIGIBLE, count_grades, grade_interval, grade_level
-from kbit.methods.config import INT8_METHODS
+from kbit.analysis.statistics.degradation import measure_lost
+from kbit.analysis.statistics.grades import NEGLIGIBLE, count_grades, grade_interval, grade_level
+from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS
 
 CLAIM: Final = (
@@ -103,13 +105,13 @@ def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
     measure = find_cross_entropy(results)
     if measure is None:
         return pd.DataFrame()
-    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].isin(INT8_METHODS)]
+    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].isin(SCHEMES)]
     table = measure_lost(pick_rows(of_figure, measure.metric, measure.task), measure, results)
     if table.empty:
         return pd.DataFrame()
     names = [name_method(row) for row in table.to_dict("records")]
     table = table.assign(panel=table["family"], perplexity=np.exp(table["value"].astype(float)), added=table["lost"])
-    order = {name: place for place, name in enumerate(INT8_METHODS)}
+    order = {name: place for place, name in enumerate(SCHEMES)}
     table = table.assign(_place=table["method"].map(order), method=names, source="this store")
     return table.sort_values(["panel", "parameters", "_place", "method"], ignore_index=True)[COLUMNS]
 

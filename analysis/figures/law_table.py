@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, find_cross_entropy, precision_curves
-from kbit.analysis.curves.degradation import measure_lost
 from kbit.analysis.curves.selections import select_block_sizes, select_precisions
 from kbit.analysis.figures.drawing import (
     LIMIT_OF_MODELS,
@@ -19,8 +18,9 @@ from kbit.analysis.figures.drawing import (
     draw_table,
     write_verdict,
 )
-from kbit.analysis.statistics.claims import NAMED, join_parts
+from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values
+from kbit.analysis.statistics.grades import NAMED, join_parts
 from kbit.analysis.statistics.laws import Fit, TooFewPoints, check_held_out, fit_law
 from kbit.numerics.spec import BASELINE_BITS
 

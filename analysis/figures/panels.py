@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.styles import LineStyle, draw_handle, style_series
 
 LEGEND_WIDTH: Final = 1.5  # inches, as all widths here
@@ -58,9 +59,6 @@ TICK_STEPS: Final = (
     (1.0, 3.0),
     (1.0,),
 )
-
-
-UNITS: Final = ((1e12, "Tbit"), (1e9, "Gbit"), (1e6, "Mbit"), (1e3, "kbit"))
 
 
 def draw_panels(curves: pd.DataFrame, y_label: str, higher_is_better: bool, published: pd.DataFrame) -> Figure:
@@ -203,14 +201,6 @@ def choose_ticks(left: float, right: float, gap: float) -> list[float]:
     return [float(tick) for tick in ticks[:: int(np.ceil(gap * np.log10(right / left)))]]
 
 
-def format_bits(total_bits: float, position: int | None = None) -> str:
-    """Return for example "20 Mbit"; `position` is what matplotlib's formatters are also given."""
-    for size, unit in UNITS:
-        if total_bits >= size:
-            return f"{total_bits / size:.3g} {unit}"
-    return f"{total_bits:g} bit"
-
-
 def set_log_axis(axes: Axes, values: pd.Series[float], format_value: Callable[[float], str]) -> None:
     """Make the x axis a log axis around positive values, with a few round ticks."""
     left, right = float(values.min()), float(values.max())
@@ -220,14 +210,6 @@ def set_log_axis(axes: Axes, values: pd.Series[float], format_value: Callable[[f
     axes.xaxis.set_major_locator(FixedLocator(choose_ticks(left / pad, right * pad, gap=0.2)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
-
-
-def format_count(value: float) -> str:
-    """Return for example "300k", "1.3M" or "7B"."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:g}"
 
 
 def draw_legend(fig: Figure, styles: dict[str, LineStyle], *, with_published: bool = False, lines: bool = True) -> None:

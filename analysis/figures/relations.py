@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, name_data_types
-from kbit.analysis.curves.degradation import measure_lost, pick_rows
+from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, pick_rows
+from kbit.analysis.curves.settings import make_labels
 from kbit.analysis.figures.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -30,7 +30,8 @@ from kbit.analysis.figures.drawing import (
 )
 from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend
 from kbit.analysis.figures.styles import STYLE, style_series
-from kbit.methods.config import INT8_METHODS
+from kbit.analysis.statistics.degradation import measure_lost
+from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS
 
 PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
@@ -124,7 +125,7 @@ def read_weight_error(results: pd.DataFrame) -> pd.Series[float]:
     """
     if "weight_rmse" not in results:
         return pd.Series(dtype=np.float64)
-    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(INT8_METHODS)
+    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(SCHEMES)
     for part in ("include", "exclude"):
         is_whole &= results[part].isna() if part in results else True
     rows = results[is_whole].drop_duplicates("key")
@@ -213,7 +214,7 @@ def gather_points(relation: Relation, results: pd.DataFrame) -> pd.DataFrame:
     about = about.loc[both.index]
     columns = ["family", "model", "bits", "data_type", "block_size", "variant"]
     settings = [name for name in QUANTIZER if name in about]
-    about = about.assign(variant=name_data_types(about))[[*columns, *settings]]
+    about = about.assign(variant=make_labels(about))[[*columns, *settings]]
     return about.join(both).reset_index(names="key")
 
 

@@ -14,11 +14,14 @@ from kbit.analysis.curves.curves import (
     VARIANT,
     Measure,
     find_cross_entropy,
-    name_variant,
+    find_measures,
     precision_curves,
     prefer_baseline,
 )
 from kbit.analysis.curves.published import TOLERANCE, compare_anchors, read_published
+from kbit.analysis.curves.selections import has_settings
+from kbit.analysis.curves.settings import name_variant
+from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -29,9 +32,8 @@ from kbit.analysis.figures.drawing import (
     draw_table,
     write_verdict,
 )
-from kbit.analysis.figures.panels import format_bits
-from kbit.analysis.statistics.claims import SIGN, describe_lead, find_measures, grade_interval
 from kbit.analysis.statistics.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
+from kbit.analysis.statistics.grades import SIGN, describe_lead, grade_interval
 from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, name_range, tabulate_verdicts
 
 TABLE_1: Final = (
@@ -75,10 +77,10 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     rows = pd.DataFrame() if text is None else precision_curves(results, text.metric, text.task)
     if rows.empty or text is None:
         raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
-    is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
-    is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
+    is_gptq = (rows["method"] == "gptq") & (rows["bits"] == 2)
+    is_float = (rows["data_type"] == "float") & ~has_settings(rows) & (rows["bits"] == 3)
     pick = ["model", "block_size", "value", "key"]
-    gptq = rows[is_gptq][[*pick, "data_type"]].rename(columns={"data_type": "gptq"})
+    gptq = rows[is_gptq][[*pick, "label"]].rename(columns={"label": "gptq"})
     both = gptq.merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:
         needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
@@ -304,8 +306,8 @@ def tabulate_frontier(
         if len(choices) < 2:
             continue
         names = [
-            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(kind, block)}")
-            for bits, kind, block in zip(choices["bits"], choices["data_type"], choices["block_size"], strict=True)
+            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(label, block)}")
+            for bits, label, block in zip(choices["bits"], choices["label"], choices["block_size"], strict=True)
         ]
         first, second = choices.iloc[0], choices.iloc[1]
         rows.append(

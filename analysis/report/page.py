@@ -18,7 +18,8 @@ from typing import Any, Final
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from kbit.analysis.curves.curves import AmbiguousResults, is_missing, name_data_types
+from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.curves.settings import is_missing, make_labels
 from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.figures.styles import LINE_STYLES
 from kbit.analysis.statistics.findings import finding
@@ -104,13 +105,13 @@ def list_measures(results: pd.DataFrame) -> list[dict[str, Any]]:
 def collect_columns(results: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the measurements to show, a list for each column: what hovering, filters and axes need."""
     rows = results[results["metric"].isin(METRICS)]
-    names = name_data_types(rows)
+    labels = make_labels(rows)
     table = pd.DataFrame(
         {
             "measure": rows["metric"] + ": " + rows["task"],
             **{name: rows[name] for name in ("family", "model", "key", "evaluation") if name in rows},
             "bits": rows["bits"].astype(int),
-            "data_type": [str(name) if not is_missing(name) else "unquantized" for name in names],
+            "data_type": [str(label) if not is_missing(label) else "unquantized" for label in labels],
             "block_size": [name_block_size(*pair) for pair in zip(rows["block_size"], rows["bits"], strict=True)],
             "method": rows["method"].astype("string").fillna("none"),
             **{name: rows[name].astype(float) for name in ("total_bits", "bits_per_param", "value", "low", "high")},

@@ -23,7 +23,7 @@ from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.store.items import read_items_by_task
 
-CHOICE: Final = ["total_bits", "data_type", "block_size", "bits", "value", "low", "high", "chance"]
+CHOICE: Final = ["total_bits", "label", "block_size", "bits", "value", "low", "high", "chance"]
 
 
 SAME_MEAN: Final = 1e-6  # items are kept as float32: 1e-7; one item of the paper's 18,300 moves the mean by 2e-5
@@ -200,8 +200,8 @@ def choose_precision(
         results: see draw_values.
 
     Returns:
-        Columns total_bits (the budget), data_type, block_size, bits, value, low, high (95%, from the draws), chance. Of
-        each budget first the curve with the best value, then the others by their chance: the second row is the
+        Columns total_bits (the budget), label, block_size, bits, value, low, high (95%, from the draws), chance. At
+        each budget the curve with the best value comes first, then the others by their chance. The second row is the
         likeliest rival, which need not have the second best value.
     """
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant

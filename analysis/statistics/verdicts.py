@@ -14,15 +14,16 @@ from kbit.analysis.curves.curves import (
     AmbiguousResults,
     Measure,
     bound_budgets,
+    find_measures,
     is_contest,
     precision_curves,
     split_variants,
 )
-from kbit.analysis.curves.selections import rank_setting
-from kbit.analysis.figures.panels import format_bits
-from kbit.analysis.statistics.claims import CLAIMED_BITS, Race, Trial, find_measures, line_up, try_precision
+from kbit.analysis.curves.settings import rank_block, rank_data_type, rank_label
+from kbit.analysis.curves.units import format_bits
+from kbit.analysis.statistics.claims import CLAIMED_BITS, Race, Trial, line_up, try_precision
 
-MOST_VARIANTS: Final = 4  # of a family and measure in a table that is read; the CSV has all
+MOST_VARIANTS: Final = 4  # of a family and measure in a table that is read, while the CSV has all
 
 
 MOST_TRIALS: Final = 80  # variants that are tried, over all families and measures: 0.03 s each
@@ -37,17 +38,17 @@ NO_CONTEST: Final = "no contest: one quantized precision"
 def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
     """Return the statement "k-bit is optimal" for every family and measure, with its margin.
 
-    A variant is a data type with its method, outliers and other settings, and a block size; those with the most points
-    come first. A variant with one quantized precision is listed as NO_CONTEST, without a verdict; of a large study's
-    variants the first of each family and measure are tried, MOST_TRIALS in all, and the others listed as NOT_TRIED.
+    A variant is a data type with its method, outliers and other settings, and a block size. The variants with the most
+    points come first. A variant with one quantized precision is listed as NO_CONTEST, without a verdict. Of a large
+    study's variants the first of each family and measure are tried, MOST_TRIALS in all, and the others are listed as
+    NOT_TRIED. Variants whose curves never meet are left out. A family measured in several ways has one row, with the
+    reason as its grade.
 
     Returns:
-        Columns family, data_type, block_size, measure, precisions (that were compared), bits (the one that is best over
-        most budgets), share, gap, low, high, rival, chance, grade (of "this precision is optimal"), four_bit (the grade
-        of the paper's claim), source, lowest, highest (the budgets compared, bits), keys (of the experiments, separated
-        by blanks).
-        Variants whose curves never meet are left out; a family measured in several ways has one row, with the reason
-        as its grade.
+        Columns family, data_type (the variant's label), block_size, measure, precisions (that were compared), bits (the
+        one that is best over most budgets), share, gap, low, high, rival, chance, grade (of "this precision is
+        optimal"), four_bit (the grade of the paper's claim), source, lowest, highest (the budgets compared, bits), keys
+        (the experiments' keys, separated by blanks).
     """
     most = max(MOST_VARIANTS, MOST_TRIALS // max(1, 2 * results["family"].nunique()))  # by accuracy and cross entropy
     rows: list[dict[str, Any]] = []
@@ -61,13 +62,13 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
             rows += judge_variants(curves, measure, results, most)
     columns = ["bits", "share", "gap", "low", "high", "rival", "chance", "grade", "four_bit", "source"]
     columns += ["lowest", "highest", "keys"]
-    return pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns]).astype(
-        {"block_size": "Int64", "bits": "Int64", "rival": "Int64"}
-    )
+    table = pd.DataFrame(rows, columns=[*VARIANT, "measure", "precisions", *columns])
+    table = table.rename(columns={"label": "data_type"})
+    return table.astype({"block_size": "Int64", "bits": "Int64", "rival": "Int64"})
 
 
 def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame, most: int) -> list[dict[str, Any]]:
-    """Return the rows of tabulate_verdicts of one family and measure; at most so many variants are tried."""
+    """Return the rows of tabulate_verdicts for one family and measure, with at most so many variants tried."""
     rows: list[dict[str, Any]] = []
     tries = 0
     for variant, group in sorted(split_variants(curves), key=rank_variant):
@@ -89,7 +90,7 @@ def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
 
 
 def list_candidates(race: Race) -> list[int]:
-    """Return the precisions that can be the best of describe_best, and CLAIMED_BITS: a trial of each takes time."""
+    """Return the precisions that describe_best can choose, and CLAIMED_BITS, as a trial of each takes time."""
     values = race.values.to_numpy()
     shares: dict[int, float] = {}
     for place, bits in enumerate(race.values):
@@ -106,18 +107,19 @@ def list_bits(bits: Iterable[Any]) -> str:
 
 
 def name_range(low: float, high: float) -> str:
-    """Return budgets as "20 Mbit to 300 Mbit"; "-" where none are compared."""
+    """Return budgets as "20 Mbit to 300 Mbit", or "-" where none are compared."""
     return "-" if np.isnan(low) else f"{format_bits(low)} to {format_bits(high)}"
 
 
 def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
-    """Return the place of a variant: the most points first, of equals the paper's settings."""
+    """Return the place of a variant: the most points first, and among equals the paper's settings."""
     variant, points = part
-    return -len(points), rank_setting(variant["data_type"]), rank_setting(variant["block_size"])
+    data_type = rank_data_type(points["data_type"].iloc[0])
+    return -len(points), data_type, rank_label(variant["label"]), rank_block(variant["block_size"])
 
 
 def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:
-    """Return the row of the precision that is best over most budgets (of equals: with the largest gap)."""
+    """Return the row of the precision that is best over most budgets, and among equals has the largest gap."""
     best = max(tested.values(), key=lambda trial: (trial.share, trial.gap))
     fields = ("bits", "share", "gap", "low", "high", "rival", "chance", "grade", "source")
     claim = tested[CLAIMED_BITS].grade if CLAIMED_BITS in tested else "not tested"

@@ -110,7 +110,8 @@ def make_points() -> Callable[..., pd.DataFrame]:
     def build(curves: dict[Any, dict[int, float]], error: float = 0.01) -> pd.DataFrame:
         rows = [
             {
-                "family": "toy", "data_type": "nf", "block_size": 64, "panel": "toy", "series": str(name),
+                "family": "toy", "data_type": "nf", "label": "nf", "block_size": 64, "panel": "toy",
+                "series": str(name),
                 "bits": name if isinstance(name, int) else 4, "model": f"m{place}", "total_bits": size,
                 "value": value, "low": value - 1.96 * error, "high": value + 1.96 * error, "key": f"{name}-{size}",
             }

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.text import Text
 
+from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.drawing import LIMIT, LIMIT_OF_MODELS, MissingResults
-from kbit.analysis.figures.panels import choose_ticks, format_bits
+from kbit.analysis.figures.panels import choose_ticks
 from kbit.analysis.figures.registry import FIGURES, save_figures
 from kbit.analysis.figures.styles import LINE_STYLES, SERIES_STYLES, TooManyCurves, style_series
 
