@@ -29,13 +29,14 @@ CLAIM: Final = (
 )
 
 
-CLAIMED: Final = ("llm_int8", "absmax")  # keeps the 16-bit loss; does not
+CLAIMED: Final = ("llm_int8", "absmax")  # the first keeps the 16-bit loss, the second does not
 
 
 USUAL_THRESHOLD: Final = 6.0
 
 
-# nats: a log axis is linear below, so that zero and gains are on it; where none adds ten times as much, it all is
+# Nats. Below it a log axis is linear, so that zero and gains are on it. Where no method adds ten times as much, the
+# whole axis is linear.
 LINEAR_TO: Final = 1e-3
 
 
@@ -101,7 +102,7 @@ def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -
 
 
 def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
-    """Return COLUMNS, a row for each model and int8 method; added is over the model's 16-bit loss."""
+    """Return COLUMNS, a row for each model and int8 method. Column added is relative to the model's 16-bit loss."""
     measure = find_cross_entropy(results)
     if measure is None:
         return pd.DataFrame()
@@ -135,7 +136,7 @@ def read_paper() -> pd.DataFrame:
 def judge_methods(ours: pd.DataFrame) -> str:
     """Return in how many models llm_int8 keeps the 16-bit loss and absmax does not, by the intervals of what each adds.
 
-    To keep it is to add less than NEGLIGIBLE, not to keep it is to add more; the claim is both.
+    To keep the loss is to add less than NEGLIGIBLE, and not to keep it is to add more. The claim says both.
     """
     limit = NEGLIGIBLE[False]
     index = {name: ours[ours["method"] == name].drop_duplicates("model").set_index("model") for name in CLAIMED}

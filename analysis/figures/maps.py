@@ -66,9 +66,9 @@ SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone
 def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
     """Draw, for each family and precision, what each data type and block size loses at equal total bits.
 
-    A cell is the mean over the shared budgets of the distance to the best cell there: smaller blocks pay for their
+    A cell is the mean over the shared budgets of the distance to the best cell there. Smaller blocks pay for their
     scales, as they are compared with a larger model. Below each number are the bits per parameter. One scale of shades
-    serves all panels; a cell that was not measured is hatched.
+    serves all panels. A cell that was not measured is hatched.
 
     Raises:
         MissingResults: nowhere are there two data types in two block sizes, each at two or more sizes of a model.
@@ -106,9 +106,9 @@ class Cells:
     """The cells of one map.
 
     Attributes:
-        table: a row per cell: data_type, block_size, loss, keys (of its experiments), bits_per_param, panel, measure.
-        points: of the curves, column cell tells them apart: the index of `table`.
-        budgets: at which all cells are compared.
+        table: a row per cell, with data_type, block_size, loss, keys (of experiments), bits_per_param, panel, measure.
+        points: the curves' points, whose column cell has the index of their row in `table`.
+        budgets: the budgets at which all cells are compared.
     """
 
     table: pd.DataFrame
@@ -139,7 +139,7 @@ def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
 
 
 def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
-    """Return the cells of one precision that have a curve; None if they are not two data types in two block sizes."""
+    """Return the cells of one precision that have a curve, or None without two data types in two block sizes."""
     points = curves.assign(cell=curves.groupby(["data_type", "block_size"], dropna=False).ngroup())
     values = tabulate_curves(points, by="cell")
     if values.empty:
@@ -201,7 +201,7 @@ def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable
 def choose_ink(shade: Sequence[float] | Floats) -> str:
     """Return "black" or "white", whichever contrasts more with a colour: at least 4.5 to 1 on any.
 
-    WCAG 2.1: contrast = (L + 0.05) / (L' + 0.05) of the relative luminances; black and white are level where
+    WCAG 2.1 has contrast = (L + 0.05) / (L' + 0.05) for the relative luminances. Black and white are level where
     (L + 0.05)^2 = 1.05 * 0.05.
     """
     rgb = np.asarray(shade, dtype=np.float64)[:3]
@@ -255,8 +255,8 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
 def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """Return a row per model and part quantized alone, with the one quantizer by which each family has the most.
 
-    Columns: key, family, model, bits, data_type (with settings), block_size, part, quantized_parameters, loss, low,
-    high, source; left_out is how many such experiments have other quantizers.
+    Columns: key, family, model, bits, data_type (the label, with settings), block_size, part, quantized_parameters,
+    loss, low, high, source, left_out (how many such experiments have other quantizers).
     """
     part = results["exclude"].map(name_part, na_action="ignore")
     rows = results.assign(part=part)[part.notna() | (results["bits"] == BASELINE_BITS)]
@@ -280,7 +280,7 @@ def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFram
 
 
 def name_part(exclude: str) -> str | None:
-    """Return the one part that an exclude pattern spares: "layer 3", "dense_h_to_4h"; None for other patterns."""
+    """Return the one part that an exclude pattern spares ("layer 3", "dense_h_to_4h"), or None for other patterns."""
     found = LAYERS.search(exclude)
     if found is None:
         return None

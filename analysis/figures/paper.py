@@ -27,7 +27,8 @@ from kbit.analysis.curves.selections import (
     select_outliers,
     select_precisions,
 )
-from kbit.analysis.statistics.claims import Expectation, Groups, Split, judge_contrasts, judge_four_bit
+from kbit.analysis.statistics.claims import Expectation, Groups, Split, judge_contrasts
+from kbit.analysis.statistics.verdicts import judge_four_bit
 
 Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], str]
 

@@ -43,7 +43,7 @@ PERPLEXITY_CAP: Final = 100.0  # the paper cuts curves there as unstable (Append
 MIN_POINTS: Final = 4
 
 
-MOST_BARS: Final = 200  # points; more bars would hide them
+MOST_BARS: Final = 200  # points, as more bars would hide them
 
 
 MIN_MODELS: Final = 8  # below, resampling models says little
@@ -67,15 +67,15 @@ class Relation:
     """A scatter plot of experiments.
 
     Attributes:
-        name: of the figure.
+        name: the figure's name.
         claim: the question, or what the paper says.
         x, y: results -> one value per experiment, index key.
-        x_label, y_label: of the axes.
+        x_label, y_label: the labels of the axes.
         needs: what the results must hold.
         studies: ready studies that measure it.
         rank: whether ranks are correlated (Spearman) in place of values (Pearson).
         log_x: whether x has a log axis.
-        of_accuracy: whether y is of the mean zero-shot accuracy; otherwise of the cross entropy.
+        of_accuracy: whether y comes from the mean zero-shot accuracy instead of the cross entropy.
         lost: whether y is what a model loses against itself at 16 bits.
     """
 
@@ -142,7 +142,7 @@ def read_metric(results: pd.DataFrame, metric: str, task: str) -> pd.Series[floa
 
 
 def read_lost(results: pd.DataFrame, measure: Measure | None) -> pd.Series[float]:
-    """Return what each quantized experiment loses against its model at 16 bits; without a baseline it is left out."""
+    """Return what each quantized experiment loses against its model at 16 bits. It is left out without a baseline."""
     if measure is None:
         return pd.Series(dtype=np.float64)
     rows = pick_rows(results, measure.metric, measure.task)
@@ -221,12 +221,13 @@ def gather_points(relation: Relation, results: pd.DataFrame) -> pd.DataFrame:
 def correlate(points: pd.DataFrame, rank: bool, seed: int = 0) -> tuple[float, float, float, str]:
     """Return the correlation of x and y with its 95% interval, and how the interval was found.
 
-    Models are resampled where there are MIN_MODELS or more (the points of a model hang together); otherwise the
+    Models are resampled where there are MIN_MODELS or more, because the points of a model hang together. Otherwise the
     interval is Fisher's, as if points were independent, and too narrow.
 
     Args:
-        points: columns x, y, model.
-        rank: Spearman's rho in place of Pearson's r.
+        points: a table with the columns x, y, model.
+        rank: whether to return Spearman's rho in place of Pearson's r.
+        seed: the seed of the resampling.
     """
     if rank:
         points = points.assign(x=points["x"].rank(), y=points["y"].rank())

@@ -59,7 +59,7 @@ SHOWN: Final = 28  # rows of a table that a page holds
 def finish_table(
     name: str, data: pd.DataFrame, shown: pd.DataFrame, title: str, claim: str, verdict: str, *notes: str
 ) -> PaperFigure:
-    """Draw a table with claim and verdict below it; at most SHOWN rows, all of them in the data."""
+    """Draw a table of at most SHOWN rows with claim and verdict below it. All rows are in the data."""
     left = len(shown) - SHOWN
     fig: Figure = draw_table(shown.head(SHOWN), title)
     more = f"{left} more rows are in the CSV." if left > 0 else ""
@@ -98,10 +98,10 @@ def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: 
     """Return whether the first of each pair is better on average: the mean lead with its interval.
 
     Args:
-        both: a row per pair; key_gptq and key_float name its experiments.
+        both: a row per pair, whose key_gptq and key_float name its experiments.
         rows: points of all curves, see curves.precision_curves.
         text: the measure, a loss.
-        results: see frontier.draw_values.
+        results: the table behind the points, see frontier.draw_values.
     """
     points = rows.drop_duplicates("key").set_index("key", drop=False).loc[[*both["key_gptq"], *both["key_float"]]]
     weights = np.repeat([-1 / len(both), 1 / len(both)], len(both))
@@ -140,8 +140,8 @@ def judge_order(correlations: pd.DataFrame) -> str:
     """Return whether the proxy is better before feed-forward layers than in attention, and there than in the control.
 
     Args:
-        correlations: index model, columns the relations. Differences are of each model; models are the sample of their
-            95% t-interval.
+        correlations: a table with index model and the relations as columns. A difference is taken within each model,
+            and the models are the sample of its 95% t-interval.
     """
     order = correlations.reindex(columns=["feed_forward", "attention", "control"]).dropna()
     grades, parts = [], []
@@ -217,7 +217,7 @@ def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def show_chance(chance: float) -> str:
-    """Return for example "97%"; "?" where a value without an interval leaves it unknown."""
+    """Return for example "97%", or "?" where a value without an interval leaves it unknown."""
     return "?" if np.isnan(chance) else f"{chance:.0%}"
 
 
@@ -287,11 +287,11 @@ def tabulate_frontier(
 
     Args:
         curves: from find_rivals.
-        family: its family.
-        measure: what makes a choice the best.
-        steps: budgets, evenly spaced in their logarithm inside the frontier's range; of all curves, where only one
-            curve reaches the frontier's.
-        results: see frontier.draw_values.
+        family: the curves' family.
+        measure: the measure by which a choice is the best.
+        steps: the number of budgets, evenly spaced in their logarithm inside the range of the frontier, or of all
+            curves where only one curve reaches the frontier's range.
+        results: the table behind the curves, see frontier.draw_values.
     """
     if curves.empty:
         return pd.DataFrame()

@@ -29,7 +29,7 @@ from kbit.store.readers import read_failures, read_provenance, read_results
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
 
 
-# Which measurements can be shown, in the order of the menu; higher is better of these but the last two.
+# Which measurements can be shown, in the order of the menu. Higher is better for all but the last two.
 METRICS: Final = ("acc", "top1_agreement", "cross_entropy", "kl_divergence")
 
 
@@ -44,7 +44,7 @@ SYMBOLS: Final = {
 
 
 def write_report(store: str | Path, out: Path) -> None:
-    """Write the report of a store to one HTML file; the file is replaced in one step.
+    """Write the report of a store to one HTML file, which is replaced in one step.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -134,7 +134,7 @@ def list_styles() -> dict[str, dict[str, str]]:
 
 
 def format_table(table: pd.DataFrame, empty: str) -> str:
-    """Return an HTML table of escaped text, numbers to four significant digits; or the sentence if it has no rows."""
+    """Return an HTML table of escaped text, with numbers to four significant digits, or `empty` if it has no rows."""
     if table.empty:
         return f"<p>{html.escape(empty)}</p>"
     head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table)
@@ -146,7 +146,7 @@ def format_table(table: pd.DataFrame, empty: str) -> str:
 
 
 def format_cell(cell: Any) -> str:
-    """Return a cell as text; missing ones as a dash."""
+    """Return a cell as text, a missing one as a dash."""
     if is_missing(cell):
         return "-"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

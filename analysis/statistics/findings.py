@@ -17,8 +17,8 @@ from kbit.analysis.curves.curves import (
     split_variants,
 )
 from kbit.analysis.curves.settings import is_missing, name_variant
-from kbit.analysis.statistics.claims import line_up, try_precision
 from kbit.analysis.statistics.grades import describe_lead
+from kbit.analysis.statistics.verdicts import line_up, try_precision
 
 
 def finding(results: pd.DataFrame) -> str:

@@ -23,8 +23,8 @@ from kbit.analysis.curves.curves import (
     sort_curves,
     tabulate_curves,
 )
-from kbit.analysis.statistics.claims import judge_four_bit
 from kbit.analysis.statistics.findings import finding
+from kbit.analysis.statistics.verdicts import judge_four_bit
 from kbit.cli.results import select_rows
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value

@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Measure
-from kbit.analysis.statistics.claims import (
-    Contrast,
-    Trial,
-    contrast_curves,
-    judge_contrasts,
-    judge_four_bit,
-    line_up,
-    try_precision,
-)
+from kbit.analysis.statistics.claims import Contrast, contrast_curves, judge_contrasts
 from kbit.analysis.statistics.frontier import Draws, find_strongest_rival
 from kbit.analysis.statistics.grades import describe_lead
-from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, tabulate_verdicts
+from kbit.analysis.statistics.verdicts import (
+    MOST_VARIANTS,
+    NO_CONTEST,
+    NOT_TRIED,
+    Trial,
+    judge_four_bit,
+    line_up,
+    tabulate_verdicts,
+    try_precision,
+)
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
