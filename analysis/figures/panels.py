@@ -62,11 +62,10 @@ TICK_STEPS: Final = (
 
 
 def draw_panels(curves: pd.DataFrame, y_label: str, higher_is_better: bool, published: pd.DataFrame) -> Figure:
-    """Draw every panel's curves; panels of one family share their axes' limits.
+    """Draw every panel's curves. Panels of one family share their axes' limits.
 
     Args:
-        curves: points. Their panel and series say where each is drawn, in order of appearance. Panels of one family
-            share their limits.
+        curves: points with the columns panel and series, which say where each is drawn, in order of appearance.
         y_label: the measure with its unit.
         higher_is_better: False lets collapsed points leave the axes (view_limits).
         published: points of papers to draw beside them, perhaps none, with panel, total_bits and value.

@@ -6,7 +6,7 @@ Every law here is of one form, an exponential of linear terms plus linear terms:
 
 | law | y | formula | source |
 |---|---|---|---|
-| power | L | C N^-p k^-q | bivariate in parameters and bits; the paper (section 4) reports that it fits poorly |
+| power | L | C N^-p k^-q | bivariate in parameters and bits: by the paper (section 4) it fits poorly |
 | offset | L | C N^-p + E + e_k | a base curve and an offset per precision, e_16 = 0: the paper's "nearly parallel" |
 | kumar | L - L_16 | C N^-b exp(-k / g) | Kumar et al. 2024, arXiv 2411.04330, equation of delta_PTQ |
 | block | L - L_16 | C N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training, G is the block size |

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import AmbiguousResults
 from kbit.analysis.curves.settings import make_label
+from kbit.analysis.figures.drawing import PaperFigure
 from kbit.analysis.figures.int8 import read_paper
 from kbit.analysis.figures.registry import FIGURES
 from kbit.layers.int8_schemes import SCHEMES
@@ -86,7 +88,9 @@ def test_an_int8_method_and_ways_to_select_outliers_name_their_curve() -> None:
     assert make_label(nf | {"outlier_fraction": 0.0, "outlier_zscore": 4.0}) == "nf outliers z > 4"
 
 
-def test_figure_4_shows_the_controls_beside_the_proxy(planted: pd.DataFrame) -> None:
+def test_figure_4_shows_the_controls_beside_the_proxy(
+    planted: pd.DataFrame, draw_planted: Callable[[str], PaperFigure]
+) -> None:
     kept = planted[planted["outlier_fraction"] == 0.02]
     control = kept.assign(outlier_selection="random", key=kept["key"] + "random")
     figure = FIGURES["figure_4"](pd.concat([planted.assign(outlier_selection="proxy"), control], ignore_index=True))
@@ -94,7 +98,7 @@ def test_figure_4_shows_the_controls_beside_the_proxy(planted: pd.DataFrame) -> 
     assert list(dict.fromkeys(three["series"])) == ["3-bit", "3-bit with 2% outliers", "3-bit with 2% random", "4-bit"]
     # the claims are about the proxy; one more part compares it with the control, whose loss is planted as the same
     head, _, part = figure.verdict.partition(" [outliers by proxy gain more than random dimensions] ")
-    assert head == FIGURES["figure_4"](planted).verdict
+    assert head == draw_planted("figure_4").verdict
     assert part.startswith(
         "Of 2 panels: undecided in 2. Mean lead: opt, 3-bit nf block 64, 3-bit with 2% outliers over"
     )

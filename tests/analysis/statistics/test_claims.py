@@ -209,8 +209,14 @@ def test_panels_are_counted_and_named(make_points: Build) -> None:
     assert "other, a over b: -0.2500 (95%" in text
 
 
-def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
-    table = tabulate_verdicts(planted)
+@pytest.fixture(scope="module")
+def verdicts(planted: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of the planted store, worked out once."""
+    return tabulate_verdicts(planted)
+
+
+def test_the_verdicts_of_a_planted_store(verdicts: pd.DataFrame) -> None:
+    table = verdicts
     assert set(table["family"]) == {"opt", "pythia"}
     assert set(table["measure"]) == {"mean zero-shot accuracy", "cross entropy"}
     variants = table.groupby(["family", "measure"])[["data_type", "block_size"]]
@@ -225,11 +231,12 @@ def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
     assert (table["share"] <= 1).all()
 
 
-def test_of_many_variants_the_first_are_tried(planted: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tabulate_verdicts(planted)
+def test_of_many_variants_the_first_are_tried(
+    planted: pd.DataFrame, verdicts: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kbit.analysis.statistics.verdicts.MOST_TRIALS", 2)
     few = tabulate_verdicts(planted)
-    assert few["keys"].tolist() == whole["keys"].tolist()
+    assert few["keys"].tolist() == verdicts["keys"].tolist()
     assert set(few[few["grade"] != NO_CONTEST].groupby(["family", "measure"])["bits"].count()) == {MOST_VARIANTS}
     assert few.loc[few["bits"].isna(), "grade"].isin([NO_CONTEST, NOT_TRIED]).all()
 
