@@ -139,7 +139,8 @@ def spread_baseline(baseline: pd.DataFrame, quantized: pd.DataFrame) -> pd.DataF
     The exponent bits of one variant depend on the precision: they are the paper's.
     """
     own = ["data_type", *SETTING_COLUMNS]
-    variants = quantized.drop_duplicates(VARIANT)[[*VARIANT, *own]].assign(exponent_bits=pd.NA)
+    variants = quantized.drop_duplicates(VARIANT)[[*VARIANT, *own]]
+    variants = variants.assign(exponent_bits=pd.Series(pd.NA, variants.index, dtype="Int64"))
     return baseline.drop(columns=["block_size", *own], errors="ignore").merge(variants, on="family", how="left")
 
 
