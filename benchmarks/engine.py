@@ -46,6 +46,7 @@ from watch import Load, Watch
 from kbit.data.task_files import EMBEDDED_TASKS
 from kbit.evaluation.config import NANO_TASKS, EvalConfig
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.provenance import git_commit, package_versions
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -131,7 +132,7 @@ def read_accuracies(study: Study, results: Path) -> Accuracies:
     from kbit.store.readers import read_results
 
     rows = read_results(results).query("metric == 'acc'")
-    names = {experiment.key: name for name, experiment in study.experiments().items()}
+    names = {find_key(experiment): name for name, experiment in study.experiments().items()}
     found: Accuracies = {}
     for key, task, value in rows[["key", "task", "value"]].itertuples(index=False):
         found.setdefault(names[key], {})[task] = value

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kbit.cli.explain import check_grid, explain
 from kbit.experiments.config import RunConfig
-from kbit.experiments.serialize import Values, build
+from kbit.experiments.serialize import Values, from_json
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Composer:
 def _build_point(values: Values, point: Sequence[str], hint: str = "") -> RunConfig:
     """Return a point's configuration; one that is refused is named, since it may be one of thousands."""
     try:
-        return build(RunConfig, values)
+        return from_json(RunConfig, values)
     except ValueError as error:
         where = f" (at {' '.join(point)}{hint})" if len(point) > 1 else ""
         raise ValueError(f"{error}{where}") from None

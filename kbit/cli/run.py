@@ -66,7 +66,7 @@ def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = 
             print(f"\nstopped; finished results are kept in {store.root}: the same command goes on", file=sys.stderr)
             sys.exit(130)
         compact_quietly(store)
-    report_results(configs, settings, store)
+    report_results(plan, settings, store)
 
 
 def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, store_path: str) -> Generator[Outcome]:
@@ -75,9 +75,9 @@ def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, s
     from kbit.engine.worker import run_in_process
 
     if engine == "process":
-        return run_in_process(plan.to_run, store_path, settings.device)
+        return run_in_process(plan, store_path, settings.device)
     memory = estimator.predict_memory(plan.to_run)
-    return run_on_ray(plan.to_run, store_path, settings.device, settings.ray, estimator.cost_of, memory)
+    return run_on_ray(plan, store_path, settings.device, settings.ray, estimator.cost_of, memory)
 
 
 def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:

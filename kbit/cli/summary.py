@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kbit.cli.errors import fail
@@ -12,14 +11,15 @@ from kbit.experiments.config import RunConfig
 if TYPE_CHECKING:
     import pandas as pd
 
+    from kbit.engine.plan import Plan
     from kbit.store.store import Store
 
 
-def report_results(configs: Sequence[RunConfig], settings: RunConfig, store: Store) -> None:
+def report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     """Say what the store now has of what was asked; exit with 1 if not all of it."""
     from kbit.store.readers import read_failures
 
-    distinct = {config.experiment.key: config.experiment for config in configs}
+    distinct = {key: experiment for experiment, key in plan.keys.items()}
     missing = distinct.keys() - store.finished_keys()
     if not missing:
         if len(distinct) == 1:

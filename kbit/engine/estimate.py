@@ -20,13 +20,12 @@ from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
 from kbit.data.texts import locate_text, read_documents
 from kbit.evaluation.config import TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.experiments.config import Experiment
-from kbit.experiments.serialize import read_experiment
 from kbit.models.catalog import family_of
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import ModelSize, find_size
 from kbit.store.filesystem import is_url
 from kbit.store.readers import read_results
-from kbit.store.records import read_records
+from kbit.store.results import load_results
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -110,14 +109,13 @@ class Estimator:
             table = read_results(store_path).drop_duplicates("key")
             mine = table[table["model"].isin({experiment.model.name for experiment in experiments})]
             alike = (table if mine.empty else mine).groupby(["model", "dtype", "method", "evaluation"], dropna=False)
-            records = list(read_records(store_path, "experiments", set(alike.tail(_STORED)["key"])))
+            results = list(load_results(store_path, set(alike.tail(_STORED)["key"])))
         except (ValueError, OSError):  # no store yet, or a damaged file, which its readers will name
             return
-        for record in records:
-            on_cpu = record["device"].endswith("threads")
-            if on_cpu == (self._device == "cpu") and (record["threads"] == threads or not on_cpu):
-                took = record["seconds_quantize"] + record["seconds_evaluate"]
-                self.learn(read_experiment(record["experiment"]), took, record.get("tokens", 0))
+        for result in results:
+            on_cpu = result.device.endswith("threads")
+            if on_cpu == (self._device == "cpu") and (result.threads == threads or not on_cpu):
+                self.learn(result.experiment, result.seconds_quantize + result.seconds_evaluate, result.tokens)
 
     def count_tokens(self, alike: CostClass) -> int | None:
         """Return the tokens that are sent to the model for an experiment; None if they cannot be told."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kbit.data.task_files import find_local_tasks
 from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.experiments.config import Experiment, RunConfig
+from kbit.experiments.identity import check_texts, find_key
 from kbit.models.catalog import locate_model
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
@@ -20,14 +21,14 @@ class Plan:
 
     Attributes:
         asked: experiments asked for, repeats included.
-        distinct: the distinct ones, in the order asked.
+        keys: the key of each distinct experiment, in the order asked. Files that change afterwards do not change it.
         done: how many of them have a result.
         failed: how many of them are recorded as failed and will not be tried again.
         to_run: the rest, grouped by model, largest model first.
     """
 
     asked: int
-    distinct: tuple[Experiment, ...]
+    keys: Mapping[Experiment, str]
     done: int
     failed: int
     to_run: tuple[Experiment, ...]
@@ -35,7 +36,7 @@ class Plan:
     def describe(self) -> str:
         """Return the plan as one line."""
         failed = f", {self.failed} failed before (retry_failed=true runs them again)" if self.failed else ""
-        return f"{self.asked} asked, {len(self.distinct)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
+        return f"{self.asked} asked, {len(self.keys)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Outcome:
     tokens: int = 0
 
 
-def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
+def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
     """De-duplicate by key, drop what the store has, group by model; the store need not exist yet."""
-    distinct = {experiment.key: experiment for experiment in experiments}
+    distinct = {find_key(experiment): experiment for experiment in experiments}
     finished, failures = list_keys(store_path)
     done, failed = finished & distinct.keys(), failures & distinct.keys()
     skip = done if retry_failed else done | failed
@@ -71,7 +72,8 @@ def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retr
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
     to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
     failed_count = 0 if retry_failed else len(failed)
-    return Plan(len(experiments), tuple(distinct.values()), len(done), failed_count, tuple(to_run))
+    keys = {experiment: key for key, experiment in distinct.items()}
+    return Plan(len(experiments), keys, len(done), failed_count, tuple(to_run))
 
 
 def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:
@@ -82,7 +84,7 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     locate_model(experiment.model.name)
     for text in experiment.texts:
         (locate_text if planned_only else check_text)(text)
-    experiment.check_texts()
+    check_texts(experiment)
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.data.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
 

@@ -9,10 +9,10 @@ import os
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
-from kbit.engine.plan import Outcome
+from kbit.engine.plan import Outcome, Plan
 from kbit.engine.schedule import Schedule
 from kbit.engine.worker import RayWorker
 from kbit.experiments.config import Experiment, RayConfig
@@ -31,17 +31,17 @@ _PROBE_SECONDS: Final = 60  # for that, importing torch included
 
 
 def run_on_ray(
-    experiments: Sequence[Experiment],
+    plan: Plan,
     store_path: str,
     device: str,
     config: RayConfig,
     cost: Callable[[Experiment], float] = lambda _: 1.0,
     worker_bytes: int | None = None,
 ) -> Generator[Outcome]:
-    """Run the experiments on Ray workers, each keeping its model loaded.
+    """Run a plan's experiments on Ray workers, each keeping its model loaded.
 
     Args:
-        experiments: as make_plan orders them; store_path, device: see Worker.
+        plan: what to run; store_path, device: see Worker.
         config: what workers ask for; without gpus_per_worker on a GPU, it is chosen by worker_bytes.
         cost: see Schedule.
         worker_bytes: memory of a worker, estimated; None if that is not known.
@@ -57,7 +57,7 @@ def run_on_ray(
     try:
         if config.gpus_per_worker is None:
             config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes))
-        count = min(_count_workers(config), len(experiments))
+        count = min(_count_workers(config), len(plan.to_run))
         remote = ray.remote(RayWorker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
@@ -68,13 +68,13 @@ def run_on_ray(
         def start_worker() -> Any:
             return remote.remote(store_path, device, config)
 
-        yield from _dispatch(experiments, start_worker, count, Store(store_path), cost)
+        yield from _dispatch(plan, start_worker, count, Store(store_path), cost)
     finally:
         ray.shutdown()
 
 
 def _dispatch(
-    experiments: Sequence[Experiment],
+    plan: Plan,
     start_worker: Callable[[], Any],
     count: int,
     store: Store,
@@ -83,8 +83,8 @@ def _dispatch(
     """Keep `count` actors busy until no experiment waits; replace an actor that died."""
     import ray
 
-    waiting = Schedule(experiments, cost)
-    tries: Counter[str] = Counter()
+    waiting = Schedule(plan.to_run, cost)
+    tries: Counter[Experiment] = Counter()
     last: dict[Any, Experiment] = {}  # that each worker was given, whose model it has loaded
     running: dict[Any, tuple[Any, Experiment]] = {}
     idle: deque[Any] = deque(start_worker() for _ in range(count))
@@ -93,7 +93,7 @@ def _dispatch(
             worker = idle.popleft()
             experiment = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
             last[worker] = experiment
-            running[worker.run.remote(experiment)] = (worker, experiment)
+            running[worker.run.remote(experiment, plan.keys[experiment])] = (worker, experiment)
         ready, _ = ray.wait(list(running), num_returns=1)
         worker, experiment = running.pop(ready[0])
         working = tuple(other for _, other in running.values())
@@ -108,19 +108,20 @@ def _dispatch(
                 raise ValueError(f"a worker cannot start: {str(error).strip().splitlines()[-1]}") from None
             last.pop(worker, None)
             idle.append(start_worker())
-            tries[experiment.key] += 1
-            if tries[experiment.key] < WORKER_TRIES:
+            tries[experiment] += 1
+            if tries[experiment] < WORKER_TRIES:
                 waiting.add(experiment)
             else:
-                yield Outcome(experiment, _record_death(experiment, error, store), working=working)
+                reason = _record_death(plan.keys[experiment], experiment, error, store)
+                yield Outcome(experiment, reason, working=working)
 
 
-def _record_death(experiment: Experiment, error: Exception, store: Store) -> str:
+def _record_death(key: str, experiment: Experiment, error: Exception, store: Store) -> str:
     """Record that an experiment's workers died, unless one did when its work was done; return the reason."""
-    if store.has(experiment.key):
+    if store.has(key):
         return ""
     reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
-    store.write_failure(experiment, reason, str(error))
+    store.write_failure(key, experiment, reason, str(error))
     return reason
 
 

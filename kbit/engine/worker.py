@@ -8,10 +8,10 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from kbit.engine.plan import Outcome
+from kbit.engine.plan import Outcome, Plan
 from kbit.engine.worker_log import log_output
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.store.store import Store
@@ -51,31 +51,31 @@ class Worker:
         self._open_session = functools.partial(Session, device=device, prepared=PreparedTasks(), gpus=gpus)
         self._session: Session | None = None
 
-    def run(self, experiment: Experiment) -> Outcome:
-        """Run one experiment; an error becomes a recorded failure, never a number."""
-        if self._store.has(experiment.key):  # another driver on this store has finished it since the plan
+    def run(self, experiment: Experiment, key: str) -> Outcome:
+        """Run one experiment under its planned key; an error becomes a recorded failure, never a number."""
+        if self._store.has(key):  # another driver on this store has finished it since the plan
             return Outcome(experiment, "")
-        log = self._store.log_path(experiment.key)
+        log = self._store.log_path(key)
         start = time.monotonic()
         try:
             with log_output(log, experiment.label(), redirect=self._own_process):
-                result, reason = self._try(experiment)
+                result, reason = self._try(experiment, key)
             if result is not None:
                 self._store.write(result)
             else:
-                self._store.write_failure(experiment, *reason)
+                self._store.write_failure(key, experiment, *reason)
         except OSError as error:  # a full disk, or a store out of reach
             return Outcome(experiment, f"{self._store.root} cannot be written: {error}", stored=False)
         tokens = 0 if result is None else result.tokens
         return Outcome(experiment, reason[0], seconds=time.monotonic() - start, tokens=tokens)
 
-    def _try(self, experiment: Experiment) -> tuple[Result | None, tuple[str, str]]:
+    def _try(self, experiment: Experiment, key: str) -> tuple[Result | None, tuple[str, str]]:
         """Return the result, or the reason and traceback of why there is none."""
         try:
             if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
                 self._session = self._open_session(experiment.model)
-            return self._session.run(experiment), ("", "")
+            return self._session.run(experiment, key), ("", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             trace = traceback.format_exc()
             if self._own_process:
@@ -83,11 +83,11 @@ class Worker:
             return None, (f"{type(error).__name__}: {error}", trace)
 
 
-def run_in_process(experiments: Iterable[Experiment], store_path: str, device: str) -> Generator[Outcome]:
-    """Run the experiments one after the other in this process, with all of torch's threads."""
+def run_in_process(plan: Plan, store_path: str, device: str) -> Generator[Outcome]:
+    """Run a plan's experiments one after the other in this process, with all of torch's threads."""
     worker = Worker(store_path, device)
-    for experiment in experiments:
-        yield worker.run(experiment)
+    for experiment in plan.to_run:
+        yield worker.run(experiment, plan.keys[experiment])
 
 
 class RayWorker(Worker):

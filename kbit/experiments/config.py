@@ -6,19 +6,13 @@ quant are in kbit.methods.config.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from kbit.checks import non_defaults
-from kbit.data.task_files import identify_tasks
-from kbit.data.texts import identify_text
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.methods.config import CALIBRATED, INT8_METHODS, QuantConfig
-from kbit.models.catalog import identify_model
 from kbit.models.config import ModelConfig
 
 
@@ -31,24 +25,24 @@ class Experiment:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
-    def content(self) -> dict[str, dict[str, Any]]:
-        """The scientific content, canonical: what decides the numbers, and nothing else.
+    def identity_fields(self) -> dict[str, dict[str, Any]]:
+        """The fields that decide the numbers, canonical. Model, tasks and texts have the names that the user gave them.
 
-        Batch size and paths are not in it; see QuantConfig.content for the quantizer.
+        The batch size and paths are not among them. See QuantConfig.identity_fields for the quantizer's fields, and
+        kbit.experiments.identity for the key.
         """
         limit = self.eval.limit if self.eval.tasks else None
-        tasks = identify_tasks(self.eval.tasks, self.eval.task_path)
-        evaluation: dict[str, Any] = {"tasks": tasks, "limit": limit}
+        evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": limit}
         if self.eval.perplexity is not None:
-            evaluation |= {"perplexity": identify_text(self.eval.perplexity)}
+            evaluation |= {"perplexity": self.eval.perplexity}
             if self.eval.perplexity_kind == "windows":
                 evaluation |= {"perplexity_windows": self.eval.perplexity_windows}
             else:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         if self.eval.features.measure:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
-        model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
-        return {"model": model, "quant": self.quant.content, "eval": evaluation}
+        model = {"name": self.model.name, "dtype": self.model.dtype}
+        return {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
 
     @property
     def texts(self) -> list[str]:
@@ -57,40 +51,12 @@ class Experiment:
         texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
         return [text for text in texts if text is not None]
 
-    def check_texts(self) -> None:
-        """Raise ValueError if it would calibrate on the text that it measures."""
-        if len(self.texts) == 2 and len({identify_text(text) for text in self.texts}) == 1:
-            measured, seen = self.texts
-            raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
-
-    @functools.cached_property
-    def key(self) -> str:
-        """16 hexadecimal digits of the sha256 of the content: the experiment's identity in the store."""
-        return _hash_content(self.content)
-
-    def check_content(self) -> dict[str, dict[str, Any]]:
-        """Return the content as the files now have it, if the key still is that of it.
-
-        Raises:
-            ValueError: a file was changed after the key was computed, which is when a study is planned; or see
-                check_texts.
-        """
-        self.check_texts()
-        content = self.content
-        if _hash_content(content) != self.key:
-            files = [self.model.name, *self.texts, self.eval.task_path]
-            raise ValueError(
-                f"one of {', '.join(str(file) for file in files if file)} has changed since {self.key} was planned, so "
-                "that its result would belong to another key: plan the study again"
-            )
-        return content
-
     def label(self) -> str:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64': what is not a default."""
         has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
-        others = dict(self.quant.distinctions)
+        others = dict(self.quant.label_details)
         if self.model.dtype != ModelConfig.dtype:
             others["dtype"] = self.model.dtype
         if self.eval.task_path is not None:
@@ -170,7 +136,3 @@ class RunConfig(Experiment):
     def experiment(self) -> Experiment:
         """The experiment alone."""
         return Experiment(self.model, self.quant, self.eval)
-
-
-def _hash_content(content: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

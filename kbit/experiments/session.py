@@ -10,9 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from kbit.data.task_files import identify_tasks
 from kbit.data.tasks import LoadedTask, load_tasks
-from kbit.data.texts import name_content, read_documents
+from kbit.data.texts import read_documents
 from kbit.data.windows import Windows, make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import Feature, Measurement
@@ -22,11 +21,12 @@ from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import PreparedTask, PreparedTasks, TaskScores, prepare_task, score_tasks
 from kbit.experiments import provenance
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import check_unchanged, find_key, identify_model, identify_tasks, name_content
 from kbit.experiments.result import Result, SkippedTensor, TaskRecord, TextRecord
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
 from kbit.methods.report import QuantizationReport, plan_quantization
-from kbit.models.catalog import family_of, identify_model
+from kbit.models.catalog import family_of
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.loading import LoadedModel, load_model
 from kbit.models.parameters import hash_weights
@@ -68,15 +68,20 @@ class Session:
         """Whether this is the session of that model, as its files are now."""
         return model == self.config and identify_model(model.name) == self._identity
 
-    def run(self, experiment: Experiment) -> Result:
+    def run(self, experiment: Experiment, key: str | None = None) -> Result:
         """Quantize, evaluate, restore the weights, and return the result.
+
+        Args:
+            experiment: what to run.
+            key: the experiment's key as it was planned; None finds it now.
 
         Raises:
             ValueError: experiment.model is another model; a file is no longer what the experiment's key was computed
-                of; or see quantize_model.
+                from; or see quantize_model.
             NonFiniteError: see evaluate. The weights are restored in each case.
         """
-        content = experiment.check_content()
+        key = find_key(experiment) if key is None else key
+        content = check_unchanged(experiment, key)
         if not self.holds(experiment.model):
             raise ValueError(f"this session holds {self.config} ({self._identity}), not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
@@ -90,6 +95,7 @@ class Session:
             result = self._evaluate(experiment, data, report, reference)
             return dataclasses.replace(
                 result,
+                key=key,
                 seconds_quantize=quantized - start,
                 seconds_evaluate=time.perf_counter() - quantized,
                 peak_memory_bytes=provenance.peak_memory_bytes(self.device),
@@ -127,7 +133,7 @@ class Session:
         """Return the record without what is measured."""
         skipped = [t for t in report.tensors if not t.quantized and len(t.shape) >= 2]
         return Result(
-            key=experiment.key,
+            key="",
             experiment=experiment,
             family=family_of(experiment.model.name),
             architecture=type(self._loaded.model).__name__,

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.evaluation.measurement import ItemValues, decode_items
+from kbit.experiments.serialize import from_json
 from kbit.store.records import read_records
 
 
@@ -40,7 +41,7 @@ def read_items_by_task(
     """
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
     for record in read_records(path, "experiments", keys):
-        for items in record.get("items", ()):
-            if items["metric"] == metric:
-                found.setdefault(items["task"], {})[record["key"]] = decode_items(ItemValues(**items))
+        for items in (from_json(ItemValues, values) for values in record.get("items", ())):
+            if items.metric == metric:
+                found.setdefault(items.task, {})[record["key"]] = decode_items(items)
     return found

@@ -10,13 +10,9 @@ import pandas as pd
 import pyarrow as pa
 
 from kbit.store.filesystem import open_files
-from kbit.store.records import (
-    list_finished,
-    open_existing,
-    read_records,
-    retry,
-)
-from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements, read_parts
+from kbit.store.records import list_finished, open_existing, retry
+from kbit.store.results import load_failures, load_results, read_parts
+from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
@@ -56,14 +52,11 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
     rows = [
         {
-            "key": record["key"],
-            "label": record.get("label", ""),  # failures from before have none
-            "model": record["experiment"]["model"]["name"],
-            **{name: record["experiment"]["quant"][name] for name in ("bits", "data_type", "block_size")},
-            "reason": record["reason"],
-            "finished": record["finished"],
+            **{name: getattr(failure, name) for name in ("key", "label", "reason", "finished")},
+            "model": failure.experiment.model.name,
+            **{name: getattr(failure.experiment.quant, name) for name in ("bits", "data_type", "block_size")},
         }
-        for record in read_records(path, "failures")
+        for failure in load_failures(path)
     ]
     columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
@@ -76,9 +69,9 @@ def read_provenance(path: str | Path = "results") -> pd.DataFrame:
         FileNotFoundError: there is no store at path.
     """
     rows = [
-        {name: record[name] for name in ("git_commit", "device", "finished")}
-        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
-        for record in read_records(path, "experiments")
+        {name: getattr(result, name) for name in ("git_commit", "device", "finished")}
+        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))}
+        for result in load_results(path)
     ]
     table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
     origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
@@ -94,11 +87,11 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
     Raises:
         FileNotFoundError: there is no store at path.
     """
+    of_feature = ("dimension", "is_feature", "layers", "positions", "one_sided")
     rows = []
-    for record in read_records(path, "experiments", keys):
-        about = {"key": record["key"], "model": record["experiment"]["model"]["name"]}
-        for feature in record.get("features", ()):
-            own = {name: feature[name] for name in ("dimension", "is_feature", "layers", "positions", "one_sided")}
-            rows += [about | own | place for place in feature["by_layer"]]
-    columns = ["key", "model", "dimension", "is_feature", "layers", "positions", "one_sided", "layer", "input"]
-    return pd.DataFrame(rows, columns=[*columns, "share", "largest"])
+    for result in load_results(path, keys):
+        about = {"key": result.key, "model": result.experiment.model.name}
+        for feature in result.features:
+            own = {name: getattr(feature, name) for name in of_feature}
+            rows += [about | own | vars(place) for place in feature.by_layer]
+    return pd.DataFrame(rows, columns=["key", "model", *of_feature, "layer", "input", "share", "largest"])

@@ -12,19 +12,18 @@ who finds a file gone since it was listed looks again.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.experiments.config import Experiment
+from kbit.experiments.result import Failure, Result
+from kbit.experiments.serialize import to_json
 from kbit.store.filesystem import is_url, open_files
 from kbit.store.parquet import encode_part
 from kbit.store.records import (
@@ -35,27 +34,13 @@ from kbit.store.records import (
     read_part_keys,
     retry,
 )
-from kbit.store.rows import PART_EXPERIMENTS, PART_SCHEMA, drop_repeated, make_part, read_parts, read_rows
-
-if TYPE_CHECKING:
-    from kbit.experiments.result import Result
+from kbit.store.results import PART_EXPERIMENTS, make_part, read_part, read_parts
+from kbit.store.rows import PART_SCHEMA, drop_repeated
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read: a sweep that leaves more compacts them
 
 
 _FOLDERS: Final = ("experiments", "failures", "compacted")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An experiment without a result, and why."""
-
-    key: str
-    experiment: Experiment
-    reason: str
-    traceback: str
-    finished: str
-    label: str
 
 
 class Store:
@@ -101,14 +86,12 @@ class Store:
         self._files.create(f"experiments/{result.key}.json", _encode(result))
         self._files.remove(f"failures/{result.key}.json")
 
-    def write_failure(self, experiment: Experiment, reason: str, traceback: str) -> None:
+    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str) -> None:
         """Record that an experiment failed; a later failure replaces an earlier one."""
-        name = f"failures/{experiment.key}.json"
+        name = f"failures/{key}.json"
         self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files.create(
-            name, _encode(Failure(experiment.key, experiment, reason, traceback, now, experiment.label()))
-        )
+        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label())))
 
     def compact(self, at_least: int = 0) -> int:
         """Put the JSON files of finished experiments into Parquet files; return how many.
@@ -141,7 +124,7 @@ class Store:
                 self._files.remove(f"experiments/{key}.json")
             for name, there in read_part_keys(self._files, self._compacted).items():
                 if there & deleted:
-                    part = read_rows(self._files, name, PART_SCHEMA)
+                    part = read_part(self._files, name, PART_SCHEMA)
                     self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
         return len(deleted)
 
@@ -180,7 +163,7 @@ class Store:
         for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
             if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
-                    parts = [read_rows(self._files, old, PART_SCHEMA) for old in pending]
+                    parts = [read_part(self._files, old, PART_SCHEMA) for old in pending]
                     self._replace(pending, drop_repeated(pa.concat_tables(parts)))
                 pending, size = [], 0
             pending.append(name)
@@ -194,6 +177,5 @@ class Store:
             self._files.remove(name)
 
 
-def _encode(record: Any) -> bytes:
-    """Return a dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(record) | {"schema_version": SCHEMA_VERSION}, indent=1).encode()
+def _encode(record: Result | Failure) -> bytes:
+    return to_json(record, schema_version=SCHEMA_VERSION)

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from kbit.cli.compose import Composer, _check_union
 from kbit.cli.hydra_app import register_schema
 from kbit.experiments.config import RunConfig
+from kbit.experiments.identity import find_key
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 STUDIES = sorted(str(path.relative_to(SWEEPS).with_suffix("")) for path in SWEEPS.rglob("*.yaml"))
@@ -73,7 +74,7 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
     """Each point of its grids, composed by Hydra alone, in order; the first and last 8, and both ends of each."""
     job = [f"+sweeps={study}"]
     expanded = expand(composer, study)  # raises on a value that is not allowed
-    assert len({config.experiment.key for config in expanded}) > 1
+    assert len({find_key(config.experiment) for config in expanded}) > 1
     config = load(hydra, job)
     if config.study.unite:
         parts = [expand(composer, name) for name in config.study.unite]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.engine.plan import Outcome
+from kbit.engine.plan import Outcome, make_plan
 from kbit.engine.ray_cluster import GPU_SHARE, _count_workers, _dispatch, _start_ray, choose_gpus, count_fitting
 from kbit.engine.worker import check_gpus
 from kbit.evaluation.config import EvalConfig
@@ -45,8 +45,8 @@ def make_fragile_actor(ray: Any, poisoned: str) -> Any:
     """An actor class like Worker, which ends its own process at one experiment; its result is its process id."""
 
     class Fragile:  # in a function, so that Ray sends the class itself: workers cannot import this file
-        def run(self, experiment: Experiment) -> Outcome:
-            if experiment.key == poisoned:
+        def run(self, experiment: Experiment, key: str) -> Outcome:
+            if key == poisoned:
                 os._exit(9)
             return Outcome(experiment, "")
 
@@ -55,19 +55,21 @@ def make_fragile_actor(ray: Any, poisoned: str) -> Any:
 
 def test_experiment_that_kills_its_worker_twice_fails_and_the_others_finish(cluster: Any, tmp_path: Path) -> None:
     experiments = [make_experiment(bits) for bits in (3, 4, 5, 6)]
-    actor = make_fragile_actor(cluster, poisoned=experiments[1].key)
+    plan = make_plan(experiments, tmp_path)
+    poisoned = plan.keys[experiments[1]]
+    actor = make_fragile_actor(cluster, poisoned=poisoned)
     started: list[Any] = []
 
     def start_worker() -> Any:
         started.append(actor.remote())
         return started[-1]
 
-    outcomes = list(_dispatch(list(experiments), start_worker, 2, Store(tmp_path)))
-    failed = {outcome.experiment.key: outcome.error for outcome in outcomes if outcome.error}
-    assert failed.keys() == {experiments[1].key}
-    assert "the worker died 2 times" in failed[experiments[1].key]
-    assert {outcome.experiment.key for outcome in outcomes} == {experiment.key for experiment in experiments}
-    assert list_keys(tmp_path) == (set(), {experiments[1].key})
+    outcomes = list(_dispatch(plan, start_worker, 2, Store(tmp_path)))
+    failed = {plan.keys[outcome.experiment]: outcome.error for outcome in outcomes if outcome.error}
+    assert failed.keys() == {poisoned}
+    assert "the worker died 2 times" in failed[poisoned]
+    assert {outcome.experiment for outcome in outcomes} == set(experiments)
+    assert list_keys(tmp_path) == (set(), {poisoned})
     assert len(started) == 4  # two at the start, and one for each death
 
 
@@ -105,12 +107,13 @@ def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(
         def __init__(self) -> None:
             raise ValueError("no GPU was given")
 
-        def run(self, experiment: Experiment) -> Outcome:
+        def run(self, experiment: Experiment, key: str) -> Outcome:
             return Outcome(experiment, "")
 
     actor = cluster.remote(Broken).options(num_cpus=1, max_restarts=0)
+    plan = make_plan([make_experiment(bits) for bits in (3, 4, 5)], tmp_path)
     with pytest.raises(ValueError, match="a worker cannot start: ValueError: no GPU was given"):
-        list(_dispatch([make_experiment(4)] * 3, actor.remote, 2, Store(tmp_path)))
+        list(_dispatch(plan, actor.remote, 2, Store(tmp_path)))
     assert list_keys(tmp_path) == (set(), set())
 
 

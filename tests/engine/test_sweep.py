@@ -23,6 +23,7 @@ from kbit.engine.worker import Worker, run_in_process
 from kbit.engine.worker_log import log_output
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.models.config import ModelConfig
@@ -42,13 +43,13 @@ def make_experiment(bits: int, model: str = MODEL, data_type: str = "int") -> Ex
 def touch(store: Path, kind: str, experiment: Experiment) -> None:
     """Let the store have a file for an experiment; a plan looks at names only."""
     (store / kind).mkdir(parents=True, exist_ok=True)
-    (store / kind / f"{experiment.key}.json").touch()
+    (store / kind / f"{find_key(experiment)}.json").touch()
 
 
 def run(experiments: Sequence[Experiment], store: Path, *, fail_fast: bool = False) -> tuple[Plan, list[Outcome]]:
     """Plan and run in this process, as the command line does."""
     plan = make_plan(experiments, store)
-    return plan, finish(run_in_process(plan.to_run, str(store), "cpu"), plan, fail_fast=fail_fast)
+    return plan, finish(run_in_process(plan, str(store), "cpu"), plan, fail_fast=fail_fast)
 
 
 def copy_model(folder: Path) -> Path:
@@ -79,7 +80,7 @@ def truncated_model(tmp_path: Path) -> Path:
 def test_plan_counts_asked_and_distinct(tmp_path: Path) -> None:
     experiments = [make_experiment(bits) for bits in (4, 4, 5, 4)]
     plan = make_plan(experiments, tmp_path / "none")
-    assert (plan.asked, len(plan.distinct), plan.done, plan.failed, len(plan.to_run)) == (4, 2, 0, 0, 2)
+    assert (plan.asked, len(plan.keys), plan.done, plan.failed, len(plan.to_run)) == (4, 2, 0, 0, 2)
     assert not (tmp_path / "none").exists()
 
 
@@ -164,15 +165,15 @@ def test_experiments_run_and_are_stored(tmp_path: Path) -> None:
     losses = read_results(tmp_path).query("metric == 'cross_entropy'").set_index("bits")["value"]
     assert losses[3] > losses[16]
     assert abs(losses[8] - losses[16]) < 0.1 * (losses[3] - losses[16])  # the weights are restored in between
-    assert make_plan(plan.distinct, tmp_path).to_run == ()
+    assert make_plan(plan.keys, tmp_path).to_run == ()
 
 
 def test_model_with_nan_fails_and_the_others_finish(tmp_path: Path, nan_model: Path) -> None:
     good, bad = make_experiment(4), make_experiment(4, str(nan_model))
     _, failures = run([bad, good], tmp_path / "results")
     assert [outcome.experiment for outcome in failures] == [bad]
-    assert Store(tmp_path / "results").finished_keys() == {good.key}
-    reason = read_failures(tmp_path / "results").set_index("key").loc[bad.key, "reason"]
+    assert Store(tmp_path / "results").finished_keys() == {find_key(good)}
+    reason = read_failures(tmp_path / "results").set_index("key").loc[find_key(bad), "reason"]
     assert "gpt_neox.layers.0.attention.dense.weight (3 of " in str(reason)
 
 
@@ -181,7 +182,7 @@ def test_truncated_weights_fail_and_the_others_finish(tmp_path: Path, truncated_
     _, failures = run([bad, good], tmp_path / "results")
     assert [outcome.experiment for outcome in failures] == [bad]
     assert str(truncated_model) in failures[0].error
-    assert Store(tmp_path / "results").finished_keys() == {good.key}
+    assert Store(tmp_path / "results").finished_keys() == {find_key(good)}
 
 
 def test_quantizer_that_fails_leaves_the_model_intact_for_the_next(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_fail_fast_stops_at_the_first_failure(tmp_path: Path) -> None:
 def test_device_that_is_not_there_is_a_failure_not_another_device(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4))
+    outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4), find_key(make_experiment(4)))
     assert "there are 0 CUDA devices here" in outcome.error
     assert Store(tmp_path).finished_keys() == set()
 
@@ -213,7 +214,7 @@ def test_what_another_driver_has_finished_is_not_run_again(tmp_path: Path) -> No
     done = make_experiment(4)
     touch(tmp_path, "experiments", done)
     worker = Worker(str(tmp_path), "no device at all")
-    assert worker.run(done) == Outcome(done, "")
+    assert worker.run(done, find_key(done)) == Outcome(done, "")
 
 
 def test_a_store_that_takes_nothing_ends_the_sweep_and_is_no_failure(

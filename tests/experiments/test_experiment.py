@@ -16,6 +16,7 @@ from kbit.data.texts import read_bytes, read_documents
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import decode_items
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.experiments.session import Session, run_experiment
 from kbit.methods.config import QuantConfig
@@ -109,7 +110,7 @@ def test_a_session_refuses_an_experiment_on_another_model(session: Session) -> N
 def test_a_result_carries_the_whole_configuration(fresh_nf4: Result) -> None:
     experiment = Experiment(SMALL, NF4, EVAL)
     assert fresh_nf4.experiment == experiment
-    assert fresh_nf4.key == experiment.key
+    assert fresh_nf4.key == find_key(experiment)
 
 
 def test_a_result_counts_its_bits_and_coverage(fresh_nf4: Result) -> None:

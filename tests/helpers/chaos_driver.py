@@ -55,15 +55,15 @@ class LightWorker:
         (self._store.path / "pids").mkdir(exist_ok=True)
         (self._store.path / "pids" / str(os.getpid())).touch()
 
-    def run(self, experiment: Experiment) -> Outcome:
+    def run(self, experiment: Experiment, key: str) -> Outcome:
         """Take a moment, then store the result."""
-        if self._store.has(experiment.key):
+        if self._store.has(key):
             return Outcome(experiment, "")
         started = self._store.path / "started"
         started.mkdir(exist_ok=True)
-        (started / f"{experiment.key}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        (started / f"{key}-{os.getpid()}-{time.monotonic_ns()}").touch()
         time.sleep(SECONDS)
-        self._store.write(make_record(experiment.key))  # type: ignore[arg-type]
+        self._store.write(make_record(key))  # type: ignore[arg-type]
         return Outcome(experiment, "")
 
 
@@ -76,7 +76,7 @@ def run_sweep(store_path: str, first: int, last: int) -> None:
     store = Store(store_path)
     _start_ray(RayConfig())
     remote: Any = ray.remote(LightWorker).options(num_cpus=1, max_restarts=0)
-    outcomes = _dispatch(list(plan.to_run), lambda: remote.remote(store_path), 2, store)
+    outcomes = _dispatch(plan, lambda: remote.remote(store_path), 2, store)
     finish(outcomes, plan, fail_fast=False, store=store)
     ray.shutdown()
     compact_quietly(store)

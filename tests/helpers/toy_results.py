@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kbit.evaluation.measurement import Measurement, encode_items
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -28,7 +29,7 @@ def make_result(number: int, value: float = 0.5) -> Result:
         Measurement("nano_held_out", "cross_entropy", 3.0 + number, float("nan"), float("nan"), 1),
     )
     return Result(
-        key=experiment.key, experiment=experiment, family="toys", architecture="Toy", parameters=1000,
+        key=find_key(experiment), experiment=experiment, family="toys", architecture="Toy", parameters=1000,
         quantized_parameters=900, total_bits=5425, bits_per_param=4.25, coverage=1.0, skipped=(),
         measurements=measurements, model_revision="0", checkpoint_dtype="float16", weights_hash="0", tasks=(),
         text=None, truncated=0, versions={"python": "3.11"}, git_commit="", device="none", threads=1,
