@@ -1,6 +1,8 @@
-"""A sweep of short experiments with results that follow from their keys: chaos_driver.py STORE FIRST LAST.
+"""Run a sweep of short experiments whose results follow from their keys.
 
-The engine and the store are kbit's; only the worker is light, so that losing it costs a second.
+    python chaos_driver.py STORE FIRST LAST
+
+The engine and the store are kbit's. Only the worker is light, so that losing it costs a second.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.store.store import Store
 
-SECONDS = 0.2  # of an experiment
+SECONDS = 0.2  # duration of an experiment
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is stored of an experiment: what follows from its key, and no more."""
+    """The stored record of an experiment. It holds only what follows from the experiment's key."""
 
     key: str
     value: str
 
 
 def list_experiments(first: int, last: int) -> list[Experiment]:
-    """The experiments of a numbered grid."""
+    """Return the experiments first to last - 1 of a numbered grid."""
     models = ("nano-neox-98k", "nano-neox-332k", "nano-neox-1m")
     evaluation = EvalConfig(tasks=())
     return [
@@ -43,12 +45,12 @@ def list_experiments(first: int, last: int) -> list[Experiment]:
 
 
 def make_record(key: str) -> Record:
-    """The result of an experiment."""
+    """Return the record of the experiment with this key."""
     return Record(key, hashlib.sha256(key.encode()).hexdigest())
 
 
 class LightWorker:
-    """Stands in for kbit.engine.worker.Worker; leaves a file for every experiment that it starts."""
+    """A stand-in for kbit.engine.worker.Worker. It leaves a file for every experiment that it starts."""
 
     def __init__(self, store_path: str) -> None:
         self._store = Store(store_path)
@@ -68,7 +70,7 @@ class LightWorker:
 
 
 def run_sweep(store_path: str, first: int, last: int) -> None:
-    """Plan and run, as kbit.cli.run does."""
+    """Plan and run the experiments first to last - 1, as kbit.cli.run does."""
     import ray
 
     plan = make_plan(list_experiments(first, last), store_path, retry_failed=True)
