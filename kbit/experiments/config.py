@@ -1,7 +1,8 @@
-"""What an experiment is, and the configuration of a run: plain frozen dataclasses, which are also Hydra's schema.
+"""The configuration of an experiment and of a run: plain frozen dataclasses, which are also Hydra's schema.
 
-conf/ holds the values (defaults and groups); this module holds the fields, their types and their checks; those of
-quant are in kbit.methods.config.
+conf/ holds the values (defaults and groups). This module holds the fields, their types and their checks. The fields of
+model, quant and eval are in kbit.models.config, kbit.methods.config and kbit.evaluation.config. No configuration opens
+a file: kbit.experiments.identity reads the files that a configuration names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kbit.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """One point of a study: a model, a quantizer, and what is measured."""
+    """One point of a study: a model, a quantizer, and the measurements to make."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -46,13 +47,13 @@ class Experiment:
 
     @property
     def texts(self) -> list[str]:
-        """The texts that it needs: the one that is measured, and the one that its method is calibrated on."""
+        """The texts that the experiment needs: the measured text, then the text that its method is calibrated on."""
         calibrates = self.quant.method in CALIBRATED and not self.quant.is_baseline
         texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
         return [text for text in texts if text is not None]
 
     def label(self) -> str:
-        """Return a short description for people, such as 'nano-neox-1m nf4 block 64': what is not a default."""
+        """Return a short description for people, such as 'nano-neox-1m nf4 block 64', with what is not at its default."""
         has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
@@ -70,11 +71,12 @@ class RayConfig:
     """How a multirun uses Ray.
 
     Attributes:
-        address: local starts Ray on this machine; auto or host:port joins a running cluster.
-        num_workers: workers, each holding one model at a time; None is as many as the CPUs allow.
+        address: where Ray runs. local starts Ray on this machine, auto or host:port joins a running cluster.
+        num_workers: number of workers, each of which holds one model at a time. None is as many as the CPUs allow.
         cpus_per_worker: CPU threads of each worker.
-        gpus_per_worker: GPUs of each worker; a fraction shares a GPU, several hold a model that is larger than one.
-            None: with device=cuda as the memory of the largest model asks for (kbit.models.size), else none.
+        gpus_per_worker: GPUs of each worker. With a fraction several workers share a GPU, with several GPUs a worker
+            holds a model that is larger than one GPU. None chooses by the memory of the largest model
+            (kbit.models.size) with device=cuda, and no GPU otherwise.
     """
 
     address: str = "local"
@@ -97,10 +99,11 @@ class StudyConfig:
     """A study: a union of grids. See sweeps/.
 
     Attributes:
-        grids: each maps keys (quant.bits) to values: a list, or a string as on Hydra's command line (3,4 or
-            range(3,9)). The study is every combination of the first, then of the second, ...
-        exclude: points to leave out, those that have all of the given values (one value or a list for each key).
-        unite: names of other studies, to run as one; a study with it has nothing else.
+        grids: grids of points. Each grid maps keys (quant.bits) to values: a list, or a string as on Hydra's command
+            line (3,4 or range(3,9)). The study has every combination of the first grid, then of the second, and so on.
+        exclude: points to leave out. Each entry gives one value or a list for some keys, and a point is left out if it
+            has all of the values.
+        unite: names of other studies to run as one. A study with this field has no other field.
     """
 
     grids: list[dict[str, Any]] = field(default_factory=list)
@@ -113,12 +116,12 @@ class RunConfig(Experiment):
     """An experiment and how to run it: the schema of `kbit run`.
 
     Attributes:
-        results: folder of the store.
+        results: folder or URL of the store.
         device: cpu, cuda or cuda:N.
-        ray: of a multirun.
-        fail_fast: stop at the first failed experiment.
-        retry_failed: run experiments again that are recorded as failed.
-        study: of a multirun; what a file of sweeps/ asks for beyond plain values.
+        ray: settings of Ray for a multirun.
+        fail_fast: whether the first failed experiment stops the run.
+        retry_failed: whether experiments that are recorded as failed are run again.
+        study: what a file of sweeps/ asks of a multirun beyond plain values.
     """
 
     results: str = "results"

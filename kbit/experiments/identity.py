@@ -31,10 +31,10 @@ def find_key(experiment: Experiment) -> str:
 
 
 def check_unchanged(experiment: Experiment, key: str) -> dict[str, dict[str, Any]]:
-    """Hash the experiment's files again and return its identity fields; raise if they no longer give the planned key.
+    """Hash the experiment's files again and return its identity fields. Raise if the planned key no longer fits.
 
     Raises:
-        ValueError: a file was changed after the key was computed, which is when a study is planned; or see check_texts.
+        ValueError: a file was changed after the study was planned, or check_texts refuses the experiment.
     """
     check_texts(experiment)
     fields = identify_experiment(experiment)
@@ -69,7 +69,7 @@ def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 
 def identify_model(name: str) -> str:
-    """Return a model's name; for a local folder the last part of its path and a fingerprint of its files.
+    """Return a model's name, or for a local folder the last part of its path with a fingerprint of its files.
 
     The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
     must not read all weights. The result of an experiment has the hash of all of them.
@@ -88,7 +88,7 @@ def identify_model(name: str) -> str:
 
 
 def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
-    """Return the sorted names of tasks; a user's own task carries the hash of its folder's content."""
+    """Return the sorted names of tasks, where a user's own task carries the hash of its folder's content."""
     if task_path is None:
         return sorted(names)
     own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
@@ -102,7 +102,7 @@ def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
 
 
 def identify_text(name: str) -> str:
-    """Return the name of an embedded text or of a hub's text; for a file the sha256 of its content.
+    """Return the name of an embedded text or of a hub's text, or for a file the sha256 of its content.
 
     A file with the documents of an embedded text, at any path, is that text. Two files of one content are one text too,
     and their results carry the name of the file that was measured first. JSON lines are marked, since the same bytes in
@@ -122,12 +122,12 @@ def name_content(name: str, sha256: str) -> str:
 
 @functools.cache
 def _name_embedded() -> dict[str, str]:
-    """Return the name of each embedded text by the hash of its content; installed files do not change, so once."""
+    """Return the name of each embedded text by the hash of its content. Installed files do not change."""
     return {hash_file(path): name for name, path in list_embedded_texts().items()}
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's uncompressed content; the hash is computed again if the file has changed."""
+    """Return the sha256 of a file's uncompressed content. A changed file is hashed again."""
     state = path.stat()  # an editor may keep the size, and `cp -p` the time of modification, but not that of the change
     return _hash_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 

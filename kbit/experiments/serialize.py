@@ -27,7 +27,7 @@ def to_json(value: Any, **about: Any) -> bytes:
 
 
 def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Return a dataclass from the values of its fields, nested ones included; its own checks then see them.
+    """Return a dataclass, nested ones included, from the values of its fields. Its own checks then see the values.
 
     A field that is missing, as in a record of an earlier kbit, takes its default. An entry that is no field is ignored.
 
@@ -40,7 +40,7 @@ def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
 
 @functools.cache
 def _find_reader(cls: type[Any]) -> _Convert:
-    """Return the function that makes a dataclass of its values; the types are looked up once."""
+    """Return the function that makes a dataclass of its values. The types are looked up once for each class."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     conversions = {name: convert for name in names if (convert := _find_conversion(hints[name])) is not None}
@@ -57,7 +57,7 @@ def _find_reader(cls: type[Any]) -> _Convert:
 
 
 def _find_conversion(kind: Any) -> _Convert | None:
-    """Return what makes a value of this type of its plain value; None: the plain value is of this type already."""
+    """Return the function that makes a value of this type of its plain value. None means that nothing is to do."""
     if dataclasses.is_dataclass(kind):
         return _find_reader(typing.cast(type[Any], kind))
     arguments = typing.get_args(kind)

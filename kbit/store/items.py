@@ -1,4 +1,4 @@
-"""What a stored measurement was computed from, item by item, without reading whole results."""
+"""The values of the items behind stored measurements, read without whole results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def read_items(
 ) -> dict[str, NDArray[np.float64]]:
     """Return the value of each item [n] by experiment key, in item order: 0 or 1 for acc, nats for cross_entropy.
 
-    Experiments without such items are left out: another task, or a store from before items were kept.
+    Experiments without such items are left out. They have another task, or are from before items were kept.
 
     Args:
-        path: of the store.
-        task, metric: as in read_results; metrics with items are acc, acc_norm, acc_bytes, and those of windows.
-        keys: of the experiments to read; None is all.
+        path: the store.
+        task: a task as in read_results.
+        metric: a metric as in read_results that has items: acc, acc_norm, acc_bytes, or a metric of a text's windows.
+        keys: the experiments to read. None reads all.
 
     Raises:
         FileNotFoundError: there is no store at path.
@@ -34,7 +35,7 @@ def read_items(
 def read_items_by_task(
     path: str | Path, metric: str, keys: Collection[str] | None = None
 ) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return what read_items does for every task that has items of a metric: {task: {key: values [n]}}.
+    """Return for each task with items of a metric what read_items returns: {task: {key: values [n]}}.
 
     Raises:
         FileNotFoundError: there is no store at path.

@@ -20,22 +20,22 @@ PART_EXPERIMENTS: Final = 5000  # in one Parquet file: tens of megabytes, which 
 
 
 def load_results(path: str | Path, keys: Collection[str] | None = None) -> Iterator[Result]:
-    """Yield the finished experiments with these keys, sorted by key; None yields all.
+    """Yield the finished experiments with these keys, sorted by key. None yields all.
 
     Raises:
         FileNotFoundError: there is no store at path.
-        ValueError: a file of it is damaged, or of a newer kbit.
+        ValueError: a file of the store is damaged, or was written by a newer kbit.
     """
     return (from_json(Result, record) for record in read_records(path, "experiments", keys))
 
 
 def load_failures(path: str | Path) -> Iterator[Failure]:
-    """Yield the failed experiments; the errors are those of load_results."""
+    """Yield the failed experiments, sorted by key. The errors are those of load_results."""
     return (from_json(Failure, record) for record in read_records(path, "failures"))
 
 
 def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Yield the store's experiments as tables with ROW_SCHEMA or PART_SCHEMA; an experiment may come twice."""
+    """Yield the store's experiments as tables with ROW_SCHEMA or PART_SCHEMA. An experiment may come twice."""
     loose = files.names("experiments", ".json")  # before compacted/: see kbit.store.store
     for name in files.names("compacted", ".parquet"):
         yield read_part(files, name, schema)

@@ -1,7 +1,8 @@
-"""Records as tables: one stored result is a row with the list of its measurements; read_results has a row for each.
+"""Results as rows of tables.
 
-A record (a dict, as JSON has it) is the whole result. Its row has the columns that tables of results show, typed; a
-Parquet part of the store keeps both, so that reading results touches no JSON and no result loses a field.
+A stored result becomes one row with the list of its measurements (ROW_SCHEMA). read_results shows one row for each
+measurement (COLUMNS). A Parquet file of the store keeps the row beside the whole record (PART_SCHEMA), so that reading
+a table parses no JSON, and no result loses a field.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kbit.numerics.spec import write_table
 if TYPE_CHECKING:
     from kbit.experiments.result import Result, TaskRecord
 
-_HASH: Final = 8  # hexadecimal digits shown of a hash: of a thousand contents two are equal once in 8,600 times
+_HASH: Final = 8  # hexadecimal digits shown of a hash: among a thousand contents two are equal once in 8,600 times
 
 
 EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
@@ -63,7 +64,7 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 
-# Of what the columns say, where it changed under their names; a part of another one is made again from its records.
+# The version of what the columns mean. The rows of a file with another version are made again from its records.
 ROWS_VERSION: Final = {b"kbit.rows": b"2"}
 
 
@@ -76,7 +77,7 @@ def tabulate(results: Iterable[Result]) -> pa.Table:
 
 
 def list_measurements(rows: pa.Table) -> pa.Table:
-    """Return COLUMNS, one row for each measurement of each experiment's row."""
+    """Return a table with COLUMNS, one row for each measurement of each experiment's row."""
     lists = rows["measurements"].combine_chunks()
     shared = rows.drop_columns("measurements").take(pc.list_parent_indices(lists))
     measured = pc.list_flatten(lists)
@@ -112,7 +113,7 @@ def _describe_options(quant: QuantConfig) -> str:
 
 
 def _describe_outliers(quant: QuantConfig) -> dict[str, Any]:
-    """Return what stays at 16 bits inside the quantized matrices; columns without a meaning here are missing."""
+    """Return what stays at 16 bits inside the quantized matrices. Columns without a meaning here are missing."""
     columns: dict[str, Any] = {"outlier_fraction": quant.outlier_fraction, "outlier_zscore": quant.outlier_zscore}
     if quant.keeps_outliers:
         columns |= {"outlier_selection": quant.outlier_selection}
@@ -159,6 +160,6 @@ def _describe_content(task: TaskRecord) -> str:
 
 
 def drop_repeated(rows: pa.Table) -> pa.Table:
-    """Keep the first of each key's rows."""
+    """Return the table with the first row of each key only."""
     repeated = rows["key"].to_pandas().duplicated().to_numpy()
     return rows.filter(pa.array(~repeated)) if repeated.any() else rows
