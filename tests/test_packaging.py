@@ -138,7 +138,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_has_every_file_that_it_needs(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    code = [path.relative_to(ROOT) for path in (ROOT / "kbit").glob("*.py")]
+    code = [path.relative_to(ROOT) for path in (ROOT / "kbit").rglob("*.py")]
     linked = [Path("kbit") / path.relative_to(ROOT) for name in LINKED for path in (ROOT / name).rglob("*")]
     assets = [path.relative_to(ROOT) for path in (ROOT / "kbit" / "assets").rglob("*")]
     files = [path for path in [*code, *linked, *assets] if (ROOT / path).is_file() and "__pycache__" not in path.parts]

@@ -53,7 +53,7 @@ class Experiment:
         return [text for text in texts if text is not None]
 
     def label(self) -> str:
-        """Return a short description for people, such as 'nano-neox-1m nf4 block 64', with what is not at its default."""
+        """Return a short description for people, such as 'nano-neox-1m nf4 block 64' and what is not default."""
         has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""

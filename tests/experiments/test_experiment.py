@@ -28,6 +28,17 @@ INT3 = QuantConfig(bits=3, data_type="int")
 SIXTEEN = QuantConfig(bits=16)
 SMALL, LLAMA = ModelConfig("nano-neox-98k"), ModelConfig("nano-stories-260k")
 
+TASK_WITHOUT_DATA = """task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: missing.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: one
+doc_to_choice: [one, two]
+doc_to_target: 0
+metadata: {version: 1}
+"""
+
 Outcome = dict[str, object]
 
 
@@ -91,12 +102,13 @@ def test_two_models_in_turn_give_each_its_own_result(session: Session, fresh_nf4
     assert first.weights_hash != second.weights_hash
 
 
-def test_a_failed_experiment_leaves_the_weights_as_they_were(session: Session) -> None:
+def test_a_failed_experiment_leaves_the_weights_as_they_were(session: Session, tmp_path: Path) -> None:
     baseline = Experiment(SMALL, SIXTEEN, EVAL)
     before = session.run(baseline)
-    for broken in (EvalConfig(tasks=("no_such_task",)), EvalConfig(tasks=(), perplexity="no_such_text")):
-        with pytest.raises((ValueError, FileNotFoundError), match="no_such"):
-            session.run(Experiment(SMALL, INT3, broken))  # after its weights were quantized
+    (tmp_path / "mine.yaml").write_text(TASK_WITHOUT_DATA)
+    without_data = EvalConfig(tasks=("mine",), perplexity=None, task_path=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no data file at .*/missing\.jsonl"):
+        session.run(Experiment(SMALL, INT3, without_data))  # the rows are read after the weights were quantized
     with pytest.raises(ValueError, match="min_coverage"):
         session.run(Experiment(SMALL, dataclasses.replace(INT3, exclude="dense"), EVAL))
     assert outcome(session.run(baseline)) == outcome(before)

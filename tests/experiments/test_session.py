@@ -224,7 +224,8 @@ def test_a_model_whose_files_are_replaced_is_loaded_again(tmp_path: Path) -> Non
     worker = Worker(str(tmp_path / "results"), "cpu")
     for name in ("nano-neox-98k", "nano-neox-332k"):
         copy_model(folder, name)
-        assert worker.run(Experiment(ModelConfig(str(folder)), NF4, text)).error == ""
+        experiment = Experiment(ModelConfig(str(folder)), NF4, text)
+        assert worker.run(experiment, find_key(experiment)).error == ""
     table = read_results(tmp_path / "results")
     assert set(table["parameters"]) == {231_168, 532_320}  # of their model cards
 
