@@ -35,7 +35,8 @@ def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
         TypeError: a field without a default is missing.
         ValueError: a value that the dataclass refuses.
     """
-    return _find_reader(cls)(values)  # type: ignore[no-any-return]
+    read = _find_reader(typing.cast(Any, cls))
+    return read(values)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -59,15 +60,26 @@ def _find_reader(cls: type[Any]) -> _Convert:
 def _find_conversion(kind: Any) -> _Convert | None:
     """Return the function that makes a value of this type of its plain value. None means that nothing is to do."""
     if dataclasses.is_dataclass(kind):
-        return _find_reader(typing.cast(type[Any], kind))
+        return _find_reader(kind)
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (Union, types.UnionType):  # X | None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         convert = _find_conversion(inner)
-        return convert and (lambda value: None if value is None else convert(value))
+        return None if convert is None else functools.partial(_convert_optional, convert)
     if typing.get_origin(kind) is tuple:  # tuple[X, ...]
         convert = _find_conversion(arguments[0])
-        if convert is None:
-            return lambda values: tuple(values) if isinstance(values, list) else values
-        return lambda values: tuple([convert(value) for value in values])
+        return _make_tuple if convert is None else functools.partial(_convert_each, convert)
     return None
+
+
+def _convert_optional(convert: _Convert, value: Any) -> Any:
+    return None if value is None else convert(value)
+
+
+def _convert_each(convert: _Convert, values: list[Any]) -> tuple[Any, ...]:
+    return tuple([convert(value) for value in values])
+
+
+def _make_tuple(values: Any) -> Any:
+    """Return a list as a tuple. Any other value is left to the dataclass' own checks."""
+    return tuple(values) if isinstance(values, list) else values

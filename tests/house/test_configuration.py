@@ -19,7 +19,8 @@ IMPORTS = read_imports(MODULES)
 
 def find_all_imports(module: str) -> set[str]:
     """The modules of kbit that a module imports, and those that these import."""
-    found, waiting = set(), [module]
+    found: set[str] = set()
+    waiting = [module]
     while waiting:
         new = IMPORTS[waiting.pop()] - found
         found |= new
