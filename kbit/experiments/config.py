@@ -17,6 +17,7 @@ from kbit.checks import non_defaults
 from kbit.data.task_files import identify_tasks
 from kbit.data.texts import identify_text
 from kbit.evaluation.config import EvalConfig, FeatureConfig
+from kbit.evaluation.measure_sources import identify_measures
 from kbit.methods.config import CALIBRATED, INT8_METHODS, QuantConfig
 from kbit.models.catalog import identify_model
 from kbit.models.config import ModelConfig
@@ -47,6 +48,8 @@ class Experiment:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         if self.eval.features.measure:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
+        if self.eval.measures:
+            evaluation |= {"measures": identify_measures(self.eval.measures)}
         model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.content, "eval": evaluation}
 

@@ -5,39 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kbit.evaluation.measurement import Feature, ItemValues, Measurement
+from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
 from kbit.experiments.config import Experiment
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """Which data a task's numbers come from, and what of it the model was sent.
-
-    Attributes:
-        name, version, source, sha256, fingerprint, definition_sha256: see LoadedTask; the last is empty in results from
-            before it was kept.
-        truncated: requests that lost tokens to the model's context length.
-        first_tokens: of the first request, context and continuation, at most 64.
-    """
-
-    name: str
-    version: str
-    source: str
-    sha256: str
-    fingerprint: str
-    truncated: int
-    first_tokens: tuple[int, ...]
-    definition_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class TextRecord:
-    """Which tokens a cross entropy comes from: all windows of one length, or (rolling, length 0) whole documents."""
-
-    name: str
-    sha256: str
-    windows: int
-    window_length: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +46,7 @@ class Result:
             kbit.evaluation.outlier_features.
         weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
         method_notes: what the method says of itself, see QuantizationReport.notes.
+        measures: the measures of eval.measures, with what they say of themselves.
     """
 
     key: str
@@ -111,3 +81,4 @@ class Result:
     features: tuple[Feature, ...] = ()
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
+    measures: tuple[MeasureRecord, ...] = ()

@@ -15,9 +15,9 @@ import pytest
 from toy_results import race
 
 from kbit.evaluation.config import EvalConfig
-from kbit.evaluation.measurement import Measurement, encode_items
+from kbit.evaluation.measurement import Measurement, TaskRecord, TextRecord, encode_items
 from kbit.experiments.config import Experiment
-from kbit.experiments.result import Result, TaskRecord, TextRecord
+from kbit.experiments.result import Result
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.store.items import read_items
