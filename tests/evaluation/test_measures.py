@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import precision_curves
+from kbit.analysis.figures.panels import draw_panels
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measure import Memory
 from kbit.evaluation.measurement import Measurement, NonFiniteError, check_own
@@ -97,6 +99,12 @@ def test_a_measure_from_a_file_is_run_stored_and_drawn(
     curve = precision_curves(results, "same", TASK)
     assert curve["bits"].tolist() == [3, 16]
     assert curve["value"].tolist() == ours.loc[[3, 16], "value"].tolist()
+    published = pd.DataFrame(columns=["panel", "total_bits", "value"])  # none
+    figure = draw_panels(
+        curve.assign(panel=curve["family"], series=curve["data_type"]), "equal tokens", True, published
+    )
+    drawn = [line.get_ydata() for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    assert drawn == [pytest.approx(curve["value"])]
 
 
 def test_it_is_part_of_the_key_by_its_content_only_if_it_is_asked_for(measure: str) -> None:
