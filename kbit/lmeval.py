@@ -19,9 +19,8 @@ from typing import Any, Final
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
-from lm_eval.tasks._index import Entry, Kind, TaskIndex
-from lm_eval.tasks._yaml_loader import load_yaml
 
+from kbit.data.lm_eval_private import add_tasks, hide_progress, read_definition
 from kbit.data.task_files import EMBEDDED_TASKS
 from kbit.data.tasks import JsonFiles, complete_definition
 from kbit.evaluation.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
@@ -69,6 +68,7 @@ class QuantizedLM(Scorer):
         Raises:
             ValueError: a key is no field of QuantConfig, or see QuantConfig, load_model and quantize_model.
         """
+        hide_progress()
         self.quant = read_options(quant)
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
         self.report = quantize_model(loaded.model, self.quant, loaded.tokenizer)
@@ -110,20 +110,12 @@ def _list_options() -> list[str]:
 
 def register_tasks() -> None:
     """Add kbit's nano tasks to every index of tasks that lm-eval makes from now on. A task of the same name wins."""
-    build = TaskIndex.build
-
-    def build_with_nano_tasks(*arguments: Any, **options: Any) -> dict[str, Entry]:
-        index: dict[str, Entry] = build(*arguments, **options)
-        for name in NANO_TASKS:
-            index.setdefault(name, Entry(name, Kind.TASK, yaml_path=None, cfg=_define_task(name)))
-        return index
-
-    TaskIndex.build = staticmethod(build_with_nano_tasks)
+    add_tasks(lambda: {name: _define_task(name) for name in NANO_TASKS})
 
 
 def _define_task(name: str) -> dict[str, Any]:
     """Return a shipped task's definition. It reads its data wherever lm-eval runs, without lm-eval's data cache."""
-    return complete_definition(load_yaml(EMBEDDED_TASKS / f"{name}.yaml"), JsonFiles(EMBEDDED_TASKS))
+    return complete_definition(read_definition(EMBEDDED_TASKS / f"{name}.yaml")[0], JsonFiles(EMBEDDED_TASKS))
 
 
 def _choose_device(device: str | None) -> str:

@@ -12,12 +12,12 @@ import yaml
 EMBEDDED_TASKS: Final = Path(str(files("kbit"))) / "assets" / "tasks"
 
 
-# Not a YAML parser's work: lm-eval's tags (!function) run code when they are parsed.
+# A YAML parser would run code at lm-eval's tags (!function).
 _TASK_NAME: Final = re.compile(r"""^task:\s*(["']?)([^"'\s#\[{]+)\1\s*(?:\#.*)?$""", re.MULTILINE)
 
 
 def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
-    """Return the YAML of every local task by name; the user's folder wins over the shipped one."""
+    """Return the YAML of every local task by name. The user's folder wins over the shipped one."""
     folders = [EMBEDDED_TASKS]
     if task_path is not None:
         if not Path(task_path).is_dir():
@@ -32,7 +32,7 @@ def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
 
 
 def find_broken_files(task_path: str | None) -> list[str]:
-    """Say of each YAML of a user's folder that cannot be parsed why not: its tasks may not have been found."""
+    """Say of each YAML of a user's folder that cannot be parsed why not, as its tasks may not have been found."""
     broken = []
     for path in sorted(Path(task_path).resolve().rglob("*.yaml")) if task_path is not None else ():
         try:
@@ -46,6 +46,6 @@ def find_broken_files(task_path: str | None) -> list[str]:
 
 
 def list_task_files(folder: str | Path) -> list[Path]:
-    """Return the files that identify a folder of tasks: all in it, but not in folders that it links to."""
+    """Return the files that identify a folder of tasks: all files below it, but none of folders that it links to."""
     paths = (path for path in Path(folder).resolve().rglob("*") if "__pycache__" not in path.parts)
     return sorted(path for path in paths if path.is_file())

@@ -85,6 +85,10 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     for text in experiment.texts:
         (locate_text if planned_only else check_text)(text)
     check_texts(experiment)
+    if experiment.eval.measures:
+        from kbit.evaluation.measures import check_measures  # imports torch, which other studies plan without
+
+        check_measures(experiment.eval.measures)
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.data.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
 

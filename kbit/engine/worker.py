@@ -40,7 +40,7 @@ class Worker:
         self._store = Store(store_path)
         silence_libraries()
         # here, as it takes seconds: the first experiment's time is to tell the next ones'
-        from kbit.evaluation.zero_shot import PreparedTasks
+        from kbit.evaluation.measure import Memory
         from kbit.experiments.session import Session
 
         if threads is not None:
@@ -48,7 +48,7 @@ class Worker:
 
             torch.set_num_threads(threads)  # the kernels follow: see kbit.numerics.backend.torch_threads_kept
         self._own_process = own_process
-        self._open_session = functools.partial(Session, device=device, prepared=PreparedTasks(), gpus=gpus)
+        self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus)
         self._session: Session | None = None
 
     def run(self, experiment: Experiment, key: str) -> Outcome:

@@ -42,6 +42,8 @@ class Experiment:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         if self.eval.features.measure:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
+        if self.eval.measures:
+            evaluation |= {"measures": list(self.eval.measures)}
         model = {"name": self.model.name, "dtype": self.model.dtype}
         return {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
 

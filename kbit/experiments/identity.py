@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, list_task_files
 from kbit.data.texts import list_embedded_texts, locate_text, read_bytes
+from kbit.evaluation.measure_sources import identify_measures
 from kbit.experiments.config import Experiment
 from kbit.models.catalog import STUDIED
 
@@ -63,6 +64,8 @@ def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
     evaluation["tasks"] = identify_tasks(evaluation["tasks"], experiment.eval.task_path)
     if "perplexity" in evaluation:
         evaluation["perplexity"] = identify_text(evaluation["perplexity"])
+    if "measures" in evaluation:
+        evaluation["measures"] = identify_measures(evaluation["measures"])
     if "calibration" in quant:
         quant["calibration"]["text"] = identify_text(quant["calibration"]["text"])
     return fields

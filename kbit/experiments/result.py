@@ -5,39 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from kbit.evaluation.measurement import Feature, ItemValues, Measurement
+from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
 from kbit.experiments.config import Experiment
-
-
-@dataclass(frozen=True)
-class TaskRecord:
-    """The data behind a task's numbers, and what the model was sent of it.
-
-    Attributes:
-        name, version, source, sha256, fingerprint, definition_sha256: see LoadedTask. The last is empty in results from
-            before it was kept.
-        truncated: number of requests that lost tokens to the model's context length.
-        first_tokens: tokens of the first request, context and continuation, at most 64.
-    """
-
-    name: str
-    version: str
-    source: str
-    sha256: str
-    fingerprint: str
-    truncated: int
-    first_tokens: tuple[int, ...]
-    definition_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class TextRecord:
-    """The tokens behind a cross entropy: windows of one length, or whole documents (rolling, length 0)."""
-
-    name: str
-    sha256: str
-    windows: int
-    window_length: int
 
 
 @dataclass(frozen=True)
@@ -81,6 +50,7 @@ class Result:
             kbit.evaluation.outlier_features.
         weight_rmse: relative error of the quantized weights, see QuantizationReport.
         method_notes: what the method reports about itself, see QuantizationReport.notes.
+        measures: the measures of eval.measures, with what they say of themselves.
     """
 
     key: str
@@ -115,6 +85,7 @@ class Result:
     features: tuple[Feature, ...] = ()
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
+    measures: tuple[MeasureRecord, ...] = ()
 
 
 @dataclass(frozen=True)

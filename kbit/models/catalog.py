@@ -1,6 +1,6 @@
-"""The studied model families: short names, where their weights are, and which paper sizes they are.
+"""The studied model families: short names, and where their weights are.
 
-Embedded models ship inside the package and need no network; all others are Hugging Face hub ids.
+Embedded models ship inside the package and need no network. All others are Hugging Face hub ids.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class StudiedModel:
 
     Attributes:
         name: the short name, as in model.name.
-        family: the curve it belongs to.
-        hub_id: Hugging Face id; None if embedded.
+        family: the curve that the model belongs to.
+        hub_id: the Hugging Face id, or None for an embedded model.
     """
 
     name: str
@@ -39,8 +39,8 @@ _NANO_FAMILIES: Final = ("nano-gpt2", "nano-opt", "nano-bloom")  # the paper's o
 _PYTHIA_SIZES: Final = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
 
-# The paper (December 2022) used Pythia before its retraining of April 2023: the weights now named -v0. Weights of
-# OPT-175B are given on request only: pass a local path. Hub ids are given as known in November 2026.
+# The paper (December 2022) used Pythia before its retraining of April 2023: the weights that are now named -v0. Weights
+# of OPT-175B are given on request only, so that they need a local path. Hub ids are those of November 2026.
 STUDIED: Final[dict[str, StudiedModel]] = {
     model.name: model
     for model in [
@@ -59,7 +59,7 @@ STUDIED: Final[dict[str, StudiedModel]] = {
 
 
 def family_of(name: str) -> str:
-    """Return the family a model's results are drawn with: the studied family, else the model's own last name part."""
+    """Return the family that a model's results are drawn with: the studied family, else the last part of its name."""
     return STUDIED[name].family if name in STUDIED else Path(name).name
 
 
@@ -67,7 +67,7 @@ def locate_model(name: str) -> str:
     """Return what transformers loads for a short name, a local folder or a hub id.
 
     Raises:
-        ValueError: a name that is none of these, with the short names that are near.
+        ValueError: the name is none of these. The message has the short names that are near.
     """
     if name in STUDIED:
         hub_id = STUDIED[name].hub_id

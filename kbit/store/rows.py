@@ -132,6 +132,9 @@ def _describe_evaluation(result: Result, task: str) -> str:
     content = {data.name: _describe_content(data) for data in result.tasks}
     if task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
+    measure = _find_measure(result, task)
+    if measure is not None and not task.endswith(f"/{evaluation.perplexity}"):
+        return f"{dtype}, {measure}"
     if task == "mean_zero_shot":
         names = sorted({m.task for m in result.measurements if m.metric == "acc"} - {task})
         joined = "; ".join(content[name] for name in names if content.get(name))
@@ -140,11 +143,18 @@ def _describe_evaluation(result: Result, task: str) -> str:
     text = result.text
     digest = f"text {text.sha256[:_HASH]}" if text else None
     if evaluation.perplexity_kind == "rolling":
-        return ", ".join(filter(None, [f"{dtype}, rolling", digest]))
+        return ", ".join(filter(None, [f"{dtype}, rolling", digest, measure]))
     length = f" of {text.window_length} tokens" if text else ""
     windows = f"{dtype}, {evaluation.perplexity_windows or 'all'} windows{length}"
     criteria = _describe_criteria(evaluation.features) if task.startswith("features/") else None
-    return ", ".join(filter(None, [windows, digest, criteria]))
+    return ", ".join(filter(None, [windows, digest, criteria, measure]))
+
+
+def _find_measure(result: Result, task: str) -> str | None:
+    """Return the hash of the user's measure that a task belongs to: "measure 1a2b3c4d"; None if it is kbit's own."""
+    owner = task.partition("/")[0]
+    hashes = (measure.sha256[:_HASH] for measure in result.measures if measure.name == owner)
+    return next((f"measure {digest}" for digest in hashes), None)
 
 
 def _describe_criteria(features: FeatureConfig) -> str | None:

@@ -15,10 +15,10 @@ import pytest
 from toy_results import fill, race
 
 from kbit.evaluation.config import EvalConfig
-from kbit.evaluation.measurement import Measurement, encode_items
+from kbit.evaluation.measurement import Measurement, TaskRecord, TextRecord, encode_items
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
-from kbit.experiments.result import Result, TaskRecord, TextRecord
+from kbit.experiments.result import Result
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.store.items import read_items
