@@ -1,4 +1,4 @@
-"""Keep the libraries' progress bars and notices out of kbit's own output; errors still show."""
+"""Keeps the libraries' progress bars and notices out of kbit's own output. Their errors still show."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Silence transformers, datasets and lm-eval in this process: their bars and notices, not their errors."""
+    """Silence the progress bars and notices of transformers, datasets and lm-eval in this process, not their errors."""
     import datasets
     import lm_eval.api.task
     import tqdm
