@@ -22,9 +22,9 @@ RECORD: Final = Path(__file__).parent / "results" / "sweep.json"
 
 
 def measure_store(experiments: int) -> dict[str, Any]:
-    """Return what reading, planning and compacting a store of so many experiments takes, in seconds.
+    """Return the seconds that reading, planning and compacting a store of so many experiments take.
 
-    The records are one real result, with its items and ten of its measurements, under the key of each experiment of a
+    Each record is the same real result, with its items and ten of its measurements, under the key of an experiment of a
     grid.
     """
     from kbit.engine.plan import make_plan
@@ -67,7 +67,7 @@ def make_grid(count: int) -> Iterator[Any]:
 
 
 def _run_one(experiment: Any) -> dict[str, Any]:
-    """Run an experiment; return its record with ten of its measurements."""
+    """Run an experiment and return its record with ten of its measurements."""
     import dataclasses
 
     from kbit.experiments.session import run_experiment
@@ -79,7 +79,7 @@ def _run_one(experiment: Any) -> dict[str, Any]:
 
 
 def _shuffle(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return items with random bytes of the same number: as they would compress."""
+    """Return items with as many random bytes, which compress as real ones would."""
     return [
         item | {"data": base64.b64encode(os.urandom(len(base64.b64decode(item["data"])))).decode()} for item in items
     ]
@@ -99,7 +99,7 @@ def _time(run: Callable[[], object]) -> float:
 
 
 def _save(name: str, measured: Any) -> None:
-    """Put a part of the record in its place."""
+    """Write a part of the record to its place."""
     RECORD.parent.mkdir(exist_ok=True)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record[name] = {"cpus": os.cpu_count(), "machine": platform.machine(), "measured": measured}

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 from hydra import initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kbit.cli.compose import Composer, _check_union
+from kbit.cli.compose import Composer, check_union
 from kbit.cli.hydra_app import register_schema
+from kbit.cli.hydra_private import list_combinations
 from kbit.experiments.config import RunConfig
 from kbit.experiments.identity import find_key
 
@@ -90,7 +90,7 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
             for key, value in grid.items()
         ]
         ends.add(len(points))
-        points += BasicSweeper.split_arguments(parser.parse_overrides(texts), None)[0]
+        points += list_combinations(parser.parse_overrides(texts))
         ends.add(len(points) - 1)
     if not config.study.exclude:
         assert len(expanded) == len(points)
@@ -155,7 +155,7 @@ def test_a_study_cannot_unite_itself() -> None:
     """As a file that names itself would; the studies that ship do not."""
     study = {"grids": [], "exclude": [], "unite": ["mine"]}
     with pytest.raises(ValueError, match="'mine' unites itself, by way of all > mine"):
-        _check_union(study, ("all", "mine"))
+        check_union(study, ("all", "mine"))
 
 
 def test_a_united_study_does_not_see_the_command_lines_union(composer: Composer) -> None:

@@ -12,12 +12,14 @@ import hashlib
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from kbit.engine.estimate import Estimator
 from kbit.engine.plan import Outcome, make_plan
-from kbit.engine.progress import compact_quietly, finish
-from kbit.engine.ray_cluster import _dispatch, _start_ray
+from kbit.engine.progress import Progress, compact_quietly
+from kbit.engine.ray_cluster import dispatch, start_ray
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.methods.config import QuantConfig
@@ -76,10 +78,12 @@ def run_sweep(store_path: str, first: int, last: int) -> None:
     plan = make_plan(list_experiments(first, last), store_path, retry_failed=True)
     print(plan.describe(), flush=True)
     store = Store(store_path)
-    _start_ray(RayConfig())
+    start_ray(RayConfig(), announce=print)
     remote: Any = ray.remote(LightWorker).options(num_cpus=1, max_restarts=0)
-    outcomes = _dispatch(plan, lambda: remote.remote(store_path), 2, store)
-    finish(outcomes, plan, fail_fast=False, store=store)
+    outcomes = dispatch(plan, lambda: remote.remote(store_path), 2, store)
+    with closing(outcomes), closing(Progress(plan.to_run, Estimator(), store)) as progress:
+        for outcome in outcomes:
+            progress.take(outcome)
     ray.shutdown()
     compact_quietly(store)
 
