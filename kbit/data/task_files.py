@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -14,12 +12,12 @@ import yaml
 EMBEDDED_TASKS: Final = Path(str(files("kbit"))) / "assets" / "tasks"
 
 
-# Not a YAML parser's work: lm-eval's tags (!function) run code when they are parsed.
+# A YAML parser would run code at lm-eval's tags (!function).
 _TASK_NAME: Final = re.compile(r"""^task:\s*(["']?)([^"'\s#\[{]+)\1\s*(?:\#.*)?$""", re.MULTILINE)
 
 
 def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
-    """Return the YAML of every local task by name; the user's folder wins over the shipped one."""
+    """Return the YAML of every local task by name. The user's folder wins over the shipped one."""
     folders = [EMBEDDED_TASKS]
     if task_path is not None:
         if not Path(task_path).is_dir():
@@ -34,7 +32,7 @@ def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
 
 
 def find_broken_files(task_path: str | None) -> list[str]:
-    """Say of each YAML of a user's folder that cannot be parsed why not: its tasks may not have been found."""
+    """Say of each YAML of a user's folder that cannot be parsed why not, as its tasks may not have been found."""
     broken = []
     for path in sorted(Path(task_path).resolve().rglob("*.yaml")) if task_path is not None else ():
         try:
@@ -47,21 +45,7 @@ def find_broken_files(task_path: str | None) -> list[str]:
     return broken
 
 
-def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
-    """Return what names the tasks wherever they lie, sorted: a user's own carry the hash of their folder's content."""
-    if task_path is None:
-        return sorted(names)
-    own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
-    if not own & set(names):
-        return sorted(names)
-    digest = hashlib.sha256()
-    for path in list_task_files(task_path):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    folder_hash = digest.hexdigest()[:16]
-    return sorted(f"{name}@{folder_hash}" if name in own else name for name in names)
-
-
 def list_task_files(folder: str | Path) -> list[Path]:
-    """Return the files that identify a folder of tasks: all in it, but not in folders that it links to."""
+    """Return the files that identify a folder of tasks: all files below it, but none of folders that it links to."""
     paths = (path for path in Path(folder).resolve().rglob("*") if "__pycache__" not in path.parts)
     return sorted(path for path in paths if path.is_file())

@@ -1,8 +1,8 @@
 """lm-eval tasks: the shipped ones, a user's own folder of YAMLs, and (online) lm-eval's own by name.
 
-A local task is an lm-eval YAML with `dataset_path: json` whose data_files are relative to the YAML; lm-eval itself
-resolves them against the current directory. kbit reads such files (.jsonl, also .xz, .gz, .bz2) itself, in memory, so
-nothing is written to a dataset cache and the same YAML works from any folder, offline.
+A local task is an lm-eval YAML with `dataset_path: json` whose data_files are relative to the YAML, where lm-eval
+itself resolves them against the current directory. kbit reads such files (.jsonl, also .xz, .gz, .bz2) itself, in
+memory. Nothing is written to a dataset cache, and the same YAML works from any folder, offline.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jinja2
 import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 
+from kbit.data.lm_eval_private import hide_progress, read_definition
 from kbit.data.task_files import EMBEDDED_TASKS, find_broken_files, find_local_tasks, list_task_files
 from kbit.data.texts import parse_json_lines, read_bytes
 
@@ -33,15 +33,15 @@ class LoadedTask:
     """An lm-eval task with the identity of its data.
 
     Attributes:
-        name: as asked for.
+        name: the task's name, as asked for.
         task: lm-eval's Task object.
-        definition: the path of its YAML; for lm-eval's own, its name.
-        version: of the task definition.
+        definition: the path of the task's YAML, or the name of a task of lm-eval's own.
+        version: the version of the task's definition.
         source: the data's file name, or the hub data set.
-        sha256: over the uncompressed data files; empty for a hub data set.
-        fingerprint: of the loaded rows as `datasets` computes it, for a hub data set; empty for local files.
-        definition_sha256: over the YAML, with what it includes, of a user's own task; empty for others, whose version
-            tells as much.
+        sha256: the hash of the uncompressed data files. It is empty for a hub data set.
+        fingerprint: what `datasets` computes from the loaded rows of a hub data set. It is empty for local files.
+        definition_sha256: the hash of the YAML of a user's own task, with what it includes. It is empty for other
+            tasks, whose version tells as much.
     """
 
     name: str
@@ -55,12 +55,14 @@ class LoadedTask:
 
 
 def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[LoadedTask]:
-    """Load tasks by name: of task_path, else shipped, else lm-eval's own, whose data is on the hub or in its cache.
+    """Load tasks by name: from task_path, else shipped ones, else lm-eval's own, whose data is on the hub or cached.
 
     Raises:
-        ValueError: an unknown task, with the local names; a group of tasks; a wrong definition, with its path.
-        FileNotFoundError: data that is missing; names the path or data set looked for.
+        ValueError: a name is no task (the message has the local names) or a group of tasks, or a definition is wrong
+            (the message has its path).
+        FileNotFoundError: data is missing. The message has the path or data set looked for.
     """
+    hide_progress()
     local = find_local_tasks(task_path)
     unknown = [name for name in names if name not in local]
     manager = _make_manager(include_defaults=bool(unknown))
@@ -80,7 +82,7 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
 
 @functools.cache
 def _make_manager(*, include_defaults: bool) -> TaskManager:
-    """Index lm-eval's 14,000 definitions: takes seconds, so once, and only where one of them is asked for."""
+    """Index lm-eval's 14,000 definitions. It takes seconds, so it is done once, and only if one is asked for."""
     return TaskManager(include_defaults=include_defaults)
 
 
@@ -89,7 +91,7 @@ class JsonFiles:
 
     Attributes:
         read: the files read so far, in order.
-        digest: of their uncompressed content.
+        digest: the hash of their uncompressed content.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -102,7 +104,7 @@ class JsonFiles:
 
         Raises:
             FileNotFoundError, ValueError: see read_bytes, read_json_lines.
-            ValueError: a file without rows.
+            ValueError: a file has no rows.
         """
         splits = {}
         for split, files in _split_files(data_files).items():
@@ -127,15 +129,14 @@ def complete_definition(config: dict[str, Any], data: JsonFiles) -> dict[str, An
     metrics = config.get("metric_list", [])
     if any(metric["metric"] == "acc_norm" for metric in metrics):
         metrics = [*metrics, {"metric": "acc_bytes", "aggregation": "mean", "higher_is_better": True}]
-    # a function and no bound method, which lm-eval would copy together with the data
+    # This is a function, as lm-eval would copy a bound method together with the data.
     return config | {"custom_dataset": lambda **arguments: data.load(**arguments), "metric_list": metrics}
 
 
 def _load_local(name: str, yaml_path: Path, task_path: str | None) -> LoadedTask:
     """Load a task from its YAML and the JSON files that it names."""
-    definitions: set[Path] = set()
     with errors_named(str(yaml_path)):
-        config = load_yaml(yaml_path, _seen=definitions)
+        config, definitions = read_definition(yaml_path)
         _check_within(definitions, yaml_path, task_path)
     if config.get("dataset_path") != "json":
         loaded = _load_hub(name, _make_manager(include_defaults=False), config)
@@ -166,7 +167,7 @@ def _hash_definition(files: Iterable[Path], yaml_path: Path) -> str:
 
 
 def _check_within(read: Iterable[Path], yaml_path: Path, task_path: str | None) -> None:
-    """Raise ValueError if a user's task needs a file beside its folder, by whose content results are known."""
+    """Raise ValueError if a user's task reads a file outside its folder, by whose content results are known."""
     if task_path is None or EMBEDDED_TASKS in yaml_path.parents:
         return
     known = {path.resolve() for path in list_task_files(task_path)}
@@ -177,8 +178,11 @@ def _check_within(read: Iterable[Path], yaml_path: Path, task_path: str | None) 
 
 
 def _split_files(data_files: Any) -> dict[str, list[str]]:
-    """Return the files of each split, of data_files as `datasets` takes it: a file or a list of them (split train), or
-    either for each split."""
+    """Return the files of each split.
+
+    Args:
+        data_files: as `datasets` takes it: a file or a list of files (split train), or either for each split.
+    """
     by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
     listed = {split: [files] if isinstance(files, str) else files for split, files in by_split.items()}
     if not all(isinstance(files, list) and files for files in listed.values()) or not listed:
@@ -190,7 +194,7 @@ def _split_files(data_files: Any) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def errors_named(definition: str) -> Iterator[None]:
-    """Turn what lm-eval raises for a wrong definition, or rows that do not fit it, into a ValueError with its path."""
+    """Turn what lm-eval raises for a wrong definition, or for rows that do not fit, into a ValueError with its path."""
     try:
         yield
     except jinja2.UndefinedError as error:

@@ -1,9 +1,8 @@
-"""Text and JSON-lines files, plain or compressed, texts by name, and the identity of their content."""
+"""Text and JSON-lines files, plain or compressed, and texts by name."""
 
 from __future__ import annotations
 
 import bz2
-import functools
 import gzip
 import hashlib
 import json
@@ -27,7 +26,7 @@ _DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
 }
 
 
-# what would be taken for one document, markup and all
+# Files of these kinds would be taken for one document, markup and all.
 _NO_TEXTS: Final = (
     *(".csv", ".tsv", ".json", ".parquet", ".arrow", ".npy", ".pt"),
     *(".zst", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".html", ".htm", ".xml", ".docx", ".odt", ".yaml", ".yml"),
@@ -38,7 +37,7 @@ def read_bytes(path: Path) -> bytes:
     """Return the file's content, decompressed by its suffix (.xz, .gz, .bz2).
 
     Raises:
-        FileNotFoundError: names the absolute path looked at.
+        FileNotFoundError: there is no such file. The message has its absolute path.
         ValueError: the compressed file is damaged.
     """
     if not path.is_file():
@@ -54,10 +53,10 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return one dictionary for each non-empty line.
+    """Return one dictionary for each non-empty line of a file.
 
     Raises:
-        ValueError: a line that is not a JSON object, with its number.
+        ValueError: a line is no JSON object. The message has its number.
     """
     return parse_json_lines(read_bytes(path), path)
 
@@ -69,7 +68,7 @@ def parse_json_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
         ValueError: see read_json_lines.
     """
     rows = []
-    # not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends
+    # str.splitlines would take U+2028 and other characters for line ends, which JSON strings may hold.
     for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
         if line.strip():
             try:
@@ -86,21 +85,21 @@ def read_documents(name: str) -> tuple[list[str], str]:
     """Return the documents of a text and the sha256 of its uncompressed content.
 
     Args:
-        name: an embedded text (nano_held_out); the path of a file: JSON lines (.jsonl) with a field "text", one
-            document a line, or a plain text (.txt), which is one document; .xz, .gz and .bz2 are decompressed; or a
-            text of the hub (wikitext2, c4, pile_cc; to calibrate on wikitext2_train, c4_train).
+        name: an embedded text (nano_held_out), the path of a file, or a text of the hub (wikitext2, c4, pile_cc, and
+            wikitext2_train and c4_train to calibrate on). A file holds JSON lines (.jsonl) with a field "text", one
+            document a line, or a plain text (.txt), which is one document. Either may be compressed (.xz, .gz, .bz2).
 
     Raises:
-        FileNotFoundError: none of them; names the path and the texts there are.
-        ValueError: a JSON line without a "text"; a file that is not UTF-8, has no text at all, or has the name
-            of something else (check_suffix).
+        FileNotFoundError: the name is none of these. The message has the path and the texts there are.
+        ValueError: a JSON line has no "text", or the file is not UTF-8, has no text at all, or has the name of
+            something else (check_suffix).
     """
     path = locate_text(name)
     if path is None:
         documents = list(load_hub_text(name))
         return documents, hashlib.sha256("\n".join(documents).encode()).hexdigest()
     check_suffix(path)
-    content = read_bytes(path)  # once, so that the hash is of what is returned
+    content = read_bytes(path)  # read once, so that the hash belongs to what is returned
     digest = hashlib.sha256(content).hexdigest()
     try:
         documents = _split_documents(content, path)
@@ -112,7 +111,7 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
 
 def check_suffix(path: Path) -> None:
-    """Raise ValueError for a file whose name says that it is neither plain text nor JSON lines, such as a table."""
+    """Raise ValueError if a file's name says that it is neither plain text nor JSON lines, such as a table's."""
     kind = path.with_suffix("").suffix if path.suffix in _DECOMPRESS else path.suffix
     if kind in _NO_TEXTS:
         raise ValueError(
@@ -130,55 +129,20 @@ def _split_documents(content: bytes, path: Path) -> list[str]:
     return [row["text"] for row in rows]
 
 
-def identify_text(name: str) -> str:
-    """Return what names a text wherever it lies: an embedded or hub text's name, the sha256 of a file's content.
-
-    A file with the documents of an embedded text, at any path, is that text; so are two files of one content, whose
-    results carry the name of the one that was measured first. JSON lines are marked, as the same bytes
-    in a .txt file would be one document.
-    """
-    path = locate_text(name)
-    return name if path is None or name in _list_embedded() else name_content(name, hash_file(path))
-
-
-def name_content(name: str, sha256: str) -> str:
-    """Return what names the text of this name if its content has this hash, see identify_text."""
-    path = locate_text(name)
-    if path is None:
-        return name
-    return _name_embedded().get(sha256, f"{sha256}.jsonl") if ".jsonl" in path.suffixes else sha256
-
-
-def _list_embedded() -> dict[str, Path]:
+def list_embedded_texts() -> dict[str, Path]:
+    """Return the file of each embedded text by its name."""
     return {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
 
 
-@functools.cache
-def _name_embedded() -> dict[str, str]:
-    """Return the name of each embedded text by the hash of its content; they are as installed, so once."""
-    return {hash_file(path): name for name, path in _list_embedded().items()}
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's uncompressed content; computed again if the file has changed."""
-    state = path.stat()  # an editor may keep the size, and `cp -p` the time of modification, but not that of the change
-    return _hash_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_state(path: Path, *_state: int) -> str:
-    return hashlib.sha256(read_bytes(path)).hexdigest()
-
-
 def locate_text(name: str) -> Path | None:
-    """Return the file of an embedded text or of a path, None for a text of the hub.
+    """Return the file of an embedded text or of a path, or None for a text of the hub.
 
     A path wins over the hub: a file named c4 is that file.
 
     Raises:
-        FileNotFoundError: none of them.
+        FileNotFoundError: the name is none of these.
     """
-    embedded = _list_embedded()
+    embedded = list_embedded_texts()
     path = embedded.get(name, Path(name))
     if path.is_file():
         return path
@@ -191,10 +155,10 @@ def locate_text(name: str) -> Path | None:
 
 
 def check_text(name: str) -> None:
-    """Raise the error that a text which cannot be had would give later: quickly, so not by a download.
+    """Raise the error that a text which cannot be had would give later, quickly and so without a download.
 
     Raises:
-        FileNotFoundError: see locate_text; offline, also a text of the hub that is not in the local cache.
+        FileNotFoundError: see locate_text. Offline, also if a text of the hub is not in the local cache.
     """
     if locate_text(name) is None and os.environ.get("HF_HUB_OFFLINE") == "1":
         load_hub_text(name)

@@ -11,10 +11,10 @@ from jaxtyping import Int64
 
 from kbit.data.texts import read_documents
 
-_MARGIN: Final = 64  # tokens at a cut that may differ from those of the whole text
+_MARGIN: Final = 64  # so many tokens at a cut may differ from those of the whole text
 
 
-_CHARACTERS_PER_TOKEN: Final = 8  # more than a tokenizer's usual 3 to 5, so that one attempt is enough
+_CHARACTERS_PER_TOKEN: Final = 8  # more than the usual 3 to 5 of a tokenizer, so that one attempt is enough
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class Windows:
     """A tokenized text, cut into windows.
 
     Attributes:
-        name: of the text.
-        sha256: of its uncompressed content.
-        tokens: int64 [windows, window length], without overlap; what is left at the end is dropped.
-        bytes_per_token: UTF-8 bytes of the text covered by the windows, per token: of all, also the first of each
-            window, which is not scored, and the end-of-text tokens, of no bytes. bits_per_byte, nats per scored token /
-            (ln 2 bytes_per_token), takes scored tokens to be as long as all are.
+        name: the text's name.
+        sha256: the hash of the text's uncompressed content.
+        tokens: int64 [windows, window length]. Windows do not overlap, and what is left at the end is dropped.
+        bytes_per_token: the UTF-8 bytes of the text that the windows cover, per token. All tokens count, also the first
+            of each window, which is not scored, and the end-of-text tokens, which have no bytes. bits_per_byte, nats
+            per scored token / (ln 2 bytes_per_token), takes scored tokens to be as long as all are.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Windows:
 
 
 def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | None) -> Windows:
-    """Tokenize a text: each document preceded by one end-of-text token, all joined, cut into windows of `context`.
+    """Tokenize a text, put one end-of-text token before each document, join all, and cut windows of `context` tokens.
 
     Raises:
         FileNotFoundError: the text is not there.
@@ -54,7 +54,7 @@ def make_windows(name: str, tokenizer: Any, *, context: int, max_windows: int | 
 
 
 def _tokenize(documents: Sequence[str], tokenizer: Any, limit: int | None) -> list[int]:
-    """Return the token ids of all documents, each after an end-of-text token; with a limit, the first so many."""
+    """Return the token ids of all documents, each after an end-of-text token, or with a limit the first so many."""
     start = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
     for document in documents:
@@ -65,7 +65,7 @@ def _tokenize(documents: Sequence[str], tokenizer: Any, limit: int | None) -> li
 
 
 def _tokenize_start(text: str, tokenizer: Any, limit: int | None) -> list[int]:
-    """Return a text's token ids, with a limit at least the first so many; of a long text only the start is read.
+    """Return a text's token ids, with a limit at least the first so many. Only the start of a long text is read.
 
     A cut changes the tokens beside it, not those before: tokenizers split at white space first, or merge neighbours.
     """

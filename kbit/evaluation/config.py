@@ -1,4 +1,4 @@
-"""What is measured of a model: the fields of eval, their types and their checks."""
+"""What is measured: the fields of eval, their types and their checks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
 PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.evaluation.perplexity
 
 
-# A batch size counts sequences of this many tokens. On a CPU 32 of them (1,024 tokens) keep activations in its caches:
-# eight times as many cost a third more time; a GPU wants many more at once.
+# A batch size counts sequences of this many tokens. On a CPU, 32 sequences (1,024 tokens) keep activations in its
+# caches, and eight times as many cost a third more time. A GPU wants many more tokens at once.
 TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}
 
 
@@ -23,10 +23,10 @@ class FeatureConfig:
     """Emergent outlier features (kbit.evaluation.outlier_features), by the criteria of LLM.int8().
 
     Attributes:
-        measure: whether they are looked for, on the windows of eval.perplexity.
-        magnitude: from which on a hidden value is large.
-        layers: least share of layers in which a feature is large, 0..1.
-        positions: least share of positions at which it is, 0..1.
+        measure: whether kbit looks for features, on the windows of eval.perplexity.
+        magnitude: the least magnitude of a large hidden value.
+        layers: the least share of layers in which a feature is large, 0..1.
+        positions: the least share of positions at which a feature is large, 0..1.
     """
 
     measure: bool = False
@@ -48,17 +48,18 @@ class EvalConfig:
 
     Attributes:
         tasks: lm-eval task names, zero-shot.
-        limit: only the first items of each task; None is all.
-        batch_size: of a forward pass, as a budget: sequences of 32 tokens on a CPU (32: 1,024 tokens), of 512 on a
-            GPU. What is measured does not depend on it beyond float rounding (log-likelihoods to 1e-4 in float32), so
-            it is no part of the key.
-        perplexity: a text to measure cross entropy on: embedded name, path, or hub text (wikitext2, c4, pile_cc); None
-            is none.
-        perplexity_kind: windows (fixed, per token: the papers' definition) or rolling (lm-eval's, per word).
-        perplexity_windows: at most this many windows of the model's context (at most 2048 tokens); None is all. Rolling
-            perplexity is always of the whole text.
+        limit: the number of items of each task, counted from its first item. None takes all items.
+        batch_size: the budget of a forward pass, in sequences of 32 tokens on a CPU (32: 1,024 tokens) and of 512
+            tokens on a GPU. Measured values depend on it by float rounding only (log-likelihoods to 1e-4 in float32),
+            so the batch size is no part of the key.
+        perplexity: the text to measure cross entropy on: an embedded text's name, a path, or a text of the hub
+            (wikitext2, c4, pile_cc). None measures no text.
+        perplexity_kind: windows (fixed windows, per token: the papers' definition) or rolling (lm-eval's, per word).
+        perplexity_windows: the largest number of windows, each as long as the model's context (at most 2048 tokens).
+            None takes all windows. Rolling perplexity always takes the whole text.
         task_path: a folder with the user's own task YAMLs.
-        features: whether and how emergent outlier features are looked for.
+        features: whether and how kbit looks for emergent outlier features.
+        measures: the user's own measures, each as "my.module:Name" or "my_measure.py:Name" (kbit.evaluation.measure).
     """
 
     tasks: tuple[str, ...] = NANO_TASKS
@@ -69,9 +70,11 @@ class EvalConfig:
     perplexity_windows: int | None = 256
     task_path: str | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
+    measures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))  # Hydra hands over a list
+        object.__setattr__(self, "measures", tuple(self.measures))
         for name in ("limit", "batch_size", "perplexity_windows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,7 +82,9 @@ class EvalConfig:
         check_choice("eval.perplexity_kind", self.perplexity_kind, PERPLEXITY_KINDS)
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"eval.tasks={list(self.tasks)} names a task twice")
-        if not self.tasks and self.perplexity is None:
+        if wrong := [name for name in self.measures if not all(name.rpartition(":"))]:
+            raise ValueError(f"eval.measures={wrong[0]!r} is neither my.module:Name nor my_measure.py:Name")
+        if not self.tasks and self.perplexity is None and not self.measures:
             raise ValueError("nothing to measure: eval.tasks is empty and eval.perplexity is null")
         if self.features.measure and (self.perplexity is None or self.perplexity_kind != "windows"):
             raise ValueError("eval.features.measure needs a text: eval.perplexity, with eval.perplexity_kind=windows")

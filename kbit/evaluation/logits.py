@@ -1,8 +1,8 @@
-"""What a language model's head says of hidden states, streamed: its vocabulary is gone through in slices.
+"""Log-probabilities from hidden states and a language model's head, computed slice by slice of the vocabulary.
 
-A vocabulary of 50,000 makes 200 KB of logits for each place. They are never held for all places and tokens at once: a
-slice fits the caches, and log-sum-exp is kept as running maximum m and sum of exp(logit - m) (Milakov & Gimelshein
-2018, "Online normalizer calculation for softmax").
+A vocabulary of 50,000 tokens makes 200 KB of logits for each place. The logits of all places and tokens never exist at
+once: a slice fits the caches, and log-sum-exp is kept as a running maximum m and a sum of exp(logit - m) (Milakov &
+Gimelshein 2018, "Online normalizer calculation for softmax").
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# float32 logits at once: 8 MiB on a CPU (measured: slices of 2 to 16 MiB differ by 5%), 256 MiB on a GPU
+# The number of float32 logits at once: 8 MiB on a CPU (measured: slices of 2 to 16 MiB differ by 5%), 256 MiB on a GPU.
 LOGITS_AT_ONCE: Final = {"cpu": 2**21, "cuda": 2**26}
 
 
-_FEWEST_TOKENS: Final = 512  # of a slice: a matrix product of fewer columns is slow
+_FEWEST_TOKENS: Final = 512  # a slice's least width, as a matrix product of fewer columns is slow
 
 
 @dataclass
 class Normalizer:
-    """The softmax's normalizer of n places so far.
+    """The softmax's normalizer at n places, over the slices so far.
 
     Attributes:
         largest: float32 [n], the largest logit.
@@ -41,10 +41,10 @@ class Normalizer:
         return cls(torch.full((n,), -torch.inf, device=device), torch.zeros(n, device=device))
 
     def add(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in a slice of logits [n, tokens], which are overwritten.
+        """Take in a slice of logits [n, tokens], and overwrite it.
 
         Returns:
-            exp(logits - largest) [n, tokens], and what earlier sums of such are to be scaled by [n].
+            exp(logits - largest) [n, tokens], and the factor [n] that earlier sums of such values have to be scaled by.
         """
         larger = torch.maximum(self.largest, logits.amax(-1))
         scale = (self.largest - larger).exp()
@@ -58,9 +58,9 @@ class Normalizer:
 
 
 def iterate_logits(head: nn.Linear, hidden: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (first token, float32 logits [n, tokens]) for slices of the vocabulary, of hidden states [n, hidden size].
+    """Yield (first token, float32 logits [n, tokens]) of hidden states [n, hidden size], for slices of the vocabulary.
 
-    The product is in the head's dtype, as the model itself would compute it.
+    The product is computed in the head's dtype, as the model itself computes it.
     """
     step = max(_FEWEST_TOKENS, LOGITS_AT_ONCE[hidden.device.type] // max(1, len(hidden)))
     for start in range(0, head.weight.shape[0], step):
@@ -77,9 +77,9 @@ def score_targets(
 
     Args:
         head: the output embedding.
-        hidden: [n, hidden size], the trunk's last states.
-        places: int64 [m], which state predicts a target.
-        targets: int64 [m], tokens.
+        hidden: the trunk's last states [n, hidden size].
+        places: int64 [m], the index of the state that predicts each target.
+        targets: int64 [m], the predicted tokens.
     """
     normalizer = Normalizer.empty(hidden)
     at_target = torch.empty(len(targets), device=hidden.device)
@@ -104,13 +104,16 @@ def compare_heads(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log p(target), the divergence sum_v b(v) (log b(v) - log p(v)) and whether argmax b = argmax p, each [n].
 
-    In one pass, with logits x of the model and y of the baseline: sum_v b(v) (y_v - x_v) - log sum exp y + log sum exp
-    x, which is exactly 0 where the logits are equal.
+    The divergence takes one pass. With the model's logits x and the baseline's logits y it is
+
+        sum_v b(v) (y_v - x_v) - log sum exp y + log sum exp x,
+
+    which is exactly 0 where the logits are equal.
 
     Args:
-        head, hidden: of the model p: its output embedding, and states [n, hidden size].
-        baseline_head, baseline_hidden: of the baseline b.
-        targets: int64 [n].
+        head, hidden: the output embedding of the model p, and its states [n, hidden size].
+        baseline_head, baseline_hidden: the output embedding of the baseline b, and its states [n, hidden size].
+        targets: int64 [n], the predicted tokens.
     """
     mine, theirs = Normalizer.empty(hidden), Normalizer.empty(hidden)
     at_target, gap = torch.empty(len(targets), device=hidden.device), torch.zeros(len(targets), device=hidden.device)

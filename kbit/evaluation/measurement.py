@@ -1,21 +1,26 @@
-"""A measurement: one number with its 95% interval and the count it rests on; and the items it was computed from."""
+"""A measurement is one number with its 95% interval and the count that it rests on. Its items are stored beside it."""
 
 from __future__ import annotations
 
 import base64
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+
+class NonFiniteError(ArithmeticError):
+    """The model gave a NaN or infinite value: whatever follows from it is not a measurement."""
+
+
 Z_95: Final = 1.959963984540054  # the 97.5% quantile of N(0, 1): two-sided 95%
 
 
-FEW: Final = 30  # values: Student's quantile is within 5% of the normal one from there on
+FEW: Final = 30  # from so many values on, Student's quantile is within 5% of the normal one
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,12 @@ class Measurement:
     """One measured number.
 
     Attributes:
-        task: an lm-eval task, the name of a text, or mean_zero_shot.
+        task: an lm-eval task, a text's name, mean_zero_shot, or the name of a measure and what it measured.
         metric: acc, acc_norm, acc_bytes, perplexity, cross_entropy and kl_divergence (nats per token), bits_per_byte,
             top1_agreement, word_cross_entropy (nats per word), word_perplexity, byte_perplexity.
         value: the estimate.
-        low, high: 95% interval; NaN where it is not defined (one item of a mean).
-        n: items (or windows) that it rests on.
+        low, high: the 95% interval. Both are NaN where there is none (a mean of one item).
+        n: the number of items (or windows) that the value rests on.
     """
 
     task: str
@@ -40,11 +45,11 @@ class Measurement:
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """Return the 95% Wilson score interval of a proportion; not of zero width at 0 or 1 (Wilson 1927)."""
+    """Return the 95% Wilson score interval of a proportion (Wilson 1927). Its width is not zero at 0 or 1."""
     p, z2 = successes / n, Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # at p = 0 and p = 1 the bound is exactly p; rounding must not put it on the wrong side
+    # At p = 0 and p = 1 the bound is exactly p, and rounding must not put it on the wrong side.
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
 
 
@@ -55,7 +60,7 @@ def measure_accuracy(task: str, metric: str, correct: Sequence[float]) -> Measur
 
 
 def measure_mean(task: str, metric: str, values: Sequence[float]) -> Measurement:
-    """Return the mean with its interval, mean +- q s / sqrt(n), see quantile_95; NaN for a single value."""
+    """Return the mean with its interval, mean +- q s / sqrt(n), see quantile_95. A single value has NaN bounds."""
     mean = fmean(values)
     half = quantile_95(len(values)) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Measurement(task, metric, mean, mean - half, mean + half, len(values))
@@ -64,8 +69,8 @@ def measure_mean(task: str, metric: str, values: Sequence[float]) -> Measurement
 def quantile_95(n: int) -> float:
     """Return how many standard errors a 95% interval of a mean of n > 1 values reaches to each side.
 
-    The normal 1.96, and for fewer than FEW values the 97.5% quantile of Student's t with n - 1 degrees of freedom, as
-    their own deviation says little of the spread: 12.7 for 2 values, 2.05 for 29.
+    This is the normal quantile 1.96. Fewer than FEW values say little of their own spread, so that for them it is the
+    97.5% quantile of Student's t with n - 1 degrees of freedom: 12.7 for 2 values, 2.05 for 29.
     """
     if n >= FEW:
         return Z_95
@@ -75,10 +80,10 @@ def quantile_95(n: int) -> float:
 
 
 def measure_ratio(task: str, metric: str, values: Sequence[float], weights: Sequence[float]) -> Measurement:
-    """Return r = sum(values) / sum(weights) with the interval of a ratio of totals; NaN for a single item.
+    """Return r = sum(values) / sum(weights) with the interval of a ratio of totals. A single item has no interval: NaN.
 
-    r +- q sqrt(n / (n - 1) sum (v_i - r w_i)^2) / sum(weights), the usual linearization (Cochran 1977, section 6.3),
-    with q of quantile_95.
+    The interval is r +- q sqrt(n / (n - 1) sum (v_i - r w_i)^2) / sum(weights), the usual linearization (Cochran 1977,
+    section 6.3), with q from quantile_95.
     """
     n, total = len(values), math.fsum(weights)
     ratio = math.fsum(values) / total
@@ -88,16 +93,16 @@ def measure_ratio(task: str, metric: str, values: Sequence[float], weights: Sequ
 
 
 def transform(measurement: Measurement, metric: str, function: Callable[[float], float]) -> Measurement:
-    """Return the same measurement on another, increasing scale: value and bounds mapped by the function."""
+    """Return the same measurement on another, increasing scale: the function maps the value and both bounds."""
     value, low, high = (function(x) for x in (measurement.value, measurement.low, measurement.high))
     return Measurement(measurement.task, metric, value, low, high, measurement.n)
 
 
 def exponentiate(loss: Measurement, metric: str) -> list[Measurement]:
-    """Return exp of a cross entropy as the perplexity of this name; nothing beyond the range of float64.
+    """Return exp of a cross entropy as the perplexity of this name, or nothing if float64 cannot hold it.
 
     A broken quantizer may lose more than 709 nats, and so may words where nothing separates them. The cross entropy
-    says as much; an infinity would be no number, and no JSON.
+    says as much, while an infinity would be no number, and no JSON.
     """
     try:
         return [transform(loss, metric, math.exp)]
@@ -106,7 +111,7 @@ def exponentiate(loss: Measurement, metric: str) -> list[Measurement]:
 
 
 def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:
-    """Return the mean zero-shot accuracy over tasks, each task weighing the same (the paper's metric).
+    """Return the mean zero-shot accuracy over tasks, in which each task weighs the same (the paper's metric).
 
     The tasks are independent, so the distances to the Wilson bounds add in squares (Newcombe's square-and-add):
     low = mean - sqrt(sum (p_i - l_i)^2) / T, and high likewise.
@@ -120,13 +125,13 @@ def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:
 
 @dataclass(frozen=True)
 class ItemValues:
-    """The values of every item that a measurement was computed from, compact: for paired comparisons of two variants.
+    """The value of every item of a measurement in a compact form, for paired comparisons of two variants.
 
     Attributes:
-        task, metric: of the measurement.
-        n: items (or windows), in order.
+        task, metric: the measurement's task and metric.
+        n: the number of items (or windows), which are in order.
         encoding: bits (every value is 0 or 1: np.packbits, big-endian) or float32 (little-endian).
-        data: the bytes, base64.
+        data: the bytes in base64.
     """
 
     task: str
@@ -137,7 +142,7 @@ class ItemValues:
 
 
 def encode_items(task: str, metric: str, values: Sequence[float]) -> ItemValues:
-    """Pack the values of a measurement's items: one bit each if all are 0 or 1, else float32."""
+    """Pack the values of a measurement's items: a bit for each value if all are 0 or 1, else a float32."""
     array = np.asarray(values, dtype=np.float64)
     if np.isin(array, (0.0, 1.0)).all():
         encoding, content = "bits", np.packbits(array.astype(bool)).tobytes()
@@ -150,7 +155,7 @@ def decode_items(items: ItemValues) -> NDArray[np.float64]:
     """Return the values [n] in item order.
 
     Raises:
-        ValueError: an encoding that is neither bits nor float32, or data of another length than n items take.
+        ValueError: the encoding is neither bits nor float32, or the data has another length than n items take.
     """
     content = base64.b64decode(items.data, validate=True)
     sizes = {"bits": -(-items.n // 8), "float32": 4 * items.n}
@@ -165,13 +170,13 @@ def decode_items(items: ItemValues) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class Layer:
-    """A dimension at one input.
+    """A hidden dimension at one input of a decoder layer.
 
     Attributes:
-        layer: index of the block.
+        layer: the index of the decoder layer.
         input: attention or feed_forward.
-        share: of the positions at which it is large.
-        largest: value of largest magnitude, with its sign.
+        share: the share of positions at which the dimension is large.
+        largest: the value of largest magnitude, with its sign.
     """
 
     layer: int
@@ -182,15 +187,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Feature:
-    """A hidden dimension.
+    """A hidden dimension on a text.
 
     Attributes:
-        dimension: index.
-        is_feature: whether it meets the criteria.
-        layers: share of layers in which it is large anywhere; positions: of (input, position) pairs at which it is.
-        one_sided: whether its large values have one sign.
-        quartiles: of its large values, with their sign; empty without any.
-        by_layer: at every input.
+        dimension: the dimension's index.
+        is_feature: whether the dimension meets the criteria.
+        layers: the share of layers in which the dimension is large anywhere.
+        positions: the share of (input, position) pairs at which the dimension is large.
+        one_sided: whether its large values all have one sign.
+        quartiles: the quartiles of its large values, with their sign. There are none without large values.
+        by_layer: the dimension at every input.
     """
 
     dimension: int
@@ -200,3 +206,66 @@ class Feature:
     one_sided: bool
     quartiles: tuple[float, ...]
     by_layer: tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """Which data a task's numbers come from, and what the model was sent of it.
+
+    Attributes:
+        name, version, source, sha256, fingerprint, definition_sha256: see kbit.data.tasks.LoadedTask. The last is empty
+            in results from before it was kept.
+        truncated: the number of requests that lost tokens to the model's context length.
+        first_tokens: the first request's context and continuation, at most 64 tokens.
+    """
+
+    name: str
+    version: str
+    source: str
+    sha256: str
+    fingerprint: str
+    truncated: int
+    first_tokens: tuple[int, ...]
+    definition_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """Which tokens a cross entropy comes from: windows of one length, or (rolling, length 0) whole documents."""
+
+    name: str
+    sha256: str
+    windows: int
+    window_length: int
+
+
+@dataclass(frozen=True)
+class MeasureRecord:
+    """A measure of one's own (kbit.evaluation.measure).
+
+    Attributes:
+        name: what its measurements' tasks are called, or begin with.
+        sha256: the hash of its source file.
+        notes: what it says of itself.
+    """
+
+    name: str
+    sha256: str
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def check_own(name: str, measurements: Sequence[Measurement], items: Sequence[ItemValues]) -> None:
+    """Check what a measure of this name returned.
+
+    Raises:
+        ValueError: a number or its items are of another measure's task, or two numbers have one task and metric.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    for task in {value.task for value in (*measurements, *items)}:
+        if task != name and not task.startswith(f"{name}/"):
+            raise ValueError(f"the measure {name!r} gave a number of task {task!r}, not of {name!r} or '{name}/...'")
+    if len({(m.task, m.metric) for m in measurements}) < len(measurements):
+        raise ValueError(f"the measure {name!r} gave two numbers of one task and metric")
+    for m in measurements:
+        if not math.isfinite(m.value):
+            raise NonFiniteError(f"{m.metric} of {m.task!r} is {m.value}")

@@ -1,17 +1,17 @@
 """Emergent outlier features: hidden dimensions with large values in many layers and at many positions, in one pass.
 
-LLM.int8() (Dettmers et al. 2022, section 4) looks at the hidden states that attention and the feed-forward layer read,
-and calls a dimension an outlier feature if it has
+LLM.int8() (Dettmers et al. 2022, section 4) looks at the hidden states that attention and the feed-forward layer read.
+It calls a dimension an outlier feature if the dimension has
 
-    a value of magnitude >= 6 in at least 25% of the layers (of either of a layer's two inputs), and
-    such values at at least 6% of all positions: the share of (input, position) pairs, which is how the shares of its
-    Table 4 read, as none is above the same model's share of layers
+    a value of magnitude >= 6 in at least 25% of the layers (at either of a layer's two inputs), and
+    such values at at least 6% of all positions. This is the share of (input, position) pairs: so read the shares of
+    the paper's Table 4, as none is above the same model's share of layers.
 
-The text is streamed: what is kept are counts and extremes per input and dimension, and a histogram per dimension of the
-values beyond the magnitude, so memory does not depend on the length of the text.
+The text is streamed. Counts and extremes are kept for each input and dimension, and for each dimension a histogram of
+the values beyond the magnitude. Memory therefore does not depend on the length of the text.
 
 The same pass measures what proxy quantization rests on (k-bit paper, Table 2): Spearman's correlation, over the units
-of a layer, of the standard deviation of a unit's incoming weights and the largest magnitude it takes.
+of a layer, between the standard deviation of a unit's incoming weights and the largest magnitude that the unit takes.
 """
 
 from __future__ import annotations
@@ -30,31 +30,51 @@ from torch import Tensor, nn
 from kbit.data.windows import Windows
 from kbit.evaluation.config import FeatureConfig
 from kbit.evaluation.logits import Normalizer, iterate_logits, score_targets
+from kbit.evaluation.measure import Measure, Measured, Subject
 from kbit.evaluation.measurement import Feature, Layer, Measurement, measure_mean
 from kbit.evaluation.perplexity import iterate_windows, run_trunk
 from kbit.evaluation.scorer import splits_at_head
 from kbit.evaluation.token_budget import TokenBudget
-from kbit.models.architectures import DecoderLayer, find_sources, list_blocks, measure_deviation
+from kbit.models.architectures import DecoderLayer, find_sources, list_decoder_layers, measure_deviation
 
 STREAM: Final = ("attention", "feed_forward")  # inputs that read the residual stream
 
 
-RECORDED: Final = 8  # leading dimensions in the record, features or not
+RECORDED: Final = 8  # at least so many leading dimensions are recorded, features or not
 
 
-_BIN: Final = 1.02  # ratio of neighbouring edges of the histogram: quartiles are exact to 1%
+_BIN: Final = 1.02  # the ratio of neighbouring edges of the histogram: quartiles are exact to 1%
 
 
 _BINS: Final = 700  # to 6 * 1.02^700 = 6 million
 
 
+class OutlierFeatures(Measure):
+    """The emergent outlier features of eval.features, on the windows of eval.perplexity."""
+
+    name = "outlier_features"
+    fields = ("features", "perplexity", "perplexity_windows")
+
+    def run(self, subject: Subject) -> Measured:
+        """Look for features if eval.features asks for it.
+
+        Raises:
+            ValueError: see measure_features and Subject.make_windows.
+        """
+        if not subject.config.features.measure:
+            return Measured()
+        windows, criteria = subject.make_windows(), subject.config.features
+        features, measurements = measure_features(subject.model, windows, subject.scorer.budget, criteria)
+        return Measured(measurements, records={"features": tuple(features)})
+
+
 @dataclass
 class _Extremes:
-    """What is kept of one input: largest and smallest value and, for inputs of the stream, how many are large.
+    """The extremes of each dimension of one input.
 
     Attributes:
-        high, low: [width].
-        large: int64 [width].
+        high, low: the largest and the smallest value [width].
+        large: int64 [width], the number of positions at which the value is large.
     """
 
     high: Tensor
@@ -74,13 +94,13 @@ class _Extremes:
 
 @dataclass
 class Observations:
-    """What a pass has seen so far.
+    """What a pass over a text has seen so far.
 
     Attributes:
-        magnitude: from which on a value is large.
-        positions: tokens seen.
-        inputs: (layer, input) -> extremes; input is one of STREAM, attention_out or feed_forward_out.
-        histogram: int64 [hidden, 2 * bins], of large values: negative ones first, each by rising magnitude.
+        magnitude: the least magnitude of a large value.
+        positions: the number of tokens seen.
+        inputs: (layer, input) -> extremes, where input is one of STREAM, attention_out or feed_forward_out.
+        histogram: int64 [hidden, 2 * bins], the counts of large values: negative ones first, each by rising magnitude.
     """
 
     magnitude: float
@@ -89,7 +109,13 @@ class Observations:
     histogram: Tensor | None = None
 
     def add(self, seen: dict[tuple[int, str], _Extremes], large: list[tuple[Tensor, Tensor]], positions: int) -> None:
-        """Take in a batch: its extremes, and for each input of the stream the large values with their dimensions."""
+        """Take in a batch.
+
+        Args:
+            seen: the extremes of each input.
+            large: (dimensions, values) of the large values, for each input of the stream.
+            positions: the number of tokens in the batch.
+        """
         self.positions += positions
         for place, extremes in seen.items():
             if place in self.inputs:
@@ -110,10 +136,10 @@ class Observations:
 
 
 def observe(model: Any, windows: Windows, budget: TokenBudget, magnitude: float) -> Observations:
-    """Stream a text through a model and return what its layers' inputs were.
+    """Stream a text through a model and return what the inputs of its layers were.
 
     Raises:
-        ValueError: an architecture whose wiring is not known (kbit.models.architectures).
+        ValueError: kbit.models.architectures does not know the model's architecture.
     """
     observations = Observations(magnitude)
     pending: dict[tuple[int, str], _Extremes] = {}
@@ -127,18 +153,18 @@ def observe(model: Any, windows: Windows, budget: TokenBudget, magnitude: float)
             large.append((is_large.nonzero()[:, 1], values[is_large]))
 
     def run(rows: slice) -> Tensor:
-        pending.clear()  # of an attempt that ran out of memory
+        pending.clear()  # an earlier attempt may have run out of memory half-way
         large.clear()
         return run_trunk(model, windows.tokens[rows])
 
-    with torch.no_grad(), _hooks(_list_inputs(list_blocks(model)), model, keep):
+    with torch.no_grad(), _hooks(_list_inputs(list_decoder_layers(model)), model, keep):
         for _, hidden in iterate_windows(model, windows, budget, run):
             observations.add(dict(pending), large, hidden[..., 0].numel())
     return observations
 
 
 def find_features(seen: Observations, criteria: FeatureConfig) -> list[Feature]:
-    """Return the leading dimensions: all features, then others up to RECORDED, each by how often they are large."""
+    """Return the leading dimensions: all features, then others up to RECORDED in all, most often large first."""
     stream = seen.list_stream()
     large = torch.stack([seen.inputs[place].large for place in stream])  # [inputs, hidden]
     layers = torch.tensor([layer for layer, _ in stream])
@@ -148,7 +174,7 @@ def find_features(seen: Observations, criteria: FeatureConfig) -> list[Feature]:
     position_share = large.double().sum(0) / (len(stream) * seen.positions)
     is_feature = (layer_share >= criteria.layers) & (position_share >= criteria.positions)
     magnitude = torch.stack([seen.inputs[place].magnitude for place in stream]).amax(0)
-    # of equally frequent ones, such as those never large, the largest first
+    # Equally frequent dimensions, such as those that are never large, come by their largest magnitude.
     order = sorted(range(large.shape[1]), key=lambda d: (-float(position_share[d]), -float(magnitude[d])))
     wanted = max(RECORDED, int(is_feature.sum()))
     leading = [d for d in order if is_feature[d]] + [d for d in order if not is_feature[d]]
@@ -163,13 +189,19 @@ def measure_features(
 ) -> tuple[list[Feature], list[Measurement]]:
     """Find a model's outlier features on a text, what zeroing them does, and how well weights tell large inputs.
 
-    Measurements of task features/<text>: features and features_one_sided (counts, of n hidden dimensions),
-    layers_affected and positions_affected (shares of the dimension that is large at the most positions, whether or not
-    it is a feature), largest_activation, quartiles of the features' values (magnitude_q1, magnitude_median,
-    magnitude_q3), and the ablation's. Of task proxy/<relation>: spearman_weight_std, the mean over layers.
+    Measurements of the task features/<text> are
+
+        features, features_one_sided            counts, among n hidden dimensions
+        layers_affected, positions_affected     shares of the dimension that is large at the most positions, whether or
+                                                not it is a feature
+        largest_activation                      the largest magnitude of all
+        magnitude_q1, _median, _q3              quartiles of the features' values
+        top1_probability, cross_entropy_without_features, ...    see measure_ablation
+
+    and of the tasks proxy/<relation> spearman_weight_std, the mean over layers (see measure_proxy).
 
     Raises:
-        ValueError: an architecture whose wiring is not known, or a head that is not the last thing the model does.
+        ValueError: the model's architecture is not known, or its head is not the last thing that it computes.
     """
     if not splits_at_head(model):
         raise ValueError(f"{type(model).__name__}: its logits are not the output embedding of its last hidden state")
@@ -198,15 +230,15 @@ def measure_ablation(
 ) -> list[Measurement]:
     """Measure top-1 probability and cross entropy as they are, without these dimensions, and without as many others.
 
-    Dimensions are set to zero in the inputs of attention and feed-forward layers; the others are drawn with a fixed
-    seed. Without dimensions only top1_probability is measured; where they are more than half of all there are not as
-    many others, so that there is no control: nothing is measured without random dimensions.
+    Dimensions are set to zero in the inputs of attention and feed-forward layers. The others are drawn with a fixed
+    seed. If no dimensions are given, only top1_probability is measured. If more than half of all are given, there are
+    not as many others, so that there is no control: nothing is measured without random dimensions.
     """
     width = int(model.get_output_embeddings().weight.shape[1])
     others = torch.tensor([d for d in range(width) if d not in dimensions])
     drawn = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(0))[: len(dimensions)]]
     if len(drawn) < len(dimensions):
-        drawn = drawn[:0]  # zeroing fewer would make the features look harmful by their number alone
+        drawn = drawn[:0]  # zeroing fewer dimensions would make the features look important by their number alone
     measured = []
     for suffix, removed in [("", []), ("_without_features", list(dimensions)), ("_without_random", drawn.tolist())]:
         if suffix and not removed:
@@ -221,15 +253,19 @@ def measure_ablation(
 def measure_proxy(model: Any, seen: Observations) -> list[Measurement]:
     """Correlate the deviation of each unit's incoming weights with its largest magnitude (k-bit paper, Table 2).
 
-    feed_forward (what is last added to the residual stream before a feed-forward layer reads it, and its inputs),
-    attention (values and the inputs of attention's output), control (inner units after their activation).
-    The first block of parallel residuals reads the embedding, no layer, and is left out.
+    The relations are
+
+        feed_forward    what is last added to the residual stream before a feed-forward layer reads it, and its inputs
+        attention       the values, and the inputs of attention's output
+        control         the inner units of the feed-forward layer, after their activation
+
+    The first layer of a model with parallel residuals reads the embedding, not a layer, and is left out.
     """
-    sources, blocks = find_sources(model), list_blocks(model)
-    embedding = sources[f"{blocks[0].attention[0]}.weight"]
+    sources, layers = find_sources(model), list_decoder_layers(model)
+    embedding = sources[f"{layers[0].attention[0]}.weight"]
     by_relation: dict[str, list[float]] = {}
-    for (layer, place), extremes in seen.inputs.items():
-        relation, reader = _name_relation(blocks[layer], place)
+    for (index, place), extremes in seen.inputs.items():
+        relation, reader = _name_relation(layers[index], place)
         if relation and sources[f"{reader}.weight"] is not embedding:
             deviation = measure_deviation(model, sources[f"{reader}.weight"]).cpu()
             rho = float(stats.spearmanr(deviation.numpy(), extremes.magnitude.numpy()).statistic)
@@ -238,20 +274,20 @@ def measure_proxy(model: Any, seen: Observations) -> list[Measurement]:
     return [dataclasses.replace(m, low=max(m.low, -1.0), high=min(m.high, 1.0)) for m in means]  # as a rho is
 
 
-def _name_relation(block: DecoderLayer, place: str) -> tuple[str, str]:
-    """Return the relation of Table 2 that an input belongs to, or an empty string, and the module that reads it."""
+def _name_relation(layer: DecoderLayer, place: str) -> tuple[str, str]:
+    """Return the relation of Table 2 that an input belongs to (or an empty string), and the module that reads it."""
     return {
-        "attention": ("", block.attention[0]),
-        "feed_forward": ("feed_forward", block.feed_forward[0]),
-        "attention_out": ("attention", block.attention_out),
-        "feed_forward_out": ("control", block.feed_forward_out),
+        "attention": ("", layer.attention[0]),
+        "feed_forward": ("feed_forward", layer.feed_forward[0]),
+        "attention_out": ("attention", layer.attention_out),
+        "feed_forward_out": ("control", layer.feed_forward_out),
     }[place]
 
 
-def _list_inputs(blocks: Sequence[DecoderLayer]) -> dict[tuple[int, str], str]:
-    """Return the module that reads each input, one of those that read the same."""
+def _list_inputs(layers: Sequence[DecoderLayer]) -> dict[tuple[int, str], str]:
+    """Return the module that reads each input. Of several modules with the same input it is the first."""
     places = ("attention", "attention_out", "feed_forward", "feed_forward_out")
-    return {(i, place): _name_relation(block, place)[1] for i, block in enumerate(blocks) for place in places}
+    return {(i, place): _name_relation(layer, place)[1] for i, layer in enumerate(layers) for place in places}
 
 
 def _describe(seen: Observations, dimension: int, is_feature: bool, layers: float, positions: float) -> Feature:
@@ -268,7 +304,7 @@ def _describe(seen: Observations, dimension: int, is_feature: bool, layers: floa
 
 
 def _find_quartiles(seen: Observations, dimensions: Sequence[int]) -> tuple[float, ...]:
-    """Return the quartiles of the large values of these dimensions, each the middle of its bin."""
+    """Return the quartiles of these dimensions' large values. Each quartile is the middle of its bin."""
     assert seen.histogram is not None
     counts = seen.histogram[list(dimensions)].sum(0)
     rising = torch.cat([counts[:_BINS].flip(0), counts[_BINS:]])
@@ -279,7 +315,7 @@ def _find_quartiles(seen: Observations, dimensions: Sequence[int]) -> tuple[floa
 
 
 def _score(model: Any, windows: Windows, budget: TokenBudget) -> tuple[list[float], list[float]]:
-    """Return each window's mean loss and mean probability of the most likely token."""
+    """Return each window's mean loss and its mean probability of the most likely token."""
     head = model.get_output_embeddings()
 
     def run(rows: slice) -> Tensor:
@@ -299,8 +335,8 @@ def _score(model: Any, windows: Windows, budget: TokenBudget) -> tuple[list[floa
 
 @contextlib.contextmanager
 def _zeroed(model: Any, dimensions: Sequence[int]) -> Iterator[None]:
-    """Set dimensions to zero in whatever attention and feed-forward layers read."""
-    modules = [name for block in list_blocks(model) for name in (*block.attention, *block.feed_forward)]
+    """Set dimensions to zero in the inputs of attention and feed-forward layers."""
+    modules = [name for layer in list_decoder_layers(model) for name in (*layer.attention, *layer.feed_forward)]
     index = torch.tensor(list(dimensions), dtype=torch.int64, device=model.device)
     with contextlib.ExitStack() as stack:
         for name in modules if len(index) else ():

@@ -1,12 +1,15 @@
-"""How well a model predicts a text, by the two definitions that are often confused, and how far it is from its 16 bits.
+"""How well a model predicts a text, by two definitions that are often confused, and how far it is from its 16 bits.
 
-windows   Fixed, non-overlapping windows, each predicted from its own beginning; nats per *token*. The quantization
-          papers' definition (GPTQ, section 5.1: windows of 2,048 tokens; of which text, see kbit.data.hub_texts).
-rolling   lm-eval's: every token of every document, each with as much context as fits; per *word* and byte.
+windows   The text is cut into fixed windows without overlap, and each is predicted from its own beginning, in nats per
+          *token*. This is the quantization papers' definition (GPTQ, section 5.1, takes windows of 2,048 tokens.
+          kbit.data.hub_texts says of which text).
+rolling   Every token of every document is predicted, with as much context as fits, per *word* and byte. This is
+          lm-eval's definition.
 """
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import math
@@ -25,30 +28,34 @@ from jaxtyping import Float
 from lm_eval.api.instance import Instance
 from torch import nn
 
+from kbit.data.texts import read_documents
 from kbit.data.windows import Windows
 from kbit.evaluation.logits import compare_heads, score_targets
+from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measurement import (
     ItemValues,
     Measurement,
+    NonFiniteError,
+    TextRecord,
     encode_items,
     exponentiate,
     measure_mean,
     measure_ratio,
     transform,
 )
-from kbit.evaluation.scorer import NonFiniteError, Scorer, splits_at_head
+from kbit.evaluation.scorer import Scorer, splits_at_head
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import sees_whole_input
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The 16-bit model on the windows: its last hidden states, from which its logits are computed again piece by piece.
+    """The 16-bit model on the windows, as its last hidden states. Its logits are computed from them piece by piece.
 
-    Logits would be V numbers a token instead of the hidden size, some 50 times as many.
+    The logits themselves would be a vocabulary of numbers for each token, some 50 times as many as the hidden size.
 
     Attributes:
-        hidden: [windows, window length - 1, hidden size], see compute_reference.
+        hidden: the states [windows, window length - 1, hidden size], see compute_reference.
         head: the 16-bit model's output embedding.
     """
 
@@ -61,33 +68,104 @@ class TextScores:
     """What was measured on a text.
 
     Attributes:
-        measurements: cross_entropy (nats per token), bits_per_byte, perplexity, and with a reference kl_divergence
-            (nats per token) and top1_agreement; or (rolling) word_cross_entropy (nats per word), word_perplexity,
-            byte_perplexity and bits_per_byte. A perplexity that float64 cannot hold is left out.
-        items: cross_entropy, kl_divergence and top1_agreement of each window.
+        measurements: for windows cross_entropy (nats per token), bits_per_byte and perplexity, and with a reference
+            kl_divergence (nats per token) and top1_agreement. For rolling word_cross_entropy (nats per word),
+            word_perplexity, byte_perplexity and bits_per_byte. A perplexity that float64 cannot hold is left out.
+        items: the cross_entropy, kl_divergence and top1_agreement of each window.
     """
 
     measurements: list[Measurement]
     items: list[ItemValues]
 
 
+@dataclass
+class KeptStates:
+    """The 16-bit model's states on one text. They take gigabytes, so that those of an earlier text are dropped.
+
+    Attributes:
+        windows: the windows that the states belong to: the object that Subject.make_windows returned.
+        hidden: the states, see Reference.
+        reference: what the present variant is compared with.
+    """
+
+    windows: Windows | None = None
+    hidden: torch.Tensor | None = None
+    reference: Reference | None = None
+
+
+class Perplexity(Measure):
+    """The cross entropy of a text, and in windows the divergence from the 16-bit model."""
+
+    name = "perplexity"
+    fields = ("perplexity", "perplexity_kind", "perplexity_windows")
+
+    def prepare(self, subject: Subject) -> None:
+        """Compute the 16-bit model's states on the text, once for all variants that are measured on it.
+
+        Raises:
+            OSError: see compute_reference.
+            ValueError: see Subject.make_windows.
+        """
+        kept = subject.memory.recall(KeptStates)
+        kept.reference = None
+        config = subject.config
+        if config.perplexity is None or config.perplexity_kind != "windows" or subject.scorer.path == "hflm":
+            return
+        windows = subject.make_windows()
+        if kept.hidden is None or kept.windows is not windows:
+            kept.windows = kept.hidden = None  # before the space of the next is taken
+            hidden = compute_reference(subject.model, windows, subject.scorer.budget)
+            kept.windows, kept.hidden = windows, hidden
+        kept.reference = Reference(kept.hidden, _keep_head(subject))
+
+    def run(self, subject: Subject) -> Measured:
+        """Measure the text of eval.perplexity.
+
+        Raises:
+            ValueError: the text was changed while it was read, or see Subject.make_windows.
+            NonFiniteError: a loss is NaN or infinite.
+        """
+        name, scorer = subject.config.perplexity, subject.scorer
+        if name is None:
+            return Measured()
+        if subject.config.perplexity_kind == "rolling":
+            documents, sha256 = read_documents(name)
+            check_read(name, subject.names.name_content(name, sha256), subject.identity["perplexity"])
+            sent_before = scorer.sent
+            scores = measure_rolling(scorer, name, documents)
+            text, tokens = TextRecord(name, sha256, len(documents), 0), scorer.sent - sent_before
+        else:
+            windows = subject.make_windows()
+            kept = subject.memory.recall(KeptStates)
+            scores = measure_cross_entropy(subject.model, windows, scorer.budget, kept.reference)
+            text, tokens = TextRecord(windows.name, windows.sha256, *windows.tokens.shape), windows.tokens.numel()
+        return Measured(scores.measurements, scores.items, tokens, {"text": text})
+
+
+def _keep_head(subject: Subject) -> nn.Linear:
+    """Return the 16-bit model's head: the model's own, or a copy if the head is to be quantized."""
+    head: nn.Linear = subject.model.get_output_embeddings()
+    changes = any(subject.model.get_parameter(name) is head.weight for name in subject.quantized)
+    return copy.deepcopy(head) if changes else head
+
+
 @torch.no_grad()
 def compute_reference(
     model: Any, windows: Windows, budget: TokenBudget
 ) -> Float[torch.Tensor, "windows length hidden"]:
-    """Return the last hidden states of a model on the windows' tokens but the last, in the model's dtype, on the CPU.
+    """Return a model's last hidden states on all tokens of each window but the last, in its dtype, on the CPU.
 
-    They lie in a temporary file that is mapped into memory, so that a text larger than memory does no harm; the file
-    has no name any more and goes with the tensor.
+    The states lie in a temporary file that is mapped into memory, so that a text larger than memory does no harm. The
+    file has no name any more and goes with the tensor.
 
     Raises:
-        OSError: the folder of temporary files has not the space.
+        OSError: the folder of temporary files lacks the space.
     """
     count, length = windows.tokens.shape
     hidden_size = model.get_output_embeddings().weight.shape[1]
     size = count * (length - 1) * hidden_size
     with tempfile.NamedTemporaryFile(prefix="kbit-") as file:
-        _reserve(file, size * model.dtype.itemsize)
+        reserve_space(file, size * model.dtype.itemsize)
         flat = torch.from_file(file.name, shared=True, size=size, dtype=model.dtype)
     hidden = flat.view(count, length - 1, hidden_size)
     for rows, states in iterate_windows(model, windows, budget, lambda rows: run_trunk(model, windows.tokens[rows])):
@@ -95,11 +173,13 @@ def compute_reference(
     return hidden
 
 
-def _reserve(file: Any, size: int) -> None:
-    """Take the space of a temporary file at once: a mapped page that finds none later kills the process (SIGBUS).
+def reserve_space(file: Any, size: int) -> None:
+    """Take the space of a temporary file at once.
+
+    A mapped page that finds no space later would kill the process (SIGBUS).
 
     Raises:
-        OSError: there is less than `size` bytes.
+        OSError: fewer than `size` bytes are free.
     """
     folder = Path(file.name).parent
     free = shutil.disk_usage(folder).free
@@ -119,20 +199,20 @@ def _reserve(file: Any, size: int) -> None:
 def measure_cross_entropy(
     model: Any, windows: Windows, budget: TokenBudget, reference: Reference | None = None
 ) -> TextScores:
-    """Measure a model on windows; with a reference also how far it is from the 16-bit model.
+    """Measure a model on windows, and with a reference also how far it is from the 16-bit model.
 
-    In a window of L tokens the last L - 1 are predicted, each from those before it; softmax in float32. Intervals are
-    over windows, as tokens within one are not independent.
+    In a window of L tokens the last L - 1 are predicted, each from those before it. The softmax is computed in float32.
+    Intervals are over windows, as the tokens of one window are not independent.
 
         kl_divergence = mean over tokens of sum_v p16(v) (log p16(v) - log p(v)),   0 for the 16-bit model itself
         top1_agreement = share of tokens where both models' most likely next token is the same
 
     Args:
-        model: a causal language model; one whose logits are not its head's on its trunk's states (see
-            kbit.evaluation.scorer) has its logits computed as a whole and no reference.
+        model: a causal language model. If its logits are not what its head makes of its trunk's states (see
+            kbit.evaluation.scorer), the logits are computed as a whole, and there is no reference.
         windows: the text.
-        budget: of tokens for each forward pass.
-        reference: of the 16-bit model on the same windows.
+        budget: the tokens of each forward pass.
+        reference: the 16-bit model on the same windows.
 
     Raises:
         NonFiniteError: a window's loss or divergence is NaN or infinite.
@@ -156,12 +236,12 @@ def measure_cross_entropy(
 def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> TextScores:
     """Measure a text of this name as lm-eval's rolling log-likelihood tasks do (its wikitext): per word and per byte.
 
-    Every token of a document is predicted, the first from the end-of-text token; words are what white space separates.
+    Every token of a document is predicted, the first one from the end-of-text token. White space separates words.
 
         word_cross_entropy = -sum log p / words,   word_perplexity = exp(-sum log p / words)
         byte_perplexity = exp(-sum log p / bytes),   bits_per_byte = -sum log p / (bytes ln 2)
 
-    Sums are over all documents; intervals over documents, so not defined for a text of one.
+    Sums are over all documents. Intervals are over documents, so that a text of one document has none.
 
     Raises:
         NonFiniteError: a log-likelihood is NaN or infinite.
@@ -181,7 +261,7 @@ def measure_rolling(scorer: Scorer, name: str, documents: Sequence[str]) -> Text
 
 
 def _measure_windows(model: Any, windows: Windows, reference: Reference | None, rows: slice) -> torch.Tensor:
-    """Return each window's mean loss, and with a reference divergence and agreement [windows, 1 or 3]."""
+    """Return each window's mean loss, and with a reference its divergence and agreement [windows, 1 or 3]."""
     tokens = windows.tokens[rows].to(model.device)
     hidden, targets = run_trunk(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()
     head = model.get_output_embeddings()
@@ -205,7 +285,7 @@ def _measure_whole_logits(model: Any, windows: Windows, rows: slice) -> torch.Te
 
 
 def run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the last hidden states of tokens [windows, L], those of the last token left out."""
+    """Return the last hidden states of tokens [windows, L], without the last token of each window."""
     hidden: torch.Tensor = model.base_model(tokens[:, :-1].to(model.device), use_cache=False).last_hidden_state
     return hidden
 
@@ -213,9 +293,9 @@ def run_trunk(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def iterate_windows(
     model: nn.Module, windows: Windows, budget: TokenBudget, function: Callable[[slice], torch.Tensor]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (rows, what the function returns for these rows), as many windows at once as the budget has tokens for.
+    """Yield (rows, what the function returns for these rows), for as many windows at once as the budget has tokens for.
 
-    One at a time whatever the budget if windows of a batch would affect each other in the model.
+    If the windows of a batch would affect each other in the model, they go one at a time, whatever the budget.
     """
     count, length = windows.tokens.shape
     one_by_one = sees_whole_input(model)

@@ -1,13 +1,13 @@
-"""Lay requests out in rows of tokens, what they share once, and cut the rows into batches by a budget of tokens.
+"""Arrange requests in rows of tokens that hold what requests share only once, and cut the rows into batches.
 
 The requests of an item share most of their tokens: four endings of one context, two texts that differ in one word.
-Requests whose token sequences begin alike go into one row, the shared prefix once and then each branch, with an
-attention mask that lets a branch see the prefix and itself, and positions that continue the prefix:
+Requests whose token sequences begin alike go into one row: the shared prefix once, and then each branch. An attention
+mask lets a branch see the prefix and itself, and its positions continue those of the prefix:
 
     tokens     p0 p1 p2 | a3 a4 | b3 b4 b5
     positions   0  1  2 |  3  4 |  3  4  5
 
-so each sequence is computed as if it were alone, and the prefix once.
+Each sequence is computed as if it were alone, and the prefix is computed once.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Query:
     """One request as the model sees it.
 
     Attributes:
-        index: of the request.
-        tokens: fed to the model.
-        targets: scored, at least one; target j is predicted at position len(tokens) - len(targets) + j.
+        index: the request's index.
+        tokens: the tokens that the model is fed.
+        targets: the tokens that are scored, at least one. Target j is predicted at position len(tokens) - len(targets)
+            + j.
     """
 
     index: int
@@ -40,19 +41,19 @@ class Query:
 
 @dataclass(frozen=True)
 class Row:
-    """Queries with a common beginning: `prefix` tokens shared by all, then each one's own."""
+    """Queries with a common beginning: `prefix` tokens that all share, then each query's own."""
 
     prefix: int
     queries: list[Query]
 
     @property
     def length(self) -> int:
-        """Tokens in the row."""
+        """The number of tokens in the row."""
         return self.prefix + sum(len(q.tokens) - self.prefix for q in self.queries)
 
     @property
     def can_split(self) -> bool:
-        """Whether its queries take fewer tokens in rows of their own."""
+        """Whether the queries in rows of their own would make shorter rows."""
         return self.length > max(len(q.tokens) for q in self.queries)
 
 
@@ -61,12 +62,13 @@ class Batch:
     """Rows as tensors, padded on the right to the longest.
 
     Attributes:
-        tokens, positions: of each column, and each one's position in its sequence; 0 for padding.
+        tokens: the token of each column, 0 for padding.
+        positions: the position of each column's token in its sequence, 0 for padding.
         branches: 0 for the prefix, 1, 2, ... for the queries' own tokens, -1 for padding.
-        scored: places row * length + column that predict the targets, query after query.
+        scored: the places row * length + column that predict the targets, query after query.
         targets: the tokens predicted there.
-        indices: of the requests.
-        lengths: number of targets of each request.
+        indices: the indices of the requests.
+        lengths: the number of targets of each request.
     """
 
     tokens: Int64[torch.Tensor, "rows length"]
@@ -84,19 +86,19 @@ class Batch:
 
 
 def share_prefixes(queries: Sequence[Query], longest: int) -> list[Row]:
-    """Put queries that begin alike into one row, if that saves half of the second's tokens.
+    """Put queries that begin alike into one row, if that saves half of the second query's tokens.
 
-    Sorted as words in a dictionary, queries with a common beginning are neighbours. A row has at most `longest` tokens,
-    or those of its longest query, within which others find room.
+    Sorted as words in a dictionary, queries with a common beginning are neighbours. A row has at most `longest` tokens.
+    If its longest query has more, the row may be as long as that query.
     """
     rows: list[Row] = []
-    length = 0  # of the last row: counted on, as thousands of queries may be alike
+    length = 0  # the last row's, which is kept up to date, as thousands of queries may be alike
     for query in sorted(queries, key=lambda q: q.tokens):
         own = len(query.tokens)
         if rows:
             last = rows[-1]
             prefix = min(last.prefix, _common_length(last.queries[-1].tokens, query.tokens))
-            # what is no longer shared, each query but the first has to have of its own
+            # Each query but the first then has to have the tokens that are no longer shared.
             joined = length + (last.prefix - prefix) * (len(last.queries) - 1) + own - prefix
             if joined <= max(length, min(longest, length + own // 2)):
                 last.queries.append(query)
@@ -110,7 +112,7 @@ def share_prefixes(queries: Sequence[Query], longest: int) -> list[Row]:
 def order_rows(rows: Sequence[Row]) -> list[Row]:
     """Return rows with branches first, then the others, each by falling length.
 
-    Like lengths are together, so there is little padding, and running out of memory shows at once; rows without
+    Rows of like length are together, so that there is little padding and a lack of memory shows at once. Rows without
     branches need no mask, which is faster.
     """
     return sorted(rows, key=lambda row: (len(row.queries) == 1, -row.length))
@@ -119,7 +121,7 @@ def order_rows(rows: Sequence[Row]) -> list[Row]:
 def take_batch(rows: Sequence[Row], start: int, max_tokens: int) -> list[Row]:
     """Return the rows from `start` on, in order_rows' order, that fit into max_tokens tokens, padding counted.
 
-    At least one row, and either all have branches or none has.
+    There is at least one row, and either all rows have branches or none has.
     """
     first = rows[start]
     length, branched = first.length, len(first.queries) > 1
@@ -157,7 +159,7 @@ def build_batch(rows: Sequence[Row]) -> Batch:
 def find_visible(batch: Batch) -> Bool[torch.Tensor, "rows length length"]:
     """Return which column (last axis) each column sees: those before it in the prefix or in its own branch, and itself.
 
-    Padding comes last, so nothing else sees it; it sees the prefix and itself: no softmax is over nothing.
+    Padding comes last, so that nothing else sees it. It sees the prefix and itself, so that no softmax is over nothing.
     """
     length = batch.tokens.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -166,7 +168,7 @@ def find_visible(batch: Batch) -> Bool[torch.Tensor, "rows length length"]:
 
 
 def _scored_columns(query: Query, prefix: int, start: int) -> Iterator[int]:
-    """Yield, for each target, the column that predicts it; `start` is where the query's own tokens begin."""
+    """Yield, for each target, the column that predicts it. The query's own tokens begin at column `start`."""
     n = len(query.tokens)
     for position in range(n - len(query.targets), n):
         yield position if position < prefix else start + position - prefix

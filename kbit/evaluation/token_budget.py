@@ -1,4 +1,4 @@
-"""How much goes through a model at once: a budget of tokens that adapts to the memory there is."""
+"""How many tokens go through a model at once: a budget that adapts to the memory there is."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ T = TypeVar("T")
 
 @dataclass
 class TokenBudget:
-    """The tokens of a forward pass, padding included.
+    """The number of tokens of a forward pass, padding included.
 
     Attributes:
-        tokens: halved each time that memory runs out.
-        halvings: how often it did.
+        tokens: the budget, which is halved each time that memory runs out.
+        halvings: how often memory ran out.
     """
 
     tokens: int
     halvings: int = 0
 
     def attempt(self, function: Callable[[], T], *, can_split: bool) -> T | None:
-        """Return the function's result on a batch; if memory runs out, halve the budget and return None.
+        """Return the function's result on a batch. If memory runs out, halve the budget and return None.
 
         Raises:
             MemoryError: memory ran out on a batch that cannot be split into smaller ones.
@@ -36,7 +36,7 @@ class TokenBudget:
                 raise
             if not can_split:
                 raise MemoryError(f"not even one sequence fits into memory: {error}") from None
-        # after the except block, whose error holds the frames and so the tensors of the attempt
+        # This stands after the except block, whose error holds the frames of the attempt and so its tensors.
         self.tokens = max(1, self.tokens // 2)
         self.halvings += 1
         if torch.cuda.is_available():
@@ -45,5 +45,5 @@ class TokenBudget:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on the card or on the CPU, where torch has no error of its own for it."""
+    """Whether memory ran out, on the card or on the CPU (for which torch has no error of its own)."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Evaluate a model on lm-eval tasks: measurements with intervals, computed from the items."""
+"""Evaluate a model on lm-eval tasks, zero-shot. Measurements and their intervals are computed from the items."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from kbit.data.tasks import LoadedTask, errors_named, load_tasks
+from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measurement import (
     ItemValues,
     Measurement,
+    TaskRecord,
     encode_items,
     exponentiate,
     mean_accuracy,
@@ -21,10 +23,13 @@ from kbit.evaluation.measurement import (
 from kbit.evaluation.scorer import Asked, Request, Scorer
 from kbit.silence import silence_libraries
 
+# So many tokens of a task's first request are recorded: enough to see a tokenizer's or a prompt's fault.
+FIRST_TOKENS: Final = 64
+
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task with its requests built (prompts rendered), so that every variant of a model is asked the same.
+    """A task with its prompts rendered, so that every variant of a model is asked the same.
 
     Attributes:
         loaded: the task.
@@ -37,11 +42,12 @@ class PreparedTask:
 
 @dataclass
 class PreparedTasks:
-    """What the models of a study share.
+    """The tasks and tokens that the models of a study share.
 
     Attributes:
-        tasks: by (names, what identifies their content, limit).
-        tokenizer: whose tokens are kept, see Scorer.identify_tokenizer: only of the last, as they may take gigabytes.
+        tasks: the tasks by (names, what identifies their content, limit).
+        tokenizer: the tokenizer that made the tokens, see Scorer.identify_tokenizer. Only the last one's tokens are
+            kept, as they may take gigabytes.
         tokens: see Scorer.
     """
 
@@ -50,7 +56,7 @@ class PreparedTasks:
     tokens: dict[Asked, list[Request]] = field(default_factory=dict)
 
     def tokens_of(self, tokenizer: str) -> dict[Asked, list[Request]]:
-        """Return the tokens kept for a tokenizer; of another one than the last, or of an unknown one, none yet."""
+        """Return the tokens kept for a tokenizer: none yet if it is unknown, or another one than the last."""
         if tokenizer != self.tokenizer or not tokenizer:
             self.tokenizer, self.tokens = tokenizer, {}
         return self.tokens
@@ -61,17 +67,42 @@ class TaskScores:
     """What was measured on tasks.
 
     Attributes:
-        measurements: every metric of every task, then the mean accuracy of those that have one, if
-            there are several.
+        measurements: every metric of every task, then the mean accuracy if several tasks have one.
         items: the correctness of each item, for each accuracy.
-        truncated: requests of each task, by name, that lost tokens to the model's context length.
-        first_tokens: of each task, by name: what was sent for its first request; empty for a generation task.
+        truncated: task name -> the number of its requests that lost tokens to the model's context length.
+        first_tokens: task name -> the tokens that were sent for its first request. A generation task has none.
     """
 
     measurements: list[Measurement]
     items: list[ItemValues]
     truncated: dict[str, int]
     first_tokens: dict[str, tuple[int, ...]]
+
+
+class ZeroShot(Measure):
+    """lm-eval's tasks, asked without examples."""
+
+    name = "zero_shot"
+    fields = ("tasks", "limit", "task_path")
+
+    def run(self, subject: Subject) -> Measured:
+        """Score the tasks of eval.tasks.
+
+        Raises:
+            ValueError: the folder of tasks was changed while it was read, or see load_tasks and prepare_task.
+            NonFiniteError: a log-likelihood is NaN or infinite.
+        """
+        scorer, prepared = subject.scorer, subject.lasting.recall(PreparedTasks)
+        scorer.tokens = prepared.tokens_of(scorer.identify_tokenizer())
+        tasks, sent_before = _prepare_tasks(subject, prepared), scorer.sent
+        scores = score_tasks(scorer, tasks)
+        records = tuple(_record_task(task.loaded, scores) for task in tasks)
+        return Measured(
+            scores.measurements,
+            scores.items,
+            scorer.sent - sent_before,
+            {"tasks": records, "truncated": sum(scores.truncated.values())},
+        )
 
 
 def evaluate(
@@ -83,17 +114,17 @@ def evaluate(
     limit: int | None = None,
     task_path: str | None = None,
 ) -> list[Measurement]:
-    """Score a model on tasks, zero-shot; with more than one accuracy, their mean comes last.
+    """Score a model on tasks, zero-shot. With more than one accuracy, their mean comes last.
 
-    Of a task with several filters (ways to read an answer) the first one's metrics have their own names, the others'
-    also the filter's, as lm-eval writes it: exact_match, "exact_match,flexible-extract".
+    A task may have several filters (ways to read an answer). The first filter's metrics have their own names, and the
+    others' also have the filter's, as lm-eval writes it: exact_match, "exact_match,flexible-extract".
 
     Args:
         model: a Hugging Face causal language model.
-        tokenizer: its tokenizer.
-        tasks: one name or several: shipped, in task_path, or lm-eval's own when online.
+        tokenizer: the model's tokenizer.
+        tasks: one name or several. A task is shipped with kbit, in task_path, or lm-eval's own when online.
         batch_size: see EvalConfig.
-        limit: evaluate only the first items of each task.
+        limit: the number of items of each task, counted from its first item.
         task_path: a folder with the user's own task YAMLs.
 
     Raises:
@@ -106,11 +137,32 @@ def evaluate(
     return score_tasks(Scorer(model, tokenizer, batch_size), prepared).measurements
 
 
+def _prepare_tasks(subject: Subject, prepared: PreparedTasks) -> list[PreparedTask]:
+    """Return the tasks with their requests. Kept tasks are found by their content, as the experiment's key has it."""
+    config, identity = subject.config, subject.identity["tasks"]
+    wanted = (config.tasks, tuple(identity), config.limit)
+    if wanted not in prepared.tasks:
+        loaded = load_tasks(config.tasks, config.task_path) if config.tasks else []
+        tasks = [prepare_task(task, config.limit) for task in loaded]
+        found = subject.names.identify_tasks(config.tasks, config.task_path)
+        check_read(f"eval.task_path={config.task_path}", found, identity)
+        prepared.tasks[wanted] = tasks
+    return prepared.tasks[wanted]
+
+
+def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:
+    sent = scores.first_tokens[task.name][:FIRST_TOKENS]
+    truncated = scores.truncated[task.name]
+    identity = (task.name, task.version, task.source, task.sha256, task.fingerprint)
+    return TaskRecord(*identity, truncated, sent, task.definition_sha256)
+
+
 def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
     """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise.
 
     Raises:
-        ValueError: limit is less than 1; or a row lacks a field that the task asks for: names task, file and field.
+        ValueError: limit is less than 1, or a row lacks a field that the task asks for. The message names the task,
+            the file and the field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not >= 1 (None: all items)")
@@ -126,7 +178,7 @@ def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
 
 
 def _check_answers(task: Any) -> None:
-    """Raise ValueError at a right answer that is none of the choices: lm-eval would count the item as wrong."""
+    """Raise ValueError if a right answer is none of the choices. lm-eval would count such an item as wrong."""
     for doc in {instance.doc_id: instance.doc for instance in task.instances}.values():
         choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
         for answer in target if isinstance(target, list) else [target]:
@@ -136,7 +188,7 @@ def _check_answers(task: Any) -> None:
 
 
 def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
-    """Score prepared tasks and measure each; with more than one that has "acc", the mean of these comes last."""
+    """Score prepared tasks and measure each. If several have the metric "acc", its mean comes last."""
     values: list[tuple[LoadedTask, str, list[Any]]] = []
     truncated: dict[str, int] = {}
     first_tokens: dict[str, tuple[int, ...]] = {}
@@ -153,10 +205,10 @@ def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
 
 
 def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
-    """Ask the model, let lm-eval filter and judge each item; return each metric's values in item order."""
+    """Ask the model, let lm-eval filter and judge each item, and return each metric's values in item order."""
     by_type: dict[str, list[Any]] = defaultdict(list)
     for instance in prepared.instances:
-        instance.resps = []  # of an earlier variant
+        instance.resps = []  # those of an earlier variant are dropped
         by_type[instance.request_type] += [instance] * instance.repeats
     for request_type, instances in by_type.items():
         responses = getattr(scorer, request_type)(instances, disable_tqdm=True)
@@ -180,13 +232,13 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
 def _measure(loaded: LoadedTask, metric: str, values: list[Any]) -> list[Measurement]:
     """Return a metric's measurement: proportions with Wilson, perplexities in log space, other numbers as a mean.
 
-    None of a perplexity that float64 cannot hold.
+    A perplexity that float64 cannot hold has none.
     """
     kind = metric.partition(",")[0]  # without a filter
-    if not _are_numbers(values):  # such as F1: only lm-eval can aggregate it
+    if not _are_numbers(values):  # such as F1, which only lm-eval can aggregate
         try:
             value = float(loaded.task.aggregation()[kind](values))
-        except OverflowError:  # its word_perplexity is an exp, too
+        except OverflowError:  # lm-eval's word_perplexity is an exp, too
             return []
         return [Measurement(loaded.name, metric, value, math.nan, math.nan, len(values))]
     if _is_accuracy(metric, values):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +30,7 @@ from kbit.data.windows import Windows, make_windows
 from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Weight
 from kbit.models.config import MAX_WINDOW
+from kbit.models.transformers_private import experts_one_by_one
 
 TOKENS_AT_ONCE: Final = 2048  # of a forward pass: one of the published code's sequences
 
@@ -206,25 +206,10 @@ def _calibrate_part(
 ) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
     """Run a part of the model on all inputs and yield its weights with their Hessians."""
     if weights:
-        with _experts_one_by_one(model), _Recorder(weights) as recorder:
+        with experts_one_by_one(model), _Recorder(weights) as recorder:
             for batch in inputs:
                 _run(run, batch.to(weights[0].values.device))
         yield from recorder.finish(quant.calibration.unseen)
-
-
-@contextmanager
-def _experts_one_by_one(model: Any) -> Iterator[None]:
-    """Let transformers multiply each fused expert by itself, so that its inputs are seen; by default it groups them."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "_experts_implementation", None)
-    if config is None or before is None:
-        yield
-        return
-    config._experts_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._experts_implementation = before
 
 
 @torch.no_grad()

@@ -2,15 +2,16 @@
 
 An input dimension of a matrix is a hidden unit, and its incoming weights are those that are summed into it:
 
-    attention's output  the rows of the values: unit (head, d) is a mean of row (head, d) of V over positions, and with
-                        grouped-query attention several heads share a row
-    inner unit          of the feed-forward layer: its row of the first matrix, and of the gate where there is one
-    residual stream     what was last added to it before it is read: the unit's row of the attention output before the
-                        feed-forward layer, of the feed-forward output before the next block's attention; where both
-                        are added at once (parallel residuals: GPT-NeoX, Phi), its rows of both; before the first block
-                        its column of the token embedding, or its row of what projects that (OPT-350M)
+    attention's output  The unit's row of the values. Unit (head, d) is a mean of row (head, d) of V over positions, and
+                        with grouped-query attention several heads share a row.
+    inner unit          The unit's row of the feed-forward layer's first matrix, and of its gate if there is one.
+    residual stream     The unit's row of the matrix whose output was last added to the stream. Before a feed-forward
+                        layer that is the attention output, before the next decoder layer the feed-forward output.
+                        Where both are added at once (parallel residuals: GPT-NeoX, Phi) it is both. Before the first
+                        decoder layer it is the unit's column of the token embedding, or its row of the matrix that
+                        projects the embedding (OPT-350M).
 
-Norms between them are left out: the k-bit paper (section 3, eq. 2) takes the weights alone.
+Norms between them are left out, as the k-bit paper (section 3, eq. 2) takes the weights alone.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from torch import Tensor, nn
 
 from kbit.models.parameters import as_matrix, owner_of
 
-_ROWS_AT_ONCE: Final = 256  # of squares: 4 MiB of 4,096 float32 columns
+_ROWS_AT_ONCE: Final = 256  # so many rows are squared at once: 4 MiB of 4,096 float32 columns
 
 
-# configuration -> the row of the values for each unit of attention's output; None: each its own
+# A function from a configuration to the row of the values for each unit of attention's output. None: each has its own.
 _Rows = Callable[[Any], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A weight that is summed into units: row rows[u] of the matrix [out, in] goes into unit u; None: row u."""
+    """A weight that is summed into units. Row rows[u] of the matrix [out, in] goes into unit u, without rows row u."""
 
     name: str
     rows: Tensor | None = None
@@ -41,18 +42,20 @@ class Source:
 
 @dataclass(frozen=True)
 class _Architecture:
-    """The names of a block's matrices.
+    """The names of a decoder layer's matrices.
 
     Attributes:
-        blocks: the list of blocks, below the base model.
-        attention_in: reads the residual stream; the last one holds the values.
-        value_rows: where in it.
-        attention_out: reads what attention returns; feed_forward_out: reads the inner units.
-        feed_forward_in: reads the residual stream; several: a gate and what it multiplies.
-        parallel: attention and feed-forward layer read the same residual stream and are added at once.
+        layers: the list of decoder layers, below the base model.
+        attention_in: the matrices of attention that read the residual stream. The last one holds the values.
+        value_rows: where in that matrix the values are.
+        attention_out: the matrix that reads what attention returns.
+        feed_forward_in: the matrices of the feed-forward layer that read the residual stream. If there are two, one is
+            the gate of the other.
+        feed_forward_out: the matrix that reads the inner units.
+        parallel: whether attention and feed-forward layer read the same residual stream and are added at once.
     """
 
-    blocks: str
+    layers: str
     attention_in: tuple[str, ...]
     value_rows: _Rows
     attention_out: str
@@ -63,11 +66,12 @@ class _Architecture:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """Where a block reads the residual stream and what makes its matrices' inputs.
+    """Where a decoder layer reads the residual stream and where it writes to the stream.
 
     Attributes:
-        attention, feed_forward: full names of the modules that read the residual stream, alike in their inputs.
-        attention_out, feed_forward_out: full names of the modules that write to it.
+        attention, feed_forward: full names of the modules that read the residual stream. Those of one field have the
+            same input.
+        attention_out, feed_forward_out: full names of the modules that write to the residual stream.
     """
 
     attention: tuple[str, ...]
@@ -89,7 +93,7 @@ def _rows_of_thirds(config: Any) -> Tensor:
 
 
 def _rows_of_groups(config: Any) -> Tensor | None:
-    """Rows are [group][d], a group's for several heads (grouped-query attention), else for one."""
+    """Rows are [group][d]. With grouped-query attention a group serves several heads, else one."""
     heads = int(config.num_attention_heads)
     size: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups: int = getattr(config, "num_key_value_heads", None) or heads
@@ -127,14 +131,14 @@ _ARCHITECTURES: Final = {
 }
 
 
-def list_blocks(model: Any) -> list[DecoderLayer]:
-    """Return the transformer blocks of a model.
+def list_decoder_layers(model: Any) -> list[DecoderLayer]:
+    """Return the decoder layers of a model.
 
     Raises:
-        ValueError: an architecture whose wiring is not known here.
+        ValueError: the model's architecture is not known here.
     """
     architecture = _find_architecture(model)
-    path = f"{model.base_model_prefix}.{architecture.blocks}"
+    path = f"{model.base_model_prefix}.{architecture.layers}"
     return [
         DecoderLayer(
             tuple(f"{path}.{i}.{name}" for name in architecture.attention_in),
@@ -147,30 +151,30 @@ def list_blocks(model: Any) -> list[DecoderLayer]:
 
 
 def find_sources(model: Any) -> dict[str, list[Source]]:
-    """Return for the weight of each matrix what is summed into its input units; see the module for the rule.
+    """Return for the weight of each matrix what is summed into its input units. The module says by which rule.
 
     Raises:
-        ValueError: an architecture whose wiring is not known here.
+        ValueError: the model's architecture is not known here.
     """
     architecture = _find_architecture(model)
-    # one model type, two architectures: the configuration tells them apart
+    # The model type gpt_neox has both kinds of residuals, and its configuration tells which.
     is_parallel = getattr(model.config, "use_parallel_residual", architecture.parallel)
     value_rows = architecture.value_rows(model.config)
     sources: dict[str, list[Source]] = {}
     stream = [Source(_find_input(model))]
-    for block in list_blocks(model):
-        attended, fed = Source(f"{block.attention_out}.weight"), Source(f"{block.feed_forward_out}.weight")
-        sources |= {f"{name}.weight": stream for name in block.attention}
-        sources[attended.name] = [Source(f"{block.attention[-1]}.weight", value_rows)]
+    for layer in list_decoder_layers(model):
+        attended, fed = Source(f"{layer.attention_out}.weight"), Source(f"{layer.feed_forward_out}.weight")
+        sources |= {f"{name}.weight": stream for name in layer.attention}
+        sources[attended.name] = [Source(f"{layer.attention[-1]}.weight", value_rows)]
         stream = stream if is_parallel else [attended]
-        sources |= {f"{name}.weight": stream for name in block.feed_forward}
-        sources[fed.name] = [Source(f"{name}.weight") for name in block.feed_forward]
+        sources |= {f"{name}.weight": stream for name in layer.feed_forward}
+        sources[fed.name] = [Source(f"{name}.weight") for name in layer.feed_forward]
         stream = [attended, fed] if is_parallel else [fed]
     return sources | dict.fromkeys(_find_readers_after(model), stream)
 
 
 def orient(model: nn.Module, name: str) -> Tensor:
-    """Return a matrix as [..., units that it makes, what it reads], a view: of an embedding [hidden units, tokens]."""
+    """Return a view of a matrix as [..., units made, inputs read], and of an embedding as [hidden units, tokens]."""
     weight, owner = model.get_parameter(name).detach(), owner_of(model, name)
     return weight.T if isinstance(owner, nn.Embedding) else as_matrix(weight, owner)
 
@@ -187,9 +191,9 @@ def measure_deviation(model: nn.Module, sources: list[Source]) -> Tensor:
 def deviation_of(values: Tensor, dim: int) -> Tensor:
     """Return the standard deviation (of the population) along a dimension, in float32.
 
-    Of weights, whose mean is small beside their deviation, so that sqrt(E[x^2] - E[x]^2) loses nothing that matters: it
-    is 10 to 40 times as fast as torch.std. Where values along the dimension do not lie side by side, torch's norm is as
-    slow as that, and squares of a few rows at a time, which stay in the caches, are not.
+    The mean of weights is small beside their deviation, so that sqrt(E[x^2] - E[x]^2) loses nothing that matters. It is
+    10 to 40 times as fast as torch.std. Where values along the dimension do not lie side by side, torch's norm is as
+    slow as torch.std, and squares of a few rows at a time, which stay in the caches, are not.
     """
     values, count = values.float(), values.shape[dim]
     if values.stride(dim) == 1:
@@ -213,7 +217,7 @@ def _find_architecture(model: Any) -> _Architecture:
 
 
 def _find_input(model: Any) -> str:
-    """Return the name of the weight that first makes the residual stream."""
+    """Return the name of the weight that makes the residual stream of the first decoder layer."""
     path: str = model.base_model_prefix
     if getattr(getattr(model.base_model, "decoder", None), "project_in", None) is not None:
         return f"{path}.decoder.project_in.weight"
@@ -222,7 +226,7 @@ def _find_input(model: Any) -> str:
 
 
 def _find_readers_after(model: Any) -> list[str]:
-    """Return the names of the weight that reads the residual stream after the last block: the head's, if it does."""
+    """Return the names of the weight that reads the residual stream after the last decoder layer."""
     if getattr(getattr(model.base_model, "decoder", None), "project_out", None) is not None:
         return [f"{model.base_model_prefix}.decoder.project_out.weight"]
     head = model.get_output_embeddings().weight

@@ -1,19 +1,15 @@
-"""The studied model families: short names, where their weights are, and which paper sizes they are.
+"""The studied model families: short names, and where their weights are.
 
-Embedded models ship inside the package and need no network; all others are Hugging Face hub ids.
+Embedded models ship inside the package and need no network. All others are Hugging Face hub ids.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
-
-_MEBIBYTE: Final = 2**20
-
 
 EMBEDDED: Final = Path(str(files("kbit"))) / "assets" / "models"
 
@@ -24,8 +20,8 @@ class StudiedModel:
 
     Attributes:
         name: the short name, as in model.name.
-        family: the curve it belongs to.
-        hub_id: Hugging Face id; None if embedded.
+        family: the curve that the model belongs to.
+        hub_id: the Hugging Face id, or None for an embedded model.
     """
 
     name: str
@@ -43,8 +39,8 @@ _NANO_FAMILIES: Final = ("nano-gpt2", "nano-opt", "nano-bloom")  # the paper's o
 _PYTHIA_SIZES: Final = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
 
-# The paper (December 2022) used Pythia before its retraining of April 2023: the weights now named -v0. Weights of
-# OPT-175B are given on request only: pass a local path. Hub ids are given as known in November 2026.
+# The paper (December 2022) used Pythia before its retraining of April 2023: the weights that are now named -v0. Weights
+# of OPT-175B are given on request only, so that they need a local path. Hub ids are those of November 2026.
 STUDIED: Final[dict[str, StudiedModel]] = {
     model.name: model
     for model in [
@@ -63,7 +59,7 @@ STUDIED: Final[dict[str, StudiedModel]] = {
 
 
 def family_of(name: str) -> str:
-    """Return the family a model's results are drawn with: the studied family, else the model's own last name part."""
+    """Return the family that a model's results are drawn with: the studied family, else the last part of its name."""
     return STUDIED[name].family if name in STUDIED else Path(name).name
 
 
@@ -71,7 +67,7 @@ def locate_model(name: str) -> str:
     """Return what transformers loads for a short name, a local folder or a hub id.
 
     Raises:
-        ValueError: a name that is none of these, with the short names that are near.
+        ValueError: the name is none of these. The message has the short names that are near.
     """
     if name in STUDIED:
         hub_id = STUDIED[name].hub_id
@@ -86,22 +82,3 @@ def locate_model(name: str) -> str:
         f"model.name={name!r} is neither a short name, nor a folder here, nor a hub id 'organisation/name'; "
         f"{hint}`kbit models` lists the short names"
     )
-
-
-def identify_model(name: str) -> str:
-    """Return what names a model wherever it lies: its name, or for a local folder its last part and a fingerprint.
-
-    The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
-    must not read all weights. The result of an experiment has the hash of all of them.
-    """
-    folder = Path(name)
-    if name in STUDIED or not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_MEBIBYTE)
-            file.seek(max(0, size - _MEBIBYTE))
-            digest.update(f"{path.name} {size}".encode() + head + file.read())
-    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"

@@ -10,16 +10,16 @@ from kbit.checks import check_choice
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
-MAX_WINDOW: Final = 2048  # tokens: what quantization papers use; less where the model's context is shorter
+MAX_WINDOW: Final = 2048  # tokens, as in quantization papers. A model of shorter context has shorter windows.
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and the dtype it computes in.
+    """Which model, and the dtype that it computes in.
 
     Attributes:
-        name: short name (see `kbit models`), local folder or hub id.
-        dtype: float32, bfloat16 or float16; the weights are 16-bit values in each case.
+        name: a short name (see `kbit models`), a local folder or a hub id.
+        dtype: float32, bfloat16 or float16. The weights are 16-bit values in each case.
     """
 
     name: str = "nano-neox-98k"

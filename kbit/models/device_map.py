@@ -1,6 +1,6 @@
-"""A model on several GPUs: which of its blocks go where.
+"""A model on several GPUs: which of its decoder layers go where.
 
-Never run on a GPU: the arithmetic is tested, and the hooks that move hidden states, on the CPU.
+This was never run on several GPUs. The arithmetic, and the hooks that move hidden states, are tested on the CPU.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from kbit.models.transformers_private import list_whole_modules
+
 
 def spread_model(model: Any, gpus: int) -> None:
-    """Move a model to the first GPUs, whole blocks to each; hidden states follow, by hooks of accelerate.
+    """Move a model to the first GPUs, whole decoder layers to each. Hooks of accelerate move hidden states along.
 
-    All but the blocks (embeddings, last norm, head) lies on the first, where tokens go in and logits come out.
+    All but the decoder layers (embeddings, last norm, head) lies on the first GPU, where tokens go in and logits come
+    out.
 
     Raises:
-        ValueError: transformers does not say what the model's blocks are.
+        ValueError: transformers does not say what the model's decoder layers are.
     """
     from accelerate import dispatch_model
 
@@ -26,34 +29,38 @@ def spread_model(model: Any, gpus: int) -> None:
 
 
 def make_device_map(model: Any, gpus: int) -> dict[str, int]:
-    """Return the GPU of each block and of every other module that has tensors of its own, as accelerate takes it.
+    """Return the GPU of each decoder layer and of every other module with tensors of its own, as accelerate takes it.
+
+    accelerate.infer_auto_device_map is no substitute. It puts the head on the last GPU, while the scorer multiplies
+    hidden states by the head on the first.
 
     Raises:
         ValueError: see spread_model.
     """
-    kinds = set(model._no_split_modules or ())
-    blocks = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
-    if not blocks:
+    kinds = list_whole_modules(model)
+    layers = {name: module for name, module in model.named_modules() if type(module).__name__ in kinds}
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no known blocks to spread over {gpus} GPUs")
-    sizes = [_count_bytes(block) for block in blocks.values()]
-    devices = place_blocks(sizes, _count_bytes(model) - sum(sizes), gpus)
-    device_map = dict(zip(blocks, devices, strict=True))
+    sizes = [_count_bytes(layer) for layer in layers.values()]
+    devices = place_layers(sizes, _count_bytes(model) - sum(sizes), gpus)
+    device_map = dict(zip(layers, devices, strict=True))
     for name, module in model.named_modules():
-        inside = any(name == block or name.startswith(f"{block}.") for block in blocks)
-        if not inside and (module._parameters or module._buffers):
+        inside = any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+        if not inside and [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
             device_map[name] = 0
     return device_map
 
 
-def place_blocks(sizes: Sequence[int], beside: int, gpus: int) -> list[int]:
-    """Return the GPU of each block, in order: runs of blocks, so that the fullest GPU has as little as possible.
+def place_layers(sizes: Sequence[int], beside: int, gpus: int) -> list[int]:
+    """Return the GPU of each decoder layer, in order: a run of layers each, and the fullest GPU as empty as possible.
 
     Args:
-        sizes: of the blocks, in bytes; beside: what the first GPU holds beside its blocks.
-        gpus: how many there are.
+        sizes: the size of each decoder layer in bytes.
+        beside: the bytes that the first GPU holds beside its layers.
+        gpus: the number of GPUs.
     """
     low, high = max([beside, *sizes]), beside + sum(sizes)
-    while low < high:  # the least capacity at which filling GPU after GPU is enough
+    while low < high:  # looks for the least capacity at which filling GPU after GPU is enough
         middle = (low + high) // 2
         if _fill(sizes, beside, middle)[-1] < gpus:
             high = middle
@@ -63,7 +70,7 @@ def place_blocks(sizes: Sequence[int], beside: int, gpus: int) -> list[int]:
 
 
 def _fill(sizes: Sequence[int], beside: int, capacity: int) -> list[int]:
-    """Return the GPU of each block if each takes blocks up to its capacity."""
+    """Return the GPU of each decoder layer if each GPU takes layers up to its capacity."""
     gpu, used, devices = 0, beside, []
     for size in sizes:
         if used + size > capacity:
@@ -74,6 +81,6 @@ def _fill(sizes: Sequence[int], beside: int, capacity: int) -> list[int]:
 
 
 def _count_bytes(module: nn.Module) -> int:
-    """Return the bytes of a module's tensors, tied ones once."""
+    """Return the bytes of a module's tensors. Tied ones count once."""
     tensors: dict[int, torch.Tensor] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     return sum(tensor.nbytes for tensor in tensors.values())

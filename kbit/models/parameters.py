@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Return one hash over every parameter's name, dtype and bytes: two equal hashes, two equal models."""
+    """Return one hash of every parameter's name, dtype and bytes. Two equal hashes mean two equal models."""
     digest = hashlib.blake2b(digest_size=16)
     for names, parameter in distinct_parameters(model):
         digest.update(f"{names} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -21,7 +21,7 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ValueError if a parameter holds NaN or Inf, naming the first such tensor and the counts."""
+    """Raise ValueError, with the first such tensor and the counts, if a parameter holds NaN or Inf."""
     bad = []
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -34,7 +34,7 @@ def check_finite(model: nn.Module) -> None:
 
 
 def distinct_parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
-    """Yield every parameter once, with all its names: tied parameters are one."""
+    """Yield every parameter once, with all its names. Tied parameters are one."""
     names_of: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -50,10 +50,11 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def as_matrix(parameter: torch.Tensor, owner: nn.Module) -> torch.Tensor:
-    """Return a parameter as it is quantized and counted, [..., out, in] or a vector: a view.
+    """Return a view of a parameter as it is quantized and counted: [..., out, in], or a vector.
 
-    Matrices of GPT-2's Conv1D, and fused experts [experts, in, out] of modules that say so (GPT-OSS), are transposed.
-    Vectors, the experts' stacked biases and embeddings (blocked along the hidden dimension) are as they are stored.
+    Matrices of GPT-2's Conv1D are transposed, and so are fused experts [experts, in, out] of modules that say so
+    (GPT-OSS). Vectors, the experts' stacked biases and embeddings (blocked along the hidden dimension) are returned as
+    they are stored.
     """
     least = 2 if isinstance(owner, Conv1D) else 3
     transposed = isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))

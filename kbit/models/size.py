@@ -1,14 +1,15 @@
-"""How large a model is, and what memory a worker with it needs: from the files that are here, else by its name."""
+"""How large a model is, from the files that are here, else by its name."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
 
 from kbit.models.catalog import locate_model
 from kbit.models.config import MAX_WINDOW
@@ -30,20 +31,20 @@ _NAMELESS: Final = {
 }
 
 
-# A block has 12 hidden^2 parameters, and transformers have about one block for each 100 of their hidden size (GPT-3's
-# sizes: 64 to 128): parameters = 0.12 hidden^3.
+# A decoder layer has 12 hidden^2 parameters, and transformers have about one layer for each 100 of their hidden size
+# (GPT-3's sizes: 64 to 128). So parameters = 0.12 hidden^3.
 _PARAMETERS_PER_CUBE: Final = 0.12
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What of a model decides memory and time.
+    """Properties of a model that determine memory and run time.
 
     Attributes:
-        parameters: tied ones counted once; of a model that is not here, by its name.
-        hidden: size of the residual stream.
-        context: tokens that it takes at once.
-        vocabulary: tokens of its tokenizer; None if that is not known.
+        parameters: the number of parameters, where tied ones count once. The name tells it if the model is not here.
+        hidden: the size of the residual stream.
+        context: the number of tokens that the model takes at once.
+        vocabulary: the number of its tokenizer's tokens, or None if that is not known.
     """
 
     parameters: int
@@ -53,9 +54,9 @@ class ModelSize:
 
 
 def find_size(name: str) -> ModelSize | None:
-    """Return the size of a model by its folder, its files in the hub's cache, or its name; None if none of them tells.
+    """Return the size of a model by its folder, its files in the hub's cache, or its name. None: none of them tells it.
 
-    Reads no weights: a safetensors file begins with the shapes of its tensors.
+    No weights are read, as a safetensors file begins with the shapes of its tensors.
     """
     folder = _find_folder(name)
     stored = _count_stored(folder) if folder else None
@@ -73,14 +74,14 @@ def find_size(name: str) -> ModelSize | None:
 
 
 def _find_folder(name: str) -> Path | None:
-    """Return where a model's files are, as far as they are here."""
+    """Return the folder of a model's files if they are here."""
     try:
         place = locate_model(name)
     except ValueError:
         return None
     folder = Path(place)
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache  # which models that are here need not wait for
+        from huggingface_hub import try_to_load_from_cache  # takes time that models in folders need not wait for
 
         cached = try_to_load_from_cache(place, "config.json")
         folder = Path(cached).parent if isinstance(cached, str) else folder
@@ -88,25 +89,21 @@ def _find_folder(name: str) -> Path | None:
 
 
 def _count_stored(folder: Path) -> int | None:
-    """Return the elements in a folder's safetensors files; None if there are none, or one is damaged."""
+    """Return the number of elements in a folder's safetensors files. None: there are none, or one is damaged."""
     try:
         return sum(_count_elements(path) for path in folder.glob("model*.safetensors")) or None
-    except (OSError, ValueError, struct.error):  # that it cannot be loaded is said when it is
+    except (OSError, SafetensorError):  # loading the model will say what is wrong
         return None
 
 
 def _count_elements(path: Path) -> int:
-    """Return the elements of a safetensors file: 8 bytes of length, then JSON with a shape for each tensor."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file")
-        header = json.loads(file.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    """Return the number of elements in a safetensors file, of which only the header is read."""
+    with safe_open(path, framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 
 def _read_name(name: str) -> int | None:
-    """Return the parameters that a name states: opt-125m, pythia-1.4b-v0, bloom-7b1 (7.1 billion)."""
+    """Return the number of parameters that a name states: opt-125m, pythia-1.4b-v0, bloom-7b1 (7.1 billion)."""
     last = name.rpartition("/")[2]
     if last in _NAMELESS:
         return _NAMELESS[last]

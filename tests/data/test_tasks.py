@@ -15,13 +15,14 @@ import datasets
 import lm_eval
 import pytest
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._yaml_loader import load_yaml
 
 import kbit.data.tasks
-from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, identify_tasks
-from kbit.data.tasks import load_tasks
+from kbit.data.lm_eval_private import read_definition
+from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
+from kbit.data.tasks import LoadedTask, load_tasks
 from kbit.data.texts import read_bytes, read_json_lines
 from kbit.evaluation.zero_shot import prepare_task
+from kbit.experiments.identity import identify_tasks
 
 SHIPPED = sorted(find_local_tasks())
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -68,18 +69,23 @@ def test_shipped_tasks_load_from_any_folder_without_a_network(tmp_path: Path, mo
     assert not any(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def shipped() -> dict[str, LoadedTask]:
+    """The shipped tasks by name, loaded once for all tests that only look at them."""
+    return {task.name: task for task in load_tasks(SHIPPED)}
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_task_records_which_data_it_has(name: str) -> None:
-    [task] = load_tasks([name])
+def test_a_shipped_task_records_which_data_it_has(name: str, shipped: dict[str, LoadedTask]) -> None:
+    task = shipped[name]
     assert task.source == f"{name}.jsonl.xz"
     assert task.sha256 == sha256(lzma.decompress((EMBEDDED_TASKS / "data" / task.source).read_bytes())).hexdigest()
     assert task.version == "1.0"
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_acc_bytes_is_measured_where_acc_norm_is(name: str) -> None:
-    [loaded] = load_tasks([name])
-    metrics = set(loaded.task.aggregation())
+def test_acc_bytes_is_measured_where_acc_norm_is(name: str, shipped: dict[str, LoadedTask]) -> None:
+    metrics = set(shipped[name].task.aggregation())
     assert ("acc_bytes" in metrics) == ("acc_norm" in metrics)
     assert "acc" in metrics
 
@@ -93,9 +99,11 @@ def test_acc_bytes_is_measured_where_acc_norm_is(name: str) -> None:
         ("hellaswag", "hellaswag/hellaswag.yaml"),
     ],
 )
-def test_a_task_of_the_paper_asks_what_lm_evals_own_definition_asks(name: str, definition: str) -> None:
+def test_a_task_of_the_paper_asks_what_lm_evals_own_definition_asks(
+    name: str, definition: str, shipped: dict[str, LoadedTask]
+) -> None:
     """Only the source of the rows is replaced in lm-eval's YAML."""
-    theirs_config = load_yaml(LM_EVAL_TASKS / definition)
+    theirs_config, _ = read_definition(LM_EVAL_TASKS / definition)
     rows = read_json_lines(EMBEDDED_TASKS / "data" / f"{name}.jsonl.xz")[:ITEMS]
     splits = [theirs_config[key] for key in theirs_config if key.endswith("_split") and theirs_config[key]]
 
@@ -105,7 +113,7 @@ def test_a_task_of_the_paper_asks_what_lm_evals_own_definition_asks(name: str, d
     theirs = ConfigurableTask(config=theirs_config | {"custom_dataset": shipped_rows})
     theirs.set_config(key="num_fewshot", value=0)
     theirs.build_all_requests(limit=ITEMS, rank=0, world_size=1)
-    [loaded] = load_tasks([name])
+    loaded = shipped[name]
     mine = prepare_task(loaded, ITEMS).instances
 
     assert [i.arguments for i in mine] == [i.arguments for i in theirs.instances]

@@ -14,16 +14,18 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import kbit.evaluation.scorer
 from kbit.data.task_files import find_local_tasks
 from kbit.data.tasks import load_tasks
-from kbit.evaluation.scorer import PREFIX_SHARING, NonFiniteError, Scorer
+from kbit.evaluation.measurement import NonFiniteError
+from kbit.evaluation.scorer import PREFIX_SHARING, Scorer
 from kbit.evaluation.zero_shot import PreparedTask, prepare_task, score_tasks
 from kbit.models.loading import load_model
 
 Build = Callable[..., Any]
 Scores = list[tuple[float, bool]]
 
-LIMIT = 25
+LIMIT = 12
 CONTEXT = 256
 # A sum of at most 256 log-probabilities of about -7, in float32, in two orders of summation and two paddings: each is
 # good to about 1e-6 and their errors mostly cancel; 1e-4 is the product's promise.
@@ -65,7 +67,7 @@ def test_random_models_score_as_under_lm_eval(
     model = build_tiny(architecture, vocab_size=1024)
     theirs = score(reference(model, tokenizer), requests)
     mine = score(Scorer(model, tokenizer), requests)
-    assert len(mine) == len(requests) > 400
+    assert len(mine) == len(requests) > 200
     assert largest_difference(mine, theirs) < TOLERANCE
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
 
@@ -188,20 +190,22 @@ def test_bfloat16_logits_are_scored_in_float32(build_tiny: Build, tokenizer: Any
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", sorted(PREFIX_SHARING))
 def test_sharing_prefixes_does_not_change_the_scores(
-    build_tiny: Build, tokenizer: Any, architecture: str, dtype: torch.dtype
+    build_tiny: Build, tokenizer: Any, architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"sliding_window": None} if architecture == "mistral" else {}
     model = build_tiny(architecture, vocab_size=1024, **fields).to(dtype)
     context = "Once upon a time there was a little girl who lived near the wood, and she"
     requests = [ask(context, ending) for ending in (" ran.", " ran away.", " was a", " ate the apple", " ran.")]
-    shared, alone = Scorer(model, tokenizer), Scorer(model, tokenizer)
+    shared = Scorer(model, tokenizer)
     assert shared.path == "prefix sharing"
-    alone._path = "one sequence per row"
+    monkeypatch.setattr(kbit.evaluation.scorer, "PREFIX_SHARING", frozenset())
+    alone = Scorer(model, tokenizer)
+    assert alone.path == "one sequence per row"
     # Sums of some 40 nats: float32 is good to 1e-5. In bfloat16 a logit near 0.5 has steps of 0.002, and the order of
     # sums within attention differs.
     tolerance = 1e-4 if dtype == torch.float32 else 0.02
     assert largest_difference(score(shared, requests), score(alone, requests)) < tolerance
-    assert len(shared._last_layout.rows) == 1 < len(alone._last_layout.rows)
+    assert len(shared.last_arrangement.rows) == 1 < len(alone.last_arrangement.rows)
 
 
 def test_bloom_has_its_own_position_bias_again_afterwards(build_tiny: Build, tokenizer: Any) -> None:
@@ -301,7 +305,7 @@ def test_a_long_context_makes_no_long_rows(build_tiny: Build, tokenizer: Any, ba
     requests = few_shot_requests(400)  # one row would have some 5,000 tokens
     scorer = Scorer(model, tokenizer, batch_size=batch_size)
     scores = score(scorer, requests)
-    rows = scorer._last_layout.rows
+    rows = scorer.last_arrangement.rows
     longest = max(len(query.tokens) for row in rows for query in row.queries)
     assert 200 < longest < max(row.length for row in rows)  # contexts are shared all the same
     assert max(row.length for row in rows) <= min(4096, max(scorer.budget.tokens, 2 * longest))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kbit.data.tasks import load_tasks
-from kbit.evaluation.measurement import decode_items
-from kbit.evaluation.scorer import NonFiniteError, Scorer
+from kbit.evaluation.measurement import NonFiniteError, decode_items
+from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import evaluate, prepare_task, score_tasks
 from kbit.models.loading import load_model
 
@@ -55,7 +55,7 @@ class Oracle(Scorer):
 
     prefers = -1.0
 
-    def _loglikelihood_tokens(self, requests: Any, *_: Any, **__: Any) -> list[tuple[float, bool]]:
+    def score_tokens(self, requests: Any) -> list[tuple[float, bool]]:
         return [(self.prefers * i, False) for i in range(len(requests))]
 
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+import kbit.data.windows
 import kbit.evaluation.perplexity
+import kbit.evaluation.zero_shot
 import kbit.experiments.session
 from kbit.engine.worker import Worker
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import PreparedTasks
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.experiments.session import Session, run_experiment
 from kbit.methods.config import QuantConfig
@@ -103,23 +106,35 @@ def test_two_texts_of_one_content_are_each_measured_by_their_own_name(session: S
     assert [{m.task for m in result.measurements} for result in results] == [{name} for name in names]
 
 
-def test_the_states_of_an_earlier_text_are_dropped(session: Session, tmp_path: Path) -> None:
+def count_references(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """The states that are computed from now on."""
+    original, computed = kbit.evaluation.perplexity.compute_reference, []
+
+    def compute(*arguments: Any) -> Any:
+        states = original(*arguments)
+        computed.append(weakref.ref(states))
+        return states
+
+    monkeypatch.setattr(kbit.evaluation.perplexity, "compute_reference", compute)
+    return computed
+
+
+def test_the_states_of_an_earlier_text_are_dropped(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are gigabytes of a temporary folder, once for each text of a study if they stay."""
-    held = []
+    computed = count_references(monkeypatch)
     for number in range(3):
         write_text(tmp_path / f"{number}.jsonl", STORIES[0])
         session.run(of_text(tmp_path / f"{number}.jsonl"))
-        assert session._hidden is not None
-        held.append(weakref.ref(session._hidden[1]))
-    assert [states() is None for states in held] == [True, True, False]
+    assert [states() is None for states in computed] == [True, True, False]
 
 
 def test_the_states_of_one_text_are_computed_once(
     session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_text(tmp_path / "once.jsonl", STORIES[0])
-    computed: list[int] = []
-    edit_before(monkeypatch, kbit.experiments.session, "compute_reference", lambda: computed.append(1), times=9)
+    computed = count_references(monkeypatch)
     for bits in (3, 4, 16):
         session.run(dataclasses.replace(of_text(tmp_path / "once.jsonl"), quant=QuantConfig(bits=bits)))
     assert len(computed) == 1
@@ -130,16 +145,16 @@ def test_a_file_edited_after_planning_is_an_error(session: Session, tmp_path: Pa
     path = tmp_path / "data"
     if what == "text":
         write_text(path, STORIES[0])
-        experiment, planned = of_text(path), of_text(path).key
-        assert experiment.key == planned
+        experiment = of_text(path)
+        planned = find_key(experiment)
         write_text(path, STORIES[1])
     else:
         write_tasks(path, 0)
         experiment = of_tasks(path)
-        planned = experiment.key
+        planned = find_key(experiment)
         write_tasks(path, 1)
     with pytest.raises(ValueError, match=f"{path}.* has changed since {planned} was planned"):
-        session.run(experiment)
+        session.run(experiment, planned)
 
 
 @pytest.mark.parametrize("edited", ["rows.jsonl", "mine.yaml", "text.jsonl"])
@@ -186,7 +201,7 @@ def edit_before(
 
 @pytest.mark.parametrize(
     ("kind", "module"),
-    [("windows", kbit.evaluation.perplexity), ("rolling", kbit.experiments.session)],
+    [("windows", kbit.data.windows), ("rolling", kbit.evaluation.perplexity)],
     ids=["windows", "rolling"],
 )
 def test_a_text_edited_while_it_is_read_is_an_error_and_not_kept(
@@ -206,7 +221,7 @@ def test_a_task_edited_while_it_is_read_is_an_error_and_not_kept(
 ) -> None:
     session = Session(SMALL)  # which has not read these rows yet
     write_tasks(tmp_path, 0)
-    edit_before(monkeypatch, kbit.experiments.session, "load_tasks", lambda: write_tasks(tmp_path, 1))
+    edit_before(monkeypatch, kbit.evaluation.zero_shot, "load_tasks", lambda: write_tasks(tmp_path, 1))
     with pytest.raises(ValueError, match=f"{tmp_path} was changed while it was read"):
         session.run(of_tasks(tmp_path))
     write_tasks(tmp_path, 0)
@@ -223,7 +238,8 @@ def test_a_model_whose_files_are_replaced_is_loaded_again(tmp_path: Path) -> Non
     worker = Worker(str(tmp_path / "results"), "cpu")
     for name in ("nano-neox-98k", "nano-neox-332k"):
         copy_model(folder, name)
-        assert worker.run(Experiment(ModelConfig(str(folder)), NF4, text)).error == ""
+        experiment = Experiment(ModelConfig(str(folder)), NF4, text)
+        assert worker.run(experiment, find_key(experiment)).error == ""
     table = read_results(tmp_path / "results")
     assert set(table["parameters"]) == {231_168, 532_320}  # of their model cards
 
@@ -254,9 +270,9 @@ def test_the_reason_is_in_the_store(tmp_path: Path) -> None:
     path = tmp_path / "story.jsonl"
     write_text(path, STORIES[0])
     experiment = of_text(path)
-    assert experiment.key
+    planned = find_key(experiment)
     write_text(path, STORIES[1])
-    outcome = Worker(str(tmp_path / "results"), "cpu").run(experiment)
+    outcome = Worker(str(tmp_path / "results"), "cpu").run(experiment, planned)
     assert "has changed since" in outcome.error
     assert Store(tmp_path / "results").finished_keys() == set()
     assert read_failures(tmp_path / "results")["reason"].str.contains("has changed since").all()
@@ -265,7 +281,7 @@ def test_the_reason_is_in_the_store(tmp_path: Path) -> None:
 def test_models_of_a_family_render_and_tokenize_a_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nano-stories has another tokenizer; the tasks' texts are the same for it."""
     rendered: list[int] = []
-    edit_before(monkeypatch, kbit.experiments.session, "prepare_task", lambda: rendered.append(1), times=9)
+    edit_before(monkeypatch, kbit.evaluation.zero_shot, "prepare_task", lambda: rendered.append(1), times=9)
     tokenized: list[int] = []
     edit_before(monkeypatch, Scorer, "tok_encode", lambda: tokenized.append(1), times=999)
     task = EvalConfig(("nano_choice",), limit=5, perplexity=None)
@@ -273,7 +289,8 @@ def test_models_of_a_family_render_and_tokenize_a_task_once(tmp_path: Path, monk
     names = ("nano-neox-98k", "nano-neox-332k", "nano-stories-260k", "nano-neox-98k")
     for number, name in enumerate(names):
         quant = QuantConfig(bits=4 - (number == 3))
-        assert worker.run(Experiment(ModelConfig(name), quant, task)).error == ""
+        experiment = Experiment(ModelConfig(name), quant, task)
+        assert worker.run(experiment, find_key(experiment)).error == ""
         counts.append(len(tokenized))
     assert len(rendered) == 1
     of_one = counts[0]

@@ -1,4 +1,7 @@
-"""Which module of kbit imports which, by the sources; imports in functions and for type checkers included."""
+"""Reads from the sources which module of kbit imports which.
+
+Imports in functions count, and so do imports for type checkers unless a caller leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,7 @@ LINKED = ("analysis", "kernels")  # top-level folders that are kbit.analysis and
 
 def find_modules() -> dict[str, Path]:
     """Return the file of every module of kbit and of hydra_plugins, by its full name."""
-    paths = [
-        path
-        for path in (ROOT / "kbit").rglob("*.py")
-        if not set(path.relative_to(ROOT).parts) & {"conf", "sweeps", *LINKED}
-    ]
+    paths = [path for path in (ROOT / "kbit").rglob("*.py") if not set(path.parts) & {"conf", "sweeps", *LINKED}]
     found = {_name(path.relative_to(ROOT)): path for path in paths}
     for folder in LINKED:
         for path in (ROOT / folder).rglob("*.py"):
@@ -29,7 +28,7 @@ def read_imports(modules: Mapping[str, Path], *, for_types: bool = True) -> dict
     """Return for each module the modules of kbit that it imports.
 
     Args:
-        modules: see find_modules.
+        modules: the files of the modules by name, as find_modules returns them.
         for_types: whether imports under `if TYPE_CHECKING:` count.
     """
     return {
@@ -39,10 +38,10 @@ def read_imports(modules: Mapping[str, Path], *, for_types: bool = True) -> dict
 
 
 def find_longest_chain(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return the longest chain of modules each of which imports the next.
+    """Return the longest chain of modules in which each module imports the next.
 
     Raises:
-        ValueError: the imports form a circle; the message names it.
+        ValueError: the imports form a circle. The message names it.
     """
     known: dict[str, list[str]] = {}
 

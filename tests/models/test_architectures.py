@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from kbit.models.architectures import deviation_of, find_sources, list_blocks, measure_deviation, orient
+from kbit.models.architectures import deviation_of, find_sources, list_decoder_layers, measure_deviation, orient
 
 KNOWN = ["gpt_neox", "gpt2", "opt", "bloom", "llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "phi"]
 SHAPES: dict[str, dict[str, Any]] = {"llama": {"num_key_value_heads": 2}}  # grouped-query attention
@@ -51,7 +51,7 @@ def test_a_unit_without_incoming_weights_is_the_input_dimension_that_falls_silen
 ) -> None:
     """For attention's output and the inner units: where a unit's rows (and biases) are zero, so is its dimension."""
     model = build_tiny(architecture, **SHAPES.get(architecture, {}))
-    block = list_blocks(model)[1]
+    block = list_decoder_layers(model)[1]
     sources = find_sources(model)
     for reader in (block.attention_out, block.feed_forward_out):
         before = record_inputs(model, [reader])[reader]
@@ -75,7 +75,7 @@ def test_a_unit_without_incoming_weights_is_the_input_dimension_that_falls_silen
 def test_the_residual_stream_is_read_after_what_was_last_added(build_tiny: Build, architecture: str) -> None:
     """Other weights of the block before do not change what is read; those of the sources do."""
     model = build_tiny(architecture)
-    sources, (first, second) = find_sources(model), list_blocks(model)
+    sources, (first, second) = find_sources(model), list_decoder_layers(model)
     for readers in (second.attention, second.feed_forward):
         reader = readers[0]
         before = record_inputs(model, [reader])[reader]
@@ -97,13 +97,13 @@ def test_the_residual_stream_is_read_after_what_was_last_added(build_tiny: Build
 
 def test_a_sequential_gpt_neox_is_read_in_sequence(build_tiny: Build) -> None:
     model = build_tiny("gpt_neox", use_parallel_residual=False)
-    block = list_blocks(model)[0]
+    block = list_decoder_layers(model)[0]
     assert [s.name for s in find_sources(model)[f"{block.feed_forward[0]}.weight"]] == [f"{block.attention_out}.weight"]
 
 
 def test_the_first_block_reads_the_embedding_and_the_head_the_last_block(build_tiny: Build) -> None:
     model = build_tiny("opt")
-    sources, blocks = find_sources(model), list_blocks(model)
+    sources, blocks = find_sources(model), list_decoder_layers(model)
     assert [s.name for s in sources[f"{blocks[0].attention[0]}.weight"]] == ["model.decoder.embed_tokens.weight"]
     assert orient(model, "model.decoder.embed_tokens.weight").shape == (64, 259)
     assert [s.name for s in sources["lm_head.weight"]] == [f"{blocks[-1].feed_forward_out}.weight"]

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kbit.models.device_map
 from kbit.evaluation.scorer import Scorer
 from kbit.methods.config import QuantConfig
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
-from kbit.models.device_map import make_device_map, place_blocks
+from kbit.models.device_map import make_device_map, place_layers
 
 
 def fullest(sizes: list[int], beside: int, devices: list[int]) -> int:
@@ -27,7 +28,7 @@ def fullest(sizes: list[int], beside: int, devices: list[int]) -> int:
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(0, 40), st.integers(1, 4))
 def test_the_fullest_gpu_has_as_little_as_runs_of_blocks_allow(sizes: list[int], beside: int, gpus: int) -> None:
-    devices = place_blocks(sizes, beside, gpus)
+    devices = place_layers(sizes, beside, gpus)
     assert devices == sorted(devices)
     assert set(devices) <= set(range(gpus))
     every = (sorted(choice) for choice in itertools.product(range(gpus), repeat=len(sizes)))
@@ -45,9 +46,11 @@ def test_every_tensor_has_a_gpu_and_blocks_are_whole(build_tiny: Callable[..., A
         assert [place for place in device_map if name.startswith(f"{place}.")] != []
 
 
-def test_a_model_without_known_blocks_is_refused(build_tiny: Callable[..., Any]) -> None:
+def test_a_model_without_known_blocks_is_refused(
+    build_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build_tiny("gpt2")
-    model._no_split_modules = None
+    monkeypatch.setattr(kbit.models.device_map, "list_whole_modules", lambda _: set())
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no known blocks to spread over 2 GPUs"):
         make_device_map(model, 2)
 
@@ -64,9 +67,9 @@ def test_hooks_change_no_score(build_tiny: Callable[..., Any], tokenizer: Any, a
     for model in (plain, hooked):
         scorer = Scorer(model, tokenizer)
         requests = [(("", ""), [5, 6, 7], [n, 9]) for n in range(3)]
-        before = scorer._loglikelihood_tokens(requests)
+        before = scorer.score_tokens(requests)
         report = quantize_model(model, QuantConfig(bits=3))
-        scores.append((before, scorer._loglikelihood_tokens(requests), report.total_bits))
+        scores.append((before, scorer.score_tokens(requests), report.total_bits))
     assert scores[0] == scores[1]
     assert scores[0][0] != scores[0][1]
 

@@ -1,0 +1,45 @@
+"""All of lm-eval's private parts that need no model, so that a new version of lm-eval breaks this file only.
+
+pyproject.toml pins lm-eval's version for their sake. The private parts of its models are in kbit.models.hflm_private.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.task
+import tqdm
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+
+
+def read_definition(path: Path) -> tuple[dict[str, Any], set[Path]]:
+    """Return a task's definition, with what it includes, and the files that were read beside its own."""
+    files: set[Path] = set()
+    definition: dict[str, Any] = load_yaml(path, _seen=files)
+    return definition, files
+
+
+def hide_progress() -> None:
+    """Turn off the progress bar of lm-eval's rendering of prompts, which has no switch."""
+    lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)
+
+
+def add_tasks(define: Callable[[], dict[str, dict[str, Any]]]) -> None:
+    """Let every index of tasks that lm-eval makes from now on have more tasks. One that it has already wins.
+
+    Args:
+        define: returns the definitions by name, whenever an index is made.
+    """
+    build = TaskIndex.build
+
+    def build_with_more(*arguments: Any, **options: Any) -> dict[str, Entry]:
+        index: dict[str, Entry] = build(*arguments, **options)
+        for name, definition in define().items():
+            index.setdefault(name, Entry(name, Kind.TASK, yaml_path=None, cfg=definition))
+        return index
+
+    TaskIndex.build = staticmethod(build_with_more)
