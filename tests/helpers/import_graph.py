@@ -15,7 +15,8 @@ LINKED = ("analysis", "kernels")  # top-level folders that are kbit.analysis and
 
 def find_modules() -> dict[str, Path]:
     """Return the file of every module of kbit and of hydra_plugins, by its full name."""
-    paths = [path for path in (ROOT / "kbit").rglob("*.py") if not set(path.parts) & {"conf", "sweeps", *LINKED}]
+    others = {"conf", "sweeps", *LINKED}
+    paths = [path for path in (ROOT / "kbit").rglob("*.py") if not others & set(path.relative_to(ROOT).parts)]
     found = {_name(path.relative_to(ROOT)): path for path in paths}
     for folder in LINKED:
         for path in (ROOT / folder).rglob("*.py"):
