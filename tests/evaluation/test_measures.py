@@ -71,8 +71,8 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_agreement.py:Agreement"
 
 
-def asking(*measures: str, **fields: Any) -> EvalConfig:
-    return EvalConfig(**({"tasks": (), "perplexity_windows": 3, "measures": measures} | fields))
+def asking(*measures: str) -> EvalConfig:
+    return EvalConfig(tasks=(), perplexity_windows=3, measures=measures)
 
 
 @pytest.mark.parametrize("asked", ["my_agreement.py:Agreement", "my_agreement:Agreement"])
@@ -85,20 +85,20 @@ def test_a_measure_from_a_file_is_run_stored_and_drawn(
         assert done.code == 0, done.err
         assert TASK in done.out
     results = read_results(tmp_path / "results")
-    ours = results[results["task"] == TASK].set_index("bits")
-    assert ours.loc[16, "value"] == 1
-    assert 0 < ours.loc[3, "value"] < 1
-    assert ours.loc[3, "low"] <= ours.loc[3, "value"] <= ours.loc[3, "high"]
-    assert re.fullmatch(r"float32, 3 windows of \d+ tokens, text \w{8}, measure \w{8}", ours.loc[3, "evaluation"]), (
-        ours.loc[3, "evaluation"]
-    )
-    items = read_items(tmp_path / "results", TASK, "same", [ours.loc[3, "key"]])[ours.loc[3, "key"]]
-    assert items.mean() == pytest.approx(ours.loc[3, "value"], abs=1e-6)
-    [record] = read_records(tmp_path / "results", "experiments", [ours.loc[3, "key"]])
+    ours: dict[int, Any] = results[results["task"] == TASK].set_index("bits").to_dict("index")  # type: ignore[assignment]
+    low = ours[3]
+    assert ours[16]["value"] == 1
+    assert 0 < low["value"] < 1
+    assert low["low"] <= low["value"] <= low["high"]
+    way = low["evaluation"]
+    assert re.fullmatch(r"float32, 3 windows of \d+ tokens, text \w{8}, measure \w{8}", way), way
+    items = read_items(tmp_path / "results", TASK, "same", [low["key"]])[low["key"]]
+    assert items.mean() == pytest.approx(low["value"], abs=1e-6)
+    [record] = read_records(tmp_path / "results", "experiments", [low["key"]])
     assert [(m["name"], m["notes"]) for m in record["measures"]] == [("agreement", {"windows": 3})]
     curve = precision_curves(results, "same", TASK)
     assert curve["bits"].tolist() == [3, 16]
-    assert curve["value"].tolist() == ours.loc[[3, 16], "value"].tolist()
+    assert curve["value"].tolist() == [low["value"], 1]
     published = pd.DataFrame(columns=["panel", "total_bits", "value"])  # none
     figure = draw_panels(
         curve.assign(panel=curve["family"], series=curve["data_type"]), "equal tokens", True, published
@@ -183,7 +183,7 @@ def test_a_measure_returns_finite_numbers_of_its_own_task() -> None:
         check_own("mine", [dataclasses.replace(own, value=float("nan"))], [])
 
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "tasks": ("nano_choice",),
     "limit": 3,
     "perplexity": None,
