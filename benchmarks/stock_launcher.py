@@ -22,10 +22,11 @@ class Job:
     """One job.
 
     Attributes:
-        evaluator: kbit (run_experiment, as in kbit's own workers) or hflm (lm-eval's simple_evaluate and model class).
-        tasks: a folder of task YAMLs with absolute paths, for hflm.
-        batch_size: sequences, for hflm; kbit takes its default.
-        out: where the numbers go.
+        evaluator: "kbit" (run_experiment, as in kbit's own workers) or "hflm" (lm-eval's simple_evaluate and model
+            class).
+        tasks: folder of task YAMLs with absolute paths, for hflm.
+        batch_size: number of sequences in a batch of hflm. kbit takes its default.
+        out: folder for the numbers.
     """
 
     model: str = "nano-neox-98k"

@@ -22,12 +22,13 @@ RECORD: Final = Path(__file__).parent / "results" / "sweep.json"
 
 
 def measure_store(experiments: int) -> dict[str, Any]:
-    """Return what reading, planning and compacting a store of so many experiments takes, in seconds.
+    """Return the seconds that reading, planning and compacting a store of so many experiments take.
 
-    The records are one real result, with its items and ten of its measurements, under the key of each experiment of a
+    Each record is the same real result, with its items and ten of its measurements, under the key of an experiment of a
     grid.
     """
     from kbit.engine.plan import make_plan
+    from kbit.experiments.identity import find_key
     from kbit.store.readers import list_keys, read_results
     from kbit.store.store import Store
 
@@ -38,14 +39,14 @@ def measure_store(experiments: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         for experiment in grid:
-            mine = {"key": experiment.key, "experiment": _as_json(experiment), "items": _shuffle(record["items"])}
+            key = find_key(experiment)
+            mine = {"key": key, "experiment": _as_json(experiment), "items": _shuffle(record["items"])}
             text = json.dumps(record | mine, indent=1)
-            (Path(folder) / "experiments" / f"{experiment.key}.json").write_text(text)
+            (Path(folder) / "experiments" / f"{key}.json").write_text(text)
         seconds["plan of files"] = _time(lambda: make_plan(grid, folder))
         seconds["read files"] = _time(lambda: read_results(folder))
         seconds["compact"] = _time(store.compact)
-        fresh = list(make_grid(experiments))  # without their keys, which an experiment keeps
-        seconds["plan compacted"] = _time(lambda: make_plan(fresh, folder))
+        seconds["plan compacted"] = _time(lambda: make_plan(grid, folder))
         seconds["keys compacted"] = _time(lambda: list_keys(folder))
         seconds["read compacted"] = min(_time(lambda: read_results(folder)) for _ in range(3))
         seconds["rows"] = len(read_results(folder))
@@ -66,7 +67,7 @@ def make_grid(count: int) -> Iterator[Any]:
 
 
 def _run_one(experiment: Any) -> dict[str, Any]:
-    """Run an experiment; return its record with ten of its measurements."""
+    """Run an experiment and return its record with ten of its measurements."""
     import dataclasses
 
     from kbit.experiments.session import run_experiment
@@ -78,7 +79,7 @@ def _run_one(experiment: Any) -> dict[str, Any]:
 
 
 def _shuffle(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return items with random bytes of the same number: as they would compress."""
+    """Return items with as many random bytes, which compress as real ones would."""
     return [
         item | {"data": base64.b64encode(os.urandom(len(base64.b64decode(item["data"])))).decode()} for item in items
     ]
@@ -98,7 +99,7 @@ def _time(run: Callable[[], object]) -> float:
 
 
 def _save(name: str, measured: Any) -> None:
-    """Put a part of the record in its place."""
+    """Write a part of the record to its place."""
     RECORD.parent.mkdir(exist_ok=True)
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record[name] = {"cpus": os.cpu_count(), "machine": platform.machine(), "measured": measured}

@@ -1,4 +1,4 @@
-"""Sees from outside what a sweep is at, and how busy the machine is meanwhile."""
+"""Watches a sweep from outside, and how busy the machine is meanwhile."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ POLL: Final = 0.03  # s
 
 
 class Watch:
-    """Sees every 30 ms, from outside, when a sweep's experiments begin (their log appears) and end (their result does).
+    """Looks every 30 ms which of a sweep's experiments have begun (their log is there) and ended (their result is).
 
     Attributes:
-        begins, ends: by key, seconds since the watch was started.
-        nodes: by key, the parent of the process that has the log open, which is its node's raylet (if asked for).
+        begins: seconds from the start of the watch to the begin of each experiment, by key.
+        ends: seconds from the start of the watch to the end of each experiment, by key.
+        nodes: parent of the process that has the log open, which is its node's raylet, by key. Empty unless asked for.
     """
 
     def __init__(self, results: Path, *, find_nodes: bool = False) -> None:
@@ -65,7 +66,12 @@ class Watch:
 
 
 class Load:
-    """The machine's load average: before, and the largest of each second meanwhile."""
+    """The machine's load average.
+
+    Attributes:
+        before: the load average before the block.
+        largest: the largest of those read each second within the block.
+    """
 
     def __init__(self) -> None:
         self.before = os.getloadavg()[0]

@@ -1,11 +1,11 @@
-"""The entries that Hydra looks for: it accepts plugins only from the namespace package hydra_plugins."""
+"""The classes that Hydra looks for. It accepts plugins only from the namespace package hydra_plugins."""
 
 from kbit.cli.launcher import SweepLauncher, SweepSweeper
 
 
 class KbitLauncher(SweepLauncher):
-    """kbit's sweep launcher; see kbit.cli.launcher."""
+    """kbit's launcher, as kbit.cli.launcher describes it."""
 
 
 class KbitSweeper(SweepSweeper):
-    """kbit's sweeper; see kbit.cli.launcher."""
+    """kbit's sweeper, as kbit.cli.launcher describes it."""

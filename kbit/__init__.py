@@ -1,7 +1,7 @@
 """kbit: k-bit inference scaling laws.
 
-For a given number of model bits, which precision, data type, block size and quantization method gives the best language
-model? Quantize tensors and models, evaluate them, and read the results of sweeps back:
+For a given number of model bits, which precision, data type, block size and quantization method give the best language
+model? kbit quantizes tensors and models, evaluates them, and reads the results of sweeps back:
 
     spec = kbit.QuantSpec(bits=4, data_type="nf", block_size=64)
     kbit.fake_quantize(x, spec)
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kbit.store.readers import read_failures as read_failures
     from kbit.store.readers import read_results as read_results
 
-# Public name -> where it lives. `kbit.quantize` and `kbit.evaluate` are the functions, as design and README have it.
+# Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
     "Experiment": "kbit.experiments.config:Experiment",
     "QuantConfig": "kbit.methods.config:QuantConfig",

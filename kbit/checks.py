@@ -1,4 +1,4 @@
-"""Values against what is allowed, with the nearest word where one is near."""
+"""Checks of what a user gave, and the error that says what cannot be done."""
 
 from __future__ import annotations
 
@@ -8,22 +8,41 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class KbitError(Exception):
+    """What a user asked for cannot be done.
+
+    The command line prints each reason on a line of its own and exits with 1. It does the same with the message of a
+    ValueError or an OSError, which functions raise for a wrong value or a file that cannot be had.
+
+    Args:
+        reasons: why it cannot be done.
+    """
+
+    def __init__(self, *reasons: str) -> None:
+        super().__init__("\n".join(reasons))
+        self.reasons = reasons
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError, with the nearest word if one is near, unless the value is one of the allowed words."""
+    """Raise ValueError unless the value is one of the allowed words. The message names the nearest one, if any."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}{hint}")
-
-
-def non_defaults(value: Any, default: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that are not at their default."""
-    mine, theirs = dataclasses.asdict(value), dataclasses.asdict(default)
-    return {name: mine[name] for name in mine if mine[name] != theirs[name]}
+        near = ask_for_nearest(str(value), allowed)
+        raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}{f'; {near}' if near else ''}")
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """Return what is allowed, the nearest first if one is near."""
+    """Return a sentence that lists the allowed words, after the nearest one if any is near."""
     names = list(allowed)
-    near = difflib.get_close_matches(word, names, n=1)
-    return (f"did you mean {near[0]}? " if near else "") + f"allowed are {', '.join(names)}"
+    return f"{ask_for_nearest(word, names)} allowed are {', '.join(names)}".lstrip()
+
+
+def ask_for_nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return "did you mean WORD?" with the nearest of the allowed words, or "" if none is near."""
+    near = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"did you mean {near[0]}?" if near else ""
+
+
+def non_defaults(value: Any, default: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from those of the default."""
+    mine, theirs = dataclasses.asdict(value), dataclasses.asdict(default)
+    return {name: mine[name] for name in mine if mine[name] != theirs[name]}

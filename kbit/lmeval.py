@@ -1,11 +1,11 @@
-"""kbit as a model of lm-eval's own command line: quantize, then score with kbit's scorer.
+"""kbit as a model of lm-eval's own command line: the model is quantized, then scored with kbit's scorer.
 
-lm-eval finds models in a registry that it fills itself, without entry points, so that kbit has to be imported first:
+lm-eval finds models in a registry that it fills itself, without entry points. So kbit has to be imported first:
 
     python -m kbit.lmeval run --model kbit --model_args pretrained=nano-neox-98k,bits=4,data_type=nf --tasks nano_cloze
 
-is `lm_eval` with the model `kbit` known, and kbit's nano tasks, whose data ships with it. Every other name (piqa, too)
-is lm-eval's own task, on data of the hub. In Python: `import kbit.lmeval`, then
+is `lm_eval` with the model `kbit` and kbit's nano tasks, whose data ships with kbit. Every other name (piqa, too) is
+lm-eval's own task, on data of the hub. In Python: `import kbit.lmeval`, then
 `lm_eval.simple_evaluate(model="kbit", ...)`.
 """
 
@@ -38,11 +38,11 @@ DEFAULT_BATCH_SIZE: Final = EvalConfig().batch_size
 
 @register_model("kbit")
 class QuantizedLM(Scorer):
-    """A model by short name, hub id or folder, quantized, for lm-eval.
+    """A quantized model for lm-eval, given by short name, hub id or folder.
 
     Attributes:
-        quant: the quantizer, its method and options.
-        report: what was quantized, and its bits.
+        quant: quantizer, method and options.
+        report: the quantized tensors, and their bits.
     """
 
     def __init__(
@@ -54,19 +54,19 @@ class QuantizedLM(Scorer):
         max_batch_size: int | None = None,
         **quant: Any,
     ) -> None:
-        """Load and quantize.
+        """Load the model and quantize it.
 
         Args:
-            pretrained: as `model.name` of `kbit run`.
-            dtype: that the model computes in.
-            device: as lm-eval has it: cuda:0 is what its command line asks for by default.
-            batch_size: of generation; log-likelihoods are computed with at least EvalConfig's default.
-            max_batch_size: of lm-eval's own search for a batch size, which kbit does not need.
-            quant: as `quant.` of `kbit run`: bits=3, method=gptq, calibration.samples=32; None or
-                null is no value (block_size=null: the whole tensor).
+            pretrained: model as in `model.name` of `kbit run`.
+            dtype: dtype that the model computes in.
+            device: device as lm-eval names it. Its command line asks for cuda:0 by default.
+            batch_size: sequences at once in generation. Log-likelihoods take at least EvalConfig's default.
+            max_batch_size: limit of lm-eval's own search for a batch size, which kbit does not need.
+            quant: keys as in `quant.` of `kbit run`: bits=3, method=gptq, calibration.samples=32. None or null is no
+                value (with block_size=null a block is the whole tensor).
 
         Raises:
-            ValueError: a key that is no field of QuantConfig, or see QuantConfig, load_model, quantize_model.
+            ValueError: a key is no field of QuantConfig, or see QuantConfig, load_model and quantize_model.
         """
         hide_progress()
         self.quant = read_options(quant)
@@ -74,21 +74,21 @@ class QuantizedLM(Scorer):
         self.report = quantize_model(loaded.model, self.quant, loaded.tokenizer)
         asked = int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_BATCH_SIZE
         super().__init__(loaded.model, loaded.tokenizer, asked)
-        # lm-eval's command line says 1 unless told otherwise, which is for loops that pad; it changes no score
+        # lm-eval's command line says 1 unless told otherwise. That is for loops that pad, and changes no score
         self.budget = TokenBudget(max(asked, DEFAULT_BATCH_SIZE) * TOKENS_PER_SEQUENCE[self.device.type])
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return lm-eval's description of the model, and the quantizer with its bits."""
+        """Return lm-eval's description of the model, with the quantizer and its bits."""
         counts = {name: getattr(self.report, name) for name in ("total_bits", "bits_per_param", "coverage")}
         info: dict[str, Any] = super().get_model_info()
         return info | {"kbit": dataclasses.asdict(self.quant) | counts | {"scorer": self.path}}
 
 
 def read_options(options: Mapping[str, Any]) -> QuantConfig:
-    """Return a QuantConfig from its fields by name, those of a group with the group's: calibration.samples.
+    """Return a QuantConfig from its fields by name. A field of a group has the group's name too: calibration.samples.
 
     Raises:
-        ValueError: a name that is no field, or see QuantConfig.
+        ValueError: a name is no field, or see QuantConfig.
     """
     values: dict[str, Any] = {}
     groups: dict[str, dict[str, Any]] = {name: {} for name in OPTION_GROUPS}
@@ -109,17 +109,17 @@ def _list_options() -> list[str]:
 
 
 def register_tasks() -> None:
-    """Let every index of tasks that lm-eval makes from now on have kbit's nano tasks; a task of their name wins."""
+    """Add kbit's nano tasks to every index of tasks that lm-eval makes from now on. A task of the same name wins."""
     add_tasks(lambda: {name: _define_task(name) for name in NANO_TASKS})
 
 
 def _define_task(name: str) -> dict[str, Any]:
-    """Return a shipped task's definition, which reads its data wherever lm-eval runs, and without its data cache."""
+    """Return a shipped task's definition. It reads its data wherever lm-eval runs, without lm-eval's data cache."""
     return complete_definition(read_definition(EMBEDDED_TASKS / f"{name}.yaml")[0], JsonFiles(EMBEDDED_TASKS))
 
 
 def _choose_device(device: str | None) -> str:
-    """Return the device; the CPU, with a warning, where lm-eval's default of a first GPU is not there."""
+    """Return the device. lm-eval's default of a first GPU becomes the CPU, with a warning, where there is no GPU."""
     if device == "cuda:0" and not torch.cuda.is_available():
         log.warning("no CUDA device here: the model runs on the CPU")
         return "cpu"

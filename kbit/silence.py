@@ -1,4 +1,4 @@
-"""Keep the libraries' progress bars and notices out of kbit's own output. Their errors still show."""
+"""Keeps the libraries' progress bars and notices out of kbit's own output. Their errors still show."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import warnings
 
 
 def silence_libraries() -> None:
-    """Silence transformers, datasets and lm-eval in this process: their bars and notices, not their errors.
+    """Silence transformers, datasets and lm-eval in this process: their progress bars and notices, not their errors.
 
-    lm-eval's bar has no switch: see kbit.data.lm_eval_private.hide_progress.
+    The progress bar of lm-eval has no switch (see kbit.data.lm_eval_private.hide_progress).
     """
     import datasets
     import transformers

@@ -10,7 +10,6 @@ import pytest
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 
-import kbit.lmeval
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
 from kbit.experiments.session import run_experiment
@@ -109,7 +108,7 @@ def test_lm_evals_default_of_a_gpu_means_the_cpu_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert kbit.lmeval._choose_device("cuda:0") == "cpu"
+    assert QuantizedLM("nano-neox-98k", device="cuda:0", bits=16).device.type == "cpu"
     assert "no CUDA device here" in caplog.text
     with pytest.raises(ValueError, match="device=cuda:1"):
         QuantizedLM("nano-neox-98k", device="cuda:1", bits=4)

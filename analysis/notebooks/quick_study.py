@@ -1,7 +1,8 @@
-"""The store that the notebooks read: yours, or a quick study made on the spot.
+"""Finds the store that the notebooks read, or makes one.
 
-Set KBIT_RESULTS to a store, or run `make demo` first (it writes results/ at the top). Without either a study of 15
-small experiments on embedded models runs in a temporary folder; it takes seconds, and its numbers are rough.
+Set KBIT_RESULTS to a store, or run `make demo` first, which writes results/ at the top of the repository. Without
+either, a study of 15 small experiments on embedded models runs in a temporary folder. The study takes seconds, and its
+numbers are rough.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ EVALUATION: Final = EvalConfig(tasks=(), perplexity_windows=16)
 
 
 def find_store() -> str:
-    """Return the path of the store to read: KBIT_RESULTS, results/ at the top, or a quick study's."""
+    """Return the path of the store to read.
+
+    The store is KBIT_RESULTS, else results/ at the top of the repository, else that of a quick study.
+    """
     wanted = os.environ.get("KBIT_RESULTS") or str(TOP / "results")
     if (Path(wanted) / "experiments").is_dir():
         return wanted
@@ -33,7 +37,7 @@ def find_store() -> str:
 
 
 def run_quick_study(path: str) -> str:
-    """Measure cross entropy on a few windows of held-out text; return the path of the store."""
+    """Measure cross entropy on a few windows of held-out text and return the path of the store."""
     store = Store(path)
     for name in MODELS:
         session = Session(ModelConfig(name))

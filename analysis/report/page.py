@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +22,7 @@ from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.figures.styles import LINE_STYLES
 from kbit.analysis.statistics.findings import finding
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
+from kbit.store.filesystem import replace_file
 from kbit.store.readers import read_failures, read_provenance, read_results
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
@@ -54,9 +54,7 @@ def write_report(store: str | Path, out: Path) -> None:
         raise ValueError(f"{Path(store).absolute()} has no finished experiment: nothing to report")
     page = build_page(results, read_failures(store), read_provenance(store))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    replace_file(out, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def build_page(results: pd.DataFrame, failures: pd.DataFrame, provenance: pd.DataFrame) -> str:

@@ -1,8 +1,9 @@
 """Studies as unions of grids, and their configurations composed fast.
 
-Hydra composes a job's configuration in 30 ms and more, nearly all of it spent on choosing files. Here each distinct
-choice of files is composed once, by Hydra; plain values (quant.bits=4) are then set on a copy of it. Each distinct
-value is still checked and converted by OmegaConf against the schema, once. What is not a plain value goes Hydra's way.
+Hydra takes 30 ms or more to compose a job's configuration, and spends nearly all of it on choosing files. Here Hydra
+composes each distinct choice of files once. Plain values (quant.bits=4) are then set on a copy of that configuration.
+OmegaConf still checks each distinct value against the schema and converts it, once. Overrides that are not plain values
+take Hydra's own way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
@@ -24,25 +24,49 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kbit.cli.explain import check_grid, explain
+from kbit.cli.hydra_private import list_combinations
 from kbit.experiments.config import RunConfig
-from kbit.experiments.serialize import Values, build
+from kbit.experiments.serialize import Values, from_json
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one command asks for: experiments, and how to run them.
+
+    Attributes:
+        configs: the configurations of the experiments. Everything but the experiment is taken from the first.
+        engine: "ray" runs the experiments on workers. "process" runs them one after the other in this process.
+        plan_only: whether to print what would run, and run nothing.
+        examine_only: whether to print if all that would be needed can be had here, and run nothing.
+    """
+
+    configs: tuple[RunConfig, ...]
+    engine: str
+    plan_only: bool = False
+    examine_only: bool = False
 
 
 @dataclass(frozen=True)
 class _Base:
-    """A configuration as Hydra composed it for one choice of files."""
+    """A configuration as Hydra composed it for one choice of files.
+
+    Attributes:
+        config: the configuration.
+        values: the same as nested dicts.
+        interpolates: whether a value depends on others, so that setting one may change two.
+    """
 
     config: DictConfig
     values: Values
-    interpolates: bool  # a value depends on others, so that setting one may change two
+    interpolates: bool
 
 
 class Composer:
     """Composes the configurations of a sweep's jobs.
 
     Args:
-        load: Hydra's own way from overrides to a configuration, without Hydra's node.
-        loader: Hydra's, which knows the configuration groups.
+        load: a function that returns Hydra's own composition of overrides, without Hydra's node.
+        loader: Hydra's loader, which knows the configuration groups.
     """
 
     def __init__(self, load: Callable[[Sequence[str]], DictConfig], loader: ConfigLoader) -> None:
@@ -55,22 +79,22 @@ class Composer:
         self._leaf = functools.cache(self._find_leaf)
 
     def expand(self, overrides: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[RunConfig]:
-        """Yield the configurations of one job: its own, or those of the study that it names.
+        """Yield the configuration of one job, or those of the study that it names.
 
-        Keys that the job sets itself stay as it sets them, whatever the study's grids say.
+        Keys that the job sets itself keep their values, whatever the study's grids say.
 
         Args:
-            overrides: of the job.
+            overrides: the job's overrides.
             within: the studies that unite this one.
 
         Raises:
-            ValueError: a value that the schema's checks refuse, or a study that is not well formed.
-            HydraException, OmegaConfBaseException: what Hydra raises for these overrides.
+            ValueError: the schema's checks refuse a value, or a study is not well formed.
+            HydraException, OmegaConfBaseException: Hydra refuses these overrides.
         """
         files, _ = self._split(overrides)
         study = self._base(files).values["study"]
         if study["unite"]:
-            _check_union(study, within)
+            check_union(study, within)
             others = [o for o in overrides if self._parse(o).key_or_group.partition(".")[0] not in ("sweeps", "study")]
             for name in study["unite"]:
                 yield from self.expand([f"+sweeps={name}", *others], (*within, name))
@@ -85,21 +109,20 @@ class Composer:
                     unused = [exclusion for exclusion in unused if exclusion not in matching]
                     if not matching:
                         yield _build_point(values, point, hint="; study.exclude leaves points out")
-            if not own & {key for grid in study["grids"] for key in grid}:  # else they may be for what was not asked
+            if not own & {key for grid in study["grids"] for key in grid}:  # else they may concern points not asked for
                 _warn_of_unused(unused)
         else:
             yield self.compose(overrides)
 
     def compose(self, overrides: Sequence[str]) -> RunConfig:
-        """Return what OmegaConf.to_object(Hydra's composition of these overrides) is.
+        """Return the same configuration as OmegaConf.to_object(Hydra's composition of these overrides).
 
-        Raises:
-            see expand.
+        It raises what expand raises.
         """
         return _build_point(self._compose_values(overrides), overrides)
 
     def _compose_values(self, overrides: Sequence[str]) -> Values:
-        """Return a configuration's values, which may not be valid together yet."""
+        """Return a configuration's values. They need not be valid together."""
         files, plain = self._split(overrides)
         base = self._base(files)
         leaves = [self._leaf(files, override) for override in plain]
@@ -114,10 +137,10 @@ class Composer:
         return values
 
     def _list_points(self, grid: Mapping[str, Any]) -> list[list[str]]:
-        """Return the overrides of each point of a grid; its values are written as on Hydra's command line, or lists."""
+        """Return the overrides of each point of a grid. Its values are lists, or text as on Hydra's command line."""
         strings = [f"{key}={_write(value)}" for key, value in grid.items()]
         try:
-            points = BasicSweeper.split_arguments(self._parser.parse_overrides(strings), None)[0]
+            points = list_combinations(self._parser.parse_overrides(strings))
         except HydraException as error:
             raise ValueError(f"grid {dict(grid)}: {explain(error)}") from None
         if not points:  # of all sweeps only a glob may have no value
@@ -143,7 +166,7 @@ class Composer:
         return _Base(config, _to_values(config), "${" in OmegaConf.to_yaml(config))
 
     def _find_leaf(self, files: tuple[str, ...], override: str) -> tuple[list[str], Any] | None:
-        """Return where an override puts which value, converted to the schema's type; None: let Hydra do it."""
+        """Return the path of an override's key and the value in the schema's type, or None if Hydra refuses it."""
         parsed = self._parse(override)
         config = copy.deepcopy(self._base(files).config)
         try:
@@ -154,16 +177,16 @@ class Composer:
 
 
 def _build_point(values: Values, point: Sequence[str], hint: str = "") -> RunConfig:
-    """Return a point's configuration; one that is refused is named, since it may be one of thousands."""
+    """Return a point's configuration. The error of a refused one names the point, which may be one of thousands."""
     try:
-        return build(RunConfig, values)
+        return from_json(RunConfig, values)
     except ValueError as error:
         where = f" (at {' '.join(point)}{hint})" if len(point) > 1 else ""
         raise ValueError(f"{error}{where}") from None
 
 
 def copy_nodes(values: Values) -> Values:
-    """Copy nested dicts, not what is in them."""
+    """Return a copy of nested dicts that shares the values in them."""
     return {key: copy_nodes(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
@@ -171,8 +194,16 @@ def _to_values(config: DictConfig) -> Values:
     return typing.cast(Values, OmegaConf.to_container(config, resolve=True))
 
 
-def _check_union(study: Values, within: tuple[str, ...]) -> None:
-    """Raise ValueError if a study that unites others has points of its own, or unites itself."""
+def check_union(study: Values, within: tuple[str, ...]) -> None:
+    """Check a study that unites others.
+
+    Args:
+        study: the values of the key `study`.
+        within: the names of the studies that unite this one, the outermost first.
+
+    Raises:
+        ValueError: the study has points of its own, or unites itself.
+    """
     for key in ("grids", "exclude"):
         if study[key]:
             raise ValueError(f"a study with study.unite={study['unite']} has no study.{key}, but here are {study[key]}")
@@ -186,7 +217,7 @@ def _warn_of_unused(exclusions: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _matches(values: Values, exclusion: Mapping[str, Any]) -> bool:
-    """Whether every key of the exclusion has its value, or one of its list of values."""
+    """Return whether every key of the exclusion has the excluded value, or one of the excluded values."""
     for key, wanted in exclusion.items():
         value: Any = values
         for part in key.split("."):
@@ -200,7 +231,7 @@ def _matches(values: Values, exclusion: Mapping[str, Any]) -> bool:
 
 
 def _write(value: Any) -> str:
-    """Return a YAML value as Hydra's command line has it; a list is a sweep."""
+    """Return a YAML value as it is written on Hydra's command line. A list becomes a sweep."""
     if isinstance(value, list):
         return ",".join(_write(item) for item in value)
     if value is None:

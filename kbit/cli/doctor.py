@@ -1,22 +1,38 @@
-"""What works here: the machine, the hub, and the data of every configured task and text, without running a model."""
+"""`kbit doctor`: what works here, from the machine to the data of every configured task and text. No model runs."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from kbit.data.task_files import find_local_tasks
-from kbit.data.texts import read_documents
-from kbit.experiments.config import RunConfig
-from kbit.models.catalog import locate_model
+from kbit.checks import KbitError
+
+if TYPE_CHECKING:
+    from kbit.cli.compose import Request
+    from kbit.experiments.config import RunConfig
 
 T = TypeVar("T")
+
+
+_DESCRIPTION: Final = """\
+Say what works here: versions, device, Ray, hub, and whether every model, task and text that the same arguments of
+`kbit run` ask for can be had. Nothing is run. Tasks and texts are loaded, from the hub where they are not local.
+Exit code 1 if something asked for is missing.
+"""
+
+
+_EXAMPLES: Final = """\
+examples:
+  kbit doctor                                    the default experiment
+  kbit doctor eval=paper device=cuda
+  kbit doctor model.name=opt-125m,pythia-70m-v0
+  kbit doctor +sweeps=nano/quick                 all models, tasks and texts of a study
+"""
 
 
 @dataclass(frozen=True)
@@ -24,9 +40,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: what was looked at, such as "task piqa".
-        detail: what is there, or what is missing.
-        missing: the configuration asks for it and it cannot be had.
+        subject: the thing that was looked at, such as "task piqa".
+        detail: a description of what is there or what is missing.
+        missing: whether the configuration asks for it and it cannot be had.
     """
 
     subject: str
@@ -37,22 +53,41 @@ class Finding:
         return f"{'MISSING' if self.missing else 'ok':8}{self.subject:24}{self.detail}"
 
 
-def examine(configs: Sequence[RunConfig]) -> None:
-    """Print what is found, line by line, and exit with 1 if something asked for is missing: `kbit doctor`."""
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `kbit doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        usage="kbit doctor [arguments of run]",
+        help="say what works here, and whether all that the same arguments ask for can be had",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(takes_keys=True, multirun=True, last=["hydra.launcher.examine_only=true"])
+
+
+def examine(request: Request) -> None:
+    """Print what is found, line by line.
+
+    Raises:
+        KbitError: something asked for is missing.
+    """
     missing = 0
-    for finding in diagnose(configs):
+    for finding in diagnose(request.configs):
         print(finding, flush=True)
         missing += finding.missing
     if missing:
-        print(f"kbit: {missing} of what these arguments ask for cannot be had here", file=sys.stderr)
-        sys.exit(1)
+        raise KbitError(f"{missing} of what these arguments ask for cannot be had here")
 
 
 def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
-    """Look at everything that runs of these configurations need, and at every local task; yield what is found at once.
+    """Look at everything that runs of these configurations need, and at every local task.
 
-    What several configurations share is looked at once.
+    Each finding is yielded at once. What several configurations share is looked at once.
     """
+    from importlib.metadata import version
+
     yield Finding(
         "versions", ", ".join(f"{name} {version(name)}" for name in ("kbit", "torch", "transformers", "lm-eval"))
     )
@@ -68,7 +103,7 @@ def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
     folders = _distinct(c.eval.task_path for c in configs)
     there = _distinct((name, folder) for folder in folders for name in sorted(_local_tasks(folder)))
     for name, folder in there:
-        if (name, folder) not in asked:  # so nothing is missing if it does not load
+        if (name, folder) not in asked:  # nothing asked for is missing if it does not load
             finding = _try(f"task {name}", _describe_task, name, folder)
             yield Finding(finding.subject, f"{finding.detail} (not configured)")
 
@@ -97,7 +132,9 @@ def _find_hub() -> Finding:
 
 
 def _local_tasks(task_path: str | None) -> dict[str, Path]:
-    """Return the local tasks; the shipped ones if the folder is not there, which the configured tasks' lines say."""
+    """Return the local tasks. If the folder is not there, which the configured tasks' lines say, the shipped ones."""
+    from kbit.data.task_files import find_local_tasks
+
     return find_local_tasks(task_path if task_path and Path(task_path).is_dir() else None)
 
 
@@ -109,6 +146,8 @@ def _try(subject: str, describe: Callable[..., str], *arguments: str | None) -> 
 
 
 def _describe_ray(address: str) -> str:
+    from importlib.metadata import version
+
     if ":" in address and "://" not in address:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -126,6 +165,8 @@ def _describe_results(folder: str) -> str:
 
 def _describe_model(name: str) -> str:
     from huggingface_hub import constants, try_to_load_from_cache
+
+    from kbit.models.catalog import locate_model
 
     place = locate_model(name)
     if Path(place).is_dir():
@@ -147,5 +188,7 @@ def _describe_task(name: str, task_path: str | None) -> str:
 
 
 def _describe_text(name: str) -> str:
+    from kbit.data.texts import read_documents
+
     documents, sha256 = read_documents(name)
     return f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, sha256 {sha256[:12]}"

@@ -1,14 +1,14 @@
-"""What is wrong with a key, value, study or group that a user gave, said in the words of this program."""
+"""Messages about a wrong key, value, study or group, in the words of this program instead of Hydra's."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from kbit.checks import suggest
+from kbit.checks import KbitError, suggest
 from kbit.experiments.config import RunConfig
 
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -26,12 +26,30 @@ _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false"
 _STUDY: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
 
 
+def refuse_arguments(arguments: Sequence[str]) -> None:
+    """Check command-line arguments before Hydra sees them. Hydra's own advice for an unknown key is to add it.
+
+    Raises:
+        KbitError: a key is unknown, or Hydra would ignore one of several studies.
+    """
+    hints = [refuse_several_studies(arguments)]
+    for argument in arguments:
+        key, is_override, _ = argument.partition("=")
+        name = key.lstrip("+~")
+        if key == "sweeps":
+            hints.append(f"{key}: a ready study is added, not set: +{argument}")
+        elif is_override and not key.startswith("-") and not name.startswith(("hydra", "sweeps")) and "@" not in name:
+            hints.append(find_unknown_key(name))
+    if any(hints):
+        raise KbitError(*filter(None, hints))
+
+
 def find_unknown_key(key: str, schema: Any = RunConfig) -> str:
-    """Say which part of a dotted key the schema lacks, and what there is; empty if there is such a key."""
+    """Return which part of a dotted key the schema lacks, and which keys there are, or "" if it lacks none."""
     node: Any = schema
     for part in key.split("."):
         if not dataclasses.is_dataclass(node):
-            return ""  # below a value that is free, such as an exclusion
+            return ""  # the key lies below a free value, such as an exclusion
         hints = typing.get_type_hints(node)
         if part not in hints:
             return f"{key}: no key {part!r}; {suggest(part, hints)}"
@@ -40,7 +58,7 @@ def find_unknown_key(key: str, schema: Any = RunConfig) -> str:
 
 
 def refuse_several_studies(arguments: Sequence[str]) -> str:
-    """Say how to give several studies, of which Hydra would keep the last; empty if that was not tried."""
+    """Return how to give several studies if the arguments give them so that Hydra keeps only the last, else ""."""
     named = [a.partition("=")[2] for a in arguments if re.match(r"\+{1,2}sweeps(@\w*)?=", a)]
     if len(named) < 2 and not any("[" in name for name in named):
         return ""
@@ -48,26 +66,30 @@ def refuse_several_studies(arguments: Sequence[str]) -> str:
     return f"{' '.join(a for a in arguments if 'sweeps' in a)}: several studies are given as +sweeps={studies}"
 
 
-def run_explained(main: Callable[[], None], program: str, schema: Any = RunConfig) -> None:
-    """Run a function that hydra.main has made; exit with one line of explain if Hydra refuses the arguments.
+@contextmanager
+def explained(schema: Any = RunConfig) -> Iterator[None]:
+    """Turn Hydra's refusal of arguments within the block into a KbitError with the message of explain.
 
-    HYDRA_FULL_ERROR, which makes Hydra raise what it would print (its internals, and where to learn more), is set
-    meanwhile. A user who sets it gets Hydra's own errors.
+    Hydra prints its internals and exits unless HYDRA_FULL_ERROR is set, so that it is set within the block. A user who
+    sets it gets Hydra's own errors.
+
+    Args:
+        schema: the dataclass that the configuration is checked against.
     """
     if os.environ.get("HYDRA_FULL_ERROR"):
-        main()
+        yield
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        main()
+        yield
     except REFUSALS as error:
-        sys.exit(f"{program}: error: {explain(error, schema)}")
+        raise KbitError(explain(error, schema)) from error
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
 def explain(error: Exception, schema: Any = RunConfig) -> str:
-    """Return the message of an error of Hydra, OmegaConf or YAML without its internals, and with what is allowed."""
+    """Return what an error of Hydra, OmegaConf or YAML says, without its internals and with the allowed values."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}" if mark else "a file"
@@ -89,7 +111,7 @@ def explain(error: Exception, schema: Any = RunConfig) -> str:
 
 
 def _explain_override(text: str) -> str:
-    """Say what is wrong with an override that Hydra cannot read, or takes for a sweep; empty of another error."""
+    """Return what is wrong with an override that Hydra cannot read or takes for a sweep, or "" for another error."""
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         key, _, value = match[1].partition("=")
         return f"{match[1]}: several values are a multirun: add -m (one value that is a list is {key}=[{value}])"
@@ -115,7 +137,7 @@ def _explain_value(text: str, key: str, reason: str, cause: Any, schema: Any) ->
 
 
 def _describe_type(key: str, schema: Any) -> str:
-    """Say what values a key takes."""
+    """Return which values a key takes, or "" if there is no such key."""
     node: Any = schema
     for part in key.split("."):
         node = typing.get_type_hints(node).get(part) if dataclasses.is_dataclass(node) else None
@@ -130,7 +152,7 @@ def _describe_type(key: str, schema: Any) -> str:
 
 
 def _explain_missing(error: MissingConfigException) -> str:
-    """Say of a file of a group that is not there which there are."""
+    """Return the message about a missing file of a group, with the files that the group has."""
     match = re.search(r"Could not find '([^']*)'", str(error))
     group, _, name = (match.group(1) if match else str(error.missing_cfg_file)).partition("/")
     there = sorted({*(error.options or ()), *list_files(group if group == "sweeps" else f"conf/{group}")})

@@ -1,35 +1,38 @@
-"""The Hydra sweeper and launcher: all jobs of a multirun go to the sweep engine at once.
+"""The Hydra sweeper and launcher of kbit: all jobs of a multirun become one request.
 
-Hydra imports this at every start, so nothing heavy is imported here at the top.
+Every Hydra application of the environment imports this module at its start, so that nothing heavy is imported at the
+top.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from kbit.checks import KbitError
+from kbit.cli.hydra_private import find_basic_sweeper
 
-class SweepSweeper(BasicSweeper):
-    """Hydra's sweeper, less its composing every job's configuration once before the launcher does."""
+
+class SweepSweeper(find_basic_sweeper()):  # type: ignore[misc]
+    """Hydra's sweeper without its composition of every job's configuration, which the launcher repeats."""
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Leave it to the launcher, which composes all configurations before any work."""
+        """Leave the check to the launcher, which composes all configurations before any work."""
 
 
 class SweepLauncher(Launcher):
-    """Runs a multirun's jobs as one sweep.
+    """Composes a multirun's jobs and hands them to the task function as one kbit.cli.compose.Request.
 
     Args:
-        engine: ray (workers on this machine or a cluster) or process (one after the other, here, without Ray).
-        plan_only: print what would run, and run nothing.
-        examine_only: say whether all that would be needed can be had here, and run nothing.
+        engine: "ray" runs the experiments on workers of this machine or a cluster. "process" runs them one after the
+            other in this process, without Ray.
+        plan_only: whether to print what would run, and run nothing.
+        examine_only: whether to print if all that would be needed can be had here, and run nothing.
     """
 
     def __init__(self, engine: str = "ray", plan_only: bool = False, examine_only: bool = False) -> None:
@@ -38,38 +41,38 @@ class SweepLauncher(Launcher):
         self.examine_only = examine_only
         self._context: HydraContext | None = None
         self._config: DictConfig | None = None
+        self._task_function: TaskFunction | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what Hydra gives; the task function is the single run's and not used."""
+        """Keep what Hydra gives."""
         self._context = hydra_context
         self._config = config
+        self._task_function = task_function
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose every job's configuration and run them; exits with 1 unless every asked result exists."""
-        from kbit.cli.compose import Composer
-        from kbit.cli.errors import fail
-        from kbit.cli.run import run_configs
+        """Compose every job's configuration and hand them on.
+
+        Raises:
+            KbitError: a value is refused, or no job or experiment is left.
+        """
+        from kbit.cli.compose import Composer, Request
 
         assert self._context is not None  # Hydra calls setup first
         assert self._config is not None
+        assert self._task_function is not None
         if not job_overrides:  # of all sweeps only a glob may have no value
             given = [override for override in self._config.hydra.overrides.task if "glob(" in override]
-            fail(
+            raise KbitError(
                 f"{' '.join(given)}: matches nothing; glob chooses files of config groups only, such as quant=glob(nf*)"
             )
         composer = Composer(self._load, self._context.config_loader)
         try:
-            configs = [config for overrides in job_overrides for config in composer.expand(overrides)]
+            configs = tuple(config for overrides in job_overrides for config in composer.expand(overrides))
         except ValueError as error:
-            fail(str(error))
+            raise KbitError(str(error)) from error
         if not configs:
-            fail("no experiment is left: study.exclude leaves out every point of the grids")
-        if self.examine_only:
-            from kbit.cli.doctor import examine
-
-            examine(configs)
-        else:
-            run_configs(configs, engine=self.engine, plan_only=self.plan_only)
+            raise KbitError("no experiment is left: study.exclude leaves out every point of the grids")
+        self._task_function(Request(configs, self.engine, self.plan_only, self.examine_only))
         return [_completed(overrides) for overrides in job_overrides]
 
     def _load(self, overrides: Sequence[str]) -> DictConfig:
@@ -78,8 +81,8 @@ class SweepLauncher(Launcher):
         assert self._config is not None
         config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
         if config.hydra.sweeper != self._config.hydra.sweeper or config.hydra.launcher != self._config.hydra.launcher:
-            sys.exit(
-                f"kbit: error: {' '.join(overrides)}: a swept choice brings a sweeper or launcher of its own, which "
+            raise KbitError(
+                f"{' '.join(overrides)}: a swept choice brings a sweeper or launcher of its own, which "
                 "Hydra would ignore; give one study (or launcher) at a time"
             )
         with open_dict(config):

@@ -1,22 +1,36 @@
-"""The command line: `kbit run | plan | figures | report | results | outliers | models | doctor`."""
+"""The command line `kbit`: its commands, and the one place that prints errors and exits.
+
+A command's module declares the command's arguments and its function. To add a command, name its module's function in
+COMMANDS.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
-_USAGE = """\
-usage: kbit <command> [arguments]
+from kbit.checks import KbitError, suggest
+from kbit.cli import completion, doctor, figures, models, results, run
 
-  run      quantize and evaluate one model, or with -m / +sweeps=... a grid   kbit run --help
-  plan     say what the same arguments would run, and run nothing
-  figures  draw the figures that the results allow                            kbit figures --help
-  report   write one page with every experiment, to open in a browser         kbit report --help
-  results  print, export, delete, compact or merge results                    kbit results --help
-  outliers find a model's emergent outlier features; arguments as of run      kbit outliers --help
-  models   list the models that have a short name
-  doctor   say what works here, and whether all that the same arguments ask for can be had     kbit doctor --help
+# Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
+COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...]] = (
+    run.add_run,
+    run.add_plan,
+    figures.add_figures,
+    figures.add_report,
+    results.add_results,
+    run.add_outliers,
+    models.add_models,
+    doctor.add_doctor,
+    completion.add_completion,
+)
+
+
+_EXAMPLES: Final = """\
+kbit <command> --help says more of each.
 
 examples:
   kbit run quant.bits=3 quant.data_type=nf
@@ -26,99 +40,79 @@ examples:
 """
 
 
-_DOCTOR_USAGE = """\
-usage: kbit doctor [arguments of run]
-
-Say what works here: versions, device, Ray, hub, and whether every model, task and text that the same arguments of
-`kbit run` ask for can be had. Nothing is run. Tasks and texts are loaded, from the hub where they are not local.
-Exit code 1 if something asked for is missing.
-
-examples:
-  kbit doctor                                    the default experiment
-  kbit doctor eval=paper device=cuda
-  kbit doctor model.name=opt-125m,pythia-70m-v0
-  kbit doctor +sweeps=nano/quick                 all models, tasks and texts of a study
-"""
-
-
-_OUTLIERS_USAGE = """\
-usage: kbit outliers [arguments of run]
-
-Find the emergent outlier features of a model (LLM.int8(), section 4): hidden dimensions with large values in many
-layers and at many positions of a text; what zeroing them does, beside as many random dimensions; and how well the
-weights tell which units have large values (the k-bit paper, table 2). The same as
-`kbit run quant.bits=16 eval.tasks=[] eval.features.measure=true`: every argument of `kbit run --help` can be given.
-
-  eval.features.magnitude=6.0     from which on a value is large
-  eval.features.layers=0.25       least share of layers in which a feature is large
-  eval.features.positions=0.06    least share of positions at which it is
-  eval.perplexity=nano_held_out   the text: a name or a file
-  eval.perplexity_windows=256     at most so many windows of it
-
-examples:
-  kbit outliers model.name=nano-neox-7m
-  kbit outliers -m model.name=nano-neox-1m,nano-neox-3m
-  kbit outliers quant.bits=8 quant.method=llm_int8     the same of a quantized model
-"""
-
-
 def main() -> None:
-    """Entry point of the console script."""
-    command, *arguments = sys.argv[1:] or ["--help"]
+    """Run the command of the console script. Print why if it cannot be done, and exit with 1."""
     try:
-        run_command(command, arguments)
+        run_command(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone: `kbit results | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (KbitError, ValueError, OSError) as error:
+        reasons = error.reasons if isinstance(error, KbitError) else (str(error),)
+        sys.exit("\n".join(f"kbit: error: {reason}" for reason in reasons))
 
 
-def run_command(command: str, arguments: list[str]) -> None:
-    """Run one command of the console script."""
-    from kbit.cli.figures import draw_figures, make_report
-    from kbit.cli.hydra_app import as_multirun, run_hydra
-    from kbit.cli.results import run_results
+def run_command(arguments: Sequence[str]) -> None:
+    """Run one command.
 
-    match command:
-        case "run":
-            run_hydra(arguments)
-        case "plan":
-            run_hydra([*as_multirun(arguments), "hydra.launcher.plan_only=true"], "plan")
-        case "figures":
-            draw_figures(arguments)
-        case "report":
-            make_report(arguments)
-        case "outliers" if {"-h", "--help"} & set(arguments):
-            print(_OUTLIERS_USAGE, end="")
-        case "outliers":
-            run_hydra(["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true", *arguments])
-        case "results":
-            run_results(arguments)
-        case "models":
-            list_models(arguments)
-        case "doctor" if {"-h", "--help"} & set(arguments):
-            print(_DOCTOR_USAGE, end="")
-        case "doctor":
-            run_hydra([*as_multirun(arguments), "hydra.launcher.examine_only=true"])
-        case "-h" | "--help" | "help":
-            print(_USAGE, end="")
-        case "--version":
-            from importlib.metadata import version
-
-            print(f"kbit {version('kbit')}")
-        case _:
-            allowed = "run, plan, figures, report, results, outliers, models, doctor"
-            sys.exit(f"kbit: unknown command {command!r}; allowed are {allowed}")
+    Raises:
+        KbitError: there is no such command, or it cannot be done.
+        ValueError, OSError: a value is wrong, or a file cannot be had.
+    """
+    parser, commands = make_parser()
+    if not arguments or arguments[0] == "help":
+        arguments = ["--help"]
+    if arguments[0] not in (*commands, "-h", "--help", "--version"):
+        raise KbitError(f"unknown command {arguments[0]!r}; {suggest(arguments[0], commands)}")
+    options, rest = parser.parse_known_args(arguments)
+    if options.takes_keys:
+        _run_composed(options, rest)
+    elif rest:
+        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        options.run(options)
 
 
-def list_models(arguments: list[str]) -> None:
-    """Print the short names and where their weights are: `kbit models`."""
-    argparse.ArgumentParser("kbit models", description="List the models that have a short name.").parse_args(arguments)
-    from kbit.models.catalog import STUDIED
+def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the command line and that of each command.
 
-    for model in STUDIED.values():
-        print(f"{model.name:24} {model.family:14} {model.hub_id or 'embedded'}")
+    A command sets these defaults: `run` is its function of the parsed options, and `words_offered` are the words that
+    the shell offers for its arguments. A command with the arguments of `kbit run` sets `takes_keys` instead, `multirun`
+    if it is always one, and the arguments that come `first` and `last`.
+    """
+    parser = argparse.ArgumentParser(
+        "kbit", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
+    for declare in COMMANDS:
+        declare(commands)
+    parser.set_defaults(takes_keys=False, multirun=False, first=[], last=[], commands=commands.choices)
+    return parser, commands.choices
+
+
+def _run_composed(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Run a command whose arguments are keys and values, which Hydra composes to experiments."""
+    from kbit.cli.hydra_app import as_multirun, compose_requests
+
+    given = [*options.first, *(as_multirun(rest) if options.multirun else rest), *options.last]
+    for request in compose_requests(given, options.command):
+        if request.examine_only:
+            doctor.examine(request)
+        else:
+            run.run_request(request)
+
+
+class _PrintVersion(argparse.Action):
+    """Prints the version. argparse's own action would need it before it is asked for, which takes a moment."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"kbit {version('kbit')}")
+        parser.exit()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`kbit results`: list, filter and export a store; delete from it, compact it, merge another into it."""
+"""`kbit results`: list, filter and export a store, delete from it, compact it, and merge others into it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUANTIZER = ["model", "bits", "data_type", "block_size"]
 _MEASURED = ["total_bits", "task", "metric", "value", "low", "high", "n"]
 
 
-# Shown where not all quantized models have the same.
+# Settings that are shown where the quantized models differ in them.
 _SETTINGS = [
     "dtype", "exponent_bits", "float_bias", "table", "layout", "normalization", "centering", "scale_format", "rounding",
     "seed", "method", "method_options", "outlier_fraction", "outlier_selection", "outlier_zscore",
@@ -28,23 +28,101 @@ _SETTINGS = [
 ]  # fmt: skip
 
 
-def run_results(arguments: list[str]) -> None:
-    """Run `kbit results ...`; exits with the reason if that cannot be."""
-    action = arguments[0] if arguments and arguments[0] in _ACTIONS else "list"
-    run = _ACTIONS[action]
-    try:
-        run(arguments[1:] if arguments[:1] == [action] else arguments)
-    except BrokenPipeError:  # the reader of our output has gone, which is no error
-        raise
-    except (ValueError, OSError) as error:
-        sys.exit(f"kbit: error: {error}")
+def add_results(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `kbit results` and its actions. Without an action it lists.
+
+    An option that is given before the action counts for the action too, whose own options have no defaults.
+    """
+    parser = commands.add_parser(
+        "results",
+        help="print, export, delete, compact or merge results",
+        description="Print or export the results, or do what an action says: `kbit results ACTION --help`.",
+    )
+    _add_listing(parser)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action")
+    for declare in (_declare_list, _declare_delete, _declare_compact, _declare_merge):
+        declare(actions)
+    parser.set_defaults(results="results", run=run_results, act=_list, refused=(), commands=actions.choices)
+
+
+def run_results(options: argparse.Namespace) -> None:
+    """Run an action of `kbit results`.
+
+    Raises:
+        ValueError, OSError: an option is not one of the action's, or the action cannot be done.
+    """
+    if given := [f"--{name}" for name in options.refused if getattr(options, name)]:
+        raise ValueError(f"kbit results {options.action} has no {' '.join(given)}")
+    options.act(options)
+
+
+def _declare_list(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "print or export the results, as without an action"
+    parser = actions.add_parser(
+        "list", help=text, description="Print or export the results.", argument_default=argparse.SUPPRESS
+    )
+    _add_listing(parser)
+
+
+def _declare_delete(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "delete",
+        help="delete what a condition finds",
+        description="Delete the experiments that have a row which a condition finds, with all of their rows.",
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_store(parser)
+    _add_condition(parser)
+    parser.add_argument("--failures", action="store_true", help="forget failed experiments instead")
+    parser.add_argument("--yes", action="store_true", default=False, help="do not ask")
+    parser.set_defaults(act=_delete, refused=("csv", "parquet"))
+
+
+def _declare_compact(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "compact",
+        help="put many small files together",
+        description="Put many small files together, so that reading is fast; sweeps do, too.",
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_store(parser)
+    parser.set_defaults(act=_compact, refused=("where", "failures", "csv", "parquet"))
+
+
+def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = actions.add_parser(
+        "merge",
+        help="take over the results of other stores",
+        description="Copy the results and failures that a store lacks from others.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("others", nargs="+", metavar="OTHER", help="a store to copy from, which stays as it is")
+    parser.add_argument("--results", help="the store to copy to (default: results)")
+    parser.set_defaults(act=_merge, refused=("where", "failures", "csv", "parquet"))
+
+
+def _add_listing(parser: argparse.ArgumentParser) -> None:
+    _add_store(parser)
+    _add_condition(parser)
+    parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
+    parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
+    parser.add_argument("--failures", action="store_true", help="show the failed experiments and why")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", help="the store: a folder or URL (default: results)")
+
+
+def _add_condition(parser: argparse.ArgumentParser) -> None:
+    text = "a condition on the columns (pandas' query), such as \"bits == 4 and metric == 'acc'\""
+    parser.add_argument("--where", help=text)
 
 
 def select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the rows that a condition on the columns, a pandas query, finds.
+    """Return the rows of a table that a condition on the columns, a pandas query, finds.
 
     Raises:
-        ValueError: it is not a condition, or names no column.
+        ValueError: the text is not a condition, or names no column.
     """
     columns = ", ".join(table.columns)
     try:
@@ -58,9 +136,10 @@ def select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def choose_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns that tell the rows of a table of results apart, and what was measured.
+    """Return the columns that tell the rows of a table of results apart, and those that say what was measured.
 
-    A float's exponent bits, say, are shown if there are several; what only some types have is no difference.
+    The exponent bits of floats, for example, are shown if there are several. That other data types have none is no
+    difference.
     """
     quantized = table[table["data_type"].notna()]
     of_types = ("exponent_bits", "float_bias", "table")
@@ -71,7 +150,7 @@ def choose_columns(table: pd.DataFrame) -> list[str]:
 
 
 def show_failures(failures: pd.DataFrame, width: int) -> str:
-    """Return failed experiments as text for a terminal of this width: what failed, and below it why."""
+    """Return failed experiments as text for a terminal of this width. Below each experiment stands its reason."""
     blocks = []
     rows: Any = failures.itertuples()
     for row in rows:
@@ -83,15 +162,8 @@ def show_failures(failures: pd.DataFrame, width: int) -> str:
     return "\n".join(blocks)
 
 
-def _list(arguments: list[str]) -> None:
-    parser = _make_parser(
-        "Print or export the results. `kbit results delete|compact|merge --help` says more of what else there is: "
-        "delete what a condition finds, put many small files together, take over another store's results."
-    )
-    parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
-    parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
-    parser.add_argument("--failures", action="store_true", help="show the failed experiments and why")
-    options = parser.parse_args(arguments)
+def _list(options: argparse.Namespace) -> None:
+    """Print the results or the failures of a store, or write them to files."""
     table = _read(options)
     if options.csv or options.parquet:
         for path in (options.csv, options.parquet):
@@ -103,18 +175,19 @@ def _list(arguments: list[str]) -> None:
             table.to_parquet(options.parquet, index=False)
         print(f"{len(table)} rows written to {' and '.join(str(p) for p in (options.csv, options.parquet) if p)}")
     elif table.empty:
-        print(_say_nothing(options))
+        print(_describe_emptiness(options))
     elif options.failures:
         print(show_failures(table, shutil.get_terminal_size().columns))
     else:
         print(table[choose_columns(table)].to_string(index=False, na_rep="-"))
 
 
-def _delete(arguments: list[str]) -> None:
-    parser = _make_parser("Delete the experiments that have a row which a condition finds, with all of their rows.")
-    parser.add_argument("--failures", action="store_true", help="forget failed experiments instead")
-    parser.add_argument("--yes", action="store_true", help="do not ask")
-    options = parser.parse_args(arguments)
+def _delete(options: argparse.Namespace) -> None:
+    """Delete the experiments that a condition finds, after asking.
+
+    Raises:
+        ValueError: there is no condition, or nobody agrees.
+    """
     if not options.where:
         raise ValueError('delete needs --where, such as "model == \'nano-neox-1m\'"; "bits > 0" finds everything')
     from kbit.store.store import Store
@@ -122,7 +195,7 @@ def _delete(arguments: list[str]) -> None:
     table = _read(options)
     keys = sorted(set(table["key"]))
     if not keys:
-        print(_say_nothing(options))
+        print(_describe_emptiness(options))
         return
     what = f"{len(keys)} {'failed ' if options.failures else ''}experiment{'s' if len(keys) > 1 else ''}"
     shown = table.drop_duplicates("key")[["key", *_QUANTIZER]]
@@ -134,22 +207,18 @@ def _delete(arguments: list[str]) -> None:
     print(f"deleted {deleted} of {what}")
 
 
-def _compact(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "kbit results compact", description="Put many small files together, so that reading is fast; sweeps do, too."
-    )
-    parser.add_argument("--results", default="results", help="the store: a folder or URL (default: results)")
-    options = parser.parse_args(arguments)
+def _compact(options: argparse.Namespace) -> None:
+    """Put the small files of a store together."""
     print(f"{_open(options.results).compact()} experiments compacted in {options.results}")
 
 
-def _merge(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "kbit results merge", description="Copy the results and failures that a store lacks from others."
-    )
-    parser.add_argument("others", nargs="+", metavar="OTHER", help="a store to copy from, which stays as it is")
-    parser.add_argument("--results", default="results", help="the store to copy to (default: results)")
-    options = parser.parse_args(arguments)
+def _merge(options: argparse.Namespace) -> None:
+    """Copy to a store what it lacks of others.
+
+    Raises:
+        ValueError: one of the others is the store itself.
+        OSError: one of the others is no store.
+    """
     from kbit.store.filesystem import open_files
     from kbit.store.readers import read_results
     from kbit.store.store import Store
@@ -164,18 +233,6 @@ def _merge(arguments: list[str]) -> None:
         print(f"{other}: {copied} experiments copied to {options.results}, which had {had} of its experiments already")
 
 
-_ACTIONS = {"list": _list, "delete": _delete, "compact": _compact, "merge": _merge}
-
-
-def _make_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("kbit results", description=description)
-    parser.add_argument("--results", default="results", help="the store: a folder or URL (default: results)")
-    parser.add_argument(
-        "--where", help="a condition on the columns (pandas' query), such as \"bits == 4 and metric == 'acc'\""
-    )
-    return parser
-
-
 def _read(options: argparse.Namespace) -> pd.DataFrame:
     from kbit.store.readers import read_failures, read_results
 
@@ -184,7 +241,7 @@ def _read(options: argparse.Namespace) -> pd.DataFrame:
 
 
 def _open(path: str) -> Store:
-    """Return a store that is there already."""
+    """Return a store, which must be there already."""
     from kbit.store.readers import read_failures
     from kbit.store.store import Store
 
@@ -193,17 +250,17 @@ def _open(path: str) -> Store:
 
 
 def _is_same(path: str, other: str) -> bool:
-    """Whether two local paths lead to one folder, by whatever links."""
+    """Return whether two local paths lead to one folder, by whatever links."""
     return Path(path).exists() and Path(other).exists() and Path(path).samefile(other)
 
 
-def _say_nothing(options: argparse.Namespace) -> str:
+def _describe_emptiness(options: argparse.Namespace) -> str:
     what = "failed experiments" if options.failures else "results"
     return f"no {what} in {options.results}" + (f" with {options.where}" if options.where else "")
 
 
 def _ask(question: str) -> bool:
-    """Whether the user agrees; without anyone to ask, no."""
+    """Return whether the user agrees. It raises ValueError if there is nobody to ask."""
     if not sys.stdin.isatty():
         raise ValueError(f"{question} There is no terminal to ask on: --yes agrees")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -1,83 +1,149 @@
-"""From configuration to finished sweep: the one path that single runs, multiruns and plans share."""
+"""`kbit run`, `kbit plan` and `kbit outliers`: the way from configurations to a finished sweep and its report."""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import sys
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
 
-from omegaconf import DictConfig, OmegaConf
-
-from kbit.cli.errors import fail
-from kbit.cli.summary import report_results
-from kbit.engine.plan import plan_sweep
-from kbit.experiments.config import RunConfig
+from kbit.checks import KbitError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from kbit.cli.compose import Request
     from kbit.engine.estimate import Estimator
     from kbit.engine.plan import Outcome, Plan
-
-
-def to_run_config(config: DictConfig) -> RunConfig:
-    """Return the composed configuration as plain dataclasses, checked; exits with the reason if it is not valid."""
-    try:
-        run_config = OmegaConf.to_object(config)
-    except ValueError as error:
-        fail(str(error))
-    assert isinstance(run_config, RunConfig)  # the schema says so
-    return run_config
-
-
-def run_configs(configs: Sequence[RunConfig], *, engine: str, plan_only: bool = False) -> None:
-    """Plan and run the experiments of these configurations; everything but the experiments is the first one's.
-
-    Prints the plan, and the failures if there are any. Exits with 1 unless every asked result exists.
-    """
-    from kbit.engine.estimate import Estimator
-    from kbit.engine.progress import compact_quietly, finish
-    from kbit.store.filesystem import check_writable
+    from kbit.experiments.config import RunConfig
     from kbit.store.store import Store
 
-    settings = configs[0]
-    try:
-        plan = plan_sweep(configs, engine, plan_only=plan_only)
-        if plan_only:
-            check_writable(settings.results)
-        else:
-            store = Store(settings.results)
-            if engine == "ray" and store.root.startswith("memory://"):
-                raise ValueError(f"results={store.root}: no other process sees it; use hydra/launcher=basic")
-        print(plan.describe())
-        estimator = Estimator(settings.device)
-        if plan.to_run and (plan_only or len(configs) > 1):
-            print(_estimate(plan, estimator, settings, engine))
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    if plan_only:
+_OUTLIERS: Final = """\
+Find the emergent outlier features of a model (LLM.int8(), section 4): hidden dimensions with large values in many
+layers and at many positions of a text; what zeroing them does, beside as many random dimensions; and how well the
+weights tell which units have large values (the k-bit paper, table 2). The same as
+`kbit run quant.bits=16 eval.tasks=[] eval.features.measure=true`: every argument of `kbit run --help` can be given.
+
+  eval.features.magnitude=6.0     from which on a value is large
+  eval.features.layers=0.25       least share of layers in which a feature is large
+  eval.features.positions=0.06    least share of positions at which it is
+  eval.perplexity=nano_held_out   the text: a name or a file
+  eval.perplexity_windows=256     at most so many windows of it
+"""
+
+
+_OUTLIERS_EXAMPLES: Final = """\
+examples:
+  kbit outliers model.name=nano-neox-7m
+  kbit outliers -m model.name=nano-neox-1m,nano-neox-3m
+  kbit outliers quant.bits=8 quant.method=llm_int8     the same of a quantized model
+"""
+
+
+def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `kbit run`, whose arguments and help are Hydra's."""
+    text = "quantize and evaluate one model, or with -m / +sweeps=... a grid"
+    parser = commands.add_parser("run", help=text, add_help=False, allow_abbrev=False)
+    parser.set_defaults(takes_keys=True)
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `kbit plan`."""
+    text = "say what the same arguments would run, and run nothing"
+    parser = commands.add_parser("plan", help=text, add_help=False, allow_abbrev=False)
+    parser.set_defaults(takes_keys=True, multirun=True, last=["hydra.launcher.plan_only=true"])
+
+
+def add_outliers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare `kbit outliers`."""
+    parser = commands.add_parser(
+        "outliers",
+        usage="kbit outliers [arguments of run]",
+        help="find a model's emergent outlier features; arguments as of run",
+        description=_OUTLIERS,
+        epilog=_OUTLIERS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(takes_keys=True, first=["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true"])
+
+
+def run_request(request: Request) -> None:
+    """Plan and run the experiments of a request, and print the plan and what came of it.
+
+    Raises:
+        KbitError: an asked result does not exist in the end.
+        ValueError, OSError: a name, a setting or the store is wrong, or the work cannot go on.
+    """
+    from kbit.engine.estimate import Estimator
+    from kbit.engine.plan import plan_sweep
+    from kbit.store.filesystem import check_writable
+
+    settings = request.configs[0]
+    plan = plan_sweep(request.configs, request.engine, plan_only=request.plan_only)
+    if request.plan_only:
+        check_writable(settings.results)
+        store = None
+    else:
+        store = _open_store(settings.results, request.engine)
+    print(plan.describe())
+    estimator = Estimator(settings.device)
+    if plan.to_run and (request.plan_only or len(request.configs) > 1):
+        print(_estimate(plan, estimator, settings, request.engine))
+    if store is None:
         return
     if plan.to_run:
-        try:
-            outcomes = _start(plan, estimator, settings, engine, store.root)
-            finish(outcomes, plan, fail_fast=settings.fail_fast, store=store, estimator=estimator)
-        except (ValueError, OSError) as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            print(f"\nstopped; finished results are kept in {store.root}: the same command goes on", file=sys.stderr)
-            sys.exit(130)
-        compact_quietly(store)
-    report_results(configs, settings, store)
+        _carry_out(plan, estimator, settings, request.engine, store)
+    _report_results(plan, settings, store)
+
+
+def _open_store(path: str, engine: str) -> Store:
+    from kbit.store.store import Store
+
+    store = Store(path)
+    if engine == "ray" and store.root.startswith("memory://"):
+        raise ValueError(f"results={store.root}: no other process sees it; use hydra/launcher=basic")
+    return store
+
+
+def _carry_out(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, store: Store) -> None:
+    """Run a plan and show its progress. The generator is closed at the end, so that Ray ends at once."""
+    from kbit.engine.progress import Progress, compact_quietly
+
+    outcomes = _start(plan, estimator, settings, engine, store.root)
+    try:
+        with closing(outcomes), closing(Progress(plan.to_run, estimator, store)) as progress:
+            for outcome in outcomes:
+                progress.take(outcome)
+                if outcome.error and settings.fail_fast:
+                    break
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished results are kept in {store.root}: the same command goes on", file=sys.stderr)
+        raise
+    compact_quietly(store)
 
 
 def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, store_path: str) -> Generator[Outcome]:
-    """Return the outcomes of a plan as they come; the work begins with the first."""
+    """Return a generator of a plan's outcomes. The work begins when the first one is asked for."""
     from kbit.engine.ray_cluster import run_on_ray
-    from kbit.engine.worker import run_in_process
+    from kbit.engine.worker import RayWorker, run_in_process
 
     if engine == "process":
-        return run_in_process(plan.to_run, store_path, settings.device)
-    memory = estimator.predict_memory(plan.to_run)
-    return run_on_ray(plan.to_run, store_path, settings.device, settings.ray, estimator.cost_of, memory)
+        return run_in_process(plan, store_path, settings.device)
+    return run_on_ray(
+        plan,
+        RayWorker,
+        store_path,
+        settings.device,
+        settings.ray,
+        cost=estimator.cost_of,
+        worker_bytes=estimator.predict_memory(plan.to_run),
+        announce=print,
+        notify=functools.partial(print, file=sys.stderr),
+    )
 
 
 def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:
@@ -85,12 +151,74 @@ def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str
     workers: int | None = 1
     threads = settings.ray.cpus_per_worker
     if engine == "process":
-        import torch  # takes a second; a run needs it anyway
+        import torch  # takes a second, and a run needs it anyway
 
         threads = torch.get_num_threads()
     elif settings.device == "cpu" and settings.ray.address == "local":
         workers = settings.ray.num_workers or max(1, (os.cpu_count() or 1) // threads)
     else:
-        workers = settings.ray.num_workers  # how many fit is known only of a running cluster
+        workers = settings.ray.num_workers  # only a running cluster tells how many fit
     estimator.learn_stored(settings.results, plan.to_run, threads)
     return estimator.describe(plan.to_run, None if workers is None else min(workers, len(plan.to_run)))
+
+
+def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
+    """Print how many of the asked results the store has now, and the numbers if one was asked.
+
+    Raises:
+        KbitError: an asked result is missing.
+    """
+    from kbit.store.readers import read_failures
+
+    distinct = {key: experiment for experiment, key in plan.keys.items()}
+    missing = distinct.keys() - store.finished_keys()
+    if not missing:
+        if len(distinct) == 1:
+            print(_describe_results(store.root, next(iter(distinct))))
+        print(f"{len(distinct)} of {len(distinct)} asked results are in {store.root}")
+        if len(distinct) > 1:
+            print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
+        return
+    reasons = read_failures(store.root).set_index("key")["reason"]
+    for key in sorted(missing):
+        log = store.log_path(key)
+        where = f"; its log: {log}" if log is not None and log.exists() else ""
+        print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}{where}", file=sys.stderr)
+    raise KbitError(
+        f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures"
+    )
+
+
+def _describe_results(store_path: str, key: str) -> str:
+    """Return the measurements of one experiment as a table."""
+    from kbit.store.readers import read_results
+
+    rows = read_results(store_path).query("key == @key")
+    first = rows.iloc[0]
+    head = f"{first['model']}: {first['total_bits'] / 1e6:.2f} Mbit in all, {first['bits_per_param']:.2f} bits/param"
+    table = rows[["task", "metric", "value", "low", "high", "n"]].to_string(index=False)
+    return "\n".join([head, table, *_explain_control(rows), *_describe_features(store_path, key)])
+
+
+def _explain_control(rows: pd.DataFrame) -> list[str]:
+    """Return why features were found and zeroed without a control of random dimensions (see measure_ablation)."""
+    return [
+        f"no random control: {count:.0f} of {width} dimensions are features, so that there are not as many others"
+        for count, width in rows.loc[rows["metric"] == "features", ["value", "n"]].itertuples(index=False)
+        if count > width / 2
+    ]
+
+
+def _describe_features(store_path: str, key: str) -> list[str]:
+    """Return a line for each hidden dimension that is large most often, or none if they were not looked for."""
+    from kbit.store.readers import read_features
+
+    rows = read_features(store_path, [key])
+    lines = []
+    for (dimension, is_feature), places in rows.groupby(["dimension", "is_feature"], sort=False):
+        first, top = places.iloc[0], places.sort_values("largest", key=abs).iloc[-1]
+        lines.append(
+            f"dimension {dimension}{' (feature)' if is_feature else ''}: large in {first['layers']:.0%} of layers, at "
+            f"{first['positions']:.2%} of positions; up to {top['largest']:.1f}, layer {top['layer']} {top['input']}"
+        )
+    return lines

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -45,20 +43,6 @@ def find_broken_files(task_path: str | None) -> list[str]:
             where = f", line {mark.line + 1}" if mark else ""
             broken.append(f"{path}{where} cannot be parsed: {getattr(error, 'problem', None) or error}")
     return broken
-
-
-def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
-    """Return what names the tasks wherever they lie, sorted. A user's own carry the hash of their folder's content."""
-    if task_path is None:
-        return sorted(names)
-    own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
-    if not own & set(names):
-        return sorted(names)
-    digest = hashlib.sha256()
-    for path in list_task_files(task_path):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    folder_hash = digest.hexdigest()[:16]
-    return sorted(f"{name}@{folder_hash}" if name in own else name for name in names)
 
 
 def list_task_files(folder: str | Path) -> list[Path]:

@@ -1,9 +1,8 @@
-"""Texts by name and from files: plain text and JSON lines, compressed or not, and what identifies their content."""
+"""Text and JSON-lines files, plain or compressed, and texts by name."""
 
 from __future__ import annotations
 
 import bz2
-import functools
 import gzip
 import hashlib
 import json
@@ -130,45 +129,9 @@ def _split_documents(content: bytes, path: Path) -> list[str]:
     return [row["text"] for row in rows]
 
 
-def identify_text(name: str) -> str:
-    """Return what names a text wherever it lies: an embedded or hub text's name, or the sha256 of a file's content.
-
-    A file with the documents of an embedded text, at any path, is that text. Two files of one content are one text,
-    whose results carry the name of the file that was measured first. JSON lines are marked, as the same bytes in a .txt
-    file would be one document.
-    """
-    path = locate_text(name)
-    return name if path is None or name in _list_embedded() else name_content(name, hash_file(path))
-
-
-def name_content(name: str, sha256: str) -> str:
-    """Return what identifies the text of this name if its content has this hash, see identify_text."""
-    path = locate_text(name)
-    if path is None:
-        return name
-    return _name_embedded().get(sha256, f"{sha256}.jsonl") if ".jsonl" in path.suffixes else sha256
-
-
-def _list_embedded() -> dict[str, Path]:
+def list_embedded_texts() -> dict[str, Path]:
+    """Return the file of each embedded text by its name."""
     return {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
-
-
-@functools.cache
-def _name_embedded() -> dict[str, str]:
-    """Return each embedded text's name by the hash of its content. Installed files do not change: once is enough."""
-    return {hash_file(path): name for name, path in _list_embedded().items()}
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's uncompressed content. It is computed again if the file has changed."""
-    # An editor may keep the size, and `cp -p` the time of modification, but neither keeps the time of the change.
-    state = path.stat()
-    return _hash_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _hash_state(path: Path, *_state: int) -> str:
-    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def locate_text(name: str) -> Path | None:
@@ -179,7 +142,7 @@ def locate_text(name: str) -> Path | None:
     Raises:
         FileNotFoundError: the name is none of these.
     """
-    embedded = _list_embedded()
+    embedded = list_embedded_texts()
     path = embedded.get(name, Path(name))
     if path.is_file():
         return path

@@ -1,8 +1,8 @@
-"""How much a study asks for: tokens to score, memory, and time, learned from what finished experiments took.
+"""Estimates of what a study takes: tokens to score, memory and time. Time is learned from finished experiments.
 
     cost = tokens x parameters,   seconds = median of alike experiments, or that of the nearest cost, in proportion
 
-Alike are experiments of one model, evaluation and method. Without a finished one nothing is said of time.
+Experiments are alike if they have the same model, evaluation and method. Without a finished one time is unknown.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
 from kbit.data.texts import locate_text, read_documents
 from kbit.evaluation.config import TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.experiments.config import Experiment
-from kbit.experiments.serialize import read_experiment
 from kbit.models.catalog import family_of
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import ModelSize, find_size
 from kbit.store.filesystem import is_url
 from kbit.store.readers import read_results
-from kbit.store.records import read_records
+from kbit.store.results import load_results
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-# Of a token in a block at the same time: residual stream, its norm, queries, keys, values, attention's output, 4 + 4 of
-# the inner layer, and 2 spare.
+# Hidden states of one token that are in memory at once within a decoder layer: residual stream, its norm, queries,
+# keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
 _STATES_PER_TOKEN: Final = 16
 
 
-# What a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
-# GPU: the driver's context and workspaces of libraries; assumed, as no GPU has been measured.
+# Bytes that a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
+# GPU: the driver's context and the libraries' workspaces. This is assumed, because no GPU has been measured.
 _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
 
 
 def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int:
-    """Return the bytes that a worker needs for a model, on the GPU if the device is one; an estimate.
+    """Estimate the bytes that a worker needs for a model, on the GPU if the device is one.
 
         process + parameters x dtype (twice on a CPU, where the weights to restore lie) + tokens at once x states
 
-    Not in it: a quantizer's own work on one tensor, and GPTQ's and AWQ's sums over the inputs of one block.
+    The estimate leaves out a quantizer's own work on one tensor, and GPTQ's and AWQ's sums over the inputs of one
+    decoder layer.
     """
     kind = device.partition(":")[0]
     width = _BYTES[experiment.model.dtype]
@@ -56,14 +56,20 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
     return _PROCESS_BYTES[kind] + width * (copies * size.parameters + _STATES_PER_TOKEN * tokens * size.hidden)
 
 
-_KEPT: Final = 32  # durations of alike experiments: the latest, as a machine's load changes
+_KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
 
 
 _STORED: Final = 4  # results of alike experiments that are read from a store
 
 
 class CostClass(NamedTuple):
-    """What experiments have in common that take as long as each other."""
+    """The properties that decide how long an experiment takes. Alike experiments have the same.
+
+    Attributes:
+        model: the model.
+        evaluation: the evaluation.
+        method: the quantization method. The baseline counts as "rtn", rounding to nearest without the rounding.
+    """
 
     model: ModelConfig
     evaluation: EvalConfig
@@ -71,38 +77,44 @@ class CostClass(NamedTuple):
 
     @staticmethod
     def of(experiment: Experiment) -> CostClass:
-        """Return an experiment's; the baseline is rounding to nearest without the rounding."""
+        """Return the class of an experiment."""
         quant = experiment.quant
         return CostClass(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method)
 
 
 class Estimator:
-    """Says what experiments will take, by their models' sizes and by what others took.
+    """Predicts what experiments take from their models' sizes and from what others took.
 
     Args:
-        device: that they run on.
+        device: the device that they run on.
+
+    Attributes:
+        classify: the function that returns the cost class of an experiment.
+        learned: how many durations have been learned.
     """
+
+    classify = staticmethod(CostClass.of)
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
         self._size = functools.cache(find_size)
         self._tokens = functools.cache(estimate_tokens)
         self._seconds: dict[CostClass, deque[float]] = defaultdict(lambda: deque(maxlen=_KEPT))
-        self._counted: dict[tuple[str, EvalConfig], int] = {}  # tokens, by family: its models share a tokenizer
+        self._counted: dict[tuple[str, EvalConfig], int] = {}  # tokens, by family, whose models share a tokenizer
         self.learned = 0
 
     def learn(self, experiment: Experiment, seconds: float, tokens: int = 0) -> None:
         """Remember what an experiment took, and its tokens if they were counted."""
-        self._seconds[CostClass.of(experiment)].append(seconds)
+        self._seconds[self.classify(experiment)].append(seconds)
         self.learned += 1
         if tokens:
             self._counted[family_of(experiment.model.name), experiment.eval] = tokens
 
     def learn_stored(self, store_path: str, experiments: Iterable[Experiment], threads: int) -> None:
-        """Learn from a store's results of these experiments' models (of others, if there are none).
+        """Learn from a store's results of these experiments' models, or from other results if there are none.
 
-        Only from the same kind of device, on a CPU with the same number of threads. A store behind a URL is not read,
-        where each result may be a request.
+        Results count if they come from the same kind of device and, on a CPU, the same number of threads. A store
+        behind a URL is not read, because each result may be a request there.
         """
         if is_url(store_path):
             return
@@ -110,36 +122,35 @@ class Estimator:
             table = read_results(store_path).drop_duplicates("key")
             mine = table[table["model"].isin({experiment.model.name for experiment in experiments})]
             alike = (table if mine.empty else mine).groupby(["model", "dtype", "method", "evaluation"], dropna=False)
-            records = list(read_records(store_path, "experiments", set(alike.tail(_STORED)["key"])))
-        except (ValueError, OSError):  # no store yet, or a damaged file, which its readers will name
+            results = list(load_results(store_path, set(alike.tail(_STORED)["key"])))
+        except (ValueError, OSError):  # there is no store yet, or a damaged file, which readers of the store will name
             return
-        for record in records:
-            on_cpu = record["device"].endswith("threads")
-            if on_cpu == (self._device == "cpu") and (record["threads"] == threads or not on_cpu):
-                took = record["seconds_quantize"] + record["seconds_evaluate"]
-                self.learn(read_experiment(record["experiment"]), took, record.get("tokens", 0))
+        for result in results:
+            on_cpu = result.device.endswith("threads")
+            if on_cpu == (self._device == "cpu") and (result.threads == threads or not on_cpu):
+                self.learn(result.experiment, result.seconds_quantize + result.seconds_evaluate, result.tokens)
 
     def count_tokens(self, alike: CostClass) -> int | None:
-        """Return the tokens that are sent to the model for an experiment; None if they cannot be told."""
+        """Return the number of tokens that an experiment sends to the model, or None if it cannot be told."""
         counted = self._counted.get((family_of(alike.model.name), alike.evaluation))
         size = self._size(alike.model.name)
         return counted or (None if size is None else self._tokens(alike.evaluation, size))
 
     def cost(self, alike: CostClass) -> float:
-        """Return tokens x parameters; what is not known counts as 1."""
+        """Return tokens x parameters. An unknown factor counts as 1."""
         return (self.count_tokens(alike) or 1) * self.count_parameters(alike.model)
 
     def cost_of(self, experiment: Experiment) -> float:
         """Return the cost of an experiment."""
-        return self.cost(CostClass.of(experiment))
+        return self.cost(self.classify(experiment))
 
     def count_parameters(self, model: ModelConfig) -> int:
-        """Return a model's parameters; 1 if they are not known."""
+        """Return the number of a model's parameters, or 1 if it is unknown."""
         size = self._size(model.name)
         return 1 if size is None else size.parameters
 
     def predict_memory(self, experiments: Iterable[Experiment]) -> int | None:
-        """Return the bytes of a worker for the largest of the experiments; None if a model's size is not known."""
+        """Return the bytes that a worker needs for the largest experiment, or None if a model's size is unknown."""
         largest = 0
         for experiment in {(e.model, e.eval.batch_size): e for e in experiments}.values():
             if (size := self._size(experiment.model.name)) is None:
@@ -148,7 +159,7 @@ class Estimator:
         return largest
 
     def predict_seconds(self, alike: CostClass) -> float | None:
-        """Return how long an experiment takes a worker; None before one of its method was measured."""
+        """Return how long an experiment takes a worker, or None before one of its method was measured."""
         if alike in self._seconds:
             return statistics.median(self._seconds[alike])
         cost = self.cost(alike)
@@ -161,12 +172,12 @@ class Estimator:
     def predict_time(
         self, left: Counter[CostClass], workers: int, running: Sequence[tuple[CostClass, float]] = ()
     ) -> str:
-        """Return how long so many experiments take so many workers, such as 'about 12 min'; '' if that is unknown.
+        """Return how long workers take for experiments, such as 'about 12 min', or '' if that is unknown.
 
         Args:
-            left: how many of which kind have not ended.
-            workers: that share them.
-            running: those of `left` that workers are at, each with the seconds since it began.
+            left: the number of experiments of each class that have not ended.
+            workers: the number of workers that share them.
+            running: the class of each experiment of `left` that a worker is at, and the seconds since it began.
         """
         waiting = left - Counter(alike for alike, _ in running)
         parts = [(alike, count, 0.0) for alike, count in waiting.items()]
@@ -186,10 +197,10 @@ class Estimator:
         """Return what experiments will take, as one line.
 
         Args:
-            experiments: to run.
-            workers: that share them; None if not known yet.
+            experiments: the experiments to run.
+            workers: the number of workers that share them, or None if it is not known yet.
         """
-        left = Counter(map(CostClass.of, experiments))
+        left = Counter(map(self.classify, experiments))
         counts = {alike: self.count_tokens(alike) for alike in left}
         tokens = "unknown until the first result"
         if None not in counts.values():
@@ -204,7 +215,7 @@ class Estimator:
 
 
 def estimate_tokens(evaluation: EvalConfig, size: ModelSize) -> int | None:
-    """Return about how many tokens are sent to a model; None for a task that does not ship, or a text not here."""
+    """Estimate how many tokens are sent to a model. None if a task does not ship with kbit or a text is not here."""
     column = _choose_column(size)
     total = 0.0
     for name in evaluation.tasks:
@@ -222,11 +233,11 @@ def estimate_tokens(evaluation: EvalConfig, size: ModelSize) -> int | None:
 
 
 def _estimate_text(evaluation: EvalConfig, size: ModelSize, column: str) -> float | None:
-    """Return about how many tokens of the text are sent to a model."""
+    """Estimate how many tokens of the text are sent to a model."""
     most = math.inf
     if evaluation.perplexity_kind == "windows" and evaluation.perplexity_windows is not None:
         most = evaluation.perplexity_windows * min(size.context, MAX_WINDOW)
-    if locate_text(str(evaluation.perplexity)) is None:  # a text of the hub: at least as long as what is asked for
+    if locate_text(str(evaluation.perplexity)) is None:  # assume that a text of the hub is as long as asked for
         return None if math.isinf(most) else most
     return min(most, _count_characters(str(evaluation.perplexity)) / _characters_per_token(column))
 
@@ -238,13 +249,13 @@ def _count_characters(text: str) -> int:
 
 @functools.cache
 def _shipped_tasks() -> dict[str, dict[str, str]]:
-    """Return what the shipped tasks come to with two tokenizers, of 1,024 tokens (nano) and 49,152 (SmolLM2)."""
+    """Return the sizes of the shipped tasks with two tokenizers, of 1,024 tokens (nano) and 49,152 (SmolLM2)."""
     with Path(EMBEDDED_TASKS / "tokens.csv").open() as file:
         return {row["task"]: row for row in csv.DictReader(file)}
 
 
 def _choose_column(size: ModelSize) -> str:
-    """Return the tokenizer that is counted for a model: the nearer; of a model that is not here, the large one."""
+    """Return the column of the nearer tokenizer, or of the large one for a model that is not here."""
     return "tokens_1024" if size.vocabulary and size.vocabulary < math.sqrt(1024 * 49152) else "tokens_49152"
 
 

@@ -1,14 +1,15 @@
-"""What a sweep would do: experiments without repeats, less those that the store has, grouped by model."""
+"""The plan of a sweep: experiments without repeats and without those that the store has, grouped by model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kbit.data.task_files import find_local_tasks
 from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.experiments.config import Experiment, RunConfig
+from kbit.experiments.identity import check_texts, find_key
 from kbit.models.catalog import locate_model
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
@@ -19,15 +20,15 @@ class Plan:
     """What a sweep would do.
 
     Attributes:
-        asked: experiments asked for, repeats included.
-        distinct: the distinct ones, in the order asked.
-        done: how many of them have a result.
-        failed: how many of them are recorded as failed and will not be tried again.
-        to_run: the rest, grouped by model, largest model first.
+        asked: the number of experiments asked for, repeats included.
+        keys: the key of each distinct experiment, in the order asked. Files that change afterwards do not change it.
+        done: the number of distinct experiments that have a result.
+        failed: the number of distinct experiments that are recorded as failed and will not be tried again.
+        to_run: the other experiments, grouped by model, the largest model first.
     """
 
     asked: int
-    distinct: tuple[Experiment, ...]
+    keys: Mapping[Experiment, str]
     done: int
     failed: int
     to_run: tuple[Experiment, ...]
@@ -35,7 +36,7 @@ class Plan:
     def describe(self) -> str:
         """Return the plan as one line."""
         failed = f", {self.failed} failed before (retry_failed=true runs them again)" if self.failed else ""
-        return f"{self.asked} asked, {len(self.distinct)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
+        return f"{self.asked} asked, {len(self.keys)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Outcome:
     """How one experiment ended.
 
     Attributes:
-        experiment: it.
-        error: empty if its result is in the store.
-        stored: whether the store took the result or the failure; if not, to go on would waste work.
+        experiment: the experiment that ended.
+        error: the reason of its failure, or "" if its result is in the store.
+        stored: whether the store took the result or the failure. If not, going on would waste work.
         working: the experiments that other workers are at.
-        seconds: that it took, the model's loading included if it had to be; 0 if it was not run.
-        tokens: see Result.
+        seconds: the time that it took, with the loading of the model if that was needed. 0 if it was not run.
+        tokens: the number of tokens that were sent to the model (see Result).
     """
 
     experiment: Experiment
@@ -59,42 +60,52 @@ class Outcome:
     tokens: int = 0
 
 
-def make_plan(experiments: Sequence[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
-    """De-duplicate by key, drop what the store has, group by model; the store need not exist yet."""
-    distinct = {experiment.key: experiment for experiment in experiments}
+def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
+    """Remove repeats and experiments that the store has, and group the others by model. The store need not exist."""
+    distinct = {find_key(experiment): experiment for experiment in experiments}
     finished, failures = list_keys(store_path)
     done, failed = finished & distinct.keys(), failures & distinct.keys()
     skip = done if retry_failed else done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
-    # a worker keeps one model, and of the 16-bit model the states on one text
+    # a worker keeps one model, and the 16-bit model's states on one text
     sizes = {name: find_size(name) for name in {experiment.model.name for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
     to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
     failed_count = 0 if retry_failed else len(failed)
-    return Plan(len(experiments), tuple(distinct.values()), len(done), failed_count, tuple(to_run))
+    keys = {experiment: key for key, experiment in distinct.items()}
+    return Plan(len(experiments), keys, len(done), failed_count, tuple(to_run))
 
 
 def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:
-    """Raise the error that an unknown model, task or text would give later, before any work.
+    """Look for the model, tasks and texts of an experiment before any work.
 
-    What is only planned need not be here: a study of the hub's texts is planned offline.
+    Args:
+        experiment: the experiment.
+        planned_only: whether a text of the hub need not be here, so that a study can be planned offline.
+
+    Raises:
+        ValueError, OSError: one of them is unknown or cannot be had.
     """
     locate_model(experiment.model.name)
     for text in experiment.texts:
         (locate_text if planned_only else check_text)(text)
-    experiment.check_texts()
+    check_texts(experiment)
     if experiment.eval.measures:
         from kbit.evaluation.measures import check_measures  # imports torch, which other studies plan without
 
         check_measures(experiment.eval.measures)
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
-        from kbit.data.tasks import load_tasks  # takes seconds, and a study of local tasks need not wait to be planned
+        from kbit.data.tasks import load_tasks  # takes seconds, which a study of local tasks need not wait for
 
         load_tasks(experiment.eval.tasks, experiment.eval.task_path)
 
 
 def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) -> Plan:
-    """Return the plan of these configurations, each model, task and text of which is looked for before any work."""
+    """Look for every model, task and text of these configurations, and return the plan.
+
+    Raises:
+        ValueError, OSError: a model, task, text or setting is wrong, or cannot be had here.
+    """
     settings = configs[0]
     _check_settings(configs)
     experiments = [config.experiment for config in configs]
@@ -109,14 +120,14 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
-    """Raise ValueError if the configurations differ in how to run: a sweep has one store, one device, one cluster."""
+    """Raise ValueError if the configurations differ in how to run. A sweep has one store, one device, one cluster."""
     for name in ("results", "device", "ray", "fail_fast", "retry_failed"):
         if len(values := {str(getattr(config, name)): None for config in configs}) > 1:
             raise ValueError(f"{name} must be the same for the whole sweep, not {' and '.join(values)}")
 
 
 def _check_device(settings: RunConfig, engine: str) -> None:
-    """Raise ValueError if the asked device cannot be there; on a cluster the workers check it themselves."""
+    """Raise ValueError if the asked device cannot be there. On a cluster the workers check it themselves."""
     if settings.device == "cpu":
         return
     if engine == "ray" and settings.ray.gpus_per_worker == 0:

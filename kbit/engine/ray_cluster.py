@@ -1,4 +1,4 @@
-"""Experiments on Ray workers: what the cluster has, how many workers fit on it, and the loop that keeps them busy."""
+"""Experiments on Ray workers: the cluster, the workers that fit on it, and the loop that keeps them busy."""
 
 from __future__ import annotations
 
@@ -7,58 +7,66 @@ import logging
 import math
 import os
 import socket
-import sys
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final
 
-from kbit.engine.plan import Outcome
+from kbit.engine.plan import Outcome, Plan
 from kbit.engine.schedule import Schedule
-from kbit.engine.worker import RayWorker
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.store.store import Store
 
-WORKER_TRIES: Final = 2  # a worker that dies (killed, out of memory) loses the experiment once; then it has failed
+# An experiment is tried again if its worker dies (killed, out of memory), and has failed if the second one dies too.
+WORKER_TRIES: Final = 2
 
 
-GPU_SHARE: Final = 0.9  # of a GPU's memory to fill by estimate: the rest is for what an estimate leaves out
+GPU_SHARE: Final = 0.9  # share of a GPU's memory to fill by estimate, which leaves something out
 
 
-_PROBE_GPUS: Final = 0.001  # of a GPU, for asking how large it is
+_PROBE_GPUS: Final = 0.001  # share of a GPU that the question for its size asks for
 
 
-_PROBE_SECONDS: Final = 60  # for that, importing torch included
+_PROBE_SECONDS: Final = 60  # time limit of that question, importing torch included
 
 
 def run_on_ray(
-    experiments: Sequence[Experiment],
+    plan: Plan,
+    worker: Callable[[str, str, RayConfig], Any],
     store_path: str,
     device: str,
     config: RayConfig,
-    cost: Callable[[Experiment], float] = lambda _: 1.0,
-    worker_bytes: int | None = None,
+    *,
+    cost: Callable[[Experiment], float],
+    worker_bytes: int | None,
+    announce: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Generator[Outcome]:
-    """Run the experiments on Ray workers, each keeping its model loaded.
+    """Run a plan's experiments on Ray workers, each of which keeps its model loaded.
 
     Args:
-        experiments: as make_plan orders them; store_path, device: see Worker.
-        config: what workers ask for; without gpus_per_worker on a GPU, it is chosen by worker_bytes.
-        cost: see Schedule.
-        worker_bytes: memory of a worker, estimated; None if that is not known.
+        plan: the plan.
+        worker: the class of the workers, such as kbit.engine.worker.RayWorker.
+        store_path: the folder or URL of the store.
+        device: the device to run on.
+        config: the resources that a worker asks for. On a GPU, worker_bytes decides gpus_per_worker if it is None.
+        cost: a function that returns the cost of an experiment (see Schedule).
+        worker_bytes: the estimated memory of a worker, or None if it is not known.
+        announce: a function that tells the user which cluster was joined.
+        notify: a function that tells the user what happens meanwhile.
 
     Raises:
-        ValueError: the cluster has not the resources that the workers ask for, or a worker could not be set up.
-        ConnectionError: no cluster at config.address.
+        ValueError: the cluster does not have the resources that the workers ask for, or a worker cannot be set up.
+        ConnectionError: there is no cluster at config.address, or Ray does not start.
     """
     import ray
 
-    print("starting Ray ..." if config.address == "local" else f"joining Ray at {config.address} ...", file=sys.stderr)
-    _start_ray(config)
+    notify("starting Ray ..." if config.address == "local" else f"joining Ray at {config.address} ...")
+    start_ray(config, announce)
     try:
         if config.gpus_per_worker is None:
-            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes))
-        count = min(_count_workers(config), len(experiments))
-        remote = ray.remote(RayWorker).options(
+            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes, notify))
+        count = min(count_workers(config, list_nodes()), len(plan.to_run))
+        remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
             max_restarts=0,
@@ -68,24 +76,35 @@ def run_on_ray(
         def start_worker() -> Any:
             return remote.remote(store_path, device, config)
 
-        yield from _dispatch(experiments, start_worker, count, Store(store_path), cost)
+        yield from dispatch(plan, start_worker, count, Store(store_path), cost)
     finally:
         ray.shutdown()
 
 
-def _dispatch(
-    experiments: Sequence[Experiment],
+def dispatch(
+    plan: Plan,
     start_worker: Callable[[], Any],
     count: int,
     store: Store,
     cost: Callable[[Experiment], float] = lambda _: 1.0,
 ) -> Generator[Outcome]:
-    """Keep `count` actors busy until no experiment waits; replace an actor that died."""
+    """Keep actors busy until no experiment waits, and replace an actor that died.
+
+    Args:
+        plan: the plan.
+        start_worker: a function that starts an actor with a method run(experiment, key) -> Outcome.
+        count: the number of actors.
+        store: the store, which gets the failure of an experiment whose actors died.
+        cost: a function that returns the cost of an experiment (see Schedule).
+
+    Raises:
+        ValueError: an actor cannot start.
+    """
     import ray
 
-    waiting = Schedule(experiments, cost)
-    tries: Counter[str] = Counter()
-    last: dict[Any, Experiment] = {}  # that each worker was given, whose model it has loaded
+    waiting = Schedule(plan.to_run, cost)
+    tries: Counter[Experiment] = Counter()
+    last: dict[Any, Experiment] = {}  # the experiment that each worker was given last, whose model it holds
     running: dict[Any, tuple[Any, Experiment]] = {}
     idle: deque[Any] = deque(start_worker() for _ in range(count))
     while waiting or running:
@@ -93,14 +112,14 @@ def _dispatch(
             worker = idle.popleft()
             experiment = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
             last[worker] = experiment
-            running[worker.run.remote(experiment)] = (worker, experiment)
+            running[worker.run.remote(experiment, plan.keys[experiment])] = (worker, experiment)
         ready, _ = ray.wait(list(running), num_returns=1)
         worker, experiment = running.pop(ready[0])
         working = tuple(other for _, other in running.values())
         try:
             yield dataclasses.replace(ray.get(ready[0]), working=working)
             idle.append(worker)
-        except ray.exceptions.RayTaskError as error:  # not the experiment: recording its end failed
+        except ray.exceptions.RayTaskError as error:  # recording the experiment's end failed
             idle.append(worker)
             yield Outcome(experiment, f"its end could not be recorded: {error.cause}", working=working)
         except ray.exceptions.RayError as error:  # the worker died: killed, out of memory, could not start
@@ -108,28 +127,33 @@ def _dispatch(
                 raise ValueError(f"a worker cannot start: {str(error).strip().splitlines()[-1]}") from None
             last.pop(worker, None)
             idle.append(start_worker())
-            tries[experiment.key] += 1
-            if tries[experiment.key] < WORKER_TRIES:
+            tries[experiment] += 1
+            if tries[experiment] < WORKER_TRIES:
                 waiting.add(experiment)
             else:
-                yield Outcome(experiment, _record_death(experiment, error, store), working=working)
+                reason = _record_death(plan.keys[experiment], experiment, error, store)
+                yield Outcome(experiment, reason, working=working)
 
 
-def _record_death(experiment: Experiment, error: Exception, store: Store) -> str:
-    """Record that an experiment's workers died, unless one did when its work was done; return the reason."""
-    if store.has(experiment.key):
+def _record_death(key: str, experiment: Experiment, error: Exception, store: Store) -> str:
+    """Record that an experiment's workers died, and return the reason, or "" if the last one died after its work."""
+    if store.has(key):
         return ""
     reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
-    store.write_failure(experiment, reason, str(error))
+    store.write_failure(key, experiment, reason, str(error))
     return reason
 
 
-def _start_ray(config: RayConfig) -> None:
-    """Start or join Ray, quietly; say which cluster was joined.
+def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
+    """Start or join Ray, quietly.
+
+    Args:
+        config: the address of the cluster.
+        announce: a function that tells the user which cluster was joined.
 
     Raises:
-        ConnectionError: no cluster at config.address, or Ray does not start.
-        ValueError: an address that Ray does not know.
+        ConnectionError: there is no cluster at config.address, or Ray does not start.
+        ValueError: Ray does not know such an address.
     """
     import ray
 
@@ -152,13 +176,13 @@ def _start_ray(config: RayConfig) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ConnectionError(f"Ray does not start ({reason}); hydra/launcher=basic runs without it") from error
     if not local:
-        print(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
+        announce(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
         if context.dashboard_url:
-            print(f"its dashboard: http://{context.dashboard_url}")
+            announce(f"its dashboard: http://{context.dashboard_url}")
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ConnectionError if nothing answers at host:port; Ray itself would try for minutes."""
+    """Raise ConnectionError if nothing answers at host:port. Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
@@ -166,13 +190,16 @@ def _check_reachable(address: str) -> None:
         raise ConnectionError(f"no Ray cluster at ray.address={address}: {error}") from None
 
 
-def _count_workers(config: RayConfig) -> int:
+def count_workers(config: RayConfig, nodes: Sequence[Mapping[str, float]]) -> int:
     """Return how many workers to start.
 
+    Args:
+        config: the resources that a worker asks for.
+        nodes: the resources of each node of the cluster.
+
     Raises:
-        ValueError: not even one fits; names what was asked and what there is, node by node.
+        ValueError: fewer workers fit than are asked for, or not even one. The message names what each node has.
     """
-    nodes = _list_nodes()
     gpus_per_worker = config.gpus_per_worker or 0.0
     fitting = sum(count_fitting(node, config.cpus_per_worker, gpus_per_worker) for node in nodes)
     wanted = config.num_workers or max(fitting, 1)
@@ -187,7 +214,7 @@ def _count_workers(config: RayConfig) -> int:
     return wanted
 
 
-def _list_nodes() -> list[Mapping[str, float]]:
+def list_nodes() -> list[Mapping[str, float]]:
     """Return the resources of each node of the cluster."""
     import ray
 
@@ -196,7 +223,7 @@ def _list_nodes() -> list[Mapping[str, float]]:
 
 
 def count_fitting(node: Mapping[str, float], cpus: int, gpus: float) -> int:
-    """Return how many workers fit on a node: all that one has lies on one node, and a share of a GPU on one GPU."""
+    """Return how many workers fit on a node. A share of a GPU lies on one GPU, and all GPUs of a worker on one node."""
     by_cpus = int(node.get("CPU", 0) // cpus)
     there = int(node.get("GPU", 0))
     if not gpus:
@@ -205,16 +232,16 @@ def count_fitting(node: Mapping[str, float], cpus: int, gpus: float) -> int:
 
 
 def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
-    """Return the GPUs of a worker: 1/n if n workers fit on one, else as many whole ones as it needs."""
+    """Return the GPUs of a worker: 1/n if n workers fit on one GPU, else as many whole ones as it needs."""
     usable = GPU_SHARE * gpu_bytes
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
 
 
-def _choose_gpus(device: str, worker_bytes: int | None) -> float:
-    """Return the GPUs of a worker by the memory it needs and the smallest GPU's; none on a CPU.
+def _choose_gpus(device: str, worker_bytes: int | None, notify: Callable[[str], None]) -> float:
+    """Return the GPUs of a worker by the memory that it needs and that of the smallest GPU. On a CPU it has none.
 
     Raises:
-        ValueError: what a worker needs is not known, or there is no GPU.
+        ValueError: the memory that a worker needs is not known, or there is no GPU.
     """
     if device == "cpu":
         return 0.0
@@ -224,16 +251,15 @@ def _choose_gpus(device: str, worker_bytes: int | None) -> float:
     if not sizes:
         raise ValueError(f"device={device}: no node of the cluster has a GPU that Ray knows of")
     gpus = choose_gpus(worker_bytes, min(sizes))
-    print(
+    notify(
         f"ray.gpus_per_worker={gpus:.3g}: a worker takes about {worker_bytes / 1e9:.1f} GB, a GPU has "
-        f"{min(sizes) / 1e9:.1f} GB (estimated from parameters, dtype and batch size)",
-        file=sys.stderr,
+        f"{min(sizes) / 1e9:.1f} GB (estimated from parameters, dtype and batch size)"
     )
     return gpus
 
 
 def _measure_gpus() -> list[int]:
-    """Return the bytes of one GPU of each node that has any."""
+    """Return the memory in bytes of one GPU of each node that has any."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

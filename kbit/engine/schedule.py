@@ -1,4 +1,4 @@
-"""Which experiment a worker is given next: its own model's, and of a large model several workers' at once."""
+"""The order of a sweep: which experiment a worker is given next. Several workers may share a model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kbit.models.config import ModelConfig
 class Schedule:
     """The experiments that wait, by model, in the order given: largest model first, each text's together.
 
-    A worker keeps to its model. One whose model is done takes the first that nobody has; where there is none, it helps
-    with the model of which most work is left for each worker that has it, from the end: there lies another text, of
-    which the 16-bit model's states must be computed anyway. So the experiments of a model are shared as its workers get
-    on, which is no worse than halving them, whose sizes are known only roughly.
+    A worker keeps its model as long as an experiment of it waits. Then it takes the first model that no worker holds.
+    If there is none, it joins the model with the most remaining cost per worker and starts from the end of its queue.
+    There lies another text, for which the 16-bit model's states must be computed anyway. The workers of a model thus
+    share its experiments as they get on. That is no worse than halving the queue, because costs are known only roughly.
 
     Args:
-        experiments: as make_plan orders them.
-        cost: of an experiment, in any unit; 1 makes all alike.
+        experiments: the experiments in the order of make_plan.
+        cost: a function that returns the cost of an experiment in any unit. By default all cost the same.
     """
 
     def __init__(self, experiments: Iterable[Experiment], cost: Callable[[Experiment], float] = lambda _: 1.0) -> None:
@@ -33,7 +33,7 @@ class Schedule:
         return bool(self._waiting)
 
     def add(self, experiment: Experiment) -> None:
-        """Let an experiment wait, after the others of its model."""
+        """Append an experiment to those of its model."""
         self._waiting.setdefault(experiment.model, []).append(experiment)
         self._left[experiment.model] += self._cost(experiment)
 
@@ -41,8 +41,8 @@ class Schedule:
         """Remove and return the next experiment for a worker.
 
         Args:
-            last: that this worker ran; None if it has no model.
-            held: how many workers have each model, this one included.
+            last: the experiment that this worker ran last, or None if it holds no model.
+            held: the number of workers that hold each model, this one included.
         """
         if last is not None and last.model in self._waiting:
             waiting = self._waiting[last.model]
@@ -51,7 +51,7 @@ class Schedule:
         for model in self._waiting:
             if not held[model]:
                 return self._remove(model, 0)
-        # dividing also by the worker to come, so that it goes where it saves most
+        # the division by the number after it joined sends the worker where it saves most
         model = max(self._waiting, key=lambda m: self._left[m] / held[m] / (held[m] + 1))
         return self._remove(model, -1)
 

@@ -1,17 +1,16 @@
-"""A worker runs experiments one after the other on one model, and writes each result itself the moment it exists."""
+"""A worker runs experiments one after the other on one model. It writes each result itself as soon as it exists."""
 
 from __future__ import annotations
 
 import functools
 import math
 import os
-import sys
 import time
 import traceback
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from kbit.engine.plan import Outcome
+from kbit.engine.plan import Outcome, Plan
 from kbit.engine.worker_log import log_output
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.store.store import Store
@@ -22,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """Runs experiments and writes their results; keeps the model of the last one loaded, and tasks for the next.
+    """Runs experiments and writes their results. It keeps the last model loaded, and the tasks for the next model.
 
     Args:
-        store_path: of the store.
-        device: to run on.
-        threads: of torch and the kernels; None leaves them as they are.
+        store_path: the folder or URL of the store.
+        device: the device to run on.
+        threads: the number of threads of torch and the kernels. None leaves it as it is.
         own_process: whether all that the process prints belongs to the experiment.
-        gpus: over which to spread a model.
+        gpus: the number of GPUs to spread a model over.
     """
 
     def __init__(
@@ -39,66 +38,66 @@ class Worker:
 
         self._store = Store(store_path)
         silence_libraries()
-        # here, as it takes seconds: the first experiment's time is to tell the next ones'
+        # The imports take seconds. They are done here, because the first experiment's time predicts the next ones'.
         from kbit.evaluation.measure import Memory
         from kbit.experiments.session import Session
 
         if threads is not None:
             import torch
 
-            torch.set_num_threads(threads)  # the kernels follow: see kbit.numerics.backend.torch_threads_kept
+            torch.set_num_threads(threads)  # the kernels follow (kbit.numerics.backend.torch_threads_kept)
         self._own_process = own_process
         self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus)
         self._session: Session | None = None
 
-    def run(self, experiment: Experiment) -> Outcome:
-        """Run one experiment; an error becomes a recorded failure, never a number."""
-        if self._store.has(experiment.key):  # another driver on this store has finished it since the plan
+    def run(self, experiment: Experiment, key: str) -> Outcome:
+        """Run one experiment under its planned key. An error becomes a recorded failure, never a number."""
+        if self._store.has(key):  # another driver on this store has finished it since the plan
             return Outcome(experiment, "")
-        log = self._store.log_path(experiment.key)
+        log = self._store.log_path(key)
         start = time.monotonic()
         try:
             with log_output(log, experiment.label(), redirect=self._own_process):
-                result, reason = self._try(experiment)
+                result, reason = self._try(experiment, key)
             if result is not None:
                 self._store.write(result)
             else:
-                self._store.write_failure(experiment, *reason)
-        except OSError as error:  # a full disk, or a store out of reach
+                self._store.write_failure(key, experiment, *reason)
+        except OSError as error:  # the disk is full, or the store is out of reach
             return Outcome(experiment, f"{self._store.root} cannot be written: {error}", stored=False)
         tokens = 0 if result is None else result.tokens
         return Outcome(experiment, reason[0], seconds=time.monotonic() - start, tokens=tokens)
 
-    def _try(self, experiment: Experiment) -> tuple[Result | None, tuple[str, str]]:
-        """Return the result, or the reason and traceback of why there is none."""
+    def _try(self, experiment: Experiment, key: str) -> tuple[Result | None, tuple[str, str]]:
+        """Return the result, or None with the reason and the traceback."""
         try:
             if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
                 self._session = self._open_session(experiment.model)
-            return self._session.run(experiment), ("", "")
+            return self._session.run(experiment, key), ("", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
-            trace = traceback.format_exc()
             if self._own_process:
-                print(trace, file=sys.stderr)  # into the log
-            return None, (f"{type(error).__name__}: {error}", trace)
+                traceback.print_exc()  # to standard error, which is the log
+            return None, (f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
-def run_in_process(experiments: Iterable[Experiment], store_path: str, device: str) -> Generator[Outcome]:
-    """Run the experiments one after the other in this process, with all of torch's threads."""
+def run_in_process(plan: Plan, store_path: str, device: str) -> Generator[Outcome]:
+    """Run a plan's experiments one after the other in this process, with all of torch's threads."""
     worker = Worker(store_path, device)
-    for experiment in experiments:
-        yield worker.run(experiment)
+    for experiment in plan.to_run:
+        yield worker.run(experiment, plan.keys[experiment])
 
 
 class RayWorker(Worker):
-    """A worker in a process of its own, with CPUs and GPUs that Ray gave it.
+    """A worker in a process of its own, with the CPUs and GPUs that Ray gave it.
 
     Args:
-        store_path, device: see Worker.
-        config: what each worker asks for.
+        store_path: the folder or URL of the store.
+        device: the device to run on.
+        config: the resources that each worker asks for.
 
     Raises:
-        ValueError: it should have GPUs, and Ray gave it none; or see Store.
+        ValueError: the worker should have GPUs and Ray gave it none, or the store cannot be opened.
     """
 
     def __init__(self, store_path: str, device: str, config: RayConfig) -> None:
@@ -111,10 +110,11 @@ class RayWorker(Worker):
 
 
 def check_gpus(given: Sequence[object], visible: str | None, asked: float) -> None:
-    """Raise ValueError if a worker has not the GPUs that it should have.
+    """Raise ValueError if a worker does not have the GPUs that it should have.
 
     Args:
-        given: the ids that Ray says it gave; visible: CUDA_VISIBLE_DEVICES of the worker's process.
+        given: the ids of the GPUs that Ray says it gave.
+        visible: CUDA_VISIBLE_DEVICES of the worker's process.
         asked: ray.gpus_per_worker.
     """
     ids = [str(gpu) for gpu in given]

@@ -1,4 +1,4 @@
-"""The log of an experiment: what its worker printed, libraries and crashes of C code included."""
+"""The log of an experiment: all that its worker printed, libraries and crashes of C code included."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def log_output(path: Path | None, title: str, *, redirect: bool) -> Iterator[None]:
-    """Append what is printed meanwhile to a file, below a line with the time and the title.
+    """Append a line with the time and a title to a file, and below it what is printed within the block.
 
     Args:
-        path: of the log; None keeps none.
-        title: of the experiment.
-        redirect: send all that this process prints there, instead of writing the first line alone: for a worker's
-            process, whose output nobody sees.
+        path: the log file. None keeps no log.
+        title: the label of the experiment.
+        redirect: whether all that this process prints goes to the file, as nobody sees the output of a worker's
+            process. If not, the file gets the first line alone.
     """
     if path is None:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
-        print(f"{datetime.now(UTC).isoformat(timespec='seconds')} {title}", file=log, flush=True)
+        log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {title}\n")
+        log.flush()
         with _redirect(log.fileno()) if redirect else contextlib.nullcontext():
             yield
 
 
 @contextlib.contextmanager
 def _redirect(target: int) -> Iterator[None]:
-    """Let standard output and error go to a file; a segmentation fault leaves its traceback there."""
+    """Send standard output and error to a file, where a segmentation fault leaves its traceback too."""
     kept = [os.dup(stream) for stream in (1, 2)]
     faulthandler.enable(file=target)
     for stream in (1, 2):

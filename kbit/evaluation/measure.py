@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from kbit.data.texts import name_content
 from kbit.data.windows import Windows, make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import ItemValues, Measurement
@@ -49,6 +48,18 @@ class KeptWindows(dict[tuple[str, str, int | None], Windows]):
     """The windows of the texts measured so far, by (text, what identifies its content, largest number of windows)."""
 
 
+class ContentNames(Protocol):
+    """Names data by its content, as an experiment's key does (kbit.experiments.identity)."""
+
+    def name_content(self, name: str, sha256: str) -> str:
+        """Return what identifies the text of this name if its content has this hash."""
+        ...
+
+    def identify_tasks(self, names: Sequence[str], task_path: str | None) -> list[str]:
+        """Return what identifies these tasks."""
+        ...
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model that is measured, and what the experiment asks for.
@@ -59,6 +70,7 @@ class Subject:
         scorer: lm-eval's interface to the model. It holds the budget of tokens of a forward pass.
         config: the fields of eval.
         identity: what of config is part of the experiment's key, with data named by its content.
+        names: names data by its content.
         quantized: names of the parameters that are quantized between prepare() and run().
         memory: what measures keep as long as the model is loaded.
         lasting: what measures keep from one model to the next.
@@ -69,6 +81,7 @@ class Subject:
     scorer: Scorer
     config: EvalConfig
     identity: Mapping[str, Any]
+    names: ContentNames
     quantized: frozenset[str] = frozenset()
     memory: Memory = field(default_factory=Memory)
     lasting: Memory = field(default_factory=Memory)
@@ -87,7 +100,7 @@ class Subject:
         if wanted not in kept:
             context = min(MAX_WINDOW, int(self.scorer.max_length))
             windows = make_windows(text, self.tokenizer, context=context, max_windows=most)
-            check_read(text, name_content(text, windows.sha256), self.identity["perplexity"])
+            check_read(text, self.names.name_content(text, windows.sha256), self.identity["perplexity"])
             kept[wanted] = windows
         return kept[wanted]
 

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from lm_eval.api.instance import Instance
 from torch import nn
 
-from kbit.data.texts import name_content, read_documents
+from kbit.data.texts import read_documents
 from kbit.data.windows import Windows
 from kbit.evaluation.logits import compare_heads, score_targets
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
@@ -130,7 +130,7 @@ class Perplexity(Measure):
             return Measured()
         if subject.config.perplexity_kind == "rolling":
             documents, sha256 = read_documents(name)
-            check_read(name, name_content(name, sha256), subject.identity["perplexity"])
+            check_read(name, subject.names.name_content(name, sha256), subject.identity["perplexity"])
             sent_before = scorer.sent
             scores = measure_rolling(scorer, name, documents)
             text, tokens = TextRecord(name, sha256, len(documents), 0), scorer.sent - sent_before

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kbit.data.task_files import identify_tasks
 from kbit.data.tasks import LoadedTask, errors_named, load_tasks
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measurement import (
@@ -146,7 +145,8 @@ def _prepare_tasks(subject: Subject, prepared: PreparedTasks) -> list[PreparedTa
     if wanted not in prepared.tasks:
         loaded = load_tasks(config.tasks, config.task_path) if config.tasks else []
         tasks = [prepare_task(task, config.limit) for task in loaded]
-        check_read(f"eval.task_path={config.task_path}", identify_tasks(config.tasks, config.task_path), identity)
+        found = subject.names.identify_tasks(config.tasks, config.task_path)
+        check_read(f"eval.task_path={config.task_path}", found, identity)
         prepared.tasks[wanted] = tasks
     return prepared.tasks[wanted]
 

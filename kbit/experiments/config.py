@@ -1,47 +1,41 @@
-"""What an experiment is, and the configuration of a run: plain frozen dataclasses, which are also Hydra's schema.
+"""The configuration of an experiment and of a run: plain frozen dataclasses, which are also Hydra's schema.
 
-conf/ holds the values (defaults and groups); this module holds the fields, their types and their checks; those of
-quant are in kbit.methods.config.
+conf/ holds the values (defaults and groups). This module holds the fields, their types and their checks. The fields of
+model, quant and eval are in kbit.models.config, kbit.methods.config and kbit.evaluation.config. No configuration opens
+a file: kbit.experiments.identity reads the files that a configuration names.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from kbit.checks import non_defaults
-from kbit.data.task_files import identify_tasks
-from kbit.data.texts import identify_text
 from kbit.evaluation.config import EvalConfig, FeatureConfig
-from kbit.evaluation.measure_sources import identify_measures
 from kbit.methods.config import CALIBRATED, INT8_METHODS, QuantConfig
-from kbit.models.catalog import identify_model
 from kbit.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One point of a study: a model, a quantizer, and what is measured."""
+    """One point of a study: a model, a quantizer, and the measurements to make."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     @property
-    def content(self) -> dict[str, dict[str, Any]]:
-        """The scientific content, canonical: what decides the numbers, and nothing else.
+    def identity_fields(self) -> dict[str, dict[str, Any]]:
+        """The fields that decide the numbers, canonical. Model, tasks and texts have the names that the user gave them.
 
-        Batch size and paths are not in it; see QuantConfig.content for the quantizer.
+        The batch size and paths are not among them. See QuantConfig.identity_fields for the quantizer's fields, and
+        kbit.experiments.identity for the key.
         """
         limit = self.eval.limit if self.eval.tasks else None
-        tasks = identify_tasks(self.eval.tasks, self.eval.task_path)
-        evaluation: dict[str, Any] = {"tasks": tasks, "limit": limit}
+        evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": limit}
         if self.eval.perplexity is not None:
-            evaluation |= {"perplexity": identify_text(self.eval.perplexity)}
+            evaluation |= {"perplexity": self.eval.perplexity}
             if self.eval.perplexity_kind == "windows":
                 evaluation |= {"perplexity_windows": self.eval.perplexity_windows}
             else:
@@ -49,51 +43,23 @@ class Experiment:
         if self.eval.features.measure:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
         if self.eval.measures:
-            evaluation |= {"measures": identify_measures(self.eval.measures)}
-        model = {"name": identify_model(self.model.name), "dtype": self.model.dtype}
-        return {"model": model, "quant": self.quant.content, "eval": evaluation}
+            evaluation |= {"measures": list(self.eval.measures)}
+        model = {"name": self.model.name, "dtype": self.model.dtype}
+        return {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
 
     @property
     def texts(self) -> list[str]:
-        """The texts that it needs: the one that is measured, and the one that its method is calibrated on."""
+        """The texts that the experiment needs: the measured text, then the text that its method is calibrated on."""
         calibrates = self.quant.method in CALIBRATED and not self.quant.is_baseline
         texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
         return [text for text in texts if text is not None]
 
-    def check_texts(self) -> None:
-        """Raise ValueError if it would calibrate on the text that it measures."""
-        if len(self.texts) == 2 and len({identify_text(text) for text in self.texts}) == 1:
-            measured, seen = self.texts
-            raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
-
-    @functools.cached_property
-    def key(self) -> str:
-        """16 hexadecimal digits of the sha256 of the content: the experiment's identity in the store."""
-        return _hash_content(self.content)
-
-    def check_content(self) -> dict[str, dict[str, Any]]:
-        """Return the content as the files now have it, if the key still is that of it.
-
-        Raises:
-            ValueError: a file was changed after the key was computed, which is when a study is planned; or see
-                check_texts.
-        """
-        self.check_texts()
-        content = self.content
-        if _hash_content(content) != self.key:
-            files = [self.model.name, *self.texts, self.eval.task_path]
-            raise ValueError(
-                f"one of {', '.join(str(file) for file in files if file)} has changed since {self.key} was planned, so "
-                "that its result would belong to another key: plan the study again"
-            )
-        return content
-
     def label(self) -> str:
-        """Return a short description for people, such as 'nano-neox-1m nf4 block 64': what is not a default."""
+        """Return a short description for people, such as 'nano-neox-1m nf4 block 64' and what is not default."""
         has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
-        others = dict(self.quant.distinctions)
+        others = dict(self.quant.label_details)
         if self.model.dtype != ModelConfig.dtype:
             others["dtype"] = self.model.dtype
         if self.eval.task_path is not None:
@@ -107,11 +73,12 @@ class RayConfig:
     """How a multirun uses Ray.
 
     Attributes:
-        address: local starts Ray on this machine; auto or host:port joins a running cluster.
-        num_workers: workers, each holding one model at a time; None is as many as the CPUs allow.
+        address: where Ray runs. local starts Ray on this machine, auto or host:port joins a running cluster.
+        num_workers: number of workers, each of which holds one model at a time. None is as many as the CPUs allow.
         cpus_per_worker: CPU threads of each worker.
-        gpus_per_worker: GPUs of each worker; a fraction shares a GPU, several hold a model that is larger than one.
-            None: with device=cuda as the memory of the largest model asks for (kbit.models.size), else none.
+        gpus_per_worker: GPUs of each worker. With a fraction several workers share a GPU, with several GPUs a worker
+            holds a model that is larger than one GPU. None chooses by the memory of the largest model
+            (kbit.models.size) with device=cuda, and no GPU otherwise.
     """
 
     address: str = "local"
@@ -134,10 +101,11 @@ class StudyConfig:
     """A study: a union of grids. See sweeps/.
 
     Attributes:
-        grids: each maps keys (quant.bits) to values: a list, or a string as on Hydra's command line (3,4 or
-            range(3,9)). The study is every combination of the first, then of the second, ...
-        exclude: points to leave out, those that have all of the given values (one value or a list for each key).
-        unite: names of other studies, to run as one; a study with it has nothing else.
+        grids: grids of points. Each grid maps keys (quant.bits) to values: a list, or a string as on Hydra's command
+            line (3,4 or range(3,9)). The study has every combination of the first grid, then of the second, and so on.
+        exclude: points to leave out. Each entry gives one value or a list for some keys, and a point is left out if it
+            has all of the values.
+        unite: names of other studies to run as one. A study with this field has no other field.
     """
 
     grids: list[dict[str, Any]] = field(default_factory=list)
@@ -150,12 +118,12 @@ class RunConfig(Experiment):
     """An experiment and how to run it: the schema of `kbit run`.
 
     Attributes:
-        results: folder of the store.
+        results: folder or URL of the store.
         device: cpu, cuda or cuda:N.
-        ray: of a multirun.
-        fail_fast: stop at the first failed experiment.
-        retry_failed: run experiments again that are recorded as failed.
-        study: of a multirun; what a file of sweeps/ asks for beyond plain values.
+        ray: settings of Ray for a multirun.
+        fail_fast: whether the first failed experiment stops the run.
+        retry_failed: whether experiments that are recorded as failed are run again.
+        study: what a file of sweeps/ asks of a multirun beyond plain values.
     """
 
     results: str = "results"
@@ -173,7 +141,3 @@ class RunConfig(Experiment):
     def experiment(self) -> Experiment:
         """The experiment alone."""
         return Experiment(self.model, self.quant, self.eval)
-
-
-def _hash_content(content: dict[str, dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

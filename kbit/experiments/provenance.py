@@ -17,13 +17,13 @@ _PACKAGES: Final = ("kbit", "torch", "transformers", "lm-eval", "datasets", "num
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide the numbers."""
+    """Return the versions of Python and of the packages that decide the numbers, by name."""
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
 @functools.cache
 def git_commit() -> str:
-    """Return kbit's commit (with "+changes" if its files differ from it), or an empty string outside a checkout."""
+    """Return kbit's commit, with "+changes" if files differ from it. Outside a checkout the text is empty."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder.parent / ".git").exists():
         return ""
@@ -32,14 +32,14 @@ def git_commit() -> str:
 
 
 def describe_device(device: str) -> str:
-    """Return the name of the card, or the CPU's architecture and the threads torch uses."""
+    """Return the name of the card, or the CPU's architecture and the number of threads that torch uses."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Return the peak memory so far: of the allocators of all cards used, or of this process on the CPU."""
+    """Return the peak memory so far, in bytes: of the allocators of all used cards, or of this process on the CPU."""
     if device == "cuda":
         return sum(torch.cuda.max_memory_allocated(card) for card in range(torch.cuda.device_count()))
     if device.startswith("cuda"):

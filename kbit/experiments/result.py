@@ -1,4 +1,4 @@
-"""Result: all that is known of one finished experiment, as it is stored."""
+"""What is stored of an experiment: a Result if it finished, a Failure if it did not."""
 
 from __future__ import annotations
 
@@ -11,41 +11,45 @@ from kbit.experiments.config import Experiment
 
 @dataclass(frozen=True)
 class SkippedTensor:
-    """A matrix that was not quantized, and why."""
+    """A matrix that was not quantized, and the reason."""
 
     name: str
     shape: tuple[int, ...]
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """All that is known of one finished experiment.
+    """Everything that is known about one finished experiment.
+
+    A field with a default is missing in results from before it was kept.
 
     Attributes:
-        key: experiment.key.
+        key: the experiment's key, see kbit.experiments.identity.
         experiment: its full configuration.
-        family, architecture: of the model.
-        parameters, quantized_parameters: tied tensors counted once.
-        total_bits: whole model; bits_per_param: of the quantized tensors, scales and codebooks included.
-        coverage: share of the block matrices' parameters that is quantized; skipped: matrices that are not.
+        family, architecture: the model's.
+        parameters, quantized_parameters: counts in which a tied tensor is counted once.
+        total_bits: bits of the whole model.
+        bits_per_param: bits per parameter of the quantized tensors, scales and codebooks included.
+        coverage: share of the block matrices' parameters that is quantized.
+        skipped: matrices that are not quantized.
         measurements: every measured number.
-        model_revision: see LoadedModel; checkpoint_dtype: the 16-bit dtype the weights were rounded to.
-        weights_hash: of the model's weights as they were evaluated.
+        model_revision: see LoadedModel.
+        checkpoint_dtype: 16-bit dtype to which the weights were rounded.
+        weights_hash: hash of the model's weights as they were evaluated.
         tasks, text: identity of the data.
-        truncated: requests that lost tokens to the model's context length.
-        versions, git_commit, device, threads: of the software and the machine.
+        truncated: number of requests that lost tokens to the model's context length.
+        versions, git_commit, device, threads: software and machine.
         seconds_quantize, seconds_evaluate, peak_memory_bytes: cost.
-        finished: UTC, ISO 8601.
-        items: correctness of each item of a task, cross entropy of each window of the text, for paired comparisons;
-            empty in results from before they were kept.
-        scorer: how log-likelihoods were computed, see kbit.evaluation.scorer; batch_tokens: at once, after any lack of
-            memory; 1: a row at a time.
-        tokens: sent to the model in all, shared beginnings counted with each request; 0 in results from before.
-        features: the dimensions that are large most often, if eval.features asks for them, see
+        finished: time of the end in UTC, ISO 8601.
+        items: correctness of each item of a task and cross entropy of each window of the text, for paired comparisons.
+        scorer: way in which log-likelihoods were computed, see kbit.evaluation.scorer.
+        batch_tokens: tokens that were scored at once, after any lack of memory. 1 means one row at a time.
+        tokens: tokens sent to the model in all. Shared beginnings are counted with each request.
+        features: dimensions that are large most often, if eval.features asks for them, see
             kbit.evaluation.outlier_features.
-        weight_rmse: relative error of the quantized weights, see QuantizationReport; None in results from before.
-        method_notes: what the method says of itself, see QuantizationReport.notes.
+        weight_rmse: relative error of the quantized weights, see QuantizationReport.
+        method_notes: what the method reports about itself, see QuantizationReport.notes.
         measures: the measures of eval.measures, with what they say of themselves.
     """
 
@@ -63,8 +67,8 @@ class Result:
     model_revision: str
     checkpoint_dtype: str
     weights_hash: str
-    tasks: tuple[TaskRecord, ...]
-    text: TextRecord | None
+    tasks: tuple[TaskRecord, ...] = ()
+    text: TextRecord | None = None
     truncated: int
     versions: dict[str, str]
     git_commit: str
@@ -82,3 +86,24 @@ class Result:
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
     measures: tuple[MeasureRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An experiment without a result.
+
+    Attributes:
+        key: the experiment's key, see kbit.experiments.identity.
+        experiment: its full configuration.
+        reason: the error in one line.
+        traceback: the whole error.
+        finished: time of the failure in UTC, ISO 8601.
+        label: Experiment.label. It is empty in failures from before it was kept.
+    """
+
+    key: str
+    experiment: Experiment
+    reason: str
+    traceback: str
+    finished: str
+    label: str = ""

@@ -1,36 +1,85 @@
-"""Configurations from plain values: from Hydra, and from stored JSON."""
+"""Dataclasses as plain values and back: Hydra's configurations, and the records of a store.
+
+The conversion is generic: the types of a dataclass' fields say how its values are read. Nested dataclasses are built
+from dictionaries, and tuples from lists, as JSON has no tuples.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import types
 import typing
-from typing import Any, TypeVar
-
-from kbit.evaluation.config import EvalConfig
-from kbit.experiments.config import Experiment
-from kbit.methods.config import QuantConfig
-from kbit.models.config import ModelConfig
-
-
-def read_experiment(values: dict[str, Any]) -> Experiment:
-    """Return the experiment of a record."""
-    quant, evaluation = QuantConfig.from_json(values["quant"]), build(EvalConfig, values["eval"])
-    return Experiment(ModelConfig(**values["model"]), quant, evaluation)
-
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
 
+Values = dict[str, Any]  # nested: the values of a dataclass' fields by name
 
-Values = dict[str, Any]  # of a configuration: nested
+_Convert = Callable[[Any], Any]
 
 
-def build(cls: type[T], values: Values) -> T:
-    """Return a dataclass, nested ones included, from the values of its fields, which its own checks then see."""
-    types = _field_types(typing.cast(Any, cls))
-    return cls(**{k: build(types[k], v) if dataclasses.is_dataclass(types[k]) else v for k, v in values.items()})
+def to_json(value: Any, **about: Any) -> bytes:
+    """Return a dataclass as JSON, with further entries beside its fields, such as schema_version."""
+    return json.dumps(dataclasses.asdict(value) | about, indent=1).encode()
+
+
+def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Return a dataclass, nested ones included, from the values of its fields. Its own checks then see the values.
+
+    A field that is missing, as in a record of an earlier kbit, takes its default. An entry that is no field is ignored.
+
+    Raises:
+        TypeError: a field without a default is missing.
+        ValueError: a value that the dataclass refuses.
+    """
+    read = _find_reader(typing.cast(Any, cls))
+    return read(values)  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _field_types(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _find_reader(cls: type[Any]) -> _Convert:
+    """Return the function that makes a dataclass of its values. The types are looked up once for each class."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    conversions = {name: convert for name in names if (convert := _find_conversion(hints[name])) is not None}
+    plain = [name for name in names if name not in conversions]
+
+    def read(values: Mapping[str, Any]) -> Any:
+        found = {name: values[name] for name in plain if name in values}
+        for name, convert in conversions.items():
+            if name in values:
+                found[name] = convert(values[name])
+        return cls(**found)
+
+    return read
+
+
+def _find_conversion(kind: Any) -> _Convert | None:
+    """Return the function that makes a value of this type of its plain value. None means that nothing is to do."""
+    if dataclasses.is_dataclass(kind):
+        return _find_reader(kind)
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (Union, types.UnionType):  # X | None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        convert = _find_conversion(inner)
+        return None if convert is None else functools.partial(_convert_optional, convert)
+    if typing.get_origin(kind) is tuple:  # tuple[X, ...]
+        convert = _find_conversion(arguments[0])
+        return _make_tuple if convert is None else functools.partial(_convert_each, convert)
+    return None
+
+
+def _convert_optional(convert: _Convert, value: Any) -> Any:
+    return None if value is None else convert(value)
+
+
+def _convert_each(convert: _Convert, values: list[Any]) -> tuple[Any, ...]:
+    return tuple([convert(value) for value in values])
+
+
+def _make_tuple(values: Any) -> Any:
+    """Return a list as a tuple. Any other value is left to the dataclass' own checks."""
+    return tuple(values) if isinstance(values, list) else values

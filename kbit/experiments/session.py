@@ -13,13 +13,14 @@ import torch
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
-from kbit.experiments import provenance
+from kbit.experiments import identity, provenance
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import check_unchanged, find_key, identify_model
 from kbit.experiments.result import Result, SkippedTensor
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
 from kbit.methods.report import QuantizationReport, plan_quantization
-from kbit.models.catalog import family_of, identify_model
+from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.loading import LoadedModel, load_model
 from kbit.models.parameters import hash_weights
@@ -56,15 +57,20 @@ class Session:
         """Whether this session holds that model, as its files are now."""
         return model == self.config and identify_model(model.name) == self._identity
 
-    def run(self, experiment: Experiment) -> Result:
+    def run(self, experiment: Experiment, key: str | None = None) -> Result:
         """Let measures prepare, quantize, run the measures, restore the weights, and return the result.
+
+        Args:
+            experiment: what to run.
+            key: the experiment's key as it was planned; None finds it now.
 
         Raises:
             ValueError: experiment.model is another model, or a file is no longer what the experiment's key was computed
                 from, or see quantize_model and the measures. The weights are restored in each case.
             NonFiniteError: the model gave NaN or Inf.
         """
-        content = experiment.check_content()
+        key = find_key(experiment) if key is None else key
+        content = check_unchanged(experiment, key)
         if not self.holds(experiment.model):
             raise ValueError(f"this session holds {self.config} ({self._identity}), not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
@@ -79,6 +85,7 @@ class Session:
             result = self._measure(experiment, subject, report)
             return dataclasses.replace(
                 result,
+                key=key,
                 seconds_quantize=quantized - start,
                 seconds_evaluate=time.perf_counter() - quantized,
                 peak_memory_bytes=provenance.peak_memory_bytes(self.device),
@@ -86,13 +93,14 @@ class Session:
         finally:
             restore_weights(model, original)
 
-    def _make_subject(self, experiment: Experiment, identity: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
+    def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)
         return Subject(
             self._loaded.model,
             self._loaded.tokenizer,
             self._scorer,
             experiment.eval,
+            fields,
             identity,
             quantized,
             self._memory,
@@ -110,7 +118,7 @@ class Session:
         """Return the record without what is measured."""
         skipped = [t for t in report.tensors if not t.quantized and len(t.shape) >= 2]
         return Result(
-            key=experiment.key,
+            key="",
             experiment=experiment,
             family=family_of(experiment.model.name),
             architecture=type(self._loaded.model).__name__,

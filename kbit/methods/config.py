@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
-from kbit.data.texts import identify_text
 from kbit.layers.int8_schemes import SCHEMES, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
 
@@ -58,9 +57,9 @@ class CalibrationConfig:
                 raise ValueError(f"quant.calibration.{name}={value} is not >= 1")
 
     @property
-    def content(self) -> dict[str, Any]:
-        """What decides the windows, canonical."""
-        return non_defaults(self, CalibrationConfig()) | {"text": identify_text(self.text)}
+    def identity_fields(self) -> dict[str, Any]:
+        """The fields that decide the windows, canonical, with the text by the name that the user gave it."""
+        return non_defaults(self, CalibrationConfig()) | {"text": self.text}
 
 
 @dataclass(frozen=True)
@@ -167,15 +166,6 @@ class QuantConfig(QuantSpec):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
 
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> QuantConfig:
-        """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
-        known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
-        for name, kind in OPTION_GROUPS.items():
-            if name in known:
-                known[name] = kind(**known[name])
-        return QuantConfig(**known)
-
     @property
     def scheme(self) -> Scheme | None:
         """How the method multiplies in int8; None of the methods that do not."""
@@ -200,29 +190,31 @@ class QuantConfig(QuantSpec):
         return QuantSpec(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QuantSpec)})
 
     @property
-    def content(self) -> dict[str, Any]:
-        """What decides the quantized model, canonical: without fields that mean nothing here or are at their default.
+    def identity_fields(self) -> dict[str, Any]:
+        """The fields that decide the quantized model, canonical.
 
-        So a field added later does not change the keys of old results; in turn a default, once released, never changes.
+        Fields without effect and fields at their default are left out, so a field that is added later does not change
+        the keys of old results. In turn a default, once released, never changes. The calibration text has the name that
+        the user gave it, and kbit.experiments.identity puts its content in the name's place.
         """
         spec = self.spec.canonical()
-        content = non_defaults(spec, QuantSpec()) | {"bits": spec.bits}
+        fields = non_defaults(spec, QuantSpec()) | {"bits": spec.bits}
         if spec.is_baseline:
-            return content
+            return fields
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
-        return content | {"method": self.method} | self.method_options | names | self._outlier_content()
+        return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
 
     @property
     def method_options(self) -> dict[str, Any]:
         """The options that mean something to the method, canonical; empty for a method without any."""
-        options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
+        options: dict[str, Any] = {"calibration": self.calibration.identity_fields} if self.method in CALIBRATED else {}
         if self.method == "gptq" and (own := non_defaults(self.gptq, GptqConfig())):
             options["gptq"] = own
         return options
 
     @property
-    def distinctions(self) -> dict[str, Any]:
-        """What else the label does not tell and is not at its default: layout, scale_format, gptq.act_order and so on.
+    def label_details(self) -> dict[str, Any]:
+        """The fields that the label leaves out and that are not at their default: layout, gptq.act_order and so on.
 
         The calibration text is given by the name that the user gave it.
         """
@@ -230,23 +222,23 @@ class QuantConfig(QuantSpec):
         told += ("outlier_fraction", "outlier_selection", "outlier_zscore")
         if self.scheme is not None:  # which decides the quantizer
             told += tuple(f.name for f in dataclasses.fields(QuantSpec))
-        others = {name: value for name, value in self.content.items() if name not in told}
+        others = {name: value for name, value in self.identity_fields.items() if name not in told}
         if "table" in others:
             others["table"] = write_table(others["table"])
         if self.method in CALIBRATED and not self.is_baseline:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
-        return others | _with_prefix("gptq", self.content.get("gptq", {}))
+        return others | _with_prefix("gptq", self.identity_fields.get("gptq", {}))
 
-    def _outlier_content(self) -> dict[str, Any]:
-        content: dict[str, Any] = {}
+    def _outlier_fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
         if self.keeps_outliers:
             names = ("outlier_fraction", "outlier_zscore")
-            content |= {name: getattr(self, name) for name in names if getattr(self, name)}
-            content |= {"outlier_selection": self.outlier_selection} if self.outlier_selection != "proxy" else {}
-            content |= {"seed": self.seed} if self.outlier_selection == "random" and self.seed else {}
+            fields |= {name: getattr(self, name) for name in names if getattr(self, name)}
+            fields |= {"outlier_selection": self.outlier_selection} if self.outlier_selection != "proxy" else {}
+            fields |= {"seed": self.seed} if self.outlier_selection == "random" and self.seed else {}
         if self.decomposes and self.activation_threshold != QuantConfig.activation_threshold:
-            content |= {"activation_threshold": self.activation_threshold}
-        return content
+            fields |= {"activation_threshold": self.activation_threshold}
+        return fields
 
     def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
         """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.

@@ -108,9 +108,9 @@ def _find_earlier_report(model: nn.Module, config: QuantConfig) -> QuantizationR
     done: tuple[QuantConfig, QuantizationReport] | None = getattr(model, "kbit_quantized", None)
     if done is None:
         return None
-    if done[0].content != config.content:
+    if done[0].identity_fields != config.identity_fields:
         raise ValueError(
-            f"the model is already quantized with {done[0].content}, not {config.content}: "
+            f"the model is already quantized with {done[0].identity_fields}, not {config.identity_fields}: "
             "load it again, or restore its weights"
         )
     log.warning("the model is already quantized with this spec: nothing done")

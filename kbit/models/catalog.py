@@ -6,14 +6,10 @@ Embedded models ship inside the package and need no network. All others are Hugg
 from __future__ import annotations
 
 import difflib
-import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
-
-_MEBIBYTE: Final = 2**20
-
 
 EMBEDDED: Final = Path(str(files("kbit"))) / "assets" / "models"
 
@@ -86,22 +82,3 @@ def locate_model(name: str) -> str:
         f"model.name={name!r} is neither a short name, nor a folder here, nor a hub id 'organisation/name'; "
         f"{hint}`kbit models` lists the short names"
     )
-
-
-def identify_model(name: str) -> str:
-    """Return what names a model wherever it lies: its name, or for a local folder its last part and a fingerprint.
-
-    The fingerprint covers the name, size, first and last mebibyte of each configuration and weight file, as planning a
-    study must not read all weights. The result of an experiment has the hash of all of them.
-    """
-    folder = Path(name)
-    if name in STUDIED or not folder.is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_MEBIBYTE)
-            file.seek(max(0, size - _MEBIBYTE))
-            digest.update(f"{path.name} {size}".encode() + head + file.read())
-    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"

@@ -1,8 +1,8 @@
 """The four architectures that the paper studied, at sizes of 0.1 to 7 million block parameters.
 
-A size's name counts the block matrices, 12 d^2 L parameters: the part that gets quantized. Everything that defines a
-family is as in its original; only the sizes, the vocabulary and the context are small. Tied embeddings where the
-original ties them (GPT-2, OPT, BLOOM).
+A size is named after the parameters of its block matrices, 12 d^2 L, which is the part that gets quantized. Everything
+that defines a family is as in its original. Only the sizes, the vocabulary and the context are small. Embeddings are
+tied where the original ties them (GPT-2, OPT, BLOOM).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Size:
 
     Attributes:
         hidden: width d.
-        layers: number of blocks L.
+        layers: number of decoder layers L.
         heads: attention heads.
         peak_lr: highest learning rate of AdamW.
         tokens: training length of the shipped models of this size.
@@ -51,15 +51,15 @@ FAMILIES: Final = ("neox", "gpt2", "opt", "bloom")
 
 
 def make_config(family: str, size: str) -> PreTrainedConfig:
-    """Return the transformers configuration of a family's size; no dropout, as no text is seen often.
+    """Return the transformers configuration of a family's size. It has no dropout, because no text is seen often.
 
     Raises:
-        ValueError: a family or size that does not exist.
+        ValueError: the family or the size does not exist.
     """
     check_choice("family", family, FAMILIES)
     check_choice("size", size, tuple(SIZES))
     width, layers, heads = SIZES[size].hidden, SIZES[size].layers, SIZES[size].heads
-    # Configurations differ in what they call the same thing. OPT's pad_token_id=1 would freeze the embedding of "!".
+    # Configurations call the same thing by different names. OPT's pad_token_id=1 would freeze the embedding of "!".
     common: Fields = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     usual: Fields = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     match family:

@@ -1,8 +1,8 @@
 """The training text of the nano models: from a folder of plain texts to one stream of tokens.
 
-Nothing is fetched. The folder holds what SOURCES names; four books are held out (they are the embedded text
-`nano_held_out`, and the nano tasks are made from them). Tokenizer and split are shared by all families, so that their
-losses compare.
+Nothing is fetched. The folder holds the files that SOURCES names. Four books are held out: they are the embedded text
+`nano_held_out`, and the nano tasks are made from them. All families share the tokenizer and the split, so that their
+losses can be compared.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from kbit.data.texts import read_documents
 from kbit.nano.tasks import BOOKS
 
-SOURCES: Final = ("gutenberg-children/*.txt", "tinystories/*train*.jsonl")  # one book a file; one story a line
+SOURCES: Final = (
+    "gutenberg-children/*.txt",
+    "tinystories/*train*.jsonl",
+)  # a file is a book, or has a story a line
 VOCABULARY: Final = 1024
 END_OF_TEXT: Final = "<|endoftext|>"  # id 0: begins every document
 
-MAX_STEPS: Final = 1_000_000  # of one training: its batches' seeds are then no other seed's
+MAX_STEPS: Final = 1_000_000  # steps of one training, so that no other seed's batches have the same seeds
 MAX_SEED: Final = 2**32 // MAX_STEPS - 1  # torch's CPU generator reads the lower 32 bits of a seed
 
 Tokens = Int64[torch.Tensor, " tokens"]
 
 
 def read_training_documents(folder: str | Path) -> list[str]:
-    """Return the documents of SOURCES below a folder, sorted by file name, less the held-out books.
+    """Return the documents of SOURCES below a folder, sorted by file name, without the held-out books.
 
     Raises:
         FileNotFoundError: a pattern of SOURCES matches nothing there.
@@ -44,9 +47,9 @@ def read_training_documents(folder: str | Path) -> list[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int = VOCABULARY) -> Tokenizer:
-    """Return a byte-level BPE tokenizer (as GPT-2's: any text round-trips) learned from the documents.
+    """Return a byte-level BPE tokenizer that is learned from the documents. As with GPT-2's, any text round-trips.
 
-    The merges depend on the text alone. From the training text come those of the shipped tokenizer.
+    The merges depend on the text alone. The training text gives the merges of the shipped tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -34,14 +34,14 @@ class Training:
     """How a model was made, for its card.
 
     Attributes:
-        name: of the model.
-        content: of the configuration: what decided the weights.
-        tokens: seen in training, repeats counted.
-        stream_tokens: distinct tokens of the training text.
-        documents: of the training text.
-        cpu_seconds: spent in the training loop.
-        losses: CSV of the training losses.
-        options: of the command line: family, size and what is not a default.
+        name: name of the model.
+        content: the part of the configuration that decided the weights.
+        tokens: number of tokens seen in training, repeats counted.
+        stream_tokens: number of tokens of the training text.
+        documents: number of documents of the training text.
+        cpu_seconds: CPU time spent in the training loop.
+        losses: CSV file of the training losses.
+        options: options of the command line: family, size and those that are not at their default.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Training:
 
 
 def export_model(model: Any, tokenizer: Any, training: Training, folder: Path) -> Path:
-    """Write the folder and return it; the card's held-out loss is of the weights as written."""
+    """Write the folder and return it. The card's held-out loss is that of the weights as written."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,21 +4,21 @@ The paper scores models on LAMBADA, PIQA, WinoGrande and HellaSwag. Models of 0.
 block parameters are near chance there, so accuracy says nothing about their precision. The nano
 tasks have the same four formats and draw on the text the nano models were trained to predict:
 
-    nano_cloze    LAMBADA     the last word of a passage; the passage has it earlier too
+    nano_cloze    LAMBADA     the last word of a passage, which the passage has earlier too
     nano_choice   PIQA        the next sentence of the book against a sentence from elsewhere in it
-    nano_swap     WinoGrande  one word of a passage against another; the text after it is scored
+    nano_swap     WinoGrande  one word of a passage against another, by the score of the text after it
     nano_endings  HellaSwag   the rest of a sentence against the rests of three other sentences
 
 Every passage is a slice of a book that starts where a sentence starts. No model takes part: an item
 is kept or dropped by its text alone. There is no random state either. Wherever a rule says "drawn",
 the candidates are ordered by the SHA-256 of their text, so the files depend on the books alone and
-are the same on every platform and version. Sizes are in characters; the nano tokenizer has about
+are the same on every platform and version. Sizes are in characters. The nano tokenizer has about
 2.7 characters a token on these books.
 
     python -m kbit.nano.tasks --books DIR --out DIR
 
-reads DIR/236.txt, 289.txt, 55.txt and 902.txt (Project Gutenberg numbers; plain text, one paragraph a
-line) and writes one nano_<task>.jsonl.xz a task.
+reads DIR/236.txt, 289.txt, 55.txt and 902.txt and writes a nano_<task>.jsonl.xz for each task. The
+books are named by their Project Gutenberg numbers. They are plain text with one paragraph a line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import TypeVar
 
 BOOKS = ("236", "289", "55", "902")  # The Jungle Book, The Wind in the Willows, The Wizard of Oz, The Happy Prince
-ITEMS = 700  # at most, a task; at accuracy 1/2 the Wilson 95% interval is then 3.7 points to either side
+ITEMS = 700  # at most, in a task: at accuracy 1/2 the Wilson 95% interval is then 3.7 points to either side
 FAR = 20  # sentences between a true text and the place in the book its distractor comes from, about 1,900 characters
 LENGTH_SLACK = 0.1  # a distractor's length differs by at most 10% from the true text's
 
@@ -80,9 +80,14 @@ class Book:
 
 @dataclass(frozen=True)
 class Passage:
-    """A slice of a book: context, one space, continuation. `sentence` is the sentence of the book it is cut in.
+    """A slice of a book: context, one space, continuation.
 
-    `word` and `other` are for nano_swap alone: the word that ends the context there, and its rival.
+    Attributes:
+        sentence: number of the sentence of the book in which it is cut.
+        context: text before the cut.
+        continuation: text after the cut.
+        word: last word of the context, in nano_swap alone.
+        other: rival of that word, in nano_swap alone.
     """
 
     sentence: int
@@ -93,7 +98,7 @@ class Passage:
 
     @property
     def text(self) -> str:
-        """The slice itself."""
+        """The whole slice."""
         return f"{self.context} {self.continuation}"
 
 
@@ -103,7 +108,10 @@ def read_book(text: str) -> Book:
 
 
 def split_sentences(text: str) -> Iterator[Sentence]:
-    """A sentence ends at a line end, or at . ! ? (and closing quotes) before a space and no small letter."""
+    """Yield the sentences of a text.
+
+    A sentence ends at a line end, or at . ! ? (and closing quotes) before a space and no small letter.
+    """
     start = 0
     for line in text.splitlines(keepends=True):
         stop = start + len(line)
@@ -119,26 +127,29 @@ def split_sentences(text: str) -> Iterator[Sentence]:
 
 
 def find_start(book: Book, sentence: int, cut: int, room: int) -> int:
-    """Start of the earliest sentence, at most the given one, that is within `room` characters of `cut`."""
+    """Return the start of the earliest sentence up to the given one that is within `room` characters of `cut`."""
     while sentence > 0 and cut - book.sentences[sentence - 1].start <= room:
         sentence -= 1
     return book.sentences[sentence].start
 
 
 def is_content(word: str) -> bool:
-    """Three letters or more, no apostrophe, and not one of the function words."""
+    """Return whether a word has three letters or more and no apostrophe, and is not a function word."""
     return len(word) >= 3 and "'" not in word and word.lower() not in _FUNCTION_WORDS
 
 
 def draw_order(items: Iterable[T], salt: str, text_of: Callable[[T], str]) -> list[T]:
-    """The items ordered by the SHA-256 of salt and text: a shuffle without random state."""
+    """Return the items ordered by the SHA-256 of salt and text, which is a shuffle without random state."""
     return sorted(items, key=lambda item: hashlib.sha256(f"{salt}\0{text_of(item)}".encode()).digest())
 
 
 def draw_passages(
     books: Sequence[Book], find: Callable[[Book], Iterable[Passage]], used: set[str]
 ) -> list[tuple[Passage, Book]]:
-    """What `find` finds in the books, in drawn order, less the texts in `used`; one passage a sentence."""
+    """Return the passages that `find` finds in the books, in drawn order, at most one for each sentence.
+
+    Texts in `used` are left out.
+    """
     found = [(passage, book) for book in books for passage in find(book)]
     taken: set[object] = set(used)
     drawn = []
@@ -151,12 +162,12 @@ def draw_passages(
 
 
 def list_content(text: str) -> set[str]:
-    """The content words of a text, in small letters."""
+    """Return the content words of a text, in small letters."""
     return {word.lower() for word in _WORD.findall(text) if is_content(word)}
 
 
 def draw_distractors(true: Passage, pool: Sequence[Passage], number: int) -> list[str]:
-    """Continuations of other passages of the book, or fewer than `number` if there are not enough.
+    """Return continuations of other passages of the book, fewer than `number` if there are not enough.
 
     They come from far away, are as long as the true one to within 10%, and share no content word with its context.
     """
@@ -166,16 +177,16 @@ def draw_distractors(true: Passage, pool: Sequence[Passage], number: int) -> lis
         for other in pool
         if abs(other.sentence - true.sentence) >= FAR and abs(len(other.continuation) - length) <= LENGTH_SLACK * length
     }
-    rivals.discard(true.continuation)  # a refrain: the book has the same words elsewhere
+    rivals.discard(true.continuation)  # the book may have the same words elsewhere, as in a refrain
     drawn = draw_order(rivals, true.text, str)
     return list(islice((rival for rival in drawn if content.isdisjoint(list_content(rival))), number))
 
 
 def find_cloze(book: Book) -> Iterator[Passage]:
-    """Passages of 100 to 280 characters that end on a content word before a punctuation mark.
+    """Yield passages of 100 to 280 characters that end on a content word before a punctuation mark.
 
-    The word has occurred in the passage before, and it follows the word before it at least 4 times in the
-    book: the nano models are at zero on rarer endings.
+    The word has occurred in the passage before. It follows the word before it at least 4 times in the book, as
+    the nano models are at zero on rarer endings.
     """
     pairs = Counter(pairwise(_WORD.findall(book.text)))
     for index, sentence in enumerate(book.sentences):
@@ -190,7 +201,7 @@ def find_cloze(book: Book) -> Iterator[Passage]:
 
 
 def find_choice(book: Book) -> Iterator[Passage]:
-    """Sentences of 30 to 90 characters after 80 to 260 characters of the book.
+    """Yield sentences of 30 to 90 characters after 80 to 260 characters of the book.
 
     They are in the same paragraph as the sentence before them and share a content word with the context.
     """
@@ -204,10 +215,10 @@ def find_choice(book: Book) -> Iterator[Passage]:
 
 
 def find_swap(book: Book) -> Iterator[Passage]:
-    """Passages with a content word that the text after it repeats and the text before it lacks.
+    """Yield passages with a content word that the text after it repeats and the text before it lacks.
 
-    30 to 150 characters lead up to the word; 20 to 130 follow, to the end of the first sentence that repeats
-    it. Its rival is drawn by `draw_rival`.
+    30 to 150 characters lead up to the word. 20 to 130 follow, to the end of the first sentence that repeats
+    it. `draw_rival` draws its rival.
     """
     for index, sentence in enumerate(book.sentences):
         for match in _BETWEEN_SPACES.finditer(book.text, sentence.start, sentence.end):
@@ -223,7 +234,10 @@ def find_swap(book: Book) -> Iterator[Passage]:
 
 
 def draw_rival(book: Book, word: str, before: str, after: str) -> str | None:
-    """A content word that the passage lacks, half to twice as frequent as `word`, of its capital and ending."""
+    """Return a content word that the passage lacks and that has the capital and the ending of `word`.
+
+    It is half to twice as frequent in the book. None if there is no such word.
+    """
     present = set(_WORD.findall(f"{before} {after}"))
     frequency = range((book.counts[word] + 1) // 2, 2 * book.counts[word] + 1)
     rivals = [
@@ -236,7 +250,7 @@ def draw_rival(book: Book, word: str, before: str, after: str) -> str | None:
 
 
 def find_repeat(book: Book, sentence: int, start: int, word: str) -> str:
-    """The text from `start` to the end of the first sentence that repeats the word, of four; empty if none does."""
+    """Return the text from `start` to the end of the first of four sentences that repeats the word, "" if none does."""
     for candidate in book.sentences[sentence : sentence + 4]:
         if word in _WORD.findall(book.text, max(start, candidate.start), candidate.end):
             return book.text[start : candidate.end]
@@ -244,13 +258,13 @@ def find_repeat(book: Book, sentence: int, start: int, word: str) -> str:
 
 
 def word_shape(word: str) -> tuple[bool, str]:
-    """Capital or not, and the grammatical ending: a rough part of speech."""
+    """Return whether a word has a capital, and its grammatical ending. Both tell its part of speech roughly."""
     ending = next((ending for ending in ("ing", "ed", "ly", "s") if word.endswith(ending)), "")
     return word[0].isupper(), ending
 
 
 def find_endings(book: Book) -> Iterator[Passage]:
-    """Sentences cut before one of their small words, 60 to 260 characters of context, 12 to 40 of ending."""
+    """Yield sentences cut before one of their small words: 60 to 260 characters of context, 12 to 40 of ending."""
     for index, sentence in enumerate(book.sentences):
         start = find_start(book, index, sentence.start, 160)
         for match in _SMALL_WORD_START.finditer(book.text, sentence.start + 15, sentence.end):
@@ -260,12 +274,12 @@ def find_endings(book: Book) -> Iterator[Passage]:
 
 
 def build_cloze(books: Sequence[Book], used: set[str]) -> list[Item]:
-    """LAMBADA's format: {text}; the target is the last word."""
+    """Return items in LAMBADA's format, {text}, whose target is the last word."""
     return [{"text": passage.text} for passage, _ in draw_passages(books, find_cloze, used)[:ITEMS]]
 
 
 def build_choice(books: Sequence[Book], used: set[str]) -> list[Item]:
-    """PIQA's format: {goal, sol1, sol2, label}."""
+    """Return items in PIQA's format, {goal, sol1, sol2, label}."""
     return [
         {"goal": context, "sol1": texts[0], "sol2": texts[1], "label": gold}
         for context, texts, gold in draw_questions(books, find_choice, 2, used)
@@ -273,7 +287,10 @@ def build_choice(books: Sequence[Book], used: set[str]) -> list[Item]:
 
 
 def build_swap(books: Sequence[Book], used: set[str]) -> list[Item]:
-    """WinoGrande's format: {sentence, option1, option2, answer}; the blank is "_", the answer "1" or "2"."""
+    """Return items in WinoGrande's format, {sentence, option1, option2, answer}.
+
+    The blank in the sentence is "_", and the answer is "1" or "2".
+    """
     items: list[Item] = []
     for passage, _ in draw_passages(books, find_swap, used)[:ITEMS]:
         gold = len(items) % 2
@@ -284,7 +301,7 @@ def build_swap(books: Sequence[Book], used: set[str]) -> list[Item]:
 
 
 def build_endings(books: Sequence[Book], used: set[str]) -> list[Item]:
-    """HellaSwag's format: {ctx, endings, label}."""
+    """Return items in HellaSwag's format, {ctx, endings, label}."""
     return [
         {"ctx": context, "endings": texts, "label": gold}
         for context, texts, gold in draw_questions(books, find_endings, 4, used)
@@ -294,9 +311,9 @@ def build_endings(books: Sequence[Book], used: set[str]) -> list[Item]:
 def draw_questions(
     books: Sequence[Book], find: Callable[[Book], Iterable[Passage]], choices: int, used: set[str]
 ) -> list[tuple[str, list[str], int]]:
-    """(context, continuations, place of the true one) of at most ITEMS passages that have enough distractors.
+    """Return (context, continuations, place of the true one) of at most ITEMS passages with enough distractors.
 
-    The place goes 0, 1, ..., choices - 1, 0, 1, ...: balanced in any first part of the items too.
+    The place goes 0, 1, ..., choices - 1, 0, 1, ..., so that it is balanced in any first part of the items too.
     """
     drawn = draw_passages(books, find, used)
     pools = {id(book): [passage for passage, source in drawn if source is book] for book in books}
@@ -312,7 +329,7 @@ def draw_questions(
 
 
 def fill_in(task: str, item: Item) -> str:
-    """The item's text with the true answer in place: a slice of a book."""
+    """Return the item's text with the true answer in place, which is a slice of a book."""
     match task, item:
         case "nano_cloze", {"text": str(text)}:
             return text
@@ -334,10 +351,10 @@ BUILDERS: dict[str, Callable[[Sequence[Book], set[str]], list[Item]]] = {
 
 
 def build_tasks(texts: Sequence[str]) -> dict[str, str]:
-    """The JSON lines of each task, from the texts of the books.
+    """Return the JSON lines of each task, made from the texts of the books.
 
-    No two items have the same text, also across tasks: lm-eval 0.4.13 shares logits between requests that are
-    equal as text, and scores them wrong where they are cut into context and continuation in different places.
+    No two items have the same text, not even in different tasks. lm-eval 0.4.13 shares logits between requests that
+    are equal as text, and scores them wrong where they are cut into context and continuation in different places.
     """
     books = [read_book(text) for text in texts]
     used: set[str] = set()
@@ -350,7 +367,7 @@ def build_tasks(texts: Sequence[str]) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: read the books, write one xz file of JSON lines a task."""
+    """Read the books and write an xz file of JSON lines for each task."""
     parser = argparse.ArgumentParser(description="Build the four nano tasks from the held-out books.")
     parser.add_argument("--books", type=Path, required=True, help="folder of 236.txt, 289.txt, 55.txt and 902.txt")
     parser.add_argument("--out", type=Path, required=True, help="folder to write nano_<task>.jsonl.xz to")

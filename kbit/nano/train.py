@@ -2,13 +2,15 @@
 
     python -m kbit.nano.train family=opt size=332k data=FOLDER out=FOLDER
 
-AdamW (betas 0.9 and 0.95; weight decay 0.1 on matrices), gradient norm clipped at 1, linear warm-up over 5% of the
-steps, then cosine to 10% of the peak; 16 windows of 256 tokens a step; bfloat16 autocast over float32 weights.
+The optimizer is AdamW with betas 0.9 and 0.95 and a weight decay of 0.1 on matrices. The gradient norm is clipped at 1.
+The learning rate rises linearly over 5% of the steps and then falls as a cosine to 10% of its peak. A step has 16
+windows of 256 tokens, in bfloat16 autocast over float32 weights.
 
-OUT/nano-<family>-<size> is the model folder (see export.py); beside it are a checkpoint and a CSV of the losses. The
-same command after an interruption goes on at the checkpoint, and ends at the same weights as an undisturbed run: every
-batch depends on seed and step alone. Bit-equal results need the same number of threads, CPU type and torch. nano-neox
-was trained with this recipe, but with batches drawn otherwise: training it again gives another model of the family.
+OUT/nano-<family>-<size> is the model folder (see export.py). Beside it are a checkpoint and a CSV of the losses. After
+an interruption the same command goes on at the checkpoint. It ends at the same weights as an undisturbed run, because
+every batch depends on seed and step alone. Bit-equal results need the same number of threads, CPU type and torch.
+nano-neox was trained with this recipe, but its batches were drawn in another way. Training it again gives another model
+of the family.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from omegaconf.errors import MissingMandatoryValue
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from kbit.checks import check_choice
-from kbit.cli.explain import run_explained
+from kbit.checks import KbitError, check_choice
+from kbit.cli.explain import explained
 from kbit.models.catalog import locate_model
 from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
 from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
@@ -58,12 +60,12 @@ class TrainConfig:
         size: 98k, 332k, 1m, 3m or 7m.
         data: folder of the training text (see data.py).
         out: folder for the model, its checkpoint and its losses.
-        tokens: training length; None is that of the shipped models of this size.
-        lr: peak learning rate; None is the size's.
-        batch_size: windows of 256 tokens a step.
-        seed: of the first weights and of the batches.
-        threads: CPU threads.
-        checkpoint_every: steps between checkpoints.
+        tokens: training length in tokens. None is that of the shipped models of this size.
+        lr: peak learning rate. None is the size's.
+        batch_size: number of windows of 256 tokens in a step.
+        seed: seed of the first weights and of the batches.
+        threads: number of CPU threads.
+        checkpoint_every: number of steps between checkpoints.
     """
 
     family: str = "gpt2"
@@ -95,7 +97,7 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: as many as cover the tokens."""
+        """The number of optimizer steps that cover the tokens."""
         tokens = self.tokens or SIZES[self.size].tokens
         return math.ceil(tokens / (self.batch_size * CONTEXT))
 
@@ -106,7 +108,7 @@ class TrainConfig:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What decides the weights: a checkpoint of another content is refused."""
+        """The settings that decide the weights. A checkpoint of another content is refused."""
         return {"family": self.family, "size": self.size, "steps": self.steps, "lr": self.peak_lr} | {
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -121,10 +123,10 @@ class State:
     Attributes:
         model: in training mode, float32.
         optimizer: AdamW over its parameters.
-        step: steps done.
+        step: number of steps done.
         losses: rows of the CSV: (step, mean loss of the steps since the last row in nats a token).
         recent: losses of the steps since the last row.
-        cpu_seconds: spent so far; unlike wall time it does not count pauses.
+        cpu_seconds: CPU time spent so far, which does not count pauses as wall time would.
     """
 
     model: Any
@@ -171,7 +173,7 @@ def train(config: TrainConfig, stream: Tokens, *, stop_at: int | None = None) ->
     """Train to the last step, or to `stop_at`, from the checkpoint in `config.out` if there is one.
 
     Raises:
-        ValueError: the checkpoint is of another configuration, or a loss is not finite.
+        ValueError: the checkpoint belongs to another configuration, or a loss is not finite.
     """
     torch.set_num_threads(config.threads)
     Path(config.out).mkdir(parents=True, exist_ok=True)
@@ -213,14 +215,19 @@ def restore_checkpoint(config: TrainConfig, state: State) -> None:
     """Set the state to that of the checkpoint, if there is one.
 
     Raises:
-        ValueError: the checkpoint is of another configuration.
+        ValueError: the checkpoint is damaged, or belongs to another configuration.
     """
     path = _checkpoint_path(config)
     if not path.exists():
         return
     try:
         saved = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # of a file that was cut, each of these
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+    ) as error:  # of a file that was cut
         raise ValueError(f"{path} is damaged ({error}): remove it to train from the start") from error
     if saved["config"] != config.content:
         raise ValueError(f"{path} is the checkpoint of {saved['config']}, not of {config.content}: remove one of them")
@@ -243,7 +250,7 @@ def _log_loss(state: State, loss: float) -> None:
 
 
 def run_training(config: TrainConfig) -> Path:
-    """Read the text, train, export; return the model's folder."""
+    """Read the text, train and export a model, and return its folder."""
     silence_libraries()
     tokenizer = AutoTokenizer.from_pretrained(locate_model("nano-neox-98k"))
     documents = read_training_documents(config.data)
@@ -263,7 +270,7 @@ def run_training(config: TrainConfig) -> Path:
 
 
 def _is_chosen(config: TrainConfig, option: dataclasses.Field[Any]) -> bool:
-    """Whether an option decides the weights and is not its default."""
+    """Return whether an option decides the weights and is not at its default."""
     decides = option.name in ("family", "size", "tokens", "lr", "batch_size", "seed", "threads")
     return decides and (option.name in ("family", "size") or getattr(config, option.name) != option.default)
 
@@ -271,21 +278,26 @@ def _is_chosen(config: TrainConfig, option: dataclasses.Field[Any]) -> bool:
 ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://kbit.nano", config_name="train")
-def _hydra_main(config: DictConfig) -> None:
+def main() -> None:
+    """Run the command line that the module's docstring describes."""
+    composed: list[DictConfig] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://kbit.nano", config_name="train")
+    def receive(config: DictConfig) -> None:
+        OmegaConf.resolve(config)  # while Hydra's own values can be read
+        composed.append(config)
+
     try:
-        train_config = OmegaConf.to_object(config)
-        assert isinstance(train_config, TrainConfig)  # the schema says so
-        print(run_training(train_config))
+        with explained(TrainConfig):
+            receive()
+        for config in composed:
+            train_config = OmegaConf.to_object(config)
+            assert isinstance(train_config, TrainConfig)  # the schema says so
+            print(run_training(train_config))
     except MissingMandatoryValue:
         sys.exit("kbit.nano.train: error: data=FOLDER is missing: the training text, see kbit/nano/data.py")
-    except (ValueError, OSError) as error:
+    except (KbitError, ValueError, OSError) as error:
         sys.exit(f"kbit.nano.train: error: {error}")
-
-
-def main() -> None:
-    """Command line: see the module's docstring."""
-    run_explained(_hydra_main, "kbit.nano.train", TrainConfig)
 
 
 if __name__ == "__main__":

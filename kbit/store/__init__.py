@@ -1,6 +1,6 @@
 """The store of results: `Store` writes it, the `read_` functions read it.
 
-Names are imported on first use, so that what needs only a file's name does not wait for pandas.
+Names are imported on first use, so that a caller who needs only a file's name does not wait for pandas.
 """
 
 from __future__ import annotations

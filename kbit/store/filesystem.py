@@ -1,6 +1,6 @@
-"""The files of a store, in a local folder or behind an fsspec URL (s3://, gs://, memory://): whole or not at all.
+"""The files of a store, in a local folder or behind an fsspec URL (s3://, gs://, memory://).
 
-A file's name is relative to the store: "experiments/0123456789abcdef.json".
+Readers see a file whole or not at all. A file's name is relative to the store: "experiments/0123456789abcdef.json".
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import fcntl
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
-STALE_SECONDS: Final = 3600.0  # a temporary file lives for milliseconds; one of this age was left by a killed process
+STALE_SECONDS: Final = 3600.0  # a temporary file lives for milliseconds, so a killed process left one of this age
 
 
-_MARKER: Final = "kbit-store"  # says that there is a store, where folders cannot
+_MARKER: Final = "kbit-store"  # a file that marks a store where there are no folders
 
 
 class Files(Protocol):
-    """What a store needs of the place where it lies."""
+    """The operations that a store needs on the place where it lies."""
 
     root: str
 
@@ -29,25 +29,25 @@ class Files(Protocol):
         """Whether there is a store."""
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is a file with this name."""
 
     def prepare(self, folders: tuple[str, ...]) -> None:
-        """Make the folders and write something; OSError if that is not possible."""
+        """Make the folders and write something. Raise OSError if that is not possible."""
 
     def names(self, folder: str, suffix: str) -> list[str]:
-        """Return the sorted names of a folder's finished files; none if there is no such folder."""
+        """Return the sorted names of a folder's finished files. A folder that is not there has none."""
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file to read; FileNotFoundError if it is not there."""
+        """Open a file to read. Raise FileNotFoundError if it is not there."""
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file that others see whole or not at all; False, and nothing changes, if it is there already."""
+        """Write a file that others see whole or not at all. Return False, and change nothing, if there is one."""
 
     def remove(self, name: str) -> None:
         """Remove a file, which another process may have removed already."""
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keep others from compacting and deleting; the lock ends with its process, however that ends."""
+        """Keep others from compacting and deleting. The lock ends with its process, however the process ends."""
 
 
 def open_files(path: str | Path) -> Files:
@@ -61,7 +61,7 @@ def is_url(path: str | Path) -> bool:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise OSError if a store could not be made at a local path; nothing is left there."""
+    """Raise OSError if a store could not be made at a local path. Nothing is left there."""
     if is_url(path):
         return
     parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
@@ -72,8 +72,25 @@ def check_writable(path: str | Path) -> None:
         raise OSError(f"results={path}: cannot write to {parent}: {error.strerror}") from error
 
 
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside path, then move it there: a reader sees the old file or the new one."""
+    with _open_beside(path) as temporary:
+        write(temporary)
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _open_beside(path: Path) -> Iterator[Path]:
+    """Yield a path in the same folder. A file that still lies there at the end is removed."""
+    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class LocalFiles:
-    """Files of a local (or mounted) folder."""
+    """Files in a local (or mounted) folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
@@ -88,11 +105,11 @@ class LocalFiles:
         return (self._path / name).exists()
 
     def prepare(self, folders: tuple[str, ...]) -> None:
-        """See Files; also removes what killed writers left behind."""
+        """See Files. Also remove the temporary files that killed writers left behind."""
         for folder in folders:
             (self._path / folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self._path / folders[0]) as probe:
-            now = os.fstat(probe.fileno()).st_mtime  # of the file system's clock, which may be another machine's
+            now = os.fstat(probe.fileno()).st_mtime  # by the file system's clock, which may be another machine's
         for folder in folders:
             for left in (self._path / folder).glob(".*-*"):
                 with contextlib.suppress(FileNotFoundError):
@@ -114,17 +131,15 @@ class LocalFiles:
     def create(self, name: str, content: bytes) -> bool:
         """See Files."""
         path = self._path / name
-        temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
-        try:
+        with _open_beside(path) as temporary:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, path)  # atomic, and refuses to overwrite
-        except FileExistsError:
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
+            try:
+                os.link(temporary, path)  # atomic, and refuses to overwrite
+            except FileExistsError:
+                return False
         _sync_folder(path.parent)
         return True
 
@@ -141,10 +156,9 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Files behind an fsspec URL. Object stores put an object at once or not at all.
+    """Files behind an fsspec URL. An object store writes an object whole or not at all.
 
-    They have no lock: of two processes that compact and delete at the same moment, none loses a result, but a deleted
-    one may come back.
+    There is no lock. If one process compacts while another deletes, no result is lost, but a deleted one may come back.
     """
 
     def __init__(self, url: str) -> None:
@@ -153,7 +167,7 @@ class RemoteFiles:
         self.root = url.rstrip("/")
         try:
             self._system, self._path = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
-        except (ValueError, ImportError) as error:  # a protocol that nobody knows, or whose package is missing
+        except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
             raise ValueError(f"results={url}: {error}") from None
 
     def is_store(self) -> bool:
@@ -166,7 +180,7 @@ class RemoteFiles:
             return bool(self._system.exists(f"{self._path}/{name}"))
 
     def prepare(self, folders: tuple[str, ...]) -> None:
-        """See Files; an object store has no folders, so a file marks the store."""
+        """See Files. An object store has no folders, so a file marks the store."""
         with self._own_errors():
             self._system.makedirs(self._path, exist_ok=True)
             self._system.pipe_file(f"{self._path}/{_MARKER}", b"a store of kbit\n")
@@ -187,7 +201,7 @@ class RemoteFiles:
         return file  # type: ignore[no-any-return]
 
     def create(self, name: str, content: bytes) -> bool:
-        """See Files; the store's own refusal to overwrite where it has one."""
+        """See Files. The object store itself refuses to overwrite where it can."""
         path = f"{self._path}/{name}"
         with self._own_errors():
             try:
@@ -206,12 +220,12 @@ class RemoteFiles:
             self._system.rm_file(f"{self._path}/{name}")
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """No lock: see the class."""
+        """Return a lock that locks nothing, see the class."""
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """Raise a protocol's own errors, such as missing credentials, as OSError, which names the store."""
+        """Raise a protocol's own errors, such as missing credentials, as an OSError that names the store."""
         try:
             yield
         except FileNotFoundError:
@@ -221,7 +235,7 @@ class RemoteFiles:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries survive a power failure: what a new file replaces is removed only then."""
+    """Make a folder's entries survive a power failure. Only then may the files that a new file replaces be removed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,28 +1,47 @@
-"""What a store holds, as tables and arrays."""
+"""A store's content as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import pandas as pd
 import pyarrow as pa
 
+from kbit.evaluation.measurement import Feature
+from kbit.experiments.config import Experiment
+from kbit.experiments.serialize import from_json
 from kbit.store.filesystem import open_files
-from kbit.store.records import (
-    list_finished,
-    open_existing,
-    read_records,
-    retry,
-)
-from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements, read_parts
+from kbit.store.records import list_finished, open_existing, read_records, retry
+from kbit.store.results import load_failures, read_parts
+from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """The fields of a Result that name the origin of its numbers. Reading them alone takes a third of the time."""
+
+    git_commit: str
+    device: str
+    versions: dict[str, str]
+    finished: str
+
+
+@dataclass(frozen=True)
+class _Features:
+    """The fields of a Result that hold its outlier features."""
+
+    key: str
+    experiment: Experiment
+    features: tuple[Feature, ...] = ()
+
+
 def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
-    """Return the keys of finished and of failed experiments; none of either if there is no store yet."""
+    """Return the keys of finished and of failed experiments. Both are empty if there is no store yet."""
     files = open_files(path)
     failed = {Path(name).stem for name in files.names("failures", ".json")}
     finished = retry(lambda: list_finished(files, {}))
@@ -32,17 +51,24 @@ def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
 def read_results(path: str | Path = "results") -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
-    Columns: key, model, family, architecture, parameters, quantized_parameters, dtype, the quantizer's fields
-    (block_size missing: whole tensor; table as text; all missing for the 16-bit baseline), method, method_options
-    (what is not at its default, as text), outlier_fraction, outlier_selection, outlier_zscore and
-    activation_threshold (what stays at 16 bits), include, exclude, evaluation (values compare only where it is
-    equal: dtype, items or windows, and the beginning of a hash of their content), bits_per_param, total_bits,
-    weight_rmse (relative error of the quantized weights), task, metric, value, low, high (95% interval), n. The table's
-    attrs["store"] is the path, for those who need the items behind a value (read_items).
+    Columns:
+        key, model, family, architecture, parameters, quantized_parameters, dtype: the experiment and its model.
+        bits, data_type, exponent_bits, float_bias, table, block_size, layout, normalization, centering, scale_format,
+            rounding, seed: the quantizer. A missing block_size is the whole tensor, and table is a text. All but bits
+            are missing for the 16-bit baseline.
+        method, method_options: the method, and its options that are not at their default, as text.
+        outlier_fraction, outlier_selection, outlier_zscore, activation_threshold: dimensions that stay at 16 bits.
+        include, exclude: regular expressions of tensor names.
+        evaluation: dtype, items or windows, and the beginning of a hash of their content. Two values compare only
+            where their evaluations are equal.
+        bits_per_param, total_bits, weight_rmse: sizes, and the relative error of the quantized weights.
+        task, metric, value, low, high, n: the measurement with its 95% interval.
+
+    The table's attrs["store"] is the path, with which read_items finds the items behind a value.
 
     Raises:
         FileNotFoundError: there is no store at path.
-        ValueError: a file of it is damaged, or of a newer kbit.
+        ValueError: a file of the store is damaged, or was written by a newer kbit.
     """
     files = open_existing(path)
     rows = retry(lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
@@ -56,29 +82,26 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
     rows = [
         {
-            "key": record["key"],
-            "label": record.get("label", ""),  # failures from before have none
-            "model": record["experiment"]["model"]["name"],
-            **{name: record["experiment"]["quant"][name] for name in ("bits", "data_type", "block_size")},
-            "reason": record["reason"],
-            "finished": record["finished"],
+            **{name: getattr(failure, name) for name in ("key", "label", "reason", "finished")},
+            "model": failure.experiment.model.name,
+            **{name: getattr(failure.experiment.quant, name) for name in ("bits", "data_type", "block_size")},
         }
-        for record in read_records(path, "failures")
+        for failure in load_failures(path)
     ]
     columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 
 def read_provenance(path: str | Path = "results") -> pd.DataFrame:
-    """Return where the results come from: git_commit, device, versions, experiments, first, last; one row per origin.
+    """Return one row for each origin of results: git_commit, device, versions, experiments, first, last.
 
     Raises:
         FileNotFoundError: there is no store at path.
     """
     rows = [
-        {name: record[name] for name in ("git_commit", "device", "finished")}
-        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items()))}
-        for record in read_records(path, "experiments")
+        {"git_commit": origin.git_commit, "device": origin.device, "finished": origin.finished}
+        | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(origin.versions.items()))}
+        for origin in (from_json(_Origin, record) for record in read_records(path, "experiments"))
     ]
     table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
     origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
@@ -89,16 +112,16 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
     """Return the hidden dimensions that are large most often, a row for each dimension, layer and input.
 
     Columns: key, model, dimension, is_feature, layers and positions (shares of the whole model), one_sided, layer,
-    input, share (of the positions of this input), largest; see kbit.evaluation.outlier_features.
+    input, share (of the positions of this input), largest. See kbit.evaluation.outlier_features.
 
     Raises:
         FileNotFoundError: there is no store at path.
     """
+    of_feature = ("dimension", "is_feature", "layers", "positions", "one_sided")
     rows = []
-    for record in read_records(path, "experiments", keys):
-        about = {"key": record["key"], "model": record["experiment"]["model"]["name"]}
-        for feature in record.get("features", ()):
-            own = {name: feature[name] for name in ("dimension", "is_feature", "layers", "positions", "one_sided")}
-            rows += [about | own | place for place in feature["by_layer"]]
-    columns = ["key", "model", "dimension", "is_feature", "layers", "positions", "one_sided", "layer", "input"]
-    return pd.DataFrame(rows, columns=[*columns, "share", "largest"])
+    for found in (from_json(_Features, record) for record in read_records(path, "experiments", keys)):
+        about = {"key": found.key, "model": found.experiment.model.name}
+        for feature in found.features:
+            own = {name: getattr(feature, name) for name in of_feature}
+            rows += [about | own | vars(place) for place in feature.by_layer]
+    return pd.DataFrame(rows, columns=["key", "model", *of_feature, "layer", "input", "share", "largest"])

@@ -1,4 +1,7 @@
-"""The files of a store's results: found, read, and read again where one has gone meanwhile."""
+"""The records of a store: JSON objects in files of their own, or in a Parquet file.
+
+Files move while a store is read. A reader that finds a file gone since it was listed starts again (retry).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,11 @@ _READ_TRIES: Final = 10  # each compaction that ends in the middle of reading co
 
 
 def open_existing(path: str | Path) -> Files:
+    """Return the files of the store at a path.
+
+    Raises:
+        FileNotFoundError: there is no store.
+    """
     files = open_files(path)
     if not files.is_store():
         raise FileNotFoundError(f"no results at {files.root}: start with `kbit run`")
@@ -24,7 +32,7 @@ def open_existing(path: str | Path) -> Files:
 
 
 def retry(read: Callable[[], T]) -> T:
-    """Return what read returns; a file that is gone since it was listed has been compacted or deleted: again."""
+    """Return what `read` returns. Call it again if a file that it listed has been compacted or deleted meanwhile."""
     for _ in range(_READ_TRIES - 1):
         try:
             return read()
@@ -34,12 +42,13 @@ def retry(read: Callable[[], T]) -> T:
 
 
 def list_finished(files: Files, known: dict[str, set[str]]) -> set[str]:
-    loose = {Path(name).stem for name in files.names("experiments", ".json")}  # before compacted/: see the module
+    """Return the keys of finished experiments, see read_part_keys for `known`."""
+    loose = {Path(name).stem for name in files.names("experiments", ".json")}  # before compacted/: see kbit.store.store
     return loose.union(*read_part_keys(files, known).values())
 
 
 def read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return the keys in each Parquet file; remembers them in `known`."""
+    """Return the keys in each Parquet file. They are remembered in `known`, as a Parquet file never changes."""
     names = files.names("compacted", ".parquet")
     for name in names:
         if name not in known:
@@ -48,6 +57,7 @@ def read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[st
 
 
 def read_json(files: Files, name: str) -> dict[str, Any]:
+    """Return the record in a JSON file, see parse_record."""
     with files.open(name) as file:
         return parse_record(file.read(), f"{files.root}/{name}")
 
@@ -59,11 +69,11 @@ def parse_record(content: bytes | str, source: str) -> dict[str, Any]:
     """Return the record that a file holds.
 
     Args:
-        content: JSON.
-        source: what to call it in an error.
+        content: the record as JSON.
+        source: name of the file for error messages.
 
     Raises:
-        ValueError: it is not JSON, or of a newer kbit.
+        ValueError: the content is not JSON, or was written by a newer kbit.
     """
     try:
         record: dict[str, Any] = json.loads(content)
@@ -75,7 +85,17 @@ def parse_record(content: bytes | str, source: str) -> dict[str, Any]:
 
 
 def read_records(path: str | Path, kind: str, keys: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the whole records of these keys that are there, by key; None: all. kind: experiments or failures."""
+    """Yield the whole records with these keys that are there, sorted by key.
+
+    Args:
+        path: the store.
+        kind: experiments or failures.
+        keys: keys of the records. None yields all.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+        ValueError: see parse_record.
+    """
     files = open_existing(path)
     if kind == "failures":
         names = files.names(kind, ".json")
@@ -88,7 +108,7 @@ def read_records(path: str | Path, kind: str, keys: Collection[str] | None = Non
 
 def _read_texts(files: Files, keys: Collection[str] | None) -> dict[str, bytes | str]:
     """Return the JSON of experiments' records by key."""
-    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see the module
+    loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see kbit.store.store
     texts: dict[str, bytes | str] = {}
     for name in files.names("compacted", ".parquet"):
         texts |= read_texts(files, name, keys)

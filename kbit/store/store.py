@@ -1,30 +1,30 @@
-"""The store: a JSON file per experiment, named by its key, written whole or not at all; many of them as a Parquet file.
+"""The store of results: a JSON file for each experiment, or one Parquet file for many.
 
 results/experiments/<key>.json    a finished experiment: a Result
-results/compacted/<id>.parquet    many finished experiments: their records, and their rows ready for tables
-results/failures/<key>.json       an experiment that failed: its reason and traceback, never a number
+results/compacted/<id>.parquet    many finished experiments: their records, and their rows for tables
+results/failures/<key>.json       a failed experiment: a Failure, with reason and traceback, never a number
 results/logs/<key>.log            what an experiment printed
 
-A result moves from experiments/ to compacted/ and never back: first the Parquet file is there, whole, then the JSON
-files go. So whoever lists experiments/ first misses none; who meets a result twice (a crash in between) takes one; and
-who finds a file gone since it was listed looks again.
+Every file is written whole or not at all. A result moves from experiments/ to compacted/ and never back: first the
+whole Parquet file is there, then the JSON files are removed. Three rules follow for readers. List experiments/ first,
+and no result is missed. Take one of two results with the same key, which a crash in between leaves. Look again if a
+file is gone since it was listed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.experiments.config import Experiment
+from kbit.experiments.result import Failure, Result
+from kbit.experiments.serialize import to_json
 from kbit.store.filesystem import is_url, open_files
 from kbit.store.parquet import encode_part
 from kbit.store.records import (
@@ -35,35 +35,21 @@ from kbit.store.records import (
     read_part_keys,
     retry,
 )
-from kbit.store.rows import PART_EXPERIMENTS, PART_SCHEMA, drop_repeated, make_part, read_parts, read_rows
+from kbit.store.results import PART_EXPERIMENTS, make_part, read_part, read_parts
+from kbit.store.rows import PART_SCHEMA, drop_repeated
 
-if TYPE_CHECKING:
-    from kbit.experiments.result import Result
-
-MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read: a sweep that leaves more compacts them
+MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
 
 
 _FOLDERS: Final = ("experiments", "failures", "compacted")
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An experiment without a result, and why."""
-
-    key: str
-    experiment: Experiment
-    reason: str
-    traceback: str
-    finished: str
-    label: str
-
-
 class Store:
-    """Results at a local path or an fsspec URL. Several processes may write at once: the first result of a key stays.
+    """Results at a local path or an fsspec URL. Several processes may write at once. The first result of a key stays.
 
     Raises:
         OSError: the store cannot be made or written to.
-        ValueError: a URL of an unknown kind.
+        ValueError: the URL has an unknown protocol.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,7 +59,7 @@ class Store:
         try:
             self._files.prepare(_FOLDERS)
         except OSError as error:
-            if is_url(path):  # says so itself
+            if is_url(path):  # whose error names the store already
                 raise
             raise OSError(f"results={path}: cannot write to {self.root}: {error.strerror or error}") from error
 
@@ -93,30 +79,28 @@ class Store:
         return any(key in keys for keys in retry(lambda: read_part_keys(self._files, self._compacted)).values())
 
     def log_path(self, key: str) -> Path | None:
-        """Return where the output of an experiment goes; a store behind a URL keeps none."""
+        """Return where the output of an experiment goes. A store behind a URL keeps none."""
         return None if is_url(self.root) else self.path / "logs" / f"{key}.log"
 
     def write(self, result: Result) -> None:
-        """Write a result and forget an earlier failure of the same experiment."""
+        """Write a result, and forget an earlier failure of the same experiment."""
         self._files.create(f"experiments/{result.key}.json", _encode(result))
         self._files.remove(f"failures/{result.key}.json")
 
-    def write_failure(self, experiment: Experiment, reason: str, traceback: str) -> None:
-        """Record that an experiment failed; a later failure replaces an earlier one."""
-        name = f"failures/{experiment.key}.json"
+    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str) -> None:
+        """Record that an experiment failed, in place of an earlier failure."""
+        name = f"failures/{key}.json"
         self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files.create(
-            name, _encode(Failure(experiment.key, experiment, reason, traceback, now, experiment.label()))
-        )
+        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label())))
 
     def compact(self, at_least: int = 0) -> int:
-        """Put the JSON files of finished experiments into Parquet files; return how many.
+        """Put the JSON files of finished experiments into Parquet files and return the number of experiments.
 
-        Readers and writers go on meanwhile; a crash at any moment loses nothing, and the next compaction ends the work.
+        Readers and writers go on meanwhile. A crash at any moment loses nothing, and the next compaction ends the work.
 
         Args:
-            at_least: do nothing if there are fewer files.
+            at_least: number of files below which nothing is done.
         """
         if len(self._files.names("experiments", ".json")) < at_least:
             return 0
@@ -133,7 +117,7 @@ class Store:
         return len(fresh)
 
     def delete(self, keys: Collection[str]) -> int:
-        """Delete the results of these experiments; return how many there were."""
+        """Delete the results of these experiments and return their number."""
         wanted = pa.array(sorted(keys), pa.string())
         with self._files.lock():
             deleted = self.finished_keys() & set(keys)
@@ -141,19 +125,22 @@ class Store:
                 self._files.remove(f"experiments/{key}.json")
             for name, there in read_part_keys(self._files, self._compacted).items():
                 if there & deleted:
-                    part = read_rows(self._files, name, PART_SCHEMA)
+                    part = read_part(self._files, name, PART_SCHEMA)
                     self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
         return len(deleted)
 
     def delete_failures(self, keys: Collection[str]) -> int:
-        """Forget that these experiments failed; return how many had."""
+        """Forget the failures of these experiments and return their number."""
         deleted = sorted(set(self._files.names("failures", ".json")) & {f"failures/{key}.json" for key in keys})
         for name in deleted:
             self._files.remove(name)
         return len(deleted)
 
     def merge(self, path: str | Path) -> tuple[int, int]:
-        """Copy another store's results and failures that this one lacks; return (results copied, had already).
+        """Copy the results and failures of another store that this one lacks.
+
+        Returns:
+            The number of copied results, and the number of results that this store had already.
 
         Raises:
             FileNotFoundError: there is no store at path.
@@ -173,27 +160,26 @@ class Store:
         return copied, had
 
     def _merge_small_parts(self) -> None:
-        """Put the smallest Parquet files together as long as that is not too long."""
+        """Join the smallest Parquet files as long as the joined file has at most PART_EXPERIMENTS experiments."""
         pending: list[str] = []
         size = 0
         sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
         for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
             if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
-                    parts = [read_rows(self._files, old, PART_SCHEMA) for old in pending]
+                    parts = [read_part(self._files, old, PART_SCHEMA) for old in pending]
                     self._replace(pending, drop_repeated(pa.concat_tables(parts)))
                 pending, size = [], 0
             pending.append(name)
             size += more
 
     def _replace(self, names: Collection[str], part: pa.Table) -> None:
-        """Write a Parquet file, then remove the files whose results it has."""
+        """Write a Parquet file, then remove the files whose results are in it."""
         if len(part):
             self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", encode_part(part))
         for name in names:
             self._files.remove(name)
 
 
-def _encode(record: Any) -> bytes:
-    """Return a dataclass as JSON."""
-    return json.dumps(dataclasses.asdict(record) | {"schema_version": SCHEMA_VERSION}, indent=1).encode()
+def _encode(record: Result | Failure) -> bytes:
+    return to_json(record, schema_version=SCHEMA_VERSION)

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 from hydra import initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from kbit.cli.compose import Composer, _check_union
+from kbit.cli.compose import Composer, check_union
 from kbit.cli.hydra_app import register_schema
+from kbit.cli.hydra_private import list_combinations
 from kbit.experiments.config import RunConfig
+from kbit.experiments.identity import find_key
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 STUDIES = sorted(str(path.relative_to(SWEEPS).with_suffix("")) for path in SWEEPS.rglob("*.yaml"))
@@ -73,7 +74,7 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
     """Each point of its grids, composed by Hydra alone, in order; the first and last 8, and both ends of each."""
     job = [f"+sweeps={study}"]
     expanded = expand(composer, study)  # raises on a value that is not allowed
-    assert len({config.experiment.key for config in expanded}) > 1
+    assert len({find_key(config.experiment) for config in expanded}) > 1
     config = load(hydra, job)
     if config.study.unite:
         parts = [expand(composer, name) for name in config.study.unite]
@@ -89,7 +90,7 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
             for key, value in grid.items()
         ]
         ends.add(len(points))
-        points += BasicSweeper.split_arguments(parser.parse_overrides(texts), None)[0]
+        points += list_combinations(parser.parse_overrides(texts))
         ends.add(len(points) - 1)
     if not config.study.exclude:
         assert len(expanded) == len(points)
@@ -154,7 +155,7 @@ def test_a_study_cannot_unite_itself() -> None:
     """As a file that names itself would; the studies that ship do not."""
     study = {"grids": [], "exclude": [], "unite": ["mine"]}
     with pytest.raises(ValueError, match="'mine' unites itself, by way of all > mine"):
-        _check_union(study, ("all", "mine"))
+        check_union(study, ("all", "mine"))
 
 
 def test_a_united_study_does_not_see_the_command_lines_union(composer: Composer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -179,7 +180,9 @@ def test_version(run_kbit: Kbit, tmp_path: Path) -> None:
 def test_usage_names_every_command(kbit: Kbit, arguments: tuple[str, ...]) -> None:
     done = kbit(*arguments)
     assert done.code == 0
-    assert all(f"\n  {command} " in done.out for command in ("run", "plan", "figures", "report", "results", "models"))
+    commands = ("run", "plan", "figures", "report", "results", "outliers", "models", "doctor", "completion")
+    assert [name for name in commands if not re.search(rf"^ +{name}\b", done.out, re.MULTILINE)] == []
+    assert "kbit run +sweeps=nano/bit_level" in done.out
 
 
 def test_help_of_run_shows_every_key(kbit: Kbit) -> None:

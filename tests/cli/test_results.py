@@ -13,6 +13,7 @@ from toy_results import fill, make_result
 
 from kbit.cli.results import choose_columns, select_rows, show_failures
 from kbit.evaluation.config import EvalConfig
+from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.store.readers import list_keys, read_failures, read_results
@@ -26,7 +27,7 @@ def store(tmp_path: Path) -> Store:
     """Four results and a failure, in the place where `kbit results` looks."""
     store = fill(tmp_path / "results", range(4))
     reason = "ValueError: " + "a long reason " * 20
-    store.write_failure(make_result(9).experiment, reason, "Traceback")
+    store.write_failure(make_result(9).key, make_result(9).experiment, reason, "Traceback")
     return store
 
 
@@ -61,7 +62,7 @@ def test_what_tells_results_apart_is_shown(tmp_path: Path) -> None:
     def shown(*quants: QuantConfig) -> set[str]:
         for quant in quants:
             experiment = dataclasses.replace(same, quant=quant)
-            store.write(dataclasses.replace(make_result(0), key=experiment.key, experiment=experiment))
+            store.write(dataclasses.replace(make_result(0), key=find_key(experiment), experiment=experiment))
         return set(choose_columns(read_results(tmp_path)))
 
     plain = {"model", "bits", "data_type", "block_size", "total_bits", "task", "metric", "value", "low", "high", "n"}
@@ -72,7 +73,7 @@ def test_what_tells_results_apart_is_shown(tmp_path: Path) -> None:
     assert shown(dataclasses.replace(same.quant, scale_format="bf16")) == plain | {"table", "scale_format"}
     assert shown(dataclasses.replace(same.quant, method="hqq")) == plain | {"table", "scale_format", "method"}
     limited = dataclasses.replace(same, eval=EvalConfig(limit=3))
-    store.write(dataclasses.replace(make_result(0), key=limited.key, experiment=limited))
+    store.write(dataclasses.replace(make_result(0), key=find_key(limited), experiment=limited))
     assert "evaluation" in choose_columns(read_results(tmp_path))
 
 

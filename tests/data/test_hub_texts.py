@@ -10,10 +10,11 @@ import datasets
 import pytest
 
 from kbit.data.hub_texts import HUB_TEXTS, load_hub_text
-from kbit.data.texts import check_text, identify_text, locate_text, read_documents
+from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.engine.plan import check_experiment
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import identify_text
 
 ROWS = {
     "wikitext2": [{"text": " = Title = \n"}, {"text": ""}, {"text": " A line . \n"}],

@@ -18,10 +18,11 @@ from lm_eval.api.task import ConfigurableTask
 
 import kbit.data.tasks
 from kbit.data.lm_eval_private import read_definition
-from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, identify_tasks
+from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
 from kbit.data.tasks import LoadedTask, load_tasks
 from kbit.data.texts import read_bytes, read_json_lines
 from kbit.evaluation.zero_shot import prepare_task
+from kbit.experiments.identity import identify_tasks
 
 SHIPPED = sorted(find_local_tasks())
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"

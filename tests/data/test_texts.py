@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import kbit.data.texts
-from kbit.data.texts import EMBEDDED_TEXTS, identify_text, name_content, read_bytes, read_documents
+from kbit.data.texts import EMBEDDED_TEXTS, read_bytes, read_documents
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key, identify_text, name_content
 
 
 def test_an_edit_that_keeps_size_and_time_of_modification_is_seen(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_an_embedded_text_is_itself_wherever_it_lies(
             name = "link.jsonl.xz"
             Path(name).symlink_to(embedded)
     assert identify_text(name) == "nano_held_out"
-    assert Experiment(eval=EvalConfig(perplexity=name)).key == Experiment().key
+    assert find_key(Experiment(eval=EvalConfig(perplexity=name))) == find_key(Experiment())
     assert name_content(name, read_documents(name)[1]) == "nano_held_out"
 
 

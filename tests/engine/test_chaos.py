@@ -15,6 +15,7 @@ import chaos_driver
 import psutil
 import pytest
 
+from kbit.experiments.identity import find_key
 from kbit.store.records import read_records
 from kbit.store.store import Store
 
@@ -88,7 +89,7 @@ def test_every_result_is_there_once_after_kills_of_workers_and_drivers(
     assert third.wait(timeout=100) == 0
 
     records = list(read_records(tmp_path, "experiments"))
-    expected = [chaos_driver.make_record(e.key) for e in chaos_driver.list_experiments(0, EXPERIMENTS)]
+    expected = [chaos_driver.make_record(find_key(e)) for e in chaos_driver.list_experiments(0, EXPERIMENTS)]
     assert {(r["key"], r["value"]) for r in records} == {(r.key, r.value) for r in expected}
     assert len(records) == EXPERIMENTS == len(Store(tmp_path).finished_keys())
     for left in tmp_path.glob("*/.*"):  # half a file of who was killed while writing, some time later

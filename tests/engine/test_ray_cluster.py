@@ -11,8 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.engine.plan import Outcome
-from kbit.engine.ray_cluster import GPU_SHARE, _count_workers, _dispatch, _start_ray, choose_gpus, count_fitting
+from kbit.engine.plan import Outcome, make_plan
+from kbit.engine.ray_cluster import (
+    GPU_SHARE,
+    choose_gpus,
+    count_fitting,
+    count_workers,
+    dispatch,
+    list_nodes,
+    start_ray,
+)
 from kbit.engine.worker import check_gpus
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RayConfig
@@ -45,8 +53,8 @@ def make_fragile_actor(ray: Any, poisoned: str) -> Any:
     """An actor class like Worker, which ends its own process at one experiment; its result is its process id."""
 
     class Fragile:  # in a function, so that Ray sends the class itself: workers cannot import this file
-        def run(self, experiment: Experiment) -> Outcome:
-            if experiment.key == poisoned:
+        def run(self, experiment: Experiment, key: str) -> Outcome:
+            if key == poisoned:
                 os._exit(9)
             return Outcome(experiment, "")
 
@@ -55,19 +63,21 @@ def make_fragile_actor(ray: Any, poisoned: str) -> Any:
 
 def test_experiment_that_kills_its_worker_twice_fails_and_the_others_finish(cluster: Any, tmp_path: Path) -> None:
     experiments = [make_experiment(bits) for bits in (3, 4, 5, 6)]
-    actor = make_fragile_actor(cluster, poisoned=experiments[1].key)
+    plan = make_plan(experiments, tmp_path)
+    poisoned = plan.keys[experiments[1]]
+    actor = make_fragile_actor(cluster, poisoned=poisoned)
     started: list[Any] = []
 
     def start_worker() -> Any:
         started.append(actor.remote())
         return started[-1]
 
-    outcomes = list(_dispatch(list(experiments), start_worker, 2, Store(tmp_path)))
-    failed = {outcome.experiment.key: outcome.error for outcome in outcomes if outcome.error}
-    assert failed.keys() == {experiments[1].key}
-    assert "the worker died 2 times" in failed[experiments[1].key]
-    assert {outcome.experiment.key for outcome in outcomes} == {experiment.key for experiment in experiments}
-    assert list_keys(tmp_path) == (set(), {experiments[1].key})
+    outcomes = list(dispatch(plan, start_worker, 2, Store(tmp_path)))
+    failed = {plan.keys[outcome.experiment]: outcome.error for outcome in outcomes if outcome.error}
+    assert failed.keys() == {poisoned}
+    assert "the worker died 2 times" in failed[poisoned]
+    assert {outcome.experiment for outcome in outcomes} == set(experiments)
+    assert list_keys(tmp_path) == (set(), {poisoned})
     assert len(started) == 4  # two at the start, and one for each death
 
 
@@ -82,11 +92,11 @@ def test_experiment_that_kills_its_worker_twice_fails_and_the_others_finish(clus
 )
 def test_more_than_the_cluster_has_is_refused(cluster: Any, config: RayConfig, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        _count_workers(config)
+        count_workers(config, list_nodes())
 
 
 def test_workers_default_to_what_the_cpus_allow(cluster: Any) -> None:
-    assert (_count_workers(RayConfig()), _count_workers(RayConfig(cpus_per_worker=2))) == (2, 1)
+    assert [count_workers(RayConfig(cpus_per_worker=cpus), list_nodes()) for cpus in (1, 2)] == [2, 1]
 
 
 def test_ray_that_does_not_start_is_named_with_the_way_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +107,7 @@ def test_ray_that_does_not_start_is_named_with_the_way_without_it(monkeypatch: p
     with pytest.raises(
         ConnectionError, match=r"Ray does not start \(The current node timed out .*hydra/launcher=basic"
     ):
-        _start_ray(RayConfig())
+        start_ray(RayConfig(), announce=print)
 
 
 def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(cluster: Any, tmp_path: Path) -> None:
@@ -105,12 +115,13 @@ def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(
         def __init__(self) -> None:
             raise ValueError("no GPU was given")
 
-        def run(self, experiment: Experiment) -> Outcome:
+        def run(self, experiment: Experiment, key: str) -> Outcome:
             return Outcome(experiment, "")
 
     actor = cluster.remote(Broken).options(num_cpus=1, max_restarts=0)
+    plan = make_plan([make_experiment(bits) for bits in (3, 4, 5)], tmp_path)
     with pytest.raises(ValueError, match="a worker cannot start: ValueError: no GPU was given"):
-        list(_dispatch([make_experiment(4)] * 3, actor.remote, 2, Store(tmp_path)))
+        list(dispatch(plan, actor.remote, 2, Store(tmp_path)))
     assert list_keys(tmp_path) == (set(), set())
 
 
@@ -149,11 +160,9 @@ def test_a_share_is_met_so_often(workers: int) -> None:
     ],
     ids=["CPUs of two nodes", "GPUs"],
 )
-def test_a_worker_must_fit_on_one_node(monkeypatch: pytest.MonkeyPatch, config: RayConfig, words: str) -> None:
-    nodes = [{"CPU": 4.0, "GPU": 4.0}, {"CPU": 4.0}]
-    monkeypatch.setattr("kbit.engine.ray_cluster._list_nodes", lambda: nodes)
+def test_a_worker_must_fit_on_one_node(config: RayConfig, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        _count_workers(config)
+        count_workers(config, [{"CPU": 4.0, "GPU": 4.0}, {"CPU": 4.0}])
 
 
 @given(st.integers(1, 10**12), st.integers(GB, 200 * GB))

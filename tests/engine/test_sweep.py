@@ -8,7 +8,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from kbit.engine.estimate import Estimator, format_seconds
 from kbit.engine.plan import Outcome, Plan, check_experiment, make_plan
-from kbit.engine.progress import Progress, finish, show_value
+from kbit.engine.progress import Progress, show_value
 from kbit.engine.worker import Worker, run_in_process
 from kbit.engine.worker_log import log_output
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.models.config import ModelConfig
@@ -42,13 +44,23 @@ def make_experiment(bits: int, model: str = MODEL, data_type: str = "int") -> Ex
 def touch(store: Path, kind: str, experiment: Experiment) -> None:
     """Let the store have a file for an experiment; a plan looks at names only."""
     (store / kind).mkdir(parents=True, exist_ok=True)
-    (store / kind / f"{experiment.key}.json").touch()
+    (store / kind / f"{find_key(experiment)}.json").touch()
 
 
-def run(experiments: Sequence[Experiment], store: Path, *, fail_fast: bool = False) -> tuple[Plan, list[Outcome]]:
-    """Plan and run in this process, as the command line does."""
+def run(experiments: Sequence[Experiment], store: Path) -> tuple[Plan, list[Outcome]]:
+    """Plan and run in this process, as the command line does. Return the plan and the failures."""
     plan = make_plan(experiments, store)
-    return plan, finish(run_in_process(plan.to_run, str(store), "cpu"), plan, fail_fast=fail_fast)
+    return plan, follow(run_in_process(plan, str(store), "cpu"), plan)
+
+
+def follow(outcomes: Iterable[Outcome], plan: Plan, store: Store | None = None) -> list[Outcome]:
+    """Show the outcomes and return the failures."""
+    failures = []
+    with closing(Progress(plan.to_run, Estimator(), store)) as progress:
+        for outcome in outcomes:
+            progress.take(outcome)
+            failures += [outcome] if outcome.error else []
+    return failures
 
 
 def copy_model(folder: Path) -> Path:
@@ -79,7 +91,7 @@ def truncated_model(tmp_path: Path) -> Path:
 def test_plan_counts_asked_and_distinct(tmp_path: Path) -> None:
     experiments = [make_experiment(bits) for bits in (4, 4, 5, 4)]
     plan = make_plan(experiments, tmp_path / "none")
-    assert (plan.asked, len(plan.distinct), plan.done, plan.failed, len(plan.to_run)) == (4, 2, 0, 0, 2)
+    assert (plan.asked, len(plan.keys), plan.done, plan.failed, len(plan.to_run)) == (4, 2, 0, 0, 2)
     assert not (tmp_path / "none").exists()
 
 
@@ -164,15 +176,15 @@ def test_experiments_run_and_are_stored(tmp_path: Path) -> None:
     losses = read_results(tmp_path).query("metric == 'cross_entropy'").set_index("bits")["value"]
     assert losses[3] > losses[16]
     assert abs(losses[8] - losses[16]) < 0.1 * (losses[3] - losses[16])  # the weights are restored in between
-    assert make_plan(plan.distinct, tmp_path).to_run == ()
+    assert make_plan(plan.keys, tmp_path).to_run == ()
 
 
 def test_model_with_nan_fails_and_the_others_finish(tmp_path: Path, nan_model: Path) -> None:
     good, bad = make_experiment(4), make_experiment(4, str(nan_model))
     _, failures = run([bad, good], tmp_path / "results")
     assert [outcome.experiment for outcome in failures] == [bad]
-    assert Store(tmp_path / "results").finished_keys() == {good.key}
-    reason = read_failures(tmp_path / "results").set_index("key").loc[bad.key, "reason"]
+    assert Store(tmp_path / "results").finished_keys() == {find_key(good)}
+    reason = read_failures(tmp_path / "results").set_index("key").loc[find_key(bad), "reason"]
     assert "gpt_neox.layers.0.attention.dense.weight (3 of " in str(reason)
 
 
@@ -181,7 +193,7 @@ def test_truncated_weights_fail_and_the_others_finish(tmp_path: Path, truncated_
     _, failures = run([bad, good], tmp_path / "results")
     assert [outcome.experiment for outcome in failures] == [bad]
     assert str(truncated_model) in failures[0].error
-    assert Store(tmp_path / "results").finished_keys() == {good.key}
+    assert Store(tmp_path / "results").finished_keys() == {find_key(good)}
 
 
 def test_quantizer_that_fails_leaves_the_model_intact_for_the_next(tmp_path: Path) -> None:
@@ -194,17 +206,10 @@ def test_quantizer_that_fails_leaves_the_model_intact_for_the_next(tmp_path: Pat
     assert both == alone
 
 
-def test_fail_fast_stops_at_the_first_failure(tmp_path: Path) -> None:
-    bad = dataclasses.replace(make_experiment(4), quant=QuantConfig(bits=4, exclude="mlp"))
-    _, failures = run([bad, make_experiment(5), make_experiment(6)], tmp_path, fail_fast=True)
-    assert len(failures) == 1
-    assert Store(tmp_path).finished_keys() == set()
-
-
 def test_device_that_is_not_there_is_a_failure_not_another_device(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4))
+    outcome = Worker(str(tmp_path), "cuda").run(make_experiment(4), find_key(make_experiment(4)))
     assert "there are 0 CUDA devices here" in outcome.error
     assert Store(tmp_path).finished_keys() == set()
 
@@ -213,7 +218,7 @@ def test_what_another_driver_has_finished_is_not_run_again(tmp_path: Path) -> No
     done = make_experiment(4)
     touch(tmp_path, "experiments", done)
     worker = Worker(str(tmp_path), "no device at all")
-    assert worker.run(done) == Outcome(done, "")
+    assert worker.run(done, find_key(done)) == Outcome(done, "")
 
 
 def test_a_store_that_takes_nothing_ends_the_sweep_and_is_no_failure(
@@ -231,11 +236,11 @@ def test_a_store_that_takes_nothing_ends_the_sweep_and_is_no_failure(
 def test_a_store_that_cannot_be_compacted_does_not_stop_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("kbit.engine.worker.MANY_FILES", 1)
+    monkeypatch.setattr("kbit.engine.progress.MANY_FILES", 1)
     touch(tmp_path, "experiments", make_experiment(8))  # an empty file
     plan = make_plan([make_experiment(4), make_experiment(5)], tmp_path)
     outcomes = (Outcome(experiment, "") for experiment in plan.to_run)
-    assert finish(outcomes, plan, fail_fast=False, store=Store(tmp_path)) == []
+    assert follow(outcomes, plan, Store(tmp_path)) == []
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -249,7 +254,7 @@ def test_progress_says_what_is_left_by_what_was_measured(tmp_path: Path, capsys:
         for experiment in plan.to_run:
             yield Outcome(experiment, "", seconds=took.get(experiment, 120.0))
 
-    finish(outcomes(), plan, fail_fast=False)
+    follow(outcomes(), plan)
     lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
     by_cost = 2 * 600 * 231_168 / 1_298_016  # seconds, until one of the small model was measured
     assert lines == [f"done, about {format_seconds(by_cost)} left", "done, about 2 min left", "done"]
@@ -263,9 +268,9 @@ def test_time_left_falls_while_the_last_ones_run(
     monkeypatch.setattr(time, "monotonic", lambda: now)
     progress = Progress(plan, Estimator())
     now = 1000.0  # Ray started, and both workers
-    progress.show(Outcome(first, "", working=(second,), seconds=100.0))  # the second is as far as the first was
+    progress.take(Outcome(first, "", working=(second,), seconds=100.0))  # the second is as far as the first was
     now = 1060.0
-    progress.show(Outcome(second, "", working=(third,), seconds=100.0))  # the third runs for 60 s
+    progress.take(Outcome(second, "", working=(third,), seconds=100.0))  # the third runs for 60 s
     lines = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
     assert lines == ["done, about 2 min left", "done, about 40 s left"]
 
@@ -281,7 +286,7 @@ def test_lines_tell_evaluations_apart(tmp_path: Path, capsys: pytest.CaptureFixt
     one = make_experiment(4)
     other = dataclasses.replace(one, eval=dataclasses.replace(one.eval, perplexity_windows=3))
     plan = make_plan([one, other], tmp_path / "none")
-    finish((Outcome(experiment, "") for experiment in plan.to_run), plan, fail_fast=False)
+    follow((Outcome(experiment, "") for experiment in plan.to_run), plan)
     windows = [one.eval.perplexity_windows, 3]
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"[{k + 1}/2] {one.label()} perplexity_windows={windows[k]}: done" for k in range(2)]
@@ -298,7 +303,7 @@ def test_values_are_shown_in_a_few_characters(value: object, text: str) -> None:
 def test_progress_says_nothing_of_time_before_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan([make_experiment(4), make_experiment(5)], tmp_path / "none")
     outcomes = (Outcome(experiment, "broken", seconds=3.0) for experiment in plan.to_run)
-    assert len(finish(outcomes, plan, fail_fast=False)) == 2
+    assert len(follow(outcomes, plan)) == 2
     assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["broken", "broken"]
 
 

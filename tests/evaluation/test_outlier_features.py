@@ -19,6 +19,7 @@ from kbit.evaluation.outlier_features import find_features, measure_ablation, me
 from kbit.evaluation.perplexity import measure_cross_entropy, run_trunk
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.session import Session
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -228,14 +229,14 @@ def test_the_command_prints_what_it_finds(kbit: Callable[..., Any]) -> None:
 
 def content_keys() -> Iterator[str]:
     for fields in ({}, {"measure": True}, {"measure": True, "layers": 0.5}):
-        yield Experiment(eval=EvalConfig(features=FeatureConfig(**fields))).key
+        yield find_key(Experiment(eval=EvalConfig(features=FeatureConfig(**fields))))
 
 
 def test_criteria_are_content_only_where_features_are_looked_for() -> None:
     plain, measured, other = content_keys()
-    assert plain == Experiment().key
+    assert plain == find_key(Experiment())
     assert len({plain, measured, other}) == 3
-    assert Experiment(eval=EvalConfig(features=FeatureConfig(layers=0.5))).key == plain
+    assert find_key(Experiment(eval=EvalConfig(features=FeatureConfig(layers=0.5)))) == plain
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import PreparedTasks
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.experiments.session import Session, run_experiment
 from kbit.methods.config import QuantConfig
@@ -144,16 +145,16 @@ def test_a_file_edited_after_planning_is_an_error(session: Session, tmp_path: Pa
     path = tmp_path / "data"
     if what == "text":
         write_text(path, STORIES[0])
-        experiment, planned = of_text(path), of_text(path).key
-        assert experiment.key == planned
+        experiment = of_text(path)
+        planned = find_key(experiment)
         write_text(path, STORIES[1])
     else:
         write_tasks(path, 0)
         experiment = of_tasks(path)
-        planned = experiment.key
+        planned = find_key(experiment)
         write_tasks(path, 1)
     with pytest.raises(ValueError, match=f"{path}.* has changed since {planned} was planned"):
-        session.run(experiment)
+        session.run(experiment, planned)
 
 
 @pytest.mark.parametrize("edited", ["rows.jsonl", "mine.yaml", "text.jsonl"])
@@ -237,7 +238,8 @@ def test_a_model_whose_files_are_replaced_is_loaded_again(tmp_path: Path) -> Non
     worker = Worker(str(tmp_path / "results"), "cpu")
     for name in ("nano-neox-98k", "nano-neox-332k"):
         copy_model(folder, name)
-        assert worker.run(Experiment(ModelConfig(str(folder)), NF4, text)).error == ""
+        experiment = Experiment(ModelConfig(str(folder)), NF4, text)
+        assert worker.run(experiment, find_key(experiment)).error == ""
     table = read_results(tmp_path / "results")
     assert set(table["parameters"]) == {231_168, 532_320}  # of their model cards
 
@@ -268,9 +270,9 @@ def test_the_reason_is_in_the_store(tmp_path: Path) -> None:
     path = tmp_path / "story.jsonl"
     write_text(path, STORIES[0])
     experiment = of_text(path)
-    assert experiment.key
+    planned = find_key(experiment)
     write_text(path, STORIES[1])
-    outcome = Worker(str(tmp_path / "results"), "cpu").run(experiment)
+    outcome = Worker(str(tmp_path / "results"), "cpu").run(experiment, planned)
     assert "has changed since" in outcome.error
     assert Store(tmp_path / "results").finished_keys() == set()
     assert read_failures(tmp_path / "results")["reason"].str.contains("has changed since").all()
@@ -287,7 +289,8 @@ def test_models_of_a_family_render_and_tokenize_a_task_once(tmp_path: Path, monk
     names = ("nano-neox-98k", "nano-neox-332k", "nano-stories-260k", "nano-neox-98k")
     for number, name in enumerate(names):
         quant = QuantConfig(bits=4 - (number == 3))
-        assert worker.run(Experiment(ModelConfig(name), quant, task)).error == ""
+        experiment = Experiment(ModelConfig(name), quant, task)
+        assert worker.run(experiment, find_key(experiment)).error == ""
         counts.append(len(tokenized))
     assert len(rendered) == 1
     of_one = counts[0]

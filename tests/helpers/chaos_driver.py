@@ -1,6 +1,8 @@
-"""A sweep of short experiments with results that follow from their keys: chaos_driver.py STORE FIRST LAST.
+"""Run a sweep of short experiments whose results follow from their keys.
 
-The engine and the store are kbit's; only the worker is light, so that losing it costs a second.
+    python chaos_driver.py STORE FIRST LAST
+
+The engine and the store are kbit's. Only the worker is light, so that losing it costs a second.
 """
 
 from __future__ import annotations
@@ -10,31 +12,33 @@ import hashlib
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from kbit.engine.estimate import Estimator
 from kbit.engine.plan import Outcome, make_plan
-from kbit.engine.progress import compact_quietly, finish
-from kbit.engine.ray_cluster import _dispatch, _start_ray
+from kbit.engine.progress import Progress, compact_quietly
+from kbit.engine.ray_cluster import dispatch, start_ray
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.store.store import Store
 
-SECONDS = 0.2  # of an experiment
+SECONDS = 0.2  # duration of an experiment
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What is stored of an experiment: what follows from its key, and no more."""
+    """The stored record of an experiment. It holds only what follows from the experiment's key."""
 
     key: str
     value: str
 
 
 def list_experiments(first: int, last: int) -> list[Experiment]:
-    """The experiments of a numbered grid."""
+    """Return the experiments first to last - 1 of a numbered grid."""
     models = ("nano-neox-98k", "nano-neox-332k", "nano-neox-1m")
     evaluation = EvalConfig(tasks=())
     return [
@@ -43,41 +47,43 @@ def list_experiments(first: int, last: int) -> list[Experiment]:
 
 
 def make_record(key: str) -> Record:
-    """The result of an experiment."""
+    """Return the record of the experiment with this key."""
     return Record(key, hashlib.sha256(key.encode()).hexdigest())
 
 
 class LightWorker:
-    """Stands in for kbit.engine.worker.Worker; leaves a file for every experiment that it starts."""
+    """A stand-in for kbit.engine.worker.Worker. It leaves a file for every experiment that it starts."""
 
     def __init__(self, store_path: str) -> None:
         self._store = Store(store_path)
         (self._store.path / "pids").mkdir(exist_ok=True)
         (self._store.path / "pids" / str(os.getpid())).touch()
 
-    def run(self, experiment: Experiment) -> Outcome:
+    def run(self, experiment: Experiment, key: str) -> Outcome:
         """Take a moment, then store the result."""
-        if self._store.has(experiment.key):
+        if self._store.has(key):
             return Outcome(experiment, "")
         started = self._store.path / "started"
         started.mkdir(exist_ok=True)
-        (started / f"{experiment.key}-{os.getpid()}-{time.monotonic_ns()}").touch()
+        (started / f"{key}-{os.getpid()}-{time.monotonic_ns()}").touch()
         time.sleep(SECONDS)
-        self._store.write(make_record(experiment.key))  # type: ignore[arg-type]
+        self._store.write(make_record(key))  # type: ignore[arg-type]
         return Outcome(experiment, "")
 
 
 def run_sweep(store_path: str, first: int, last: int) -> None:
-    """Plan and run, as kbit.cli.run does."""
+    """Plan and run the experiments first to last - 1, as kbit.cli.run does."""
     import ray
 
     plan = make_plan(list_experiments(first, last), store_path, retry_failed=True)
     print(plan.describe(), flush=True)
     store = Store(store_path)
-    _start_ray(RayConfig())
+    start_ray(RayConfig(), announce=print)
     remote: Any = ray.remote(LightWorker).options(num_cpus=1, max_restarts=0)
-    outcomes = _dispatch(list(plan.to_run), lambda: remote.remote(store_path), 2, store)
-    finish(outcomes, plan, fail_fast=False, store=store)
+    outcomes = dispatch(plan, lambda: remote.remote(store_path), 2, store)
+    with closing(outcomes), closing(Progress(plan.to_run, Estimator(), store)) as progress:
+        for outcome in outcomes:
+            progress.take(outcome)
     ray.shutdown()
     compact_quietly(store)
 

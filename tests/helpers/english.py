@@ -1,4 +1,6 @@
-"""How the docstrings and comments read: semicolons per 100 words, and attribute texts that begin with "of".
+"""Measures how the docstrings and comments read.
+
+The measures are semicolons per 100 words, and entries of Attributes, Args or Returns that begin with "of".
 
 python tests/helpers/english.py [FOLDER ...]     names what a reader would stumble over, by file and line
 """
@@ -28,7 +30,7 @@ class Text:
     Attributes:
         path: the file.
         line: where the text begins.
-        text: without quotes or number signs.
+        text: the text without quotes or number signs.
     """
 
     path: Path
@@ -47,7 +49,7 @@ class Text:
 
     @property
     def entries_with_of(self) -> list[str]:
-        """The attributes whose text begins with "of"."""
+        """The entries whose text begins with "of"."""
         return [found.strip() for found in _ENTRY.findall(self.text)]
 
 

@@ -1,4 +1,7 @@
-"""Hydra's global state, kept from one test to the next: a command registers its own schemas and leaves them there."""
+"""Keeps Hydra's global state the same from one test to the next.
+
+A command registers its own schemas in that state and leaves them there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from hydra.core.plugins import Plugins
 
 @contextmanager
 def config_store_kept() -> Iterator[None]:
-    """Let what is registered in Hydra's store of schemas, or taken out of it, end with the block."""
+    """Undo, at the end of the with block, what the block registers in Hydra's store of schemas or takes out of it."""
     Plugins.instance()  # fills the store the first time that it is asked for
     store = ConfigStore.instance()
     before, store.repo = store.repo, copy.deepcopy(store.repo)

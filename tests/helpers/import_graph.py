@@ -1,4 +1,7 @@
-"""Which module of kbit imports which, by the sources; imports in functions and for type checkers included."""
+"""Reads from the sources which module of kbit imports which.
+
+Imports in functions count, and so do imports for type checkers unless a caller leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def read_imports(modules: Mapping[str, Path], *, for_types: bool = True) -> dict
     """Return for each module the modules of kbit that it imports.
 
     Args:
-        modules: see find_modules.
+        modules: the files of the modules by name, as find_modules returns them.
         for_types: whether imports under `if TYPE_CHECKING:` count.
     """
     return {
@@ -35,10 +38,10 @@ def read_imports(modules: Mapping[str, Path], *, for_types: bool = True) -> dict
 
 
 def find_longest_chain(graph: Mapping[str, set[str]]) -> list[str]:
-    """Return the longest chain of modules each of which imports the next.
+    """Return the longest chain of modules in which each module imports the next.
 
     Raises:
-        ValueError: the imports form a circle; the message names it.
+        ValueError: the imports form a circle. The message names it.
     """
     known: dict[str, list[str]] = {}
 

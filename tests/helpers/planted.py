@@ -1,4 +1,4 @@
-"""Outlier features of known dimensions, put into a model."""
+"""Puts outlier features of known dimensions into a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 
 
 def plant_features(model: Any, dimensions: list[int], scale: float = 64.0, layers: Sequence[int] | None = None) -> None:
-    """Scale dimensions up after OPT's norms and down in the next weights: the function is unchanged."""
+    """Scale dimensions up after OPT's norms and down in the next weights.
+
+    The model computes the same function as before.
+    """
     every = model.model.decoder.layers
     for layer in every if layers is None else (every[i] for i in layers):
         attention = layer.self_attn

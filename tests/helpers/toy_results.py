@@ -1,4 +1,4 @@
-"""Invented results, for tests of the store."""
+"""Makes invented results for tests of the store."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kbit.evaluation.measurement import Measurement, encode_items
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -21,14 +22,14 @@ QUANTS = (
 
 
 def make_result(number: int, value: float = 0.5) -> Result:
-    """An invented result; numbers go through the kinds of quantizers."""
+    """Return an invented result. Successive numbers go through the quantizers in QUANTS."""
     experiment = Experiment(ModelConfig(f"toy-{number}"), QUANTS[number % len(QUANTS)])
     measurements = (
         Measurement("nano_cloze", "acc", value, 0.4, 0.6, 100),
         Measurement("nano_held_out", "cross_entropy", 3.0 + number, float("nan"), float("nan"), 1),
     )
     return Result(
-        key=experiment.key, experiment=experiment, family="toys", architecture="Toy", parameters=1000,
+        key=find_key(experiment), experiment=experiment, family="toys", architecture="Toy", parameters=1000,
         quantized_parameters=900, total_bits=5425, bits_per_param=4.25, coverage=1.0, skipped=(),
         measurements=measurements, model_revision="0", checkpoint_dtype="float16", weights_hash="0", tasks=(),
         text=None, truncated=0, versions={"python": "3.11"}, git_commit="", device="none", threads=1,
@@ -39,7 +40,7 @@ def make_result(number: int, value: float = 0.5) -> Result:
 
 
 def fill(path: Path, numbers: range) -> Store:
-    """A store with these results."""
+    """Write the results of these numbers and return their store."""
     store = Store(path)
     for number in numbers:
         store.write(make_result(number))
@@ -47,7 +48,7 @@ def fill(path: Path, numbers: range) -> Store:
 
 
 def write_and_compact(path: Path, start: int) -> None:
-    """What one of several drivers does: results, and now and then a compaction."""
+    """Write 60 results and compact the store now and then, as one of several drivers does."""
     for number in range(start, start + 60):
         store = Store(path)
         store.write(make_result(number))
@@ -56,7 +57,7 @@ def write_and_compact(path: Path, start: int) -> None:
 
 
 def race(path: Path, value: float, start: Barrier) -> None:
-    """Write 50 results as soon as the other process is there too: what each of two writers does."""
+    """Write 50 results as soon as the other process is there too. Each of two writers runs this function."""
     store = Store(path)
     start.wait(timeout=120)
     for number in range(50):

@@ -22,6 +22,7 @@ from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.evaluation.zero_shot import evaluate, prepare_task
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.session import Session
 from kbit.layers import int8_linear
 from kbit.layers.int8_linear import Int8Linear, multiply_int8, quantize_int8
@@ -374,11 +375,11 @@ def test_the_configuration_does_what_the_methods_are_called() -> None:
 
 def test_other_fields_of_the_quantizer_mean_nothing_and_the_threshold_something() -> None:
     def key(**fields: Any) -> str:
-        return Experiment(quant=dataclasses.replace(INT8, **fields)).key
+        return find_key(Experiment(quant=dataclasses.replace(INT8, **fields)))
 
     assert key(data_type="nf", block_size=128, scale_format="fp16") == key()
     assert key(activation_threshold=3.0) != key() != key(method="vectorwise")
-    assert key(bits=16) == Experiment(quant=QuantConfig(bits=16)).key
+    assert key(bits=16) == find_key(Experiment(quant=QuantConfig(bits=16)))
     assert Experiment(quant=INT8).label() == "nano-neox-98k llm_int8"
     with pytest.raises(ValueError, match=r"method=llm_int8 computes in 8 bits: quant\.bits=4 is not 8"):
         QuantConfig(bits=4, method="llm_int8")

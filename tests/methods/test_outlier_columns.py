@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.methods.outlier_columns import choose_kept
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
@@ -244,7 +245,7 @@ def test_the_count_is_rounded_and_never_none(fraction: float, inputs: int, count
 
 def test_fields_of_outliers_are_content_only_where_they_mean_something() -> None:
     def key(**fields: Any) -> str:
-        return Experiment(quant=dataclasses.replace(QuantConfig(), **fields)).key
+        return find_key(Experiment(quant=dataclasses.replace(QuantConfig(), **fields)))
 
     default = key()
     assert key(outlier_selection="column") == key(activation_threshold=3.0) == default

@@ -19,6 +19,7 @@ import pytest
 from toy_results import fill, make_result, write_and_compact
 
 from kbit.engine.plan import make_plan
+from kbit.experiments.identity import find_key
 from kbit.models.config import ModelConfig
 from kbit.store.filesystem import LocalFiles
 from kbit.store.items import read_items
@@ -148,11 +149,11 @@ def test_a_part_is_read_without_threads_that_outlive_the_interpreter(tmp_path: P
     """Threads of pyarrow's that came back to a dead interpreter aborted 14 of 60 short commands."""
     fill(tmp_path, range(4)).compact()
     code = (
-        "import os, sys; from kbit.store.filesystem import open_files; from kbit.store.rows import ROW_SCHEMA\n"
-        "from kbit import parts\n"
+        "import os, sys; from kbit.store.filesystem import open_files; from kbit.store import parquet\n"
+        "from kbit.store.results import read_part; from kbit.store.rows import ROW_SCHEMA\n"
         "files, threads = open_files(sys.argv[1]), len(os.listdir('/proc/self/task'))\n"
-        "[name] = files.names('compacted', '.parquet'); keys = parts.read_keys(files, name)\n"
-        "texts, rows = parts.read_texts(files, name, list(keys)[:3]), parts.read_rows(files, name, ROW_SCHEMA)\n"
+        "[name] = files.names('compacted', '.parquet'); keys = parquet.read_keys(files, name)\n"
+        "texts, rows = parquet.read_texts(files, name, list(keys)[:3]), read_part(files, name, ROW_SCHEMA)\n"
         "print(len(keys), len(texts), len(rows), len(os.listdir('/proc/self/task')) - threads)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -174,8 +175,8 @@ def test_merging_copies_what_is_missing(tmp_path: Path) -> None:
     fill(tmp_path / "a", range(4)).compact()
     fill(tmp_path / "b", range(2, 5)).compact()
     other = fill(tmp_path / "b", range(5, 7))
-    other.write_failure(make_result(9).experiment, "no", "")
-    other.write_failure(make_result(0).experiment, "no", "")
+    other.write_failure(make_result(9).key, make_result(9).experiment, "no", "")
+    other.write_failure(make_result(0).key, make_result(0).experiment, "no", "")
     shutil.copytree(tmp_path / "b", tmp_path / "copy")
     store = Store(tmp_path / "a")
     assert store.merge(tmp_path / "b") == (3, 2)
@@ -215,6 +216,7 @@ def test_readers_miss_nothing_while_two_write_and_compact(tmp_path: Path, writer
 def test_a_failure_is_no_result(tmp_path: Path) -> None:
     store = fill(tmp_path, range(2))
     store.compact()
-    store.write_failure(dataclasses.replace(make_result(0).experiment, model=ModelConfig("other")), "no", "")
+    other = dataclasses.replace(make_result(0).experiment, model=ModelConfig("other"))
+    store.write_failure(find_key(other), other, "no", "")
     assert store.delete_failures(list_keys(tmp_path)[1]) == 1
     assert list_keys(tmp_path)[1] == set()

@@ -68,7 +68,7 @@ def test_a_store_works_anywhere(place: str, tmp_path: Path) -> None:
     store = Store(place)
     for number in range(4):
         store.write(make_result(number))
-    store.write_failure(make_result(9).experiment, "no", "")
+    store.write_failure(make_result(9).key, make_result(9).experiment, "no", "")
     fill(tmp_path / "local", range(4))
     expected = read_results(tmp_path / "local").to_csv()
     assert read_results(place).to_csv() == expected

@@ -1,0 +1,144 @@
+"""The identity of an experiment: its key, made from what decides its numbers and from the files that it reads.
+
+    key = first 16 hexadecimal digits of sha256(JSON of the identity fields, with files named by their content)
+
+A configuration names a model, tasks and texts, and opens no file. This module alone reads the files behind those names
+to identify them, so that a copy of a file at another path has the same key, and an edited file has another one. A plan
+keeps the keys (kbit.engine.plan): an experiment whose files change between planning and running is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, list_task_files
+from kbit.data.texts import list_embedded_texts, locate_text, read_bytes
+from kbit.evaluation.measure_sources import identify_measures
+from kbit.experiments.config import Experiment
+from kbit.models.catalog import STUDIED
+
+_KEY_DIGITS: Final = 16  # 64 bits: among a million experiments two keys are equal once in 37 million studies
+_MEBIBYTE: Final = 2**20
+
+
+def find_key(experiment: Experiment) -> str:
+    """Return the experiment's key in the store, as its files are now."""
+    return _hash_fields(identify_experiment(experiment))
+
+
+def check_unchanged(experiment: Experiment, key: str) -> dict[str, dict[str, Any]]:
+    """Hash the experiment's files again and return its identity fields. Raise if the planned key no longer fits.
+
+    Raises:
+        ValueError: a file was changed after the study was planned, or check_texts refuses the experiment.
+    """
+    check_texts(experiment)
+    fields = identify_experiment(experiment)
+    if _hash_fields(fields) != key:
+        files = [experiment.model.name, *experiment.texts, experiment.eval.task_path]
+        raise ValueError(
+            f"one of {', '.join(str(file) for file in files if file)} has changed since {key} was planned, so that its "
+            "result would belong to another key: plan the study again"
+        )
+    return fields
+
+
+def check_texts(experiment: Experiment) -> None:
+    """Raise ValueError if the experiment would calibrate on the text that it measures."""
+    texts = experiment.texts
+    if len(texts) == 2 and len({identify_text(text) for text in texts}) == 1:
+        measured, seen = texts
+        raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
+
+
+def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Return Experiment.identity_fields with every model, task and text named by its content."""
+    fields = experiment.identity_fields
+    model, quant, evaluation = fields["model"], fields["quant"], fields["eval"]
+    model["name"] = identify_model(model["name"])
+    evaluation["tasks"] = identify_tasks(evaluation["tasks"], experiment.eval.task_path)
+    if "perplexity" in evaluation:
+        evaluation["perplexity"] = identify_text(evaluation["perplexity"])
+    if "measures" in evaluation:
+        evaluation["measures"] = identify_measures(evaluation["measures"])
+    if "calibration" in quant:
+        quant["calibration"]["text"] = identify_text(quant["calibration"]["text"])
+    return fields
+
+
+def identify_model(name: str) -> str:
+    """Return a model's name, or for a local folder the last part of its path with a fingerprint of its files.
+
+    The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
+    must not read all weights. The result of an experiment has the hash of all of them.
+    """
+    folder = Path(name)
+    if name in STUDIED or not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_MEBIBYTE)
+            file.seek(max(0, size - _MEBIBYTE))
+            digest.update(f"{path.name} {size}".encode() + head + file.read())
+    return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"
+
+
+def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
+    """Return the sorted names of tasks, where a user's own task carries the hash of its folder's content."""
+    if task_path is None:
+        return sorted(names)
+    own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
+    if not own & set(names):
+        return sorted(names)
+    digest = hashlib.sha256()
+    for path in list_task_files(task_path):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    folder_hash = digest.hexdigest()[:16]
+    return sorted(f"{name}@{folder_hash}" if name in own else name for name in names)
+
+
+def identify_text(name: str) -> str:
+    """Return the name of an embedded text or of a hub's text, or for a file the sha256 of its content.
+
+    A file with the documents of an embedded text, at any path, is that text. Two files of one content are one text too,
+    and their results carry the name of the file that was measured first. JSON lines are marked, since the same bytes in
+    a .txt file would be one document.
+    """
+    path = locate_text(name)
+    return name if path is None or name in list_embedded_texts() else name_content(name, hash_file(path))
+
+
+def name_content(name: str, sha256: str) -> str:
+    """Return the identity that the text of this name has if its content has this hash, see identify_text."""
+    path = locate_text(name)
+    if path is None:
+        return name
+    return _name_embedded().get(sha256, f"{sha256}.jsonl") if ".jsonl" in path.suffixes else sha256
+
+
+@functools.cache
+def _name_embedded() -> dict[str, str]:
+    """Return the name of each embedded text by the hash of its content. Installed files do not change."""
+    return {hash_file(path): name for name, path in list_embedded_texts().items()}
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's uncompressed content. A changed file is hashed again."""
+    state = path.stat()  # an editor may keep the size, and `cp -p` the time of modification, but not that of the change
+    return _hash_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_state(path: Path, *_state: int) -> str:
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def _hash_fields(fields: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
