@@ -18,6 +18,7 @@ from kbit.evaluation.measure import Memory
 from kbit.evaluation.measurement import Measurement, NonFiniteError, check_own
 from kbit.evaluation.measures import MEASURES, check_measures
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.session import Session
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -75,6 +76,10 @@ def asking(*measures: str) -> EvalConfig:
     return EvalConfig(tasks=(), perplexity_windows=3, measures=measures)
 
 
+def key_of(*measures: str) -> str:
+    return find_key(Experiment(eval=asking(*measures)))
+
+
 @pytest.mark.parametrize("asked", ["my_agreement.py:Agreement", "my_agreement:Agreement"])
 def test_a_measure_from_a_file_is_run_stored_and_drawn(
     kbit: Callable[..., Any], tmp_path: Path, measure: str, asked: str
@@ -108,13 +113,12 @@ def test_a_measure_from_a_file_is_run_stored_and_drawn(
 
 
 def test_it_is_part_of_the_key_by_its_content_only_if_it_is_asked_for(measure: str) -> None:
-    without, one = Experiment(eval=asking()), Experiment(eval=asking(measure))
-    key = one.key
-    assert Experiment(eval=asking("my_agreement:Agreement")).key == key != without.key
+    key = key_of(measure)
+    assert key_of("my_agreement:Agreement") == key != key_of()
     Path("elsewhere.py").write_text(AGREEMENT)
-    assert Experiment(eval=asking("elsewhere.py:Agreement")).key == key
+    assert key_of("elsewhere.py:Agreement") == key
     Path("my_agreement.py").write_text(AGREEMENT.replace(":, :32", ":, :31"))
-    assert Experiment(eval=asking(measure)).key != key
+    assert key_of(measure) != key
 
 
 def test_an_edited_measure_is_imported_again(measure: str, tmp_path: Path) -> None:
@@ -131,10 +135,10 @@ def test_an_edited_measure_is_imported_again(measure: str, tmp_path: Path) -> No
 
 def test_an_edit_after_planning_is_an_error(measure: str) -> None:
     experiment = Experiment(SMALL, QuantConfig(bits=3), asking(measure))
-    assert experiment.key
+    planned = find_key(experiment)
     Path("my_agreement.py").write_text(AGREEMENT + "\n")
-    with pytest.raises(ValueError, match="has changed since"):
-        Session(SMALL).run(experiment)
+    with pytest.raises(ValueError, match=r"my_agreement\.py:Agreement has changed since"):
+        Session(SMALL).run(experiment, planned)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +204,7 @@ def test_every_field_belongs_to_a_measure_and_to_the_key(measure: str, tmp_path:
     changes = CHANGES | {"measures": (measure,), "features": dataclasses.replace(usual.eval.features, measure=True)}
     assert changes.keys() == fields - {"task_path"}
     for name, value in changes.items():
-        assert Experiment(eval=dataclasses.replace(usual.eval, **{name: value})).key != usual.key
+        assert find_key(Experiment(eval=dataclasses.replace(usual.eval, **{name: value}))) != find_key(usual)
 
 
 def test_memory_keeps_one_object_of_each_kind() -> None:
