@@ -141,6 +141,12 @@ def test_an_edit_after_planning_is_an_error(measure: str) -> None:
         Session(SMALL).run(experiment, planned)
 
 
+def test_what_a_store_could_not_write_is_an_error(measure: str) -> None:
+    Path("my_agreement.py").write_text(AGREEMENT.replace('{"windows": len(shares)}', '{"tokens": say(subject)}'))
+    with pytest.raises(ValueError, match=r"'agreement' gave something that is no plain value: .* Tensor"):
+        Session(SMALL).run(Experiment(SMALL, QuantConfig(bits=3), asking(measure)))
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
