@@ -6,9 +6,11 @@ kbit.evaluation.config and in the experiment's key, and its instance in MEASURES
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +59,7 @@ class UserMeasures(Measure):
         """Run each measure.
 
         Raises:
-            ValueError: a measurement's task is not the measure's own.
+            ValueError: a measurement's task is not the measure's own, or JSON cannot hold a number or note.
             NonFiniteError: a measured value is NaN or infinite.
         """
         kept = subject.memory.recall(LoadedMeasures).by_identity
@@ -65,6 +67,7 @@ class UserMeasures(Measure):
         for source, measure in (kept[identity] for identity in subject.identity.get("measures", [])):
             measured = measure.run(subject)
             check_own(measure.name, measured.measurements, measured.items)
+            _check_plain(measure.name, measured)
             done.append((MeasureRecord(measure.name, source.sha256, dict(measured.notes)), measured))
         return Measured(
             [measurement for _, measured in done for measurement in measured.measurements],
@@ -133,6 +136,14 @@ def _import_source(source: MeasureSource) -> ModuleType:
             f"eval.measures={source.asked!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     return module
+
+
+def _check_plain(name: str, measured: Measured) -> None:
+    """Raise ValueError if a number or note is not a plain value, such as a tensor: no store could write it."""
+    try:
+        json.dumps([[dataclasses.asdict(m) for m in measured.measurements], dict(measured.notes)])
+    except TypeError as error:
+        raise ValueError(f"the measure {name!r} gave something that is no plain value: {error}") from error
 
 
 def _list_taken(subject: Subject) -> list[str]:
