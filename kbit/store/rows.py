@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -97,8 +97,9 @@ def _make_row(result: Result) -> dict[str, Any]:
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
+    content = {task.name: _describe_content(task) for task in result.tasks}
     row["measurements"] = [
-        vars(measurement) | {"evaluation": _describe_evaluation(result, measurement.task)}
+        vars(measurement) | {"evaluation": _describe_evaluation(result, measurement.task, content)}
         for measurement in result.measurements
     ]
     return row
@@ -121,15 +122,19 @@ def _describe_outliers(quant: QuantConfig) -> dict[str, Any]:
     return columns | ({"activation_threshold": quant.activation_threshold} if quant.decomposes else {})
 
 
-def _describe_evaluation(result: Result, task: str) -> str:
+def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) -> str:
     """Return what must be equal for two values of a measurement to compare: dtype, items or windows, and their content.
 
     The content is the beginning of a hash, see LoadedTask and TextRecord. A mean has the hash over its tasks' contents.
     Results from before the content was recorded do without.
+
+    Args:
+        result: the result with the measurement.
+        task: the measurement's task.
+        content: hashes of each task's data, see _describe_content.
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
     items = f"{dtype}, {evaluation.limit or 'all'} items"
-    content = {data.name: _describe_content(data) for data in result.tasks}
     if task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
     measure = _find_measure(result, task)
