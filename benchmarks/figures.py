@@ -3,8 +3,8 @@
     python benchmarks/figures.py [--experiments 35000]
 
 The store is SYNTHETIC and says so in every row: its models, families, keys and text are named synthetic-*, each value
-has the column synthetic = True, and its cross entropies follow a formula with noise. It exists in memory alone; nothing
-can take it for results. Prints a table, writes benchmarks/results/figures.json.
+has the column synthetic = True, and its cross entropies follow a formula with noise. It exists in memory alone, so
+nothing can take it for results. The script prints a table and writes benchmarks/results/figures.json.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
 """Scaling curves: quality against total model bits, one curve per precision.
 
-The question of the k-bit paper is asked at a *fixed budget of total bits*: a small model in 16 bit and a four
-times larger one in 4 bit cost the same memory; which is better? So each precision k is a curve
-value_k(total_bits) through the models of one family, and the curves are compared at common budgets. Between
-two models a curve is linear in log(total_bits), as in the paper, which found that power laws in (parameters,
-bits) fit poorly.
+The k-bit paper asks its question at a *fixed budget of total bits*. A small model in 16 bit and a four times larger
+one in 4 bit cost the same memory: which is better? So each precision k is a curve value_k(total_bits) through the
+models of one family, and the curves are compared at common budgets. Between two models a curve is linear in
+log(total_bits), as in the paper, which found that power laws in (parameters, bits) fit poorly.
 
 Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling laws", ICML 2023, section 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from kbit.methods.config import INT8_METHODS
-from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
+from kbit.analysis.curves.settings import SETTING_COLUMNS, complete_settings, make_labels, name_variant
 from kbit.numerics.spec import BASELINE_BITS
 
-VARIANT: Final = ["family", "data_type", "block_size"]  # what is held fixed while precisions are compared
+VARIANT: Final = ["family", "label", "block_size"]  # what is held fixed while precisions are compared
 
 
 POINT: Final = [*VARIANT, "bits", "model"]  # one marker of a figure
@@ -32,40 +30,20 @@ POINT: Final = [*VARIANT, "bits", "model"]  # one marker of a figure
 READING: Final = ["total_bits", "value", "low", "high"]
 
 
-CURVE_COLUMNS: Final = ["family", "bits", "data_type", "block_size", "model", *READING, "key"]
+NEEDED: Final = [
+    "family", "bits", "data_type", "block_size", "model", *READING, "key", "exponent_bits", "method", "task", "metric",
+]  # fmt: skip
 
 
-REPEAT_COLUMNS: Final = ["exponent_bits", "method", "task", "metric"]
-
-
-# Settings that make a variant of a data type: column, default, how its name says so.
-SETTINGS: Final = (
-    ("float_bias", "ieee", "{}"),
-    ("table", None, "{}"),
-    ("layout", "flat", "{}"),
-    ("normalization", "absmax", "{}"),
-    ("centering", False, "centred"),
-    ("scale_format", "fp16", "{} scales"),
-    ("rounding", "nearest", "{}"),
-    ("method", "rtn", "{}"),
-    ("method_options", "", "{}"),
-    ("activation_threshold", 6.0, "threshold {:g}"),
-    ("outlier_zscore", None, "outliers z > {:g}"),
-    ("outlier_selection", "proxy", "{}"),
-    ("outlier_fraction", 0.0, "outliers {:.3g}"),
-    ("include", None, "with {}"),
-    ("exclude", None, "without {}"),
-)
-
-
-BASELINE_ONLY: Final = "16-bit only"  # the variant of a family that was never quantized
+CURVE_COLUMNS: Final = [
+    "family", "bits", "data_type", "block_size", "label", "model", *READING, "key", *SETTING_COLUMNS,
+]  # fmt: skip
 
 
 BUDGETS: Final = 200  # grid points over the budgets compared: shares come out to half a percent
 
 
-# Rounding of the interpolation is near 1e-16 and accuracies of 10^6 items differ by 1e-6: between the two is
-# a tie.
+# Rounding of the interpolation is near 1e-16, and accuracies of 10^6 items differ by 1e-6. A tie is between the two.
 TIE: Final = 1e-9
 
 
@@ -81,8 +59,8 @@ class Measure:
     """A column of the study: what is plotted on the y axis.
 
     Attributes:
-        name: as printed.
-        metric, task: which rows of the results hold it.
+        name: the words that figures print.
+        metric, task: the cells that tell its rows of the results.
         higher_is_better: True for accuracies, False for losses.
     """
 
@@ -96,79 +74,74 @@ ZERO_SHOT: Final = Measure("mean zero-shot accuracy", "acc", "mean_zero_shot", h
 
 
 def find_cross_entropy(results: pd.DataFrame) -> Measure | None:
-    """Return the cross entropy of the text with the most results (ties: first by name); None without any."""
+    """Return the cross entropy of the text with the most results (ties: first by name), or None without any."""
     texts = results.loc[results["metric"] == "cross_entropy", "task"].value_counts().sort_index()
     return None if texts.empty else Measure("cross entropy", "cross_entropy", str(texts.idxmax()), False)
+
+
+def find_measures(results: pd.DataFrame) -> list[Measure]:
+    """Return the measures of the study that the results hold: mean zero-shot accuracy, cross entropy."""
+    has_accuracy = ((results["metric"] == ZERO_SHOT.metric) & (results["task"] == ZERO_SHOT.task)).any()
+    loss = find_cross_entropy(results)
+    return [*([ZERO_SHOT] if has_accuracy else []), *([loss] if loss else [])]
+
+
+def pick_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
+    """Return the rows of one measurement, one for each experiment that has a value.
+
+    Raises:
+        AmbiguousResults: a family was measured in several ways, see refuse_mixed_evaluations.
+    """
+    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
+    refuse_mixed_evaluations(rows)
+    return rows.drop_duplicates("key")
 
 
 def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
     """Return the points of all precision curves of one measurement.
 
-    A variant is a (family, data type, block size). The family's 16-bit baseline belongs to each of its
-    variants. Settings other than the paper's become part of the data type's name ("float E2", "nf row", "nf gptq").
-    Seeds are averaged, the interval's ends too: the items are the same under each seed, so more seeds do not
-    narrow the interval. A value that is missing is no point.
+    A variant is a data type with its settings, and a block size, of one family. Its label is the data type followed by
+    every setting that is not the paper's ("float E2", "nf row", "nf gptq"). The family's 16-bit baseline belongs to
+    each of its variants. Seeds are averaged, and so are the ends of their intervals: the items are the same under each
+    seed, so more seeds do not narrow the interval. A missing value is no point.
 
     Args:
-        results: long form, one row per experiment and measurement (kbit.read_results); a column seed is optional.
-        metric: for example "acc" or "cross_entropy".
-        task: for example "mean_zero_shot", or the name of a text.
+        results: long form, one row per experiment and measurement (kbit.read_results). A column seed is optional.
+        metric: a metric, for example "acc" or "cross_entropy".
+        task: a task, for example "mean_zero_shot", or the name of a text.
 
     Returns:
-        Columns family, bits, data_type, block_size (NA: whole tensor), model, total_bits, value, low, high, key (of
-        the experiment; several seeds: their keys, separated by blanks); sorted. Empty if nothing was measured. A family
-        with only a baseline has one variant, data_type None.
+        Columns family, bits, data_type, block_size (NA: whole tensor), label, model, total_bits, value, low, high, key
+        (the experiment's, or several seeds' keys separated by blanks), and those of settings.SETTING_COLUMNS, in which
+        a setting that is not stored has its default. The rows are sorted, and there are none if nothing was measured.
+        A family with only a baseline has one variant, whose label is None.
 
     Raises:
         ValueError: a column is missing.
         AmbiguousResults: experiments of the same seed share a point, or a family was measured in several ways.
     """
-    missing = [column for column in [*CURVE_COLUMNS, *REPEAT_COLUMNS] if column not in results]
+    missing = [column for column in NEEDED if column not in results]
     if missing:
         raise ValueError(f"results lack the columns {missing}; pass what kbit.read_results returns")
     rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
     refuse_mixed_evaluations(rows)
-    rows = rows.assign(data_type=name_data_types(rows), block_size=rows["block_size"].astype("Int64"))
+    rows = rows.assign(block_size=rows["block_size"].astype("Int64"))
     is_baseline = rows["bits"] == BASELINE_BITS
-    variants = rows.loc[~is_baseline, VARIANT].drop_duplicates()
-    baseline = rows[is_baseline].drop(columns=["data_type", "block_size"])
-    baseline = baseline.merge(variants, on="family", how="left")
-    points = merge_repeats(pd.concat([rows[~is_baseline], baseline], ignore_index=True))
+    quantized = complete_settings(rows[~is_baseline])
+    quantized = quantized.assign(label=make_labels(quantized))
+    points = merge_repeats(pd.concat([quantized, spread_baseline(rows[is_baseline], quantized)], ignore_index=True))
     return points.sort_values([*VARIANT, "bits", "total_bits", "model"], ignore_index=True)[CURVE_COLUMNS]
 
 
-def name_data_types(rows: pd.DataFrame) -> pd.Series[str]:
-    """Return name_data_type of every row, worked out once for each distinct setting."""
-    columns = ["bits", "data_type", "exponent_bits", *(name for name, _, _ in SETTINGS if name in rows)]
-    group = rows.groupby(columns, dropna=False, sort=False, observed=True).ngroup()
-    first = rows[~group.duplicated()].to_dict("records")
-    names = dict(zip(group.unique(), map(name_data_type, first), strict=True))
-    return pd.Series([names[number] for number in group], rows.index, dtype=object)
+def spread_baseline(baseline: pd.DataFrame, quantized: pd.DataFrame) -> pd.DataFrame:
+    """Return the 16-bit rows once for each variant of their family, with its settings but for the exponent bits.
 
-
-def name_data_type(row: Mapping[Any, Any]) -> str | None:
-    """Return the data type followed by every setting that is not the default; None for the unquantized baseline.
-
-    The defaults are the paper's: its exponent bits, "ieee", flat absmax blocks, float16 scales, round to nearest.
+    The exponent bits of one variant depend on the precision: they are the paper's.
     """
-    if row["bits"] == BASELINE_BITS:
-        return None
-    parts = [str(row["data_type"])]
-    exponent_bits = row["exponent_bits"]
-    is_float = row["data_type"] == "float" and not is_missing(exponent_bits)
-    if is_float and exponent_bits != PAPER_EXPONENT_BITS[row["bits"]]:
-        parts.append(f"E{exponent_bits}")
-    decided = ("layout", "scale_format") if row.get("method") in INT8_METHODS else ()  # by the method
-    for column, default, words in SETTINGS:
-        value = default if column in decided else row.get(column, default)
-        if not is_missing(value) and value != default:
-            parts.append(words.format(value))
-    return " ".join(parts)
-
-
-def is_missing(value: object) -> bool:
-    """Whether a cell is None, NaN or NA; which of them depends on the column's type in pandas."""
-    return bool(pd.isna(value))  # type: ignore[call-overload]
+    own = ["data_type", *SETTING_COLUMNS]
+    variants = quantized.drop_duplicates(VARIANT)[[*VARIANT, *own]]
+    variants = variants.assign(exponent_bits=pd.Series(pd.NA, variants.index, dtype="Int64"))
+    return baseline.drop(columns=["block_size", *own], errors="ignore").merge(variants, on="family", how="left")
 
 
 def refuse_mixed_evaluations(rows: pd.DataFrame) -> None:
@@ -190,7 +163,8 @@ def refuse_mixed_evaluations(rows: pd.DataFrame) -> None:
 def prefer_baseline(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of each model's experiments with the most bits, one row of each task and metric.
 
-    Of what is said of a model, not of a way to quantize it: where it was measured at 16 bits, that counts alone.
+    This is for statements about a model, not about a way to quantize it. Where a model was measured at 16 bits, that
+    experiment counts alone.
 
     Raises:
         AmbiguousResults: a family was measured in several ways at those bits.
@@ -201,20 +175,19 @@ def prefer_baseline(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def is_contest(curves: pd.DataFrame) -> bool:
-    """Whether a variant has two quantized precisions of two sizes each; one against 16 bits alone wins by default."""
+    """Whether a variant has two quantized precisions of two sizes each. One against 16 bits alone wins by default."""
     return len([bits for bits in sort_curves(curves) if bits < BASELINE_BITS]) >= 2
 
 
 def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per point, averaged over seeds; the same value twice (measured beside other tasks) is one."""
+    """Return one row per point, averaged over seeds. An equal value, measured again beside other tasks, counts once."""
     points = points.drop_duplicates([*POINT, *points.columns.intersection(["seed"]), *READING])
     if not points.duplicated(POINT).any():  # one seed, as nearly always: joining 35,000 groups takes seconds
-        return points[[*POINT, *READING, "key"]]
+        return points
     refuse_ambiguous(points)
-    merged = points.groupby(POINT, dropna=False).agg(
-        {"total_bits": "first", "value": "mean", "low": "mean", "high": "mean", "key": " ".join}
-    )
-    return merged.reset_index()
+    groups = points.groupby(POINT, dropna=False)
+    means = groups.agg({"value": "mean", "low": "mean", "high": "mean", "key": " ".join})
+    return points.drop_duplicates(POINT).drop(columns=means.columns).merge(means.reset_index(), on=POINT)
 
 
 def refuse_ambiguous(points: pd.DataFrame) -> None:
@@ -228,22 +201,15 @@ def refuse_ambiguous(points: pd.DataFrame) -> None:
     differing = [
         str(column) for column in same if column not in ("key", *READING) and same[column].nunique(dropna=False) > 1
     ]
-    variant = name_variant(first["data_type"], first["block_size"])
+    variant = name_variant(first["label"], first["block_size"])
     raise AmbiguousResults(
         f"{first['model']} at {first['bits']} bit ({variant}) has {len(same)} results that differ in "
         f"{', '.join(differing) or 'a setting that is not a column'}; keep one of them"
     )
 
 
-def name_variant(data_type: object, block_size: object) -> str:
-    """Return for example "nf block 64", "int whole tensor"; BASELINE_ONLY where nothing was quantized."""
-    if is_missing(data_type):
-        return BASELINE_ONLY
-    return f"{data_type} whole tensor" if is_missing(block_size) else f"{data_type} block {block_size}"
-
-
 def split_variants(curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Yield each variant as ({family, data_type, block_size}, its curves), sorted."""
+    """Yield each variant as ({family, label, block_size}, its curves), sorted."""
     for values, group in curves.groupby(VARIANT, dropna=False):
         yield dict(zip(VARIANT, values, strict=True)), group
 
@@ -259,7 +225,7 @@ def interpolate(sizes: Floats, values: Floats, total_bits: npt.ArrayLike) -> Flo
         total_bits: budgets, in bits.
 
     Returns:
-        Same shape as total_bits; NaN outside the curve's range: a curve is never extrapolated.
+        An array of total_bits' shape. It is NaN outside the curve's range, as a curve is never extrapolated.
     """
     budgets = np.log(np.asarray(total_bits, dtype=np.float64))
     return np.asarray(np.interp(budgets, np.log(sizes), values, left=np.nan, right=np.nan), dtype=np.float64)
@@ -268,13 +234,14 @@ def interpolate(sizes: Floats, values: Floats, total_bits: npt.ArrayLike) -> Flo
 def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits") -> Floats:
     """Return log-spaced budgets at which every quantized curve of one panel is defined, perhaps none.
 
-    Outside them a curve would win only because the others have no model that small or that large, which says
-    nothing about precisions. With a single quantized curve the 16-bit baseline takes its place beside it. A curve
-    of one size only is a point and does not take part.
+    Outside them a curve would win only because the others have no model that small or that large, which says nothing
+    about precisions. With a single quantized curve the 16-bit baseline takes its place beside it. A curve of one size
+    only is a point and does not take part.
 
     Args:
-        curves: points of one panel; `by` tells its curves apart.
-        count: budgets.
+        curves: points of one panel.
+        count: the number of budgets.
+        by: the column that tells the curves apart.
     """
     bounds = bound_budgets(curves, by)
     if bounds is None:
@@ -293,7 +260,7 @@ def sort_curves(curves: pd.DataFrame, by: str = "bits") -> dict[Any, npt.NDArray
 
 
 def bound_budgets(curves: pd.DataFrame, by: str = "bits") -> tuple[tuple[float, Any], tuple[float, Any]] | None:
-    """Return the ends of shared_budgets, each with the curve that sets it; None if the curves never meet."""
+    """Return the ends of shared_budgets, each with the curve that sets it, or None if the curves never meet."""
     sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy(dtype=np.float64)
     ends = [(sizes[own[0]], sizes[own[-1]], bits[own].min(), name) for name, own in sort_curves(curves, by).items()]
     quantized = [end for end in ends if end[2] < BASELINE_BITS]
@@ -320,9 +287,9 @@ def best_precision(curves: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame
         higher_is_better: True for accuracies, False for losses.
 
     Returns:
-        Columns family, data_type, block_size, total_bits (the budget), bits (the best; NA is a tie), value
-        (of the best), margin (>= 0: to the second best, in the measure's unit). No rows for a variant whose
-        curves never meet.
+        Columns family, label, block_size, total_bits (the budget), bits (the best one, NA for a tie), value (the best
+        curve's), margin (>= 0: the distance to the second best, in the measure's unit). A variant whose curves never
+        meet has no rows.
     """
     sign = 1.0 if higher_is_better else -1.0
     parts = [pd.DataFrame(columns=[*VARIANT, "total_bits", "bits", "value", "margin"])]
@@ -344,12 +311,12 @@ def optimal_share(best: pd.DataFrame) -> pd.DataFrame:
     """Return the share of the log-budget range that each precision wins.
 
     Args:
-        best: from best_precision; its budgets are evenly spaced in log(total_bits), so counting them measures
-        the range.
+        best: from best_precision. Its budgets are evenly spaced in log(total_bits), so counting them measures the
+            range.
 
     Returns:
-        Columns family, data_type, block_size, bits (NA: tied), share; the shares of a variant sum to 1,
-        largest first.
+        Columns family, label, block_size, bits (NA: tied), share. The shares of a variant sum to 1, and the largest
+        comes first.
     """
     counts = best.groupby([*VARIANT, "bits"], dropna=False).size().rename("share").reset_index()
     totals = counts.groupby(VARIANT, dropna=False)["share"].transform("sum")

@@ -10,8 +10,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import Measure
-from kbit.analysis.curves.degradation import pick_rows
+from kbit.analysis.curves.curves import Measure, pick_rows
 from kbit.numerics.spec import BASELINE_BITS
 
 TOLERANCE: Final = 0.005  # other dtypes, kernels and versions of the evaluation flip an item in 200 at most
@@ -50,12 +49,13 @@ def match_published(curves: pd.DataFrame, measure: Measure) -> pd.DataFrame:
 def compare_anchors(results: pd.DataFrame) -> pd.DataFrame:
     """Return our values beside published ones, one row for each model, precision, task and metric that both have.
 
-    Only unquantized models: quantizers of other papers differ from each of ours. Only values of all items: model and
-    items are then the same, and a difference is not one of chance, so that it is held against a fixed tolerance.
+    Only unquantized models are compared, as quantizers of other papers differ from each of ours. Only values of all
+    items are compared: model and items are then the same, so a difference does not come from chance, and it is held
+    against a fixed tolerance.
 
     Returns:
-        Columns model, bits, task, metric, value, low, high, published, difference, agrees (to TOLERANCE; a perplexity
-        relative to the published one), source.
+        Columns model, bits, task, metric, value, low, high, published, difference, agrees (within TOLERANCE, which for
+        a perplexity is relative to the published one), source.
 
     Raises:
         AmbiguousResults: a family was measured in several ways.

@@ -1,41 +1,38 @@
 """Which points a figure shows: each function takes the points of all curves and says in which panel and curve they lie.
 
 The paper varies one thing a figure: the precision (2, 7, 13), the block size (8, 11, 15), the data type (9, 10, 14), a
-float's exponent bits (12), outliers kept in 16 bit (4), a method with data (5). What else a store holds is left out;
-where the choice is open, the setting with the most points is shown, and its name stands in the panel's title. A family
-or setting that cannot be drawn (two curves of two sizes each) is never chosen before one that can.
+float's exponent bits (12), outliers kept in 16 bit (4), a method with data (5). Whatever else a store holds is left
+out. Where the choice is open, the setting with the most points is shown, and its name stands in the panel's title. A
+family or setting that cannot be drawn (two curves of two sizes each) is never chosen before one that can.
+
+Selections compare columns of curves.precision_curves, so that a data type or method of any name is shown.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import VARIANT, is_missing, name_variant
+from kbit.analysis.curves.curves import VARIANT
+from kbit.analysis.curves.settings import (
+    USUAL_BLOCK,
+    WHOLE,
+    make_labels,
+    name_block,
+    name_variant,
+    rank_block,
+    rank_data_type,
+    rank_label,
+)
 from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
 from kbit.numerics.spec import BASELINE_BITS
 
-WHOLE: Final = 2**62  # the place of "whole tensor" among block sizes: the largest block
+PROXY: Final = "proxy"  # how the paper selects outliers
 
 
-# Of settings with equally many points the first of these is shown: the paper's own before later ones.
-DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "learned", "table")
-
-
-USUAL_BLOCK: Final = 64
-
-
-OUTLIERS: Final = re.compile(r"( column| random)? outliers ([\d.]+)$")  # as curves.name_data_type writes it
-
-
-CONTROLS: Final = ("", " column", " random")  # how outliers were selected: "" is the paper's proxy
-
-
-METHOD: Final = re.compile(r" (mse|hqq|awq|gptq)( \S+=\S+)*")  # with its options, as curves.name_data_type has it
+CONTROLS: Final = ("column", "random")  # how else they are selected, to compare with the proxy
 
 
 RIVAL_BITS: Final = 4
@@ -44,17 +41,24 @@ RIVAL_BITS: Final = 4
 NANO_TWINS: Final = {"pythia": "nano-neox", "gpt2": "nano-gpt2", "opt": "nano-opt", "bloom": "nano-bloom"}
 
 
+RANKS: Final[dict[str, Callable[[Any], tuple[Any, ...]]]] = {
+    "data_type": rank_data_type,
+    "label": rank_label,
+    "block_size": rank_block,
+}
+
+
 Row = Mapping[Any, Any]
 
 
 def prefer_family(shown: pd.DataFrame, family: str) -> pd.DataFrame:
     """Return the panels of one family that can be drawn, perhaps none.
 
-    The family asked for; else its architecture's nano family; else that with the most models.
+    The family asked for is preferred, then its architecture's nano family, then the family with the most models.
 
     Args:
         shown: points of all families, with panel and series.
-        family: the paper's.
+        family: the family that the paper shows.
     """
     points = keep_comparable(shown)
     for name in (family, NANO_TWINS.get(family)):
@@ -72,186 +76,206 @@ def keep_comparable(shown: pd.DataFrame) -> pd.DataFrame:
 
 
 def has_curves(points: pd.DataFrame, panel: list[str], series: list[str]) -> pd.Series[bool]:
-    """Whether the panel of each point has two curves of two sizes each; columns tell panels and their curves apart."""
+    """Whether the panel of each point has two curves of two sizes each. Columns tell panels and their curves apart."""
     sizes = points.groupby([*panel, *series], dropna=False)["model"].nunique().rename("sizes").reset_index()
     lines = sizes[sizes["sizes"] >= 2].groupby(panel, dropna=False).size().rename("lines").reset_index()
     counts = points[panel].merge(lines, on=panel, how="left")["lines"]
     return pd.Series((counts >= 2).to_numpy(dtype=bool), points.index)
 
 
+def has_settings(points: pd.DataFrame) -> pd.Series[bool]:
+    """Whether a point has a setting that is not the paper's: its label then says more than its data type."""
+    return points["label"].isna() | (points["label"].astype(object) != points["data_type"].astype(object))
+
+
 def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bool] | None = None) -> pd.DataFrame:
     """Return, for each family, the points of the setting of `columns` that has the most points.
 
     Args:
-        points: those that count.
-        columns: what a setting is.
-        drawable: of all points, see has_curves; a setting without any such point comes after those with one; None: all.
+        points: the points that count.
+        columns: the columns that make a setting.
+        drawable: whether each point can be drawn, see has_curves. A setting without any such point comes after those
+            with one. None: all points can be drawn.
     """
     if points.empty:
         return points
     counted = points.assign(_drawable=True if drawable is None else drawable.loc[points.index])
     groups = counted.groupby(["family", *columns], dropna=False)["_drawable"]
     counts = groups.agg(count="size", drawable="any").reset_index()
-    ranks = [tuple(map(rank_setting, row)) for row in counts[columns].itertuples(index=False)]
+    ranks = [rank_setting(dict(zip(columns, row, strict=True))) for row in counts[columns].itertuples(index=False)]
     counts["rank"] = pd.Series(ranks, counts.index, dtype=object)
     order = ["drawable", "count", "rank"]
     best = counts.sort_values(order, ascending=[False, False, True]).drop_duplicates("family")
     return points.merge(best[["family", *columns]], on=["family", *columns])
 
 
-def rank_setting(value: Any) -> tuple[int, int, str]:
-    """Return the place of a data type, block size or family among its like."""
-    if isinstance(value, str):
-        name = value.split()[0]
-        place = DATA_TYPE_ORDER.index(name) if name in DATA_TYPE_ORDER else len(DATA_TYPE_ORDER)
-        return (place, value.count(" "), value)
-    block = WHOLE if is_missing(value) else int(value)
-    return (0 if block == USUAL_BLOCK else 1, block, "")
+def rank_setting(setting: Row) -> tuple[Any, ...]:
+    """Return the place of a setting among others with as many points: the paper's first. See RANKS."""
+    return tuple(RANKS[name](value) if name in RANKS else value for name, value in setting.items())
 
 
 def mark(
-    points: pd.DataFrame, panel: Callable[[Row], str], series: Callable[[Row], str], order: Sequence[str]
+    points: pd.DataFrame,
+    panel: Callable[[Row], str],
+    series: Callable[[Row], str],
+    order: Sequence[str],
+    varied: str,
 ) -> pd.DataFrame:
-    """Return the points with the panel and series of each row, sorted by panel, `order`, total_bits."""
+    """Return the points with the panel and series of each row, sorted by panel, `order`, total_bits.
+
+    Args:
+        points: the points to show.
+        panel, series: the name of a row's panel, and of its curve.
+        order: columns by which the curves of a panel are ordered.
+        varied: the column in which the curves of a panel differ, which becomes the column varied.
+    """
     rows = points.to_dict("records")
-    marked = points.assign(panel=[panel(row) for row in rows], series=[series(row) for row in rows])
+    marked = points.assign(panel=[panel(row) for row in rows], series=[series(row) for row in rows], varied=varied)
     return marked.sort_values(["panel", *order, "total_bits"], kind="stable", ignore_index=True)
 
 
 def select_precisions(points: pd.DataFrame, bits: Sequence[int] = ()) -> pd.DataFrame:
-    """Return a panel per family and a curve per precision: the variant that was measured most.
+    """Return a panel per family and a curve per precision, for the variant that was measured most.
 
     Args:
         points: from curves.precision_curves.
-        bits: precisions to show; empty is all.
+        bits: precisions to show. Empty: all.
     """
     points = points[points["bits"].isin(bits)] if bits else points
     drawable = has_curves(points, VARIANT, ["bits"])
-    chosen = most_points(points[points["bits"] < BASELINE_BITS], ["data_type", "block_size"], drawable)
-    shown = points.merge(chosen[VARIANT].drop_duplicates(), on=VARIANT)
+    chosen = most_points(points[points["bits"] < BASELINE_BITS], ["data_type", "label", "block_size"], drawable)
     return mark(
-        shown,
-        lambda row: f"{row['family']}, {name_variant(row['data_type'], row['block_size'])}",
+        points.merge(chosen[VARIANT].drop_duplicates(), on=VARIANT),
+        lambda row: f"{row['family']}, {name_variant(row['label'], row['block_size'])}",
         lambda row: f"{row['bits']}-bit",
         ["bits"],
+        "bits",
     )
 
 
 def select_block_sizes(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel per family and a curve per block size, at one precision, for the data type measured most."""
-    points = points[(points["bits"] == bits) & ~has_settings(points["data_type"])]
+    points = points[(points["bits"] == bits) & ~has_settings(points)]
     shown = most_points(points, ["data_type"], has_curves(points, ["family", "data_type"], ["block_size"]))
-    shown = shown.assign(_place=shown["block_size"].fillna(WHOLE))
-    marked = mark(shown, lambda row: f"{row['family']}, {bits}-bit {row['data_type']}", name_block, ["_place"])
+    marked = mark(
+        shown.assign(_place=shown["block_size"].fillna(WHOLE)),
+        lambda row: f"{row['family']}, {bits}-bit {row['data_type']}",
+        lambda row: name_block(row["block_size"]),
+        ["_place"],
+        "block_size",
+    )
     return marked.drop(columns="_place")
 
 
 def select_data_types(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel per family and a curve per data type, at one precision, for the block size measured most."""
-    points = points[(points["bits"] == bits) & ~has_settings(points["data_type"])]
+    points = points[(points["bits"] == bits) & ~has_settings(points)]
     shown = most_points(points, ["block_size"], has_curves(points, ["family", "block_size"], ["data_type"]))
     return mark(
         shown,
-        lambda row: f"{row['family']}, {bits}-bit {name_block(row)}",
+        lambda row: f"{row['family']}, {bits}-bit {name_block(row['block_size'])}",
         lambda row: str(row["data_type"]),
         ["data_type"],
+        "data_type",
     )
-
-
-def has_settings(names: pd.Series[str]) -> pd.Series[bool]:
-    """Whether a data type's name has settings of its own, as "nf row" has; true of a missing name."""
-    return pd.Series([is_missing(name) or " " in name for name in names], names.index, dtype=bool)
-
-
-def name_block(row: Row) -> str:
-    """Return "block 64" or "whole tensor"."""
-    return "whole tensor" if is_missing(row["block_size"]) else f"block {row['block_size']}"
 
 
 def select_exponents(points: pd.DataFrame) -> pd.DataFrame:
-    """Return a panel per precision and a curve per number of exponent bits of the data type float."""
-    is_float = [re.fullmatch(r"float( E\d)?", str(name)) is not None for name in points["data_type"]]
-    points = points[np.array(is_float, dtype=bool) & (points["bits"] < BASELINE_BITS)]
-    drawable = has_curves(points, ["family", "bits", "block_size"], ["data_type"])
-    shown = most_points(points, ["block_size"], drawable)
+    """Return a panel per precision and a curve per number of exponent bits of the data type float.
+
+    Exponent bits that are not stored are the paper's.
+    """
+    points = points[(points["data_type"] == "float") & (points["bits"] < BASELINE_BITS)]
+    usual = points["bits"].map(PAPER_EXPONENT_BITS).astype("Int64")
+    plain = points.assign(label=make_labels(points.assign(exponent_bits=usual)))
+    exponent_bits = points["exponent_bits"].astype("Int64").fillna(usual)
+    points = points.assign(exponent_bits=exponent_bits)[~has_settings(plain)]
+    drawable = has_curves(points, ["family", "bits", "block_size"], ["exponent_bits"])
     return mark(
-        shown,
-        lambda row: f"{row['family']}, {row['bits']}-bit float {name_block(row)}",
-        lambda row: f"E{find_exponent(row)}",
+        most_points(points, ["block_size"], drawable),
+        lambda row: f"{row['family']}, {row['bits']}-bit float {name_block(row['block_size'])}",
+        lambda row: f"E{row['exponent_bits']}",
         ["series"],
+        "exponent_bits",
     )
 
 
-def find_exponent(row: Row) -> int:
-    """Return the exponent bits of a float: those in its name, or the paper's."""
-    name = str(row["data_type"])
-    return int(name[-1]) if " " in name else PAPER_EXPONENT_BITS[row["bits"]]
-
-
 def select_outliers(points: pd.DataFrame, bits: int) -> pd.DataFrame:
-    """Return a panel with one precision with and without 16-bit outliers; at 3 bits also 4 bits without.
+    """Return a panel with one precision with and without 16-bit outliers. At 3 bits also 4 bits without are shown.
 
     The paper asks whether 3-bit with outliers catches up with 4-bit (section 5.2). Dimensions that were selected in
     another way than the paper's have a curve of their own.
     """
-    names = points["data_type"].astype(str)
-    points = points.assign(_base=[OUTLIERS.sub("", name) for name in names], _kept=list(map(rank_selection, names)))
-    is_rival = (points["bits"] == RIVAL_BITS) & (points["_kept"] == 0) & (bits < RIVAL_BITS)
+    kept = points["outlier_fraction"] > 0
+    without = points.assign(
+        outlier_fraction=points["outlier_fraction"].mask(kept, 0.0),
+        outlier_selection=points["outlier_selection"].mask(kept, PROXY),
+    )
+    points = points.assign(_base=make_labels(without), _kept=rank_selections(points))
+    is_rival = (points["bits"] == RIVAL_BITS) & ~kept & (bits < RIVAL_BITS)
     points = points[(points["bits"] == bits) | is_rival]
-    panel = ["family", "_base", "block_size"]
-    drawable = has_curves(points, panel, ["bits", "data_type"])
+    panel = ["family", "data_type", "_base", "block_size"]
+    drawable = has_curves(points, panel, ["bits", "label"])
     chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], panel[1:], drawable)
     marked = mark(
         points.merge(chosen[panel].drop_duplicates(), on=panel),
-        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",
+        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row['block_size'])}",
         name_outliers,
         ["bits", "_kept"],
+        "outlier_fraction",
     )
     return marked.drop(columns=["_base", "_kept"])
 
 
-def rank_selection(name: str) -> int:
-    """Return 0 for a data type without 16-bit outliers, else 1, 2, ... by how they were selected (CONTROLS)."""
-    found = OUTLIERS.search(name)
-    return 1 + CONTROLS.index(found[1] or "") if found else 0
+def rank_selections(points: pd.DataFrame) -> pd.Series[int]:
+    """Return 0 for points without 16-bit outliers, else 1, 2, ... by how: PROXY, CONTROLS, others."""
+    order = [PROXY, *CONTROLS, *sorted(set(points["outlier_selection"].dropna()) - {PROXY, *CONTROLS})]
+    places = points["outlier_selection"].map({name: place for place, name in enumerate(order, start=1)})
+    return places.where(points["outlier_fraction"] > 0, 0).astype(int)
 
 
 def name_outliers(row: Row) -> str:
     """Return "3-bit", "3-bit with 2% outliers", "3-bit with 2% column" or "3-bit with 2% random"."""
-    found = OUTLIERS.search(str(row["data_type"]))
-    share = f" with {100 * float(found[2]):.3g}%{found[1] or ' outliers'}" if found else ""
-    return f"{row['bits']}-bit{share}"
+    if not row["outlier_fraction"] > 0:
+        return f"{row['bits']}-bit"
+    what = "outliers" if row["outlier_selection"] == PROXY else row["outlier_selection"]
+    return f"{row['bits']}-bit with {100 * row['outlier_fraction']:.3g}% {what}"
 
 
 def select_gptq(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel with GPTQ, per block size, beside zero-shot float with blocks of 64, at one precision."""
     points = points[points["bits"] == bits]
-    is_gptq = np.array(["gptq" in str(name).split() for name in points["data_type"]], dtype=bool)
-    is_float = ((points["data_type"] == "float") & (points["block_size"] == USUAL_BLOCK)).to_numpy(dtype=bool)
+    is_gptq = points["method"] == "gptq"
+    is_float = (
+        (points["data_type"] == "float") & ~has_settings(points) & points["block_size"].eq(USUAL_BLOCK).fillna(False)
+    )
     has_gptq = points["family"].isin(points.loc[is_gptq, "family"])
     return mark(
         points[(is_gptq | is_float) & has_gptq],
         lambda row: f"{row['family']}, {bits}-bit",
-        lambda row: name_variant(row["data_type"], row["block_size"]),
+        lambda row: name_variant(row["label"], row["block_size"]),
         ["series"],
+        "method",
     )
 
 
 def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
-    """Return a panel per family and a curve per method, at one precision, for the quantizer with the most points."""
-    names = [str(name) for name in points["data_type"]]
-    found = [METHOD.search(name) for name in names]
-    points = points.assign(
-        _base=[METHOD.sub("", name) for name in names], _method=[match[0][1:] if match else "rtn" for match in found]
-    )
+    """Return a panel per family and a curve per method, at one precision, for the quantizer with the most points.
+
+    A quantizer is everything but the method and its options.
+    """
+    names = points["method"].astype(str) + " " + points["method_options"].astype(str)
+    base = make_labels(points.assign(method="rtn", method_options=""))
+    points = points.assign(_base=base, _method=names.str.strip())
     points = points[points["bits"] == bits]
-    quantizer = ["family", "_base", "block_size"]
+    quantizer = ["family", "data_type", "_base", "block_size"]
     drawable = has_curves(points, quantizer, ["_method"])
-    chosen = most_points(points[points["_method"] != "rtn"], quantizer[1:], drawable)
+    chosen = most_points(points[points["method"] != "rtn"], quantizer[1:], drawable)
     marked = mark(
         points.merge(chosen[quantizer].drop_duplicates(), on=quantizer),
-        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row)}",
+        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row['block_size'])}",
         lambda row: str(row["_method"]),
         ["_method"],
+        "method",
     )
     return marked.drop(columns=["_base", "_method"])

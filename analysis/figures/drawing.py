@@ -1,4 +1,4 @@
-"""What every figure is: a drawing, the data drawn, the claim it tests and the verdict; or why there is none."""
+"""What every figure is: a drawing, the data drawn, the claim it tests and the verdict, or why there is none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIMIT_OF_MODELS: Final = "Other families, texts and tasks may give another answe
 
 
 class MissingResults(ValueError):
-    """The store lacks what a figure needs; the message says which study to run."""
+    """The store lacks what a figure needs. The message says which study to run."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class PaperFigure:
     """One figure or table on this store's data.
 
     Attributes:
-        name: for example "figure_2".
+        name: its name, for example "figure_2".
         fig: the drawing.
         data: exactly what is drawn, a tidy table.
-        claim: what the paper says, one sentence; of figures that are not the paper's, the question.
-        verdict: what these results say about it, computed.
+        claim: what the paper says, one sentence. Figures that are not the paper's have a question instead.
+        verdict: what these results say about the claim, computed.
     """
 
     name: str
@@ -66,9 +66,9 @@ def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measu
     """Return the line of a caption that says how much data a figure rests on.
 
     Args:
-        results: long form; keys and measures say which rows are drawn.
-        keys: of experiments, several in one string separated by blanks.
-        measures: what is drawn.
+        results: long form. Keys and measures say which rows are drawn.
+        keys: experiments' keys, where one string may hold several, separated by blanks.
+        measures: the measures drawn.
     """
     wanted = {key for group in keys for key in str(group).split()}
     measured = [results[(results["metric"] == m.metric) & (results["task"] == m.task)] for m in measures]
@@ -102,9 +102,9 @@ def write_verdict(fig: Figure, name: str, claim: str, verdict: str, *notes: str)
 
 
 def draw_table(table: pd.DataFrame, title: str) -> Figure:
-    """Draw a table of strings: a header, a line below it, a row each; columns as wide as their longest cell.
+    """Draw a table of strings: a header, a line below it, and the rows.
 
-    Cells longer than CELL characters are wrapped.
+    A column is as wide as its longest cell. Cells longer than CELL characters are wrapped.
     """
     cells = [[textwrap.wrap(str(cell), CELL) or [""] for cell in row] for row in table.to_numpy()]
     widths = [

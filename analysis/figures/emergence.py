@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from kbit.analysis.curves.curves import AmbiguousResults, prefer_baseline
 from kbit.analysis.curves.published import read_published
+from kbit.analysis.curves.units import format_count
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, set_log_axis
 from kbit.analysis.figures.styles import STYLE, style_series
 
 CLAIM: Final = (
@@ -24,7 +25,7 @@ CLAIM: Final = (
 SHARES: Final = {"layers": "share of layers", "positions": "share of positions"}
 
 
-# of measurements of task features/<text> (kbit.evaluation.outlier_features) -> column
+# metric of a measurement with task features/<text> (kbit.evaluation.outlier_features) -> column
 METRICS: Final = {
     "features": "features",
     "features_one_sided": "one_sided",
@@ -78,11 +79,11 @@ def draw_features(results: pd.DataFrame) -> PaperFigure:
 
 
 def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each model: of its experiments the 16-bit one, where there is one.
+    """Return a row for each model, from its 16-bit experiment where there is one.
 
     Returns:
-        Columns family, model, bits, parameters, perplexity, METRICS' columns, key, evaluation, criteria (those that are
-        not LLM.int8()'s) and source.
+        Columns family, model, bits, parameters, perplexity, METRICS' columns, key, evaluation, criteria (those that
+        differ from LLM.int8()'s) and source.
 
     Raises:
         AmbiguousResults: a family was measured in several ways, or features were found by different criteria.
@@ -111,7 +112,7 @@ def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def name_criteria(ours: pd.DataFrame) -> str:
-    """Return how a verdict starts if features were found by other criteria than LLM.int8()'s; else nothing."""
+    """Return how a verdict starts if features were found by other criteria than LLM.int8()'s, or else nothing."""
     criteria = ours["criteria"].iloc[0]
     return f"By other criteria than the paper's ({criteria}): " if criteria else ""
 

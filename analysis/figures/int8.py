@@ -11,14 +11,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kbit.analysis.curves.curves import find_cross_entropy, is_missing
-from kbit.analysis.curves.degradation import measure_lost, pick_rows
+from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.published import read_published
+from kbit.analysis.curves.settings import is_missing
+from kbit.analysis.curves.units import format_count
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, set_log_axis
 from kbit.analysis.figures.styles import STYLE, LineStyle, style_series
-from kbit.analysis.statistics.claims import NEGLIGIBLE, count_grades, grade_interval, grade_level
-from kbit.methods.config import INT8_METHODS
+from kbit.analysis.statistics.degradation import measure_lost
+from kbit.analysis.statistics.grades import NEGLIGIBLE, count_grades, grade_interval, grade_level
+from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS
 
 CLAIM: Final = (
@@ -27,13 +29,14 @@ CLAIM: Final = (
 )
 
 
-CLAIMED: Final = ("llm_int8", "absmax")  # keeps the 16-bit loss; does not
+CLAIMED: Final = ("llm_int8", "absmax")  # the first keeps the 16-bit loss, the second does not
 
 
 USUAL_THRESHOLD: Final = 6.0
 
 
-# nats: a log axis is linear below, so that zero and gains are on it; where none adds ten times as much, it all is
+# Nats. Below it a log axis is linear, so that zero and gains are on it. Where no method adds ten times as much, the
+# whole axis is linear.
 LINEAR_TO: Final = 1e-3
 
 
@@ -99,17 +102,17 @@ def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -
 
 
 def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
-    """Return COLUMNS, a row for each model and int8 method; added is over the model's 16-bit loss."""
+    """Return COLUMNS, a row for each model and int8 method. Column added is relative to the model's 16-bit loss."""
     measure = find_cross_entropy(results)
     if measure is None:
         return pd.DataFrame()
-    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].isin(INT8_METHODS)]
+    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].isin(SCHEMES)]
     table = measure_lost(pick_rows(of_figure, measure.metric, measure.task), measure, results)
     if table.empty:
         return pd.DataFrame()
     names = [name_method(row) for row in table.to_dict("records")]
     table = table.assign(panel=table["family"], perplexity=np.exp(table["value"].astype(float)), added=table["lost"])
-    order = {name: place for place, name in enumerate(INT8_METHODS)}
+    order = {name: place for place, name in enumerate(SCHEMES)}
     table = table.assign(_place=table["method"].map(order), method=names, source="this store")
     return table.sort_values(["panel", "parameters", "_place", "method"], ignore_index=True)[COLUMNS]
 
@@ -133,7 +136,7 @@ def read_paper() -> pd.DataFrame:
 def judge_methods(ours: pd.DataFrame) -> str:
     """Return in how many models llm_int8 keeps the 16-bit loss and absmax does not, by the intervals of what each adds.
 
-    To keep it is to add less than NEGLIGIBLE, not to keep it is to add more; the claim is both.
+    To keep the loss is to add less than NEGLIGIBLE, and not to keep it is to add more. The claim says both.
     """
     limit = NEGLIGIBLE[False]
     index = {name: ours[ours["method"] == name].drop_duplicates("model").set_index("model") for name in CLAIMED}

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, find_cross_entropy, precision_curves
-from kbit.analysis.curves.degradation import measure_lost
 from kbit.analysis.curves.selections import select_block_sizes, select_precisions
 from kbit.analysis.figures.drawing import (
     LIMIT_OF_MODELS,
@@ -19,8 +18,9 @@ from kbit.analysis.figures.drawing import (
     draw_table,
     write_verdict,
 )
-from kbit.analysis.statistics.claims import NAMED, join_parts
+from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values
+from kbit.analysis.statistics.grades import NAMED, join_parts
 from kbit.analysis.statistics.laws import Fit, TooFewPoints, check_held_out, fit_law
 from kbit.numerics.spec import BASELINE_BITS
 
@@ -35,8 +35,8 @@ BLOCK_LAW_BITS: Final = 4
 TABLE_DRAWS: Final = 200  # the ends of 95% intervals rest on 5 draws each: enough for the two digits shown
 
 
-# Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907); arXiv 2505.14302, W4A16.
-# Theirs of the training tokens D (0.5068 and 0.161) have no counterpart: see laws.
+# Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907), and arXiv 2505.14302, W4A16.
+# Their exponents of the training tokens D (0.5068 and 0.161) have no counterpart here, see laws.
 PUBLISHED: Final = {
     "kumar": {"N exponent": 0.3439, "1 / g": 1 / 0.5907},
     "block": {"N exponent": 0.3589, "G exponent": 0.3533},
@@ -46,14 +46,14 @@ PUBLISHED: Final = {
 def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return by law (laws.LAWS) the points that it describes: model, parameters, bits, block_size, y, error.
 
-    Of a family's variants the one measured most; without any, no points. y is the cross entropy, or what quantization
-    adds to it; its standard error comes from the draws of frontier.draw_values, so that of a difference on the same
-    text is small.
+    The points are those of the family's variant that was measured most, and none without a variant. y is the cross
+    entropy, or what quantization adds to it. Its standard error comes from the draws of frontier.draw_values, so the
+    error of a difference on the same text is small.
 
     Args:
-        curves: of one family, from precision_curves.
-        measure: cross entropy on which text.
-        results: the table that the curves come from: sizes of the models, and where their items are.
+        curves: the curves of one family, from precision_curves.
+        measure: the cross entropy on some text.
+        results: the table that the curves come from, which tells the models' sizes and where their items are.
     """
     parameters = results.drop_duplicates("model").set_index("model")["parameters"]
     sized = curves.assign(parameters=curves["model"].map(parameters).astype(float))
@@ -71,7 +71,7 @@ def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
 
 
 def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
-    """Return the 16-bit points and the chosen ones with y = L; none without either kind."""
+    """Return the 16-bit points and the chosen ones with y = L, or none where either kind is missing."""
     if base.empty or chosen.empty:
         return pd.DataFrame()
     everything = pd.concat([base, chosen], ignore_index=True)
@@ -80,7 +80,7 @@ def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, resul
 
 
 def subtract_base(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
-    """Return the chosen points with y = L - L_16; none without 16-bit points."""
+    """Return the chosen points with y = L - L_16, or none without 16-bit points."""
     if base.empty or chosen.empty:
         return pd.DataFrame()
     added = measure_lost(pd.concat([base, chosen], ignore_index=True), measure, results)
@@ -195,7 +195,7 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
 
 
 def describe_unfitted(data: pd.DataFrame) -> str:
-    """Return the line of the caption that names each law that was not fitted, with the reason; perhaps empty."""
+    """Return the line of the caption that names each law that was not fitted, with the reason. It may be empty."""
     unfitted = data[data["rmse"].isna()]
     short = [
         reason.replace(f"the law {law!r} has ", "")
@@ -210,7 +210,7 @@ def describe_unfitted(data: pd.DataFrame) -> str:
 
 
 def judge_laws(fitted: pd.DataFrame) -> str:
-    """Say how much worse the power law fits than a base curve with offsets; no verdict, for want of an interval."""
+    """Say how much worse the power law fits than a base curve with offsets, without a verdict for want of intervals."""
     wide = fitted.pivot(index="family", columns="law", values="rmse").reindex(columns=["power", "offset"]).dropna()
     if wide.empty:
         return "Not tested: power law and offsets were not both fitted."

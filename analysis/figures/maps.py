@@ -20,14 +20,13 @@ from kbit.analysis.curves.curves import (
     ZERO_SHOT,
     Floats,
     Measure,
-    is_missing,
-    name_data_types,
-    name_variant,
+    find_measures,
+    pick_rows,
     precision_curves,
     tabulate_curves,
 )
-from kbit.analysis.curves.degradation import measure_lost, pick_rows
-from kbit.analysis.curves.selections import WHOLE, has_settings, most_points, rank_setting
+from kbit.analysis.curves.selections import has_settings, most_points
+from kbit.analysis.curves.settings import WHOLE, is_missing, make_labels, name_variant, rank_data_type
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -38,8 +37,9 @@ from kbit.analysis.figures.drawing import (
 )
 from kbit.analysis.figures.panels import CAPTION_SIZE
 from kbit.analysis.figures.styles import STYLE
-from kbit.analysis.statistics.claims import describe_lead, find_measures
+from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values, mean_interval, weigh_points
+from kbit.analysis.statistics.grades import describe_lead
 from kbit.numerics.spec import BASELINE_BITS
 
 MAP_PANELS: Final = 4  # the maps with the most cells
@@ -57,7 +57,7 @@ LAYERS: Final = re.compile(r"\(\?!(?:\.\*)?(?P<kept>.+?)\)")  # an exclude that 
 MAP_CLAIM: Final = "Which data type and block size is best at equal total bits, counting the bits of the scales?"
 
 
-QUANTIZER: Final = ["bits", "data_type", "block_size"]
+QUANTIZER: Final = ["bits", "data_type", "label", "block_size"]
 
 
 SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone?"
@@ -66,9 +66,9 @@ SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone
 def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
     """Draw, for each family and precision, what each data type and block size loses at equal total bits.
 
-    A cell is the mean over the shared budgets of the distance to the best cell there: smaller blocks pay for their
+    A cell is the mean over the shared budgets of the distance to the best cell there. Smaller blocks pay for their
     scales, as they are compared with a larger model. Below each number are the bits per parameter. One scale of shades
-    serves all panels; a cell that was not measured is hatched.
+    serves all panels. A cell that was not measured is hatched.
 
     Raises:
         MissingResults: nowhere are there two data types in two block sizes, each at two or more sizes of a model.
@@ -106,9 +106,9 @@ class Cells:
     """The cells of one map.
 
     Attributes:
-        table: a row per cell: data_type, block_size, loss, keys (of its experiments), bits_per_param, panel, measure.
-        points: of the curves, column cell tells them apart: the index of `table`.
-        budgets: at which all cells are compared.
+        table: a row per cell, with data_type, block_size, loss, keys (of experiments), bits_per_param, panel, measure.
+        points: the curves' points, whose column cell has the index of their row in `table`.
+        budgets: the budgets at which all cells are compared.
     """
 
     table: pd.DataFrame
@@ -124,7 +124,7 @@ def scale_top(losses: pd.Series[float]) -> float:
 def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
     """Return the largest maps by title."""
     curves = precision_curves(results, measure.metric, measure.task)
-    curves = curves[(curves["bits"] < 16) & ~has_settings(curves["data_type"])]
+    curves = curves[(curves["bits"] < 16) & ~has_settings(curves)]
     per_param = results.drop_duplicates("key").set_index("key")["bits_per_param"]
     maps = {}
     for (family, bits), group in curves.groupby(["family", "bits"]):
@@ -139,7 +139,7 @@ def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
 
 
 def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
-    """Return the cells of one precision that have a curve; None if they are not two data types in two block sizes."""
+    """Return the cells of one precision that have a curve, or None without two data types in two block sizes."""
     points = curves.assign(cell=curves.groupby(["data_type", "block_size"], dropna=False).ngroup())
     values = tabulate_curves(points, by="cell")
     if values.empty:
@@ -175,7 +175,7 @@ def name_cell(cell: pd.Series[Any]) -> str:
 
 def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable) -> None:
     """Draw one map: darker cells lose more, the best has a frame, those not measured are hatched."""
-    kinds = sorted(table["data_type"].unique(), key=rank_setting)
+    kinds = sorted(table["data_type"].unique(), key=rank_data_type)
     blocks = sorted(table["block_size"].astype("Int64").fillna(WHOLE).unique())
     grid = np.full((len(kinds), len(blocks)), np.nan)
     axes.set_facecolor("0.97")
@@ -201,7 +201,7 @@ def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable
 def choose_ink(shade: Sequence[float] | Floats) -> str:
     """Return "black" or "white", whichever contrasts more with a colour: at least 4.5 to 1 on any.
 
-    WCAG 2.1: contrast = (L + 0.05) / (L' + 0.05) of the relative luminances; black and white are level where
+    WCAG 2.1 has contrast = (L + 0.05) / (L' + 0.05) for the relative luminances. Black and white are level where
     (L + 0.05)^2 = 1.05 * 0.05.
     """
     rgb = np.asarray(shade, dtype=np.float64)[:3]
@@ -255,8 +255,8 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
 def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """Return a row per model and part quantized alone, with the one quantizer by which each family has the most.
 
-    Columns: key, family, model, bits, data_type (with settings), block_size, part, quantized_parameters, loss, low,
-    high, source; left_out is how many such experiments have other quantizers.
+    Columns: key, family, model, bits, data_type (the label, with settings), block_size, part, quantized_parameters,
+    loss, low, high, source, left_out (how many such experiments have other quantizers).
     """
     part = results["exclude"].map(name_part, na_action="ignore")
     rows = results.assign(part=part)[part.notna() | (results["bits"] == BASELINE_BITS)]
@@ -264,22 +264,23 @@ def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFram
     alone = rows[rows["part"].notna()]
     if alone.empty:
         return pd.DataFrame()
-    names = name_data_types(alone.assign(include=None, exclude=None))
-    alone = alone.assign(data_type=names, block_size=alone["block_size"].astype("Int64"))
+    labels = make_labels(alone.assign(include=None, exclude=None))
+    alone = alone.assign(label=labels, block_size=alone["block_size"].astype("Int64"))
     chosen = most_points(alone, QUANTIZER).drop_duplicates(["model", "part"])
     table = measure_lost(pd.concat([rows[rows["part"].isna()], chosen], ignore_index=True), measure, results)
     if table.empty:
         return pd.DataFrame()
     table = table[table.groupby("model")["part"].transform("size") >= 2]
-    columns = ["key", "family", "model", *QUANTIZER, "part", "quantized_parameters"]
+    columns = ["key", "family", "model", "bits", "label", "block_size", "part", "quantized_parameters"]
     order = table["part"].str.extract(r"(\d+)")[0].astype(float)
     ordered = table.assign(_order=order, loss=table["lost"], left_out=len(alone) - len(chosen))
     ordered = ordered.sort_values(["model", "_order"], kind="stable", ignore_index=True)
-    return ordered[[*columns, "loss", "low", "high", "source", "left_out"]]
+    ordered = ordered[[*columns, "loss", "low", "high", "source", "left_out"]]
+    return ordered.rename(columns={"label": "data_type"})
 
 
 def name_part(exclude: str) -> str | None:
-    """Return the one part that an exclude pattern spares: "layer 3", "dense_h_to_4h"; None for other patterns."""
+    """Return the one part that an exclude pattern spares ("layer 3", "dense_h_to_4h"), or None for other patterns."""
     found = LAYERS.search(exclude)
     if found is None:
         return None

@@ -1,6 +1,6 @@
 """Drawing: quality against total model bits, a line per curve, one panel beside the other.
 
-Made to be read: see styles.py; the legend stands outside the panels, and below them is what they show.
+The drawing is made to be read, see styles.py. The legend stands outside the panels, and below them is what they show.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.styles import LineStyle, draw_handle, style_series
 
 LEGEND_WIDTH: Final = 1.5  # inches, as all widths here
@@ -60,18 +61,14 @@ TICK_STEPS: Final = (
 )
 
 
-UNITS: Final = ((1e12, "Tbit"), (1e9, "Gbit"), (1e6, "Mbit"), (1e3, "kbit"))
-
-
 def draw_panels(curves: pd.DataFrame, y_label: str, higher_is_better: bool, published: pd.DataFrame) -> Figure:
-    """Draw every panel's curves; panels of one family share their axes' limits.
+    """Draw every panel's curves. Panels of one family share their axes' limits.
 
     Args:
-        curves: points; panel and series say where each is drawn, in order of appearance, family which panels share
-            their limits.
-        y_label: of the measure, with its unit.
+        curves: points with the columns panel and series, which say where each is drawn, in order of appearance.
+        y_label: the measure with its unit.
         higher_is_better: False lets collapsed points leave the axes (view_limits).
-        published: points of papers to draw beside them, perhaps none: panel, total_bits, value.
+        published: points of papers to draw beside them, perhaps none, with panel, total_bits and value.
     """
     names = list(dict.fromkeys(curves["panel"]))
     columns = 2 if len(names) == 4 else min(len(names), 3)
@@ -94,9 +91,9 @@ def draw_panels(curves: pd.DataFrame, y_label: str, higher_is_better: bool, publ
 def view_limits(curves: pd.DataFrame, higher_is_better: bool) -> tuple[float, float, float, float]:
     """Return x and y limits (left, right, bottom, top) for the panels of one family.
 
-    All points are in view but for one case. A loss can explode when the bits run out, and would press all
-    other curves flat; so losses are shown up to one span of the best curve above its worst point. With y(m) the least
-    loss of each model m (of the 16-bit curve, where there is one):
+    All points are in view but for one case. A loss can explode when the bits run out, and would press all other curves
+    flat. So losses are shown up to one span of the best curve above its worst point. With y(m) the least loss of each
+    model m (the 16-bit curve's, where there is one):
         top = max_m y + (max_m y - min_m y).
     """
     left, right = (float(end) for end in (curves["total_bits"].min(), curves["total_bits"].max()))
@@ -117,9 +114,9 @@ def draw_panel(
     limits: tuple[float, float, float, float],
     panel_width: float,
 ) -> None:
-    """Draw the curves of one panel with their 95% intervals, on a log axis of total bits; its name is the title.
+    """Draw the curves of one panel with their 95% intervals, on a log axis of total bits, with its name as the title.
 
-    What lies above the axis is named between title and axis. panel_width is the axis's, inches.
+    What lies above the axis is named between title and axis. The axis is panel_width inches wide.
     """
     for series, curve in curves.groupby("series", sort=False):
         draw_curve(axes, curve.sort_values("total_bits"), str(series), styles[str(series)])
@@ -134,7 +131,7 @@ def draw_panel(
         worst = hidden.groupby("series", sort=False)["value"].max()
         notes = ", ".join(f"{series} up to {value:.2f}" for series, value in worst.items())
         lines = textwrap.wrap(f"above the axis: {notes}", int(panel_width / CHARACTER_WIDTH))
-        # Above the panel, where no curve runs; the title stands above it.
+        # It stands above the panel, where no curve runs, and the title above it.
         axes.annotate(
             "\n".join(lines), (0, 1), (0, 3), "axes fraction", "offset points", fontsize=CAPTION_SIZE, va="bottom"
         )
@@ -154,8 +151,7 @@ def set_bits_axis(axes: Axes, left: float, right: float, tick_gap: float) -> Non
 def draw_curve(axes: Axes, curve: pd.DataFrame, name: str, style: LineStyle) -> None:
     """Draw one curve: markers, the straight lines that are the interpolation, intervals as bars."""
     value = curve["value"].to_numpy()
-    # Rounding can put an end of an interval a hair on the wrong side; a measure without an interval has NaN:
-    # no bar.
+    # Rounding can put an end of an interval a hair on the wrong side. A measure without an interval has NaN: no bar.
     below = np.nan_to_num(np.maximum(value - curve["low"].to_numpy(), 0.0))
     above = np.nan_to_num(np.maximum(curve["high"].to_numpy() - value, 0.0))
     is_filled = style.marker not in "+x"
@@ -203,14 +199,6 @@ def choose_ticks(left: float, right: float, gap: float) -> list[float]:
     return [float(tick) for tick in ticks[:: int(np.ceil(gap * np.log10(right / left)))]]
 
 
-def format_bits(total_bits: float, position: int | None = None) -> str:
-    """Return for example "20 Mbit"; `position` is what matplotlib's formatters are also given."""
-    for size, unit in UNITS:
-        if total_bits >= size:
-            return f"{total_bits / size:.3g} {unit}"
-    return f"{total_bits:g} bit"
-
-
 def set_log_axis(axes: Axes, values: pd.Series[float], format_value: Callable[[float], str]) -> None:
     """Make the x axis a log axis around positive values, with a few round ticks."""
     left, right = float(values.min()), float(values.max())
@@ -222,16 +210,8 @@ def set_log_axis(axes: Axes, values: pd.Series[float], format_value: Callable[[f
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
 
 
-def format_count(value: float) -> str:
-    """Return for example "300k", "1.3M" or "7B"."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:g}"
-
-
 def draw_legend(fig: Figure, styles: dict[str, LineStyle], *, with_published: bool = False, lines: bool = True) -> None:
-    """Put one legend for all panels to their right; without lines the entries are markers alone."""
+    """Put one legend for all panels to their right. Without lines its entries are markers alone."""
     handles = [draw_handle(name, style) for name, style in styles.items()]
     for handle in handles if not lines else ():
         handle.set_linestyle("none")

@@ -6,7 +6,7 @@ The numbers of the figures are the paper's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,6 +16,8 @@ import pandas as pd
 from kbit.analysis.curves.curves import Measure
 from kbit.analysis.curves.selections import (
     CONTROLS,
+    PROXY,
+    RIVAL_BITS,
     prefer_family,
     select_block_sizes,
     select_data_types,
@@ -25,7 +27,8 @@ from kbit.analysis.curves.selections import (
     select_outliers,
     select_precisions,
 )
-from kbit.analysis.statistics.claims import Expectation, Split, judge_contrasts, judge_four_bit
+from kbit.analysis.statistics.claims import Expectation, Groups, Split, judge_contrasts
+from kbit.analysis.statistics.verdicts import judge_four_bit
 
 Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], str]
 
@@ -41,13 +44,13 @@ class CurveFigure:
     """A figure of curves against total model bits.
 
     Attributes:
-        name: for example "figure_2".
+        name: its name, for example "figure_2".
         claim: what the paper says, one sentence.
-        select: points of all curves -> those drawn, with panel and series.
+        select: points of all curves -> the points drawn, with the columns that selections.mark adds.
         judge: (points drawn, measure, results) -> what these results say of the claim.
         needs: what the results must hold, for the message where they do not.
         studies: ready studies that measure it.
-        loss: whether it shows cross entropy; otherwise mean zero-shot accuracy.
+        loss: whether it shows cross entropy instead of mean zero-shot accuracy.
     """
 
     name: str
@@ -59,68 +62,89 @@ class CurveFigure:
     loss: bool = False
 
 
-def split_five_bit(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def list_series(points: pd.DataFrame, chosen: pd.Series[bool]) -> list[str]:
+    """Return the names of the curves that have a chosen point, in order."""
+    return list(dict.fromkeys(points.loc[chosen, "series"]))
+
+
+def split_five_bit(points: pd.DataFrame) -> Groups:
     """Compare 5 bits with 4 bits."""
-    return ["5-bit"], ["4-bit"]
+    return list_series(points, points["bits"] == 5), list_series(points, points["bits"] == 4)
 
 
-def split_quantile(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def split_quantile(points: pd.DataFrame) -> Groups:
     """Compare quantile with the paper's other data types."""
-    return ["quantile"], [name for name in series if name in ("float", *WEAK_TYPES)]
+    is_other = points["data_type"].isin(["float", *WEAK_TYPES])
+    return list_series(points, points["data_type"] == "quantile"), list_series(points, is_other)
 
 
-def split_block_sizes(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare the smallest with the largest block size up to 1024: the paper's range; series are in order of size."""
-    sizes = [name for name in series if name.startswith("block ") and name.split()[1].isdigit()]
-    within = [name for name in sizes if 64 <= int(name.split()[1]) <= 1024]
+def split_block_sizes(points: pd.DataFrame) -> Groups:
+    """Compare the smallest with the largest block size within the paper's range, 64 to 1024.
+
+    Series are in order of size. With fewer than two sizes in the range the whole range of sizes counts.
+    """
+    sizes = list_series(points, points["block_size"].notna())
+    within = list_series(points, points["block_size"].between(64, 1024).fillna(False))
     ends = within if len(within) >= 2 else sizes
     return ends[:1], ends[-1:]
 
 
-def split_data_types(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def split_data_types(points: pd.DataFrame) -> Groups:
     """Compare the paper's strong data types with its weak ones."""
-    return [name for name in series if name in STRONG_TYPES], [name for name in series if name in WEAK_TYPES]
+    strong, weak = (points["data_type"].isin(types) for types in (STRONG_TYPES, WEAK_TYPES))
+    return list_series(points, strong), list_series(points, weak)
 
 
-def split_exponents(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def split_exponents(points: pd.DataFrame) -> Groups:
     """Compare the heuristic's number of exponent bits, ceil(k / 2), with the others (Appendix C.4)."""
-    bits = int(panel.split("-bit")[0].split()[-1])
-    best = f"E{-(-bits // 2)}"
-    return [best], [name for name in series if name != best]
+    is_best = points["exponent_bits"] == -(-points["bits"] // 2)
+    return list_series(points, is_best), list_series(points, ~is_best)
 
 
-def split_outliers(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare a precision with and without outliers in 16 bit."""
-    kept = [name for name in series if "outliers" in name]
-    return kept, [name.split(" with")[0] for name in kept]
+def find_kept(points: pd.DataFrame, selection: str) -> pd.Series[bool]:
+    """Whether a point has outliers in 16 bit that were selected in this way."""
+    return (points["outlier_fraction"] > 0) & (points["outlier_selection"] == selection)
 
 
-def split_control(control: str, panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare outliers that the proxy selects with as many dimensions selected in another way (CONTROLS)."""
-    shares = [name.removesuffix(control) for name in series if name.endswith(control)]
-    kept = [f"{share} outliers" for share in shares]
-    return [name for name in kept if name in series], [f"{share}{control}" for share in shares]
+def split_outliers(points: pd.DataFrame) -> Groups:
+    """Compare a precision with and without outliers in 16 bit: each share of outliers with the one curve without."""
+    is_kept = find_kept(points, PROXY)
+    kept = list_series(points, is_kept)
+    is_without = (points["outlier_fraction"] == 0) & points["bits"].isin(points.loc[is_kept, "bits"])
+    return kept, list_series(points, is_without) * len(kept)
 
 
-def split_rival(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def split_control(selection: str, points: pd.DataFrame) -> Groups:
+    """Compare outliers that the proxy selects with as many dimensions selected in another way."""
+    proxies = points[find_kept(points, PROXY)]
+    by_share = dict(zip(proxies["outlier_fraction"], proxies["series"], strict=True))
+    is_control = find_kept(points, selection)
+    shares = dict.fromkeys(points.loc[is_control, "outlier_fraction"])
+    return [by_share[share] for share in shares if share in by_share], list_series(points, is_control)
+
+
+def split_rival(points: pd.DataFrame) -> Groups:
     """Compare a precision with outliers in 16 bit with 4 bits without."""
-    return [name for name in series if "outliers" in name], ["4-bit"]
+    is_rival = (points["bits"] == RIVAL_BITS) & (points["outlier_fraction"] == 0)
+    return list_series(points, find_kept(points, PROXY)), list_series(points, is_rival)
 
 
-def split_methods(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare GPTQ without blocks with zero-shot float in blocks of 64."""
-    gptq = [name for name in series if "gptq" in name]
-    return [name for name in gptq if "whole" in name] or gptq[-1:], [name for name in series if "gptq" not in name]
+def split_gptq_and_float(points: pd.DataFrame) -> Groups:
+    """Compare GPTQ without blocks, or else the last of its block sizes, with zero-shot float in blocks of 64."""
+    is_gptq = points["method"] == "gptq"
+    whole = list_series(points, is_gptq & points["block_size"].isna())
+    return whole or list_series(points, is_gptq)[-1:], list_series(points, ~is_gptq)
 
 
-def split_gptq(panel: str, series: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Compare GPTQ with rounding to nearest."""
-    return ["gptq"], ["rtn"]
+def split_gptq(points: pd.DataFrame) -> Groups:
+    """Compare GPTQ with its default options with rounding to nearest."""
+    is_gptq = (points["method"] == "gptq") & (points["method_options"] == "")
+    return list_series(points, is_gptq), list_series(points, points["method"] == "rtn")
 
 
 def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Test both parts of figure 3: the panels of block sizes and those of data types."""
-    is_block = curves["series"].str.startswith("block ")
+    is_block = curves["varied"] == "block_size"
     parts = [
         ("Block size", curves[is_block], split_block_sizes),
         ("Data type", curves[~is_block], split_data_types),
@@ -140,19 +164,19 @@ def judge_by(split: Split, expected: Expectation) -> Judge:
 def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Test all parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits.
 
-    Where the same layers' or random dimensions were measured, also: those that the proxy selects are worth more.
+    Where as many dimensions were selected in another way, one more part says whether the proxy's are worth more.
     """
-    is_three = curves["panel"].str.contains(", 3-bit")
+    is_three = curves.groupby("panel")["bits"].transform("min") == 3  # the rival with 4 bits stands in such a panel too
     parts: list[tuple[str, pd.DataFrame, Split, Expectation]] = [
         ("3-bit gains by outliers", curves[is_three], split_outliers, "better"),
         ("3-bit with outliers stays behind 4-bit", curves[is_three], split_rival, "worse"),
         ("4-bit gains nothing by outliers", curves[~is_three], split_outliers, "no better"),
     ]
-    for control in CONTROLS[1:]:
-        has_control = curves[curves["series"].str.endswith(control)]["panel"].unique()
+    for selection in list_controls(curves):
+        has_control = curves.loc[find_kept(curves, selection), "panel"]
         among = curves[curves["panel"].isin(has_control)]
-        what = f"outliers by proxy gain more than{control} dimensions"
-        parts.append((what, among, partial(split_control, control), "better"))
+        what = f"outliers by proxy gain more than {selection} dimensions"
+        parts.append((what, among, partial(split_control, selection), "better"))
     return " ".join(
         f"[{what}] {judge_contrasts(points, split, expected, measure, results)}"
         for what, points, split, expected in parts
@@ -160,12 +184,18 @@ def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     )
 
 
+def list_controls(curves: pd.DataFrame) -> list[str]:
+    """Return how outliers were selected other than by proxy, the known ways first."""
+    found = set(curves.loc[curves["outlier_fraction"] > 0, "outlier_selection"]) - {PROXY}
+    return [*(name for name in CONTROLS if name in found), *sorted(found - set(CONTROLS))]
+
+
 def judge_gptq(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Test both parts of figure 5: at 3 bits GPTQ without blocks loses to blocked float, at 4 bits they are level."""
     parts = []
-    for panel, group in curves.groupby("panel", sort=False):
-        expected: Expectation = "worse" if ", 3-bit" in str(panel) else "level"
-        parts.append(judge_contrasts(group, split_methods, expected, measure, results))
+    for _, group in curves.groupby("panel", sort=False):
+        expected: Expectation = "worse" if (group["bits"] == 3).all() else "level"
+        parts.append(judge_contrasts(group, split_gptq_and_float, expected, measure, results))
     return " ".join(parts)
 
 

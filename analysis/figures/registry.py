@@ -15,7 +15,14 @@ from typing import Final
 import matplotlib.style
 import pandas as pd
 
-from kbit.analysis.curves.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy, precision_curves
+from kbit.analysis.curves.curves import (
+    READING,
+    ZERO_SHOT,
+    AmbiguousResults,
+    Measure,
+    find_cross_entropy,
+    precision_curves,
+)
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
 from kbit.analysis.figures.drawing import (
@@ -36,8 +43,11 @@ from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.styles import STYLE, TooManyCurves
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
-from kbit.analysis.statistics.claims import SIGN
+from kbit.analysis.statistics.grades import SIGN
 from kbit.store.filesystem import replace_file
+
+DRAWN: Final = ["family", "bits", "label", "block_size", "model", *READING, "key", "panel", "series"]  # in the CSV
+
 
 QUICKLY: Final = {"compress_level": 2}  # of 9: files 3% larger than at 6, Pillow's own choice, in a seventh less time
 
@@ -47,9 +57,10 @@ class SavedFigure:
     """A figure on disk, or the reason why there is none.
 
     Attributes:
-        paths: the PNG, SVG and CSV; empty if the figure was skipped.
-        claim, verdict: as in PaperFigure; empty if the figure was skipped.
-        skipped: why the figure was not drawn; None if it was.
+        name: the figure's name.
+        paths: the PNG, SVG and CSV. Empty if the figure was skipped.
+        claim, verdict: as in PaperFigure. Empty if the figure was skipped.
+        skipped: why the figure was not drawn, or None if it was.
     """
 
     name: str
@@ -60,17 +71,18 @@ class SavedFigure:
 
 
 def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
-    """Draw a figure of curves; below it the paper's claim and these results' verdict.
+    """Draw a figure of curves, and write the paper's claim and these results' verdict below it.
 
     Points far above the best curve's losses are off the axis and named in the panel (the paper caps its curves at
-    perplexity 100), so that the curves in question stay readable. Of several texts, the one with the most results.
+    perplexity 100), so that the curves in question stay readable. Of several texts the one with the most results is
+    shown.
 
     Args:
-        definition: which figure, see paper.CURVE_FIGURES.
+        definition: the figure's definition, see paper.CURVE_FIGURES.
         results: long form, one row per experiment and measurement (kbit.read_results).
 
     Raises:
-        MissingResults: no panel has two curves of two sizes each; the message names the study to run.
+        MissingResults: no panel has two curves of two sizes each. The message names the study to run.
         AmbiguousResults: see curves.precision_curves.
     """
     measure = find_measure(results, loss=definition.loss)
@@ -87,12 +99,12 @@ def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
         notes.append(describe_sources(published))
         fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)
         write_verdict(fig, definition.name, definition.claim, verdict, *notes)
-    data = curves.assign(metric=measure.metric, task=measure.task)
+    data = curves[DRAWN].rename(columns={"label": "data_type"}).assign(metric=measure.metric, task=measure.task)
     return PaperFigure(definition.name, fig, data, definition.claim, verdict)
 
 
 def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:
-    """Return the measure that a figure shows; None if the results lack it."""
+    """Return the measure that a figure shows, or None if the results lack it."""
     if results.empty:
         return None
     return find_cross_entropy(results) if loss else ZERO_SHOT
@@ -107,7 +119,7 @@ def name_axis(results: pd.DataFrame, measure: Measure) -> str:
 
 
 def count_tasks(results: pd.DataFrame) -> int:
-    """Return how many tasks have an accuracy of their own beside the mean; 0 if only the mean was stored."""
+    """Return how many tasks have an accuracy of their own beside the mean: 0 if only the mean was stored."""
     tasks = results.loc[results["metric"] == ZERO_SHOT.metric, "task"]
     return int(tasks[tasks != ZERO_SHOT.task].nunique())
 
@@ -152,13 +164,14 @@ FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
 def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None = None) -> list[SavedFigure]:
     """Draw figures and write each as PNG, SVG and CSV (the data drawn) into a folder.
 
-    Everything is drawn before anything is written, so an error leaves the folder as it was; each file is
-    replaced in one step. The same results give the same bytes.
+    Everything is drawn before anything is written, so an error leaves the folder as it was. Each file is replaced in
+    one step. The same results give the same bytes.
 
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results).
-        out: folder, made if absent and there is something to write.
-        names: keys of FIGURES; None for all. What the results do not allow is recorded as skipped, with the reason.
+        out: the folder, made if it is absent and there is something to write.
+        names: keys of FIGURES, or None for all. A figure that the results do not allow is recorded as skipped, with the
+            reason.
 
     Raises:
         ValueError: a name is not a figure. Nothing is written then.

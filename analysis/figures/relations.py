@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, name_data_types
-from kbit.analysis.curves.degradation import measure_lost, pick_rows
+from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, pick_rows
+from kbit.analysis.curves.settings import make_labels
 from kbit.analysis.figures.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -30,7 +30,8 @@ from kbit.analysis.figures.drawing import (
 )
 from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend
 from kbit.analysis.figures.styles import STYLE, style_series
-from kbit.methods.config import INT8_METHODS
+from kbit.analysis.statistics.degradation import measure_lost
+from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS
 
 PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
@@ -42,7 +43,7 @@ PERPLEXITY_CAP: Final = 100.0  # the paper cuts curves there as unstable (Append
 MIN_POINTS: Final = 4
 
 
-MOST_BARS: Final = 200  # points; more bars would hide them
+MOST_BARS: Final = 200  # points, as more bars would hide them
 
 
 MIN_MODELS: Final = 8  # below, resampling models says little
@@ -66,15 +67,15 @@ class Relation:
     """A scatter plot of experiments.
 
     Attributes:
-        name: of the figure.
+        name: the figure's name.
         claim: the question, or what the paper says.
         x, y: results -> one value per experiment, index key.
-        x_label, y_label: of the axes.
+        x_label, y_label: the labels of the axes.
         needs: what the results must hold.
         studies: ready studies that measure it.
         rank: whether ranks are correlated (Spearman) in place of values (Pearson).
         log_x: whether x has a log axis.
-        of_accuracy: whether y is of the mean zero-shot accuracy; otherwise of the cross entropy.
+        of_accuracy: whether y comes from the mean zero-shot accuracy instead of the cross entropy.
         lost: whether y is what a model loses against itself at 16 bits.
     """
 
@@ -124,7 +125,7 @@ def read_weight_error(results: pd.DataFrame) -> pd.Series[float]:
     """
     if "weight_rmse" not in results:
         return pd.Series(dtype=np.float64)
-    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(INT8_METHODS)
+    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(SCHEMES)
     for part in ("include", "exclude"):
         is_whole &= results[part].isna() if part in results else True
     rows = results[is_whole].drop_duplicates("key")
@@ -141,7 +142,7 @@ def read_metric(results: pd.DataFrame, metric: str, task: str) -> pd.Series[floa
 
 
 def read_lost(results: pd.DataFrame, measure: Measure | None) -> pd.Series[float]:
-    """Return what each quantized experiment loses against its model at 16 bits; without a baseline it is left out."""
+    """Return what each quantized experiment loses against its model at 16 bits. It is left out without a baseline."""
     if measure is None:
         return pd.Series(dtype=np.float64)
     rows = pick_rows(results, measure.metric, measure.task)
@@ -213,19 +214,20 @@ def gather_points(relation: Relation, results: pd.DataFrame) -> pd.DataFrame:
     about = about.loc[both.index]
     columns = ["family", "model", "bits", "data_type", "block_size", "variant"]
     settings = [name for name in QUANTIZER if name in about]
-    about = about.assign(variant=name_data_types(about))[[*columns, *settings]]
+    about = about.assign(variant=make_labels(about))[[*columns, *settings]]
     return about.join(both).reset_index(names="key")
 
 
 def correlate(points: pd.DataFrame, rank: bool, seed: int = 0) -> tuple[float, float, float, str]:
     """Return the correlation of x and y with its 95% interval, and how the interval was found.
 
-    Models are resampled where there are MIN_MODELS or more (the points of a model hang together); otherwise the
+    Models are resampled where there are MIN_MODELS or more, because the points of a model hang together. Otherwise the
     interval is Fisher's, as if points were independent, and too narrow.
 
     Args:
-        points: columns x, y, model.
-        rank: Spearman's rho in place of Pearson's r.
+        points: a table with the columns x, y, model.
+        rank: whether to return Spearman's rho in place of Pearson's r.
+        seed: the seed of the resampling.
     """
     if rank:
         points = points.assign(x=points["x"].rank(), y=points["y"].rank())

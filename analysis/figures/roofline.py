@@ -4,8 +4,8 @@ A layer of n x m weights times a batch of b inputs takes at least as long as its
 
     t(k, b) = max(memory, compute),   memory = (k n m / 8 + 2 b (n + m)) / bandwidth,   compute = 2 n m b / peak,
 
-as k-bit weights are read from memory, expanded in cache and multiplied in 16 bit (Williams et al. 2009; Dettmers &
-Zettlemoyer 2023, sections 2.1 and 5.1). While memory is the slower side, k bits are 16 / k times as fast; a larger
+as k-bit weights are read from memory, expanded in cache and multiplied in 16 bit (Williams et al. 2009, Dettmers &
+Zettlemoyer 2023, sections 2.1 and 5.1). While memory is the slower side, k bits are 16 / k times as fast. A larger
 batch makes compute the slower side, and fewer bits gain nothing.
 """
 
@@ -28,9 +28,9 @@ class Device:
     """What the roofline needs to know of a device.
 
     Attributes:
-        name: as printed.
-        bandwidth: of its memory, bytes per second.
-        peak: dense 16-bit multiply-accumulate arithmetic with float32 sums, operations per second.
+        name: the words that figures print.
+        bandwidth: the memory's bandwidth, bytes per second.
+        peak: the speed of dense 16-bit multiply-accumulate arithmetic with float32 sums, operations per second.
     """
 
     name: str
@@ -69,10 +69,10 @@ def estimate_seconds(device: Device, bits: float, batch: float, rows: int = ROWS
     """Return the roofline time of one layer, seconds.
 
     Args:
-        device: where it runs.
-        bits: per weight, scales included.
-        batch: inputs multiplied at once.
-        rows, columns: outputs and inputs of the layer.
+        device: the device that it runs on.
+        bits: bits per weight, scales included.
+        batch: the number of inputs multiplied at once.
+        rows, columns: the number of the layer's outputs and of its inputs.
     """
     memory = (bits * rows * columns / 8 + 2 * batch * (rows + columns)) / device.bandwidth
     return float(max(memory, 2 * rows * columns * batch / device.peak))
@@ -101,8 +101,8 @@ def draw_roofline(results: pd.DataFrame, devices: tuple[Device, ...] = DEVICES) 
     """Draw the roofline speedup of k-bit weights against the batch, a panel per device.
 
     Args:
-        results: not needed: the figure follows from the devices.
-        devices: to draw.
+        results: not used, as the figure follows from the devices.
+        devices: the devices to draw.
     """
     table = tabulate_roofline(devices)
     verdict = judge_roofline(table, devices)

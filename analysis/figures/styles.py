@@ -39,7 +39,7 @@ class LineStyle:
     dashes: tuple[int, tuple[float, ...]] | Literal["solid"]
 
 
-# Okabe and Ito's palette (2008), black for the baseline; their yellow is too light on white: olive instead.
+# Okabe and Ito's palette (2008), black for the baseline. Their yellow is too light on white, so olive replaces it.
 LINE_STYLES: Final = {
     2: LineStyle("#CC79A7", "P", (0, (1, 1))),
     3: LineStyle("#D55E00", "v", (0, (3.5, 1.5))),

@@ -14,11 +14,14 @@ from kbit.analysis.curves.curves import (
     VARIANT,
     Measure,
     find_cross_entropy,
-    name_variant,
+    find_measures,
     precision_curves,
     prefer_baseline,
 )
 from kbit.analysis.curves.published import TOLERANCE, compare_anchors, read_published
+from kbit.analysis.curves.selections import has_settings
+from kbit.analysis.curves.settings import name_variant
+from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -29,9 +32,8 @@ from kbit.analysis.figures.drawing import (
     draw_table,
     write_verdict,
 )
-from kbit.analysis.figures.panels import format_bits
-from kbit.analysis.statistics.claims import SIGN, describe_lead, find_measures, grade_interval
 from kbit.analysis.statistics.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
+from kbit.analysis.statistics.grades import SIGN, describe_lead, grade_interval
 from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, name_range, tabulate_verdicts
 
 TABLE_1: Final = (
@@ -57,7 +59,7 @@ SHOWN: Final = 28  # rows of a table that a page holds
 def finish_table(
     name: str, data: pd.DataFrame, shown: pd.DataFrame, title: str, claim: str, verdict: str, *notes: str
 ) -> PaperFigure:
-    """Draw a table with claim and verdict below it; at most SHOWN rows, all of them in the data."""
+    """Draw a table of at most SHOWN rows with claim and verdict below it. All rows are in the data."""
     left = len(shown) - SHOWN
     fig: Figure = draw_table(shown.head(SHOWN), title)
     more = f"{left} more rows are in the CSV." if left > 0 else ""
@@ -75,10 +77,10 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     rows = pd.DataFrame() if text is None else precision_curves(results, text.metric, text.task)
     if rows.empty or text is None:
         raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
-    is_gptq = rows["data_type"].str.contains(r"\bgptq\b").fillna(False) & (rows["bits"] == 2)
-    is_float = (rows["data_type"] == "float") & (rows["bits"] == 3)
+    is_gptq = (rows["method"] == "gptq") & (rows["bits"] == 2)
+    is_float = (rows["data_type"] == "float") & ~has_settings(rows) & (rows["bits"] == 3)
     pick = ["model", "block_size", "value", "key"]
-    gptq = rows[is_gptq][[*pick, "data_type"]].rename(columns={"data_type": "gptq"})
+    gptq = rows[is_gptq][[*pick, "label"]].rename(columns={"label": "gptq"})
     both = gptq.merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:
         needs = "2-bit GPTQ and 3-bit float of one model at the same block sizes"
@@ -96,10 +98,10 @@ def judge_pairs(both: pd.DataFrame, rows: pd.DataFrame, text: Measure, results: 
     """Return whether the first of each pair is better on average: the mean lead with its interval.
 
     Args:
-        both: a row per pair; key_gptq and key_float name its experiments.
+        both: a row per pair, whose key_gptq and key_float name its experiments.
         rows: points of all curves, see curves.precision_curves.
         text: the measure, a loss.
-        results: see frontier.draw_values.
+        results: the table behind the points, see frontier.draw_values.
     """
     points = rows.drop_duplicates("key").set_index("key", drop=False).loc[[*both["key_gptq"], *both["key_float"]]]
     weights = np.repeat([-1 / len(both), 1 / len(both)], len(both))
@@ -138,8 +140,8 @@ def judge_order(correlations: pd.DataFrame) -> str:
     """Return whether the proxy is better before feed-forward layers than in attention, and there than in the control.
 
     Args:
-        correlations: index model, columns the relations. Differences are of each model; models are the sample of their
-            95% t-interval.
+        correlations: a table with index model and the relations as columns. A difference is taken within each model,
+            and the models are the sample of its 95% t-interval.
     """
     order = correlations.reindex(columns=["feed_forward", "attention", "control"]).dropna()
     grades, parts = [], []
@@ -215,7 +217,7 @@ def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def show_chance(chance: float) -> str:
-    """Return for example "97%"; "?" where a value without an interval leaves it unknown."""
+    """Return for example "97%", or "?" where a value without an interval leaves it unknown."""
     return "?" if np.isnan(chance) else f"{chance:.0%}"
 
 
@@ -285,11 +287,11 @@ def tabulate_frontier(
 
     Args:
         curves: from find_rivals.
-        family: its family.
-        measure: what makes a choice the best.
-        steps: budgets, evenly spaced in their logarithm inside the frontier's range; of all curves, where only one
-            curve reaches the frontier's.
-        results: see frontier.draw_values.
+        family: the curves' family.
+        measure: the measure by which a choice is the best.
+        steps: the number of budgets, evenly spaced in their logarithm inside the range of the frontier, or of all
+            curves where only one curve reaches the frontier's range.
+        results: the table behind the curves, see frontier.draw_values.
     """
     if curves.empty:
         return pd.DataFrame()
@@ -304,8 +306,8 @@ def tabulate_frontier(
         if len(choices) < 2:
             continue
         names = [
-            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(kind, block)}")
-            for bits, kind, block in zip(choices["bits"], choices["data_type"], choices["block_size"], strict=True)
+            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(label, block)}")
+            for bits, label, block in zip(choices["bits"], choices["label"], choices["block_size"], strict=True)
         ]
         first, second = choices.iloc[0], choices.iloc[1]
         rows.append(

@@ -17,7 +17,8 @@ from typing import Any, Final
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from kbit.analysis.curves.curves import AmbiguousResults, is_missing, name_data_types
+from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.curves.settings import is_missing, make_labels
 from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.figures.styles import LINE_STYLES
 from kbit.analysis.statistics.findings import finding
@@ -28,7 +29,7 @@ from kbit.store.readers import read_failures, read_provenance, read_results
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
 
 
-# Which measurements can be shown, in the order of the menu; higher is better of these but the last two.
+# Which measurements can be shown, in the order of the menu. Higher is better for all but the last two.
 METRICS: Final = ("acc", "top1_agreement", "cross_entropy", "kl_divergence")
 
 
@@ -43,7 +44,7 @@ SYMBOLS: Final = {
 
 
 def write_report(store: str | Path, out: Path) -> None:
-    """Write the report of a store to one HTML file; the file is replaced in one step.
+    """Write the report of a store to one HTML file, which is replaced in one step.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -102,13 +103,13 @@ def list_measures(results: pd.DataFrame) -> list[dict[str, Any]]:
 def collect_columns(results: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the measurements to show, a list for each column: what hovering, filters and axes need."""
     rows = results[results["metric"].isin(METRICS)]
-    names = name_data_types(rows)
+    labels = make_labels(rows)
     table = pd.DataFrame(
         {
             "measure": rows["metric"] + ": " + rows["task"],
             **{name: rows[name] for name in ("family", "model", "key", "evaluation") if name in rows},
             "bits": rows["bits"].astype(int),
-            "data_type": [str(name) if not is_missing(name) else "unquantized" for name in names],
+            "data_type": [str(label) if not is_missing(label) else "unquantized" for label in labels],
             "block_size": [name_block_size(*pair) for pair in zip(rows["block_size"], rows["bits"], strict=True)],
             "method": rows["method"].astype("string").fillna("none"),
             **{name: rows[name].astype(float) for name in ("total_bits", "bits_per_param", "value", "low", "high")},
@@ -131,7 +132,7 @@ def list_styles() -> dict[str, dict[str, str]]:
 
 
 def format_table(table: pd.DataFrame, empty: str) -> str:
-    """Return an HTML table of escaped text, numbers to four significant digits; or the sentence if it has no rows."""
+    """Return an HTML table of escaped text, with numbers to four significant digits, or `empty` if it has no rows."""
     if table.empty:
         return f"<p>{html.escape(empty)}</p>"
     head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table)
@@ -143,7 +144,7 @@ def format_table(table: pd.DataFrame, empty: str) -> str:
 
 
 def format_cell(cell: Any) -> str:
-    """Return a cell as text; missing ones as a dash."""
+    """Return a cell as text, a missing one as a dash."""
     if is_missing(cell):
         return "-"
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

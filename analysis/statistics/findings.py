@@ -12,13 +12,13 @@ from kbit.analysis.curves.curves import (
     best_precision,
     find_cross_entropy,
     is_contest,
-    is_missing,
-    name_variant,
     optimal_share,
     precision_curves,
     split_variants,
 )
-from kbit.analysis.statistics.claims import describe_lead, line_up, try_precision
+from kbit.analysis.curves.settings import is_missing, name_variant
+from kbit.analysis.statistics.grades import describe_lead
+from kbit.analysis.statistics.verdicts import line_up, try_precision
 
 
 def finding(results: pd.DataFrame) -> str:
@@ -55,7 +55,7 @@ def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
             continue
         parts = list(split_variants(curves))
         contests = [part for part in parts if is_contest(part[1])] or parts
-        variants.update(name_variant(v["data_type"], v["block_size"]) for v, _ in contests)
+        variants.update(name_variant(v["label"], v["block_size"]) for v, _ in contests)
         compared = pd.concat([group for _, group in contests], ignore_index=True)
         left = len(parts) - len(contests)
         alone = f" ({left} more have one quantized precision: no contest)" if left else ""
@@ -103,7 +103,7 @@ def name_bits(bits: object) -> str:
 
 
 def explain_too_few(rows: pd.DataFrame) -> str | None:
-    """Return "needs at least two model sizes (has ... only)", or the same for precisions; None if neither."""
+    """Return "needs at least two model sizes (has ... only)", or the same for precisions, or None if neither."""
     for column, what, unit in (("model", "model sizes", ""), ("bits", "precisions", "-bit")):
         found = rows[column].unique()
         if len(found) < 2:

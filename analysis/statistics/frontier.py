@@ -4,7 +4,7 @@ Two variants of a model are scored on the same items, so most of the chance in t
 in their difference. The bootstrap keeps it: one draw resamples the items of each task once, for all points of a panel
 (Koehn 2004, paired bootstrap). Interpolation is linear in the values, so a curve at all budgets is one matrix product.
 
-Where a store has no scores of single items, points are drawn independently from their own 95% intervals; differences
+Where a store has no scores of single items, points are drawn independently from their own 95% intervals. Differences
 then look less certain than they are, and `Draws.paired` is False.
 """
 
@@ -23,10 +23,10 @@ from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.store.items import read_items_by_task
 
-CHOICE: Final = ["total_bits", "data_type", "block_size", "bits", "value", "low", "high", "chance"]
+CHOICE: Final = ["total_bits", "label", "block_size", "bits", "value", "low", "high", "chance"]
 
 
-SAME_MEAN: Final = 1e-6  # items are kept as float32: 1e-7; one item of the paper's 18,300 moves the mean by 2e-5
+SAME_MEAN: Final = 1e-6  # items are float32, exact to 1e-7, and one of the paper's 18,300 moves the mean by 2e-5
 
 
 DRAWS: Final = 1000  # a probability near 1/2 is known to 0.03, an end of a 95% interval to 1% of its rank
@@ -38,7 +38,8 @@ class Draws:
 
     Attributes:
         values: [draws, points], the points in the order of the curves they were drawn for.
-        paired: whether items were resampled together for all points; False: drawn from intervals, independently.
+        paired: whether items were resampled together for all points. Otherwise points were drawn independently from
+            their intervals.
     """
 
     values: Floats
@@ -54,10 +55,10 @@ def find_pareto_frontier(points: pd.DataFrame, higher_is_better: bool) -> pd.Dat
     """Return the points that no other point of the table beats: fewer bits and a value at least as good.
 
     Args:
-        points: columns total_bits and value; any families and variants together.
+        points: a table with the columns total_bits and value, of any families and variants together.
 
     Returns:
-        The rows of the frontier in order of total_bits; of equal points the first stays.
+        The rows of the frontier in order of total_bits. Among equal points the first stays.
     """
     sign = 1.0 if higher_is_better else -1.0
     ordered = points.assign(_rank=-sign * points["value"]).sort_values(["total_bits", "_rank"], kind="stable")
@@ -72,10 +73,10 @@ def draw_values(
 
     Args:
         curves: from precision_curves (or rows of it).
-        measure: what the curves show.
-        results: the table that the curves come from; it says where its store is (results.attrs["store"]).
-        count: draws.
-        seed: of the draws.
+        measure: the measure that the curves show.
+        results: the table that the curves come from, which says where its store is (results.attrs["store"]).
+        count: the number of draws.
+        seed: the seed of the draws.
     """
     rng = np.random.default_rng(seed)
     items = None if results is None else read_panel_items(curves, measure, results)
@@ -109,9 +110,9 @@ def read_panel_items(curves: pd.DataFrame, measure: Measure, results: pd.DataFra
 
 @lru_cache(maxsize=16)
 def read_scores(store: str, metric: str, keys: tuple[str, ...]) -> dict[str, dict[str, Floats]]:
-    """Return the scores of the items by task and experiment; empty if the first experiment has none.
+    """Return the scores of the items by task and experiment. There are none if the first experiment has none.
 
-    Several figures ask for the same points; what a key stands for does not change.
+    They are cached because several figures ask for the same points, and what a key stands for does not change.
     """
     if not read_items_by_task(store, metric, keys[:1]):  # a store without items need not be read whole
         return {}
@@ -124,12 +125,12 @@ def is_complete(scores: dict[str, Floats], keys: Sequence[str]) -> bool:
 
 
 def resample_means(scores: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Return means over resampled items, [count, points]; every draw takes the same items for all points.
+    """Return means over resampled items, [count, points]. Every draw takes the same items for all points.
 
     Args:
-        scores: [points, items].
-        count: draws.
-        rng: source of the draws.
+        scores: the score of each item, [points, items].
+        count: the number of draws.
+        rng: the source of the draws.
     """
     n = scores.shape[1]
     weights = np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(count)])
@@ -139,7 +140,7 @@ def resample_means(scores: Floats, count: int, rng: np.random.Generator) -> Floa
 def weigh_points(curves: pd.DataFrame, budgets: Floats, by: str = "bits") -> dict[object, Floats]:
     """Return the interpolation of each curve as a matrix [budgets, points]: value at a budget = row @ values.
 
-    The columns are the rows of `curves`, in its order. Curves of one size are left out; outside a curve is NaN.
+    The columns are the rows of `curves`, in its order. Curves of one size are left out. Outside a curve is NaN.
     """
     sizes = curves["total_bits"].to_numpy(dtype=np.float64)
     matrices: dict[object, Floats] = {}
@@ -150,12 +151,12 @@ def weigh_points(curves: pd.DataFrame, budgets: Floats, by: str = "bits") -> dic
 
 
 def weigh_curve(sizes: Floats, budgets: Floats, *, extend: bool = False) -> Floats:
-    """Return the interpolation of one curve as a matrix [budgets, points]; outside the curve is NaN.
+    """Return the interpolation of one curve as a matrix [budgets, points]. Outside the curve it is NaN.
 
     Args:
-        sizes: of its points, bits, ascending.
+        sizes: the points' sizes, bits, ascending.
         budgets: bits of the whole model.
-        extend: beyond the largest model give the value of that model: a budget need not be spent.
+        extend: whether to give the largest model's value beyond its size, as a budget need not be spent.
     """
     right = None if extend else np.nan
     x, at = np.log(sizes), np.log(budgets)
@@ -168,7 +169,7 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
     P(best) = share of the draws in which the curve is best of those defined at the budget.
 
     Returns:
-        Index total_bits (the budgets), a column for each curve; rows sum to 1. Empty if the curves never meet.
+        Index total_bits (the budgets), a column for each curve. Rows sum to 1. Empty if the curves never meet.
     """
     budgets = shared_budgets(curves, by=by)
     matrices = weigh_points(curves, budgets, by)
@@ -190,18 +191,18 @@ def choose_precision(
 ) -> pd.DataFrame:
     """Return, for each budget of bits, every curve that exists there, with its chance to be the best.
 
-    This is the table to read for "which model fits into B bits": all precisions, data types and block sizes compete,
+    This is the table to read for "which model fits into B bits". All precisions, data types and block sizes compete,
     each with the largest model that fits (between two sizes: interpolated).
 
     Args:
-        curves: from precision_curves; one family.
-        measure: what the curves show.
+        curves: the curves of one family, from precision_curves.
+        measure: the measure that the curves show.
         budgets: bits of the whole model.
-        results: see draw_values.
+        results: the table behind the curves, see draw_values.
 
     Returns:
-        Columns total_bits (the budget), data_type, block_size, bits, value, low, high (95%, from the draws), chance. Of
-        each budget first the curve with the best value, then the others by their chance: the second row is the
+        Columns total_bits (the budget), label, block_size, bits, value, low, high (95%, from the draws), chance. At
+        each budget the curve with the best value comes first, then the others by their chance. The second row is the
         likeliest rival, which need not have the second best value.
     """
     is_twin = (curves["bits"] == BASELINE_BITS) & curves.duplicated(["bits", "model"])  # it belongs to every variant
@@ -225,8 +226,8 @@ def interpolate_draws(
 ) -> Iterator[tuple[object, Floats, Floats]]:
     """Yield each curve (column curve) with its values at the budgets and their draws, [budgets, draws].
 
-    A budget needs two points of a curve, and only such points are drawn: of ten sizes at few budgets, a part. A value
-    below the curve's smallest model is NaN; a draw is NaN where a point that it needs has no interval.
+    A budget needs two points of a curve, and only points that some budget needs are drawn. A value below the curve's
+    smallest model is NaN. A draw is NaN where a point that it needs has no interval.
     """
     sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
     places = sort_curves(points, "curve")
@@ -246,7 +247,13 @@ def interpolate_draws(
 
 
 def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]], measure: Measure) -> pd.DataFrame:
-    """Return the rows of choose_precision for one budget: of each curve its name, its value there and its draws."""
+    """Return the rows of choose_precision for one budget.
+
+    Args:
+        about: label, block_size and bits of each curve.
+        found: each curve that exists at the budget, its value there, and the value's draws.
+        measure: the measure that the curves show.
+    """
     draws = np.stack([drawn for _, _, drawn in found], axis=1)
     sign = 1.0 if measure.higher_is_better else -1.0
     table = about.loc[[curve for curve, _, _ in found]].reset_index(drop=True)
@@ -261,11 +268,11 @@ def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]],
 
 @dataclass(frozen=True)
 class Lead:
-    """A lead over that of several rivals which decides whether the first is best.
+    """The lead over the one of several rivals that decides whether the first is best.
 
     Attributes:
-        place: of the rival.
-        gap, low, high: the lead over it, and its interval; see find_strongest_rival.
+        place: the rival's place among the rivals.
+        gap, low, high: the lead over it, and its interval. See find_strongest_rival.
     """
 
     place: int
@@ -279,21 +286,21 @@ def find_strongest_rival(draws: Draws, rows: Floats, gaps: Floats) -> Lead:
 
         low_j = 2.5% quantile of d_j         high_j = l_j + c s_j,  c = 97.5% quantile of max_j (d_j - l_j) / s_j
 
-    for leads l_j over rivals j with draws d_j of standard deviation s_j. "Best" holds if every lead is above zero: if
-    the smallest low_j is, which errs as seldom as one low_j does. It does not hold if some lead is below zero; the
-    smallest of several high_j is more often too small than each is, so that they are widened for all to be right
+    for leads l_j over rivals j with draws d_j of standard deviation s_j. "Best" holds if every lead is above zero, that
+    is if the smallest low_j is, which errs as seldom as one low_j does. It does not hold if some lead is below zero.
+    The smallest of several high_j is more often too small than each is, so they are widened for all to be right
     together. (To keep the rival that is best by value, or to take the best in each draw, would find a lead below zero
     too often: the best of several equal rivals is the one with the luckiest items.) With one rival both ends are
     quantiles.
 
     Args:
-        draws: of points.
+        draws: bootstrap draws of the points.
         rows: weights of the points in each lead, [rivals, points].
         gaps: the leads themselves, [rivals].
 
     Returns:
-        The lead with the smallest high_j if that is below zero, else the one with the smallest low_j; NaN as interval
-        if a point has none.
+        The lead with the smallest high_j if that is below zero, else the one with the smallest low_j. Its interval is
+        NaN if a point has none.
     """
     drawn = draws.values @ rows.T
     spread = np.maximum(drawn.std(axis=0), np.finfo(np.float64).tiny)  # without chance all are level: no division by 0
@@ -307,6 +314,6 @@ def find_strongest_rival(draws: Draws, rows: Floats, gaps: Floats) -> Lead:
 
 
 def mean_interval(draws: Draws, weights: Sequence[float] | Floats) -> tuple[float, float]:
-    """Return the 95% interval of a linear combination of a panel's points; NaN if a point has no interval."""
+    """Return the 95% interval of a linear combination of a panel's points, or NaN if a point has no interval."""
     low, high = np.quantile(draws.values @ np.asarray(weights, dtype=np.float64), [0.025, 0.975])
     return float(low), float(high)

@@ -6,13 +6,14 @@ Every law here is of one form, an exponential of linear terms plus linear terms:
 
 | law | y | formula | source |
 |---|---|---|---|
-| power | L | C N^-p k^-q | bivariate in parameters and bits; the paper (section 4) reports that it fits poorly |
+| power | L | C N^-p k^-q | bivariate in parameters and bits: by the paper (section 4) it fits poorly |
 | offset | L | C N^-p + E + e_k | a base curve and an offset per precision, e_16 = 0: the paper's "nearly parallel" |
 | kumar | L - L_16 | C N^-b exp(-k / g) | Kumar et al. 2024, arXiv 2411.04330, equation of delta_PTQ |
-| block | L - L_16 | C N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training; G is the block size |
+| block | L - L_16 | C N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training, G is the block size |
 
-L: cross entropy in nats per token; N: parameters; k: bits. Both laws of L - L_16 have a factor D^a in the training
-tokens D. It is part of C here: the sizes of a family were trained on (nearly) as many, and a store holds no tokens.
+L is the cross entropy in nats per token, N the number of parameters, and k the bits. Both laws of L - L_16 have a
+factor D^a in the training tokens D. It is part of C here, because the sizes of a family were trained on (nearly) as
+many tokens, and a store does not hold their number.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ class Design:
     """The terms of a law at given points.
 
     Attributes:
-        power: X, [points, terms of the exponent]; added: Z, [points, added terms], perhaps without columns.
-        names: of the parameters, those of X first.
+        power: X, [points, terms of the exponent].
+        added: Z, [points, added terms], perhaps without columns.
+        names: the parameters' names, those of X first.
     """
 
     power: Floats
@@ -86,9 +88,9 @@ class Fit:
     """A fitted law.
 
     Attributes:
-        law: one of LAWS.
-        design: its terms at the points it was fitted on.
-        parameters: of the fit, in the order of design.names.
+        law: its name, one of LAWS.
+        design: its terms at the points that it was fitted on.
+        parameters: the fitted parameters, in the order of design.names.
         draws: bootstrap draws of the parameters, [draws, terms].
         residuals: y - prediction at the points, in nats.
         r2: share of the variance of y that it explains.
@@ -117,8 +119,8 @@ def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None
 
     Args:
         law: one of LAWS.
-        points: columns parameters, bits, block_size (for "block"); one row per point.
-        precisions: of "offset", those with an offset of their own; None: those of the points.
+        points: a table with the columns parameters, bits and block_size (for "block"), one row per point.
+        precisions: the precisions to which "offset" gives an offset of their own. None: those of the points.
 
     Raises:
         ValueError: another law.
@@ -158,9 +160,10 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
 
     Args:
         law: one of LAWS.
-        points: columns y, error (standard error of y; NaN: all alike), and those of make_design.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+        points: a table with the columns y, error (the standard error of y, where NaN makes all alike), and those of
+            make_design.
+        draws: the number of bootstrap draws.
+        seed: the seed of the bootstrap.
 
     Raises:
         TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart, as where the
@@ -198,7 +201,7 @@ def standardize(residuals: Floats, parameters: int) -> Floats:
 
 
 def choose_scale(points: pd.DataFrame) -> Floats:
-    """Return the standard error of each point; where it is not known for all, the same for all."""
+    """Return the standard error of each point. Where it is not known for all points, it is the same for all."""
     error = points["error"].to_numpy(dtype=np.float64)
     return error if np.isfinite(error).all() and (error > 0).all() else np.full(len(points), float(points["y"].std()))
 
@@ -235,7 +238,7 @@ def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floa
     """Return the parameters of many samples at once: Levenberg-Marquardt on the same robust objective as fit_once.
 
     Args:
-        design: of the law.
+        design: the law's terms.
         samples: y of each sample, [samples, points].
         scale: standard errors, [points].
         start: parameters to start from, [terms].
@@ -266,7 +269,7 @@ def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floa
 
 
 def measure_cost(design: Design, theta: Floats, samples: Floats, scale: Floats) -> Floats:
-    """Return the robust objective of each sample; infinite where it overflows."""
+    """Return the robust objective of each sample, infinite where it overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
         squared = ((samples - design.predict(theta)) / (scale * SOFTNESS)) ** 2
         cost = np.sum(np.sqrt(1 + squared) - 1, axis=-1)
@@ -278,10 +281,10 @@ class HeldOut:
     """A law fitted without the largest model, and its predictions for it.
 
     Attributes:
-        model: the largest.
-        rmse: of the predictions, nats.
-        inside: share of its points within the 95% prediction interval.
-        naive: root mean square error, nats, of the rule "as the next smaller model at the same setting".
+        model: the largest model.
+        rmse: the root mean square error of the predictions, nats.
+        inside: the share of its points within the 95% prediction interval.
+        naive: the root mean square error, nats, of the rule "as the next smaller model at the same setting".
     """
 
     model: str
@@ -297,8 +300,8 @@ def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: 
     standardized and enlarged as for fit_law, and have the standard errors of the points that are predicted.
 
     Args:
-        law, draws, seed: as in fit_law.
-        points: as in fit_law, with a column model.
+        law, draws, seed: the same as in fit_law.
+        points: the same as in fit_law, with a column model.
 
     Raises:
         TooFewPoints: see fit_law.

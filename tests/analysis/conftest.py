@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
+import matplotlib
 import pandas as pd
 import pytest
+
+from kbit.analysis.figures.drawing import PaperFigure
+from kbit.analysis.figures.registry import FIGURES
 
 SIZES = {"1m": 10**6, "4m": 4 * 10**6, "16m": 16 * 10**6}
 TYPE_LOSS = {"quantile": 0.0, "float": 0.01, "nf": 0.005, "int": 0.3, "dynamic": 0.2}
@@ -104,13 +109,28 @@ def planted() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="session")
+def draw_planted(planted: pd.DataFrame) -> Callable[[str], PaperFigure]:
+    """Draw a figure of the planted store by its name, once for all tests that look at it."""
+
+    @cache
+    def draw(name: str) -> PaperFigure:
+        with matplotlib.rc_context({"font.size": 4}):  # a caller's own settings do not matter
+            figure = FIGURES[name](planted)
+            figure.fig.draw_without_rendering()
+        return figure
+
+    return draw
+
+
+@pytest.fixture(scope="session")
 def make_points() -> Callable[..., pd.DataFrame]:
     """Build one panel, {curve: {total bits: value}}: the columns of precision_curves with series and panel."""
 
     def build(curves: dict[Any, dict[int, float]], error: float = 0.01) -> pd.DataFrame:
         rows = [
             {
-                "family": "toy", "data_type": "nf", "block_size": 64, "panel": "toy", "series": str(name),
+                "family": "toy", "data_type": "nf", "label": "nf", "block_size": 64, "panel": "toy",
+                "series": str(name),
                 "bits": name if isinstance(name, int) else 4, "model": f"m{place}", "total_bits": size,
                 "value": value, "low": value - 1.96 * error, "high": value + 1.96 * error, "key": f"{name}-{size}",
             }

@@ -23,8 +23,8 @@ from kbit.analysis.curves.curves import (
     sort_curves,
     tabulate_curves,
 )
-from kbit.analysis.statistics.claims import judge_four_bit
 from kbit.analysis.statistics.findings import finding
+from kbit.analysis.statistics.verdicts import judge_four_bit
 from kbit.cli.results import select_rows
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value
@@ -161,10 +161,10 @@ def test_the_baseline_belongs_to_every_variant_of_its_family_only() -> None:
     ]
     curves = mean_curves(pd.concat(parts, ignore_index=True))
     baseline = curves[curves["bits"] == 16]
-    variants = baseline[["family", "data_type", "block_size"]].drop_duplicates()
+    variants = baseline[["family", "label", "block_size"]].drop_duplicates()
     assert len(baseline) == 6
     assert variants["family"].tolist() == ["other", "toy", "toy"]
-    assert variants["data_type"].tolist()[1:] == ["int", "nf"]
+    assert variants["label"].tolist()[1:] == ["int", "nf"]
     assert variants["block_size"].isna().tolist() == [True, True, False]
     assert curves.columns.tolist()[:4] == ["family", "bits", "data_type", "block_size"]
 
@@ -178,14 +178,14 @@ def test_other_exponents_biases_and_methods_are_variants_of_their_own() -> None:
     ]
     parts = [make_results({4: {10: 0.1}}, **setting) for setting in settings]
     curves = mean_curves(pd.concat(parts, ignore_index=True))
-    assert curves["data_type"].tolist() == ["float", "float E2", "float E2 bnb", "nf gptq"]
+    assert curves["label"].tolist() == ["float", "float E2", "float E2 bnb", "nf gptq"]
 
 
 def test_other_settings_are_variants_of_their_own() -> None:
     settings: list[dict[str, Any]] = [{}, {"scale_format": "fp32"}, {"layout": "row", "centering": True}]
     parts = [make_results({4: {10: 0.1}}, **setting) for setting in settings]
     curves = mean_curves(pd.concat(parts, ignore_index=True))
-    assert curves["data_type"].tolist() == ["nf", "nf fp32 scales", "nf row centred"]
+    assert curves["label"].tolist() == ["nf", "nf fp32 scales", "nf row centred"]
 
 
 def test_seeds_are_averaged() -> None:

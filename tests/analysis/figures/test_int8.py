@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
 
-from kbit.analysis.curves.curves import AmbiguousResults, name_data_type
+from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.curves.settings import make_label
+from kbit.analysis.figures.drawing import PaperFigure
 from kbit.analysis.figures.int8 import read_paper
 from kbit.analysis.figures.registry import FIGURES
-from kbit.methods.config import INT8_METHODS
+from kbit.layers.int8_schemes import SCHEMES
 
 
 def plant(planted: pd.DataFrame, added: dict[str, float]) -> pd.DataFrame:
@@ -68,7 +71,7 @@ def test_a_threshold_of_ones_own_is_named(planted: pd.DataFrame) -> None:
 
 def test_the_papers_table_is_the_transcribed_one() -> None:
     table = read_paper().set_index(["method", "model"])
-    assert set(table.index.get_level_values("method")) == set(INT8_METHODS)
+    assert set(table.index.get_level_values("method")) == set(SCHEMES)
     assert table.loc[("absmax", "fairseq-125m"), "perplexity"] == 87.76
     assert table.loc[("absmax", "fairseq-125m"), "added"] == pytest.approx(math.log(87.76 / 25.65))
     assert table.loc[("zeropoint_llm_int8", "fairseq-13b"), "added"] == 0
@@ -77,15 +80,17 @@ def test_the_papers_table_is_the_transcribed_one() -> None:
 
 def test_an_int8_method_and_ways_to_select_outliers_name_their_curve() -> None:
     row = {"bits": 8, "data_type": "int", "exponent_bits": None, "layout": "row", "scale_format": "fp32"}
-    assert name_data_type(row | {"method": "llm_int8", "activation_threshold": 6.0}) == "int llm_int8"
-    assert name_data_type(row | {"method": "llm_int8", "activation_threshold": 3.0}) == "int llm_int8 threshold 3"
+    assert make_label(row | {"method": "llm_int8", "activation_threshold": 6.0}) == "int llm_int8"
+    assert make_label(row | {"method": "llm_int8", "activation_threshold": 3.0}) == "int llm_int8 threshold 3"
     nf = {"bits": 3, "data_type": "nf", "exponent_bits": None, "method": "rtn"}
-    assert name_data_type(nf | {"outlier_fraction": 0.02, "outlier_selection": "proxy"}) == "nf outliers 0.02"
-    assert name_data_type(nf | {"outlier_fraction": 0.02, "outlier_selection": "random"}) == "nf random outliers 0.02"
-    assert name_data_type(nf | {"outlier_fraction": 0.0, "outlier_zscore": 4.0}) == "nf outliers z > 4"
+    assert make_label(nf | {"outlier_fraction": 0.02, "outlier_selection": "proxy"}) == "nf outliers 0.02"
+    assert make_label(nf | {"outlier_fraction": 0.02, "outlier_selection": "random"}) == "nf random outliers 0.02"
+    assert make_label(nf | {"outlier_fraction": 0.0, "outlier_zscore": 4.0}) == "nf outliers z > 4"
 
 
-def test_figure_4_shows_the_controls_beside_the_proxy(planted: pd.DataFrame) -> None:
+def test_figure_4_shows_the_controls_beside_the_proxy(
+    planted: pd.DataFrame, draw_planted: Callable[[str], PaperFigure]
+) -> None:
     kept = planted[planted["outlier_fraction"] == 0.02]
     control = kept.assign(outlier_selection="random", key=kept["key"] + "random")
     figure = FIGURES["figure_4"](pd.concat([planted.assign(outlier_selection="proxy"), control], ignore_index=True))
@@ -93,7 +98,7 @@ def test_figure_4_shows_the_controls_beside_the_proxy(planted: pd.DataFrame) -> 
     assert list(dict.fromkeys(three["series"])) == ["3-bit", "3-bit with 2% outliers", "3-bit with 2% random", "4-bit"]
     # the claims are about the proxy; one more part compares it with the control, whose loss is planted as the same
     head, _, part = figure.verdict.partition(" [outliers by proxy gain more than random dimensions] ")
-    assert head == FIGURES["figure_4"](planted).verdict
+    assert head == draw_planted("figure_4").verdict
     assert part.startswith(
         "Of 2 panels: undecided in 2. Mean lead: opt, 3-bit nf block 64, 3-bit with 2% outliers over"
     )

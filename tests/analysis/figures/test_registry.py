@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
 from matplotlib.text import Text
 
-from kbit.analysis.figures.drawing import LIMIT, LIMIT_OF_MODELS, MissingResults
-from kbit.analysis.figures.panels import choose_ticks, format_bits
-from kbit.analysis.figures.registry import FIGURES, save_figures
+from kbit.analysis.curves.units import format_bits
+from kbit.analysis.figures.drawing import LIMIT, LIMIT_OF_MODELS, MissingResults, PaperFigure
+from kbit.analysis.figures.panels import choose_ticks
+from kbit.analysis.figures.registry import FIGURES, SavedFigure, save_figures
 from kbit.analysis.figures.styles import LINE_STYLES, SERIES_STYLES, TooManyCurves, style_series
 
 PARAMETERS = {"toy-1m": 1_000_000, "toy-4m": 4_000_000, "toy-16m": 16_000_000}
@@ -130,7 +132,9 @@ def test_axes_say_what_they_show() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
-def test_every_figure_is_drawn_readable_and_judged(name: str, planted: pd.DataFrame) -> None:
+def test_every_figure_is_drawn_readable_and_judged(
+    name: str, planted: pd.DataFrame, draw_planted: Callable[[str], PaperFigure]
+) -> None:
     if name in (
         "anchors",
         "table_2",
@@ -141,9 +145,7 @@ def test_every_figure_is_drawn_readable_and_judged(name: str, planted: pd.DataFr
         with pytest.raises(MissingResults, match=f"{name} needs"):
             FIGURES[name](planted)
         return
-    with matplotlib.rc_context({"font.size": 4}):  # a caller's own settings do not matter
-        figure = FIGURES[name](planted)
-        figure.fig.draw_without_rendering()
+    figure = draw_planted(name)
     texts = [text for text in figure.fig.findobj(Text) if isinstance(text, Text) and text.get_visible()]
     sizes = [float(text.get_fontsize()) for text in texts if text.get_text()]
     assert len(sizes) > 20
@@ -193,12 +195,12 @@ SAID = {
 
 
 @pytest.mark.parametrize("name", SAID)
-def test_the_verdict_is_what_was_planted(name: str, planted: pd.DataFrame) -> None:
-    assert re.search(SAID[name], FIGURES[name](planted).verdict)
+def test_the_verdict_is_what_was_planted(name: str, draw_planted: Callable[[str], PaperFigure]) -> None:
+    assert re.search(SAID[name], draw_planted(name).verdict)
 
 
-def test_panels_hold_the_curves_of_the_paper(planted: pd.DataFrame) -> None:
-    data = {name: FIGURES[name](planted).data for name in ("figure_1", "figure_3", "figure_4", "figure_5", "figure_12")}
+def test_panels_hold_the_curves_of_the_paper(draw_planted: Callable[[str], PaperFigure]) -> None:
+    data = {name: draw_planted(name).data for name in ("figure_1", "figure_3", "figure_4", "figure_5", "figure_12")}
     assert set(data["figure_1"]["family"]) == {"opt"}
     assert set(data["figure_1"]["bits"]) == {3, 4, 8, 16}
     assert set(data["figure_3"]["panel"]) == {"pythia, 4-bit float", "pythia, 4-bit block 64"}
@@ -287,7 +289,8 @@ def test_collapsed_losses_leave_the_axis_and_are_named() -> None:
     (note,) = axes.texts
     assert note.get_text() == f"above the axis: 2-bit up to {worst:.2f}"
     figure.fig.draw_without_rendering()
-    title = axes.title if axes.title.get_text() else axes._left_title  # type: ignore[attr-defined]
+    texts = [text for text in axes.findobj(Text) if isinstance(text, Text)]
+    (title,) = [text for text in texts if text.get_text() == axes.get_title(loc="left")]
     # it stands between the axis, where curves run, and the title
     assert axes.get_window_extent().y1 < note.get_window_extent().y0
     assert note.get_window_extent().y1 < title.get_window_extent().y0
@@ -321,20 +324,24 @@ def test_no_results_allow_only_the_computed_figure() -> None:
                 draw(pd.DataFrame())
 
 
-def test_saved_files_hold_the_figure_and_its_data(tmp_path: Path) -> None:
-    saved = save_figures(make_results(), tmp_path / "figures", CURVES)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> list[SavedFigure]:
+    return save_figures(make_results(), tmp_path_factory.mktemp("saved") / "figures", CURVES)
+
+
+def test_saved_files_hold_the_figure_and_its_data(saved: list[SavedFigure]) -> None:
     assert [figure.name for figure in saved] == ["figure_2", "figure_13"]
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {f"figure_{k}.{suffix}" for k in (2, 13) for suffix in ("png", "svg", "csv")}
     png, svg, csv = saved[0].paths
+    assert {path.name for path in png.parent.iterdir()} == {
+        f"figure_{k}.{suffix}" for k in (2, 13) for suffix in ("png", "svg", "csv")
+    }
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "mean zero-shot accuracy (4 tasks)" in svg.read_text()
-    data = figure_2(make_results()).data
-    read = pd.read_csv(csv)
-    assert read.columns.tolist() == data.columns.tolist()
-    assert read["value"].tolist() == data["value"].tolist()
-    assert read["total_bits"].tolist() == data["total_bits"].tolist()
-    assert saved[0].verdict == figure_2(make_results()).verdict
+    figure, read = figure_2(make_results()), pd.read_csv(csv)
+    assert read.columns.tolist() == figure.data.columns.tolist()
+    assert read["value"].tolist() == figure.data["value"].tolist()
+    assert read["total_bits"].tolist() == figure.data["total_bits"].tolist()
+    assert saved[0].verdict == figure.verdict
 
 
 def test_a_figure_is_laid_out_once_for_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,37 +351,27 @@ def test_a_figure_is_laid_out_once_for_all_its_files(tmp_path: Path, monkeypatch
     assert len(calls) == 1
 
 
-def test_the_same_results_give_the_same_bytes_and_settings_stay(tmp_path: Path) -> None:
-    (first,) = save_figures(make_results(), tmp_path / "a", ["figure_2"])
+def test_the_same_results_give_the_same_bytes_and_settings_stay(tmp_path: Path, saved: list[SavedFigure]) -> None:
     with matplotlib.rc_context({"font.size": 30, "savefig.bbox": "tight", "axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams)
-        (second,) = save_figures(make_results().sample(frac=1, random_state=0), tmp_path / "b", ["figure_2"])
+        (again,) = save_figures(make_results().sample(frac=1, random_state=0), tmp_path, ["figure_2"])
         assert dict(matplotlib.rcParams) == before
-    for one, other in zip(first.paths, second.paths, strict=True):
+    for one, other in zip(saved[0].paths, again.paths, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
 
 def test_what_cannot_be_drawn_is_skipped_with_its_reason(tmp_path: Path) -> None:
     results = make_results()
-    saved = {figure.name: figure for figure in save_figures(results[results["metric"] == "cross_entropy"], tmp_path)}
-    assert list(saved) == list(FIGURES)
-    assert saved["figure_13"].skipped is None
-    assert "figure_2 needs mean zero-shot accuracy" in str(saved["figure_2"].skipped)
-    assert saved["figure_2"].paths == ()
-
-
-def test_of_figures_asked_for_by_name_those_that_can_be_are_drawn(tmp_path: Path) -> None:
-    results = make_results()
     saved = save_figures(results[results["metric"] == "cross_entropy"], tmp_path, ["figure_13", "figure_2"])
     assert [bool(figure.paths) for figure in saved] == [True, False]
+    assert saved[0].skipped is None
     assert "figure_2 needs mean zero-shot accuracy" in str(saved[1].skipped)
 
 
-def test_a_folder_is_made_only_for_a_figure(
-    tmp_path: Path, planted: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_made_only_for_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(FIGURES, "figure_16")  # the one that needs no results
     saved = save_figures(pd.DataFrame(), tmp_path / "a" / "b")
+    assert [figure.name for figure in saved] == list(FIGURES)
     assert all(figure.skipped for figure in saved)
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,16 @@ from matplotlib.patches import Rectangle
 
 from kbit.analysis.curves.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy
 from kbit.analysis.curves.published import compare_anchors, match_published, read_published
-from kbit.analysis.figures.drawing import MissingResults, draw_table
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, draw_table
 from kbit.analysis.figures.maps import choose_ink, name_part
 from kbit.analysis.figures.registry import FIGURES
 from kbit.analysis.figures.relations import correlate, read_loss, read_lost, read_weight_error, resample_groups
 from kbit.analysis.figures.roofline import DEVICES, Device, estimate_seconds, find_largest_batch
-from kbit.analysis.figures.tables import table_1, table_2
+from kbit.analysis.figures.tables import table_2
 
 
-def test_table_1_holds_ours_and_the_papers(planted: pd.DataFrame) -> None:
-    figure = table_1(planted)
+def test_table_1_holds_ours_and_the_papers(planted: pd.DataFrame, draw_planted: Callable[[str], PaperFigure]) -> None:
+    figure = draw_planted("table_1")
     paper = figure.data[figure.data["model"] == "opt-175b (paper)"]
     assert paper["gptq_2bit"].tolist() == [11.84, 10.0, 9.18]
     assert paper["float_3bit"].tolist() == [13.26, 10.38, 9.99]
@@ -187,8 +188,8 @@ def test_a_rank_correlation_sees_order_alone() -> None:
     assert correlate(points.assign(y=np.exp(points["x"])), rank=True)[0] == pytest.approx(1)
 
 
-def test_the_map_finds_the_best_cell_and_counts_scales(planted: pd.DataFrame) -> None:
-    figure = FIGURES["data_types_map"](planted)
+def test_the_map_finds_the_best_cell_and_counts_scales(draw_planted: Callable[[str], PaperFigure]) -> None:
+    figure = draw_planted("data_types_map")
     four = figure.data[figure.data["panel"] == "opt, 4-bit"]
     assert len(four) == 15
     assert four["loss"].min() == 0
@@ -233,8 +234,8 @@ def test_ink_is_legible_on_any_shade(shade: tuple[float, float, float]) -> None:
     assert contrast_ratio(shade, choose_ink(shade)) >= 4.5
 
 
-def test_the_map_says_how_sure_its_best_cell_is(planted: pd.DataFrame) -> None:
-    figure = FIGURES["data_types_map"](planted)
+def test_the_map_says_how_sure_its_best_cell_is(draw_planted: Callable[[str], PaperFigure]) -> None:
+    figure = draw_planted("data_types_map")
     four = figure.data[figure.data["panel"] == "opt, 4-bit"].sort_values("loss")
     found = re.search(
         r"opt, 4-bit: best is quantile block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict

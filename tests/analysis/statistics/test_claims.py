@@ -12,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Measure
-from kbit.analysis.statistics.claims import (
-    Contrast,
+from kbit.analysis.statistics.claims import Contrast, contrast_curves, judge_contrasts
+from kbit.analysis.statistics.frontier import Draws, find_strongest_rival
+from kbit.analysis.statistics.grades import describe_lead
+from kbit.analysis.statistics.verdicts import (
+    MOST_VARIANTS,
+    NO_CONTEST,
+    NOT_TRIED,
     Trial,
-    contrast_curves,
-    describe_lead,
-    judge_contrasts,
     judge_four_bit,
     line_up,
+    tabulate_verdicts,
     try_precision,
 )
-from kbit.analysis.statistics.frontier import Draws, find_strongest_rival
-from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, tabulate_verdicts
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
@@ -146,7 +147,7 @@ def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> 
 def test_the_best_leads_every_other_not_their_mean(make_points: Build) -> None:
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.4, 100: 0.6}, "c": {10: 0.0, 100: 0.1}}, error=0.001)
     judged = {
-        expected: judge_contrasts(curves, lambda panel, names: (["a"], ["b", "c"]), expected, ZERO_SHOT)
+        expected: judge_contrasts(curves, lambda points: (["a"], ["b", "c"]), expected, ZERO_SHOT)
         for expected in ("better", "best")
     }
     assert judged["better"].startswith("Holds. Mean lead: toy, a over b and c: +0.1250")
@@ -158,7 +159,7 @@ def test_the_best_must_lead_an_uncertain_rival_too(make_points: Build) -> None:
     sure = make_points({"a": {10: 0.60, 100: 0.60}, "b": {10: 0.59, 100: 0.59}}, error=0.0005)
     unsure = make_points({"c": {10: 0.58, 100: 0.58}}, error=0.1)
     curves = pd.concat([sure, unsure], ignore_index=True)
-    text = judge_contrasts(curves, lambda panel, names: (["a"], ["b", "c"]), "best", ZERO_SHOT)
+    text = judge_contrasts(curves, lambda points: (["a"], ["b", "c"]), "best", ZERO_SHOT)
     assert text.startswith("Undecided. Mean lead over the strongest rival: toy, a over c: +0.0200 (95% interval -0.")
 
 
@@ -193,7 +194,7 @@ def test_a_contrast_needs_both_groups_at_shared_budgets(make_points: Build) -> N
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {200: 0.3, 300: 0.4}})
     for groups in ((["a"], ["b"]), (["a"], ["x"])):
         assert contrast_curves(curves, groups, ZERO_SHOT).grade("better", 0.01) == "not tested"
-    text = judge_contrasts(curves, lambda panel, names: (["a"], ["x"]), "better", ZERO_SHOT)
+    text = judge_contrasts(curves, lambda points: (["a"], ["x"]), "better", ZERO_SHOT)
     assert text.startswith("Not tested")
 
 
@@ -201,15 +202,21 @@ def test_panels_are_counted_and_named(make_points: Build) -> None:
     better = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.1, 100: 0.2}}, error=0.001)
     worse = make_points({"a": {10: 0.1, 100: 0.2}, "b": {10: 0.3, 100: 0.5}}, error=0.001).assign(panel="other")
     text = judge_contrasts(
-        pd.concat([better, worse], ignore_index=True), lambda panel, names: (["a"], ["b"]), "better", ZERO_SHOT
+        pd.concat([better, worse], ignore_index=True), lambda points: (["a"], ["b"]), "better", ZERO_SHOT
     )
     assert text.startswith("Of 2 panels: holds in 1, does not hold in 1.")
     assert "toy, a over b: +0.2500 (95%" in text
     assert "other, a over b: -0.2500 (95%" in text
 
 
-def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
-    table = tabulate_verdicts(planted)
+@pytest.fixture(scope="module")
+def verdicts(planted: pd.DataFrame) -> pd.DataFrame:
+    """The verdicts of the planted store, worked out once."""
+    return tabulate_verdicts(planted)
+
+
+def test_the_verdicts_of_a_planted_store(verdicts: pd.DataFrame) -> None:
+    table = verdicts
     assert set(table["family"]) == {"opt", "pythia"}
     assert set(table["measure"]) == {"mean zero-shot accuracy", "cross entropy"}
     variants = table.groupby(["family", "measure"])[["data_type", "block_size"]]
@@ -224,11 +231,12 @@ def test_the_verdicts_of_a_planted_store(planted: pd.DataFrame) -> None:
     assert (table["share"] <= 1).all()
 
 
-def test_of_many_variants_the_first_are_tried(planted: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tabulate_verdicts(planted)
+def test_of_many_variants_the_first_are_tried(
+    planted: pd.DataFrame, verdicts: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("kbit.analysis.statistics.verdicts.MOST_TRIALS", 2)
     few = tabulate_verdicts(planted)
-    assert few["keys"].tolist() == whole["keys"].tolist()
+    assert few["keys"].tolist() == verdicts["keys"].tolist()
     assert set(few[few["grade"] != NO_CONTEST].groupby(["family", "measure"])["bits"].count()) == {MOST_VARIANTS}
     assert few.loc[few["bits"].isna(), "grade"].isin([NO_CONTEST, NOT_TRIED]).all()
 

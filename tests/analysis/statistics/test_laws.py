@@ -18,7 +18,7 @@ TRUE: dict[str, list[float]] = {
     "block": [1.7, 0.36, 0.7],
 }
 NOISE = 0.01  # relative to the size of what quantization adds; of the loss, in nats
-TRIALS = 200
+TRIALS = 100
 
 
 def make_points(law: str, **columns: Any) -> pd.DataFrame:
@@ -50,7 +50,7 @@ def test_exact_points_give_the_planted_parameters(law: str) -> None:
 
 @pytest.mark.parametrize("law", LAWS)
 def test_intervals_cover_the_planted_parameters(law: str) -> None:
-    """95% intervals cover in 90 to 99% of 200 trials, on average over the parameters and about so for each."""
+    """95% intervals cover in 90 to 99% of the trials, on average over the parameters and about so for each."""
     points = make_points(law)
     inside = []
     for seed in range(TRIALS):
@@ -58,7 +58,7 @@ def test_intervals_cover_the_planted_parameters(law: str) -> None:
         inside.append((low <= TRUE[law]) & (TRUE[law] <= high))
     covered = np.mean(inside, axis=0)
     assert 0.90 <= covered.mean() <= 0.99
-    # of one parameter: three standard errors of a share of 200 trials beyond these bounds
+    # of one parameter: three standard errors of a share of TRIALS beyond these bounds
     assert (covered >= 0.90 - 3 * np.sqrt(0.9 * 0.1 / TRIALS)).all()
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.analysis.curves.degradation import widen_degenerate
+from kbit.analysis.statistics.degradation import widen_degenerate
 
 
 @given(n=st.integers(1, 100_000), at=st.floats(-1, 1))

@@ -5,20 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import Floats, Measure, refuse_mixed_evaluations
+from kbit.analysis.curves.curves import Floats, Measure
 from kbit.analysis.statistics.frontier import draw_values
 from kbit.numerics.spec import BASELINE_BITS
-
-
-def pick_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
-    """Return the rows of one measurement, one for each experiment that has a value.
-
-    Raises:
-        AmbiguousResults: a family was measured in several ways, see curves.refuse_mixed_evaluations.
-    """
-    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
-    refuse_mixed_evaluations(rows)
-    return rows.drop_duplicates("key")
 
 
 def widen_degenerate(low: Floats, high: Floats, n: Floats) -> tuple[Floats, Floats]:
@@ -26,13 +15,13 @@ def widen_degenerate(low: Floats, high: Floats, n: Floats) -> tuple[Floats, Floa
 
     Where no item is right for one model and wrong for the other, resampling items gives the same difference every
     time, whatever n is. If a share p of all items went over to one of the models, n items would show none with
-    probability (1 - p)^n; the exact (Clopper-Pearson) bound is the p where that is 2.5%:
+    probability (1 - p)^n. The exact (Clopper-Pearson) bound is the p where that is 2.5%:
 
-        p = 1 - 0.025^(1/n)              for n = 30: 0.116; for n = 1000: 0.0037
+        p = 1 - 0.025^(1/n)              0.116 for n = 30, 0.0037 for n = 1000
 
     Args:
         low, high: intervals by bootstrap.
-        n: items of each; of a mean of tasks those of all tasks together.
+        n: the number of items behind each difference. A mean over tasks has the items of all tasks together.
     """
     half = np.where(high > low, 0.0, 1 - 0.025 ** (1 / n))
     return low - half, high + half
@@ -41,18 +30,20 @@ def widen_degenerate(low: Floats, high: Floats, n: Floats) -> tuple[Floats, Floa
 def measure_lost(
     points: pd.DataFrame, measure: Measure, results: pd.DataFrame, *, intervals: bool = True
 ) -> pd.DataFrame:
-    """Return the quantized points with what each loses against the same model at 16 bits; others are left out.
+    """Return the quantized points with what each loses against the same model at 16 bits.
+
+    Points of a model without a 16-bit value are left out. See widen_degenerate for accuracies that differ in no item.
 
     Args:
-        points: measured in one way (pick_rows, curves.precision_curves): columns model, bits, value, low, high, key.
-        measure: what they show.
-        results: see frontier.draw_values.
+        points: values measured in one way (curves.pick_rows, curves.precision_curves), with the columns model, bits,
+            value, low, high and key.
+        measure: the measure that they show.
+        results: the table behind the points, see frontier.draw_values.
         intervals: False skips the draws.
 
     Returns:
-        The quantized points in their order, with columns lost (> 0: worse, in the measure's unit) and, with intervals,
-        error (standard error), low, high (95%) of that, and source (how they were found). See widen_degenerate for
-        accuracies that differ in no item.
+        The quantized points in their order, with a column lost (> 0: worse, in the measure's unit). With intervals also
+        error (the standard error of lost), low and high (its 95% interval), and source (how they were found).
     """
     is_base = points["bits"] == BASELINE_BITS
     base = points[is_base].drop_duplicates("model").set_index("model", drop=False)
