@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from kbit.methods.config import INT8_METHODS
+from kbit.methods.config import is_int8
 from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
 from kbit.numerics.spec import BASELINE_BITS
 
@@ -158,7 +158,7 @@ def name_data_type(row: Mapping[Any, Any]) -> str | None:
     is_float = row["data_type"] == "float" and not is_missing(exponent_bits)
     if is_float and exponent_bits != PAPER_EXPONENT_BITS[row["bits"]]:
         parts.append(f"E{exponent_bits}")
-    decided = ("layout", "scale_format") if row.get("method") in INT8_METHODS else ()  # by the method
+    decided = ("layout", "scale_format") if is_int8(row.get("method")) else ()  # by the method
     for column, default, words in SETTINGS:
         value = default if column in decided else row.get(column, default)
         if not is_missing(value) and value != default:

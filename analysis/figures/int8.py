@@ -18,7 +18,7 @@ from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_
 from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, format_count, set_log_axis
 from kbit.analysis.figures.styles import STYLE, LineStyle, style_series
 from kbit.analysis.statistics.claims import NEGLIGIBLE, count_grades, grade_interval, grade_level
-from kbit.methods.config import INT8_METHODS
+from kbit.methods.config import METHODS, is_int8
 from kbit.numerics.spec import BASELINE_BITS
 
 CLAIM: Final = (
@@ -103,13 +103,13 @@ def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
     measure = find_cross_entropy(results)
     if measure is None:
         return pd.DataFrame()
-    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].isin(INT8_METHODS)]
+    of_figure = results[(results["bits"] == BASELINE_BITS) | results["method"].map(is_int8).astype(bool)]
     table = measure_lost(pick_rows(of_figure, measure.metric, measure.task), measure, results)
     if table.empty:
         return pd.DataFrame()
     names = [name_method(row) for row in table.to_dict("records")]
     table = table.assign(panel=table["family"], perplexity=np.exp(table["value"].astype(float)), added=table["lost"])
-    order = {name: place for place, name in enumerate(INT8_METHODS)}
+    order = {name: place for place, name in enumerate(METHODS)}
     table = table.assign(_place=table["method"].map(order), method=names, source="this store")
     return table.sort_values(["panel", "parameters", "_place", "method"], ignore_index=True)[COLUMNS]
 

@@ -30,7 +30,7 @@ from kbit.analysis.figures.drawing import (
 )
 from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend
 from kbit.analysis.figures.styles import STYLE, style_series
-from kbit.methods.config import INT8_METHODS
+from kbit.methods.config import is_int8
 from kbit.numerics.spec import BASELINE_BITS
 
 PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
@@ -124,7 +124,7 @@ def read_weight_error(results: pd.DataFrame) -> pd.Series[float]:
     """
     if "weight_rmse" not in results:
         return pd.Series(dtype=np.float64)
-    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(INT8_METHODS)
+    is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].map(is_int8).astype(bool)
     for part in ("include", "exclude"):
         is_whole &= results[part].isna() if part in results else True
     rows = results[is_whole].drop_duplicates("key")

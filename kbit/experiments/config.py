@@ -17,7 +17,7 @@ from kbit.checks import non_defaults
 from kbit.data.task_files import identify_tasks
 from kbit.data.texts import identify_text
 from kbit.evaluation.config import EvalConfig, FeatureConfig
-from kbit.methods.config import CALIBRATED, INT8_METHODS, QuantConfig
+from kbit.methods.config import QuantConfig
 from kbit.models.catalog import identify_model
 from kbit.models.config import ModelConfig
 
@@ -53,7 +53,7 @@ class Experiment:
     @property
     def texts(self) -> list[str]:
         """The texts that it needs: the one that is measured, and the one that its method is calibrated on."""
-        calibrates = self.quant.method in CALIBRATED and not self.quant.is_baseline
+        calibrates = self.quant.traits.needs_text and not self.quant.is_baseline
         texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
         return [text for text in texts if text is not None]
 
@@ -87,7 +87,7 @@ class Experiment:
 
     def label(self) -> str:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64': what is not a default."""
-        has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
+        has_blocks = not self.quant.is_baseline and self.quant.scheme is None
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
         others = dict(self.quant.distinctions)

@@ -11,20 +11,8 @@ from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.data.texts import identify_text
-from kbit.layers.int8_schemes import SCHEMES, Scheme
+from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
-
-INT8_METHODS: Final = tuple(SCHEMES)
-
-
-ZERO_POINT_BITS: Final = 8  # an integer in -127..127
-
-
-CALIBRATED: Final = ("awq", "gptq")  # methods that see data
-
-
-METHODS: Final = ("rtn", "mse", "hqq", *CALIBRATED, *INT8_METHODS)  # see kbit.methods.quantize_model
-
 
 UNSEEN: Final = ("error", "rtn")
 
@@ -83,6 +71,60 @@ class GptqConfig:
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
 
+    def check_quantizer(self, spec: QuantSpec) -> None:
+        """Raise ValueError if these options do not go with a quantizer."""
+        if self.act_order and not self.static_groups and spec.block_size:
+            raise ValueError(
+                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
+                "columns would need an index for each column, which total_bits does not count"
+            )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of kbit asks about a method; kbit.methods.quantize_model has the function that quantizes.
+
+    Attributes:
+        name: the method's name in quant.method.
+        options: field of QuantConfig with the method's own options; None if there are none.
+        needs_text: whether the method sees a calibration text.
+        minimises_error: whether the method minimises an error, which rounding=stochastic would add to.
+        scales_inputs: whether each matrix stores a 16-bit scale for each of its inputs.
+        scheme: how the method multiplies in int8; None if it does not. A scheme decides the quantizer.
+    """
+
+    name: str
+    options: str | None = None
+    needs_text: bool = False
+    minimises_error: bool = False
+    scales_inputs: bool = False
+    scheme: Scheme | None = None
+
+    def count_extra_bits(self, shape: Sequence[int]) -> int:
+        """Return the bits of a matrix [..., out, in] beyond its codes and scales: input scales and zero points."""
+        bits = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.scales_inputs else 0
+        if self.scheme is not None and self.scheme.zero_point:
+            bits += ZERO_POINT_BITS * (math.prod(shape[:-1]) if self.scheme.weight_rows else 1)
+        return bits
+
+
+METHODS: Final[dict[str, Method]] = {
+    method.name: method
+    for method in (
+        Method("rtn"),
+        Method("mse", minimises_error=True),
+        Method("hqq", minimises_error=True),
+        Method("awq", needs_text=True, scales_inputs=True),
+        Method("gptq", options="gptq", needs_text=True, minimises_error=True),
+        *(Method(name, scheme=scheme) for name, scheme in SCHEMES.items()),
+    )
+}
+
+
+def is_int8(method: str) -> bool:
+    """Whether a method of this name multiplies in int8."""
+    return method in METHODS and METHODS[method].scheme is not None
+
 
 OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
 
@@ -93,8 +135,9 @@ class QuantConfig(QuantSpec):
 
     Attributes:
         method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
-            and offsets), awq (input channels scaled by their activations), gptq; or one of INT8_METHODS, which decide
-            the quantizer: they need bits=8, and of a QuantSpec's other fields none means anything to them.
+            and offsets), awq (input channels scaled by their activations), gptq; or an int8 method (of
+            kbit.layers.int8_schemes), which needs bits=8 and decides the quantizer: none of a QuantSpec's other fields
+            means anything to it.
         calibration: of awq and gptq.
         gptq: of gptq.
         outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
@@ -123,7 +166,7 @@ class QuantConfig(QuantSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("quant.method", self.method, METHODS)
+        check_choice("quant.method", self.method, tuple(METHODS))
         self._check_outliers()
         self._check_method()
         if not 0 <= self.min_coverage <= 1:
@@ -150,15 +193,12 @@ class QuantConfig(QuantSpec):
             raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
 
     def _check_method(self) -> None:
-        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
+        if self.scheme is not None and self.bits not in (8, BASELINE_BITS):
             raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
-        if self.rounding == "stochastic" and self.method in ("mse", "hqq", "gptq"):
+        if self.rounding == "stochastic" and self.traits.minimises_error:
             raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
-        if self.method == "gptq" and self.gptq.act_order and not self.gptq.static_groups and self.block_size:
-            raise ValueError(
-                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
-                "columns would need an index for each column, which total_bits does not count"
-            )
+        if self.traits.options is not None:
+            getattr(self, self.traits.options).check_quantizer(self)
 
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
@@ -177,9 +217,14 @@ class QuantConfig(QuantSpec):
         return QuantConfig(**known)
 
     @property
+    def traits(self) -> Method:
+        """What is known of the method."""
+        return METHODS[self.method]
+
+    @property
     def scheme(self) -> Scheme | None:
-        """How the method multiplies in int8; None of the methods that do not."""
-        return SCHEMES.get(self.method)
+        """How the method multiplies in int8; None if it does not."""
+        return self.traits.scheme
 
     @property
     def keeps_outliers(self) -> bool:
@@ -215,9 +260,9 @@ class QuantConfig(QuantSpec):
     @property
     def method_options(self) -> dict[str, Any]:
         """The options that mean something to the method, canonical; empty for a method without any."""
-        options: dict[str, Any] = {"calibration": self.calibration.content} if self.method in CALIBRATED else {}
-        if self.method == "gptq" and (own := non_defaults(self.gptq, GptqConfig())):
-            options["gptq"] = own
+        options: dict[str, Any] = {"calibration": self.calibration.content} if self.traits.needs_text else {}
+        if (group := self.traits.options) and (own := non_defaults(getattr(self, group), OPTION_GROUPS[group]())):
+            options[group] = own
         return options
 
     @property
@@ -233,7 +278,7 @@ class QuantConfig(QuantSpec):
         others = {name: value for name, value in self.content.items() if name not in told}
         if "table" in others:
             others["table"] = write_table(others["table"])
-        if self.method in CALIBRATED and not self.is_baseline:
+        if self.traits.needs_text and not self.is_baseline:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
         return others | _with_prefix("gptq", self.content.get("gptq", {}))
 
@@ -265,10 +310,8 @@ class QuantConfig(QuantSpec):
         if spec.is_baseline or elements == 0:
             return spec.count_bits(shape)
         kept = self.count_kept(shape[-1]) if kept is None else kept
-        zero_points = ZERO_POINT_BITS * spec.count_blocks(shape) if self.scheme and self.scheme.zero_point else 0
-        input_scales = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.method == "awq" else 0
         kept_bits = elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
-        return spec.count_bits(shape) + zero_points + input_scales + kept_bits
+        return spec.count_bits(shape) + self.traits.count_extra_bits(shape) + kept_bits
 
     def count_kept(self, inputs: int) -> int:
         """Return how many of so many input dimensions outlier_fraction keeps at 16 bits."""
@@ -276,7 +319,7 @@ class QuantConfig(QuantSpec):
 
     def label(self) -> str:
         """Return the short name of a bare quantizer, or the int8 method's, and what of outliers is kept."""
-        name = self.method if self.method in INT8_METHODS and not self.is_baseline else super().label()
+        name = self.method if self.scheme is not None and not self.is_baseline else super().label()
         if not self.keeps_outliers:
             return name
         share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"

@@ -22,7 +22,9 @@ from kbit.models.architectures import deviation_of, find_sources, measure_deviat
 from kbit.models.parameters import as_matrix, owner_of
 
 
-def choose_kept(model: nn.Module, names: Sequence[str], config: QuantConfig) -> dict[str, Int64[Tensor, " kept"]]:
+def choose_outliers(
+    model: nn.Module, names: Sequence[str], config: QuantConfig
+) -> dict[str, Int64[Tensor, " outliers"]]:
     """Return for each weight the input dimensions that stay at 16 bits, in rising order, before anything is changed.
 
     They are places in the last dimension of the weight as it is quantized (kbit.models.parameters.as_matrix), of an
@@ -76,7 +78,7 @@ def _draw(name: str, weight: Tensor, seed: int) -> Float32[Tensor, " in"]:
     return torch.rand(weight.shape[-1], generator=generator).to(weight.device)
 
 
-def _select(values: Float32[Tensor, " in"], config: QuantConfig) -> Int64[Tensor, " kept"]:
+def _select(values: Float32[Tensor, " in"], config: QuantConfig) -> Int64[Tensor, " outliers"]:
     """Return the dimensions of the largest values; of equal ones the first."""
     if config.outlier_zscore is not None:
         # the spread of one value or of equal ones is 0: nothing stands out of it

@@ -1,7 +1,7 @@
 """Where a tensor is quantized: on its own device, by that device's kernels, which have the same names on each.
 
-A tensor's values stay where they are. What is small travels: a scale per block, the codebook, and the packed codes,
-since the stored form of a tensor (kbit.numerics.quantized_tensor.QuantizedTensor) is NumPy arrays on the CPU.
+A tensor's values and codes stay where they are. The scales of blocks and the codebook, which are small, are chosen on
+the CPU in NumPy and travel.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Backend:
         """Return the array on the CPU; waits until a GPU has computed it."""
         result: NDArray[Any] = array if isinstance(array, np.ndarray) else array.cpu().numpy()
         return result
+
+    def as_tensor(self, array: DeviceArray) -> torch.Tensor:
+        """Return what a kernel made as a tensor, in the same memory."""
+        return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
 def choose_backend(device: torch.device) -> Backend:

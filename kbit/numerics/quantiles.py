@@ -13,9 +13,6 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from kbit.kernels.cpu_select import order_statistics
-from kbit.numerics.backend import Backend
-
 # Low bits of a float32 that a cell does not tell apart: sign, exponent and 13 of 23 fraction bits are left, 2^22 cells.
 _SHIFT: Final = 10
 
@@ -24,24 +21,6 @@ RELATIVE_ERROR: Final = 2.0**-13  # of a value of float32: the spacing that 13 f
 
 
 _CHUNK: Final = 2**24  # values counted at a time: 64 MB of cell numbers, whatever the size of the tensor
-
-
-def find_quantiles(
-    values: Float[Tensor, " n"], positions: Float64[np.ndarray, " count"], backend: Backend
-) -> Float64[np.ndarray, " count"]:
-    """Return the quantiles at these positions in [0, 1], interpolated linearly between two ranks as np.quantile does.
-
-    On the CPU, and of float16 and bfloat16, from the exact order statistics. Of float32 on a GPU: see estimate_ranks.
-
-    Args:
-        values: float16, bfloat16 or float32, finite.
-    """
-    places = positions * (values.numel() - 1)
-    ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
-    at_ranks = estimate_ranks(values, ranks) if backend.is_gpu else order_statistics(backend.view(values), ranks)
-    below, above = np.split(at_ranks.astype(np.float64), 2)
-    quantiles: Float64[np.ndarray, " count"] = below + (above - below) * (places - np.floor(places))
-    return quantiles
 
 
 def estimate_ranks(values: Float[Tensor, " n"], ranks: Int64[np.ndarray, " r"]) -> Float64[np.ndarray, " r"]:

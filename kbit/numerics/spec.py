@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kbit.checks import check_choice
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits
-from kbit.numerics.scale_formats import SCALE_FORMATS, count_scale_bits, largest_scale
+from kbit.numerics.data_types import make_codebook
+from kbit.numerics.scale_formats import SCALE_FORMATS, ScaleFormat, Scales, Stored
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
 
@@ -87,7 +88,7 @@ class QuantSpec:
         check_choice("float_bias", self.float_bias, codebooks.FLOAT_BIASES)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
-        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        check_choice("scale_format", self.scale_format, tuple(SCALE_FORMATS))
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} is not >= 1 (null is the whole tensor)")
@@ -127,10 +128,10 @@ class QuantSpec:
             codebooks.table_codebook(self.bits, self.table)
         if self.data_type == "af" and self.block_size is None:
             raise ValueError("data_type=af is made for a block size: block_size=null has none")
-        if self.scale_format == "e8m0" and self.normalization != "absmax":
+        if self.scale_type.holds_only_powers and self.normalization != "absmax":
             raise ValueError(
-                f"scale_format=e8m0 has neither sign nor fraction: normalization={self.normalization} needs another; "
-                "allowed is absmax"
+                f"scale_format={self.scale_format} has neither sign nor fraction: normalization={self.normalization} "
+                "needs another; allowed is absmax"
             )
 
     @staticmethod
@@ -150,15 +151,20 @@ class QuantSpec:
         return self.bits == BASELINE_BITS
 
     @property
-    def offset_format(self) -> str:
-        """The format of minmax's offsets."""
-        return self.scale_format if self.scale_format in ("fp16", "bf16", "fp32") else "fp16"
+    def scale_type(self) -> ScaleFormat:
+        """How scales are stored."""
+        return SCALE_FORMATS[self.scale_format]
+
+    @property
+    def offset_type(self) -> ScaleFormat:
+        """How minmax's offsets are stored."""
+        return self.scale_type if self.scale_type.holds_offsets else SCALE_FORMATS["fp16"]
 
     @property
     def largest_weight(self) -> float:
-        """The largest magnitude of weights whose scales, and offsets, their formats hold."""
-        formats = (self.scale_format, self.offset_format) if self.normalization == "minmax" else (self.scale_format,)
-        return min(map(largest_scale, formats))
+        """The largest magnitude of weights whose scales and offsets can be stored."""
+        stored = (self.scale_type, self.offset_type) if self.normalization == "minmax" else (self.scale_type,)
+        return min(form.largest for form in stored)
 
     def canonical(self) -> QuantSpec:
         """Return the same quantizer with every field that has no effect at its default.
@@ -188,7 +194,7 @@ class QuantSpec:
         Args:
             tensor: for quantile the tensor, for learned its normalised values; not needed otherwise.
         """
-        codebook = codebooks.make_codebook(
+        codebook = make_codebook(
             self.data_type,
             self.bits,
             exponent_bits=self.exponent_bits,
@@ -198,7 +204,7 @@ class QuantSpec:
             tensor=tensor,
             seed=self.seed,
         )
-        if self.scale_format != "e8m0":
+        if not self.scale_type.holds_only_powers:
             return codebook
         peak = np.float32(codebooks.natural_peak(self.data_type, self.bits, self.exponent_bits))
         return np.asarray(codebook * peak, np.float32)
@@ -208,8 +214,23 @@ class QuantSpec:
         elements = math.prod(shape)
         if elements == 0:
             return 0
-        row = shape[-1] if self.layout == "row" and len(shape) else elements
-        return (elements // row) * math.ceil(row / (self.block_size or row))
+        row, block_size = self.find_block_shape(shape)
+        return (elements // row) * math.ceil(row / block_size)
+
+    def find_block_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the elements of a row (the whole tensor if layout=flat) and of a block, which is at most a row."""
+        row = shape[-1] if self.layout == "row" and len(shape) else math.prod(shape)
+        return row, min(self.block_size or row, row)
+
+    def decode_scales(self, stored: Stored) -> Scales:
+        """Return the scales. One below 0 is 0 where scales have no sign: a zero block's double-quantized one may be."""
+        scales = self.scale_type.decode(stored)
+        return scales if self.normalization == "signed_absmax" else np.maximum(scales, np.float32(0))
+
+    def decode_offsets(self, stored: Stored, center: NDArray[np.float16], scales: Scales) -> Scales:
+        """Return the offset of each block: the block's own, which minmax alone has, plus the tensor's mean."""
+        total = self.offset_type.decode(stored) if stored else np.zeros_like(scales)
+        return total + center.astype(np.float32) if center.size else total
 
     def count_bits(self, shape: Sequence[int]) -> int:
         """Return the bits of a tensor of this shape: codes, scales, offsets, mean and its own codebook."""
@@ -217,9 +238,9 @@ class QuantSpec:
         if self.is_baseline or elements == 0:
             return BASELINE_BITS * elements
         blocks = self.count_blocks(shape)
-        bits = self.bits * elements + count_scale_bits(blocks, self.scale_format)
+        bits = self.bits * elements + self.scale_type.count_bits(blocks)
         if self.normalization == "minmax":
-            bits += count_scale_bits(blocks, self.offset_format)
+            bits += self.offset_type.count_bits(blocks)
         if self.centering:
             bits += CENTER_BITS
         if self.data_type in codebooks.ADAPTIVE:

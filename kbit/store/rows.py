@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.evaluation.config import FeatureConfig
-from kbit.methods.config import CALIBRATED, QuantConfig
+from kbit.methods.config import METHODS, QuantConfig
 from kbit.numerics.spec import write_table
 from kbit.store import parquet
 from kbit.store.filesystem import Files
@@ -112,8 +112,8 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_options(quant: dict[str, Any]) -> str:
     """Return the options that mean something to the method and are not at their default; see config.method_options."""
-    groups = ["calibration"] if quant["method"] in CALIBRATED else []
-    groups += ["gptq"] if quant["method"] == "gptq" else []
+    method = METHODS[quant["method"]]
+    groups = (["calibration"] if method.needs_text else []) + ([method.options] if method.options else [])
     default = dataclasses.asdict(QuantConfig())
     changed = [(g, name, value) for g in groups for name, value in quant[g].items() if value != default[g][name]]
     return " ".join(

@@ -10,7 +10,7 @@ import pytest
 from kbit.analysis.curves.curves import AmbiguousResults, name_data_type
 from kbit.analysis.figures.int8 import read_paper
 from kbit.analysis.figures.registry import FIGURES
-from kbit.methods.config import INT8_METHODS
+from kbit.layers.int8_schemes import SCHEMES
 
 
 def plant(planted: pd.DataFrame, added: dict[str, float]) -> pd.DataFrame:
@@ -68,7 +68,7 @@ def test_a_threshold_of_ones_own_is_named(planted: pd.DataFrame) -> None:
 
 def test_the_papers_table_is_the_transcribed_one() -> None:
     table = read_paper().set_index(["method", "model"])
-    assert set(table.index.get_level_values("method")) == set(INT8_METHODS)
+    assert set(table.index.get_level_values("method")) == set(SCHEMES)
     assert table.loc[("absmax", "fairseq-125m"), "perplexity"] == 87.76
     assert table.loc[("absmax", "fairseq-125m"), "added"] == pytest.approx(math.log(87.76 / 25.65))
     assert table.loc[("zeropoint_llm_int8", "fairseq-13b"), "added"] == 0
