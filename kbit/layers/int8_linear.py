@@ -6,9 +6,9 @@ and in whether input dimensions with large activations are taken out and multipl
 
     X W^T  ~  X[:, O] W[:, O]^T  +  s_X s_W (Q_X Q_W^T),     O = {i: some |X[t, i]| > threshold}
 
-The left product takes the 16-bit weights, as in the paper, so it needs them in memory; bitsandbytes takes the
-dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives models with such products
-(sees_whole_input) one text at a time.
+The left product takes the 16-bit weights, as in the paper, so it needs them in memory. bitsandbytes takes the
+dequantized int8 ones. The tokens that share a constant or decide O are those of one call, so kbit gives models with
+such products (sees_whole_input) one text at a time.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Int8Matrix:
     Attributes:
         codes: [rows, columns], -127..127.
         scale: scale of each row, or one for all.
-        zero: zero point of each row, or one for all; None is 0.
-        outlier_columns: columns that are not quantized; None if there are none. Their codes mean nothing.
+        zero: zero point of each row, or one for all. None is 0.
+        outlier_columns: columns that are not quantized, or None. Their codes mean nothing.
         outlier_values: [rows, outliers], the values of these columns.
     """
 
@@ -141,7 +141,7 @@ class Int8Linear:
 
     Attributes:
         weight: the quantized weight [out, in], with 0 in the outlier columns.
-        wide: [out, in], the 16-bit weight, for the input dimensions that are not multiplied in int8; None if all are.
+        wide: [out, in], the 16-bit weight, for the input dimensions that are not multiplied in int8, or None.
         bias: the layer's bias.
         scheme: how the product is computed.
         threshold: magnitude above which activations are multiplied at 16 bits, if the scheme decomposes.
@@ -205,5 +205,5 @@ def list_products(model: nn.Module) -> list[tuple[str, Int8Linear]]:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """Return the scale with 1 for 0; NaN stays NaN."""
+    """Return the scale with 1 for 0. NaN stays NaN."""
     return scale.masked_fill_(scale == 0, 1.0)

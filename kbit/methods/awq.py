@@ -2,8 +2,8 @@
 
     Q = round(W diag(s)) diag(s)^-1,    s_j = a_j^alpha,    alpha = 0, 0.05, ..., 0.95 for the least || W X - Q X ||
 
-a_j is the root mean square of input j (the paper: its mean magnitude), which the Hessian's diagonal has. The paper
-folds 1/s into the layer before; here each matrix keeps its own s: 16 bits for each input, which total_bits counts. The
+a_j is the root mean square of input j, which the Hessian's diagonal has. The paper takes its mean magnitude, and
+folds 1/s into the layer before. Here each matrix keeps its own s, 16 bits for each input, which total_bits counts. The
 paper's search for a clipping factor is method=mse here, and not part of this.
 """
 
@@ -29,7 +29,7 @@ def scale_by_activations(job: Job) -> Iterator[tuple[Weight, Codes]]:
     """Yield each weight with its codes, block by block, on the activations that the quantized blocks before it give.
 
     Raises:
-        ValueError: see kbit.methods.calibration; the model is then quantized in part.
+        ValueError: see kbit.methods.calibration. The model is then quantized in part.
     """
     windows = draw_windows(job.model, job.quant, job.tokenizer)
     chosen: dict[str, list[float]] = {}

@@ -29,7 +29,7 @@ class BlockScales:
         spec: the quantizer.
         usual: blocks, table, and the scales that map each block's largest magnitude to the table's end.
         inputs: columns of the matrix.
-        blocks_per_row: blocks in each of the grid's rows; one row is the whole matrix if layout=flat.
+        blocks_per_row: blocks in each of the grid's rows. One row is the whole matrix if layout=flat.
     """
 
     def __init__(self, matrix: Float[Tensor, "rows in"], spec: QuantSpec) -> None:

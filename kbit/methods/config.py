@@ -25,11 +25,11 @@ class CalibrationConfig:
     """The text that a method with data sees. Nothing of it should be in the text that is measured.
 
     Attributes:
-        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train); see eval.perplexity.
+        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train). See eval.perplexity.
         samples: windows drawn at random, without overlap.
-        length: tokens of a window; None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
-        seed: of the draw.
-        unseen: what becomes of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
+        length: tokens of a window. None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
+        seed: seed of the draw.
+        unseen: treatment of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
     """
 
     text: str = "nano_calibration"
@@ -53,13 +53,15 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """Options of method=gptq; the defaults are those of the published code.
+    """Options of method=gptq. The defaults are those of the published code.
 
     Attributes:
-        act_order: columns by falling Hessian diagonal instead of in their order.
-        static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
-        search_scales: each block's scale by search, as method=mse does, instead of its largest magnitude.
-        damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
+        act_order: whether columns are taken by falling Hessian diagonal instead of in their order.
+        static_groups: whether all block scales are those of the weights as they were, and not of the weights as they
+            are when their block's turn comes.
+        search_scales: whether each block's scale is searched, as method=mse does, and not its largest magnitude.
+        damping: number added to the Hessian's diagonal, in means of it. It is raised tenfold, and recorded, if that is
+            too little.
     """
 
     act_order: bool = False
@@ -82,15 +84,17 @@ class GptqConfig:
 
 @dataclass(frozen=True)
 class Method:
-    """What the rest of kbit asks about a method; kbit.methods.quantize_model has the function that quantizes.
+    """What the rest of kbit asks about a method.
+
+    It imports nothing heavy. The function that quantizes is in kbit.methods.quantize_model.METHOD_FUNCTIONS.
 
     Attributes:
         name: the method's name in quant.method.
-        options: field of QuantConfig with the method's own options; None if there are none.
+        options: field of QuantConfig with the method's own options, or None.
         needs_text: whether the method sees a calibration text.
         minimises_error: whether the method minimises an error, which rounding=stochastic would add to.
         scales_inputs: whether each matrix stores a 16-bit scale for each of its inputs.
-        scheme: how the method multiplies in int8; None if it does not. A scheme decides the quantizer.
+        scheme: how the method multiplies in int8, or None. A scheme decides the quantizer.
     """
 
     name: str
@@ -135,18 +139,18 @@ class QuantConfig(QuantSpec):
 
     Attributes:
         method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
-            and offsets), awq (input channels scaled by their activations), gptq; or an int8 method (of
-            kbit.layers.int8_schemes), which needs bits=8 and decides the quantizer: none of a QuantSpec's other fields
+            and offsets), awq (input channels scaled by their activations), gptq, or an int8 method of
+            kbit.layers.int8_schemes. An int8 method needs bits=8 and decides the quantizer: no other field of QuantSpec
             means anything to it.
-        calibration: of awq and gptq.
-        gptq: of gptq.
-        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
-            p (16 - bits) bits per parameter. Rounded to the nearest count, at least one dimension.
-        outlier_selection: which dimensions: proxy (the weights before have the largest standard deviation; paper, eq.
-            2), column (this matrix' own column has), random (a control).
-        outlier_zscore: instead of a fraction: the dimensions whose standard deviation is more than so many standard
-            deviations above the matrix' mean one (bitsandbytes: 4).
-        activation_threshold: of the methods that decompose (llm_int8 and others): input dimensions in which an
+        calibration: the text that awq and gptq see.
+        gptq: options that only gptq has.
+        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1, where 0 is none. It
+            costs p (16 - bits) bits per parameter, and is rounded to the nearest count, at least one dimension.
+        outlier_selection: rule that chooses them: proxy (the weights before have the largest standard deviation; paper,
+            eq. 2), column (this matrix' own column has it), random (a control).
+        outlier_zscore: number used instead of a fraction: the dimensions stay whose standard deviation is more than so
+            many standard deviations above the matrix' mean one (bitsandbytes: 4).
+        activation_threshold: magnitude for methods that decompose (llm_int8 and others): input dimensions in which an
             activation is larger are multiplied at 16 bits (LLM.int8(): 6.0).
         include: regular expression of tensor names to quantize in addition to the block matrices.
         exclude: regular expression of tensor names not to quantize.
@@ -202,14 +206,14 @@ class QuantConfig(QuantSpec):
 
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
-        """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
+        """Return a bare quantizer as what to do with a model. A QuantConfig is returned as it is."""
         if isinstance(spec, QuantConfig):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantConfig:
-        """Return the configuration again that went through dataclasses.asdict and JSON; see QuantSpec.from_json."""
+        """Return the configuration again that went through dataclasses.asdict and JSON. See QuantSpec.from_json."""
         known = {f.name: values[f.name] for f in dataclasses.fields(QuantConfig) if f.name in values}
         for name, kind in OPTION_GROUPS.items():
             if name in known:
@@ -223,7 +227,7 @@ class QuantConfig(QuantSpec):
 
     @property
     def scheme(self) -> Scheme | None:
-        """How the method multiplies in int8; None if it does not."""
+        """How the method multiplies in int8, or None."""
         return self.traits.scheme
 
     @property
@@ -296,15 +300,15 @@ class QuantConfig(QuantSpec):
     def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
         """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.
 
-        Codes, scales, zero points of int8 methods and AWQ's scale of each input too. A kept dimension costs 16 - bits
-        for each of its weights: it has its share in the blocks' scales as if it were quantized, and the paper's
-        p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
+        The bits are those of codes, scales, zero points of int8 methods and AWQ's scale of each input. A kept dimension
+        costs 16 - bits for each of its weights. It has its share in the blocks' scales as if it were quantized, and the
+        paper's p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
         decomposed at run time is not counted.
 
         Args:
-            shape: of the matrix, input dimensions last.
-            kept: how many input dimensions are kept; None is as many as outlier_fraction says (of outlier_zscore, which
-                only the weights' values tell, none).
+            shape: shape of the matrix, input dimensions last.
+            kept: number of input dimensions that are kept. None is as many as outlier_fraction says, and none for
+                outlier_zscore, since only the weights' values tell.
         """
         spec, elements = self.spec, math.prod(shape)
         if spec.is_baseline or elements == 0:

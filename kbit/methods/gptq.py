@@ -10,9 +10,10 @@ through the columns j = 0, 1, ...:
     q_j = round(w_j),   e = (w_j - q_j) / U_jj,   w_k = w_k - e U_jk  for each k > j
 
 It delays the updates of later columns, since many at once are one matrix product. Here the columns are halved again and
-again instead of cut into blocks of 128: the same sums, and fewer passes over the matrix. The scale of a block is chosen
-when its first column's turn comes, from the weights as they are then, if the block is a part of one row and its scale
-shares nothing with the tensor's others; otherwise scales are those of the original weights, as with static_groups.
+again instead of cut into blocks of 128, which gives the same sums with fewer passes over the matrix. The scale of a
+block is chosen when its first column's turn comes, from the weights as they are then. This needs a block that is a part
+of one row and a scale that shares nothing with the tensor's others. Otherwise scales are those of the original weights,
+as with static_groups.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from kbit.methods.config import GptqConfig
 from kbit.methods.weight import Codes, Job, Weight
 from kbit.numerics.quantized_tensor import QuantizedTensor
 
-LEAF: Final = 128  # columns that are updated one by one; the published block of lazy updates
+LEAF: Final = 128  # columns that are updated one by one, as many as the published block of lazy updates has
 
 
-_RAISES: Final = 3  # times that a damping which was too little is raised tenfold
+_RAISES: Final = 3  # how often a damping that was too little is raised tenfold
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def quantize_by_gptq(job: Job) -> Iterator[tuple[Weight, Codes]]:
     """Yield each weight with its codes, block by block, on the activations that the quantized blocks before it give.
 
     Raises:
-        ValueError: see kbit.methods.calibration and factor_inverse; the model is then quantized in part.
+        ValueError: see kbit.methods.calibration and factor_inverse. The model is then quantized in part.
     """
     notes: dict[str, LayerNotes] = {}
     windows, options = draw_windows(job.model, job.quant, job.tokenizer), job.quant.gptq
@@ -72,7 +73,7 @@ def quantize_weight(
     """Return the codes of one weight, which fused experts share with a Hessian each.
 
     Raises:
-        ValueError: see factor_inverse; the message names the weight.
+        ValueError: see factor_inverse. The message names the weight.
     """
     matrix, dead = weight.copy_matrix(), hessians.diagonal(dim1=1, dim2=2) == 0
     rows = len(matrix) // len(hessians)
@@ -155,7 +156,7 @@ def round_columns(
         rows: the place of the rows in the matrix that the blocks are of.
         order: the places of the columns there.
         refit: whether to choose a block's scales when its turn comes.
-        choose: how to choose them; None takes the usual ones.
+        choose: function that chooses them. None takes the usual ones.
         leaf: the most columns that are updated one by one.
     """
     left = matrix.T.contiguous()  # a column is then contiguous
@@ -190,7 +191,7 @@ def _refit_block(
     values: Float[Tensor, "columns rows"],
     choose: ChooseScales | None,
 ) -> None:
-    """Choose the scales of the block with these columns from the values they have now; outlier columns of it are 0."""
+    """Choose the scales of the block with these columns from the values they have now. Its outlier columns are 0."""
     size = blocks.usual.block_size
     block = int(columns[0]) // size
     first = block * size

@@ -1,15 +1,15 @@
 """Half-quadratic scales and offsets, without data: after HQQ (Badri & Shaji, Half-Quadratic Quantization, 2023).
 
 The error of a block, sum |x - (z s + o)|^p with p < 1, weighs a few large errors less than squares do. With e for
-the errors that are let be, it is minimised by turns, z = codebook[code]:
+the errors that are accepted, it is minimised by turns, with z = codebook[code]:
 
     e    = shrink(x - (z s + o)),      shrink(r) = sign(r) max(0, |r| - |r|^(p - 1) / beta)
     s, o = least squares of x - e - (z s + o);   z = nearest codebook values;   beta = kappa beta
 
-HQQ moves the offset alone, of ints. Here scale and offset move (the offset only where the quantizer has one, with
-normalization=minmax), for any codebook, and errors are measured in units of the block's scale. Of powers of two
-(scale_format=e8m0) a fit moves a scale too little to reach the next: that is nearly always rounding to nearest. The
-power of least |error|^p instead clips so much that models get worse (FINDINGS.md).
+HQQ moves the offset alone, and only for ints. Here scale and offset move, for any codebook. The offset moves only where
+the quantizer has one, with normalization=minmax. Errors are measured in units of the block's scale. A fit moves a scale
+too little to reach the next power of two, so scale_format=e8m0 is nearly always rounded to nearest. The power of least
+|error|^p instead clips so much that models get worse (FINDINGS.md).
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def fit_line(
     *,
     has_offset: bool,
 ) -> tuple[PerBlock, PerBlock]:
-    """Return for each block the s and o of least sum (target - z s - o)^2; s alone, with o as it is, without offset.
+    """Return for each block the s and o of least sum (target - z s - o)^2. Without offset, o stays as it is.
 
-    A block keeps what it has where that is no scale of the same sign: z are all alike, or do not follow the target.
+    A block keeps its s and o where the result is no scale of the same sign: all z are alike, or do not follow it.
     """
     z, count = z * valid, valid.sum(dim=1, keepdim=True)
     mean_z = z.sum(dim=1, keepdim=True) / count if has_offset else torch.zeros_like(scales)

@@ -53,10 +53,10 @@ def make_product(weight: Weight, bias: Tensor | None, quant: QuantConfig) -> Int
 
 
 def describe_products(model: nn.Module) -> dict[str, Any]:
-    """Return which share of the input dimensions was multiplied at 16 bits in any call so far; empty without such.
+    """Return the share of the input dimensions that was multiplied at 16 bits in any call so far.
 
-    16-bit copies of these columns would cost 8 * decomposed_share bits per parameter, which total_bits leaves out, as
-    the paper does; of all dimensions, each layer's counting by its number of inputs.
+    The share is of all layers' dimensions together. 16-bit copies of these columns would cost 8 * decomposed_share bits
+    per parameter, which total_bits leaves out, as the paper does. The result is empty if no layer decomposes.
     """
     met = {name: product.met for name, product in list_products(model) if product.scheme.decomposes}
     if not met:

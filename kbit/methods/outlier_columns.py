@@ -27,16 +27,16 @@ def choose_outliers(
 ) -> dict[str, Int64[Tensor, " outliers"]]:
     """Return for each weight the input dimensions that stay at 16 bits, in rising order, before anything is changed.
 
-    They are places in the last dimension of the weight as it is quantized (kbit.models.parameters.as_matrix), of an
-    embedding hidden units; a vector, such as an included bias, has none and is left out.
+    They are places in the last dimension of the weight as it is quantized (kbit.models.parameters.as_matrix). Those of
+    an embedding are hidden units. A vector, such as an included bias, has none and is left out.
 
     Args:
-        model: with its 16-bit weights.
-        names: of the weights to quantize.
-        config: its outlier fields.
+        model: the model with its 16-bit weights.
+        names: names of the weights to quantize.
+        config: the configuration, whose outlier fields decide.
 
     Raises:
-        ValueError: proxy, and what makes the inputs of a weight is not known; names the weight.
+        ValueError: a weight whose inputs come from weights that are not known, with proxy. The message names it.
     """
     if not config.keeps_outliers:
         return {}
@@ -79,7 +79,7 @@ def _draw(name: str, weight: Tensor, seed: int) -> Float32[Tensor, " in"]:
 
 
 def _select(values: Float32[Tensor, " in"], config: QuantConfig) -> Int64[Tensor, " outliers"]:
-    """Return the dimensions of the largest values; of equal ones the first."""
+    """Return the dimensions of the largest values, the first ones among equals."""
     if config.outlier_zscore is not None:
         # the spread of one value or of equal ones is 0: nothing stands out of it
         z = (values - values.mean()) / values.std(correction=0).clamp_min(torch.finfo(values.dtype).tiny)

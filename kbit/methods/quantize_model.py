@@ -75,10 +75,10 @@ def quantize_model(
             are in the layout that is quantized (kbit.models.parameters.as_matrix).
 
     Raises:
-        ValueError: the model is quantized already, in another way or without the codes that are asked for; coverage
-            too low; a weight holds NaN or Inf, or is beyond scale_format's range; an include that finds nothing;
-            outliers by proxy, and what comes before a weight is not known. The model is unchanged then. What a method
-            finds wrong half-way (kbit.methods.calibration) leaves it quantized in part.
+        ValueError: the model is quantized already, in another way or without the codes that are asked for. The coverage
+            is too low. A weight holds NaN or Inf, or is beyond scale_format's range. An include finds nothing.
+            Outliers are chosen by proxy, and what comes before a weight is not known. In all these cases the model is
+            unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it quantized in part.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:
@@ -103,7 +103,7 @@ def quantize_model(
 
 
 def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes]]:
-    """Quantize each weight and write what its codes stand for into it; return the bits of each, and the codes kept."""
+    """Write into each weight what its codes stand for. Return the bits of each weight, and the codes to keep."""
     bits: dict[str, int] = {}
     kept: dict[str, Codes] = {}
     for weight, codes in METHOD_FUNCTIONS[job.quant.method](job):
@@ -168,6 +168,6 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
 
 
 def _find_largest(values: torch.Tensor) -> float:
-    """Return the largest magnitude, without a copy; NaN if there is one."""
+    """Return the largest magnitude, without a copy."""
     low, high = torch.aminmax(values)
     return max(-float(low), float(high))

@@ -1,7 +1,7 @@
 """Which of a model's weights are quantized, which are not and why, and how many bits each takes.
 
-Quantized by default: every weight matrix inside the transformer blocks, that is nn.Linear, transformers' Conv1D (GPT-2;
-blocked as the equivalent Linear) and fused 3-D expert weights. Not quantized: embeddings, lm_head, norms, biases.
+By default every weight matrix inside the transformer blocks is quantized, that is nn.Linear, transformers' Conv1D (in
+GPT-2, blocked as the equivalent Linear) and fused 3-D expert weights. Embeddings, lm_head, norms and biases are not.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class TensorReport:
     """What happened to one tensor of the model, once per distinct storage.
 
     Attributes:
-        name: the parameter's name; names of tied parameters are joined by " = ".
-        shape: of the parameter.
+        name: the parameter's name. The names of tied parameters are joined by " = ".
+        shape: the parameter's shape.
         in_block: whether it is a weight matrix (2-D or more) inside a transformer block.
         quantized: whether it was quantized.
-        reason: why not; empty if quantized.
+        reason: the reason why it was not, empty if it was.
         bits: bits that the tensor takes in the quantized model.
     """
 
@@ -51,9 +51,9 @@ class QuantizationReport:
     Attributes:
         spec: the quantizer.
         tensors: every distinct tensor of the model.
-        notes: what the method has to say of itself, such as the hash of its calibration data; values fit for JSON.
-        weight_rmse: relative error of all quantized weights together, sqrt(sum (w - w')^2 / sum w^2); 0 where nothing
-            is quantized, None for a plan.
+        notes: the method's own record, such as the hash of its calibration data, with values fit for JSON.
+        weight_rmse: relative error of all quantized weights together, sqrt(sum (w - w')^2 / sum w^2). It is 0 where
+            nothing is quantized, and None for a plan.
         codes: the codes of each quantized tensor by its parameter's name, if quantize_model was asked to keep them.
     """
 
@@ -80,7 +80,7 @@ class QuantizationReport:
 
     @property
     def bits_per_param(self) -> float:
-        """Bits per quantized parameter, scales and codebooks included; 16 where nothing is quantized."""
+        """Bits per quantized parameter, scales and codebooks included, or 16 where nothing is quantized."""
         quantized_bits = sum(t.bits for t in self.tensors if t.quantized)
         return quantized_bits / self.quantized_parameters if self.quantized_parameters else float(BASELINE_BITS)
 
@@ -91,7 +91,7 @@ class QuantizationReport:
 
     @property
     def coverage(self) -> float:
-        """Share of the block matrices' parameters that is quantized; 0 for the baseline."""
+        """Share of the block matrices' parameters that is quantized, 0 for the baseline."""
         in_blocks = sum(_elements(t) for t in self.tensors if t.in_block)
         covered = sum(_elements(t) for t in self.tensors if t.in_block and t.quantized)
         return covered / in_blocks if in_blocks else 0.0

@@ -42,7 +42,7 @@ class Weight:
 
     Attributes:
         name: the parameter's name in the model.
-        values: [..., out, in], the parameter's own memory; Conv1D's [in, out] is seen transposed.
+        values: [..., out, in], the parameter's own memory. Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of everything that replace has changed so far.
         outlier_columns: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). A method quantizes the
@@ -82,7 +82,7 @@ class Weight:
         """Write quantized values into the weight, in its own dtype and memory, and count the error.
 
         Raises:
-            ValueError: a value that is beyond the weight's dtype; the weight is then lost.
+            ValueError: a value that is beyond the weight's dtype. The weight is then lost.
         """
         before = self.values.to(torch.float32, copy=True)
         self.values.copy_(quantized)
@@ -99,8 +99,8 @@ class Job:
         model: the model that the weights belong to.
         weights: the weights to quantize, in the order of the model.
         quant: the configuration: the method and its options.
-        tokenizer: the model's tokenizer; None if there is none, which methods that need a text refuse.
-        notes: what the method has to say of itself in the report; values fit for JSON.
+        tokenizer: the model's tokenizer, or None, which methods that need a text refuse.
+        notes: the method's own record for the report, with values fit for JSON.
     """
 
     model: nn.Module

@@ -24,12 +24,12 @@ DeviceArray = Any  # what a device's kernels take: a NumPy array on the CPU, a t
 
 @dataclass(frozen=True)
 class Backend:
-    """A device's kernels, and the way of arrays to and from them.
+    """A device's kernels, and how arrays get to and from them.
 
     Attributes:
-        device: where the values are.
+        device: the device that holds the values.
         kernels: the module kbit.kernels.cpu or kbit.kernels.cuda.
-        is_gpu: kernels is the latter: it has fake_quantize_absmax, and a quantile codebook is estimated.
+        is_gpu: whether it is the latter, which has fake_quantize_absmax and estimates quantile codebooks.
     """
 
     device: torch.device
@@ -37,15 +37,15 @@ class Backend:
     is_gpu: bool
 
     def view(self, flat: torch.Tensor) -> DeviceArray:
-        """Return the memory of a flat tensor as the kernels take it; bfloat16 comes as its bits, uint16."""
+        """Return the memory of a flat tensor as the kernels take it. They take bfloat16 as its bits, uint16."""
         words = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
         return words.numpy() if self.device.type == "cpu" else words
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return an empty tensor of float32, float16 or bfloat16 for a result.
 
-        On the CPU in memory that NumPy gets: it asks for huge pages, torch does not, and a fresh 64 MB tensor is filled
-        three times faster.
+        On the CPU, NumPy gets the memory. It asks for huge pages, which torch does not, and a fresh 64 MB tensor is
+        filled three times faster.
         """
         if self.device.type != "cpu":
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
@@ -57,7 +57,7 @@ class Backend:
         return array if self.device.type == "cpu" else torch.tensor(array, device=self.device)
 
     def get(self, array: DeviceArray) -> NDArray[Any]:
-        """Return the array on the CPU; waits until a GPU has computed it."""
+        """Return the array on the CPU, when a GPU has computed it."""
         result: NDArray[Any] = array if isinstance(array, np.ndarray) else array.cpu().numpy()
         return result
 
@@ -70,7 +70,7 @@ def choose_backend(device: torch.device) -> Backend:
     """Return the backend of a device.
 
     Raises:
-        ValueError: a device without kernels; nothing is moved to another one silently.
+        ValueError: a device without kernels. Nothing is moved to another device silently.
         ImportError: a GPU without numba-cuda (the extra kbit[cuda]).
         RuntimeError: a GPU that numba does not find.
     """

@@ -1,10 +1,12 @@
 """Data types as values: a k-bit data type is a sorted table of at most 2^k numbers, its codebook.
 
-Quantization stores, for each weight, the index of the nearest table value; int, float, dynamic exponent, quantile and
-NormalFloat differ only in how the table is made. Every table is a read-only, strictly increasing float32 array.
+Quantization stores the index of the nearest table value for each weight. The data types int, float, dynamic exponent,
+quantile and NormalFloat differ only in how the table is made. Every table is a read-only, strictly increasing float32
+array.
 
-Sources: "paper" is Dettmers & Zettlemoyer, The case for 4-bit precision (ICML 2023), Appendix A; "QLoRA" is Dettmers et
-al. 2023; bitsandbytes' codebook makers of November 2022 are the public code closest to the paper.
+Two sources have short names here. "paper" is Dettmers & Zettlemoyer, The case for 4-bit precision (ICML 2023), Appendix
+A. "QLoRA" is Dettmers et al. 2023. bitsandbytes' codebook makers of November 2022 are the public code closest to the
+paper.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ PAPER_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
 
 
 # The three float conventions differ only in how far the subnormals lie below the place gradual underflow puts them, in
-# powers of two: ieee = OCP/IEEE minifloat; bnb = create_fp8_map today; paper = Appendix A, which the FP4 kernel uses.
+# powers of two: ieee = OCP/IEEE minifloat, bnb = create_fp8_map today, paper = Appendix A, which the FP4 kernel uses.
 _SUBNORMAL_SHIFT: Final = {"ieee": 0, "bnb": 2, "paper": 4}
 
 
@@ -62,7 +64,7 @@ def int_codebook(bits: int) -> Codebook:
 def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> Codebook:
     """Minifloat: sign, E exponent and M = k - 1 - E mantissa bits, subnormals, no NaN or Inf, scaled to maximum 1.
 
-    A normal number is (1 + m/2^M) 2^e with e = 1 .. 2^E - 1; a subnormal (e = 0) is m/2^M 2^(1 - shift), where shift is
+    A normal number is (1 + m/2^M) 2^e with e = 1 .. 2^E - 1. A subnormal (e = 0) is m/2^M 2^(1 - shift), where shift is
     0 for "ieee", 2 for "bnb" and 4 for "paper". Both zeros are one value, so there are 2^k - 1. Without mantissa bits
     there are no subnormals and the conventions agree (paper's 3-bit E2M0 and 4-bit E3M0).
     """
@@ -78,7 +80,7 @@ def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> C
 def dynamic_codebook(bits: int) -> Codebook:
     """Dynamic exponent: sign, leading zeros = decimal exponent, indicator one, linear fraction (paper, Appendix A).
 
-    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]; then 0 and +1.
+    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]. 0 and +1 are added.
     The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the original.
     """
     magnitudes: list[float] = []
@@ -93,7 +95,7 @@ def nf_codebook(bits: int) -> Codebook:
     """k-bit NormalFloat: quantiles of N(0, 1) and 0, with 2^(k-1) - 1 values below and 2^(k-1) above (QLoRA, eq. 4).
 
     Each side is evenly spaced in probability between 1/2 and off(k) = 1 - (1/(2(2^k - 1)) + 1/(2 2^k)) / 2, the rule
-    that gives the published NF4 offset 929/960 at k = 4; k = 4 itself is the published table.
+    that gives the published NF4 offset 929/960 at k = 4. The table for k = 4 itself is the published one.
     """
     if bits == 4:
         return as_codebook(np.array(_NF4))
@@ -106,7 +108,7 @@ def nf_codebook(bits: int) -> Codebook:
 
 
 def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
-    """A user's own values, sorted; at most 2^k of them, within [-1, 1], at least two distinct."""
+    """A user's own values, sorted: at most 2^k of them, within [-1, 1], at least two distinct."""
     values = np.array(table, np.float64)
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) > 1:
         raise ValueError(f"table={list(table)} has values outside [-1, 1]")
@@ -119,10 +121,11 @@ def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
 def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float32[np.ndarray, " thresholds"]:
     """Return the len(codebook) - 1 float32 thresholds t_j such that code(v) = number of j with v >= t_j.
 
-    nearest: t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away
-    from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint,
-    which for float32 v is v >= the next float32 above it. truncate: towards v = 0, so t_j is the neighbour farther from
-    zero (the midpoint if zero lies between). floor: t_j = codebook[j + 1]; stochastic rounding goes up from there.
+    With rounding=nearest, t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A
+    tie goes away from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by
+    v > midpoint, which for float32 v is v >= the next float32 above it. With truncate, values go towards v = 0, so t_j
+    is the neighbour farther from zero (the midpoint if zero lies between). With floor, t_j = codebook[j + 1], from
+    where stochastic rounding goes up.
     """
     wide = codebook.astype(np.float64)
     below, above = wide[:-1], wide[1:]

@@ -43,11 +43,11 @@ class QuantizationGrid:
         scales: the scale of each block as it is used, which is the decoded stored_scales.
         offsets: the offset of each block as it is used, the tensor's mean included.
         stored_scales: the arrays that the format of scales stores, by name.
-        stored_offsets: the arrays that the format of offsets stores; empty but for minmax.
-        center: the tensor's mean, float16 [1], if centering subtracts it; otherwise empty.
+        stored_offsets: the arrays that the format of offsets stores. Only minmax has any.
+        center: the tensor's mean, float16 [1], which centering subtracts. It is empty without centering.
         codebook: the sorted table of values.
-        thresholds: where one code ends and the next begins (codebooks.decision_thresholds).
-        seed: seed of stochastic rounding; None rounds by the thresholds.
+        thresholds: numbers where one code ends and the next begins (codebooks.decision_thresholds).
+        seed: seed of stochastic rounding. None rounds by the thresholds.
     """
 
     spec: QuantSpec

@@ -1,7 +1,9 @@
-"""Quantiles of a tensor on its own device, in parallel, without a sort: exact on the CPU, from a histogram on a GPU.
+"""The values at some ranks of a tensor, on its own device, from a histogram: in parallel, without a sort.
 
-The histogram is of bits. The bits of a float, negative ones complemented, order as the numbers do. Their upper bits are
-a cell of a histogram; the cell in which the count passes a rank holds the value of that rank.
+kbit.numerics.grid finds quantiles with them on a GPU. On the CPU it takes exact order statistics
+(kbit.kernels.cpu_select). The histogram counts bits. The bits of a float, negative ones complemented, order as the
+numbers do. Their upper bits are a cell of the histogram. The cell in which the count passes a rank holds the value of
+that rank.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 _SHIFT: Final = 10
 
 
-RELATIVE_ERROR: Final = 2.0**-13  # of a value of float32: the spacing that 13 fraction bits leave; 0 for 16-bit types
+RELATIVE_ERROR: Final = 2.0**-13  # share of a float32 value: the spacing that 13 fraction bits leave
 
 
 _CHUNK: Final = 2**24  # values counted at a time: 64 MB of cell numbers, whatever the size of the tensor

@@ -1,4 +1,4 @@
-"""A quantized tensor as it is stored: packed codes, scales, codebook; made, counted, decoded, saved and loaded."""
+"""A quantized tensor as it is stored (packed codes, scales, codebook): made, counted, decoded, saved and loaded."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class QuantizedTensor:
     Attributes:
         codes: uint8 [ceil(n bits / 8)], packed: see kbit.numerics.reference.pack.
         scales: the tensors that the format of scales stores, by name (kbit.numerics.scale_formats).
-        offsets: the tensors that the format of offsets stores, by name; empty but for minmax.
-        center: float16 [1], the mean that centering subtracted; otherwise empty.
+        offsets: the tensors that the format of offsets stores, by name. Only minmax has any.
+        center: float16 [1], the mean that centering subtracted. It is empty without centering.
         codebook: float32 [values], sorted.
-        shape: the shape of the original tensor; weights are [..., out, in].
+        shape: the shape of the original tensor. Weights are [..., out, in].
         dtype: the type of the original tensor, and of what dequantize returns.
         spec: how the tensor was quantized.
-        input_scales: float16 [..., in], by which the decoded columns are divided; None if there are none.
-        outlier_columns: places in the last dimension of the columns that are not quantized; None if there are none.
+        input_scales: float16 [..., in], by which the decoded columns are divided, or None.
+        outlier_columns: places in the last dimension of the columns that are not quantized, or None.
         outlier_values: [..., out, columns], the values of these columns in the original dtype.
 
     Raises:
@@ -87,7 +87,7 @@ class QuantizedTensor:
         """Return the bits of everything that is stored.
 
         A value of a codebook of the tensor's own takes 16 bits. So does a value of an outlier column, whatever its
-        dtype, as all weights do that are not quantized; its code is not stored. The places of outlier columns are not
+        dtype, like all weights that are not quantized. Its code is not stored. The places of outlier columns are not
         counted (QuantConfig.count_bits says why).
         """
         extra = [] if self.input_scales is None else [self.input_scales]
@@ -115,7 +115,7 @@ class QuantizedTensor:
         Columns are divided by their input scales in float32. Outlier columns are as they were.
 
         Args:
-            device: where to compute the result, which stays there; None is the device of the codes.
+            device: the device that computes and holds the result. None is the device of the codes.
         """
         backend = choose_backend(self.codes.device if device is None else torch.device(device))
         dtype = find_computed_dtype(self.dtype) if self.input_scales is None else torch.float32
@@ -140,7 +140,7 @@ class QuantizedTensor:
             )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Write the tensor to a safetensors file; load gives it back bit for bit."""
+        """Write the tensor to a safetensors file, from which load gives it back bit for bit."""
         tensors = {"codes": self.codes, "center": self.center, "codebook": self.codebook}
         tensors |= {f"scales.{name}": tensor for name, tensor in self.scales.items()}
         tensors |= {f"offsets.{name}": tensor for name, tensor in self.offsets.items()}

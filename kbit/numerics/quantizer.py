@@ -29,9 +29,9 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
 
     Raises:
         TypeError: x is neither a tensor nor an array.
-        ValueError: spec is the 16-bit baseline; x is empty, holds NaN or Inf (with the count), is a meta or sparse
+        ValueError: spec is the 16-bit baseline. Or x is empty, holds NaN or Inf (with the count), is a meta or sparse
             tensor, is not floating point, or has a block maximum beyond scale_format's range, or one that rounding the
-            scale lifts beyond x's own dtype; its device is no CPU or CUDA GPU.
+            scale lifts beyond x's own dtype. Or its device is no CPU or CUDA GPU.
         ImportError: x is on a GPU and numba-cuda (the extra kbit[cuda]) is not installed.
     """
     tensor = _as_tensor(x)
@@ -46,8 +46,8 @@ def dequantize(q: QuantizedTensor, device: torch.device | str | None = None) -> 
 
     Args:
         q: the quantized tensor, from quantize, quantize_model or QuantizedTensor.load.
-        device: the device that computes and holds the result (cpu, cuda or cuda:N); None is where q is. See quantize
-            for the errors.
+        device: the device that computes and holds the result (cpu, cuda or cuda:N). None is the device of q. See
+            quantize for the errors.
     """
     return q.dequantize(device)
 
@@ -55,7 +55,7 @@ def dequantize(q: QuantizedTensor, device: torch.device | str | None = None) -> 
 def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     """Return dequantize(quantize(x, spec)) without storing codes: what the model computes with after quantization.
 
-    Same kind, dtype, shape and device as x; see quantize for the conditions.
+    The result has the kind, dtype, shape and device of x. See quantize for the conditions.
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
@@ -67,9 +67,9 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
 
 
 def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Replace x by fake_quantize(x, spec) and return it; a contiguous x on the CPU needs no memory of its size.
+    """Replace x by fake_quantize(x, spec) and return it.
 
-    Autograd does not see it, so that x may be a parameter.
+    A contiguous x on the CPU needs no memory of its size. Autograd does not see the change, so x may be a parameter.
     """
     # on a GPU the fused kernel is worth a copy: it must not be in place, as it may refuse a block half-way
     if x.is_contiguous() and x.dtype == find_computed_dtype(x.dtype) and x.device.type == "cpu":
@@ -106,7 +106,7 @@ def _is_fused(spec: QuantSpec, dtype: torch.dtype, backend: Backend) -> bool:
 
 
 def _fake_quantize_fused(values: Values, spec: QuantSpec, backend: Backend, result: torch.Tensor) -> bool:
-    """Fill result, not in place; False if a block holds NaN or Inf or a maximum beyond the scale's format."""
+    """Fill result, not in place. Return False if a block holds NaN, Inf or a maximum beyond the scale's format."""
     codebook, refused = spec.make_codebook(), backend.put(np.zeros(1, np.uint8))
     backend.kernels.fake_quantize_absmax(
         backend.view(values), codebook, decision_thresholds(codebook, spec.rounding),

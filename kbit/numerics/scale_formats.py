@@ -40,7 +40,7 @@ _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, se
 _E8M0_BIAS: Final = 127
 
 
-# Shares of the usual scale that a search tries. 2 bits want about 0.6; dynamic types want some above 1.
+# Shares of the usual scale that a search tries. 2 bits want about 0.6, and dynamic types want some above 1.
 FACTORS: Final = np.arange(40, 121, 2, dtype=np.float32) / 100
 
 
@@ -51,10 +51,10 @@ class ScaleFormat(ABC):
         name: the format's name in QuantSpec.scale_format.
         largest: the largest magnitude that the format takes.
         has_own_scales: whether a block's stored scale is independent of the other blocks' scales.
-        holds_offsets: whether minmax's offsets take the format, too; otherwise they are stored as fp16.
+        holds_offsets: whether minmax's offsets take the format, too. Otherwise they are stored as fp16.
         holds_float16: whether each float16 number is a number of the format, so that rounding never leaves float16.
         holds_only_powers: whether the numbers are powers of two, without sign and fraction.
-        factors: what a search multiplies the usual scale by.
+        factors: numbers by which a search multiplies the usual scale.
     """
 
     name: str
@@ -233,7 +233,7 @@ class PowerScales(ScaleFormat):
         return np.asarray(np.where(largest > 0, powers, np.float32(0)), np.float32)
 
     def round_to_nearest(self, scales: Scales) -> Scales:
-        """Return for each scale > 0 the nearest power of two, or the larger of two as near; 0 stays 0."""
+        """Return for each scale > 0 the nearest power of two, or the larger of two as near. 0 stays 0."""
         fractions, exponents = np.frexp(scales)  # scale = fraction 2^exponent, 1/2 <= fraction < 1
         powers = np.ldexp(np.float32(1), np.clip(exponents - (fractions < 0.75), -_E8M0_BIAS, _E8M0_BIAS))
         return np.where(scales > 0, powers, np.float32(0)).astype(np.float32)

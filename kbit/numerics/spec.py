@@ -41,29 +41,30 @@ class QuantSpec:
     """Block-wise quantization to k bits: x ~ codebook[code] * scale + offset, a scale (and offset) per block.
 
     Attributes:
-        bits: 2..8, or 16 for the unquantized baseline.
+        bits: bits of a code, 2..8, or 16 for the unquantized baseline.
         data_type: int, float, dynamic, quantile, nf, af (least expected absolute error of normal values in units of the
             block's maximum, for this block size), learned, or table (the user's own values). dynamic and quantile lack
             -1 or 1: a block's largest magnitude may be clipped, as in the originals.
-        exponent_bits: float only, 1..bits-1; None is the paper's choice (3 bits: 2; 4..8 bits: 3).
-        float_bias: float only; where the subnormals lie: ieee as in OCP's formats, bnb at 1/4 of that (bitsandbytes'
+        exponent_bits: exponent bits of float, 1..bits-1. None is the paper's choice (2 for 3 bits, 3 for 4..8 bits).
+        float_bias: where the subnormals of float lie: ieee as in OCP's formats, bnb at 1/4 of that (bitsandbytes'
             create_fp8_map), paper at 1/16 (its Appendix A, and bitsandbytes' FP4).
-        table: data_type=table only: its values, within [-1, 1] where 1 is the block's scale, at most 2^bits.
-        block_size: elements per block, >= 1; None is the whole tensor (the whole row if layout=row).
-        layout: flat: blocks run over the flattened tensor, as in the paper; row: they restart at each row (index of all
-            dimensions but the last).
-        normalization: absmax: scale = max |x|, offset 0. signed_absmax: scale = the x of largest magnitude, sign kept.
-            minmax: scale and offset map [min x, max x] to the codebook's range (zero point).
-        centering: subtract the tensor's mean first (paper, Appendix B).
+        table: values of data_type=table, at most 2^bits, within [-1, 1] where 1 is the block's scale.
+        block_size: elements per block, >= 1. None is the whole tensor (the whole row if layout=row).
+        layout: how blocks lie. With flat they run over the flattened tensor, as in the paper. With row they restart at
+            each row, which is one index of all dimensions but the last.
+        normalization: how a block's scale and offset are found. absmax has scale = max |x| and offset 0. signed_absmax
+            has the x of largest magnitude as its scale, sign kept. With minmax, scale and offset map [min x, max x] to
+            the codebook's range (zero point).
+        centering: whether the tensor's mean is subtracted first (paper, Appendix B).
         scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0, fp8 (NVFP4), dq8 (QLoRA's double quantization).
-            e8m0 are powers of two: of int and float the one at or below max |x|, as BFP and MX have it, with the table
-            on its natural grid (E2M1: up to 1.5), of other tables the one at or above. Offsets take the same format, or
-            fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
-        rounding: nearest (ties away from zero); stochastic (up with the probability that makes it unbiased within the
-            table's range, seeded); truncate (towards 0, in units of the scale: of the weights, towards the block's
-            offset, which with minmax and centering need not be 0).
-        seed: of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's name,
-            so that tensors do not share their random numbers.
+            e8m0 scales are powers of two. For int and float the scale is the power at or below max |x|, as BFP and MX
+            have it, with the table on its natural grid (E2M1: up to 1.5). For other tables it is the power at or above.
+            Offsets take the same format, or fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
+        rounding: nearest has ties away from zero. stochastic goes up with the probability that makes it unbiased within
+            the table's range, seeded. truncate goes towards 0 in units of the scale, so weights go towards the block's
+            offset, which with minmax and centering need not be 0.
+        seed: seed of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's
+            name, so that tensors do not share their random numbers.
 
     Raises:
         ValueError: a value outside its allowed set, named with what is allowed.
@@ -138,7 +139,7 @@ class QuantSpec:
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
         """Return the spec again that went through dataclasses.asdict and JSON.
 
-        Fields that it lacks, written by an earlier version, are at their default; what is no field is ignored.
+        Fields that an earlier version did not write are at their default. What is no field is ignored.
         """
         known = {field.name: values[field.name] for field in dataclasses.fields(QuantSpec) if field.name in values}
         if known.get("table") is not None:
@@ -192,7 +193,7 @@ class QuantSpec:
         """Return this spec's codebook.
 
         Args:
-            tensor: for quantile the tensor, for learned its normalised values; not needed otherwise.
+            tensor: the tensor, which quantile needs, or its normalised values, which learned needs.
         """
         codebook = make_codebook(
             self.data_type,
@@ -248,7 +249,7 @@ class QuantSpec:
         return bits
 
     def label(self) -> str:
-        """Return the short name used in tables and plots, such as nf4 or float4-e3m0; 16-bit for the baseline."""
+        """Return the short name used in tables and plots, such as nf4, float4-e3m0, or 16-bit for the baseline."""
         if self.is_baseline:
             return "16-bit"
         return codebooks.data_type_label(self.data_type, self.bits, self.exponent_bits)
