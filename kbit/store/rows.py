@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from kbit.checks import non_defaults
 from kbit.evaluation.config import FeatureConfig
-from kbit.methods.config import CALIBRATED, CalibrationConfig, GptqConfig, QuantConfig
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.numerics.spec import write_table
 
 if TYPE_CHECKING:
@@ -107,10 +107,14 @@ def _make_row(result: Result) -> dict[str, Any]:
 
 def _describe_options(quant: QuantConfig) -> str:
     """Return the options that the method uses and that are not at their default, see QuantConfig.method_options."""
-    calibration = non_defaults(quant.calibration, CalibrationConfig()) if quant.method in CALIBRATED else {}
-    gptq = non_defaults(quant.gptq, GptqConfig()) if quant.method == "gptq" else {}
-    options = {f"calibration.{name}": value for name, value in calibration.items()} | gptq
-    return " ".join(f"{name}={value}" for name, value in options.items())
+    groups = ["calibration"] if quant.traits.needs_text else []
+    groups += [quant.traits.options] if quant.traits.options else []
+    changed = {group: non_defaults(getattr(quant, group), OPTION_GROUPS[group]()) for group in groups}
+    return " ".join(
+        f"{name if group == quant.method else f'{group}.{name}'}={value}"
+        for group, options in changed.items()
+        for name, value in options.items()
+    )
 
 
 def _describe_outliers(quant: QuantConfig) -> dict[str, Any]:

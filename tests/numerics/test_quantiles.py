@@ -16,8 +16,9 @@ from kbit.kernels import cpu
 from kbit.numerics import fitted_codebooks as fitted
 from kbit.numerics import quantiles
 from kbit.numerics.backend import Backend, choose_backend
-from kbit.numerics.codebooks import make_codebook
-from kbit.numerics.quantiles import RELATIVE_ERROR, find_quantiles
+from kbit.numerics.data_types import make_codebook
+from kbit.numerics.grid import find_quantiles
+from kbit.numerics.quantiles import RELATIVE_ERROR
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALLEST = 2.0**-139  # 10 of the 23 bits below the normal range are not told apart: 2^(10 - 149)
