@@ -132,9 +132,8 @@ def dispatch(
             tries[experiment] += 1
             if tries[experiment] < WORKER_TRIES:
                 waiting.add(experiment)
-            else:
-                reason = _record_death(plan.keys[experiment], experiment, error, store)
-                yield Outcome(experiment, reason, working=working)
+                continue
+            yield Outcome(experiment, _record_death(plan.keys[experiment], experiment, error, store), working=working)
 
 
 def _check_started(error: Exception) -> None:

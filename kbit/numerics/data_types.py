@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from kbit.checks import check_choice
 from kbit.numerics import fitted_codebooks
 from kbit.numerics.codebooks import (
-    DATA_TYPES,
     FLOAT_BIASES,
     PAPER_EXPONENT_BITS,
     Codebook,
@@ -25,6 +25,19 @@ from kbit.numerics.codebooks import (
 )
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a codebook is made from. The arguments of make_codebook describe the fields."""
+
+    bits: int
+    exponent_bits: int | None = None
+    float_bias: str = "ieee"
+    block_size: int | None = None
+    table: Sequence[float] | None = None
+    tensor: Any = None
+    seed: int = 0
 
 
 def make_codebook(
@@ -41,7 +54,7 @@ def make_codebook(
     """Return the codebook of a data type: sorted float32 values within [-1, 1].
 
     Args:
-        data_type: int, float, dynamic, quantile, nf, af, learned or table.
+        data_type: int, float, dynamic, quantile, nf, af, learned, table, or a registered one.
         bits: bits of a code, 2..8.
         exponent_bits: exponent bits of float, 1..bits-1. The default is the paper's (2 bits: 1, 3 bits: 2, 4 to 8
             bits: 3).
@@ -57,28 +70,51 @@ def make_codebook(
         ValueError: a value outside its allowed set, or an argument that the data type needs and does not get, or
             a tensor that is empty or holds NaN or Inf.
     """
-    check_choice("data_type", data_type, DATA_TYPES)
+    check_choice("data_type", data_type, tuple(DATA_TYPES))
     check_bits(bits)
-    match data_type:
-        case "int":
-            return int_codebook(bits)
-        case "float":
-            check_choice("float_bias", float_bias, FLOAT_BIASES)
-            exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
-            return float_codebook(bits, exponent_bits, float_bias)
-        case "dynamic":
-            return dynamic_codebook(bits)
-        case "nf":
-            return nf_codebook(bits)
-        case "af":
-            return as_codebook(fitted_codebooks.af_values(bits, _needed("af", block_size=block_size)))
-        case "quantile":
-            return as_codebook(fitted_codebooks.quantile_values(bits, _as_numbers(_needed("quantile", tensor=tensor))))
-        case "learned":
-            values = _as_numbers(_needed("learned", tensor=tensor)).ravel()
-            return as_codebook(fitted_codebooks.learned_values(bits, values.astype(np.float32, copy=False), seed))
-        case _:
-            return table_codebook(bits, _needed("table", table=table))
+    wanted = Wanted(bits, exponent_bits, float_bias, block_size, table, tensor, seed)
+    return DATA_TYPES[data_type](wanted)
+
+
+def register_data_type(name: str, make: Callable[[Wanted], Codebook]) -> None:
+    """Add a data type under a name, for quant.data_type and kbit.codebook.
+
+    Its table is the same for all tensors, and a power-of-two scale is the one at or above a block's largest magnitude.
+    """
+    DATA_TYPES[name] = make
+
+
+def _make_float(wanted: Wanted) -> Codebook:
+    check_choice("float_bias", wanted.float_bias, FLOAT_BIASES)
+    exponent_bits = PAPER_EXPONENT_BITS[wanted.bits] if wanted.exponent_bits is None else wanted.exponent_bits
+    return float_codebook(wanted.bits, exponent_bits, wanted.float_bias)
+
+
+def _make_af(wanted: Wanted) -> Codebook:
+    return as_codebook(fitted_codebooks.af_values(wanted.bits, _needed("af", block_size=wanted.block_size)))
+
+
+def _make_quantile(wanted: Wanted) -> Codebook:
+    values = _as_numbers(_needed("quantile", tensor=wanted.tensor))
+    return as_codebook(fitted_codebooks.quantile_values(wanted.bits, values))
+
+
+def _make_learned(wanted: Wanted) -> Codebook:
+    values = _as_numbers(_needed("learned", tensor=wanted.tensor)).ravel().astype(np.float32, copy=False)
+    return as_codebook(fitted_codebooks.learned_values(wanted.bits, values, wanted.seed))
+
+
+# Name in quant.data_type -> how its codebook is made
+DATA_TYPES: Final[dict[str, Callable[[Wanted], Codebook]]] = {
+    "int": lambda wanted: int_codebook(wanted.bits),
+    "float": _make_float,
+    "dynamic": lambda wanted: dynamic_codebook(wanted.bits),
+    "quantile": _make_quantile,
+    "nf": lambda wanted: nf_codebook(wanted.bits),
+    "af": _make_af,
+    "learned": _make_learned,
+    "table": lambda wanted: table_codebook(wanted.bits, _needed("table", table=wanted.table)),
+}
 
 
 def _needed(data_type: str, **argument: T | None) -> T:

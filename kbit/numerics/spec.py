@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kbit.checks import check_choice
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits
-from kbit.numerics.data_types import make_codebook
+from kbit.numerics.data_types import DATA_TYPES, make_codebook
 from kbit.numerics.scale_formats import SCALE_FORMATS, ScaleFormat, Scales, Stored
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
@@ -85,7 +85,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         self._convert_types()
-        check_choice("data_type", self.data_type, codebooks.DATA_TYPES)
+        check_choice("data_type", self.data_type, tuple(DATA_TYPES))
         check_choice("float_bias", self.float_bias, codebooks.FLOAT_BIASES)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)

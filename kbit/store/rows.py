@@ -21,7 +21,8 @@ from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.numerics.spec import write_table
 
 if TYPE_CHECKING:
-    from kbit.experiments.result import Result, TaskRecord
+    from kbit.evaluation.measurement import TaskRecord
+    from kbit.experiments.result import Result
 
 _HASH: Final = 8  # hexadecimal digits shown of a hash: among a thousand contents two are equal once in 8,600 times
 

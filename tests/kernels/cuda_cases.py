@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from kbit.kernels import cuda as kernels
 from kbit.numerics import reference
-from kbit.numerics.codebooks import ADAPTIVE, DATA_TYPES, decision_thresholds
-from kbit.numerics.data_types import make_codebook
+from kbit.numerics.codebooks import ADAPTIVE, decision_thresholds
+from kbit.numerics.data_types import DATA_TYPES, make_codebook
 from kbit.numerics.scale_formats import SCALE_FORMATS
 
 Array = NDArray[Any]

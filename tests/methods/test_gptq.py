@@ -16,7 +16,7 @@ from kbit.methods.block_scales import BlockScales, find_best_scales
 from kbit.methods.config import GptqConfig
 from kbit.methods.gptq import factor_inverse, order_columns, quantize_weight, round_columns
 from kbit.methods.weight import Weight
-from kbit.numerics.codebooks import DATA_TYPES
+from kbit.numerics.data_types import DATA_TYPES
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.scale_formats import SCALE_FORMATS
 from kbit.numerics.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
