@@ -18,6 +18,8 @@ from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any, Final
 
+import torch
+
 from kbit.checks import check_choice
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measure_sources import MeasureSource, read_source
@@ -37,11 +39,12 @@ class LoadedMeasures:
 
 
 class UserMeasures(Measure):
-    """The measures of eval.measures as one."""
+    """The measures of eval.measures as one. They run without gradients."""
 
     name = "user"
     fields = ("measures",)
 
+    @torch.no_grad()
     def prepare(self, subject: Subject) -> None:
         """Import the measures that the loaded model was not measured by yet, and let each prepare."""
         asked, kept = subject.config.measures, subject.memory.recall(LoadedMeasures).by_identity
@@ -55,6 +58,7 @@ class UserMeasures(Measure):
         for source in sources:
             kept[source.identity][1].prepare(subject)
 
+    @torch.no_grad()
     def run(self, subject: Subject) -> Measured:
         """Run each measure.
 
