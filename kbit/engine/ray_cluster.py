@@ -91,7 +91,7 @@ def dispatch(
     store: Store,
     cost: Callable[[Experiment], float] = lambda _: 1.0,
 ) -> Generator[Outcome]:
-    """Keep actors busy until no experiment waits, and replace an actor that died.
+    """Keep actors busy until no experiment waits, and replace an actor that died. ValueError if one cannot start.
 
     Args:
         plan: the plan.
@@ -99,9 +99,6 @@ def dispatch(
         count: the number of actors.
         store: the store, which gets the failure of an experiment whose actors died.
         cost: a function that returns the cost of an experiment (see Schedule).
-
-    Raises:
-        ValueError: an actor cannot start.
     """
     import ray
 
