@@ -161,7 +161,7 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
 
 
 def _find_measure(result: Result, task: str) -> str | None:
-    """Return the hash of the user's measure that a task belongs to: "measure 1a2b3c4d"; None if it is kbit's own."""
+    """Return the hash of the user's measure that a task belongs to ("measure 1a2b3c4d"). kbit's own give None."""
     owner = task.partition("/")[0]
     hashes = (measure.sha256[:_HASH] for measure in result.measures if measure.name == owner)
     return next((f"measure {digest}" for digest in hashes), None)
