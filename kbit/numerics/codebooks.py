@@ -80,7 +80,7 @@ def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> C
 def dynamic_codebook(bits: int) -> Codebook:
     """Dynamic exponent: sign, leading zeros = decimal exponent, indicator one, linear fraction (paper, Appendix A).
 
-    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]. 0 and +1 are added.
+    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]. 0 and +1 follow.
     The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the original.
     """
     magnitudes: list[float] = []
