@@ -142,7 +142,7 @@ def _device_table(codebook_bytes: bytes, thresholds_bytes: bytes, device: int) -
 
 
 def group_size(block: int) -> int:
-    """Return how many threads share a block of this many words, a power of two that reads 64 bytes together."""
+    """Return how many threads, a power of two, share a block of so many words. They read 64 bytes or more together."""
     wanted = max(min(block, 8), divide_up(block, GROUP_WORDS))
     return min(1 << (wanted - 1).bit_length(), MOST_THREADS)
 

@@ -56,14 +56,12 @@ def make_codebook(
     Args:
         data_type: int, float, dynamic, quantile, nf, af, learned, table, or a registered one.
         bits: bits of a code, 2..8.
-        exponent_bits: exponent bits of float, 1..bits-1. The default is the paper's (2 bits: 1, 3 bits: 2, 4 to 8
-            bits: 3).
-        float_bias: where the subnormals of float lie. "ieee" is as in OCP's formats, "bnb" at 1/4 of that
-            (bitsandbytes' create_fp8_map), "paper" at 1/16 (its Appendix A and bitsandbytes' FP4).
+        exponent_bits: exponent bits of float, 1..bits-1. None is the paper's choice (PAPER_EXPONENT_BITS).
+        float_bias: where the subnormals of float lie: "ieee" as in OCP's formats, "bnb" at 1/4 of that (bitsandbytes'
+            create_fp8_map), "paper" at 1/16 (its Appendix A and bitsandbytes' FP4).
         block_size: the block size that the code of af is optimal for.
         table: the user's values, for data type table.
-        tensor: the tensor that a quantile codebook is made for, or the normalised values that a learned codebook is
-            fitted to (an array or torch tensor of any shape).
+        tensor: the tensor of a quantile codebook, or the normalised values of a learned one (array or torch tensor).
         seed: seed of the sample that k-means sees, for learned.
 
     Raises:

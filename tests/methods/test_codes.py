@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +20,49 @@ from kbit.numerics.spec import QuantSpec
 Build = Callable[..., Any]
 
 SMALL = CalibrationConfig(samples=2, length=16, unseen="rtn")
-# Blocks of 24 end short in rows and tensors of 64 and 96; every scale format, normalization and data type of its own
-# table is there, and outlier columns by share and by their deviation.
+# Blocks of 24 end short in rows and tensors. Every scale format, normalization and adaptive data type is there, and
+# outlier columns by their share and by their deviation.
 OPTIONS: list[dict[str, Any]] = [
-    {"data_type": "nf", "block_size": 24, "layout": "row"},
+    {"data_type": "nf", "block_size": 24, "layout": "row", "scale_format": "fp32", "outlier_fraction": 0.05},
     {"data_type": "quantile", "normalization": "minmax", "block_size": 24, "scale_format": "bf16"},
-    {"data_type": "int", "normalization": "minmax", "centering": True, "scale_format": "fp8", "block_size": 24},
+    {"data_type": "int", "normalization": "minmax", "centering": True, "scale_format": "fp8", "outlier_zscore": 1.5},
     {"data_type": "learned", "scale_format": "dq8", "normalization": "signed_absmax", "block_size": None},
-    {"exponent_bits": 2, "scale_format": "e8m0", "block_size": 32, "layout": "row"},
-    {"data_type": "nf", "scale_format": "fp32", "outlier_fraction": 0.05, "outlier_selection": "column"},
-    {"data_type": "int", "block_size": 24, "outlier_zscore": 1.5, "outlier_selection": "column"},
+    {"exponent_bits": 2, "scale_format": "e8m0", "block_size": 24, "layout": "row"},
 ]
-GPTQ = [GptqConfig(search_scales=True), GptqConfig(act_order=True, static_groups=True, search_scales=True)]
 
 
-def list_configs() -> list[QuantConfig]:
-    """Every method with every group of options that it allows."""
+def list_configs(options: Sequence[dict[str, Any]]) -> list[QuantConfig]:
+    """Every method with these groups of options."""
     configs = []
     for name, method in METHODS.items():
         if method.scheme is None:
-            configs += [QuantConfig(bits=3, method=name, calibration=SMALL, **fields) for fields in OPTIONS]
+            configs += [configure(method=name, **fields) for fields in options]
         else:
-            configs += [QuantConfig(bits=8, method=name), QuantConfig(bits=8, method=name, outlier_fraction=0.05)]
-    for config in [c for c in configs if c.method == "gptq"]:
-        configs += [dataclasses.replace(config, gptq=options) for options in GPTQ]
-    return [*configs, QuantConfig(bits=3, rounding="stochastic", block_size=24, seed=1)]
+            configs += [configure(bits=8, method=name, **fields) for fields in ({}, {"outlier_fraction": 0.05})]
+    searched = GptqConfig(search_scales=True), GptqConfig(act_order=True, static_groups=True, search_scales=True)
+    configs += [configure(method="gptq", gptq=gptq, **fields) for gptq in searched for fields in options[:2]]
+    return [*configs, configure(rounding="stochastic", block_size=24, seed=1)]
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "gpt_oss"])
+def configure(**fields: Any) -> QuantConfig:
+    return QuantConfig(**{"bits": 3, "calibration": SMALL, "outlier_selection": "column"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "options"),
+    [
+        ("gpt2", {"n_layer": 1, "n_embd": 32}, OPTIONS),
+        ("mixtral", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 40}, OPTIONS[:2]),
+        ("gpt_oss", {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 40}, OPTIONS[:2]),
+    ],
+)
 def test_codes_stand_for_the_weights_and_take_the_bits_of_the_formula(
-    build_tiny: Build, tokenizer: Any, architecture: str
+    build_tiny: Build, tokenizer: Any, architecture: str, fields: dict[str, Any], options: list[dict[str, Any]]
 ) -> None:
     """Conv1D, fused experts as they are stored, and transposed ones."""
-    layers = "n_layer" if architecture == "gpt2" else "num_hidden_layers"
-    model = build_tiny(architecture, vocab_size=1024, **{layers: 1})
+    model = build_tiny(architecture, vocab_size=1024, **fields)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    for config in list_configs():
+    for config in list_configs(options):
         if config.scheme is not None and architecture != "gpt2":
             continue  # experts are no linear layers
         restore(model, start)
@@ -80,14 +86,15 @@ def restore(model: nn.Module, start: dict[str, torch.Tensor]) -> None:
         vars(module).pop("forward", None)
 
 
-@pytest.mark.parametrize("method", ["mse", "awq", "gptq"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("mse", torch.float16), ("awq", torch.bfloat16), ("gptq", torch.float16)]
+)
 def test_codes_of_16_bit_weights_are_saved_and_loaded(
     build_tiny: Build, tokenizer: Any, method: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     fields: dict[str, Any] = {"scale_format": "bf16", "outlier_fraction": 0.05, "outlier_selection": "column"}
     config = QuantConfig(bits=3, data_type="nf", block_size=16, method=method, calibration=SMALL, **fields)
-    model = build_tiny("llama", vocab_size=1024, num_hidden_layers=1).to(dtype)
+    model = build_tiny("llama", vocab_size=1024, num_hidden_layers=1, hidden_size=32, intermediate_size=40).to(dtype)
     report = quantize_model(model, config, tokenizer, keep_codes=True)
     for name, codes in report.codes.items():
         assert isinstance(codes, QuantizedTensor)
