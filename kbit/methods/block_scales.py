@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,10 +122,10 @@ class BlockScales:
 
         The format's stored scales must be independent of each other (ScaleFormat.has_own_scales).
         """
-        parts = {
+        parts: dict[str, Any] = {
             name: np.where(is_first, getattr(first, name), getattr(second, name)) for name in ("scales", "offsets")
         }
-        stored = {
+        stored: dict[str, Any] = {
             name: {
                 key: np.where(is_first, array, getattr(second, name)[key])
                 for key, array in getattr(first, name).items()

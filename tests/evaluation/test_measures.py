@@ -108,7 +108,8 @@ def test_a_measure_from_a_file_is_run_stored_and_drawn(
     figure = draw_panels(
         curve.assign(panel=curve["family"], series=curve["data_type"]), "equal tokens", True, published
     )
-    drawn = [line.get_ydata() for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    lines: Any = figure.axes[0].get_lines()
+    drawn = [line.get_ydata() for line in lines if len(line.get_xdata()) == 2]
     assert drawn == [pytest.approx(curve["value"])]
 
 

@@ -136,7 +136,7 @@ def specs(**fixed: Any) -> st.SearchStrategy[QuantSpec]:
         "layout": st.sampled_from(LAYOUTS),
         "normalization": st.sampled_from(NORMALIZATIONS),
         "centering": st.booleans(),
-        "scale_format": st.sampled_from(SCALE_FORMATS),
+        "scale_format": st.sampled_from(list(SCALE_FORMATS)),
         "rounding": st.sampled_from(["nearest", "truncate"]),
     }
     for name, value in fixed.items():
