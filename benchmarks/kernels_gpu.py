@@ -28,7 +28,8 @@ import torch
 
 from kbit.kernels import cpu
 from kbit.kernels import cuda as kernels
-from kbit.numerics.codebooks import Codebook, decision_thresholds, make_codebook
+from kbit.numerics.codebooks import Codebook, decision_thresholds
+from kbit.numerics.data_types import make_codebook
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.quantizer import quantize as quantize_tensor
 from kbit.numerics.spec import QuantSpec

@@ -31,7 +31,8 @@ from numba.cuda import compiler
 
 from kbit.kernels import cuda as kernels
 from kbit.kernels import cuda_arrays as arrays
-from kbit.numerics.codebooks import decision_thresholds, make_codebook
+from kbit.numerics.codebooks import decision_thresholds
+from kbit.numerics.data_types import make_codebook
 
 RESULTS = Path(__file__).parent / "results" / "cuda_registers.json"
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (12, 0))  # Turing, Ampere, Hopper, Blackwell: the oldest of CUDA 13 on

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from kbit.methods.awq import quantize_scaled
-from kbit.methods.block_scales import BlockGrid, find_best_scales
+from kbit.methods.block_scales import BlockScales, find_best_scales
 from kbit.methods.config import METHODS, GptqConfig
 from kbit.methods.gptq import quantize_weight
-from kbit.methods.hqq import quantize_half_quadratic
+from kbit.methods.hqq import find_half_quadratic_scales
 from kbit.methods.weight import Weight
-from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.quantizer import quantize as quantize_tensor
 from kbit.numerics.spec import QuantSpec
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
@@ -112,20 +112,19 @@ def make_layer(size: int, tokens: int) -> Layer:
 
 def quantize(method: str, layer: Layer, spec: QuantSpec, options: GptqConfig) -> Tensor:
     """Return the layer's weights quantized by a method of kbit."""
-    weight = Weight("w", layer.weights.clone(), spec)
+    weight = Weight("w", layer.weights, spec)
     match method:
-        case "rtn":
-            return fake_quantize(layer.weights, spec)
-        case "mse":
-            grid = BlockGrid(layer.weights, spec)
-            return grid.quantize(layer.weights, *find_best_scales(layer.weights, grid))
-        case "hqq":
-            return quantize_half_quadratic(layer.weights, BlockGrid(layer.weights, spec))
         case "awq":
-            quantize_scaled(weight, layer.sum_products())
+            return quantize_scaled(weight, layer.sum_products())[0].dequantize()
         case "gptq":
-            quantize_weight(weight, layer.sum_products(), options)
-    return weight.values
+            return quantize_weight(weight, layer.sum_products(), options)[0].dequantize()
+        case "mse" | "hqq":
+            find_scales = find_best_scales if method == "mse" else find_half_quadratic_scales
+            matrix = weight.copy_matrix()
+            blocks = BlockScales(matrix, spec)
+            return blocks.encode(matrix, find_scales(matrix, blocks), matrix.shape, matrix.dtype).dequantize()
+        case _:
+            return quantize_tensor(layer.weights, spec).dequantize()
 
 
 def measure(method: str, layer: Layer, size: int, spec: QuantSpec, options: GptqConfig | None = None) -> Cost:

@@ -36,8 +36,9 @@ from kbit.data.windows import Windows
 from kbit.evaluation.outlier_features import Observations, observe
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import Int8Linear
-from kbit.methods.config import INT8_METHODS, QuantConfig
-from kbit.methods.outlier_columns import choose_kept
+from kbit.layers.int8_schemes import SCHEMES
+from kbit.methods.config import QuantConfig
+from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.report import plan_quantization
 from kbit.methods.weight import Weight
@@ -71,7 +72,7 @@ def compare_products(repeats: int) -> dict[str, float]:
     x[:, :OUTLIERS] *= 30
     weight = torch.randn(outputs, inputs, generator=generator) * 0.02
     calls: dict[str, Callable[[], object]] = {"float32": lambda: F.linear(x, weight)}
-    for method in INT8_METHODS:
+    for method in SCHEMES:
         config = QuantConfig(bits=8, method=method)
         layer = Int8Linear(Weight("weight", weight, config.spec), None, config)
         calls[method] = lambda layer=layer: layer(x)  # type: ignore[misc]
@@ -101,7 +102,7 @@ def time_proxy(repeats: int) -> Record:
         del model.kbit_quantized  # the values do not matter here
 
     calls = {
-        "choose": lambda: choose_kept(model, names, kept),
+        "choose": lambda: choose_outliers(model, names, kept),
         "quantize": lambda: quantize(plain),
         "quantize with outliers": lambda: quantize(kept),
     }

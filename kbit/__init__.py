@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbit.methods.config import QuantConfig as QuantConfig
     from kbit.methods.quantize_model import quantize_model as quantize_model
     from kbit.models.loading import load_model as load_model
-    from kbit.numerics.codebooks import make_codebook as codebook  # noqa: F401 (public under this name)
+    from kbit.numerics.data_types import make_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
     from kbit.numerics.quantizer import dequantize as dequantize
     from kbit.numerics.quantizer import fake_quantize as fake_quantize
@@ -40,7 +40,7 @@ _PUBLIC = {
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
-    "codebook": "kbit.numerics.codebooks:make_codebook",
+    "codebook": "kbit.numerics.data_types:make_codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",

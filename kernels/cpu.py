@@ -1,13 +1,13 @@
 """Quantization kernels for the CPU: numba, parallel over chunks, the same functions as kbit.numerics.reference.
 
-Arrays are one-dimensional and contiguous. Values (x, out) are float32, float16, or the bits of bfloat16 as uint16; they
-are converted chunk by chunk, so no float32 copy of the tensor is made. Index arithmetic is 64-bit.
+Arrays are one-dimensional and contiguous. Values (x, out) are float32, float16, or the bits of bfloat16 as uint16.
+They are converted chunk by chunk, so no float32 copy of the tensor is made. Index arithmetic is 64-bit.
 
 How a code is found. The code of v is the number of thresholds <= v. The upper 16 bits of a float32 (sign, exponent, 7
 fraction bits) cut the line into cells that get finer towards zero, as codebooks do. A table holds, for each cell, the
-number of thresholds at or below its least value; what is left is to compare v with the next threshold, or with the
-next few where a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow
-with k, and is the same for every data type.
+number of thresholds at or below its least value. Then v is compared with the next threshold, or with the next few where
+a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow with k, and is
+the same for every data type.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Rounding(NamedTuple):
 
 
 def block_extremes(x: Values, row: int, block_size: int) -> tuple[Scales, Scales]:
-    """Return the least and the largest value of each block; NaN or Inf where a block holds one."""
+    """Return the least and the largest value of each block, NaN or Inf where a block holds one."""
     words, kind = typed_words(x)
     find = _short_block_extremes if block_size <= CHUNK else _long_block_extremes
     low, high = find(words, kind, row, block_size)
@@ -158,7 +158,7 @@ def _pad(codebook: Codebook) -> Codebook:
 
 
 def _pairs(codebook: Codebook, bits: int) -> UInt64[np.ndarray, " 256"]:
-    """Return the two values of each pair of codes, code_1 * 2^bits + code_2, as one word; of use for bits <= 4."""
+    """Return the two values of each pair of codes, code_1 * 2^bits + code_2, as one word. They serve bits <= 4."""
     pairs = np.zeros((256, 2), np.float32)
     if bits <= 4:
         values = _pad(codebook)[: 2**bits]

@@ -58,7 +58,7 @@ def typed_words(x: Any) -> tuple[Any, int]:
 
 
 def load(words: Any, kind: int, start: int, count: int, buffer: Any) -> None:
-    """Convert `count` values from `start` on to float32 in the buffer; compiled per type by _load_any."""
+    """Convert `count` values from `start` on to float32 in the buffer. _load_any compiles it per type."""
     raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ def _load_any(words, kind, start, count, buffer):
                 buffer[i] = np.uint32(np.uint32(words[np.uint64(start) + i]) << np.uint32(16)).view(np.float32)
             return
         for i in range(np.uint64(count)):
-            # float16: shift exponent and fraction into float32's place; 2^112 corrects the bias, for subnormals too
+            # float16: shift exponent and fraction into float32's place, and 2^112 corrects the bias, for subnormals too
             word = np.uint32(words[np.uint64(start) + i])
             magnitude = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
             magnitude = magnitude if magnitude < np.float32(65536) else np.float32(np.inf)  # exponent 31: Inf and NaN
@@ -88,7 +88,7 @@ def _load_any(words, kind, start, count, buffer):
 
 
 def store(values: Any, count: int, words: Any, kind: int, start: int) -> None:
-    """Round float32 values to the type of words; compiled per type by _store_any."""
+    """Round float32 values to the type of words. _store_any compiles it per type."""
     raise NotImplementedError
 
 
@@ -118,7 +118,7 @@ def _store_any(values, count, words, kind, start):
 
 @jit()
 def _to_float16(value):
-    """Bits of the nearest float16, ties to even; beyond its range infinite."""
+    """Return the bits of the nearest float16, ties to even, infinite beyond its range."""
     word = np.float32(value).view(np.uint32)
     sign = np.uint32((word >> np.uint32(16)) & np.uint32(0x8000))
     magnitude = np.uint32(word & np.uint32(0x7FFFFFFF))
@@ -171,7 +171,7 @@ def first_block(start, row, block_size):
 
 @jit()
 def next_block(b, row_end, block_end, row, block_size):
-    """Return what first_block gives for the element after the block; no division, which short blocks would feel."""
+    """Return what first_block gives for the element after the block. A division would slow short blocks down."""
     if block_end == row_end:
         row_end += row
     return b + 1, row_end, min(row_end, block_end + block_size)
@@ -302,7 +302,7 @@ def pack_codes(codes, count, bits, packed, position):
 
 @jit()
 def unpack_codes(packed, position, count, bits, codes):
-    """Undo pack_codes; may write up to 7 codes more than `count`. Codes beyond the end of `packed` are any."""
+    """Undo pack_codes. It may write up to 7 codes more than `count`. Codes beyond the end of `packed` are any."""
     if bits == 8:
         copy_bytes(packed, position, codes, 0, min(count, packed.size - position))
         return

@@ -1,6 +1,6 @@
 """Quantization kernels for NVIDIA GPUs: numba.cuda, the same functions as kbit.kernels.cpu, on device arrays.
 
-A device array is anything with __cuda_array_interface__, one-dimensional and contiguous, such as a torch tensor;
+A device array is anything with __cuda_array_interface__, one-dimensional and contiguous, such as a torch tensor.
 bfloat16 comes as its bits, tensor.view(torch.uint16). Codebook and thresholds are small NumPy arrays. Kernels go to
 torch's current stream and nothing here waits for them. In numba's simulator (NUMBA_ENABLE_CUDASIM=1) NumPy arrays take
 the place of device arrays.
@@ -72,7 +72,7 @@ MAX_FUSED_BLOCK = GROUP_WORDS * MOST_THREADS  # elements, where a word is one va
 
 
 def block_extremes(x: DeviceArray, row: int, block_size: int) -> tuple[DeviceArray, DeviceArray]:
-    """Return the least and the largest value of each block, float32; NaN or Inf where a block holds one.
+    """Return the least and the largest value of each block, float32, NaN or Inf where a block holds one.
 
     Many thread blocks share a block longer than MAX_FUSED_BLOCK: the extremes of its pieces first, then of those.
     """
@@ -129,7 +129,7 @@ def dequantize(
     out: DeviceArray,
     bits: int = 8,
 ) -> DeviceArray:
-    """Fill out with codebook[code] * scale + offset; codes are packed. See kbit.numerics.reference.dequantize."""
+    """Fill out with codebook[code] * scale + offset, of packed codes. See kbit.numerics.reference.dequantize."""
     require_device()
     if bits != 8:
         codes = unpack(codes, bits, count_values(out))
@@ -180,7 +180,7 @@ def fake_quantize_absmax(
 
     The scale is the block's largest |x| rounded to scale_format (fp16, bf16 or fp32) as kbit.numerics.scale_formats
     does. A block that holds NaN or Inf, or whose maximum is beyond the format's range, becomes NaN throughout, and
-    refused, uint8 [1], becomes 1; nothing is raised, since the CPU would have to wait for the result.
+    refused, uint8 [1], becomes 1. Nothing is raised, since the CPU would have to wait for the result.
 
     Raises:
         ValueError: another scale_format.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kbit.kernels.cuda_device import BFLOAT16, FLOAT16, FLOAT32, MOST_THREADS, SIMULATED, mix_seed
 
-DeviceArray = Any  # see the module's docstring; annotations below give its shape in words
+DeviceArray = Any  # see the module's docstring. Annotations below give its shape in words
 Codebook = Float32[np.ndarray, " values"]
 Thresholds = Float32[np.ndarray, " thresholds"]
 
@@ -50,7 +50,7 @@ def require_device() -> None:
 
 @contextlib.contextmanager
 def device_of(x: DeviceArray) -> Iterator[None]:
-    """Make the tensor's GPU the current one, for torch and for numba; leave it as it is for other arrays."""
+    """Make the tensor's GPU the current one, for torch and for numba. Leave it as it is for other arrays."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         yield
@@ -120,14 +120,14 @@ def mix_key(seed: int | None) -> np.uint64:
 
 
 def place_table(codebook: Codebook, thresholds: Thresholds | None = None) -> Any:
-    """Return thresholds and codebook on the current device, as the kernels want them; the last few stay there."""
+    """Return thresholds and codebook on the current device, as the kernels want them. The last few stay there."""
     device = 0 if SIMULATED else cuda.current_context().device.id
     return _device_table(codebook.tobytes(), b"" if thresholds is None else thresholds.tobytes(), device)
 
 
 @functools.lru_cache(maxsize=64)
 def _device_table(codebook_bytes: bytes, thresholds_bytes: bytes, device: int) -> Any:
-    """Fill 2^k places with NaN and, from the second on, the thresholds; then 2^k with the codebook (last repeated)."""
+    """Fill 2^k places with NaN and, from the second on, the thresholds, then 2^k with the codebook (last repeated)."""
     codebook, thresholds = np.frombuffer(codebook_bytes, np.float32), np.frombuffer(thresholds_bytes, np.float32)
     half = 1 << count_steps(codebook)
     table: NDArray[np.float32] = np.full(2 * half, np.nan, np.float32)
@@ -142,7 +142,7 @@ def _device_table(codebook_bytes: bytes, thresholds_bytes: bytes, device: int) -
 
 
 def group_size(block: int) -> int:
-    """Return how many threads share a block of this many words: a power of two; at least 64 bytes are read together."""
+    """Return how many threads, a power of two, share a block of so many words. They read 64 bytes or more together."""
     wanted = max(min(block, 8), divide_up(block, GROUP_WORDS))
     return min(1 << (wanted - 1).bit_length(), MOST_THREADS)
 
@@ -153,10 +153,10 @@ def launch_groups(kernel: Any, group: int, blocks: int, *args: Any) -> None:
 
 
 def launch(kernel: Any, tasks: int, *args: Any, threads: int | None = None) -> None:
-    """Start a kernel on torch's current stream; its threads loop, so that the grid need not cover the tasks."""
+    """Start a kernel on torch's current stream. Its threads loop, so the grid need not cover the tasks."""
     threads = threads or thread_count()
     grid = min(divide_up(tasks, threads), _largest_grid())
-    with warnings.catch_warnings():  # numba advises against small grids; a small tensor has no other
+    with warnings.catch_warnings():  # numba advises against small grids, but a small tensor has no other
         warnings.filterwarnings("ignore", message="Grid size .* will likely")
         launcher = kernel[grid, threads, _current_stream()]
     launcher(*args)

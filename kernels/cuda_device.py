@@ -1,6 +1,6 @@
 """Device code of kbit.kernels.cuda: what one thread computes by itself.
 
-Primitives state each hardware operation and what it means in NumPy, which is what numba's simulator runs; everything
+Primitives state each hardware operation and what it means in NumPy, which is what numba's simulator runs. Everything
 else is written once, in them. Functions without annotations are compiled: numba infers their types.
 """
 
@@ -34,12 +34,12 @@ _SIGN_BIT = np.uint32(0x80000000)
 
 
 def compile_device(function: Any) -> Any:
-    """Compile the function for the device; simulated kernels call it as it is, which is much faster."""
+    """Compile the function for the device. Simulated kernels call it as it is, which is much faster."""
     return function if SIMULATED else cuda.jit(device=True)(function)
 
 
 def primitive(in_numpy: Any) -> Any:
-    """Compile the function for the device; the simulator gets in_numpy instead."""
+    """Compile the function for the device. The simulator gets in_numpy instead."""
     return (lambda function: in_numpy) if SIMULATED else compile_device
 
 
@@ -110,7 +110,7 @@ def _to_bits(value, kind):
 
 @compile_device
 def _find_code(v, table, steps):
-    """The number of thresholds <= v; table[j] is threshold j - 1."""
+    """Return the number of thresholds <= v, where table[j] is threshold j - 1."""
     code = np.uint32(0)
     for step in range(steps):
         probe = np.uint32(code | np.uint32(1 << (steps - 1 - step)))
@@ -141,7 +141,7 @@ _mix = compile_device(mix_seed)
 
 @compile_device
 def encode_word(word, scale, offset, table, kind, lanes, steps, stochastic, top, key, index):
-    """Codes of a word's values, 8 bits each; the word's first value is number index * lanes of the array."""
+    """Codes of a word's values, 8 bits each. The word's first value is number index * lanes of the array."""
     codes = np.uint64(0)
     for lane in range(lanes):
         v = _divide(_subtract(get_value(word, lane, kind), offset), scale)
@@ -155,7 +155,7 @@ def encode_word(word, scale, offset, table, kind, lanes, steps, stochastic, top,
 
 @compile_device
 def decode_word(codes, scale, offset, table, kind, lanes, steps):
-    """The word of values that the codes stand for; NaN where the scale is."""
+    """Return the word of values that the codes stand for, NaN where the scale is."""
     word = np.uint64(0)
     for lane in range(lanes):
         code = (codes >> np.uint64(8 * lane)) & np.uint64((1 << steps) - 1)

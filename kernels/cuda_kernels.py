@@ -1,8 +1,8 @@
 """The kernels of kbit.kernels.cuda: one function compiled for each combination of its constants that is used.
 
 What asks for the thread's place is here as well: the simulator replaces the name `cuda` in a kernel's own module alone.
-Arrays are words (see kbit.kernels.cuda); n, row, block and shift are a Layout's, in words. Threads loop, so any grid
-gives the same result.
+Arrays are words (see kbit.kernels.cuda), and n, row, block and shift are a Layout's, in words. Threads loop, so any
+grid gives the same result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _simulated_shuffle(value, distance):
 
 @primitive(_simulated_shuffle)
 def _shuffle(value, distance):
-    """Return the value of the thread at this distance (xor) in the warp; all threads of the warp must call it."""
+    """Return the value of the thread at this distance (xor) in the warp. All threads of the warp must call it."""
     return np.uint32(cuda.shfl_xor_sync(0xFFFFFFFF, np.int32(value), distance))
 
 
@@ -73,7 +73,7 @@ def block_span(b, n, row, block):
 
 @compile_device
 def group_max(value, group):
-    """The largest value of a group of threads, to each of them; all threads of the thread block must call it."""
+    """The largest value of a group of threads, to each of them. All threads of the thread block must call it."""
     distance = min(group, 32) // 2
     while distance > 0:
         value = max(value, _shuffle(value, distance))

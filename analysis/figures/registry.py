@@ -44,6 +44,7 @@ from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.styles import STYLE, TooManyCurves
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.statistics.grades import SIGN
+from kbit.checks import suggest
 from kbit.store.filesystem import replace_file
 
 DRAWN: Final = ["family", "bits", "label", "block_size", "model", *READING, "key", "panel", "series"]  # in the CSV
@@ -70,7 +71,7 @@ class SavedFigure:
     skipped: str | None = None
 
 
-def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
+def draw_curves(definition: CurveFigure, results: pd.DataFrame, measure: Measure | None = None) -> PaperFigure:
     """Draw a figure of curves, and write the paper's claim and these results' verdict below it.
 
     Points far above the best curve's losses are off the axis and named in the panel (the paper caps its curves at
@@ -80,16 +81,18 @@ def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
     Args:
         definition: the figure's definition, see paper.CURVE_FIGURES.
         results: long form, one row per experiment and measurement (kbit.read_results).
+        measure: another measure than the figure's own, see choose_measure.
 
     Raises:
         MissingResults: no panel has two curves of two sizes each. The message names the study to run.
         AmbiguousResults: see curves.precision_curves.
     """
-    measure = find_measure(results, loss=definition.loss)
+    own = measure is None
+    measure = find_measure(results, loss=definition.loss) if measure is None else measure
     points = pd.DataFrame() if measure is None else precision_curves(results, measure.metric, measure.task)
     curves = pd.DataFrame() if points.empty else keep_comparable(definition.select(points))
     if measure is None or curves.empty:
-        what = "cross entropy" if definition.loss else ZERO_SHOT.name
+        what = measure.name if measure else "cross entropy" if definition.loss else ZERO_SHOT.name
         raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
     verdict = definition.judge(curves, measure, results)
     published = match_published(curves, measure)
@@ -98,9 +101,10 @@ def draw_curves(definition: CurveFigure, results: pd.DataFrame) -> PaperFigure:
         notes = [f"{SIGN} {describe_bars(curves, measure)}", sample, *describe_choice(points, curves)]
         notes.append(describe_sources(published))
         fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)
-        write_verdict(fig, definition.name, definition.claim, verdict, *notes)
+        name = definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_")
+        write_verdict(fig, name, definition.claim, verdict, *notes)
     data = curves[DRAWN].rename(columns={"label": "data_type"}).assign(metric=measure.metric, task=measure.task)
-    return PaperFigure(definition.name, fig, data, definition.claim, verdict)
+    return PaperFigure(name, fig, data, definition.claim, verdict)
 
 
 def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:
@@ -110,10 +114,25 @@ def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:
     return find_cross_entropy(results) if loss else ZERO_SHOT
 
 
+def choose_measure(results: pd.DataFrame, asked: str, *, lower_is_better: bool) -> Measure:
+    """Return the measure that a user names as TASK/METRIC, such as nano_cloze/acc or a measure of the user's own.
+
+    Raises:
+        ValueError: no result has it.
+    """
+    task, _, metric = asked.rpartition("/")
+    there = sorted({f"{task}/{metric}" for task, metric in results[["task", "metric"]].drop_duplicates().to_numpy()})
+    if asked not in there:
+        raise ValueError(f"measure {asked!r} is in no result; {suggest(asked, there)}")
+    return Measure(f"{task} {metric}", metric, task, higher_is_better=not lower_is_better)
+
+
 def name_axis(results: pd.DataFrame, measure: Measure) -> str:
     """Return the label of the y axis: the measure with its unit or number of tasks."""
-    if not measure.higher_is_better:
+    if measure.metric == "cross_entropy":
         return f"{measure.name} (nats per token)"
+    if measure != ZERO_SHOT:
+        return measure.name
     tasks = count_tasks(results)
     return measure.name + (f" ({tasks} task{'s' if tasks > 1 else ''})" if tasks else "")
 
@@ -161,7 +180,9 @@ FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
 }
 
 
-def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None = None) -> list[SavedFigure]:
+def save_figures(
+    results: pd.DataFrame, out: Path, names: Sequence[str] | None = None, measure: Measure | None = None
+) -> list[SavedFigure]:
     """Draw figures and write each as PNG, SVG and CSV (the data drawn) into a folder.
 
     Everything is drawn before anything is written, so an error leaves the folder as it was. Each file is replaced in
@@ -172,17 +193,19 @@ def save_figures(results: pd.DataFrame, out: Path, names: Sequence[str] | None =
         out: the folder, made if it is absent and there is something to write.
         names: keys of FIGURES, or None for all. A figure that the results do not allow is recorded as skipped, with the
             reason.
+        measure: what the figures of curves show instead of their own measure. Other figures cannot be named then.
 
     Raises:
-        ValueError: a name is not a figure. Nothing is written then.
+        ValueError: a name is not a figure, or not one of curves. Nothing is written then.
     """
-    unknown = [name for name in names or () if name not in FIGURES]
+    figures = FIGURES if measure is None else {f.name: partial(draw_curves, f, measure=measure) for f in CURVE_FIGURES}
+    unknown = [name for name in names or () if name not in figures]
     if unknown:
-        raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(FIGURES)}")
+        raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(figures)}")
     drawn: list[PaperFigure | SavedFigure] = []
-    for name in dict.fromkeys(FIGURES if names is None else names):
+    for name in dict.fromkeys(figures if names is None else names):
         try:
-            drawn.append(FIGURES[name](results))
+            drawn.append(figures[name](results))
         except (MissingResults, AmbiguousResults, TooManyCurves) as error:
             drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))
     if any(isinstance(figure, PaperFigure) for figure in drawn):

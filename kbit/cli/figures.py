@@ -28,6 +28,8 @@ def add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("names", nargs="*", help="figures to draw (default: all that the results allow)")
     parser.add_argument("--results", default="results", help="folder of the store (default: results)")
     parser.add_argument("--where", help="draw these rows only: a pandas query, such as \"data_type == 'nf'\"")
+    parser.add_argument("--measure", metavar="TASK/METRIC", help="what curves show, such as nano_cloze/acc")
+    parser.add_argument("--lower-is-better", action="store_true", help="of --measure, as of a loss")
     parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
     parser.set_defaults(run=draw_figures, words_offered=FIGURE_NAMES)
 
@@ -51,7 +53,7 @@ def draw_figures(options: argparse.Namespace) -> None:
         KbitError: the results allow no figure, or not all of those that were named.
         ValueError, OSError: there is no store, or an argument is wrong.
     """
-    from kbit.analysis.figures.registry import save_figures
+    from kbit.analysis.figures.registry import choose_measure, save_figures
     from kbit.analysis.statistics.findings import finding
     from kbit.store.readers import read_results
 
@@ -60,7 +62,12 @@ def draw_figures(options: argparse.Namespace) -> None:
         results = select_rows(results, options.where)
         if results.empty:
             raise ValueError(f"--where {options.where!r} finds none of the rows of {options.results}")
-    figures = save_figures(results, options.out, options.names or None)
+    measure = None
+    if options.lower_is_better and not options.measure:
+        raise ValueError("--lower-is-better says of --measure that it is a loss: give --measure, too")
+    if options.measure:
+        measure = choose_measure(results, options.measure, lower_is_better=options.lower_is_better)
+    figures = save_figures(results, options.out, options.names or None, measure)
     for figure in figures:
         shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"
         print(f"{figure.name}: {shown}")

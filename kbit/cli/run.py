@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from kbit.cli.compose import Request
     from kbit.engine.estimate import Estimator
-    from kbit.engine.plan import Outcome, Plan
+    from kbit.engine.outcome import Outcome
+    from kbit.engine.plan import Plan
     from kbit.experiments.config import RunConfig
     from kbit.store.store import Store
 

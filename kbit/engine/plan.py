@@ -39,27 +39,6 @@ class Plan:
         return f"{self.asked} asked, {len(self.keys)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one experiment ended.
-
-    Attributes:
-        experiment: the experiment that ended.
-        error: the reason of its failure, or "" if its result is in the store.
-        stored: whether the store took the result or the failure. If not, going on would waste work.
-        working: the experiments that other workers are at.
-        seconds: the time that it took, with the loading of the model if that was needed. 0 if it was not run.
-        tokens: the number of tokens that were sent to the model (see Result).
-    """
-
-    experiment: Experiment
-    error: str
-    stored: bool = True
-    working: tuple[Experiment, ...] = ()
-    seconds: float = 0.0
-    tokens: int = 0
-
-
 def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
     """Remove repeats and experiments that the store has, and group the others by model. The store need not exist."""
     distinct = {find_key(experiment): experiment for experiment in experiments}

@@ -17,7 +17,7 @@ from kbit.store.store import MANY_FILES, Store
 
 if TYPE_CHECKING:
     from kbit.engine.estimate import Estimator
-    from kbit.engine.plan import Outcome
+    from kbit.engine.outcome import Outcome
     from kbit.experiments.config import Experiment
 
 

@@ -8,13 +8,16 @@ import math
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from kbit.engine.plan import Outcome, Plan
+from kbit.engine.outcome import Outcome
 from kbit.engine.schedule import Schedule
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.store.store import Store
+
+if TYPE_CHECKING:
+    from kbit.engine.plan import Plan
 
 # An experiment is tried again if its worker dies (killed, out of memory), and has failed if the second one dies too.
 WORKER_TRIES: Final = 2
@@ -88,7 +91,7 @@ def dispatch(
     store: Store,
     cost: Callable[[Experiment], float] = lambda _: 1.0,
 ) -> Generator[Outcome]:
-    """Keep actors busy until no experiment waits, and replace an actor that died.
+    """Keep actors busy until no experiment waits, and replace an actor that died. ValueError if one cannot start.
 
     Args:
         plan: the plan.
@@ -96,9 +99,6 @@ def dispatch(
         count: the number of actors.
         store: the store, which gets the failure of an experiment whose actors died.
         cost: a function that returns the cost of an experiment (see Schedule).
-
-    Raises:
-        ValueError: an actor cannot start.
     """
     import ray
 
@@ -123,16 +123,20 @@ def dispatch(
             idle.append(worker)
             yield Outcome(experiment, f"its end could not be recorded: {error.cause}", working=working)
         except ray.exceptions.RayError as error:  # the worker died: killed, out of memory, could not start
-            if getattr(error, "actor_init_failed", False):  # nor would the next one start
-                raise ValueError(f"a worker cannot start: {str(error).strip().splitlines()[-1]}") from None
+            _check_started(error)
             last.pop(worker, None)
             idle.append(start_worker())
             tries[experiment] += 1
             if tries[experiment] < WORKER_TRIES:
                 waiting.add(experiment)
-            else:
-                reason = _record_death(plan.keys[experiment], experiment, error, store)
-                yield Outcome(experiment, reason, working=working)
+                continue
+            yield Outcome(experiment, _record_death(plan.keys[experiment], experiment, error, store), working=working)
+
+
+def _check_started(error: Exception) -> None:
+    """Raise ValueError if a worker died because it could not be set up: the next one could not be, either."""
+    if getattr(error, "actor_init_failed", False):
+        raise ValueError(f"a worker cannot start: {str(error).strip().splitlines()[-1]}") from None
 
 
 def _record_death(key: str, experiment: Experiment, error: Exception, store: Store) -> str:

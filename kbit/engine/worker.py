@@ -10,12 +10,13 @@ import traceback
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
-from kbit.engine.plan import Outcome, Plan
+from kbit.engine.outcome import Outcome
 from kbit.engine.worker_log import log_output
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.store.store import Store
 
 if TYPE_CHECKING:
+    from kbit.engine.plan import Plan
     from kbit.experiments.result import Result
     from kbit.experiments.session import Session
 

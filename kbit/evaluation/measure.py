@@ -141,6 +141,7 @@ class Measure(Protocol):
 
     def prepare(self, subject: Subject) -> None:
         """Look at the 16-bit model, such as to compute what its variants are compared with."""
+        return None  # said, as without a body the method would be abstract
 
     def run(self, subject: Subject) -> Measured:
         """Measure the model as it is now. A measure that eval does not ask for returns Measured().

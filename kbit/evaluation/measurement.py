@@ -261,7 +261,7 @@ def check_own(name: str, measurements: Sequence[Measurement], items: Sequence[It
         ValueError: a number or its items are of another measure's task, or two numbers have one task and metric.
         NonFiniteError: a value is NaN or infinite.
     """
-    for task in {value.task for value in (*measurements, *items)}:
+    for task in {m.task for m in measurements} | {own.task for own in items}:
         if task != name and not task.startswith(f"{name}/"):
             raise ValueError(f"the measure {name!r} gave a number of task {task!r}, not of {name!r} or '{name}/...'")
     if len({(m.task, m.metric) for m in measurements}) < len(measurements):

@@ -6,15 +6,19 @@ kbit.evaluation.config and in the experiment's key, and its instance in MEASURES
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any, Final
+
+import torch
 
 from kbit.checks import check_choice
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
@@ -35,11 +39,12 @@ class LoadedMeasures:
 
 
 class UserMeasures(Measure):
-    """The measures of eval.measures as one."""
+    """The measures of eval.measures as one. They run without gradients."""
 
     name = "user"
     fields = ("measures",)
 
+    @torch.no_grad()
     def prepare(self, subject: Subject) -> None:
         """Import the measures that the loaded model was not measured by yet, and let each prepare."""
         asked, kept = subject.config.measures, subject.memory.recall(LoadedMeasures).by_identity
@@ -53,11 +58,12 @@ class UserMeasures(Measure):
         for source in sources:
             kept[source.identity][1].prepare(subject)
 
+    @torch.no_grad()
     def run(self, subject: Subject) -> Measured:
         """Run each measure.
 
         Raises:
-            ValueError: a measurement's task is not the measure's own.
+            ValueError: a measurement's task is not the measure's own, or JSON cannot hold a number or note.
             NonFiniteError: a measured value is NaN or infinite.
         """
         kept = subject.memory.recall(LoadedMeasures).by_identity
@@ -65,6 +71,7 @@ class UserMeasures(Measure):
         for source, measure in (kept[identity] for identity in subject.identity.get("measures", [])):
             measured = measure.run(subject)
             check_own(measure.name, measured.measurements, measured.items)
+            _check_plain(measure.name, measured)
             done.append((MeasureRecord(measure.name, source.sha256, dict(measured.notes)), measured))
         return Measured(
             [measurement for _, measured in done for measurement in measured.measurements],
@@ -133,6 +140,14 @@ def _import_source(source: MeasureSource) -> ModuleType:
             f"eval.measures={source.asked!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
     return module
+
+
+def _check_plain(name: str, measured: Measured) -> None:
+    """Raise ValueError if a number or note is not a plain value, such as a tensor: no store could write it."""
+    try:
+        json.dumps([[dataclasses.asdict(m) for m in measured.measurements], dict(measured.notes)])
+    except TypeError as error:
+        raise ValueError(f"the measure {name!r} gave something that is no plain value: {error}") from error
 
 
 def _list_taken(subject: Subject) -> list[str]:

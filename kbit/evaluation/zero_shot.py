@@ -20,7 +20,8 @@ from kbit.evaluation.measurement import (
     measure_accuracy,
     measure_mean,
 )
-from kbit.evaluation.scorer import Asked, Request, Scorer
+from kbit.evaluation.scorer import Asked, Scorer
+from kbit.models.hflm_private import Request
 from kbit.silence import silence_libraries
 
 # So many tokens of a task's first request are recorded: enough to see a tokenizer's or a prompt's fault.

@@ -13,7 +13,7 @@ from typing import Any
 
 from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig
-from kbit.methods.config import CALIBRATED, INT8_METHODS, QuantConfig
+from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 
 
@@ -50,13 +50,13 @@ class Experiment:
     @property
     def texts(self) -> list[str]:
         """The texts that the experiment needs: the measured text, then the text that its method is calibrated on."""
-        calibrates = self.quant.method in CALIBRATED and not self.quant.is_baseline
+        calibrates = self.quant.traits.needs_text and not self.quant.is_baseline
         texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
         return [text for text in texts if text is not None]
 
     def label(self) -> str:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64' and what is not default."""
-        has_blocks = not self.quant.is_baseline and self.quant.method not in INT8_METHODS
+        has_blocks = not self.quant.is_baseline and self.quant.scheme is None
         block = f" block {self.quant.block_size or 'whole'}" if has_blocks else ""
         method = f" {self.quant.method}" if has_blocks and self.quant.method != "rtn" else ""
         others = dict(self.quant.label_details)

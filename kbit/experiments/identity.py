@@ -40,7 +40,7 @@ def check_unchanged(experiment: Experiment, key: str) -> dict[str, dict[str, Any
     check_texts(experiment)
     fields = identify_experiment(experiment)
     if _hash_fields(fields) != key:
-        files = [experiment.model.name, *experiment.texts, experiment.eval.task_path]
+        files = [experiment.model.name, *experiment.texts, experiment.eval.task_path, *experiment.eval.measures]
         raise ValueError(
             f"one of {', '.join(str(file) for file in files if file)} has changed since {key} was planned, so that its "
             "result would belong to another key: plan the study again"

@@ -59,7 +59,7 @@ def _find_reader(cls: type[Any]) -> _Convert:
 
 def _find_conversion(kind: Any) -> _Convert | None:
     """Return the function that makes a value of this type of its plain value. None means that nothing is to do."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _find_reader(kind)
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (Union, types.UnionType):  # X | None

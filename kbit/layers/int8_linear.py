@@ -6,13 +6,14 @@ and in whether input dimensions with large activations are taken out and multipl
 
     X W^T  ~  X[:, O] W[:, O]^T  +  s_X s_W (Q_X Q_W^T),     O = {i: some |X[t, i]| > threshold}
 
-The left product takes the 16-bit weights, as in the paper, so it needs them in memory; bitsandbytes takes the
-dequantized int8 ones. What shares a constant or decides O is one call's input: kbit gives models with such products
-(sees_whole_input) one text at a time.
+The left product takes the 16-bit weights, as in the paper, so it needs them in memory. bitsandbytes takes the
+dequantized int8 ones. The tokens that share a constant or decide O are those of one call, so kbit gives models with
+such products (sees_whole_input) one text at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +22,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 
-from kbit.layers.int8_schemes import Scheme
+from kbit.layers.int8_schemes import ZERO_POINT_BITS, Scheme
+
+OUTLIER_BITS: Final = 16  # a value that is not quantized
+
 
 LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code of x negated
 
@@ -32,21 +36,42 @@ GEMM_SHAPES: Final = {"cpu": (1, 1), "cuda": (24, 8)}
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """x ~ (codes + zero) * scale.
+    """A matrix in int8: x ~ (codes + zero) * scale, but for its outlier columns.
 
     Attributes:
         codes: [rows, columns], -127..127.
-        scale: of each row, or one for all.
-        zero: zero point of each row, or one for all; None is 0.
+        scale: scale of each row, or one for all.
+        zero: zero point of each row, or one for all. None is 0.
+        outlier_columns: columns that are not quantized, or None. Their codes mean nothing.
+        outlier_values: [rows, outliers], the values of these columns.
     """
 
     codes: Int8[Tensor, "rows columns"]
     scale: Float[Tensor, "constants 1"]
     zero: Int64[Tensor, "constants 1"] | None = None
+    outlier_columns: Int64[Tensor, " outliers"] | None = None
+    outlier_values: Float[Tensor, "rows outliers"] | None = None
+
+    def keep_columns(self, columns: Int64[Tensor, " outliers"], values: Float[Tensor, "rows outliers"]) -> Int8Matrix:
+        """Return the matrix with columns that keep their values instead of what their codes stand for."""
+        return dataclasses.replace(self, outlier_columns=columns, outlier_values=values)
+
+    def count_bits(self) -> int:
+        """Return the bits of everything that is stored.
+
+        A zero point is an integer in -127..127 and takes 8 bits. A value of an outlier column takes 16 bits, whatever
+        its dtype, and its code is not stored.
+        """
+        outliers = 0 if self.outlier_values is None else self.outlier_values.numel()
+        zero_points = 0 if self.zero is None else ZERO_POINT_BITS * self.zero.numel()
+        return 8 * (self.codes.nbytes - outliers + self.scale.nbytes) + zero_points + OUTLIER_BITS * outliers
 
     def dequantize(self) -> Float[Tensor, "rows columns"]:
-        """Return what the codes stand for, float32."""
-        return (self.codes if self.zero is None else self.codes + self.zero) * self.scale
+        """Return the values that the codes stand for, float32."""
+        values = (self.codes if self.zero is None else self.codes + self.zero) * self.scale
+        if self.outlier_columns is not None and self.outlier_values is not None:
+            values[:, self.outlier_columns] = self.outlier_values.to(values.dtype)
+        return values
 
 
 def quantize_int8(x: Float[Tensor, "rows columns"], *, by_row: bool, zero_point: bool = False) -> Int8Matrix:
@@ -115,12 +140,12 @@ class Int8Linear:
     """The forward of a linear layer whose product is in int8: takes the place of module.forward.
 
     Attributes:
-        weight: the quantized weight [out, in], 0 in the kept columns.
-        wide: [out, in], the 16-bit weight, for the input dimensions that are not multiplied in int8; None without.
-        bias: of the layer.
+        weight: the quantized weight [out, in], with 0 in the outlier columns.
+        wide: [out, in], the 16-bit weight, for the input dimensions that are not multiplied in int8, or None.
+        bias: the layer's bias.
         scheme: how the product is computed.
-        threshold: activations of a larger magnitude are multiplied at 16 bits, if the scheme decomposes.
-        kept: input dimensions that always stay at 16 bits.
+        threshold: magnitude above which activations are multiplied at 16 bits, if the scheme decomposes.
+        outlier_columns: input dimensions that always stay at 16 bits.
         met: bool [in], dimensions that stayed at 16 bits in any call so far.
     """
 
@@ -131,14 +156,14 @@ class Int8Linear:
         bias: Float[Tensor, " out"] | None,
         scheme: Scheme,
         threshold: float,
-        kept: Int64[Tensor, " kept"],
+        outlier_columns: Int64[Tensor, " outliers"],
     ) -> None:
-        self.weight, self.scheme, self.threshold, self.kept = weight, scheme, threshold, kept
+        self.weight, self.scheme, self.threshold, self.outlier_columns = weight, scheme, threshold, outlier_columns
         self.bias = None if bias is None else bias.detach()
-        needs_wide = scheme.decomposes or len(kept) > 0
+        needs_wide = scheme.decomposes or len(outlier_columns) > 0
         self.wide = wide.clone(memory_format=torch.contiguous_format) if needs_wide else None
-        self.met: Bool[Tensor, " in"] = torch.zeros(wide.shape[-1], dtype=torch.bool, device=kept.device)
-        self.met[self.kept] = True
+        self.met: Bool[Tensor, " in"] = torch.zeros(wide.shape[-1], dtype=torch.bool, device=outlier_columns.device)
+        self.met[self.outlier_columns] = True
 
     def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return x W^T + bias in x's dtype."""
@@ -156,9 +181,9 @@ class Int8Linear:
     def _find_outliers(self, rows: Float[Tensor, "tokens in"]) -> Int64[Tensor, " outliers"]:
         """Return the input dimensions to multiply at 16 bits."""
         if not self.scheme.decomposes:
-            return self.kept
+            return self.outlier_columns
         is_outlier = torch.maximum(rows.amax(0), -rows.amin(0)) > self.threshold
-        is_outlier[self.kept] = True
+        is_outlier[self.outlier_columns] = True
         self.met |= is_outlier
         return is_outlier.nonzero().flatten()
 
@@ -180,5 +205,5 @@ def list_products(model: nn.Module) -> list[tuple[str, Int8Linear]]:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    """Return the scale with 1 for 0; NaN stays NaN."""
+    """Return the scale with 1 for 0. NaN stays NaN."""
     return scale.masked_fill_(scale == 0, 1.0)

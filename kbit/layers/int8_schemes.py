@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+ZERO_POINT_BITS: Final = 8  # an integer in -127..127
+
 
 @dataclass(frozen=True)
 class Scheme:
     """How a method multiplies in int8 (kbit.methods.llm_int8).
 
     Attributes:
-        input_rows: whether each token has constants of its own, or all share one; weight_rows: each output.
+        input_rows: whether each token has constants of its own, or all tokens share one.
+        weight_rows: whether each output has constants of its own, or all outputs share one.
         zero_point: whether values are shifted.
         decomposes: whether input dimensions with large activations are multiplied at 16 bits.
     """

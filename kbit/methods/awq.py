@@ -2,55 +2,61 @@
 
     Q = round(W diag(s)) diag(s)^-1,    s_j = a_j^alpha,    alpha = 0, 0.05, ..., 0.95 for the least || W X - Q X ||
 
-a_j is the root mean square of input j (the paper: its mean magnitude), which the Hessian's diagonal has. The paper
-folds 1/s into the layer before; here each matrix keeps its own s: 16 bits for each input, which total_bits counts. The
+a_j is the root mean square of input j, which the Hessian's diagonal has. The paper takes its mean magnitude, and
+folds 1/s into the layer before. Here each matrix keeps its own s, 16 bits for each input, which total_bits counts. The
 paper's search for a clipping factor is method=mse here, and not part of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+import dataclasses
+from collections.abc import Iterator
+from typing import Final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
-from kbit.methods.config import QuantConfig
-from kbit.methods.weight import Weight
-from kbit.numerics.quantizer import fake_quantize
+from kbit.methods.weight import Codes, Job, Weight
+from kbit.numerics.quantized_tensor import QuantizedTensor
+from kbit.numerics.quantizer import fake_quantize, quantize
 
 ALPHAS: Final = tuple(i / 20 for i in range(20))  # the paper's grid
 
 
-def scale_by_activations(
-    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """Quantize block by block, each on the activations that the quantized blocks before it give.
+def scale_by_activations(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with its codes, block by block, on the activations that the quantized blocks before it give.
 
     Raises:
-        ValueError: see kbit.methods.calibration; the model is then quantized in part.
+        ValueError: see kbit.methods.calibration. The model is then quantized in part.
     """
-    windows = draw_windows(model, quant, tokenizer)
+    windows = draw_windows(job.model, job.quant, job.tokenizer)
     chosen: dict[str, list[float]] = {}
-    for weight, hessians in calibrate(model, weights, quant, windows):
-        chosen[weight.name] = quantize_scaled(weight, hessians)
-    return describe_calibration(windows, weights) | {"alpha": chosen}
+    for weight, hessians in calibrate(job.model, job.weights, job.quant, windows):
+        codes, chosen[weight.name] = quantize_scaled(weight, hessians)
+        yield weight, codes
+    job.notes.update(describe_calibration(windows, job.weights) | {"alpha": chosen})
 
 
-def quantize_scaled(weight: Weight, hessians: Float[Tensor, "experts in in"]) -> list[float]:
-    """Quantize one weight with the best exponent (of fused experts: of each), put it, and return the exponents."""
-    stacked = weight.take_matrix().view(len(hessians), -1, weight.values.shape[-1])
+def quantize_scaled(weight: Weight, hessians: Float[Tensor, "experts in in"]) -> tuple[QuantizedTensor, list[float]]:
+    """Return one weight's codes with the best exponent (for fused experts: with each one's best), and the exponents."""
+    stacked = weight.copy_matrix().view(len(hessians), -1, weight.values.shape[-1])
+    shape = stacked.shape if weight.values.ndim > 2 else stacked.shape[1:]
     errors = []
     for alpha in ALPHAS:
-        scales = find_channel_scales(hessians, torch.full((len(hessians),), alpha))
-        errors.append(_layer_errors(stacked, _round_scaled(stacked, scales, weight), hessians))
+        scales = _find_usable_scales(stacked, hessians, torch.full((len(hessians),), alpha), weight)
+        rounded = fake_quantize((stacked * scales).view(shape), weight.spec).view(stacked.shape) / scales
+        errors.append(_layer_errors(stacked, rounded, hessians))
     best = torch.tensor(ALPHAS)[torch.stack(errors).argmin(dim=0).cpu()]
-    scales = find_channel_scales(hessians, best)
-    weight.put(_round_scaled(stacked, scales, weight).view(weight.values.shape))
-    return [round(alpha, 2) for alpha in best.tolist()]
+    scales = _find_usable_scales(stacked, hessians, best, weight)
+    codes = dataclasses.replace(
+        quantize((stacked * scales).view(shape), weight.spec),
+        shape=tuple(weight.values.shape),
+        dtype=weight.values.dtype,
+        input_scales=scales.half().view(*weight.values.shape[:-2], weight.values.shape[-1]),
+    )
+    return codes, [round(alpha, 2) for alpha in best.tolist()]
 
 
 def find_channel_scales(
@@ -63,14 +69,16 @@ def find_channel_scales(
     return scales.half().float()[:, None]
 
 
-def _round_scaled(
-    stacked: Float[Tensor, "experts out in"], scales: Float[Tensor, "experts 1 in"], weight: Weight
-) -> Float[Tensor, "experts out in"]:
-    """Return round(W diag(s)) diag(s)^-1; an expert whose W diag(s) leaves the format of scales is rounded as it is."""
-    shape = stacked.shape if weight.values.ndim > 2 else stacked.shape[1:]
+def _find_usable_scales(
+    stacked: Float[Tensor, "experts out in"],
+    hessians: Float[Tensor, "experts in in"],
+    alphas: Float[Tensor, " experts"],
+    weight: Weight,
+) -> Float[Tensor, "experts 1 in"]:
+    """Return the channel scales, and 1 for an expert whose W diag(s) leaves the range of the format of scales."""
+    scales = find_channel_scales(hessians, alphas)
     fits = (stacked * scales).abs().amax(dim=(1, 2), keepdim=True) <= weight.spec.largest_weight
-    scales = torch.where(fits, scales, 1.0)
-    return fake_quantize((stacked * scales).view(shape), weight.spec).view(stacked.shape) / scales
+    return torch.where(fits, scales, 1.0)
 
 
 def _layer_errors(

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
 from kbit.numerics.backend import choose_backend, torch_threads_kept
 from kbit.numerics.codebooks import ADAPTIVE
-from kbit.numerics.quantizer import Grid, decode_block_scales, find_blocks, make_grid
-from kbit.numerics.scale_formats import Scales, decode_scales, encode_scales, largest_scale, round_to_power
+from kbit.numerics.grid import QuantizationGrid, find_blocks, make_grid
+from kbit.numerics.quantized_tensor import QuantizedTensor, combine, encode_values
+from kbit.numerics.scale_formats import Scales
 from kbit.numerics.spec import QuantSpec
 
-ChooseScales = Callable[[Tensor, "BlockGrid"], tuple[Scales, Scales]]  # of a matrix's blocks, as they are stored
+ChooseScales = Callable[[Tensor, "BlockScales"], QuantizationGrid]  # chooses all scales of a matrix
 
 
-_OWN_SCALES = ("fp16", "fp32", "bf16", "e8m0")  # fp8 and dq8 scales depend on constants of the whole tensor
-
-
-class BlockGrid:
+class BlockScales:
     """The blocks of a matrix [rows, in], their rounded scales and the codebook, at first as fake_quantize has them.
 
     Attributes:
         spec: the quantizer.
-        grid: blocks, scales and table, see kbit.numerics.quantizer.
+        usual: blocks, table, and the scales that map each block's largest magnitude to the table's end.
         inputs: columns of the matrix.
-        blocks_per_row: of the grid's rows, which are the whole matrix if layout=flat.
+        blocks_per_row: blocks in each of the grid's rows. One row is the whole matrix if layout=flat.
     """
 
     def __init__(self, matrix: Float[Tensor, "rows in"], spec: QuantSpec) -> None:
@@ -44,23 +42,19 @@ class BlockGrid:
         self.spec = spec
         self._backend = choose_backend(matrix.device)
         self.inputs = matrix.shape[1]
-        self.grid: Grid = make_grid(matrix.float().contiguous().view(-1), matrix.shape, spec, self._backend)
-        self.blocks_per_row = -(-self.grid.row // self.grid.block_size)
+        self.usual = make_grid(_flatten(matrix), matrix.shape, spec, self._backend)
+        self.blocks_per_row = -(-self.usual.row // self.usual.block_size)
+        self._used, self._is_refitted = self.usual, False
         self._codebook, self._thresholds, self._scales, self._offsets = (
             torch.tensor(array, dtype=matrix.dtype, device=matrix.device)
-            for array in (self.grid.codebook, self.grid.thresholds, self.grid.scales, self.grid.offsets)
+            for array in (self.usual.codebook, self.usual.thresholds, self.usual.scales, self.usual.offsets)
         )
-
-    @property
-    def has_own_scales(self) -> bool:
-        """Whether a block's stored scale is independent of the other blocks'."""
-        return self.spec.scale_format in _OWN_SCALES
 
     @property
     def can_refit(self) -> bool:
         """Whether a block's scale can be chosen anew by itself: the block is a part of one row and shares nothing."""
-        within_rows = self.spec.layout == "row" or self.inputs % self.grid.block_size == 0
-        return within_rows and self.has_own_scales and not self.spec.centering
+        within_rows = self.spec.layout == "row" or self.inputs % self.usual.block_size == 0
+        return within_rows and self.spec.scale_type.has_own_scales and not self.spec.centering
 
     def refit(
         self, rows: slice, block: int, values: Float[Tensor, "rows width"], choose: ChooseScales | None = None
@@ -70,112 +64,149 @@ class BlockGrid:
         Values that have moved beyond what the format of scales holds count as its largest.
         """
         values = values.clamp(-self.spec.largest_weight, self.spec.largest_weight)
-        # the codebook stays; of an adaptive one it matters here only that it ends at -1 and 1 and lies on no grid
+        # The codebook stays. An adaptive one matters here only in that it ends at -1 and 1 and lies on no grid.
         data_type = "nf" if self.spec.data_type in ADAPTIVE else self.spec.data_type
         spec = dataclasses.replace(
             self.spec, data_type=data_type, layout="row", block_size=self.spec.block_size or values.shape[1]
         )
-        fitted = BlockGrid(values, spec)
-        fitted.grid = dataclasses.replace(fitted.grid, codebook=self.grid.codebook, thresholds=self.grid.thresholds)
-        chosen = choose(values, fitted) if choose else (fitted.grid.scales, fitted.grid.offsets)
-        per_row = -(-self.inputs // self.grid.block_size)
-        for mine, new in zip((self._scales, self._offsets), chosen, strict=True):
+        fitted = BlockScales(values, spec)
+        fitted.usual = dataclasses.replace(fitted.usual, codebook=self.usual.codebook, thresholds=self.usual.thresholds)
+        chosen = choose(values, fitted) if choose else fitted.usual
+        per_row = -(-self.inputs // self.usual.block_size)
+        for mine, new in ((self._scales, chosen.scales), (self._offsets, chosen.offsets)):
             mine.view(-1, per_row)[rows, block] = torch.tensor(new, dtype=mine.dtype, device=mine.device)
+        self._is_refitted = True
 
-    def use(self, scales: Scales, offsets: Scales) -> None:
-        """Round with these scales and offsets of all blocks from now on."""
-        for mine, new in ((self._scales, scales), (self._offsets, offsets)):
+    def use(self, grid: QuantizationGrid) -> None:
+        """Round with the scales and offsets of this grid from now on."""
+        self._used = grid
+        for mine, new in ((self._scales, grid.scales), (self._offsets, grid.offsets)):
             mine.copy_(torch.tensor(new))
 
     def at(self, rows: slice, columns: Int64[Tensor, " n"]) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"]]:
         """Return the scale and the offset of each element of some columns, transposed."""
         flat = torch.arange(rows.start, rows.stop, device=columns.device) * self.inputs + columns[:, None]
-        blocks = find_blocks(flat, self.grid.row, self.grid.block_size)
+        blocks = find_blocks(flat, self.usual.row, self.usual.block_size)
         return self._scales[blocks], self._offsets[blocks]
 
-    def look_up(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-        """Return the codebook's value for each element, by the rule of kbit.numerics.reference.quantize."""
+    def find_codes(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Int64[Tensor, "*shape"]:
+        """Return each element's code, by the rule of kbit.numerics.reference.quantize."""
         v = torch.where(scales != 0, (values - offsets) / scales, 0)
-        return self._codebook[torch.bucketize(v, self._thresholds, right=True)]
+        return torch.bucketize(v, self._thresholds, right=True)
 
-    def round(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-        """Return the nearest value that each element's block can represent."""
-        return self.look_up(values, scales, offsets) * scales + offsets
+    def look_up(self, codes: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the codebook's value for each code."""
+        return self._codebook[codes]
 
-    def encode(self, scales: Scales, offsets: Scales) -> tuple[Scales, Scales]:
-        """Return scales and offsets as their formats store them; without minmax there are no offsets but the mean's.
+    def store(self, scales: Scales, offsets: Scales) -> QuantizationGrid:
+        """Return the grid with these scales and offsets as their formats store them.
 
-        A scale is rounded to nearest, of powers of two too, and beyond the format's range it is its largest.
+        Without minmax there are no offsets but the mean's. A scale is rounded to nearest, to a power of two too, and
+        beyond the format's range it is its largest.
         """
-        scale_format, offset_format = self.spec.scale_format, self.spec.offset_format
-        scales = _clip(scales, scale_format)
-        scales = round_to_power(scales) if scale_format == "e8m0" else scales
-        rounded = decode_block_scales(encode_scales(scales, scale_format), self.spec)
-        if self.spec.normalization != "minmax":
-            return rounded, self.grid.offsets
-        center = self.grid.center.astype(np.float32).sum(dtype=np.float32)  # 0 without centering
-        own = encode_scales(_clip(offsets - center, offset_format), offset_format, "block offset")
-        return rounded, decode_scales(own, offset_format) + center
+        spec, center = self.spec, self.usual.center
+        stored = spec.scale_type.encode(spec.scale_type.round_to_nearest(spec.scale_type.clip(scales)))
+        grid = dataclasses.replace(self.usual, scales=spec.decode_scales(stored), stored_scales=stored)
+        if spec.normalization != "minmax":
+            return grid
+        own = spec.offset_type.clip(offsets - center.astype(np.float32).sum(dtype=np.float32))  # 0 without centering
+        stored_offsets = spec.offset_type.encode_offsets(own)
+        return dataclasses.replace(
+            grid, offsets=spec.decode_offsets(stored_offsets, center, grid.scales), stored_offsets=stored_offsets
+        )
 
-    def quantize(self, matrix: Float[Tensor, "rows in"], scales: Scales, offsets: Scales) -> Float[Tensor, "rows in"]:
-        """Return the matrix rounded to nearest with these scales and offsets of its blocks, in float32."""
+    def mix(
+        self, is_first: Bool[np.ndarray, " blocks"], first: QuantizationGrid, second: QuantizationGrid
+    ) -> QuantizationGrid:
+        """Return the grid with the first one's scales and offsets in some blocks, and the second one's in the others.
+
+        The format's stored scales must be independent of each other (ScaleFormat.has_own_scales).
+        """
+        parts: dict[str, Any] = {
+            name: np.where(is_first, getattr(first, name), getattr(second, name)) for name in ("scales", "offsets")
+        }
+        stored: dict[str, Any] = {
+            name: {
+                key: np.where(is_first, array, getattr(second, name)[key])
+                for key, array in getattr(first, name).items()
+            }
+            for name in ("stored_scales", "stored_offsets")
+        }
+        return dataclasses.replace(self.usual, **parts, **stored)
+
+    def round(self, matrix: Float[Tensor, "rows in"], grid: QuantizationGrid) -> Float[Tensor, "rows in"]:
+        """Return the matrix rounded to nearest with the scales and offsets of a grid, in float32."""
         result = self._backend.allocate(matrix.shape, torch.float32)
-        grid = self.grid
         with torch_threads_kept():
             self._backend.kernels.fake_quantize(
-                self._backend.view(matrix.float().contiguous().view(-1)), self._backend.put(scales),
-                self._backend.put(offsets), grid.codebook, grid.thresholds, grid.row, grid.block_size, None,
-                self._backend.view(result.view(-1)),
+                self._backend.view(_flatten(matrix)), self._backend.put(grid.scales), self._backend.put(grid.offsets),
+                grid.codebook, grid.thresholds, grid.row, grid.block_size, None, self._backend.view(result.view(-1)),
             )  # fmt: skip
         return result
 
+    def encode(
+        self, matrix: Float[Tensor, "rows in"], grid: QuantizationGrid, shape: Sequence[int], dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """Return the codes of a matrix that is rounded to nearest by a grid, as a tensor of this shape and dtype."""
+        return encode_values(_flatten(matrix), grid, shape, dtype, self._backend)
+
+    def assemble(self, codes: UInt8[Tensor, "rows in"], shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
+        """Return the tensor with these codes, and with the scales that use and refit have set."""
+        with torch_threads_kept():
+            packed = self._backend.kernels.pack(self._backend.view(codes.contiguous().view(-1)), self.spec.bits)
+        return combine(packed, self._find_used(), shape, dtype, self._backend)
+
     def measure_errors(
-        self, matrix: Float[Tensor, "rows in"], scales: Scales, offsets: Scales, power: float = 2.0
+        self, matrix: Float[Tensor, "rows in"], grid: QuantizationGrid, power: float = 2.0
     ) -> NDArray[np.float64]:
-        """Return sum |error|^power of each block [blocks], if the matrix is quantized with these scales and offsets."""
-        lost = self.split((self.quantize(matrix, scales, offsets) - matrix).abs().pow(power))
+        """Return sum |error|^power of each block [blocks], if the matrix is rounded by this grid."""
+        lost = self.split((self.round(matrix, grid) - matrix).abs().pow(power))
         errors: NDArray[np.float64] = lost.sum(dim=1, dtype=torch.float64).cpu().numpy()
         return errors
 
     def split(self, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "blocks size"]:
         """Return the blocks as rows, short ones filled up with zeros."""
-        by_row = matrix.reshape(-1, self.grid.row)
-        missing = self.blocks_per_row * self.grid.block_size - self.grid.row
-        return F.pad(by_row, (0, missing)).view(-1, self.grid.block_size)
+        by_row = matrix.reshape(-1, self.usual.row)
+        missing = self.blocks_per_row * self.usual.block_size - self.usual.row
+        return F.pad(by_row, (0, missing)).reshape(-1, self.usual.block_size)
+
+    def _find_used(self) -> QuantizationGrid:
+        """Return the grid that the elements were rounded by.
+
+        Scales that were chosen anew are numbers of their format already: storing them changes nothing.
+        """
+        if not self._is_refitted:
+            return self._used
+        scales, offsets = (part.float().cpu().numpy() for part in (self._scales, self._offsets))
+        stored_offsets = self.spec.offset_type.encode_offsets(offsets) if self.usual.stored_offsets else {}
+        return dataclasses.replace(
+            self.usual, scales=scales, offsets=offsets, stored_scales=self.spec.scale_type.encode(scales),
+            stored_offsets=stored_offsets,
+        )  # fmt: skip
 
 
-def _clip(values: Scales, value_format: str) -> Scales:
-    """Return scales or offsets within the range of their format."""
-    most = np.float32(largest_scale(value_format))
-    clipped: Scales = np.clip(values, -most, most)
-    return clipped
-
-
-FACTORS: Final = np.arange(40, 121, 2, dtype=np.float32) / 100  # 2 bits want about 0.6; dynamic types some above 1
-
-
-POWERS: Final = np.array([0.25, 0.5, 1, 2], np.float32)  # for e8m0: its neighbours
-
-
-def find_best_scales(matrix: Float[Tensor, "rows in"], grid: BlockGrid) -> tuple[Scales, Scales]:
+def find_best_scales(matrix: Float[Tensor, "rows in"], blocks: BlockScales) -> QuantizationGrid:
     """Return the scales and offsets of each block's best factor, or the usual ones if those are better together.
 
     The latter can only be with formats in which scales depend on each other (fp8, dq8).
     """
-    usual = grid.grid.scales, grid.grid.offsets
-    least = grid.measure_errors(matrix, *usual)
-    error_of_usual, best = least.sum(), np.ones_like(usual[0])
-    for factor in POWERS if grid.spec.scale_format == "e8m0" else FACTORS:
-        errors = grid.measure_errors(matrix, *grid.encode(*_shrink(grid, np.full_like(best, factor))))
+    least = blocks.measure_errors(matrix, blocks.usual)
+    error_of_usual, best = least.sum(), np.ones_like(blocks.usual.scales)
+    for factor in blocks.spec.scale_type.factors:
+        errors = blocks.measure_errors(matrix, blocks.store(*_shrink(blocks.usual, np.full_like(best, factor))))
         best = np.where(errors < least, factor, best)
         least = np.minimum(errors, least)
-    searched = grid.encode(*_shrink(grid, best))
-    return searched if grid.measure_errors(matrix, *searched).sum() <= error_of_usual else usual
+    searched = blocks.store(*_shrink(blocks.usual, best))
+    return searched if blocks.measure_errors(matrix, searched).sum() <= error_of_usual else blocks.usual
 
 
-def _shrink(grid: BlockGrid, factors: Scales) -> tuple[Scales, Scales]:
+def _shrink(grid: QuantizationGrid, factors: Scales) -> tuple[Scales, Scales]:
     """Return the scales times the factors, and offsets that leave the middle of each block's range where it is."""
-    codebook, most = grid.grid.codebook, np.finfo(np.float32).max
+    codebook, most = grid.codebook, np.finfo(np.float32).max
     with np.errstate(over="ignore"):
-        scales = np.clip(grid.grid.scales * factors, -most, most)
-    return scales, grid.grid.offsets + (grid.grid.scales - scales) * ((codebook[0] + codebook[-1]) / 2)
+        scales = np.clip(grid.scales * factors, -most, most)
+    return scales, grid.offsets + (grid.scales - scales) * ((codebook[0] + codebook[-1]) / 2)
+
+
+def _flatten(matrix: Float[Tensor, "rows in"]) -> Float[Tensor, " n"]:
+    return matrix.float().contiguous().view(-1)

@@ -1,13 +1,13 @@
 """Calibration: what each weight's inputs look like on a text, block by block through the model.
 
-A block is run on the calibration windows with everything before it quantized already; the weights in it are handed out
-with H = 2/n sum x x^T over their n inputs x (tokens); when the caller has put them, the block is run again, and its new
-outputs are the inputs of the next. So beyond the model there are in memory the windows' hidden states and the Hessians
-of one block.
+A block runs on the calibration windows with everything before it quantized already. Its weights are handed out with
+H = 2/n sum x x^T over their n inputs x (tokens). When the caller has replaced them, the block runs again, and its new
+outputs are the inputs of the next block. So the memory holds, beyond the model, the windows' hidden states and the
+Hessians of one block.
 
 The inputs of a weight are seen where it is multiplied (torch.nn.functional.linear, addmm for GPT-2's Conv1D, matmul for
-GPT-OSS' experts); it is known by its memory: one mechanism for linear layers, Conv1D, and experts that are slices of
-one parameter.
+GPT-OSS' experts). A weight is recognised by its memory. This one mechanism serves linear layers, Conv1D, and experts
+that are slices of one parameter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CHOICE: Final = 8  # windows of the text's beginning for each sample that is dr
 
 @dataclass
 class _Sums:
-    """Sums over the inputs of one weight; of fused experts, of each expert."""
+    """Sums over the inputs of one weight, or of each expert of a fused weight."""
 
     squares: Float[Tensor, "experts in in"]
     tokens: Int64[Tensor, " experts"]
@@ -66,7 +66,7 @@ class _Sums:
         Those have an identity for H if unseen=rtn, with which GPTQ and AWQ round to nearest.
 
         Raises:
-            ValueError: no inputs and unseen=error; inputs that are NaN or Inf.
+            ValueError: a weight without inputs, if unseen=error, or with inputs that are NaN or Inf.
         """
         empty = (self.tokens == 0).nonzero().flatten().tolist()
         if len(empty) == len(self.tokens) and unseen == "error":
@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
                 sums.add(offset // size, inputs)
 
     def finish(self, unseen: str) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
-        """Yield each weight with its H, and forget the sums; note in the weight what saw no input."""
+        """Yield each weight with its H, and forget the sums. Note in the weight which of its experts saw no input."""
         while self._weights:
             weight, sums = self._weights.pop(0)
             hessians, empty = sums.finish(weight.name, unseen)
@@ -142,10 +142,10 @@ class _Block:
 def calibrate(
     model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, windows: Windows
 ) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
-    """Yield each weight with the Hessian of its inputs (one for each of fused experts), to be put before the next.
+    """Yield each weight with the Hessian of its inputs (one for each of fused experts), to be replaced before the next.
 
     Raises:
-        ValueError: blocks that do not form a chain; a weight without inputs, or with inputs that are NaN or Inf.
+        ValueError: blocks that do not form a chain, or a weight without inputs or with inputs that are NaN or Inf.
     """
     # as many windows in every pass, so that the masks made for one serve all
     most = max(1, TOKENS_AT_ONCE // windows.tokens.shape[1])
@@ -168,7 +168,7 @@ def draw_windows(model: Any, quant: QuantConfig, tokenizer: PreTrainedTokenizerB
     """Return the calibration windows: drawn without overlap, by seed, from the first eight times as many of the text.
 
     Raises:
-        ValueError: no tokenizer; the text is shorter than asked; windows longer than the model's context.
+        ValueError: no tokenizer, a text that is shorter than asked, or windows longer than the model's context.
     """
     config = quant.calibration
     if tokenizer is None:
@@ -218,7 +218,7 @@ def _run(function: Callable[[Tensor], Any], inputs: Tensor) -> Any:
 
 
 def _group_by_block(weights: Sequence[Weight]) -> dict[str, list[Weight]]:
-    """Return the weights by the name of their transformer block (gpt_neox.layers.0); "" is outside of all."""
+    """Return the weights by the name of their transformer block (gpt_neox.layers.0), "" for those outside of all."""
     groups: dict[str, list[Weight]] = {}
     for weight in weights:
         match = re.match(r"(.*?\.\d+)\.", weight.name)
@@ -291,7 +291,7 @@ def _trace(model: nn.Module, modules: Sequence[nn.Module], tokens: Tensor) -> tu
 
 
 class _Caught(Exception):
-    """The hidden states are there; the rest of the forward pass is of no use."""
+    """The hidden states are there, and the rest of the forward pass is of no use."""
 
 
 def _catch_first(model: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:

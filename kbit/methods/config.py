@@ -10,20 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
-from kbit.layers.int8_schemes import SCHEMES, Scheme
+from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
-
-INT8_METHODS: Final = tuple(SCHEMES)
-
-
-ZERO_POINT_BITS: Final = 8  # an integer in -127..127
-
-
-CALIBRATED: Final = ("awq", "gptq")  # methods that see data
-
-
-METHODS: Final = ("rtn", "mse", "hqq", *CALIBRATED, *INT8_METHODS)  # see kbit.methods.quantize_model
-
 
 UNSEEN: Final = ("error", "rtn")
 
@@ -36,11 +24,11 @@ class CalibrationConfig:
     """The text that a method with data sees. Nothing of it should be in the text that is measured.
 
     Attributes:
-        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train); see eval.perplexity.
+        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train). See eval.perplexity.
         samples: windows drawn at random, without overlap.
-        length: tokens of a window; None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
-        seed: of the draw.
-        unseen: what becomes of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
+        length: tokens of a window. None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
+        seed: seed of the draw.
+        unseen: treatment of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
     """
 
     text: str = "nano_calibration"
@@ -64,13 +52,15 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class GptqConfig:
-    """Options of method=gptq; the defaults are those of the published code.
+    """Options of method=gptq. The defaults are those of the published code.
 
     Attributes:
-        act_order: columns by falling Hessian diagonal instead of in their order.
-        static_groups: all block scales from the weights as they were, not as they are when their block's turn comes.
-        search_scales: each block's scale by search, as method=mse does, instead of its largest magnitude.
-        damping: added to the Hessian's diagonal, in means of it; raised tenfold, and recorded, if that is too little.
+        act_order: whether columns are taken by falling Hessian diagonal instead of in their order.
+        static_groups: whether all block scales are those of the weights as they were, and not of the weights as they
+            are when their block's turn comes.
+        search_scales: whether each block's scale is searched, as method=mse does, and not its largest magnitude.
+        damping: number added to the Hessian's diagonal, in means of it. It is raised tenfold, and recorded, if that is
+            too little.
     """
 
     act_order: bool = False
@@ -82,6 +72,62 @@ class GptqConfig:
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
 
+    def check_quantizer(self, spec: QuantSpec) -> None:
+        """Raise ValueError if these options do not go with a quantizer."""
+        if self.act_order and not self.static_groups and spec.block_size:
+            raise ValueError(
+                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
+                "columns would need an index for each column, which total_bits does not count"
+            )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of kbit asks about a method.
+
+    It imports nothing heavy. The function that quantizes is in kbit.methods.quantize_model.METHOD_FUNCTIONS.
+
+    Attributes:
+        name: the method's name in quant.method.
+        options: field of QuantConfig with the method's own options, or None.
+        needs_text: whether the method sees a calibration text.
+        minimises_error: whether the method minimises an error, which rounding=stochastic would add to.
+        scales_inputs: whether each matrix stores a 16-bit scale for each of its inputs.
+        scheme: how the method multiplies in int8, or None. A scheme decides the quantizer.
+    """
+
+    name: str
+    options: str | None = None
+    needs_text: bool = False
+    minimises_error: bool = False
+    scales_inputs: bool = False
+    scheme: Scheme | None = None
+
+    def count_extra_bits(self, shape: Sequence[int]) -> int:
+        """Return the bits of a matrix [..., out, in] beyond its codes and scales: input scales and zero points."""
+        bits = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.scales_inputs else 0
+        if self.scheme is not None and self.scheme.zero_point:
+            bits += ZERO_POINT_BITS * (math.prod(shape[:-1]) if self.scheme.weight_rows else 1)
+        return bits
+
+
+METHODS: Final[dict[str, Method]] = {
+    method.name: method
+    for method in (
+        Method("rtn"),
+        Method("mse", minimises_error=True),
+        Method("hqq", minimises_error=True),
+        Method("awq", needs_text=True, scales_inputs=True),
+        Method("gptq", options="gptq", needs_text=True, minimises_error=True),
+        *(Method(name, scheme=scheme) for name, scheme in SCHEMES.items()),
+    )
+}
+
+
+def is_int8(method: str) -> bool:
+    """Whether a method of this name multiplies in int8."""
+    return method in METHODS and METHODS[method].scheme is not None
+
 
 OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
 
@@ -92,17 +138,18 @@ class QuantConfig(QuantSpec):
 
     Attributes:
         method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
-            and offsets), awq (input channels scaled by their activations), gptq; or one of INT8_METHODS, which decide
-            the quantizer: they need bits=8, and of a QuantSpec's other fields none means anything to them.
-        calibration: of awq and gptq.
-        gptq: of gptq.
-        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1; 0 is none. Costs
-            p (16 - bits) bits per parameter. Rounded to the nearest count, at least one dimension.
-        outlier_selection: which dimensions: proxy (the weights before have the largest standard deviation; paper, eq.
-            2), column (this matrix' own column has), random (a control).
-        outlier_zscore: instead of a fraction: the dimensions whose standard deviation is more than so many standard
-            deviations above the matrix' mean one (bitsandbytes: 4).
-        activation_threshold: of the methods that decompose (llm_int8 and others): input dimensions in which an
+            and offsets), awq (input channels scaled by their activations), gptq, or an int8 method of
+            kbit.layers.int8_schemes. An int8 method needs bits=8 and decides the quantizer: no other field of QuantSpec
+            means anything to it.
+        calibration: the text that awq and gptq see.
+        gptq: options that only gptq has.
+        outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1, where 0 is none. It
+            costs p (16 - bits) bits per parameter, and is rounded to the nearest count, at least one dimension.
+        outlier_selection: rule that chooses them: proxy (the weights before have the largest standard deviation; paper,
+            eq. 2), column (this matrix' own column has it), random (a control).
+        outlier_zscore: number used instead of a fraction: the dimensions stay whose standard deviation is more than so
+            many standard deviations above the matrix' mean one (bitsandbytes: 4).
+        activation_threshold: magnitude for methods that decompose (llm_int8 and others): input dimensions in which an
             activation is larger are multiplied at 16 bits (LLM.int8(): 6.0).
         include: regular expression of tensor names to quantize in addition to the block matrices.
         exclude: regular expression of tensor names not to quantize.
@@ -122,7 +169,7 @@ class QuantConfig(QuantSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("quant.method", self.method, METHODS)
+        check_choice("quant.method", self.method, tuple(METHODS))
         self._check_outliers()
         self._check_method()
         if not 0 <= self.min_coverage <= 1:
@@ -149,27 +196,29 @@ class QuantConfig(QuantSpec):
             raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
 
     def _check_method(self) -> None:
-        if self.method in INT8_METHODS and self.bits not in (8, BASELINE_BITS):
+        if self.scheme is not None and self.bits not in (8, BASELINE_BITS):
             raise ValueError(f"quant.method={self.method} computes in 8 bits: quant.bits={self.bits} is not 8")
-        if self.rounding == "stochastic" and self.method in ("mse", "hqq", "gptq"):
+        if self.rounding == "stochastic" and self.traits.minimises_error:
             raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
-        if self.method == "gptq" and self.gptq.act_order and not self.gptq.static_groups and self.block_size:
-            raise ValueError(
-                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
-                "columns would need an index for each column, which total_bits does not count"
-            )
+        if self.traits.options is not None:
+            getattr(self, self.traits.options).check_quantizer(self)
 
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
-        """Return a bare quantizer as what to do with a model; a QuantConfig is returned as it is."""
+        """Return a bare quantizer as what to do with a model. A QuantConfig is returned as it is."""
         if isinstance(spec, QuantConfig):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
 
     @property
+    def traits(self) -> Method:
+        """What is known of the method."""
+        return METHODS[self.method]
+
+    @property
     def scheme(self) -> Scheme | None:
-        """How the method multiplies in int8; None of the methods that do not."""
-        return SCHEMES.get(self.method)
+        """How the method multiplies in int8, or None."""
+        return self.traits.scheme
 
     @property
     def keeps_outliers(self) -> bool:
@@ -207,9 +256,9 @@ class QuantConfig(QuantSpec):
     @property
     def method_options(self) -> dict[str, Any]:
         """The options that mean something to the method, canonical; empty for a method without any."""
-        options: dict[str, Any] = {"calibration": self.calibration.identity_fields} if self.method in CALIBRATED else {}
-        if self.method == "gptq" and (own := non_defaults(self.gptq, GptqConfig())):
-            options["gptq"] = own
+        options: dict[str, Any] = {"calibration": self.calibration.identity_fields} if self.traits.needs_text else {}
+        if (group := self.traits.options) and (own := non_defaults(getattr(self, group), OPTION_GROUPS[group]())):
+            options[group] = own
         return options
 
     @property
@@ -225,7 +274,7 @@ class QuantConfig(QuantSpec):
         others = {name: value for name, value in self.identity_fields.items() if name not in told}
         if "table" in others:
             others["table"] = write_table(others["table"])
-        if self.method in CALIBRATED and not self.is_baseline:
+        if self.traits.needs_text and not self.is_baseline:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
         return others | _with_prefix("gptq", self.identity_fields.get("gptq", {}))
 
@@ -243,24 +292,22 @@ class QuantConfig(QuantSpec):
     def count_bits(self, shape: Sequence[int], kept: int | None = None) -> int:
         """Return the bits of a matrix [..., out, in] of this shape, its input dimensions at 16 bits included.
 
-        Codes, scales, zero points of int8 methods and AWQ's scale of each input too. A kept dimension costs 16 - bits
-        for each of its weights: it has its share in the blocks' scales as if it were quantized, and the paper's
-        p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
+        The bits are those of codes, scales, zero points of int8 methods and AWQ's scale of each input. A kept dimension
+        costs 16 - bits for each of its weights. It has its share in the blocks' scales as if it were quantized, and the
+        paper's p (16 - bits) does not count the indices of the dimensions (16 / out bits for each kept weight). What is
         decomposed at run time is not counted.
 
         Args:
-            shape: of the matrix, input dimensions last.
-            kept: how many input dimensions are kept; None is as many as outlier_fraction says (of outlier_zscore, which
-                only the weights' values tell, none).
+            shape: shape of the matrix, input dimensions last.
+            kept: number of input dimensions that are kept. None is as many as outlier_fraction says, and none for
+                outlier_zscore, since only the weights' values tell.
         """
         spec, elements = self.spec, math.prod(shape)
         if spec.is_baseline or elements == 0:
             return spec.count_bits(shape)
         kept = self.count_kept(shape[-1]) if kept is None else kept
-        zero_points = ZERO_POINT_BITS * spec.count_blocks(shape) if self.scheme and self.scheme.zero_point else 0
-        input_scales = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.method == "awq" else 0
         kept_bits = elements // shape[-1] * kept * (BASELINE_BITS - self.bits)
-        return spec.count_bits(shape) + zero_points + input_scales + kept_bits
+        return spec.count_bits(shape) + self.traits.count_extra_bits(shape) + kept_bits
 
     def count_kept(self, inputs: int) -> int:
         """Return how many of so many input dimensions outlier_fraction keeps at 16 bits."""
@@ -268,7 +315,7 @@ class QuantConfig(QuantSpec):
 
     def label(self) -> str:
         """Return the short name of a bare quantizer, or the int8 method's, and what of outliers is kept."""
-        name = self.method if self.method in INT8_METHODS and not self.is_baseline else super().label()
+        name = self.method if self.scheme is not None and not self.is_baseline else super().label()
         if not self.keeps_outliers:
             return name
         share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"

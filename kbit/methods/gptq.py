@@ -10,98 +10,104 @@ through the columns j = 0, 1, ...:
     q_j = round(w_j),   e = (w_j - q_j) / U_jj,   w_k = w_k - e U_jk  for each k > j
 
 It delays the updates of later columns, since many at once are one matrix product. Here the columns are halved again and
-again instead of cut into blocks of 128: the same sums, and fewer passes over the matrix. The scale of a block is chosen
-when its first column's turn comes, from the weights as they are then, if the block is a part of one row and its scale
-shares nothing with the tensor's others; otherwise scales are those of the original weights, as with static_groups.
+again instead of cut into blocks of 128, which gives the same sums with fewer passes over the matrix. The scale of a
+block is chosen when its first column's turn comes, from the weights as they are then. This needs a block that is a part
+of one row and a scale that shares nothing with the tensor's others. Otherwise scales are those of the original weights,
+as with static_groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
 
-from kbit.methods.block_scales import BlockGrid, ChooseScales, find_best_scales
+from kbit.methods.block_scales import BlockScales, ChooseScales, find_best_scales
 from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
-from kbit.methods.config import GptqConfig, QuantConfig
-from kbit.methods.weight import Weight
+from kbit.methods.config import GptqConfig
+from kbit.methods.weight import Codes, Job, Weight
+from kbit.numerics.quantized_tensor import QuantizedTensor
 
-LEAF: Final = 128  # columns that are updated one by one; the published block of lazy updates
+LEAF: Final = 128  # columns that are updated one by one, as many as the published block of lazy updates has
 
 
-_RAISES: Final = 3  # times that a damping which was too little is raised tenfold
+_RAISES: Final = 3  # how often a damping that was too little is raised tenfold
 
 
 @dataclass(frozen=True)
 class LayerNotes:
-    """What happened to one matrix: columns whose input was always zero, and the damping that was needed."""
+    """What happened to one matrix.
+
+    Attributes:
+        dead: number of columns whose input was always zero.
+        damping: the damping that was needed.
+    """
 
     dead: int
     damping: float
 
 
-def quantize_by_gptq(
-    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """Quantize block by block, each on the activations that the quantized blocks before it give.
+def quantize_by_gptq(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with its codes, block by block, on the activations that the quantized blocks before it give.
 
     Raises:
-        ValueError: see kbit.methods.calibration and factor_inverse; the model is then quantized in part.
+        ValueError: see kbit.methods.calibration and factor_inverse. The model is then quantized in part.
     """
     notes: dict[str, LayerNotes] = {}
-    windows = draw_windows(model, quant, tokenizer)
-    for weight, hessians in calibrate(model, weights, quant, windows):
-        notes[weight.name] = quantize_weight(weight, hessians, quant.gptq)
-    raised = {name: of.damping for name, of in notes.items() if of.damping > quant.gptq.damping}
-    dead = {name: of.dead for name, of in notes.items() if of.dead}
-    return describe_calibration(windows, weights) | {"dead_columns": dead, "raised_damping": raised}
+    windows, options = draw_windows(job.model, job.quant, job.tokenizer), job.quant.gptq
+    for weight, hessians in calibrate(job.model, job.weights, job.quant, windows):
+        codes, notes[weight.name] = quantize_weight(weight, hessians, options)
+        yield weight, codes
+    raised = {name: note.damping for name, note in notes.items() if note.damping > options.damping}
+    dead = {name: note.dead for name, note in notes.items() if note.dead}
+    job.notes.update(describe_calibration(windows, job.weights) | {"dead_columns": dead, "raised_damping": raised})
 
 
-def quantize_weight(weight: Weight, hessians: Float[Tensor, "experts in in"], options: GptqConfig) -> LayerNotes:
-    """Quantize one weight, which fused experts share with a Hessian each, and put it.
+def quantize_weight(
+    weight: Weight, hessians: Float[Tensor, "experts in in"], options: GptqConfig
+) -> tuple[QuantizedTensor, LayerNotes]:
+    """Return the codes of one weight, which fused experts share with a Hessian each.
 
     Raises:
-        ValueError: see factor_inverse; the message names the weight.
+        ValueError: see factor_inverse. The message names the weight.
     """
-    matrix = weight.take_matrix()
+    matrix, dead = weight.copy_matrix(), hessians.diagonal(dim1=1, dim2=2) == 0
     rows = len(matrix) // len(hessians)
     parts = [slice(i * rows, (i + 1) * rows) for i in range(len(hessians))]
-    dead = hessians.diagonal(dim1=1, dim2=2) == 0
     for part, columns in zip(parts, dead, strict=True):
         matrix[part, columns] = 0
-    grid = BlockGrid(matrix, weight.spec)
+    blocks = BlockScales(matrix, weight.spec)
     choose = find_best_scales if options.search_scales else None
     if choose:
-        grid.use(*choose(matrix, grid))
-    damping = [options.damping]
+        blocks.use(choose(matrix, blocks))
+    refit = blocks.can_refit and not options.static_groups
+    codes, damping = torch.zeros(matrix.shape, dtype=torch.uint8, device=matrix.device), [options.damping]
     for part, hessian in zip(parts, hessians, strict=True):
-        order = order_columns(hessian, weight.kept, act_order=options.act_order)
+        order = order_columns(hessian, weight.outlier_columns, act_order=options.act_order)
         if not len(order):  # all its input dimensions stay at 16 bits
             continue
         try:
             factor, used = factor_inverse(hessian[order][:, order], options.damping)
         except ValueError as error:
             raise ValueError(f"{weight.name}: {error}") from None
-        refit = grid.can_refit and not options.static_groups
-        matrix[part, order] = round_columns(matrix[part, order], factor, grid, part, order, refit=refit, choose=choose)
+        codes[part, order] = round_columns(matrix[part, order], factor, blocks, part, order, refit=refit, choose=choose)
         damping.append(used)
-    weight.put(matrix.view(weight.values.shape))
-    return LayerNotes(int(dead.sum()), max(damping))
+    quantized = blocks.assemble(codes, weight.values.shape, weight.values.dtype)
+    return quantized, LayerNotes(int(dead.sum()), max(damping))
 
 
 def order_columns(
-    hessian: Float[Tensor, "in in"], kept: Int64[Tensor, " kept"], *, act_order: bool
+    hessian: Float[Tensor, "in in"], outliers: Int64[Tensor, " outliers"], *, act_order: bool
 ) -> Int64[Tensor, " columns"]:
     """Return the columns to quantize, in their order, or by falling diagonal (ties in their order)."""
     order = torch.arange(len(hessian), device=hessian.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    return order[~torch.isin(order, kept.to(order.device))]
+    return order[~torch.isin(order, outliers.to(order.device))]
 
 
 def factor_inverse(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
@@ -133,62 +139,65 @@ def factor_inverse(hessian: Float[Tensor, "n n"], damping: float) -> tuple[Float
 def round_columns(
     matrix: Float[Tensor, "rows columns"],
     factor: Float[Tensor, "columns columns"],
-    grid: BlockGrid,
+    blocks: BlockScales,
     rows: slice,
     order: Int64[Tensor, " columns"],
     *,
     refit: bool,
     choose: ChooseScales | None = None,
     leaf: int = LEAF,
-) -> Float[Tensor, "rows columns"]:
-    """Return the quantized columns.
+) -> UInt8[Tensor, "rows columns"]:
+    """Return the codes of the columns.
 
     Args:
         matrix: the weights, columns in the order in which they are rounded.
         factor: U of the same order, see factor_inverse.
-        grid: the blocks; refit changes its scales.
-        rows, order: where in the grid the rows and columns are.
-        refit: choose a block's scales when its turn comes; by `choose`, or the usual ones.
-        leaf: most columns that are updated one by one.
+        blocks: the scales, which refit changes.
+        rows: the place of the rows in the matrix that the blocks are of.
+        order: the places of the columns there.
+        refit: whether to choose a block's scales when its turn comes.
+        choose: function that chooses them. None takes the usual ones.
+        leaf: the most columns that are updated one by one.
     """
     left = matrix.T.contiguous()  # a column is then contiguous
-    errors = torch.empty_like(left)
+    errors, codes = torch.empty_like(left), torch.empty(left.shape, dtype=torch.uint8, device=left.device)
 
     def finish_block(start: int, stop: int) -> None:
         if refit:
-            _refit_block(grid, rows, order[start:stop], left[start:stop], choose)
+            _refit_block(blocks, rows, order[start:stop], left[start:stop], choose)
         _halve([*range(start, stop, leaf), stop], finish_leaf, left, errors, factor)
 
     def finish_leaf(start: int, stop: int) -> None:
-        scales, offsets = grid.at(rows, order[start:stop])
+        scales, offsets = blocks.at(rows, order[start:stop])
         for j in range(start, stop):
-            rounded = grid.round(left[j], scales[j - start], offsets[j - start])
+            found = blocks.find_codes(left[j], scales[j - start], offsets[j - start])
+            rounded = blocks.look_up(found) * scales[j - start] + offsets[j - start]
             errors[j] = (left[j] - rounded) / factor[j, j]
             left[j + 1 : stop] -= factor[j, j + 1 : stop, None] * errors[j]
-            left[j] = rounded
+            codes[j] = found
 
     bounds = [0, len(order)]
     if refit:
-        blocks = order // grid.grid.block_size
-        bounds[1:1] = (torch.nonzero(blocks[1:] != blocks[:-1]).flatten() + 1).tolist()
+        places = order // blocks.usual.block_size
+        bounds[1:1] = (torch.nonzero(places[1:] != places[:-1]).flatten() + 1).tolist()
     _halve(bounds, finish_block, left, errors, factor)
-    return left.T
+    return codes.T
 
 
 def _refit_block(
-    grid: BlockGrid,
+    blocks: BlockScales,
     rows: slice,
     columns: Int64[Tensor, " columns"],
     values: Float[Tensor, "columns rows"],
     choose: ChooseScales | None,
 ) -> None:
-    """Choose the scales of the block that has these columns from the values they have now; kept columns of it are 0."""
-    size = grid.grid.block_size
+    """Choose the scales of the block with these columns from the values they have now. Its outlier columns are 0."""
+    size = blocks.usual.block_size
     block = int(columns[0]) // size
     first = block * size
-    whole = values.new_zeros(values.shape[1], min(size, grid.inputs - first))
+    whole = values.new_zeros(values.shape[1], min(size, blocks.inputs - first))
     whole[:, columns - first] = values.T
-    grid.refit(rows, block, whole, choose)
+    blocks.refit(rows, block, whole, choose)
 
 
 def _halve(

@@ -6,35 +6,25 @@ mse   Of many scales, each block takes the one with the least squared error (kbi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-
-from kbit.methods.block_scales import BlockGrid, find_best_scales
-from kbit.methods.config import QuantConfig
-from kbit.methods.weight import Weight
-from kbit.numerics.quantizer import fake_quantize
+from kbit.methods.block_scales import BlockScales, find_best_scales
+from kbit.methods.weight import Codes, Job, Weight
+from kbit.numerics.quantizer import quantize
 
 
-def round_to_nearest(
-    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """Replace each weight by fake_quantize(weight)."""
-    for weight in weights:
-        with weight.kept_at_zero() as values:
-            quantized = fake_quantize(values, weight.spec)
-        weight.put(quantized)
-    return {}
+def round_to_nearest(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with the codes of kbit.quantize."""
+    for weight in job.weights:
+        with weight.outliers_at_zero() as values:
+            codes = quantize(values, weight.spec)
+        yield weight, codes
 
 
-def search_scales(
-    model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """Quantize each weight with the best scale of each block."""
-    for weight in weights:
-        matrix = weight.take_matrix()
-        grid = BlockGrid(matrix, weight.spec)
-        weight.put(grid.quantize(matrix, *find_best_scales(matrix, grid)).view(weight.values.shape))
-    return {}
+def search_scales(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with codes for the best scale of each block."""
+    for weight in job.weights:
+        matrix = weight.copy_matrix()
+        blocks = BlockScales(matrix, weight.spec)
+        best = find_best_scales(matrix, blocks)
+        yield weight, blocks.encode(matrix, best, weight.values.shape, weight.values.dtype)

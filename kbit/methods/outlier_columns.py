@@ -22,19 +22,21 @@ from kbit.models.architectures import deviation_of, find_sources, measure_deviat
 from kbit.models.parameters import as_matrix, owner_of
 
 
-def choose_kept(model: nn.Module, names: Sequence[str], config: QuantConfig) -> dict[str, Int64[Tensor, " kept"]]:
+def choose_outliers(
+    model: nn.Module, names: Sequence[str], config: QuantConfig
+) -> dict[str, Int64[Tensor, " outliers"]]:
     """Return for each weight the input dimensions that stay at 16 bits, in rising order, before anything is changed.
 
-    They are places in the last dimension of the weight as it is quantized (kbit.models.parameters.as_matrix), of an
-    embedding hidden units; a vector, such as an included bias, has none and is left out.
+    They are places in the last dimension of the weight as it is quantized (kbit.models.parameters.as_matrix). Those of
+    an embedding are hidden units. A vector, such as an included bias, has none and is left out.
 
     Args:
-        model: with its 16-bit weights.
-        names: of the weights to quantize.
-        config: its outlier fields.
+        model: the model with its 16-bit weights.
+        names: names of the weights to quantize.
+        config: the configuration, whose outlier fields decide.
 
     Raises:
-        ValueError: proxy, and what makes the inputs of a weight is not known; names the weight.
+        ValueError: a weight whose inputs come from weights that are not known, with proxy. The message names it.
     """
     if not config.keeps_outliers:
         return {}
@@ -76,8 +78,8 @@ def _draw(name: str, weight: Tensor, seed: int) -> Float32[Tensor, " in"]:
     return torch.rand(weight.shape[-1], generator=generator).to(weight.device)
 
 
-def _select(values: Float32[Tensor, " in"], config: QuantConfig) -> Int64[Tensor, " kept"]:
-    """Return the dimensions of the largest values; of equal ones the first."""
+def _select(values: Float32[Tensor, " in"], config: QuantConfig) -> Int64[Tensor, " outliers"]:
+    """Return the dimensions of the largest values, the first ones among equals."""
     if config.outlier_zscore is not None:
         # the spread of one value or of equal ones is 0: nothing stands out of it
         z = (values - values.mean()) / values.std(correction=0).clamp_min(torch.finfo(values.dtype).tiny)

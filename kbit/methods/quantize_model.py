@@ -1,8 +1,9 @@
 """Quantize a model in place by one of the methods.
 
-A method is a function (model, weights, quant, tokenizer) -> notes, in a module of this package. It quantizes each
-weight with its kept columns at 0 (see Weight), ends with Weight.put, and returns what the record should say of it. To
-add one: write the module, and name it in kbit.methods.config.METHODS and in METHOD_FUNCTIONS.
+A method is a generator function of a Job, in a module of this package. It yields each weight with the codes that it
+makes of it, with the outlier columns at 0 (see Weight). What the codes stand for is written into the weight before the
+method goes on, so a method with calibration sees it in the blocks that follow. To add a method, write the module,
+describe it in kbit.methods.config.METHODS and name it in METHOD_FUNCTIONS. From outside, call register_method.
 """
 
 from __future__ import annotations
@@ -11,46 +12,57 @@ import dataclasses
 import logging
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kbit.layers.int8_linear import undo_products
+from kbit.layers.int8_schemes import SCHEMES
 from kbit.methods.awq import scale_by_activations
-from kbit.methods.config import INT8_METHODS, QuantConfig
+from kbit.methods.config import METHODS, Method, QuantConfig
 from kbit.methods.gptq import quantize_by_gptq
 from kbit.methods.hqq import fit_half_quadratic
 from kbit.methods.llm_int8 import quantize_products
 from kbit.methods.nearest import round_to_nearest, search_scales
-from kbit.methods.outlier_columns import choose_kept
+from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.report import QuantizationReport, describe_low_coverage, plan_quantization
-from kbit.methods.weight import Weight, sum_squares
+from kbit.methods.weight import Codes, Job, Weight, sum_squares
 from kbit.models.parameters import as_matrix, check_finite, owner_of
-from kbit.numerics.scale_formats import check_scale_range
 from kbit.numerics.spec import QuantSpec
 
 log = logging.getLogger(__name__)
 
 
-Method = Callable[[nn.Module, Sequence[Weight], QuantConfig, PreTrainedTokenizerBase | None], dict[str, Any]]
+Quantize = Callable[[Job], Iterator[tuple[Weight, Codes]]]  # what a method is: see the module's docstring
 
 
-# Name in quant.method -> the function
-METHOD_FUNCTIONS: Final[dict[str, Method]] = {
+METHOD_FUNCTIONS: Final[dict[str, Quantize]] = {
     "rtn": round_to_nearest,
     "mse": search_scales,
     "hqq": fit_half_quadratic,
     "awq": scale_by_activations,
     "gptq": quantize_by_gptq,
-    **dict.fromkeys(INT8_METHODS, quantize_products),
+    **dict.fromkeys(SCHEMES, quantize_products),
 }
 
 
+def register_method(method: Method, quantize: Quantize) -> None:
+    """Make a method known under its name, for quant.method.
+
+    Raises:
+        ValueError: another method has the name.
+    """
+    if method.name in METHODS:
+        raise ValueError(f"quant.method={method.name} is registered already")
+    METHODS[method.name] = method
+    METHOD_FUNCTIONS[method.name] = quantize
+
+
 def quantize_model(
-    model: nn.Module, quant: QuantSpec, tokenizer: PreTrainedTokenizerBase | None = None
+    model: nn.Module, quant: QuantSpec, tokenizer: PreTrainedTokenizerBase | None = None, *, keep_codes: bool = False
 ) -> QuantizationReport:
     """Quantize the block matrices in place: each becomes values that its quantizer can represent, in its own dtype.
 
@@ -58,31 +70,51 @@ def quantize_model(
         model: any Hugging Face causal language model.
         quant: the quantizer: a QuantSpec (round to nearest, all block matrices), or a QuantConfig, which says the
             method and the tensors too. At 16 bits nothing changes and the report counts the baseline.
-        tokenizer: of the model; for methods with calibration data.
+        tokenizer: the model's tokenizer, for methods with calibration data.
+        keep_codes: whether the report holds the codes of each weight, which take memory beside the model's own. They
+            are in the layout that is quantized (kbit.models.parameters.as_matrix).
 
     Raises:
-        ValueError: the model is quantized already in another way; coverage too low; a weight holds NaN or Inf, or is
-            beyond scale_format's range; an include that finds nothing; outliers by proxy, and what comes before a
-            weight is not known. The model is unchanged then; what a method finds wrong half-way
-            (kbit.methods.calibration) leaves it quantized in part.
+        ValueError: the model is quantized already, in another way or without the codes that are asked for. The coverage
+            is too low. A weight holds NaN or Inf, or is beyond scale_format's range. An include finds nothing.
+            Outliers are chosen by proxy, and what comes before a weight is not known. In all these cases the model is
+            unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it quantized in part.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:
+        if keep_codes and not done.codes:
+            raise ValueError("the model is quantized already, without its codes being kept: restore its weights first")
         return done
     report = plan_quantization(model, config)
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
     check_finite(model)
     weights = find_weights(model, report, config)
-    if config.keeps_outliers:
-        report = plan_quantization(model, config, {weight.name: len(weight.kept) for weight in weights})
     norm = sum(sum_squares(weight.values) for weight in weights)
-    notes = METHOD_FUNCTIONS[config.method](model, weights, config, tokenizer) if weights else {}
+    job = Job(model, weights, config, tokenizer)
+    bits, codes = _replace_weights(job, keep_codes=keep_codes) if weights else ({}, {})
     lost = sum(weight.squared_error for weight in weights)
-    report = dataclasses.replace(report, notes=notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0)
+    report = dataclasses.replace(
+        report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
+    )
     if not config.is_baseline:
         model.kbit_quantized = (config, report)  # type: ignore[assignment]
     return report
+
+
+def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes]]:
+    """Write into each weight what its codes stand for. Return the bits of each weight, and the codes to keep."""
+    bits: dict[str, int] = {}
+    kept: dict[str, Codes] = {}
+    for weight, codes in METHOD_FUNCTIONS[job.quant.method](job):
+        if len(weight.outlier_columns):
+            codes = codes.keep_columns(weight.outlier_columns, weight.copy_outliers())
+        weight.replace(codes.dequantize())
+        bits[weight.name] = codes.count_bits()
+        if keep_codes:
+            kept[weight.name] = codes
+        del codes  # before those of the next weight are made
+    return bits, kept
 
 
 def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torch.Tensor]:
@@ -121,15 +153,21 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
     """Return the weights that the report quantizes, checked for their scale format's range."""
     parameters, weights = dict(model.named_parameters()), []
     names = [tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized]
-    kept = choose_kept(model, names, config)
+    outliers = choose_outliers(model, names, config)
     for name in names:
         values = parameters[name].detach()
         try:
-            check_scale_range(float(values.abs().max()), report.spec.scale_format)
+            report.spec.scale_type.check_range(_find_largest(values))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         # tensors of one model must not share their random numbers
         own_seed = dataclasses.replace(report.spec, seed=(report.spec.seed + zlib.crc32(name.encode())) % 2**63)
         weight = Weight(name, as_matrix(values, owner_of(model, name)), own_seed)
-        weights.append(dataclasses.replace(weight, kept=kept[name]) if name in kept else weight)
+        weights.append(dataclasses.replace(weight, outlier_columns=outliers[name]) if name in outliers else weight)
     return weights
+
+
+def _find_largest(values: torch.Tensor) -> float:
+    """Return the largest magnitude, without a copy."""
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))

@@ -1,11 +1,12 @@
 """Which of a model's weights are quantized, which are not and why, and how many bits each takes.
 
-Quantized by default: every weight matrix inside the transformer blocks, that is nn.Linear, transformers' Conv1D (GPT-2;
-blocked as the equivalent Linear) and fused 3-D expert weights. Not quantized: embeddings, lm_head, norms, biases.
+By default every weight matrix inside the transformer blocks is quantized, that is nn.Linear, transformers' Conv1D (in
+GPT-2, blocked as the equivalent Linear) and fused 3-D expert weights. Embeddings, lm_head, norms and biases are not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from kbit.methods.config import QuantConfig
+from kbit.methods.weight import Codes
 from kbit.models.parameters import as_matrix, distinct_parameters, owner_of
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 
@@ -26,11 +28,11 @@ class TensorReport:
     """What happened to one tensor of the model, once per distinct storage.
 
     Attributes:
-        name: the parameter's name; names of tied parameters are joined by " = ".
-        shape: of the parameter.
+        name: the parameter's name. The names of tied parameters are joined by " = ".
+        shape: the parameter's shape.
         in_block: whether it is a weight matrix (2-D or more) inside a transformer block.
         quantized: whether it was quantized.
-        reason: why not; empty if quantized.
+        reason: the reason why it was not, empty if it was.
         bits: bits that the tensor takes in the quantized model.
     """
 
@@ -49,15 +51,17 @@ class QuantizationReport:
     Attributes:
         spec: the quantizer.
         tensors: every distinct tensor of the model.
-        notes: what the method has to say of itself, such as the hash of its calibration data; values fit for JSON.
-        weight_rmse: relative error of all quantized weights together, sqrt(sum (w - w')^2 / sum w^2); 0 where nothing
-            is quantized, None of a plan.
+        notes: the method's own record, such as the hash of its calibration data, with values fit for JSON.
+        weight_rmse: relative error of all quantized weights together, sqrt(sum (w - w')^2 / sum w^2). It is 0 where
+            nothing is quantized, and None for a plan.
+        codes: the codes of each quantized tensor by its parameter's name, if quantize_model was asked to keep them.
     """
 
     spec: QuantSpec
     tensors: tuple[TensorReport, ...]
     notes: dict[str, Any] = field(default_factory=dict, compare=False)  # a plan is equal to the report of its execution
     weight_rmse: float | None = field(default=None, compare=False)
+    codes: dict[str, Codes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -76,26 +80,32 @@ class QuantizationReport:
 
     @property
     def bits_per_param(self) -> float:
-        """Bits per quantized parameter, scales and codebooks included; 16 where nothing is quantized."""
+        """Bits per quantized parameter, scales and codebooks included, or 16 where nothing is quantized."""
         quantized_bits = sum(t.bits for t in self.tensors if t.quantized)
         return quantized_bits / self.quantized_parameters if self.quantized_parameters else float(BASELINE_BITS)
 
+    def with_bits(self, bits: Mapping[str, int]) -> QuantizationReport:
+        """Return the report with the bits of these tensors, by the first of each tensor's names."""
+        tensors = (dataclasses.replace(t, bits=bits.get(t.name.split(" = ")[0], t.bits)) for t in self.tensors)
+        return dataclasses.replace(self, tensors=tuple(tensors))
+
     @property
     def coverage(self) -> float:
-        """Share of the block matrices' parameters that is quantized; 0 for the baseline."""
+        """Share of the block matrices' parameters that is quantized, 0 for the baseline."""
         in_blocks = sum(_elements(t) for t in self.tensors if t.in_block)
         covered = sum(_elements(t) for t in self.tensors if t.in_block and t.quantized)
         return covered / in_blocks if in_blocks else 0.0
 
 
-def plan_quantization(model: nn.Module, quant: QuantSpec, kept: Mapping[str, int] | None = None) -> QuantizationReport:
+def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
     """Return the report that quantize_model would return, without touching the model (meta tensors will do).
+
+    Bits are those of the formula (QuantConfig.count_bits). quantize_model counts what the codes hold, which is the same
+    but for outlier_zscore: only the weights' values tell how many dimensions it keeps, so here it keeps none.
 
     Args:
         model: see quantize_model.
         quant: see quantize_model.
-        kept: how many input dimensions of each quantized tensor stay at 16 bits; without it as many as outlier_fraction
-            says, and none for outlier_zscore, as only the values tell.
 
     Raises:
         ValueError: an include that finds nothing.
@@ -108,10 +118,9 @@ def plan_quantization(model: nn.Module, quant: QuantSpec, kept: Mapping[str, int
         in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
         reason = _why_not(names, parameter, owner, include, exclude)
         quantized = not reason and not spec.is_baseline
-        # a vector has no input dimensions that could stay at 16 bits
-        count = 0 if parameter.ndim < 2 else None if kept is None else kept.get(names[0], 0)
+        outliers = 0 if parameter.ndim < 2 else None  # a vector has no input dimensions that could stay at 16 bits
         blocked = as_matrix(parameter, owner).shape
-        bits = config.count_bits(blocked, count) if quantized else BASELINE_BITS * parameter.numel()
+        bits = config.count_bits(blocked, outliers) if quantized else BASELINE_BITS * parameter.numel()
         reason = "16-bit baseline" if spec.is_baseline and not reason else reason
         tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
     if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):

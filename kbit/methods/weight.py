@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from kbit.numerics.spec import QuantSpec
 
+if TYPE_CHECKING:
+    from kbit.methods.config import QuantConfig
 
-def _no_dimensions() -> Tensor:
+
+class Codes(Protocol):
+    """What a method makes of a weight: a QuantizedTensor, or another class that can do this."""
+
+    def keep_columns(self, columns: Int64[Tensor, " columns"], values: Float[Tensor, "*batch out columns"]) -> Codes:
+        """Return the codes with columns that keep their 16-bit values."""
+
+    def count_bits(self) -> int:
+        """Return the bits of everything that is stored."""
+
+    def dequantize(self) -> Float[Tensor, "*batch out in"]:
+        """Return the values that the codes stand for."""
+
+
+def _no_columns() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
@@ -23,53 +41,73 @@ class Weight:
     """One weight to quantize, in place.
 
     Attributes:
-        name: of the parameter in the model.
-        values: [..., out, in], the parameter's own memory: Conv1D's [in, out] is seen transposed.
+        name: the parameter's name in the model.
+        values: [..., out, in], the parameter's own memory. Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
-        squared_error: sum (w - w')^2 of what put has changed so far.
-        kept: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). put leaves these columns as they are
-            whatever it is given; a method quantizes the values with 0 in their place (kept_at_zero, take_matrix), so
-            that they decide no block's scale. The zeros are part of the blocks, as in bitsandbytes: no block changes
-            place or number.
-        unseen: fused experts (0 of a plain matrix) whose inputs calibration did not see: they are rounded to nearest.
+        squared_error: sum (w - w')^2 of everything that replace has changed so far.
+        outlier_columns: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). A method quantizes the
+            values with 0 in their place (outliers_at_zero, copy_matrix), so that they decide no block's scale. The
+            zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
+        unseen: fused experts (0 for a plain matrix) whose inputs calibration did not see. They are rounded to nearest.
     """
 
     name: str
     values: Float[Tensor, "*batch out in"]
     spec: QuantSpec
     squared_error: float = 0.0
-    kept: Int64[Tensor, " kept"] = field(default_factory=_no_dimensions)
+    outlier_columns: Int64[Tensor, " columns"] = field(default_factory=_no_columns)
     unseen: tuple[int, ...] = ()
 
-    def take_matrix(self) -> Float[Tensor, "rows in"]:
-        """Return a float32 copy of the values as a matrix, kept columns 0 so that no block scale sees them."""
+    def copy_matrix(self) -> Float[Tensor, "rows in"]:
+        """Return a float32 copy of the values as a matrix. Outlier columns are 0, so that no block scale sees them."""
         matrix = self.values.reshape(-1, self.values.shape[-1]).to(torch.float32, copy=True)
-        matrix[:, self.kept] = 0
+        matrix[:, self.outlier_columns] = 0
         return matrix
 
     @contextmanager
-    def kept_at_zero(self) -> Iterator[Float[Tensor, "*batch out in"]]:
-        """Yield the values with 0 in the kept columns, in the weight's own memory, which has them back afterwards."""
-        kept = self.values[..., self.kept]  # indexing copies
-        self.values[..., self.kept] = 0.0
+    def outliers_at_zero(self) -> Iterator[Float[Tensor, "*batch out in"]]:
+        """Yield the weight's own values with 0 in the outlier columns, and put these back afterwards."""
+        outliers = self.copy_outliers()
+        self.values[..., self.outlier_columns] = 0.0
         try:
             yield self.values
         finally:
-            self.values[..., self.kept] = kept
+            self.values[..., self.outlier_columns] = outliers
 
-    def put(self, quantized: Float[Tensor, "*batch out in"]) -> None:
-        """Replace the weight but for its kept columns, in its own dtype and memory, and count the error.
+    def copy_outliers(self) -> Float[Tensor, "*batch out columns"]:
+        """Return a copy of the outlier columns."""
+        return self.values[..., self.outlier_columns]  # indexing by numbers copies
+
+    def replace(self, quantized: Float[Tensor, "*batch out in"]) -> None:
+        """Write quantized values into the weight, in its own dtype and memory, and count the error.
 
         Raises:
-            ValueError: a value that is beyond the weight's dtype; the weight is then lost.
+            ValueError: a value that is beyond the weight's dtype. The weight is then lost.
         """
         before = self.values.to(torch.float32, copy=True)
-        kept = self.values[..., self.kept]
         self.values.copy_(quantized)
-        self.values[..., self.kept] = kept
         self.squared_error += sum_squares(before.sub_(self.values))
         if not math.isfinite(self.squared_error):
             raise ValueError(f"{self.name}: quantized values are beyond {self.values.dtype}: load a wider type")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a method is given to quantize a model.
+
+    Attributes:
+        model: the model that the weights belong to.
+        weights: the weights to quantize, in the order of the model.
+        quant: the configuration: the method and its options.
+        tokenizer: the model's tokenizer, or None, which methods that need a text refuse.
+        notes: the method's own record for the report, with values fit for JSON.
+    """
+
+    model: nn.Module
+    weights: Sequence[Weight]
+    quant: QuantConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def sum_squares(values: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Where a tensor is quantized: on its own device, by that device's kernels, which have the same names on each.
 
-A tensor's values stay where they are. What is small travels: a scale per block, the codebook, and the packed codes,
-since the stored form of a tensor (kbit.numerics.quantized_tensor.QuantizedTensor) is NumPy arrays on the CPU.
+A tensor's values and codes stay where they are. The scales of blocks and the codebook, which are small, are chosen on
+the CPU in NumPy and travel.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ DeviceArray = Any  # what a device's kernels take: a NumPy array on the CPU, a t
 
 @dataclass(frozen=True)
 class Backend:
-    """A device's kernels, and the way of arrays to and from them.
+    """A device's kernels, and how arrays get to and from them.
 
     Attributes:
-        device: where the values are.
+        device: the device that holds the values.
         kernels: the module kbit.kernels.cpu or kbit.kernels.cuda.
-        is_gpu: kernels is the latter: it has fake_quantize_absmax, and a quantile codebook is estimated.
+        is_gpu: whether it is the latter, which has fake_quantize_absmax and estimates quantile codebooks.
     """
 
     device: torch.device
@@ -37,15 +37,15 @@ class Backend:
     is_gpu: bool
 
     def view(self, flat: torch.Tensor) -> DeviceArray:
-        """Return the memory of a flat tensor as the kernels take it; bfloat16 comes as its bits, uint16."""
+        """Return the memory of a flat tensor as the kernels take it. They take bfloat16 as its bits, uint16."""
         words = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
         return words.numpy() if self.device.type == "cpu" else words
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return an empty tensor of float32, float16 or bfloat16 for a result.
 
-        On the CPU in memory that NumPy gets: it asks for huge pages, torch does not, and a fresh 64 MB tensor is filled
-        three times faster.
+        On the CPU, NumPy gets the memory. It asks for huge pages, which torch does not, and a fresh 64 MB tensor is
+        filled three times faster.
         """
         if self.device.type != "cpu":
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
@@ -57,16 +57,20 @@ class Backend:
         return array if self.device.type == "cpu" else torch.tensor(array, device=self.device)
 
     def get(self, array: DeviceArray) -> NDArray[Any]:
-        """Return the array on the CPU; waits until a GPU has computed it."""
+        """Return the array on the CPU, when a GPU has computed it."""
         result: NDArray[Any] = array if isinstance(array, np.ndarray) else array.cpu().numpy()
         return result
+
+    def as_tensor(self, array: DeviceArray) -> torch.Tensor:
+        """Return what a kernel made as a tensor, in the same memory."""
+        return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
 
 
 def choose_backend(device: torch.device) -> Backend:
     """Return the backend of a device.
 
     Raises:
-        ValueError: a device without kernels; nothing is moved to another one silently.
+        ValueError: a device without kernels. Nothing is moved to another device silently.
         ImportError: a GPU without numba-cuda (the extra kbit[cuda]).
         RuntimeError: a GPU that numba does not find.
     """

@@ -1,32 +1,25 @@
 """Data types as values: a k-bit data type is a sorted table of at most 2^k numbers, its codebook.
 
-Quantization stores, for each weight, the index of the nearest table value; int, float, dynamic exponent, quantile and
-NormalFloat differ only in how the table is made. Every table is a read-only, strictly increasing float32 array.
+Quantization stores the index of the nearest table value for each weight. The data types int, float, dynamic exponent,
+quantile and NormalFloat differ only in how the table is made. Every table is a read-only, strictly increasing float32
+array.
 
-Sources: "paper" is Dettmers & Zettlemoyer, The case for 4-bit precision (ICML 2023), Appendix A; "QLoRA" is Dettmers et
-al. 2023; bitsandbytes' codebook makers of November 2022 are the public code closest to the paper.
+Two sources have short names here. "paper" is Dettmers & Zettlemoyer, The case for 4-bit precision (ICML 2023), Appendix
+A. "QLoRA" is Dettmers et al. 2023. bitsandbytes' codebook makers of November 2022 are the public code closest to the
+paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from kbit.checks import check_choice
-from kbit.numerics import fitted_codebooks
-
-T = TypeVar("T")
-
-
 Codebook = Float32[np.ndarray, " values"]
-
-
-DATA_TYPES: Final = ("int", "float", "dynamic", "quantile", "nf", "af", "learned", "table")
 
 
 ADAPTIVE: Final = ("quantile", "learned")  # made for each tensor and stored with it
@@ -46,7 +39,7 @@ PAPER_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
 
 
 # The three float conventions differ only in how far the subnormals lie below the place gradual underflow puts them, in
-# powers of two: ieee = OCP/IEEE minifloat; bnb = create_fp8_map today; paper = Appendix A, which the FP4 kernel uses.
+# powers of two: ieee = OCP/IEEE minifloat, bnb = create_fp8_map today, paper = Appendix A, which the FP4 kernel uses.
 _SUBNORMAL_SHIFT: Final = {"ieee": 0, "bnb": 2, "paper": 4}
 
 
@@ -59,116 +52,65 @@ _NF4: Final = (
 )  # fmt: skip
 
 
-def make_codebook(
-    data_type: str,
-    bits: int,
-    *,
-    exponent_bits: int | None = None,
-    float_bias: str = "ieee",
-    block_size: int | None = None,
-    table: Sequence[float] | None = None,
-    tensor: Any = None,
-    seed: int = 0,
-) -> Codebook:
-    """Return the codebook of a data type: sorted float32 values within [-1, 1].
-
-    Args:
-        data_type: int, float, dynamic, quantile, nf, af, learned or table.
-        bits: 2..8.
-        exponent_bits: float only; 1..bits-1, default the paper's (2 bits: 1, 3 bits: 2, 4 to 8 bits: 3).
-        float_bias: float only; where the subnormals lie: "ieee" as in OCP's formats, "bnb" at 1/4 of that
-            (bitsandbytes' create_fp8_map), "paper" at 1/16 (its Appendix A and bitsandbytes' FP4).
-        block_size: af only; the block size that the code is optimal for.
-        table: table only; the user's values.
-        tensor: quantile: the tensor; learned: its normalised values (array or torch tensor of any shape).
-        seed: learned only; of the sample that k-means sees.
-
-    Raises:
-        ValueError: a value outside its allowed set, or an argument that the data type needs and does not get, or
-            a tensor that is empty or holds NaN or Inf.
-    """
-    check_choice("data_type", data_type, DATA_TYPES)
-    check_bits(bits)
-    match data_type:
-        case "int":
-            return int_codebook(bits)
-        case "float":
-            exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
-            return float_codebook(bits, exponent_bits, float_bias)
-        case "dynamic":
-            return dynamic_codebook(bits)
-        case "nf":
-            return nf_codebook(bits)
-        case "af":
-            return _as_codebook(fitted_codebooks.af_values(bits, _needed("af", block_size=block_size)))
-        case "quantile":
-            return _as_codebook(fitted_codebooks.quantile_values(bits, _as_numbers(_needed("quantile", tensor=tensor))))
-        case "learned":
-            values = _as_numbers(_needed("learned", tensor=tensor)).ravel()
-            return _as_codebook(fitted_codebooks.learned_values(bits, values.astype(np.float32, copy=False), seed))
-        case _:
-            return table_codebook(bits, _needed("table", table=table))
-
-
 def int_codebook(bits: int) -> Codebook:
     """Symmetric integers i / (2^(k-1) - 1), |i| <= 2^(k-1) - 1: 2^k - 1 levels (paper, Appendix A)."""
     top = 2 ** (bits - 1) - 1
-    return _as_codebook(np.arange(-top, top + 1) / top)
+    return as_codebook(np.arange(-top, top + 1) / top)
 
 
 def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> Codebook:
     """Minifloat: sign, E exponent and M = k - 1 - E mantissa bits, subnormals, no NaN or Inf, scaled to maximum 1.
 
-    A normal number is (1 + m/2^M) 2^e with e = 1 .. 2^E - 1; a subnormal (e = 0) is m/2^M 2^(1 - shift), where shift is
+    A normal number is (1 + m/2^M) 2^e with e = 1 .. 2^E - 1. A subnormal (e = 0) is m/2^M 2^(1 - shift), where shift is
     0 for "ieee", 2 for "bnb" and 4 for "paper". Both zeros are one value, so there are 2^k - 1. Without mantissa bits
     there are no subnormals and the conventions agree (paper's 3-bit E2M0 and 4-bit E3M0).
     """
     check_exponent_bits(bits, exponent_bits)
-    check_choice("float_bias", float_bias, FLOAT_BIASES)
     mantissas = 2 ** (bits - 1 - exponent_bits)
     fractions = np.arange(mantissas) / mantissas
     normals = (1 + fractions) * 2.0 ** np.arange(1, 2**exponent_bits)[:, None]
     subnormals = fractions * 2.0 ** (1 - _SUBNORMAL_SHIFT[float_bias])
     magnitudes = np.concatenate([subnormals, normals.ravel()]) / normals.max()
-    return _as_codebook(np.concatenate([-magnitudes, magnitudes]))
+    return as_codebook(np.concatenate([-magnitudes, magnitudes]))
 
 
 def dynamic_codebook(bits: int) -> Codebook:
     """Dynamic exponent: sign, leading zeros = decimal exponent, indicator one, linear fraction (paper, Appendix A).
 
-    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]; then 0 and +1.
-    The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the original.
+    For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]. The table also has
+    0 and +1. The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the
+    original.
     """
     magnitudes: list[float] = []
     for i in range(bits - 1):
         edges = np.linspace(0.1, 1.0, 2**i + 1)
         midpoints = (edges[:-1] + edges[1:]) / 2
         magnitudes.extend(10.0 ** (i - (bits - 2)) * midpoints)
-    return _as_codebook(np.array([0.0, 1.0, *magnitudes, *(-m for m in magnitudes)]))
+    return as_codebook(np.array([0.0, 1.0, *magnitudes, *(-m for m in magnitudes)]))
 
 
 def nf_codebook(bits: int) -> Codebook:
     """k-bit NormalFloat: quantiles of N(0, 1) and 0, with 2^(k-1) - 1 values below and 2^(k-1) above (QLoRA, eq. 4).
 
     Each side is evenly spaced in probability between 1/2 and off(k) = 1 - (1/(2(2^k - 1)) + 1/(2 2^k)) / 2, the rule
-    that gives the published NF4 offset 929/960 at k = 4; k = 4 itself is the published table.
+    that gives the published NF4 offset 929/960 at k = 4. The table for k = 4 itself is the published one.
     """
     if bits == 4:
-        return _as_codebook(np.array(_NF4))
+        return as_codebook(np.array(_NF4))
     levels = 2**bits
     offset = 1 - (1 / (2 * (levels - 1)) + 1 / (2 * levels)) / 2
     positive = _normal_quantiles(np.linspace(offset, 0.5, levels // 2 + 1)[:-1])
     negative = -_normal_quantiles(np.linspace(offset, 0.5, levels // 2)[:-1])
     values = np.concatenate([negative, [0.0], positive])
-    return _as_codebook(values / np.abs(values).max())
+    return as_codebook(values / np.abs(values).max())
 
 
 def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
-    """A user's own values, sorted; at most 2^k of them, within [-1, 1], at least two distinct."""
+    """A user's own values, sorted: at most 2^k of them, within [-1, 1], at least two distinct."""
     values = np.array(table, np.float64)
     if not np.isfinite(values).all() or np.abs(values).max(initial=0) > 1:
         raise ValueError(f"table={list(table)} has values outside [-1, 1]")
-    codebook = _as_codebook(values)
+    codebook = as_codebook(values)
     if not 2 <= codebook.size <= 2**bits:
         raise ValueError(f"table has {codebook.size} distinct values; bits={bits} allows 2..{2**bits}")
     return codebook
@@ -177,10 +119,11 @@ def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
 def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float32[np.ndarray, " thresholds"]:
     """Return the len(codebook) - 1 float32 thresholds t_j such that code(v) = number of j with v >= t_j.
 
-    nearest: t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A tie goes away
-    from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by v > midpoint,
-    which for float32 v is v >= the next float32 above it. truncate: towards v = 0, so t_j is the neighbour farther from
-    zero (the midpoint if zero lies between). floor: t_j = codebook[j + 1]; stochastic rounding goes up from there.
+    With rounding=nearest, t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A
+    tie goes away from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by
+    v > midpoint, which for float32 v is v >= the next float32 above it. With truncate, values go towards v = 0, so t_j
+    is the neighbour farther from zero (the midpoint if zero lies between). With floor, t_j = codebook[j + 1], from
+    where stochastic rounding goes up.
     """
     wide = codebook.astype(np.float64)
     below, above = wide[:-1], wide[1:]
@@ -223,26 +166,6 @@ def natural_peak(data_type: str, bits: int, exponent_bits: int | None = None) ->
     return 1.0
 
 
-def _needed(data_type: str, **argument: T | None) -> T:
-    """Return the one argument, which this data type cannot do without."""
-    ((name, value),) = argument.items()
-    if value is None:
-        raise ValueError(f"data_type {data_type!r} needs {name}=")
-    return value
-
-
-def _as_numbers(tensor: Any) -> NDArray[Any]:
-    """Return an array or torch tensor, which must hold numbers, as an array."""
-    if hasattr(tensor, "detach"):  # without importing torch, which this module does not need
-        tensor = tensor.detach().float().cpu().numpy()
-    values: NDArray[Any] = tensor
-    if values.size == 0:
-        raise ValueError(f"tensor of shape {values.shape} has no elements to fit a codebook to")
-    if bad := int((~np.isfinite(values)).sum()):
-        raise ValueError(f"{bad} of {values.size} values of the tensor are NaN or Inf")
-    return values
-
-
 def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:
     """Return the short name used in tables and plots, such as int4, nf3 or float4-e3m0."""
     if data_type != "float":
@@ -256,7 +179,7 @@ def _normal_quantiles(probabilities: NDArray[Any]) -> NDArray[Any]:
     return np.array([NormalDist().inv_cdf(p) for p in probabilities.tolist()])
 
 
-def _as_codebook(values: NDArray[Any]) -> Codebook:
+def as_codebook(values: NDArray[Any]) -> Codebook:
     """Sort, drop duplicates (the two zeros) and freeze."""
     codebook = np.unique(values.astype(np.float32)) + np.float32(0)  # -0.0 + 0 = 0.0
     codebook.flags.writeable = False

@@ -27,7 +27,7 @@ _LEARNED_SAMPLE: Final = 2**18  # values that k-means sees: its centres move by 
 def quantile_values(bits: int, tensor: NDArray[Any]) -> NDArray[np.float64]:
     """Quantile quantization: midpoints of the tensor's empirical quantiles, plus 0 (paper, Appendix A, eq. 6).
 
-    q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|; Q is exact (a sort).
+    q_i = (Q(i/(2^k + 1)) + Q((i+1)/(2^k + 1))) / 2 for i = 1 .. 2^k - 1, divided by max |q|. Q is exact (a sort).
     Duplicates merge. A tensor whose quantiles are all 0 (all but a tail of it is 0) gets {-1, 0, 1}.
     """
     edges = np.quantile(tensor.astype(np.float64, copy=False), quantile_positions(bits))
@@ -48,8 +48,8 @@ def quantile_positions(bits: int) -> NDArray[np.float64]:
 def af_values(bits: int, block_size: int) -> NDArray[np.float64]:
     """Abnormal float: the code of least expected absolute error for normal values in blocks of this size.
 
-    X = w / max |w| over a block of B values w ~ N(0, 1). With probability 1/B it is +-1; otherwise, given the maximum
-    m, it is N(0, 1/m^2) cut to [-1, 1]. -1, 0 and 1 are in the code; every other value is the median of X between the
+    X = w / max |w| over a block of B values w ~ N(0, 1). With probability 1/B it is +-1. Otherwise, given the maximum
+    m, it is N(0, 1/m^2) cut to [-1, 1]. The code contains -1, 0 and 1. Every other value is the median of X between the
     midpoints to its neighbours, iterated to a fixed point (after Yoshida, arXiv 2306.06965). As there, 2^(k-1) - 1
     values lie below 0 and 2^(k-1) above. (The published AF4 for B = 64 differs around 0, at a 3.4% larger expected
     error: it is the preset af4_published.) In blocks of one value X is -1 or 1, and so the code is -1, 0 and 1 alone,
@@ -72,8 +72,8 @@ def af_values(bits: int, block_size: int) -> NDArray[np.float64]:
 def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> NDArray[np.float64]:
     """K-means of a tensor's normalised values (Lloyd's algorithm in one dimension), with 0 kept as a value.
 
-    Starts from the values' quantiles, on a seeded sample (sample_indices); one centre stays on 0, so that zero blocks
-    are exact: a further one if the quantiles are less than 2^k numbers, else the one nearest 0.
+    The algorithm starts from the values' quantiles, on a seeded sample (sample_indices). One centre stays on 0, so that
+    zero blocks are exact. It is a further centre if the quantiles are less than 2^k numbers, else the one nearest 0.
     """
     ordered = np.sort(values[sample_indices(values.size, seed)].astype(np.float64))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
@@ -104,8 +104,8 @@ def sample_indices(n: int, seed: int) -> NDArray[np.int64]:
 def _normalized_cdf(grid: NDArray[np.float64], block_size: int) -> NDArray[np.float64]:
     """P(X <= x) for a value of a block of B normal values divided by the block's largest magnitude.
 
-    Averages, over the distribution of the maximum m of B - 1 other magnitudes and the value itself, the cut normal; the
-    atoms of 1/(2B) at -1 and +1 are added.
+    The cut normal is averaged over the distribution of the maximum m of B - 1 other magnitudes and the value itself.
+    Then the atoms of 1/(2B) at -1 and +1 are added.
     """
     from scipy.special import ndtr  # slow to import, and only this data type needs it
 

@@ -1,7 +1,9 @@
-"""Quantiles of a tensor on its own device, in parallel, without a sort: exact on the CPU, from a histogram on a GPU.
+"""The values at some ranks of a tensor, on its own device, from a histogram: in parallel, without a sort.
 
-The histogram is of bits. The bits of a float, negative ones complemented, order as the numbers do. Their upper bits are
-a cell of a histogram; the cell in which the count passes a rank holds the value of that rank.
+kbit.numerics.grid finds quantiles with them on a GPU. On the CPU it takes exact order statistics
+(kbit.kernels.cpu_select). The histogram counts bits. The bits of a float, negative ones complemented, order as the
+numbers do. Their upper bits are a cell of the histogram. The cell in which the count passes a rank holds the value of
+that rank.
 """
 
 from __future__ import annotations
@@ -13,35 +15,14 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from kbit.kernels.cpu_select import order_statistics
-from kbit.numerics.backend import Backend
-
 # Low bits of a float32 that a cell does not tell apart: sign, exponent and 13 of 23 fraction bits are left, 2^22 cells.
 _SHIFT: Final = 10
 
 
-RELATIVE_ERROR: Final = 2.0**-13  # of a value of float32: the spacing that 13 fraction bits leave; 0 for 16-bit types
+RELATIVE_ERROR: Final = 2.0**-13  # share of a float32 value: the spacing that 13 fraction bits leave
 
 
 _CHUNK: Final = 2**24  # values counted at a time: 64 MB of cell numbers, whatever the size of the tensor
-
-
-def find_quantiles(
-    values: Float[Tensor, " n"], positions: Float64[np.ndarray, " count"], backend: Backend
-) -> Float64[np.ndarray, " count"]:
-    """Return the quantiles at these positions in [0, 1], interpolated linearly between two ranks as np.quantile does.
-
-    On the CPU, and of float16 and bfloat16, from the exact order statistics. Of float32 on a GPU: see estimate_ranks.
-
-    Args:
-        values: float16, bfloat16 or float32, finite.
-    """
-    places = positions * (values.numel() - 1)
-    ranks = np.concatenate([np.floor(places), np.ceil(places)]).astype(np.int64)
-    at_ranks = estimate_ranks(values, ranks) if backend.is_gpu else order_statistics(backend.view(values), ranks)
-    below, above = np.split(at_ranks.astype(np.float64), 2)
-    quantiles: Float64[np.ndarray, " count"] = below + (above - below) * (places - np.floor(places))
-    return quantiles
 
 
 def estimate_ranks(values: Float[Tensor, " n"], ranks: Int64[np.ndarray, " r"]) -> Float64[np.ndarray, " r"]:

@@ -1,6 +1,6 @@
 """The quantizer in plain NumPy: the slow truth that every kernel is tested against, bit for bit.
 
-Same names and arguments as kbit.kernels.cpu. Values are float32 here; all arithmetic is float32.
+The functions have the names and arguments of kbit.kernels.cpu. Values and all arithmetic are float32 here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Thresholds = Float32[np.ndarray, " thresholds"]
 
 
 def block_extremes(x: Values, row: int, block_size: int) -> tuple[Scales, Scales]:
-    """Return the least and the largest value of each block; NaN where a block holds NaN."""
+    """Return the least and the largest value of each block, NaN where a block holds NaN."""
     blocks = [x[block] for block in iterate_blocks(x.size, row, block_size)]
     low = np.array([block.min() for block in blocks], np.float32)
     high = np.array([block.max() for block in blocks], np.float32)

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from kbit.checks import check_choice
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits
-from kbit.numerics.scale_formats import SCALE_FORMATS, count_scale_bits, largest_scale
+from kbit.numerics.data_types import DATA_TYPES, make_codebook
+from kbit.numerics.scale_formats import SCALE_FORMATS, ScaleFormat, Scales, Stored
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
 
@@ -40,29 +41,30 @@ class QuantSpec:
     """Block-wise quantization to k bits: x ~ codebook[code] * scale + offset, a scale (and offset) per block.
 
     Attributes:
-        bits: 2..8, or 16 for the unquantized baseline.
+        bits: bits of a code, 2..8, or 16 for the unquantized baseline.
         data_type: int, float, dynamic, quantile, nf, af (least expected absolute error of normal values in units of the
             block's maximum, for this block size), learned, or table (the user's own values). dynamic and quantile lack
             -1 or 1: a block's largest magnitude may be clipped, as in the originals.
-        exponent_bits: float only, 1..bits-1; None is the paper's choice (3 bits: 2; 4..8 bits: 3).
-        float_bias: float only; where the subnormals lie: ieee as in OCP's formats, bnb at 1/4 of that (bitsandbytes'
+        exponent_bits: exponent bits of float, 1..bits-1. None is the paper's choice (2 for 3 bits, 3 for 4..8 bits).
+        float_bias: where the subnormals of float lie: ieee as in OCP's formats, bnb at 1/4 of that (bitsandbytes'
             create_fp8_map), paper at 1/16 (its Appendix A, and bitsandbytes' FP4).
-        table: data_type=table only: its values, within [-1, 1] where 1 is the block's scale, at most 2^bits.
-        block_size: elements per block, >= 1; None is the whole tensor (the whole row if layout=row).
-        layout: flat: blocks run over the flattened tensor, as in the paper; row: they restart at each row (index of all
-            dimensions but the last).
-        normalization: absmax: scale = max |x|, offset 0. signed_absmax: scale = the x of largest magnitude, sign kept.
-            minmax: scale and offset map [min x, max x] to the codebook's range (zero point).
-        centering: subtract the tensor's mean first (paper, Appendix B).
+        table: values of data_type=table, at most 2^bits, within [-1, 1] where 1 is the block's scale.
+        block_size: elements per block, >= 1. None is the whole tensor (the whole row if layout=row).
+        layout: how blocks lie. With flat they run over the flattened tensor, as in the paper. With row they restart at
+            each row, which is one index of all dimensions but the last.
+        normalization: how a block's scale and offset are found. absmax has scale = max |x| and offset 0. signed_absmax
+            has the x of largest magnitude as its scale, sign kept. With minmax, scale and offset map [min x, max x] to
+            the codebook's range (zero point).
+        centering: whether the tensor's mean is subtracted first (paper, Appendix B).
         scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0, fp8 (NVFP4), dq8 (QLoRA's double quantization).
-            e8m0 are powers of two: of int and float the one at or below max |x|, as BFP and MX have it, with the table
-            on its natural grid (E2M1: up to 1.5), of other tables the one at or above. Offsets take the same format, or
-            fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
-        rounding: nearest (ties away from zero); stochastic (up with the probability that makes it unbiased within the
-            table's range, seeded); truncate (towards 0, in units of the scale: of the weights, towards the block's
-            offset, which with minmax and centering need not be 0).
-        seed: of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's name,
-            so that tensors do not share their random numbers.
+            e8m0 scales are powers of two. For int and float the scale is the power at or below max |x|, as BFP and MX
+            have it, with the table on its natural grid (E2M1: up to 1.5). For other tables it is the power at or above.
+            Offsets take the same format, or fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
+        rounding: nearest has ties away from zero. stochastic goes up with the probability that makes it unbiased within
+            the table's range, seeded. truncate goes towards 0 in units of the scale, so weights go towards the block's
+            offset, which with minmax and centering need not be 0.
+        seed: seed of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's
+            name, so that tensors do not share their random numbers.
 
     Raises:
         ValueError: a value outside its allowed set, named with what is allowed.
@@ -83,11 +85,11 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         self._convert_types()
-        check_choice("data_type", self.data_type, codebooks.DATA_TYPES)
+        check_choice("data_type", self.data_type, tuple(DATA_TYPES))
         check_choice("float_bias", self.float_bias, codebooks.FLOAT_BIASES)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("normalization", self.normalization, NORMALIZATIONS)
-        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
+        check_choice("scale_format", self.scale_format, tuple(SCALE_FORMATS))
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"block_size={self.block_size} is not >= 1 (null is the whole tensor)")
@@ -127,17 +129,17 @@ class QuantSpec:
             codebooks.table_codebook(self.bits, self.table)
         if self.data_type == "af" and self.block_size is None:
             raise ValueError("data_type=af is made for a block size: block_size=null has none")
-        if self.scale_format == "e8m0" and self.normalization != "absmax":
+        if self.scale_type.holds_only_powers and self.normalization != "absmax":
             raise ValueError(
-                f"scale_format=e8m0 has neither sign nor fraction: normalization={self.normalization} needs another; "
-                "allowed is absmax"
+                f"scale_format={self.scale_format} has neither sign nor fraction: normalization={self.normalization} "
+                "needs another; allowed is absmax"
             )
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
         """Return the spec again that went through dataclasses.asdict and JSON.
 
-        Fields that it lacks, written by an earlier version, are at their default; what is no field is ignored.
+        Fields that an earlier version did not write are at their default. What is no field is ignored.
         """
         known = {field.name: values[field.name] for field in dataclasses.fields(QuantSpec) if field.name in values}
         if known.get("table") is not None:
@@ -150,15 +152,20 @@ class QuantSpec:
         return self.bits == BASELINE_BITS
 
     @property
-    def offset_format(self) -> str:
-        """The format of minmax's offsets."""
-        return self.scale_format if self.scale_format in ("fp16", "bf16", "fp32") else "fp16"
+    def scale_type(self) -> ScaleFormat:
+        """How scales are stored."""
+        return SCALE_FORMATS[self.scale_format]
+
+    @property
+    def offset_type(self) -> ScaleFormat:
+        """How minmax's offsets are stored."""
+        return self.scale_type if self.scale_type.holds_offsets else SCALE_FORMATS["fp16"]
 
     @property
     def largest_weight(self) -> float:
-        """The largest magnitude of weights whose scales, and offsets, their formats hold."""
-        formats = (self.scale_format, self.offset_format) if self.normalization == "minmax" else (self.scale_format,)
-        return min(map(largest_scale, formats))
+        """The largest magnitude of weights whose scales and offsets can be stored."""
+        stored = (self.scale_type, self.offset_type) if self.normalization == "minmax" else (self.scale_type,)
+        return min(form.largest for form in stored)
 
     def canonical(self) -> QuantSpec:
         """Return the same quantizer with every field that has no effect at its default.
@@ -186,9 +193,9 @@ class QuantSpec:
         """Return this spec's codebook.
 
         Args:
-            tensor: for quantile the tensor, for learned its normalised values; not needed otherwise.
+            tensor: the tensor, which quantile needs, or its normalised values, which learned needs.
         """
-        codebook = codebooks.make_codebook(
+        codebook = make_codebook(
             self.data_type,
             self.bits,
             exponent_bits=self.exponent_bits,
@@ -198,7 +205,7 @@ class QuantSpec:
             tensor=tensor,
             seed=self.seed,
         )
-        if self.scale_format != "e8m0":
+        if not self.scale_type.holds_only_powers:
             return codebook
         peak = np.float32(codebooks.natural_peak(self.data_type, self.bits, self.exponent_bits))
         return np.asarray(codebook * peak, np.float32)
@@ -208,8 +215,23 @@ class QuantSpec:
         elements = math.prod(shape)
         if elements == 0:
             return 0
-        row = shape[-1] if self.layout == "row" and len(shape) else elements
-        return (elements // row) * math.ceil(row / (self.block_size or row))
+        row, block_size = self.find_block_shape(shape)
+        return (elements // row) * math.ceil(row / block_size)
+
+    def find_block_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the elements of a row (the whole tensor if layout=flat) and of a block, which is at most a row."""
+        row = shape[-1] if self.layout == "row" and len(shape) else math.prod(shape)
+        return row, min(self.block_size or row, row)
+
+    def decode_scales(self, stored: Stored) -> Scales:
+        """Return the scales. One below 0 is 0 where scales have no sign: a zero block's double-quantized one may be."""
+        scales = self.scale_type.decode(stored)
+        return scales if self.normalization == "signed_absmax" else np.maximum(scales, np.float32(0))
+
+    def decode_offsets(self, stored: Stored, center: NDArray[np.float16], scales: Scales) -> Scales:
+        """Return the offset of each block: the block's own, which minmax alone has, plus the tensor's mean."""
+        total = self.offset_type.decode(stored) if stored else np.zeros_like(scales)
+        return total + center.astype(np.float32) if center.size else total
 
     def count_bits(self, shape: Sequence[int]) -> int:
         """Return the bits of a tensor of this shape: codes, scales, offsets, mean and its own codebook."""
@@ -217,9 +239,9 @@ class QuantSpec:
         if self.is_baseline or elements == 0:
             return BASELINE_BITS * elements
         blocks = self.count_blocks(shape)
-        bits = self.bits * elements + count_scale_bits(blocks, self.scale_format)
+        bits = self.bits * elements + self.scale_type.count_bits(blocks)
         if self.normalization == "minmax":
-            bits += count_scale_bits(blocks, self.offset_format)
+            bits += self.offset_type.count_bits(blocks)
         if self.centering:
             bits += CENTER_BITS
         if self.data_type in codebooks.ADAPTIVE:
@@ -227,7 +249,7 @@ class QuantSpec:
         return bits
 
     def label(self) -> str:
-        """Return the short name used in tables and plots, such as nf4 or float4-e3m0; 16-bit for the baseline."""
+        """Return the short name used in tables and plots, such as nf4, float4-e3m0, or 16-bit for the baseline."""
         if self.is_baseline:
             return "16-bit"
         return codebooks.data_type_label(self.data_type, self.bits, self.exponent_bits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 
 from kbit.checks import non_defaults
 from kbit.evaluation.config import FeatureConfig
-from kbit.methods.config import CALIBRATED, CalibrationConfig, GptqConfig, QuantConfig
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.numerics.spec import write_table
 
 if TYPE_CHECKING:
-    from kbit.experiments.result import Result, TaskRecord
+    from kbit.evaluation.measurement import TaskRecord
+    from kbit.experiments.result import Result
 
 _HASH: Final = 8  # hexadecimal digits shown of a hash: among a thousand contents two are equal once in 8,600 times
 
@@ -97,8 +98,9 @@ def _make_row(result: Result) -> dict[str, Any]:
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
+    content = {task.name: _describe_content(task) for task in result.tasks}
     row["measurements"] = [
-        vars(measurement) | {"evaluation": _describe_evaluation(result, measurement.task)}
+        vars(measurement) | {"evaluation": _describe_evaluation(result, measurement.task, content)}
         for measurement in result.measurements
     ]
     return row
@@ -106,10 +108,14 @@ def _make_row(result: Result) -> dict[str, Any]:
 
 def _describe_options(quant: QuantConfig) -> str:
     """Return the options that the method uses and that are not at their default, see QuantConfig.method_options."""
-    calibration = non_defaults(quant.calibration, CalibrationConfig()) if quant.method in CALIBRATED else {}
-    gptq = non_defaults(quant.gptq, GptqConfig()) if quant.method == "gptq" else {}
-    options = {f"calibration.{name}": value for name, value in calibration.items()} | gptq
-    return " ".join(f"{name}={value}" for name, value in options.items())
+    groups = ["calibration"] if quant.traits.needs_text else []
+    groups += [quant.traits.options] if quant.traits.options else []
+    changed = {group: non_defaults(getattr(quant, group), OPTION_GROUPS[group]()) for group in groups}
+    return " ".join(
+        f"{name if group == quant.method else f'{group}.{name}'}={value}"
+        for group, options in changed.items()
+        for name, value in options.items()
+    )
 
 
 def _describe_outliers(quant: QuantConfig) -> dict[str, Any]:
@@ -121,15 +127,19 @@ def _describe_outliers(quant: QuantConfig) -> dict[str, Any]:
     return columns | ({"activation_threshold": quant.activation_threshold} if quant.decomposes else {})
 
 
-def _describe_evaluation(result: Result, task: str) -> str:
+def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) -> str:
     """Return what must be equal for two values of a measurement to compare: dtype, items or windows, and their content.
 
     The content is the beginning of a hash, see LoadedTask and TextRecord. A mean has the hash over its tasks' contents.
     Results from before the content was recorded do without.
+
+    Args:
+        result: the result with the measurement.
+        task: the measurement's task.
+        content: hashes of each task's data, see _describe_content.
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
     items = f"{dtype}, {evaluation.limit or 'all'} items"
-    content = {data.name: _describe_content(data) for data in result.tasks}
     if task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
     measure = _find_measure(result, task)
@@ -151,7 +161,7 @@ def _describe_evaluation(result: Result, task: str) -> str:
 
 
 def _find_measure(result: Result, task: str) -> str | None:
-    """Return the hash of the user's measure that a task belongs to: "measure 1a2b3c4d"; None if it is kbit's own."""
+    """Return the hash of the user's measure that a task belongs to ("measure 1a2b3c4d"). kbit's own give None."""
     owner = task.partition("/")[0]
     hashes = (measure.sha256[:_HASH] for measure in result.measures if measure.name == owner)
     return next((f"measure {digest}" for digest in hashes), None)

@@ -280,16 +280,6 @@ def test_file_where_the_store_should_be_is_refused_and_kept(kbit: Kbit, tmp_path
     assert (tmp_path / "results").read_text() == "mine"
 
 
-def test_gpu_that_is_not_there_is_refused_with_what_there_is(run_kbit: Kbit, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("needs a machine without CUDA")
-    done = run_kbit("run", "-m", "ray.gpus_per_worker=1", *SMALL, cwd=tmp_path)
-    assert done.code == 1
-    assert "ray.gpus_per_worker=1" in done.err
-    assert "0 GPUs" in done.err
-    assert TRACEBACK not in done.err
-
-
 def test_nan_in_a_weight_is_a_failure_and_no_result(kbit: Kbit, tmp_path: Path) -> None:
     shutil.copytree(EMBEDDED / "nano-neox-98k", tmp_path / "damaged")
     path, name = tmp_path / "damaged" / "model.safetensors", "gpt_neox.layers.0.attention.dense.weight"

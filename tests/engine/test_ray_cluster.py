@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kbit.engine.plan import Outcome, make_plan
+from kbit.engine.outcome import Outcome
+from kbit.engine.plan import make_plan
 from kbit.engine.ray_cluster import (
     GPU_SHARE,
     choose_gpus,

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kbit.engine.estimate import Estimator, format_seconds
-from kbit.engine.plan import Outcome, Plan, check_experiment, make_plan
+from kbit.engine.outcome import Outcome
+from kbit.engine.plan import Plan, check_experiment, make_plan
 from kbit.engine.progress import Progress, show_value
 from kbit.engine.worker import Worker, run_in_process
 from kbit.engine.worker_log import log_output

@@ -18,6 +18,7 @@ from kbit.evaluation.measure import Memory
 from kbit.evaluation.measurement import Measurement, NonFiniteError, check_own
 from kbit.evaluation.measures import MEASURES, check_measures
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.experiments.session import Session
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
@@ -71,8 +72,12 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_agreement.py:Agreement"
 
 
-def asking(*measures: str, **fields: Any) -> EvalConfig:
-    return EvalConfig(**({"tasks": (), "perplexity_windows": 3, "measures": measures} | fields))
+def asking(*measures: str) -> EvalConfig:
+    return EvalConfig(tasks=(), perplexity_windows=3, measures=measures)
+
+
+def key_of(*measures: str) -> str:
+    return find_key(Experiment(eval=asking(*measures)))
 
 
 @pytest.mark.parametrize("asked", ["my_agreement.py:Agreement", "my_agreement:Agreement"])
@@ -85,36 +90,36 @@ def test_a_measure_from_a_file_is_run_stored_and_drawn(
         assert done.code == 0, done.err
         assert TASK in done.out
     results = read_results(tmp_path / "results")
-    ours = results[results["task"] == TASK].set_index("bits")
-    assert ours.loc[16, "value"] == 1
-    assert 0 < ours.loc[3, "value"] < 1
-    assert ours.loc[3, "low"] <= ours.loc[3, "value"] <= ours.loc[3, "high"]
-    assert re.fullmatch(r"float32, 3 windows of \d+ tokens, text \w{8}, measure \w{8}", ours.loc[3, "evaluation"]), (
-        ours.loc[3, "evaluation"]
-    )
-    items = read_items(tmp_path / "results", TASK, "same", [ours.loc[3, "key"]])[ours.loc[3, "key"]]
-    assert items.mean() == pytest.approx(ours.loc[3, "value"], abs=1e-6)
-    [record] = read_records(tmp_path / "results", "experiments", [ours.loc[3, "key"]])
+    ours: dict[int, Any] = results[results["task"] == TASK].set_index("bits").to_dict("index")  # type: ignore[assignment]
+    low = ours[3]
+    assert ours[16]["value"] == 1
+    assert 0 < low["value"] < 1
+    assert low["low"] <= low["value"] <= low["high"]
+    way = low["evaluation"]
+    assert re.fullmatch(r"float32, 3 windows of \d+ tokens, text \w{8}, measure \w{8}", way), way
+    items = read_items(tmp_path / "results", TASK, "same", [low["key"]])[low["key"]]
+    assert items.mean() == pytest.approx(low["value"], abs=1e-6)
+    [record] = read_records(tmp_path / "results", "experiments", [low["key"]])
     assert [(m["name"], m["notes"]) for m in record["measures"]] == [("agreement", {"windows": 3})]
     curve = precision_curves(results, "same", TASK)
     assert curve["bits"].tolist() == [3, 16]
-    assert curve["value"].tolist() == ours.loc[[3, 16], "value"].tolist()
+    assert curve["value"].tolist() == [low["value"], 1]
     published = pd.DataFrame(columns=["panel", "total_bits", "value"])  # none
     figure = draw_panels(
         curve.assign(panel=curve["family"], series=curve["data_type"]), "equal tokens", True, published
     )
-    drawn = [line.get_ydata() for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    lines: Any = figure.axes[0].get_lines()
+    drawn = [line.get_ydata() for line in lines if len(line.get_xdata()) == 2]
     assert drawn == [pytest.approx(curve["value"])]
 
 
 def test_it_is_part_of_the_key_by_its_content_only_if_it_is_asked_for(measure: str) -> None:
-    without, one = Experiment(eval=asking()), Experiment(eval=asking(measure))
-    key = one.key
-    assert Experiment(eval=asking("my_agreement:Agreement")).key == key != without.key
+    key = key_of(measure)
+    assert key_of("my_agreement:Agreement") == key != key_of()
     Path("elsewhere.py").write_text(AGREEMENT)
-    assert Experiment(eval=asking("elsewhere.py:Agreement")).key == key
+    assert key_of("elsewhere.py:Agreement") == key
     Path("my_agreement.py").write_text(AGREEMENT.replace(":, :32", ":, :31"))
-    assert Experiment(eval=asking(measure)).key != key
+    assert key_of(measure) != key
 
 
 def test_an_edited_measure_is_imported_again(measure: str, tmp_path: Path) -> None:
@@ -131,10 +136,16 @@ def test_an_edited_measure_is_imported_again(measure: str, tmp_path: Path) -> No
 
 def test_an_edit_after_planning_is_an_error(measure: str) -> None:
     experiment = Experiment(SMALL, QuantConfig(bits=3), asking(measure))
-    assert experiment.key
+    planned = find_key(experiment)
     Path("my_agreement.py").write_text(AGREEMENT + "\n")
-    with pytest.raises(ValueError, match="has changed since"):
-        Session(SMALL).run(experiment)
+    with pytest.raises(ValueError, match=r"my_agreement\.py:Agreement has changed since"):
+        Session(SMALL).run(experiment, planned)
+
+
+def test_what_a_store_could_not_write_is_an_error(measure: str) -> None:
+    Path("my_agreement.py").write_text(AGREEMENT.replace('{"windows": len(shares)}', '{"tokens": say(subject)}'))
+    with pytest.raises(ValueError, match=r"'agreement' gave something that is no plain value: .* Tensor"):
+        Session(SMALL).run(Experiment(SMALL, QuantConfig(bits=3), asking(measure)))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +194,7 @@ def test_a_measure_returns_finite_numbers_of_its_own_task() -> None:
         check_own("mine", [dataclasses.replace(own, value=float("nan"))], [])
 
 
-CHANGES = {
+CHANGES: dict[str, Any] = {
     "tasks": ("nano_choice",),
     "limit": 3,
     "perplexity": None,
@@ -200,7 +211,7 @@ def test_every_field_belongs_to_a_measure_and_to_the_key(measure: str, tmp_path:
     changes = CHANGES | {"measures": (measure,), "features": dataclasses.replace(usual.eval.features, measure=True)}
     assert changes.keys() == fields - {"task_path"}
     for name, value in changes.items():
-        assert Experiment(eval=dataclasses.replace(usual.eval, **{name: value})).key != usual.key
+        assert find_key(Experiment(eval=dataclasses.replace(usual.eval, **{name: value}))) != find_key(usual)
 
 
 def test_memory_keeps_one_object_of_each_kind() -> None:

@@ -176,14 +176,13 @@ def test_a_nan_weight_is_an_error_and_no_number(build_tiny: Build, tokenizer: An
 
 def test_bfloat16_logits_are_scored_in_float32(build_tiny: Build, tokenizer: Any, requests: list[Any]) -> None:
     model = build_tiny("llama", vocab_size=1024).to(torch.bfloat16)
-    some = [instance for instance in requests if instance.task_name == "hellaswag"][:96]
+    some = [instance for instance in requests if instance.task_name == "hellaswag"]
     in_bfloat16 = score(Scorer(model, tokenizer), some)
     upcast = score(Scorer(model.float(), tokenizer), some)
-    assert len(some) == 96
+    assert len(some) == 4 * LIMIT
     # A log-softmax in bfloat16 left 17 distinct values of 96, up to 0.5 off, in float32 96 and 0.007 (measured with
     # lm-eval on a tiny Llama; 0.010 here). On trained models the bfloat16 logits themselves are off by more.
-
-    assert len({value for value, _ in in_bfloat16}) >= 0.9 * 96
+    assert len({value for value, _ in in_bfloat16}) >= 0.9 * len(some)
     assert largest_difference(in_bfloat16, upcast) < 0.02
 
 

@@ -10,9 +10,9 @@ import pytest
 from toy_results import make_result
 
 from kbit.evaluation.config import EvalConfig, FeatureConfig
-from kbit.evaluation.measurement import Feature, Layer, Measurement
+from kbit.evaluation.measurement import Feature, Layer, Measurement, TaskRecord, TextRecord
 from kbit.experiments.config import Experiment, RunConfig
-from kbit.experiments.result import Failure, Result, SkippedTensor, TaskRecord, TextRecord
+from kbit.experiments.result import Failure, Result, SkippedTensor
 from kbit.experiments.serialize import from_json, to_json
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 

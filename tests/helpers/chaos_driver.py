@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from kbit.engine.estimate import Estimator
-from kbit.engine.plan import Outcome, make_plan
+from kbit.engine.outcome import Outcome
+from kbit.engine.plan import make_plan
 from kbit.engine.progress import Progress, compact_quietly
 from kbit.engine.ray_cluster import dispatch, start_ray
 from kbit.evaluation.config import EvalConfig

@@ -53,7 +53,7 @@ def test_the_console_is_few_modules_away_from_a_kernel(
     kbit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stacks: list[list[str]] = []
-    kernel = cpu.fake_quantize
+    kernel = cpu.quantize
 
     def record(*arguments: Any) -> Any:
         frame, names = sys._getframe(), [cpu.__name__]
@@ -62,7 +62,7 @@ def test_the_console_is_few_modules_away_from_a_kernel(
         stacks.append([name for name in dict.fromkeys(reversed(names)) if name.startswith("kbit.")])
         return kernel(*arguments)
 
-    monkeypatch.setattr(cpu, "fake_quantize", record)
+    monkeypatch.setattr(cpu, "quantize", record)
     done = kbit("run", "quant.bits=4", "quant.data_type=int", "eval.tasks=[]", "eval.perplexity_windows=1")
     assert done.code == 0, done.err
     assert stacks

@@ -23,8 +23,9 @@ import torch
 from cuda_cases import DTYPES, Array, as_words, compare
 
 from kbit.kernels import cuda as kernels
-from kbit.numerics import quantizer, reference
+from kbit.numerics import quantized_tensor, quantizer, reference
 from kbit.numerics.backend import Backend, choose_backend
+from kbit.numerics.grid import make_grid
 from kbit.numerics.scale_formats import SCALE_FORMATS
 from kbit.numerics.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
 
@@ -51,12 +52,12 @@ def find_differences(x: torch.Tensor, spec: QuantSpec) -> Iterator[str]:
     """Compare the public functions on the simulated GPU with the plain definition."""
     values = x.view(-1).to(torch.float32 if x.dtype == torch.float64 else x.dtype)
     # the estimated quantiles are tested by themselves; everything else must be what the CPU has
-    grid = quantizer.make_grid(values, x.shape, spec, GPU if spec.data_type == "quantile" else CPU)
+    grid = make_grid(values, x.shape, spec, GPU if spec.data_type == "quantile" else CPU)
     tables, shape = (grid.scales, grid.offsets, grid.codebook), (grid.row, grid.block_size)
     codes = reference.quantize(values.float().numpy(), *tables, grid.thresholds, *shape, grid.seed)
     expected = torch.from_numpy(reference.dequantize(codes, *tables, *shape)).to(values.dtype)
     q = quantizer.quantize(x, spec)
-    yield from compare("quantize", q.unpack_codes(), codes)
+    yield from compare("quantize", q.unpack_codes().numpy(), codes)
     for name, result in (
         ("dequantize", quantizer.dequantize(q, "cuda")),
         ("fake_quantize", quantizer.fake_quantize(x, spec)),
@@ -70,7 +71,10 @@ def find_differences(x: torch.Tensor, spec: QuantSpec) -> Iterator[str]:
 def check_public_functions() -> dict[str, list[str]]:
     """Return the differences by spec, and the errors that bad values must raise."""
     differences: dict[str, list[str]] = {}
-    with patch.object(quantizer, "choose_backend", lambda device: GPU):
+    with (
+        patch.object(quantizer, "choose_backend", lambda device: GPU),
+        patch.object(quantized_tensor, "choose_backend", lambda device: GPU),
+    ):
         dtypes = itertools.cycle([*DTYPES.values(), torch.float64])
         for spec in list_specs():
             dtype = next(dtypes)

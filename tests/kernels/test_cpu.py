@@ -14,7 +14,8 @@ from numba import njit
 from kbit.kernels import cpu, cpu_chunks
 from kbit.kernels.cpu_select import order_statistics
 from kbit.numerics import reference
-from kbit.numerics.codebooks import decision_thresholds, make_codebook
+from kbit.numerics.codebooks import decision_thresholds
+from kbit.numerics.data_types import make_codebook
 
 Array = np.ndarray[Any, Any]
 

@@ -74,7 +74,7 @@ def test_later_blocks_see_what_the_quantized_ones_before_give(build_tiny: Callab
             x = record_inputs(model, windows.tokens)["gpt_neox.layers.1.attention.query_key_value.weight"]
             assert torch.allclose(hessians[0].double(), 2 / len(x) * x.T @ x, rtol=1e-3, atol=1e-4)
             break
-        weight.put(weight.values * 0.5)
+        weight.replace(weight.values * 0.5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

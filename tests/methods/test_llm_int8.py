@@ -27,7 +27,7 @@ from kbit.experiments.session import Session
 from kbit.layers import int8_linear
 from kbit.layers.int8_linear import Int8Linear, multiply_int8, quantize_int8
 from kbit.layers.int8_schemes import SCHEMES
-from kbit.methods.config import INT8_METHODS, QuantConfig
+from kbit.methods.config import QuantConfig
 from kbit.methods.llm_int8 import describe_products, make_product
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
 from kbit.methods.report import plan_quantization
@@ -151,7 +151,7 @@ def test_a_device_without_int8_products_is_named() -> None:
         multiply_int8(a, a)
 
 
-@pytest.mark.parametrize("method", INT8_METHODS)
+@pytest.mark.parametrize("method", SCHEMES)
 def test_what_int8_represents_exactly_is_multiplied_exactly(method: str) -> None:
     x, w = draw_codes(5, 96, seed=1), draw_codes(7, 96, seed=2)
     if SCHEMES[method].decomposes:
@@ -163,13 +163,13 @@ def test_what_int8_represents_exactly_is_multiplied_exactly(method: str) -> None
     assert layer.met.nonzero().flatten().tolist() == ([50] if SCHEMES[method].decomposes else [])
 
 
-@pytest.mark.parametrize("method", INT8_METHODS)
+@pytest.mark.parametrize("method", SCHEMES)
 def test_a_layer_is_the_product_of_what_its_codes_stand_for(method: str) -> None:
     """Including batches of any shape, dimensions kept by the configuration and those above the threshold."""
     x, w, scheme = draw(2, 3, 48, seed=3) * 2, draw(10, 48, seed=4), SCHEMES[method]
     config = QuantConfig(bits=8, method=method, activation_threshold=4.0)
     kept = torch.tensor([1, 30])
-    layer = make_product(Weight("w", w.clone(), config.spec, kept=kept), None, config)
+    layer = make_product(Weight("w", w.clone(), config.spec, outlier_columns=kept), None, config)
     rows = x.view(6, 48)
     wide = (rows.abs().amax(0) > 4.0) if scheme.decomposes else torch.zeros(48, dtype=torch.bool)
     wide[kept] = True
@@ -355,7 +355,7 @@ def test_what_has_no_int8_product_is_named(
 def test_bits_are_codes_and_constants(method: str, constants: int) -> None:
     config = QuantConfig(bits=8, method=method)
     assert config.count_bits((10, 48)) == 8 * 480 + 32 * constants
-    if f"zeropoint_{method}" in INT8_METHODS:
+    if f"zeropoint_{method}" in SCHEMES:
         shifted = dataclasses.replace(config, method=f"zeropoint_{method}")
         assert shifted.count_bits((10, 48)) == 8 * 480 + (32 + 8) * constants
     layer = make_layer(method, draw(10, 48))
@@ -364,7 +364,7 @@ def test_bits_are_codes_and_constants(method: str, constants: int) -> None:
 
 def test_the_configuration_does_what_the_methods_are_called() -> None:
     """The names are the paper's: what each says of a method is what the method does, and what is counted."""
-    for name in INT8_METHODS:
+    for name in SCHEMES:
         config = QuantConfig(bits=8, method=name)
         decomposes = name.endswith(("llm_int8", "decomposition"))
         assert config.decomposes == decomposes

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
-from kbit.methods.outlier_columns import choose_kept
+from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
 from kbit.methods.report import plan_quantization
 from kbit.methods.weight import Weight
 from kbit.models.architectures import find_sources, orient
 from kbit.models.parameters import hash_weights
-from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.quantizer import fake_quantize, quantize
 from kbit.numerics.spec import QuantSpec
 
 Build = Callable[..., Any]
@@ -55,7 +55,7 @@ def test_the_proxy_finds_the_unit_whose_incoming_weights_are_large(build_tiny: B
             row = PLANTED if source.rows is None else int(source.rows[PLANTED])
             with torch.no_grad():
                 orient(model, source.name)[row] *= 20
-        assert PLANTED in choose_kept(model, [name], config)[name].tolist(), name
+        assert PLANTED in choose_outliers(model, [name], config)[name].tolist(), name
 
 
 def test_each_selection_finds_what_it_looks_at(build_tiny: Build) -> None:
@@ -64,11 +64,11 @@ def test_each_selection_finds_what_it_looks_at(build_tiny: Build) -> None:
     with torch.no_grad():
         model.get_parameter(FC1)[:, 5] *= 20
     one = functools.partial(configure, outlier_fraction=0.01)
-    assert choose_kept(model, [FC1], one())[FC1].tolist() == [PLANTED]
-    assert choose_kept(model, [FC1], one(outlier_selection="column"))[FC1].tolist() == [5]
-    drawn = [choose_kept(model, [FC1], one(outlier_selection="random", seed=s))[FC1].item() for s in range(20)]
+    assert choose_outliers(model, [FC1], one())[FC1].tolist() == [PLANTED]
+    assert choose_outliers(model, [FC1], one(outlier_selection="column"))[FC1].tolist() == [5]
+    drawn = [choose_outliers(model, [FC1], one(outlier_selection="random", seed=s))[FC1].item() for s in range(20)]
     assert len(set(drawn)) > 5
-    assert drawn[0] == choose_kept(model, [FC1], one(outlier_selection="random"))[FC1].item()
+    assert drawn[0] == choose_outliers(model, [FC1], one(outlier_selection="random"))[FC1].item()
 
 
 @pytest.mark.parametrize(("selection", "found"), [("proxy", [PLANTED]), ("column", [5])])
@@ -78,7 +78,7 @@ def test_a_zscore_keeps_what_stands_out_and_nothing_else(build_tiny: Build, sele
     with torch.no_grad():
         model.get_parameter(FC1)[:, 5] *= 20
     config = configure(outlier_zscore=4.0, outlier_selection=selection)
-    kept = choose_kept(model, quantized(model, config), config)
+    kept = choose_outliers(model, quantized(model, config), config)
     assert kept[FC1].tolist() == found
     # the row planted is also a row of the matrix before, and its reader's column; all others keep nothing
     assert sum(len(dimensions) > 0 for dimensions in kept.values()) == 1
@@ -91,14 +91,14 @@ def test_all_deviations_equal_stand_out_nowhere(build_tiny: Build) -> None:
     model = build_tiny("opt")
     with torch.no_grad():
         model.get_parameter(FC1).fill_(0.0)
-    assert choose_kept(model, [FC1], configure(outlier_zscore=4.0, outlier_selection="column"))[FC1].tolist() == []
+    assert choose_outliers(model, [FC1], configure(outlier_zscore=4.0, outlier_selection="column"))[FC1].tolist() == []
 
 
 def test_gpt2_and_opt_keep_the_same_of_the_same_weights(build_tiny: Build) -> None:
     """Conv1D is the equivalent Linear: the same matrices, stored transposed."""
     gpt2 = build_tiny("gpt2")
     name = "transformer.h.1.mlp.c_proj.weight"
-    kept = choose_kept(gpt2, [name], configure(outlier_fraction=0.02))[name]
+    kept = choose_outliers(gpt2, [name], configure(outlier_fraction=0.02))[name]
     deviation = gpt2.get_parameter("transformer.h.1.mlp.c_fc.weight").std(0)  # [in, out]: of each output unit
     assert set(kept.tolist()) == set(deviation.topk(len(kept)).indices.tolist())
     assert len(kept) == 5  # 2% of 256
@@ -129,7 +129,7 @@ def test_what_is_included_is_kept_along_its_last_dimension(
     config = configure(include=include, outlier_fraction=0.05, outlier_selection=selection)
     names = [name for name in quantized(model, config) if re.search(include, name)]
     before = {name: model.get_parameter(name).detach().clone() for name in names}
-    kept = choose_kept(model, names, config)
+    kept = choose_outliers(model, names, config)
     assert kept.keys() == {name for name in names if before[name].ndim > 1}
     plan = plan_quantization(model, config)
     assert quantize_model(model, config) == plan
@@ -151,7 +151,7 @@ def test_column_chooses_the_hidden_unit_of_an_embedding_and_not_a_token(build_ti
         model.gpt_neox.embed_in.weight[200] *= 20  # a token
         model.gpt_neox.embed_in.weight[:, 40] *= 20
     config = configure(outlier_fraction=0.01, outlier_selection="column")
-    assert choose_kept(model, ["gpt_neox.embed_in.weight"], config)["gpt_neox.embed_in.weight"].tolist() == [40]
+    assert choose_outliers(model, ["gpt_neox.embed_in.weight"], config)["gpt_neox.embed_in.weight"].tolist() == [40]
 
 
 # ---- what becomes of the weights
@@ -162,7 +162,7 @@ def test_kept_columns_stay_and_the_rest_is_quantized_without_them(build_tiny: Bu
     model = build_tiny(architecture)
     config = configure(outlier_fraction=0.05)
     names = quantized(model, config)
-    kept = choose_kept(model, names, config)
+    kept = choose_outliers(model, names, config)
     before = {name: orient(model, name).clone() for name in names}
     copies = copy_weights(model, plan_quantization(model, config))
     original = hash_weights(model)
@@ -197,18 +197,19 @@ def test_outliers_rescue_the_levels_of_their_blocks(build_tiny: Build) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 12), st.data())
-def test_put_leaves_kept_columns_whatever_it_is_given(rows: int, inputs: int, data: st.DataObject) -> None:
+def test_outlier_columns_stay_whatever_the_codes_are(rows: int, inputs: int, data: st.DataObject) -> None:
     kept = data.draw(st.lists(st.integers(0, inputs - 1), unique=True))
     values = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0))
     before = values.clone()
-    weight = Weight("w", values, QuantSpec(), kept=torch.tensor(kept, dtype=torch.int64))
+    weight = Weight("w", values, QuantSpec(), outlier_columns=torch.tensor(kept, dtype=torch.int64))
     zeroed = before.clone()
     zeroed[:, kept] = 0
-    with weight.kept_at_zero() as at_zero:
+    with weight.outliers_at_zero() as at_zero:
         assert torch.equal(at_zero, zeroed)
-    assert torch.equal(weight.take_matrix(), zeroed)
+    assert torch.equal(weight.copy_matrix(), zeroed)
     assert torch.equal(values, before)
-    weight.put(torch.full((rows, inputs), 7.0))
+    sevens = quantize(torch.full((rows, inputs), 7.0), QuantSpec(data_type="int", bits=4))
+    weight.replace(sevens.keep_columns(weight.outlier_columns, weight.copy_outliers()).dequantize())
     rest = [i for i in range(inputs) if i not in kept]
     assert torch.equal(values[:, kept], before[:, kept])
     assert (values[:, rest] == 7).all()

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from kbit.methods.awq import ALPHAS, find_channel_scales, quantize_scaled
-from kbit.methods.block_scales import FACTORS, BlockGrid, find_best_scales
+from kbit.methods.block_scales import BlockScales, find_best_scales
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.methods.gptq import quantize_weight
-from kbit.methods.hqq import P, fit_line, quantize_half_quadratic, shrink
+from kbit.methods.hqq import P, find_half_quadratic_scales, fit_line, shrink
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.weight import Weight
 from kbit.numerics.quantizer import fake_quantize
-from kbit.numerics.scale_formats import SCALE_FORMATS
+from kbit.numerics.scale_formats import FACTORS, SCALE_FORMATS
 from kbit.numerics.spec import LAYOUTS, NORMALIZATIONS, QuantSpec
 
 SPECS = [
@@ -37,8 +37,13 @@ def make_matrix(rows: int = 12, inputs: int = 100, seed: int = 0) -> Tensor:
 
 
 def quantize_best(matrix: Tensor, spec: QuantSpec) -> Tensor:
-    grid = BlockGrid(matrix, spec)
-    return grid.quantize(matrix, *find_best_scales(matrix, grid))
+    blocks = BlockScales(matrix, spec)
+    return blocks.round(matrix, find_best_scales(matrix, blocks))
+
+
+def quantize_half_quadratic(matrix: Tensor, spec: QuantSpec) -> Tensor:
+    blocks = BlockScales(matrix, spec)
+    return blocks.round(matrix, find_half_quadratic_scales(matrix, blocks))
 
 
 def distance(a: Tensor, b: Tensor, power: float = 2.0) -> float:
@@ -68,7 +73,7 @@ def test_half_quadratic_scales_lose_less_of_the_error_they_minimise() -> None:
     matrix = make_matrix()
     better = 0
     for spec in SPECS:
-        fitted = distance(quantize_half_quadratic(matrix, BlockGrid(matrix, spec)), matrix, P)
+        fitted = distance(quantize_half_quadratic(matrix, spec), matrix, P)
         usual = distance(fake_quantize(matrix, spec), matrix, P)
         assert fitted <= usual * (1 + 1e-6)
         better += fitted < 0.99 * usual
@@ -86,16 +91,17 @@ MX = [
 def test_of_powers_of_two_each_block_takes_the_best(spec: QuantSpec) -> None:
     """Half-quadratic scales are nearest powers, which are the usual ones or better."""
     matrix = make_matrix()
-    grid = BlockGrid(matrix, spec)
-    powers = [(grid.grid.scales * factor, grid.grid.offsets) for factor in np.exp2(np.arange(-3, 3, dtype=np.float32))]
-    best = np.min([grid.measure_errors(matrix, *scales) for scales in powers], axis=0)
+    blocks = BlockScales(matrix, spec)
+    usual = blocks.usual
+    powers = [blocks.store(usual.scales * factor, usual.offsets) for factor in np.exp2(np.arange(-3, 3, dtype="f4"))]
+    best = np.min([blocks.measure_errors(matrix, grid) for grid in powers], axis=0)
     assert distance(quantize_best(matrix, spec), matrix) == pytest.approx(best.sum(), rel=1e-6)
     for factor, power in ((0.76, 1), (0.9, 1), (1.4, 1), (1.6, 2), (0.7, 0.5)):
-        stored, _ = grid.encode(grid.grid.scales * np.float32(factor), grid.grid.offsets)
-        np.testing.assert_array_equal(stored, grid.grid.scales * np.float32(power))
-    usual = grid.measure_errors(matrix, grid.grid.scales, grid.grid.offsets, power=P)
-    fitted = grid.split((quantize_half_quadratic(matrix, grid) - matrix).abs().pow(P)).sum(1).numpy()
-    assert (fitted <= usual * (1 + 1e-5)).all()
+        stored = blocks.store(usual.scales * np.float32(factor), usual.offsets).scales
+        np.testing.assert_array_equal(stored, usual.scales * np.float32(power))
+    least = blocks.measure_errors(matrix, usual, power=P)
+    fitted = blocks.split((quantize_half_quadratic(matrix, spec) - matrix).abs().pow(P)).sum(1).numpy()
+    assert (fitted <= least * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("scale_format", SCALE_FORMATS)
@@ -111,12 +117,14 @@ def test_no_scale_leaves_its_format(scale_format: str, normalization: str) -> No
     hessian = torch.diag(torch.logspace(-3, 3, 32))[None]
     usual = distance(fake_quantize(values, spec) / most, values / most)
     assert distance(quantize_best(values, spec) / most, values / most) <= usual * (1 + 1e-5)
-    assert bool(quantize_half_quadratic(values, BlockGrid(values, spec)).isfinite().all())
-    for quantize in (quantize_scaled, lambda w, h: quantize_weight(w, h, GptqConfig(search_scales=True))):
-        weight = Weight("w", values.clone(), spec)
-        if most == 65504:  # products of larger weights leave float32
-            quantize(weight, hessian)
-            assert bool(weight.values.isfinite().all())
+    assert bool(quantize_half_quadratic(values, spec).isfinite().all())
+    if most == 65504:  # products of larger weights leave float32
+        weight = Weight("w", values, spec)
+        for codes, _ in (
+            quantize_scaled(weight, hessian),
+            quantize_weight(weight, hessian, GptqConfig(search_scales=True)),
+        ):
+            assert bool(codes.dequantize().isfinite().all())
 
 
 def test_shrink_lets_large_errors_be_and_takes_small_ones() -> None:
@@ -144,18 +152,16 @@ def test_activation_aware_scales_never_lose_more_of_the_layers_output() -> None:
     hessian = 2 / 300 * x.T @ x
     for spec in (QuantSpec(bits=3, data_type="nf"), QuantSpec(bits=2, normalization="minmax", layout="row")):
         values = make_matrix(16, 64)
-        weight = Weight("w", values.clone(), spec)
-        (alpha,) = quantize_scaled(weight, hessian[None])
-        lost, usual = ((q - values) @ x.T for q in (weight.values, fake_quantize(values, spec)))
+        codes, (alpha,) = quantize_scaled(Weight("w", values, spec), hessian[None])
+        lost, usual = ((q - values) @ x.T for q in (codes.dequantize(), fake_quantize(values, spec)))
         assert lost.norm() < 0.9 * usual.norm()
         assert alpha in [round(a, 2) for a in ALPHAS[1:]]
 
 
 def test_with_equal_activations_it_rounds_to_nearest() -> None:
     values, spec = make_matrix(8, 32), QuantSpec(bits=3)
-    weight = Weight("w", values.clone(), spec)
-    quantize_scaled(weight, torch.eye(32)[None])
-    assert torch.equal(weight.values, fake_quantize(values, spec))
+    codes, _ = quantize_scaled(Weight("w", values, spec), torch.eye(32)[None])
+    assert torch.equal(codes.dequantize(), fake_quantize(values, spec))
 
 
 def test_channel_scales_follow_the_activations_and_dead_inputs_are_finite() -> None:
@@ -191,10 +197,13 @@ def _inputs(shape: tuple[int, ...], architecture: str) -> int:
 def test_kept_columns_stay_and_no_scale_sees_them() -> None:
     values, spec = make_matrix(8, 32), QuantSpec(bits=3, block_size=16, layout="row")
     values[:, 3] = 100.0
-    weight = Weight("w", values.clone(), spec, kept=torch.tensor([3]))
-    weight.put(quantize_best(weight.take_matrix(), spec))
-    assert torch.equal(weight.values[:, 3], values[:, 3])
-    assert float((weight.values - values).abs().max()) < 1.0
+    weight = Weight("w", values, spec, outlier_columns=torch.tensor([3]))
+    matrix = weight.copy_matrix()
+    blocks = BlockScales(matrix, spec)
+    codes = blocks.encode(matrix, find_best_scales(matrix, blocks), values.shape, values.dtype)
+    quantized = codes.keep_columns(weight.outlier_columns, weight.copy_outliers()).dequantize()
+    assert torch.equal(quantized[:, 3], values[:, 3])
+    assert float((quantized - values).abs().max()) < 1.0
 
 
 def test_half_quadratic_is_at_least_as_good_as_hqq() -> None:
@@ -205,5 +214,5 @@ def test_half_quadratic_is_at_least_as_good_as_hqq() -> None:
     )
     theirs = quantize.Quantizer.dequantize(packed, meta).view_as(values)
     spec = QuantSpec(4, "table", table=table, normalization="minmax", layout="row", scale_format="fp32")
-    ours = quantize_half_quadratic(values, BlockGrid(values, spec))
+    ours = quantize_half_quadratic(values, spec)
     assert distance(ours, values, P) <= distance(theirs, values, P)

@@ -12,7 +12,8 @@ from kbit.numerics import fitted_codebooks as fitted
 from kbit.numerics import reference
 from kbit.numerics.backend import choose_backend
 from kbit.numerics.codebooks import ADAPTIVE
-from kbit.numerics.quantizer import fake_quantize, make_grid, quantize
+from kbit.numerics.grid import make_grid
+from kbit.numerics.quantizer import fake_quantize, quantize
 from kbit.numerics.spec import NORMALIZATIONS, QuantSpec
 
 SHAPE = (5, 37)

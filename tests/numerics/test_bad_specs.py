@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kbit.numerics.codebooks import make_codebook
+from kbit.numerics.data_types import make_codebook
 from kbit.numerics.quantizer import fake_quantize, quantize
 from kbit.numerics.spec import QuantSpec
 

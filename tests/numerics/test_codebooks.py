@@ -17,9 +17,9 @@ from kbit.numerics.codebooks import (
     dynamic_codebook,
     float_codebook,
     int_codebook,
-    make_codebook,
     nf_codebook,
 )
+from kbit.numerics.data_types import make_codebook
 
 BITS = range(2, 9)
 # Tables computed from the published formulas and from bitsandbytes' public history; each row names its source.

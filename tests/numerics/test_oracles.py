@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kbit.numerics.codebooks import make_codebook
+from kbit.numerics.data_types import make_codebook
 from kbit.numerics.quantizer import fake_quantize, quantize
 from kbit.numerics.spec import QuantSpec
 

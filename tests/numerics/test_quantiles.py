@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -16,8 +16,9 @@ from kbit.kernels import cpu
 from kbit.numerics import fitted_codebooks as fitted
 from kbit.numerics import quantiles
 from kbit.numerics.backend import Backend, choose_backend
-from kbit.numerics.codebooks import make_codebook
-from kbit.numerics.quantiles import RELATIVE_ERROR, find_quantiles
+from kbit.numerics.data_types import make_codebook
+from kbit.numerics.grid import find_quantiles
+from kbit.numerics.quantiles import RELATIVE_ERROR
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SMALLEST = 2.0**-139  # 10 of the 23 bits below the normal range are not told apart: 2^(10 - 149)
@@ -40,6 +41,7 @@ def find_bound(values: NDArray[Any], positions: NDArray[np.float64], relative: f
     return bound
 
 
+@settings(deadline=None)
 @given(
     values=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-65504, 65504, width=32)),
     bits=st.integers(2, 8),

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from kbit.numerics import reference
 from kbit.numerics.backend import choose_backend
 from kbit.numerics.codebooks import ADAPTIVE
-from kbit.numerics.quantizer import dequantize, fake_quantize, make_grid, quantize
+from kbit.numerics.grid import make_grid
+from kbit.numerics.quantizer import dequantize, fake_quantize, quantize
 from kbit.numerics.scale_formats import SCALE_FORMATS
 from kbit.numerics.spec import NORMALIZATIONS, ROUNDINGS, QuantSpec
 
@@ -63,7 +64,7 @@ def assert_equals_reference(x: np.ndarray[Any, Any], spec: QuantSpec) -> None:
 def test_kernel_equals_reference_bit_for_bit(data_type: str, bits: int, block_size: int | None) -> None:
     if data_type == "af" and (block_size is None or block_size < 3):
         pytest.skip("af is made for blocks of several values")
-    x = awkward_values(9001)  # not a multiple of any block size
+    x = awkward_values(4201)  # more than a chunk of 4096, and no multiple of any block size
     assert_equals_reference(x, QuantSpec(bits=bits, data_type=data_type, block_size=block_size))
 
 
@@ -76,7 +77,7 @@ def test_every_combination_of_fields_equals_the_reference(scale_format: str, nor
     x = awkward_values(1149).reshape(3, 383)
     for data_type, bits, centering, layout, block_size in itertools.product(
         ("int", "float", "dynamic", "quantile", "nf", "learned"),
-        (2, 3, 4, 8),
+        (3, 8),  # codes of up to 4 bits are decoded in pairs, others one by one
         (False, True),
         ("flat", "row"),
         (64, None),
@@ -313,11 +314,11 @@ arrays = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=12), eleme
 @given(arrays, specs)
 def test_error_is_at_most_half_the_local_gap(x: np.ndarray[Any, Any], spec: QuantSpec) -> None:
     q = quantize(x, spec)
-    codebook = q.codebook.astype(np.float64)
-    scales = np.repeat(q.scales["scales"].astype(np.float64), spec.block_size or x.size)[: x.size]
+    codebook = q.codebook.double().numpy()
+    scales = np.repeat(q.scales["scales"].double().numpy(), spec.block_size or x.size)[: x.size]
     v = np.divide(x.ravel(), scales, out=np.zeros(x.size), where=scales > 0)
     best = np.abs(v[:, None] - codebook).min(axis=1)
-    chosen = np.abs(v - codebook[q.unpack_codes()])
+    chosen = np.abs(v - codebook[q.unpack_codes().numpy()])
     # nearest in exact arithmetic, up to float32 rounding of the division and of the threshold (2^-23 each)
     assert (chosen <= best + 2.0**-22).all()
 
