@@ -152,7 +152,7 @@ def specs(**fixed: Any) -> st.SearchStrategy[QuantSpec]:
     return st.fixed_dictionaries(drawn).map(make)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(spec=specs(), act_order=st.booleans(), static=st.booleans(), rows=st.integers(1, 5), inputs=st.integers(1, 70))
 def test_with_an_identity_as_hessian_it_rounds_to_nearest(
     spec: QuantSpec, act_order: bool, static: bool, rows: int, inputs: int
