@@ -45,7 +45,8 @@ def list_configs(options: Sequence[dict[str, Any]]) -> list[QuantConfig]:
 
 
 def configure(**fields: Any) -> QuantConfig:
-    return QuantConfig(**{"bits": 3, "calibration": SMALL, "outlier_selection": "column"} | fields)
+    usual: dict[str, Any] = {"bits": 3, "calibration": SMALL, "outlier_selection": "column"}
+    return QuantConfig(**usual | fields)
 
 
 @pytest.mark.parametrize(
