@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from kbit.numerics.backend import choose_backend, torch_threads_kept
 from kbit.numerics.codebooks import ADAPTIVE
 from kbit.numerics.grid import QuantizationGrid, find_blocks, make_grid
 from kbit.numerics.quantized_tensor import QuantizedTensor, combine, encode_values
-from kbit.numerics.scale_formats import Scales
+from kbit.numerics.scale_formats import Scales, Stored
 from kbit.numerics.spec import QuantSpec
 
 ChooseScales = Callable[[Tensor, "BlockScales"], QuantizationGrid]  # chooses all scales of a matrix
@@ -122,17 +121,17 @@ class BlockScales:
 
         The format's stored scales must be independent of each other (ScaleFormat.has_own_scales).
         """
-        parts: dict[str, Any] = {
-            name: np.where(is_first, getattr(first, name), getattr(second, name)) for name in ("scales", "offsets")
-        }
-        stored: dict[str, Any] = {
-            name: {
-                key: np.where(is_first, array, getattr(second, name)[key])
-                for key, array in getattr(first, name).items()
-            }
-            for name in ("stored_scales", "stored_offsets")
-        }
-        return dataclasses.replace(self.usual, **parts, **stored)
+
+        def pick(one: Stored, other: Stored) -> Stored:
+            return {name: np.where(is_first, one[name], other[name]) for name in one}
+
+        return dataclasses.replace(
+            self.usual,
+            scales=np.where(is_first, first.scales, second.scales),
+            offsets=np.where(is_first, first.offsets, second.offsets),
+            stored_scales=pick(first.stored_scales, second.stored_scales),
+            stored_offsets=pick(first.stored_offsets, second.stored_offsets),
+        )
 
     def round(self, matrix: Float[Tensor, "rows in"], grid: QuantizationGrid) -> Float[Tensor, "rows in"]:
         """Return the matrix rounded to nearest with the scales and offsets of a grid, in float32."""

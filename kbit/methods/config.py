@@ -124,8 +124,8 @@ METHODS: Final[dict[str, Method]] = {
 }
 
 
-def is_int8(method: str) -> bool:
-    """Whether a method of this name multiplies in int8."""
+def is_int8(method: str | None) -> bool:
+    """Whether the method of this name, or None for a model that is not quantized, multiplies in int8."""
     return method in METHODS and METHODS[method].scheme is not None
 
 

@@ -62,8 +62,8 @@ def assert_equals_reference(x: np.ndarray[Any, Any], spec: QuantSpec) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("data_type", TYPES)
 def test_kernel_equals_reference_bit_for_bit(data_type: str, bits: int, block_size: int | None) -> None:
-    if data_type == "af" and (block_size is None or block_size < 3):
-        pytest.skip("af is made for blocks of several values")
+    if data_type == "af" and block_size != 64:
+        pytest.skip("a table of af takes seconds, and kernels see only its values")
     x = awkward_values(4201)  # more than a chunk of 4096, and no multiple of any block size
     assert_equals_reference(x, QuantSpec(bits=bits, data_type=data_type, block_size=block_size))
 
