@@ -15,7 +15,7 @@ from torch import Tensor
 from kbit.numerics.backend import choose_backend, torch_threads_kept
 from kbit.numerics.codebooks import ADAPTIVE
 from kbit.numerics.grid import QuantizationGrid, find_blocks, make_grid
-from kbit.numerics.quantized_tensor import QuantizedTensor, combine, encode_values
+from kbit.numerics.quantized_tensor import QuantizedTensor, combine
 from kbit.numerics.scale_formats import Scales, Stored
 from kbit.numerics.spec import QuantSpec
 
@@ -147,7 +147,9 @@ class BlockScales:
         self, matrix: Float[Tensor, "rows in"], grid: QuantizationGrid, shape: Sequence[int], dtype: torch.dtype
     ) -> QuantizedTensor:
         """Return the codes of a matrix that is rounded to nearest by a grid, as a tensor of this shape and dtype."""
-        return encode_values(_flatten(matrix), grid, shape, dtype, self._backend)
+        with torch_threads_kept():
+            codes = self._backend.kernels.quantize(*grid.list_arguments(_flatten(matrix), self._backend))
+        return combine(codes, grid, shape, dtype, self._backend)
 
     def assemble(self, codes: UInt8[Tensor, "rows in"], shape: Sequence[int], dtype: torch.dtype) -> QuantizedTensor:
         """Return the tensor with these codes, and with the scales that use and refit have set."""

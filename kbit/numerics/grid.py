@@ -62,6 +62,12 @@ class QuantizationGrid:
     thresholds: Float32[np.ndarray, " thresholds"]
     seed: int | None
 
+    def list_arguments(self, values: Values, backend: Backend) -> tuple[Any, ...]:
+        """Return the arguments of the kernel that quantizes these values, see kbit.numerics.reference.quantize."""
+        scales, offsets = backend.put(self.scales), backend.put(self.offsets)
+        blocks = (self.row, self.block_size, self.seed, self.spec.bits)
+        return (backend.view(values), scales, offsets, self.codebook, self.thresholds, *blocks)
+
 
 def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backend) -> QuantizationGrid:
     """Choose and round the scales and offsets, and make the codebook."""

@@ -188,18 +188,6 @@ class QuantizedTensor:
 _OPTIONAL = ("input_scales", "outlier_columns", "outlier_values")  # tensors that a file may lack
 
 
-def encode_values(
-    values: Float[Tensor, " n"], grid: QuantizationGrid, shape: Sequence[int], dtype: torch.dtype, backend: Backend
-) -> QuantizedTensor:
-    """Return the tensor of flat values that are rounded by a grid."""
-    with torch_threads_kept():
-        codes = backend.kernels.quantize(
-            backend.view(values), backend.put(grid.scales), backend.put(grid.offsets), grid.codebook, grid.thresholds,
-            grid.row, grid.block_size, grid.seed, grid.spec.bits,
-        )  # fmt: skip
-    return combine(codes, grid, shape, dtype, backend)
-
-
 def combine(
     packed: DeviceArray, grid: QuantizationGrid, shape: Sequence[int], dtype: torch.dtype, backend: Backend
 ) -> QuantizedTensor:

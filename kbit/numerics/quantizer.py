@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kbit.numerics.backend import Backend, choose_backend, torch_threads_kept
 from kbit.numerics.codebooks import ADAPTIVE, decision_thresholds
 from kbit.numerics.grid import Values, make_grid
-from kbit.numerics.quantized_tensor import QuantizedTensor, encode_values, find_computed_dtype
+from kbit.numerics.quantized_tensor import QuantizedTensor, combine, find_computed_dtype
 from kbit.numerics.spec import QuantSpec
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", NDArray[Any], torch.Tensor)
@@ -38,7 +38,9 @@ def quantize(x: torch.Tensor | NDArray[Any], spec: QuantSpec) -> QuantizedTensor
     values = _flatten(tensor, spec)
     backend = choose_backend(values.device)
     grid = make_grid(values, tensor.shape, spec, backend)
-    return encode_values(values, grid, tensor.shape, tensor.dtype, backend)
+    with torch_threads_kept():
+        codes = backend.kernels.quantize(*grid.list_arguments(values, backend))
+    return combine(codes, grid, tensor.shape, tensor.dtype, backend)
 
 
 def dequantize(q: QuantizedTensor, device: torch.device | str | None = None) -> torch.Tensor:

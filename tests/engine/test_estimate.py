@@ -135,8 +135,8 @@ def test_tokens_of_a_task_are_those_that_are_sent() -> None:
     assert size is not None
     task = prepare_task(load_tasks(["nano_cloze"])[0])
     scorer = Scorer(loaded.model, loaded.tokenizer)
-    requests = [(instance.args, *scorer._encode_pair(*instance.args)) for instance in task.instances]
-    sent = sum(len(query.tokens) for query in scorer._lay_out(requests).queries)
+    scorer.loglikelihood(task.instances)
+    sent = scorer.sent
     assert estimate_tokens(EvalConfig(("nano_cloze",), perplexity=None), size) == pytest.approx(sent, rel=0.02)
     assert estimate_tokens(EvalConfig(("nano_cloze",), limit=64, perplexity=None), size) == pytest.approx(
         sent / 10, rel=0.02
