@@ -33,7 +33,8 @@ def registries_kept() -> Iterator[None]:
 
 
 def find_recipe(word: str) -> str:
-    (recipe,) = [text for text in RECIPES if word in text]
+    recipe: str
+    (recipe,) = (text for text in RECIPES if word in text)
     assert recipe.count("\n") < 40
     return recipe
 
