@@ -31,8 +31,6 @@ from kbit.methods.quantize_model import quantize_model
 from kbit.models.loading import load_model
 
 log = logging.getLogger(__name__)
-
-
 DEFAULT_BATCH_SIZE: Final = EvalConfig().batch_size
 
 

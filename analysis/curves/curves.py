@@ -22,31 +22,20 @@ from kbit.analysis.curves.settings import SETTING_COLUMNS, complete_settings, ma
 from kbit.numerics.spec import BASELINE_BITS
 
 VARIANT: Final = ["family", "label", "block_size"]  # what is held fixed while precisions are compared
-
-
 POINT: Final = [*VARIANT, "bits", "model"]  # one marker of a figure
-
-
 READING: Final = ["total_bits", "value", "low", "high"]
-
 
 NEEDED: Final = [
     "family", "bits", "data_type", "block_size", "model", *READING, "key", "exponent_bits", "method", "task", "metric",
 ]  # fmt: skip
 
-
 CURVE_COLUMNS: Final = [
     "family", "bits", "data_type", "block_size", "label", "model", *READING, "key", *SETTING_COLUMNS,
 ]  # fmt: skip
 
-
 BUDGETS: Final = 200  # grid points over the budgets compared: shares come out to half a percent
-
-
 # Rounding of the interpolation is near 1e-16, and accuracies of 10^6 items differ by 1e-6. A tie is between the two.
 TIE: Final = 1e-9
-
-
 Floats = npt.NDArray[np.float64]
 
 

@@ -14,11 +14,7 @@ from kbit.analysis.curves.curves import Measure, pick_rows
 from kbit.numerics.spec import BASELINE_BITS
 
 TOLERANCE: Final = 0.005  # other dtypes, kernels and versions of the evaluation flip an item in 200 at most
-
-
 ALL_ITEMS: Final = r"\ball (?:items|windows)\b"  # in the column evaluation
-
-
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "published"
 
 

@@ -30,23 +30,15 @@ from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
 from kbit.numerics.spec import BASELINE_BITS
 
 PROXY: Final = "proxy"  # how the paper selects outliers
-
-
 CONTROLS: Final = ("column", "random")  # how else they are selected, to compare with the proxy
-
-
 RIVAL_BITS: Final = 4
-
-
 NANO_TWINS: Final = {"pythia": "nano-neox", "gpt2": "nano-gpt2", "opt": "nano-opt", "bloom": "nano-bloom"}
-
 
 RANKS: Final[dict[str, Callable[[Any], tuple[Any, ...]]]] = {
     "data_type": rank_data_type,
     "label": rank_label,
     "block_size": rank_block,
 }
-
 
 Row = Mapping[Any, Any]
 

@@ -33,20 +33,11 @@ SETTINGS: Final = (
     ("exclude", None, "without {}"),
 )
 
-
 SETTING_COLUMNS: Final = ["exponent_bits", *(column for column, _, _ in SETTINGS)]
-
-
 DECIDED: Final = ("layout", "scale_format")  # by a method that multiplies in int8, so that its label leaves them out
-
-
 # Of settings with equally many points the first of these is shown: the paper's own before later ones. Others follow.
 DATA_TYPE_ORDER: Final = ("float", "int", "quantile", "dynamic", "nf", "af", "learned", "table")
-
-
 WHOLE: Final = 2**62  # the place of "whole tensor" among block sizes: the largest block
-
-
 USUAL_BLOCK: Final = 64
 
 

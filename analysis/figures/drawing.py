@@ -18,15 +18,9 @@ from kbit.analysis.figures.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEI
 from kbit.analysis.figures.styles import STYLE
 
 CELL: Final = 44  # characters
-
-
 NAMED_FAMILIES: Final = 6
-
-
 # What intervals leave out: those of values and differences, and those of correlations and laws.
 LIMIT: Final = "Intervals are about these items alone: not about other texts, tasks or trainings of the models."
-
-
 LIMIT_OF_MODELS: Final = "Other families, texts and tasks may give another answer."
 
 

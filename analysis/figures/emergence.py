@@ -21,9 +21,7 @@ CLAIM: Final = (
     "size, or with a lower perplexity? LLM.int8(): smoothly with perplexity, from 6.7 billion parameters in all layers."
 )
 
-
 SHARES: Final = {"layers": "share of layers", "positions": "share of positions"}
-
 
 # metric of a measurement with task features/<text> (kbit.evaluation.outlier_features) -> column
 METRICS: Final = {

@@ -28,18 +28,11 @@ CLAIM: Final = (
     "scale for a whole tensor does not (its Table 1, C4)."
 )
 
-
 CLAIMED: Final = ("llm_int8", "absmax")  # the first keeps the 16-bit loss, the second does not
-
-
 USUAL_THRESHOLD: Final = 6.0
-
-
 # Nats. Below it a log axis is linear, so that zero and gains are on it. Where no method adds ten times as much, the
 # whole axis is linear.
 LINEAR_TO: Final = 1e-3
-
-
 COLUMNS: Final = ["panel", "method", "model", "parameters", "perplexity", "added", "low", "high", "key", "source"]
 
 

@@ -28,12 +28,8 @@ CLAIM: Final = (
     "Do power laws in parameters and bits fit poorly, and precisions run nearly parallel, as the paper has it?"
 )
 
-
 BLOCK_LAW_BITS: Final = 4
-
-
 TABLE_DRAWS: Final = 200  # the ends of 95% intervals rest on 5 draws each: enough for the two digits shown
-
 
 # Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907), and arXiv 2505.14302, W4A16.
 # Their exponents of the training tokens D (0.5068 and 0.161) have no counterpart here, see laws.

@@ -43,23 +43,11 @@ from kbit.analysis.statistics.grades import describe_lead
 from kbit.numerics.spec import BASELINE_BITS
 
 MAP_PANELS: Final = 4  # the maps with the most cells
-
-
 SHADES: Final = "Blues"  # its luminance falls steadily: it reads in grey too
-
-
 BAR_WIDTH: Final = 1.0  # inches, for the scale of shades
-
-
 LAYERS: Final = re.compile(r"\(\?!(?:\.\*)?(?P<kept>.+?)\)")  # an exclude that spares one layer: layers\.(?!3\.)
-
-
 MAP_CLAIM: Final = "Which data type and block size is best at equal total bits, counting the bits of the scales?"
-
-
 QUANTIZER: Final = ["bits", "data_type", "label", "block_size"]
-
-
 SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone?"
 
 

@@ -20,28 +20,13 @@ from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.styles import LineStyle, draw_handle, style_series
 
 LEGEND_WIDTH: Final = 1.5  # inches, as all widths here
-
-
 AXIS_WIDTH: Final = 0.7  # left of a panel's axis: its tick labels and y label
-
-
 TICK_WIDTH: Final = 0.6  # a tick label ("100 Mbit") and a space
-
-
 MARGIN: Final = 0.1
-
-
 CAPTION_SIZE: Final = 9.0  # points
-
-
 CHARACTER_WIDTH: Final = 0.56 * CAPTION_SIZE / 72  # DejaVu Sans: just under 0.56 em on average in English
-
-
 LINE_HEIGHT: Final = 1.35 * CAPTION_SIZE / 72
-
-
 TITLE_PAD: Final = 6.0  # points, between a title and what is below it
-
 
 PUBLISHED: Final[dict[str, Any]] = {
     "linestyle": "none",
@@ -50,7 +35,6 @@ PUBLISHED: Final[dict[str, Any]] = {
     "markerfacecolor": "none",
     "markeredgecolor": "0.35",
 }
-
 
 TICK_STEPS: Final = (
     (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),

@@ -31,11 +31,7 @@ from kbit.analysis.statistics.claims import Expectation, Groups, Split, judge_co
 from kbit.analysis.statistics.verdicts import judge_four_bit
 
 Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], str]
-
-
 STRONG_TYPES: Final = ("quantile", "float")  # "quantile and float are better than integer and dynamic exponent"
-
-
 WEAK_TYPES: Final = ("int", "dynamic")
 
 
@@ -210,13 +206,8 @@ def of_family(family: str, *selects: Callable[[pd.DataFrame], pd.DataFrame]) -> 
 
 
 _PRECISIONS = "two precisions, each at two or more sizes of one family"
-
-
 _BLOCKS = "{} bits with two block sizes of one data type, each at two or more sizes of one family"
-
-
 _TYPES = "{} bits with two data types of one block size, each at two or more sizes of one family"
-
 
 CURVE_FIGURES: Final = (
     CurveFigure(

@@ -35,30 +35,14 @@ from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS
 
 PAPER_R: Final = -0.94  # Pile-CC perplexity and mean zero-shot accuracy over more than 35,000 experiments (section 4)
-
-
 PERPLEXITY_CAP: Final = 100.0  # the paper cuts curves there as unstable (Appendix C.5)
-
-
 MIN_POINTS: Final = 4
-
-
 MOST_BARS: Final = 200  # points, as more bars would hide them
-
-
 MIN_MODELS: Final = 8  # below, resampling models says little
-
-
 DRAWS: Final = 1000
-
-
 ROUNDING: Final = 1e-12  # a sum of squares that shrinks to this share of itself is that of one value
-
-
 # what tells experiments of one data type and block size apart, in the CSV
 QUANTIZER: Final = ("method", "method_options", "outlier_fraction", "outlier_selection", "seed")
-
-
 Values = Callable[[pd.DataFrame], "pd.Series[float]"]
 
 

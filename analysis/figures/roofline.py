@@ -46,21 +46,14 @@ DEVICES: Final = (
     Device("H100 SXM", 3352e9, 989.4e12),
 )
 
-
 PRECISIONS: Final = (3, 4, 8, 16)
-
-
 ROWS, COLUMNS = 4 * 12288, 12288  # OPT-175B's first feed-forward layer, outputs x inputs
-
-
 PAPER_BATCH: Final = 16
-
 
 PAPER_LIMITS: Final = {
     "RTX 3090": 60,
     "RTX 4090": 200,
 }  # "inference batch size below 60 / 200" (the paper, section 5.1)
-
 
 CLAIM: Final = "At batch 16 a speedup of nearly 4 is possible for 4-bit weights; it lasts for small batches only."
 

@@ -51,12 +51,8 @@ LINE_STYLES: Final = {
     BASELINE_BITS: LineStyle("#000000", "*", (0, (1, 2))),
 }
 
-
 _COLORS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A1F", "#5D3A9B")
-
-
 _DASHES: Final = tuple(style.dashes for bits, style in LINE_STYLES.items() if bits != BASELINE_BITS)
-
 
 # Curves that are not precisions: one marker each, colours and dashes in cycles of different length (8 and 7).
 SERIES_STYLES: Final = tuple(

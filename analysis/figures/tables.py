@@ -40,19 +40,13 @@ TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
 )
 
-
 TABLE_2: Final = (
     "The standard deviation of a layer's weights, per hidden unit, predicts where the next layer's inputs are large: "
     "strongly from attention output to feed-forward, weakly from attention to its output, not in the control."
 )
 
-
 TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
-
-
 BUDGET_STEPS: Final = 5  # budgets that the frontier lists of each family and measure, fewer if they fill a page
-
-
 SHOWN: Final = 28  # rows of a table that a page holds
 
 

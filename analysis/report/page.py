@@ -27,14 +27,9 @@ from kbit.store.filesystem import replace_file
 from kbit.store.readers import read_failures, read_provenance, read_results
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
-
-
 # Which measurements can be shown, in the order of the menu. Higher is better for all but the last two.
 METRICS: Final = ("acc", "top1_agreement", "cross_entropy", "kl_divergence")
-
-
 LOSSES: Final = METRICS[2:]
-
 
 # plotly's names of the markers of styles.LINE_STYLES
 SYMBOLS: Final = {

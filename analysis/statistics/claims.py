@@ -42,11 +42,7 @@ from kbit.analysis.statistics.grades import (
 )
 
 Expectation = Literal["better", "best", "worse", "no better", "level"]
-
-
 Groups = tuple[Sequence[str], Sequence[str]]  # the series of a first and of a second group of curves
-
-
 Split = Callable[[pd.DataFrame], Groups]  # of one panel's points
 
 

@@ -24,11 +24,7 @@ from kbit.numerics.spec import BASELINE_BITS
 from kbit.store.items import read_items_by_task
 
 CHOICE: Final = ["total_bits", "label", "block_size", "bits", "value", "low", "high", "chance"]
-
-
 SAME_MEAN: Final = 1e-6  # items are float32, exact to 1e-7, and one of the paper's 18,300 moves the mean by 2e-5
-
-
 DRAWS: Final = 1000  # a probability near 1/2 is known to 0.03, an end of a 95% interval to 1% of its rank
 
 

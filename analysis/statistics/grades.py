@@ -11,14 +11,8 @@ import numpy as np
 from kbit.analysis.curves.curves import Measure
 
 NEGLIGIBLE: Final = {True: 0.005, False: 0.01}  # "no gain", "level": half a point of accuracy, a hundredth of a nat
-
-
 NAMED: Final = 6  # panels that a sentence names, each with its lead
-
-
 GRADES: Final = ("holds", "does not hold", "undecided", "not tested")
-
-
 SIGN: Final = "A lead above 0 is better: higher accuracy, lower cross entropy."
 
 

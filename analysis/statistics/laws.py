@@ -32,20 +32,10 @@ from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 
 LAWS: Final = ("power", "offset", "kumar", "block")
-
-
 SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
-
-
 DRAWS: Final = 400
-
-
 STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
-
-
 SETTLED: Final = 1e-9  # relative change of the objective: parameters are then within 1e-4 of their standard errors
-
-
 MIN_SPARE: Final = 2  # fewer points than parameters + 2 say nothing about the law's form
 
 

@@ -34,20 +34,10 @@ from kbit.analysis.statistics.frontier import Draws, best_chances, draw_values, 
 from kbit.analysis.statistics.grades import NAMED, count_grades, describe_lead, grade_interval, join_parts
 
 CLAIMED_BITS: Final = 4
-
-
 SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
-
-
 MOST_VARIANTS: Final = 4  # of a family and measure in a table that is read, while the CSV has all
-
-
 MOST_TRIALS: Final = 80  # variants that are tried, over all families and measures: 0.03 s each
-
-
 NOT_TRIED: Final = "not tried: too many variants; --where chooses"
-
-
 NO_CONTEST: Final = "no contest: one quantized precision"
 
 

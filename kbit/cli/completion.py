@@ -34,7 +34,6 @@ _kbit() {
 complete -o nospace -o default -F _kbit kbit
 """
 
-
 _ZSH: Final = """\
 #compdef kbit
 _kbit() {
@@ -50,14 +49,11 @@ _kbit() {
 compdef _kbit kbit
 """
 
-
 _FISH: Final = """\
 complete -c kbit -a '(kbit completion --words (commandline --cut-at-cursor | string collect) 2>/dev/null)'
 """
 
-
 _SCRIPTS: Final = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
-
 
 _EXAMPLES: Final = """\
 examples:
@@ -65,7 +61,6 @@ examples:
   eval "$(kbit completion zsh)"        in ~/.zshrc, after compinit
   kbit completion fish | source        in ~/.config/fish/config.fish
 """
-
 
 # Hydra's options that are worth a word. `kbit run --hydra-help` lists all.
 _FLAGS: Final = ("--multirun", "--help", "--hydra-help", "--cfg", "--info", "--config-dir")

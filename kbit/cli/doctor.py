@@ -18,13 +18,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
 _DESCRIPTION: Final = """\
 Say what works here: versions, device, Ray, hub, and whether every model, task and text that the same arguments of
 `kbit run` ask for can be had. Nothing is run. Tasks and texts are loaded, from the hub where they are not local.
 Exit code 1 if something asked for is missing.
 """
-
 
 _EXAMPLES: Final = """\
 examples:

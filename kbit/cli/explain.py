@@ -21,8 +21,6 @@ from kbit.checks import KbitError, suggest
 from kbit.experiments.config import RunConfig
 
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-
-
 _STUDY: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
 
 

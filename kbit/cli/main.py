@@ -28,7 +28,6 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     completion.add_completion,
 )
 
-
 _EXAMPLES: Final = """\
 kbit <command> --help says more of each.
 

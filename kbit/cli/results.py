@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from kbit.store.store import Store
 
 _QUANTIZER = ["model", "bits", "data_type", "block_size"]
-
-
 _MEASURED = ["total_bits", "task", "metric", "value", "low", "high", "n"]
-
 
 # Settings that are shown where the quantized models differ in them.
 _SETTINGS = [

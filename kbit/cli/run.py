@@ -35,7 +35,6 @@ weights tell which units have large values (the k-bit paper, table 2). The same 
   eval.perplexity_windows=256     at most so many windows of it
 """
 
-
 _OUTLIERS_EXAMPLES: Final = """\
 examples:
   kbit outliers model.name=nano-neox-7m

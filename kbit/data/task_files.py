@@ -10,8 +10,6 @@ from typing import Final
 import yaml
 
 EMBEDDED_TASKS: Final = Path(str(files("kbit"))) / "assets" / "tasks"
-
-
 # A YAML parser would run code at lm-eval's tags (!function).
 _TASK_NAME: Final = re.compile(r"""^task:\s*(["']?)([^"'\s#\[{]+)\1\s*(?:\#.*)?$""", re.MULTILINE)
 

@@ -18,13 +18,11 @@ from kbit.data.hub_texts import HUB_TEXTS, load_hub_text
 
 EMBEDDED_TEXTS: Final = Path(str(files("kbit"))) / "assets" / "text"
 
-
 _DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
     ".xz": lzma.decompress,
     ".gz": gzip.decompress,
     ".bz2": bz2.decompress,
 }
-
 
 # Files of these kinds would be taken for one document, markup and all.
 _NO_TEXTS: Final = (

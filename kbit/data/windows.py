@@ -12,8 +12,6 @@ from jaxtyping import Int64
 from kbit.data.texts import read_documents
 
 _MARGIN: Final = 64  # so many tokens at a cut may differ from those of the whole text
-
-
 _CHARACTERS_PER_TOKEN: Final = 8  # more than the usual 3 to 5 of a tokenizer, so that one attempt is enough
 
 

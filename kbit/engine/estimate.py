@@ -28,13 +28,9 @@ from kbit.store.readers import read_results
 from kbit.store.results import load_results
 
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
 # Hidden states of one token that are in memory at once within a decoder layer: residual stream, its norm, queries,
 # keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
 _STATES_PER_TOKEN: Final = 16
-
-
 # Bytes that a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
 # GPU: the driver's context and the libraries' workspaces. This is assumed, because no GPU has been measured.
 _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
@@ -57,8 +53,6 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
 
 
 _KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
-
-
 _STORED: Final = 4  # results of alike experiments that are read from a store
 
 

@@ -21,14 +21,8 @@ if TYPE_CHECKING:
 
 # An experiment is tried again if its worker dies (killed, out of memory), and has failed if the second one dies too.
 WORKER_TRIES: Final = 2
-
-
 GPU_SHARE: Final = 0.9  # share of a GPU's memory to fill by estimate, which leaves something out
-
-
 _PROBE_GPUS: Final = 0.001  # share of a GPU that the question for its size asks for
-
-
 _PROBE_SECONDS: Final = 60  # time limit of that question, importing torch included
 
 

@@ -8,11 +8,7 @@ from typing import Final
 from kbit.checks import check_choice
 
 NANO_TASKS: Final = ("nano_cloze", "nano_choice", "nano_swap", "nano_endings")
-
-
 PERPLEXITY_KINDS: Final = ("windows", "rolling")  # see kbit.evaluation.perplexity
-
-
 # A batch size counts sequences of this many tokens. On a CPU, 32 sequences (1,024 tokens) keep activations in its
 # caches, and eight times as many cost a third more time. A GPU wants many more tokens at once.
 TOKENS_PER_SEQUENCE: Final = {"cpu": 32, "cuda": 512}

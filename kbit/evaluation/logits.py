@@ -17,8 +17,6 @@ from torch import nn
 
 # The number of float32 logits at once: 8 MiB on a CPU (measured: slices of 2 to 16 MiB differ by 5%), 256 MiB on a GPU.
 LOGITS_AT_ONCE: Final = {"cpu": 2**21, "cuda": 2**26}
-
-
 _FEWEST_TOKENS: Final = 512  # a slice's least width, as a matrix product of fewer columns is slow
 
 

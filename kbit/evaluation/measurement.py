@@ -18,8 +18,6 @@ class NonFiniteError(ArithmeticError):
 
 
 Z_95: Final = 1.959963984540054  # the 97.5% quantile of N(0, 1): two-sided 95%
-
-
 FEW: Final = 30  # from so many values on, Student's quantile is within 5% of the normal one
 
 

@@ -38,14 +38,8 @@ from kbit.evaluation.token_budget import TokenBudget
 from kbit.models.architectures import DecoderLayer, find_sources, list_decoder_layers, measure_deviation
 
 STREAM: Final = ("attention", "feed_forward")  # inputs that read the residual stream
-
-
 RECORDED: Final = 8  # at least so many leading dimensions are recorded, features or not
-
-
 _BIN: Final = 1.02  # the ratio of neighbouring edges of the histogram: quartiles are exact to 1%
-
-
 _BINS: Final = 700  # to 6 * 1.02^700 = 6 million
 
 

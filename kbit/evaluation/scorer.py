@@ -50,18 +50,14 @@ from kbit.models.hflm_private import OpenHFLM, Request
 
 Asked = tuple[tuple[str, str], ...]  # the texts of the requests of one call
 
-
 # Architectures (config.model_type) whose models take a 4-D attention mask and positions of ours.
 PREFIX_SHARING: Final = frozenset(
     {"bloom", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi", "qwen2", "qwen3"}
 )
 
-
 # A row of several sequences has at most so many tokens. Its attention mask grows with their square: a pair of tokens
 # takes 4 bytes in float32, and 4 bytes of truth values while the mask is made, 130 MB in all.
 LONGEST_SHARED_ROW: Final = 4096
-
-
 _PROBE: Final = 8  # tokens
 
 

@@ -25,11 +25,7 @@ from torch import Tensor, nn
 from kbit.layers.int8_schemes import ZERO_POINT_BITS, Scheme
 
 OUTLIER_BITS: Final = 16  # a value that is not quantized
-
-
 LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code of x negated
-
-
 # What torch._int_mm asks of (rows, inner and outer columns): multiples of the second, and at least the first of rows
 GEMM_SHAPES: Final = {"cpu": (1, 1), "cuda": (24, 8)}
 

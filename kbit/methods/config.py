@@ -14,8 +14,6 @@ from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
 
 UNSEEN: Final = ("error", "rtn")
-
-
 OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.outlier_columns
 
 

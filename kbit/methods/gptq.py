@@ -33,8 +33,6 @@ from kbit.methods.weight import Codes, Job, Weight
 from kbit.numerics.quantized_tensor import QuantizedTensor
 
 LEAF: Final = 128  # columns that are updated one by one, as many as the published block of lazy updates has
-
-
 _RAISES: Final = 3  # how often a damping that was too little is raised tenfold
 
 

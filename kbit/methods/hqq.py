@@ -27,20 +27,10 @@ from kbit.methods.weight import Codes, Job, Weight
 from kbit.numerics.grid import QuantizationGrid
 
 P: Final = 0.7  # as in HQQ's code, like the three below
-
-
 BETA: Final = 10.0
-
-
 KAPPA: Final = 1.01
-
-
 ROUNDS: Final = 20
-
-
 Blocks = Float[Tensor, "blocks size"]
-
-
 PerBlock = Float[Tensor, "blocks 1"]
 
 

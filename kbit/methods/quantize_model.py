@@ -34,10 +34,7 @@ from kbit.models.parameters import as_matrix, check_finite, owner_of
 from kbit.numerics.spec import QuantSpec
 
 log = logging.getLogger(__name__)
-
-
 Quantize = Callable[[Job], Iterator[tuple[Weight, Codes]]]  # what a method is: see the module's docstring
-
 
 METHOD_FUNCTIONS: Final[dict[str, Quantize]] = {
     "rtn": round_to_nearest,

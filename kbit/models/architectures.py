@@ -26,8 +26,6 @@ from torch import Tensor, nn
 from kbit.models.parameters import as_matrix, owner_of
 
 _ROWS_AT_ONCE: Final = 256  # so many rows are squared at once: 4 MiB of 4,096 float32 columns
-
-
 # A function from a configuration to the row of the values for each unit of attention's output. None: each has its own.
 _Rows = Callable[[Any], Tensor | None]
 
@@ -104,16 +102,9 @@ def _rows_of_groups(config: Any) -> Tensor | None:
 
 
 _SEPARATE: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-
 _MLP: Final = (("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
-
-
 _GATED: Final = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
-
-
 _LLAMA: Final = _Architecture("layers", _SEPARATE, _rows_of_groups, "self_attn.o_proj", *_GATED)
-
 
 _ARCHITECTURES: Final = {
     "gpt_neox": _Architecture(

@@ -34,10 +34,7 @@ def _hub_family(family: str, organisation: str, names: str) -> list[StudiedModel
 
 
 _NANO_FAMILIES: Final = ("nano-gpt2", "nano-opt", "nano-bloom")  # the paper's other architectures, see kbit/nano
-
-
 _PYTHIA_SIZES: Final = ("70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
-
 
 # The paper (December 2022) used Pythia before its retraining of April 2023: the weights that are now named -v0. Weights
 # of OPT-175B are given on request only, so that they need a local path. Hub ids are those of November 2026.

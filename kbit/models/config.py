@@ -8,8 +8,6 @@ from typing import Final
 from kbit.checks import check_choice
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
-
-
 MAX_WINDOW: Final = 2048  # tokens, as in quantization papers. A model of shorter context has shorter windows.
 
 

@@ -15,10 +15,7 @@ from kbit.models.catalog import locate_model
 from kbit.models.config import MAX_WINDOW
 
 _UNITS: Final = {"k": 1e3, "m": 1e6, "b": 1e9}
-
-
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
-
 
 # Published sizes of models whose names have none.
 _NAMELESS: Final = {
@@ -29,7 +26,6 @@ _NAMELESS: Final = {
     "bloom": 176_000_000_000,
     "bloomz": 176_000_000_000,
 }
-
 
 # A decoder layer has 12 hidden^2 parameters, and transformers have about one layer for each 100 of their hidden size
 # (GPT-3's sizes: 64 to 128). So parameters = 0.12 hidden^3.

@@ -20,28 +20,15 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 Codebook = Float32[np.ndarray, " values"]
-
-
 ADAPTIVE: Final = ("quantile", "learned")  # made for each tensor and stored with it
-
-
 FLOAT_BIASES: Final = ("ieee", "bnb", "paper")
-
-
 MIN_BITS: Final = 2
-
-
 MAX_BITS: Final = 8
-
-
 # The paper's exponent widths for its main results: 3-bit E2M0, then three exponent bits up to 8-bit E3M4 (Appendix A).
 PAPER_EXPONENT_BITS: Final = {2: 1, 3: 2, 4: 3, 5: 3, 6: 3, 7: 3, 8: 3}
-
-
 # The three float conventions differ only in how far the subnormals lie below the place gradual underflow puts them, in
 # powers of two: ieee = OCP/IEEE minifloat, bnb = create_fp8_map today, paper = Appendix A, which the FP4 kernel uses.
 _SUBNORMAL_SHIFT: Final = {"ieee": 0, "bnb": 2, "paper": 4}
-
 
 # NF4 as published (QLoRA, Appendix E). The formula reproduces it only to 1.1e-7, and users compare bit by bit.
 _NF4: Final = (

@@ -13,14 +13,8 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 _GRID: Final = 20_001  # points of [-1, 1] on which the distribution is tabulated: spacing 1e-4, interpolated
-
-
 _TOLERANCE: Final = 1e-8  # largest move of a value in the last round: below float32's spacing near 1
-
-
 _MAX_ROUNDS: Final = 20_000
-
-
 _LEARNED_SAMPLE: Final = 2**18  # values that k-means sees: its centres move by less than float16 rounding beyond that
 
 

@@ -24,11 +24,7 @@ from kbit.numerics.scale_formats import Scales, Stored
 from kbit.numerics.spec import QuantSpec
 
 Elements = TypeVar("Elements", NDArray[np.int64], torch.Tensor)
-
-
 Values = Float[torch.Tensor, " n"]  # contiguous float32, float16 or bfloat16
-
-
 _SUMMED: Final = 2**20  # values of a sum in float64 at a time: torch makes a float64 copy of them
 
 

@@ -17,11 +17,7 @@ from torch import Tensor
 
 # Low bits of a float32 that a cell does not tell apart: sign, exponent and 13 of 23 fraction bits are left, 2^22 cells.
 _SHIFT: Final = 10
-
-
 RELATIVE_ERROR: Final = 2.0**-13  # share of a float32 value: the spacing that 13 fraction bits leave
-
-
 _CHUNK: Final = 2**24  # values counted at a time: 64 MB of cell numbers, whatever the size of the tensor
 
 

@@ -14,14 +14,8 @@ from numpy.typing import NDArray
 from kbit.numerics.codebooks import Codebook
 
 Values = Float32[np.ndarray, " n"]
-
-
 Codes = UInt8[np.ndarray, " n"]
-
-
 Scales = Float32[np.ndarray, " blocks"]
-
-
 Thresholds = Float32[np.ndarray, " thresholds"]
 
 

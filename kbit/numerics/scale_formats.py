@@ -20,26 +20,12 @@ from numpy.typing import NDArray
 from kbit.numerics.codebooks import decision_thresholds, dynamic_codebook
 
 Scales = Float32[np.ndarray, " blocks"]
-
-
 Stored = dict[str, NDArray[Any]]
-
-
 _FLOAT16_LARGEST: Final = 65504.0
-
-
 _FLOAT32_LARGEST: Final = 3.4028234663852886e38
-
-
 _FP8_LARGEST: Final = 448.0  # the largest E4M3 number
-
-
 _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, section 3)
-
-
 _E8M0_BIAS: Final = 127
-
-
 # Shares of the usual scale that a search tries. 2 bits want about 0.6, and dynamic types want some above 1.
 FACTORS: Final = np.arange(40, 121, 2, dtype=np.float32) / 100
 

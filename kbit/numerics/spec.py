@@ -19,20 +19,10 @@ from kbit.numerics.data_types import DATA_TYPES, make_codebook
 from kbit.numerics.scale_formats import SCALE_FORMATS, ScaleFormat, Scales, Stored
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
-
-
 CODEBOOK_VALUE_BITS: Final = 16  # a per-tensor codebook is stored as float16
-
-
 CENTER_BITS: Final = 16  # the tensor mean that centering subtracts is stored as float16
-
-
 LAYOUTS: Final = ("flat", "row")
-
-
 NORMALIZATIONS: Final = ("absmax", "signed_absmax", "minmax")
-
-
 ROUNDINGS: Final = ("nearest", "stochastic", "truncate")
 
 

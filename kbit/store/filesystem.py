@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
 STALE_SECONDS: Final = 3600.0  # a temporary file lives for milliseconds, so a killed process left one of this age
-
-
 _MARKER: Final = "kbit-store"  # a file that marks a store where there are no folders
 
 

@@ -14,8 +14,6 @@ from kbit.store.filesystem import Files, open_files
 from kbit.store.parquet import read_keys, read_texts
 
 T = TypeVar("T")
-
-
 _READ_TRIES: Final = 10  # each compaction that ends in the middle of reading costs one
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _HASH: Final = 8  # hexadecimal digits shown of a hash: among a thousand contents two are equal once in 8,600 times
 
-
 EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "key": pa.string(), "model": pa.string(), "family": pa.string(), "architecture": pa.string(),
     "parameters": pa.int64(), "quantized_parameters": pa.int64(), "dtype": pa.string(),
@@ -40,18 +39,15 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
 }  # fmt: skip
 
-
 _RESULT_COLUMNS: Final = (
     *("key", "family", "architecture", "parameters", "quantized_parameters"),
     *("bits_per_param", "total_bits", "weight_rmse"),
 )  # named as in a Result
 
-
 MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "evaluation": pa.string(), "task": pa.string(), "metric": pa.string(),
     "value": pa.float64(), "low": pa.float64(), "high": pa.float64(), "n": pa.int64(),
 }  # fmt: skip
-
 
 COLUMNS: Final = (
     *(name for name in EXPERIMENT_COLUMNS if name not in ("bits_per_param", "total_bits", "weight_rmse")),
@@ -59,16 +55,12 @@ COLUMNS: Final = (
     *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"),
 )  # fmt: skip
 
-
 ROW_SCHEMA: Final = pa.schema(
     [*EXPERIMENT_COLUMNS.items(), ("measurements", pa.list_(pa.struct(list(MEASUREMENT_COLUMNS.items()))))]
 )
 
-
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
 ROWS_VERSION: Final = {b"kbit.rows": b"2"}
-
-
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 

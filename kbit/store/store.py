@@ -39,8 +39,6 @@ from kbit.store.results import PART_EXPERIMENTS, make_part, read_part, read_part
 from kbit.store.rows import PART_SCHEMA, drop_repeated
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
-
-
 _FOLDERS: Final = ("experiments", "failures", "compacted")
 
 
