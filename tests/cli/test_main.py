@@ -305,6 +305,15 @@ def test_failed_experiment_is_not_tried_again_unasked(kbit: Kbit) -> None:
     assert "quant.min_coverage=0.9" in again.err
 
 
+@pytest.mark.parametrize(("fail_fast", "results"), [("true", 0), ("false", 1)])
+def test_fail_fast_stops_at_the_first_failure(kbit: Kbit, tmp_path: Path, fail_fast: str, results: int) -> None:
+    study = ("quant.min_coverage=1", "quant.exclude=dense,null", "eval.tasks=[]", "eval.perplexity_windows=1")
+    done = kbit("run", "-m", "hydra/launcher=basic", *study, f"fail_fast={fail_fast}")
+    assert done.code == 1
+    assert len(read_failures(tmp_path / "results")) == 1
+    assert read_results(tmp_path / "results")["key"].nunique() == results
+
+
 def test_unknown_command_names_the_commands(kbit: Kbit) -> None:
     done = kbit("rnu")
     assert done.code == 1
