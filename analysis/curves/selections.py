@@ -37,6 +37,7 @@ NANO_TWINS: Final = {"pythia": "nano-neox", "gpt2": "nano-gpt2", "opt": "nano-op
 RANKS: Final[dict[str, Callable[[Any], tuple[Any, ...]]]] = {
     "data_type": rank_data_type,
     "label": rank_label,
+    "_base": rank_label,
     "block_size": rank_block,
 }
 

@@ -1,7 +1,6 @@
 """Every figure and table by name: draw what the results allow, write it, or say what is missing.
 
-Drawn with matplotlib.figure.Figure objects alone: no pyplot, no backend choice, no global setting left
-changed.
+The figures are matplotlib.figure.Figure objects: no pyplot, no choice of a backend, no global setting left changed.
 """
 
 from __future__ import annotations

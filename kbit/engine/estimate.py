@@ -27,6 +27,8 @@ from kbit.store.filesystem import is_url
 from kbit.store.readers import read_results
 from kbit.store.results import load_results
 
+_KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
+_STORED: Final = 4  # results of alike experiments that are read from a store
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Hidden states of one token that are in memory at once within a decoder layer: residual stream, its norm, queries,
 # keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
@@ -50,10 +52,6 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
     tokens = max(window, experiment.eval.batch_size * TOKENS_PER_SEQUENCE[kind])
     copies = 2 if kind == "cpu" else 1
     return _PROCESS_BYTES[kind] + width * (copies * size.parameters + _STATES_PER_TOKEN * tokens * size.hidden)
-
-
-_KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
-_STORED: Final = 4  # results of alike experiments that are read from a store
 
 
 class CostClass(NamedTuple):

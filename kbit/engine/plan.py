@@ -72,7 +72,7 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     if experiment.eval.measures:
         from kbit.evaluation.measures import check_measures  # imports torch, which other studies plan without
 
-        check_measures(experiment.eval.measures)
+        check_measures(experiment.eval)
     if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.data.tasks import load_tasks  # takes seconds, which a study of local tasks need not wait for
 

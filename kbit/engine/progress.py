@@ -96,7 +96,7 @@ class Progress:
 def find_varied(experiments: Iterable[Experiment]) -> list[str]:
     """Return the fields of the evaluation that tell experiments apart and that their labels leave out."""
     evaluations = {experiment.eval for experiment in experiments}
-    told = ("task_path", "batch_size")  # the label has the path, and the batch size is no part of the content
+    told = ("task_path", "batch_size")  # the label has the path, and the batch size is no part of the key
     names = [field.name for field in dataclasses.fields(EvalConfig) if field.name not in told]
     return [name for name in names if len({getattr(evaluation, name) for evaluation in evaluations}) > 1]
 

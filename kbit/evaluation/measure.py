@@ -132,8 +132,7 @@ class Measure(Protocol):
 
     Attributes:
         name: how results call it. The task of each measurement of one's own measure is the name, or name/anything.
-            Name/TEXT, with the text of eval.perplexity, says that the numbers depend on its windows.
-        fields: names of the fields of eval that decide its numbers. Each is part of the experiment's key.
+        fields: names of the fields of eval that decide its numbers. Those of kbit's measures are part of the key.
     """
 
     name: str

@@ -1,17 +1,21 @@
 """Where a measure of one's own is written: found, read and identified by its content, without being imported.
 
+Only the file with the class is identified. What that file imports from beside itself is not part of the key. Of a
+module in packages, Python imports the packages to find it.
+
 eval.measures names it as MODULE:CLASS or as FILE.py:CLASS. A module is looked for beside the current directory first,
 then on Python's path.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from kbit.checks import ask_for_nearest
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ def identify_measures(measures: Sequence[str]) -> list[str]:
 def _find_near(place: str) -> str:
     """Return a question about the file or module in the current directory whose name is near, if there is one."""
     here = [path.name if place.endswith(".py") else path.stem for path in Path.cwd().glob("*.py")]
-    near = difflib.get_close_matches(Path(place).name, here, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = ask_for_nearest(Path(place).name, here)
+    return f"; {near}" if near else ""
 
 
 def _find_module(name: str) -> Path | None:
@@ -82,6 +86,6 @@ def _find_module(name: str) -> Path | None:
             return path
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # a folder above it is missing, or the name has no sense as one
+    except Exception:  # a folder above it is missing or cannot be imported, or the name has no sense as one
         return None
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin is not None else None

@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 
 from kbit.checks import check_choice
+from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measure_sources import MeasureSource, read_source
 from kbit.evaluation.measurement import MeasureRecord, check_own
@@ -49,12 +50,14 @@ class UserMeasures(Measure):
         """Import the measures that the loaded model was not measured by yet, and let each prepare."""
         asked, kept = subject.config.measures, subject.memory.recall(LoadedMeasures).by_identity
         sources = [read_source(name) for name in asked]
-        identity = sorted(source.identity for source in sources)
-        check_read(f"eval.measures={list(asked)}", identity, subject.identity.get("measures", []))
+        found = sorted(source.identity for source in sources)
+        check_read(f"eval.measures={list(asked)}", found, subject.identity.get("measures", []))
+        for identity in kept.keys() - {source.identity for source in sources}:
+            del kept[identity]
         for source in sources:
             if source.identity not in kept:
                 kept[source.identity] = (source, make_measure(source))
-        _check_names([kept[source.identity][1].name for source in sources], _list_taken(subject))
+        _check_names([kept[source.identity][1].name for source in sources], _list_taken(subject.config))
         for source in sources:
             kept[source.identity][1].prepare(subject)
 
@@ -84,13 +87,13 @@ class UserMeasures(Measure):
 MEASURES: Final[tuple[Measure, ...]] = (ZeroShot(), Perplexity(), OutlierFeatures(), UserMeasures())
 
 
-def check_measures(asked: Sequence[str]) -> None:
+def check_measures(config: EvalConfig) -> None:
     """Import the measures that eval.measures names, so that what is wrong with one is said before any work.
 
     Raises:
         ValueError: see read_source and make_measure, or two of them have one name.
     """
-    _check_names([make_measure(read_source(name)).name for name in asked], RESERVED)
+    _check_names([make_measure(read_source(name)).name for name in config.measures], _list_taken(config))
 
 
 def make_measure(source: MeasureSource) -> Measure:
@@ -150,8 +153,8 @@ def _check_plain(name: str, measured: Measured) -> None:
         raise ValueError(f"the measure {name!r} gave something that is no plain value: {error}") from error
 
 
-def _list_taken(subject: Subject) -> list[str]:
-    return [*RESERVED, *subject.config.tasks, *filter(None, [subject.config.perplexity])]
+def _list_taken(config: EvalConfig) -> list[str]:
+    return [*RESERVED, *config.tasks, *filter(None, [config.perplexity])]
 
 
 def _check_names(names: Sequence[str], taken: Iterable[str]) -> None:

@@ -137,7 +137,8 @@ class Perplexity(Measure):
         else:
             windows = subject.make_windows()
             kept = subject.memory.recall(KeptStates)
-            scores = measure_cross_entropy(subject.model, windows, scorer.budget, kept.reference)
+            reference, kept.reference = kept.reference, None  # a copied head goes with the variant
+            scores = measure_cross_entropy(subject.model, windows, scorer.budget, reference)
             text, tokens = TextRecord(windows.name, windows.sha256, *windows.tokens.shape), windows.tokens.numel()
         return Measured(scores.measurements, scores.items, tokens, {"text": text})
 

@@ -93,6 +93,8 @@ class ZeroShot(Measure):
             ValueError: the folder of tasks was changed while it was read, or see load_tasks and prepare_task.
             NonFiniteError: a log-likelihood is NaN or infinite.
         """
+        if not subject.config.tasks:
+            return Measured(records={"tasks": (), "truncated": 0})
         scorer, prepared = subject.scorer, subject.lasting.recall(PreparedTasks)
         scorer.tokens = prepared.tokens_of(scorer.identify_tokenizer())
         tasks, sent_before = _prepare_tasks(subject, prepared), scorer.sent

@@ -32,7 +32,7 @@ class Experiment:
         The batch size and paths are not among them. See QuantConfig.identity_fields for the quantizer's fields, and
         kbit.experiments.identity for the key.
         """
-        limit = self.eval.limit if self.eval.tasks else None
+        limit = self.eval.limit if self.eval.tasks or self.eval.measures else None
         evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": limit}
         if self.eval.perplexity is not None:
             evaluation |= {"perplexity": self.eval.perplexity}

@@ -70,15 +70,15 @@ class Session:
             NonFiniteError: the model gave NaN or Inf.
         """
         key = find_key(experiment) if key is None else key
-        content = check_unchanged(experiment, key)
+        fields = check_unchanged(experiment, key)
         if not self.holds(experiment.model):
             raise ValueError(f"this session holds {self.config} ({self._identity}), not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
         original = copy_weights(model, plan_quantization(model, quant))
-        subject = self._make_subject(experiment, content["eval"], frozenset(original))
-        for measure in MEASURES:
-            measure.prepare(subject)
+        subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
+            for measure in MEASURES:
+                measure.prepare(subject)
             start = time.perf_counter()
             report = quantize_model(model, quant, self._loaded.tokenizer)
             quantized = time.perf_counter()

@@ -122,11 +122,6 @@ METHODS: Final[dict[str, Method]] = {
 }
 
 
-def is_int8(method: str | None) -> bool:
-    """Whether the method of this name, or None for a model that is not quantized, multiplies in int8."""
-    return method in METHODS and METHODS[method].scheme is not None
-
-
 OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
 
 

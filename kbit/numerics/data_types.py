@@ -71,14 +71,22 @@ def make_codebook(
     check_choice("data_type", data_type, tuple(DATA_TYPES))
     check_bits(bits)
     wanted = Wanted(bits, exponent_bits, float_bias, block_size, table, tensor, seed)
-    return DATA_TYPES[data_type](wanted)
+    codebook = DATA_TYPES[data_type](wanted)
+    if not 2 <= len(codebook) <= 2**bits or (np.diff(codebook) <= 0).any() or np.abs(codebook).max() > 1:
+        raise ValueError(f"data_type {data_type!r} gives no table of 2..{2**bits} rising values within [-1, 1]")
+    return codebook
 
 
 def register_data_type(name: str, make: Callable[[Wanted], Codebook]) -> None:
     """Add a data type under a name, for quant.data_type and kbit.codebook.
 
     Its table is the same for all tensors, and a power-of-two scale is the one at or above a block's largest magnitude.
+
+    Raises:
+        ValueError: there is a data type of this name.
     """
+    if name in DATA_TYPES:
+        raise ValueError(f"there is a data type {name!r} already")
     DATA_TYPES[name] = make
 
 

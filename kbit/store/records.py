@@ -14,6 +14,7 @@ from kbit.store.filesystem import Files, open_files
 from kbit.store.parquet import read_keys, read_texts
 
 T = TypeVar("T")
+SCHEMA_VERSION: Final = 1
 _READ_TRIES: Final = 10  # each compaction that ends in the middle of reading costs one
 
 
@@ -58,9 +59,6 @@ def read_json(files: Files, name: str) -> dict[str, Any]:
     """Return the record in a JSON file, see parse_record."""
     with files.open(name) as file:
         return parse_record(file.read(), f"{files.root}/{name}")
-
-
-SCHEMA_VERSION: Final = 1
 
 
 def parse_record(content: bytes | str, source: str) -> dict[str, Any]:

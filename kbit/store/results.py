@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
@@ -15,6 +15,8 @@ from kbit.store import parquet
 from kbit.store.filesystem import Files
 from kbit.store.records import parse_record, read_json, read_records
 from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, ROWS_VERSION, tabulate
+
+T = TypeVar("T")
 
 PART_EXPERIMENTS: Final = 5000  # in one Parquet file: tens of megabytes, which compaction holds in memory
 
@@ -26,12 +28,12 @@ def load_results(path: str | Path, keys: Collection[str] | None = None) -> Itera
         FileNotFoundError: there is no store at path.
         ValueError: a file of the store is damaged, or was written by a newer kbit.
     """
-    return (from_json(Result, record) for record in read_records(path, "experiments", keys))
+    return (_read(Result, record) for record in read_records(path, "experiments", keys))
 
 
 def load_failures(path: str | Path) -> Iterator[Failure]:
     """Yield the failed experiments, sorted by key. The errors are those of load_results."""
-    return (from_json(Failure, record) for record in read_records(path, "failures"))
+    return (_read(Failure, record) for record in read_records(path, "failures"))
 
 
 def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -64,4 +66,16 @@ def make_part(records: Sequence[dict[str, Any]]) -> pa.Table:
 
 
 def _read_all(records: Sequence[dict[str, Any]]) -> Iterator[Result]:
-    return (from_json(Result, record) for record in records)
+    return (_read(Result, record) for record in records)
+
+
+def _read(kind: type[T], record: Mapping[str, Any]) -> T:
+    """Return a record as a typed object.
+
+    Raises:
+        ValueError: a field is missing, or today's kbit does not know a name in it. The message names the record.
+    """
+    try:
+        return from_json(kind, record)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the record {record.get('key')} cannot be read: {error}") from error

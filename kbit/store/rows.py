@@ -135,8 +135,8 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     if task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
     measure = _find_measure(result, task)
-    if measure is not None and not task.endswith(f"/{evaluation.perplexity}"):
-        return f"{dtype}, {measure}"
+    if measure is not None and result.text is None:
+        return f"{items}, {measure}"
     if task == "mean_zero_shot":
         names = sorted({m.task for m in result.measurements if m.metric == "acc"} - {task})
         joined = "; ".join(content[name] for name in names if content.get(name))

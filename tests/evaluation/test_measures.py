@@ -180,7 +180,7 @@ def test_names_tell_measures_apart(measure: str) -> None:
     Path("twin.py").write_text(AGREEMENT + "\n")
     for asked in ((measure, "twin.py:Agreement"), ("other.py:Agreement",)):
         with pytest.raises(ValueError, match="belongs to another measure"):
-            check_measures(asked)
+            check_measures(EvalConfig(measures=asked))
 
 
 def test_a_measure_returns_finite_numbers_of_its_own_task() -> None:

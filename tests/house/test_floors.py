@@ -52,6 +52,11 @@ def test_a_module_imports_only_from_lower_floors_and_its_own_folder(module: str)
     assert not wrong
 
 
+def test_nobody_within_imports_through_the_front_door() -> None:
+    """`from kbit import NAME` would reach any floor."""
+    assert not [name for name in MODULES if name not in DOORS and "kbit" in IMPORTS[name] and name != "kbit.nano"]
+
+
 def test_there_is_no_circle_and_no_long_chain() -> None:
     """Without what is imported for type checkers alone: a result's type is named where results are not made."""
     chain = find_longest_chain(read_imports(MODULES, for_types=False))

@@ -73,6 +73,18 @@ def test_a_method(build_tiny: Callable[..., Any]) -> None:
     assert report.bits_per_param == 4
 
 
+@pytest.mark.usefixtures("registries_kept")
+def test_a_method_keeps_the_outliers_as_they_were(build_tiny: Callable[..., Any]) -> None:
+    exec(find_recipe("register_method"), {})
+    model, name = build_tiny("llama"), "model.layers.0.mlp.down_proj.weight"
+    before = model.get_parameter(name).detach().clone()
+    fields: dict[str, Any] = {"outlier_fraction": 0.05, "outlier_selection": "column"}
+    config = kbit.QuantConfig(bits=3, data_type="nf", block_size=16, method="clipped", **fields)
+    codes: Any = kbit.quantize_model(model, config, keep_codes=True).codes[name]
+    assert torch.equal(codes.outlier_values, before[:, codes.outlier_columns])
+    assert torch.equal(codes.dequantize(), model.get_parameter(name))
+
+
 def test_a_measure(kbit: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "repetition.py").write_text(find_recipe("Measure"))
     study = (
