@@ -67,6 +67,7 @@ def draw_figures(options: argparse.Namespace) -> None:
         raise ValueError("--lower-is-better says of --measure that it is a loss: give --measure, too")
     if options.measure:
         measure = choose_measure(results, options.measure, lower_is_better=options.lower_is_better)
+        print(f"{options.measure}: {'higher' if measure.higher_is_better else 'lower'} values are better")
     figures = save_figures(results, options.out, options.names or None, measure)
     for figure in figures:
         shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"

@@ -256,14 +256,19 @@ def check_own(name: str, measurements: Sequence[Measurement], items: Sequence[It
     """Check what a measure of this name returned.
 
     Raises:
-        ValueError: a number or its items are of another measure's task, or two numbers have one task and metric.
+        ValueError: there is no number, a number or its items are of another measure's task, two numbers have one task
+            and metric, or items belong to no number.
         NonFiniteError: a value is NaN or infinite.
     """
+    if not measurements:
+        raise ValueError(f"the measure {name!r} gave no number")
     for task in {m.task for m in measurements} | {own.task for own in items}:
         if task != name and not task.startswith(f"{name}/"):
             raise ValueError(f"the measure {name!r} gave a number of task {task!r}, not of {name!r} or '{name}/...'")
     if len({(m.task, m.metric) for m in measurements}) < len(measurements):
         raise ValueError(f"the measure {name!r} gave two numbers of one task and metric")
+    if strange := {(own.task, own.metric) for own in items} - {(m.task, m.metric) for m in measurements}:
+        raise ValueError(f"the measure {name!r} gave items of {sorted(strange)[0]}, but no such number")
     for m in measurements:
         if not math.isfinite(m.value):
             raise NonFiniteError(f"{m.metric} of {m.task!r} is {m.value}")

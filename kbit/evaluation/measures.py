@@ -24,7 +24,7 @@ from kbit.checks import check_choice
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measure_sources import MeasureSource, read_source
-from kbit.evaluation.measurement import MeasureRecord, check_own
+from kbit.evaluation.measurement import ItemValues, Measurement, MeasureRecord, NonFiniteError, check_own
 from kbit.evaluation.outlier_features import OutlierFeatures
 from kbit.evaluation.perplexity import Perplexity
 from kbit.evaluation.zero_shot import ZeroShot
@@ -72,7 +72,7 @@ class UserMeasures(Measure):
         kept = subject.memory.recall(LoadedMeasures).by_identity
         done: list[tuple[MeasureRecord, Measured]] = []
         for source, measure in (kept[identity] for identity in subject.identity.get("measures", [])):
-            measured = measure.run(subject)
+            measured = _run_measure(source, measure, subject)
             check_own(measure.name, measured.measurements, measured.items)
             _check_plain(measure.name, measured)
             done.append((MeasureRecord(measure.name, source.sha256, dict(measured.notes)), measured))
@@ -104,18 +104,50 @@ def make_measure(source: MeasureSource) -> Measure:
     """
     module = _import_source(source)
     own = tuple(name for name, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__)
-    check_choice(f"eval.measures={source.asked!r}: the class in {source.path}", source.cls, own)
+    check_choice(f"eval.measures={source.asked!r}: the class", source.cls, own)
     try:
         measure: Any = vars(module)[source.cls]()
     except TypeError as error:  # its __init__ wants arguments
         raise ValueError(f"eval.measures={source.asked!r}: {error}; a measure is made without arguments") from error
-    if not isinstance(measure, Measure):
-        missing = [name for name in ("name", "fields", "prepare", "run") if not hasattr(measure, name)]
+    missing = [name for name in ("fields", "prepare") if not hasattr(measure, name)]
+    missing += [] if isinstance(getattr(measure, "name", None), str) else ["name (a word)"]
+    missing += ["run()"] if getattr(type(measure), "run", Measure.run) is Measure.run else []
+    if missing:
         raise ValueError(
             f"eval.measures={source.asked!r} is no measure: it has no {', '.join(missing)} (inherit from "
             "kbit.evaluation.measure.Measure)"
         )
-    return measure
+    made: Measure = measure
+    return made
+
+
+def _is_list_of(part: object, kind: type[object]) -> bool:
+    return isinstance(part, list | tuple) and all(isinstance(value, kind) for value in part)
+
+
+def _run_measure(source: MeasureSource, measure: Measure, subject: Subject) -> Measured:
+    """Return what a measure returns, and name the measure in what it raises.
+
+    Raises:
+        ValueError: the measure raised an error, or returned no lists of numbers.
+        NonFiniteError: the model gave NaN or Inf.
+    """
+    try:
+        measured: Any = measure.run(subject)
+    except NonFiniteError:
+        raise
+    except Exception as error:  # whatever a user's code raises
+        raise ValueError(f"eval.measures={source.asked!r}: run() raised {type(error).__name__}: {error}") from error
+    parts = ((measured.measurements, Measurement), (measured.items, ItemValues)) if type(measured) is Measured else ()
+    if not parts or not all(
+        isinstance(part, list | tuple) and all(isinstance(x, k) for x in part) for part, k in parts
+    ):
+        raise ValueError(
+            f"eval.measures={source.asked!r}: run() returned {type(measured).__name__}, not Measured(a list of "
+            "Measurement, a list of ItemValues)"
+        )
+    checked: Measured = measured
+    return checked
 
 
 @functools.lru_cache(maxsize=64)
