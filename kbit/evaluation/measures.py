@@ -109,9 +109,9 @@ def make_measure(source: MeasureSource) -> Measure:
         measure: Any = vars(module)[source.cls]()
     except TypeError as error:  # its __init__ wants arguments
         raise ValueError(f"eval.measures={source.asked!r}: {error}; a measure is made without arguments") from error
-    missing = [name for name in ("fields", "prepare") if not hasattr(measure, name)]
-    missing += [] if isinstance(getattr(measure, "name", None), str) else ["name (a word)"]
-    missing += ["run()"] if getattr(type(measure), "run", Measure.run) is Measure.run else []
+    missing = [] if isinstance(getattr(measure, "name", None), str) else ["name"]
+    missing += [name for name in ("fields", "prepare") if not hasattr(measure, name)]
+    missing += ["run"] if getattr(type(measure), "run", Measure.run) is Measure.run else []
     if missing:
         raise ValueError(
             f"eval.measures={source.asked!r} is no measure: it has no {', '.join(missing)} (inherit from "

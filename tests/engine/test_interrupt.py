@@ -19,7 +19,13 @@ def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_pa
     arguments = ["run", "-m", "quant.bits=3,4,5,6", "eval.tasks=[]", "ray.num_workers=1", "model.name=nano-neox-1m"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     sweep = subprocess.Popen(
-        [str(CONSOLE_SCRIPT), *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        [str(CONSOLE_SCRIPT), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job, such as these tests may be, ignores the signal
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 300
