@@ -6,7 +6,7 @@
 Both checkouts run the same code, which uses nothing but kbit's public names and commands, in processes of their own and
 in turn, so that a busy machine slows both. Each number is the least of all rounds. A ratio above 1 says that this
 checkout is faster. What is computed must be equal in both checkouts, or the exit code is 1. Writes
-benchmarks/results/checkouts.json.
+benchmarks/results/checkouts.json after each part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -165,8 +165,8 @@ def run_part(checkout: Path, part: str) -> Measured:
     return measured
 
 
-def compare(other: Path, parts: list[str], rounds: int) -> dict[str, Any]:
-    """Return for each part the least seconds of both checkouts and their ratio, other / this."""
+def compare(other: Path, parts: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield after each part the least seconds of both checkouts and their ratios, other / this, of all parts so far."""
     found: dict[str, Any] = {}
     for part in parts:
         runs: list[list[Measured]] = [[], []]
@@ -181,7 +181,7 @@ def compare(other: Path, parts: list[str], rounds: int) -> dict[str, Any]:
         }  # fmt: skip
         for name, ratio in found[part]["ratio"].items():
             print(f"{part:8} {name:40} {before[name]:8.3f} s {after[name]:8.3f} s {ratio:6.2f}", flush=True)
-    return found
+        yield found
 
 
 def main() -> None:
@@ -204,10 +204,10 @@ def main() -> None:
         for path in (options.other, ROOT)
     ]
     load = os.getloadavg()[0]
-    found = compare(options.other.resolve(), options.parts, options.rounds)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "load before": load}
-    record = {"machine": machine, "rounds": options.rounds, "other": commits[0], "this": commits[1], "parts": found}
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    for found in compare(options.other.resolve(), options.parts, options.rounds):
+        record = {"machine": machine, "rounds": options.rounds, "other": commits[0], "this": commits[1], "parts": found}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(not all(part["equal"] for part in found.values()))
 
 
