@@ -72,8 +72,8 @@ def make_codebook(
     check_bits(bits)
     wanted = Wanted(bits, exponent_bits, float_bias, block_size, table, tensor, seed)
     codebook = DATA_TYPES[data_type](wanted)
-    if not 2 <= len(codebook) <= 2**bits or (np.diff(codebook) <= 0).any() or np.abs(codebook).max() > 1:
-        raise ValueError(f"data_type {data_type!r} gives no table of 2..{2**bits} rising values within [-1, 1]")
+    if not 1 <= len(codebook) <= 2**bits or (np.diff(codebook) <= 0).any() or np.abs(codebook).max() > 1:
+        raise ValueError(f"data_type {data_type!r} gives no table of 1..{2**bits} rising values within [-1, 1]")
     return codebook
 
 
