@@ -36,22 +36,50 @@ _STATES_PER_TOKEN: Final = 16
 # Bytes that a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
 # GPU: the driver's context and the libraries' workspaces. This is assumed, because no GPU has been measured.
 _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
+# Measured with PIQA and HellaSwag: 5.8 and 6.2 KB for lm-eval's request and its row, 31 and 47 bytes for a token of it
+# in the lists that the scorer keeps.
+_REQUEST_BYTES, _TOKEN_BYTES = 6_300, 48
+_USUAL_VOCABULARY: Final = 50_000  # of a model that is not here
 
 
 def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int:
-    """Estimate the bytes that a worker needs for a model, on the GPU if the device is one.
+    """Estimate the bytes that a worker needs for a model at most, on the GPU if the device is one.
 
-        process + parameters x dtype (twice on a CPU, where the weights to restore lie) + tokens at once x states
+        process + (parameters + embedding) x dtype + tokens at once x states
 
-    The estimate leaves out a quantizer's own work on one tensor, and GPTQ's and AWQ's sums over the inputs of one
-    decoder layer.
+    On a CPU the parameters count twice, as the weights to restore lie there, and the tasks' requests and the states of
+    a calibration text are added. The embedding is copied when the weights are hashed. The estimate leaves out a
+    quantizer's own work on one tensor, GPTQ's and AWQ's sums over the inputs of one decoder layer, and tasks that do
+    not ship with kbit.
     """
     kind = device.partition(":")[0]
     width = _BYTES[experiment.model.dtype]
     window = min(size.context, MAX_WINDOW)
     tokens = max(window, experiment.eval.batch_size * TOKENS_PER_SEQUENCE[kind])
-    copies = 2 if kind == "cpu" else 1
-    return _PROCESS_BYTES[kind] + width * (copies * size.parameters + _STATES_PER_TOKEN * tokens * size.hidden)
+    copies, beside = 1, 0
+    if kind == "cpu":
+        copies, beside = 2, _estimate_requests(experiment.eval, size) + _estimate_calibration(experiment, size)
+    embedding = size.hidden * (size.vocabulary or _USUAL_VOCABULARY)
+    elements = copies * size.parameters + embedding + _STATES_PER_TOKEN * tokens * size.hidden
+    return _PROCESS_BYTES[kind] + width * elements + beside
+
+
+def _estimate_requests(evaluation: EvalConfig, size: ModelSize) -> int:
+    """Estimate the bytes of the shipped tasks' requests, as lm-eval makes them and the scorer keeps them."""
+    total, column = 0.0, _choose_column(size)
+    for row in filter(None, map(_shipped_tasks().get, evaluation.tasks)):
+        share = min(evaluation.limit or int(row["items"]), int(row["items"])) / int(row["items"])
+        total += share * (_REQUEST_BYTES * int(row["requests"]) + _TOKEN_BYTES * int(row[column]))
+    return round(total)
+
+
+def _estimate_calibration(experiment: Experiment, size: ModelSize) -> int:
+    """Return the bytes of the hidden states that enter a decoder layer and leave it, for a calibration text."""
+    quant, text = experiment.quant, experiment.quant.calibration
+    if quant.is_baseline or not quant.traits.needs_text:
+        return 0
+    length = text.length or min(size.context, MAX_WINDOW)
+    return 2 * text.samples * length * size.hidden * _BYTES[experiment.model.dtype]
 
 
 class CostClass(NamedTuple):
@@ -144,7 +172,7 @@ class Estimator:
     def predict_memory(self, experiments: Iterable[Experiment]) -> int | None:
         """Return the bytes that a worker needs for the largest experiment, or None if a model's size is unknown."""
         largest = 0
-        for experiment in {(e.model, e.eval.batch_size): e for e in experiments}.values():
+        for experiment in {(e.model, e.eval, e.quant.method, e.quant.calibration): e for e in experiments}.values():
             if (size := self._size(experiment.model.name)) is None:
                 return None
             largest = max(largest, estimate_memory(size, experiment, self._device))

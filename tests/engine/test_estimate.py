@@ -13,7 +13,14 @@ from toy_results import make_result
 
 from kbit.data.tasks import load_tasks
 from kbit.data.windows import make_windows
-from kbit.engine.estimate import CostClass, Estimator, estimate_tokens, format_count, format_seconds
+from kbit.engine.estimate import (
+    CostClass,
+    Estimator,
+    estimate_memory,
+    estimate_tokens,
+    format_count,
+    format_seconds,
+)
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import prepare_task
@@ -45,6 +52,34 @@ def test_what_is_not_known_is_said_to_be_unknown() -> None:
     line = Estimator().describe([make_experiment("nobody/knows")], workers=1)
     unknown = "unknown until the first result"
     assert line == f"tokens to score: {unknown}; time: {unknown}; memory: unknown"
+
+
+@pytest.mark.parametrize(
+    ("size", "evaluation", "peak"),
+    [
+        # measured with SmolLM2's and Pythia's architectures and random weights: see FINDINGS.md
+        (ModelSize(70_426_624, 512, 2048, 50304), EvalConfig(tasks=(), perplexity_windows=1), 1.365e9),
+        (ModelSize(97_728, 64, 256, 1024), EvalConfig(tasks=("piqa", "nano_endings"), perplexity_windows=4), 0.799e9),
+        (ModelSize(134_515_008, 576, 8192, 49152), EvalConfig(tasks=(), perplexity_windows=2), 1.968e9),
+        (ModelSize(134_515_008, 576, 8192, 49152), EvalConfig(tasks=("hellaswag", "nano_choice"), limit=24), 1.933e9),
+    ],
+)
+def test_memory_is_bounded_by_the_estimate_and_within_a_fifth_of_it(
+    size: ModelSize, evaluation: EvalConfig, peak: float
+) -> None:
+    experiment = Experiment(ModelConfig("any"), QuantConfig(bits=4), evaluation)
+    assert peak <= estimate_memory(size, experiment, "cpu") <= 1.2 * peak
+
+
+def test_requests_and_calibration_states_take_memory_on_a_cpu() -> None:
+    plain, tasks = make_experiment(), EvalConfig(tasks=("hellaswag",))
+    usual = estimate_memory(HUB, plain, "cpu")
+    asked = dataclasses.replace(plain, eval=tasks)
+    # 40,168 requests of 6.3 KB with 3,135,532 tokens of 48 bytes
+    assert estimate_memory(HUB, asked, "cpu") - usual == 40_168 * 6_300 + 3_135_532 * 48
+    assert estimate_memory(HUB, asked, "cuda") == estimate_memory(HUB, plain, "cuda")
+    calibrated = estimate_memory(HUB, make_experiment(method="gptq"), "cpu")
+    assert calibrated - usual == 2 * 128 * 2048 * 2048 * 4  # samples, length, hidden size, float32
 
 
 def test_alike_experiments_take_as_long_as_the_middle_one() -> None:
