@@ -116,7 +116,7 @@ def torch_threads_kept() -> Iterator[None]:
 def _check_process() -> None:
     if not _first_process:
         _first_process.append(os.getpid())
-    if _first_process[0] != os.getpid() and numba.threading_layer() == "omp":
+    if _first_process[0] != os.getpid() and numba.threading_layer() == "omp":  # type: ignore[attr-defined]
         raise RuntimeError(
             f"process {os.getpid()} was forked from one in which kbit's kernels ran, whose threads it lacks: start it "
             "by multiprocessing's spawn or forkserver, or quantize in the new process alone"

@@ -77,20 +77,20 @@ def test_tensors_of_inference_mode_are_quantized_inside_and_outside() -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "llm_int8"])
 def test_a_model_of_inference_mode_is_quantized_and_restored(method: str) -> None:
-    bits = {"bits": 8} if method == "llm_int8" else {"bits": 3}
-    config = QuantConfig(**bits, method=method, outlier_fraction=0.05, outlier_selection="column")
+    bits = 8 if method == "llm_int8" else 3
+    config = QuantConfig(bits=bits, method=method, outlier_fraction=0.05, outlier_selection="column")
     weights = []
     for inside in (True, False):
         with torch.inference_mode(inside):
             torch.manual_seed(0)
-            model = nn.Module()
-            model.layers = nn.ModuleList([nn.Linear(64, 64)])
-        before = model.layers[0].weight.clone()
+            layer, model = nn.Linear(64, 64), nn.Module()
+            model.layers = nn.ModuleList([layer])
+        before = layer.weight.clone()
         report = quantize_model(model, config)
         copies = dict.fromkeys(copy_weights(model, report), before)
-        weights.append(model.layers[0].weight.clone())
+        weights.append(layer.weight.clone())
         restore_weights(model, copies)
-        assert torch.equal(model.layers[0].weight, before)
+        assert torch.equal(layer.weight, before)
     assert torch.equal(*weights)
 
 
@@ -101,8 +101,8 @@ def test_no_gradient_is_of_values_that_were_replaced(change: Callable[[Any, Quan
     loss = x.square().sum()
     change(x, SPEC)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    x.square().sum().backward()  # of the new ones
+        loss.backward()  # type: ignore[no-untyped-call]
+    x.square().sum().backward()  # type: ignore[no-untyped-call]  # of the new ones
     assert x.grad is not None
     assert torch.equal(x.grad, 2 * x.detach())
 
