@@ -16,6 +16,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that a test can ask for
 
+# The files that take longest, as they start processes, train or compile. They go first: at the end of the suite the
+# processes of `make test` then share out short files, and none waits for another.
+LONG: Final = (
+    *("test_packaging", "test_notebooks", "test_main", "test_chaos", "test_compose", "test_interrupt", "test_presets"),
+    *("test_cuda_ptx", "test_quantizer", "test_train", "test_shipped", "test_cuda", "test_ray_cluster", "test_doctor"),
+    *("test_scorer", "test_codes", "test_registry", "test_cache"),
+)
+
 # Two layers, hidden size 64, four heads, a context of 256 tokens: (configuration class, its own names for them).
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": (
@@ -52,6 +60,12 @@ TINY |= {
     name: (config, TINY["llama"][1] | {"num_key_value_heads": 4})
     for name, config in zip(_LLAMA_LIKE, _CLASSES, strict=True)
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, in the order of LONG."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -28,17 +28,16 @@ Kbit = Callable[..., Any]  # the fixtures kbit and run_kbit of conftest.py
 
 
 @pytest.fixture(scope="module")
-def ray_sweep(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
-    """A folder with the store of a multirun on Ray that asks for the same experiment four times; HOME is not set."""
+def single_run(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
+    """A folder with the store of a single run, and how the run ended."""
     folder = tmp_path_factory.mktemp("study")
-    sweep = ("quant.bits=4,4", "quant.data_type=int,int", "ray.num_workers=1")
-    return folder, run_kbit("run", "-m", *sweep, *SMALL, cwd=folder, without=["HOME"])
+    return folder, run_kbit("run", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=folder)
 
 
 @pytest.fixture
-def study(ray_sweep: tuple[Path, Any], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
+def study(single_run: tuple[Path, Any], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same folder, as the current one."""
-    folder, _ = ray_sweep
+    folder, _ = single_run
     monkeypatch.chdir(folder)
     return folder
 
@@ -51,31 +50,19 @@ def content(folder: Path) -> dict[str, int]:
 # --- running
 
 
-def test_multirun_on_ray_runs_equal_jobs_once(ray_sweep: tuple[Path, Any]) -> None:
-    folder, done = ray_sweep
+def test_single_run_writes_one_result_and_prints_it(single_run: tuple[Path, Any]) -> None:
+    folder, done = single_run
     assert (done.code, TRACEBACK in done.err) == (0, False)
-    assert "4 asked, 1 distinct, 0 done, 1 to run" in done.out
-    assert len(Store(folder / "results").finished_keys()) == 1
-
-
-def test_multirun_leaves_nothing_but_the_store(ray_sweep: tuple[Path, Any]) -> None:
-    folder, _ = ray_sweep
+    table = read_results(folder / "results")
+    assert (set(table["bits"]), set(table["data_type"])) == ({4}, {"int"})
+    for shown in ("nano-neox-98k", "cross_entropy", f"{table['value'].iloc[0]:.6f}", str(folder / "results")):
+        assert shown in done.out
     assert [path.name for path in folder.iterdir()] == ["results"]
 
 
-def test_single_run_writes_one_result_and_prints_it(run_kbit: Kbit, tmp_path: Path) -> None:
-    done = run_kbit("run", "quant.bits=3", "quant.data_type=nf", *SMALL, cwd=tmp_path)
-    assert (done.code, TRACEBACK in done.err) == (0, False)
-    table = read_results(tmp_path / "results")
-    assert (set(table["bits"]), set(table["data_type"])) == ({3}, {"nf"})
-    for shown in ("nano-neox-98k", "cross_entropy", f"{table['value'].iloc[0]:.6f}", str(tmp_path / "results")):
-        assert shown in done.out
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]
-
-
-def test_second_start_runs_nothing_and_says_so(run_kbit: Kbit, study: Path) -> None:
+def test_second_start_runs_nothing_and_says_so(kbit: Kbit, study: Path) -> None:
     before = content(study)
-    done = run_kbit("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=study)
+    done = kbit("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL)  # on Ray, which is not started
     assert done.code == 0
     assert "1 asked, 1 distinct, 1 done, 0 to run" in done.out
     assert {k: v for k, v in content(study).items() if k.endswith(".json")} == {
