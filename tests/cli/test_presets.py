@@ -26,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, run_kbit: Callable[..., An
 
 
 def test_every_preset_has_a_result(results: pd.DataFrame) -> None:
-    # default is float4, so there is one quantizer less than there are names; and the baseline
+    # default is nf4, so there is one quantizer less than there are names; and the baseline
     assert results["key"].nunique() == len(NAMES) - 1 + 1
 
 
