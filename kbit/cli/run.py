@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
     from kbit.experiments.config import RunConfig
+    from kbit.methods.config import QuantConfig
     from kbit.store.store import Store
 
 _OUTLIERS: Final = """\
@@ -90,6 +91,7 @@ def run_request(request: Request) -> None:
     else:
         store = _open_store(settings.results, request.engine)
     print(plan.describe())
+    _warn_of_idle_fields([experiment.quant for experiment in plan.keys])
     estimator = Estimator(settings.device)
     if plan.to_run and (request.plan_only or len(request.configs) > 1):
         print(_estimate(plan, estimator, settings, request.engine))
@@ -98,6 +100,17 @@ def run_request(request: Request) -> None:
     if plan.to_run:
         _carry_out(plan, estimator, settings, request.engine, store)
     _report_results(plan, settings, store)
+
+
+def _warn_of_idle_fields(quantizers: Sequence[QuantConfig]) -> None:
+    """Say which keys of quant were set and change nothing in any experiment, such as exponent_bits beside nf."""
+    quantized = [quant for quant in quantizers if not quant.is_baseline]
+    idle = quantized[0].idle_fields if quantized else set()
+    for quant in quantized[1:]:
+        idle = idle and idle & quant.idle_fields
+    for name in sorted(idle):
+        beside = f"quant.data_type={quantized[0].data_type} and quant.method={quantized[0].method}"
+        print(f"kbit: warning: quant.{name} was set and changes nothing beside {beside}", file=sys.stderr)
 
 
 def _open_store(path: str, engine: str) -> Store:

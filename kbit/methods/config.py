@@ -14,6 +14,9 @@ from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
 
 UNSEEN: Final = ("error", "rtn")
+# The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
+# of every version are found.
+KEY_BASE: Final = QuantSpec(data_type="float")
 OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.outlier_columns
 
 
@@ -235,16 +238,31 @@ class QuantConfig(QuantSpec):
     def identity_fields(self) -> dict[str, Any]:
         """The fields that decide the quantized model, canonical.
 
-        Fields without effect and fields at their default are left out, so a field that is added later does not change
-        the keys of old results. In turn a default, once released, never changes. The calibration text has the name that
-        the user gave it, and kbit.experiments.identity puts its content in the name's place.
+        Fields without effect and fields that equal KEY_BASE are left out, so a field that is added later does not
+        change the keys of old results. The calibration text has the name that the user gave it, and
+        kbit.experiments.identity puts its content in the name's place.
         """
         spec = self.spec.canonical()
-        fields = non_defaults(spec, QuantSpec()) | {"bits": spec.bits}
         if spec.is_baseline:
-            return fields
+            return {"bits": BASELINE_BITS}
+        fields = non_defaults(spec, KEY_BASE) | {"bits": spec.bits}
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
         return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
+
+    @property
+    def idle_fields(self) -> set[str]:
+        """The fields that are set and change nothing beside the others, such as exponent_bits of nf."""
+        canonical = self.spec.canonical()
+        changed = non_defaults(self, QuantConfig()).keys() - {"bits", "min_coverage"}
+        # exponent_bits=3 has its effect, though it is what a float of 4 bits has anyway
+        return {name for name in changed if getattr(canonical, name, None) != getattr(self, name) and self._idles(name)}
+
+    def _idles(self, name: str) -> bool:
+        try:
+            without = dataclasses.replace(self, **{name: getattr(QuantConfig(), name)})
+        except ValueError:  # the other fields need it
+            return False
+        return without.identity_fields == self.identity_fields
 
     @property
     def method_options(self) -> dict[str, Any]:

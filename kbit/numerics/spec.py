@@ -61,7 +61,7 @@ class QuantSpec:
     """
 
     bits: int = 4
-    data_type: str = "float"
+    data_type: str = "nf"
     exponent_bits: int | None = None
     float_bias: str = "ieee"
     table: tuple[float, ...] | None = None

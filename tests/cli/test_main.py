@@ -118,6 +118,12 @@ def test_plan_says_what_would_run_and_writes_nothing(kbit: Kbit, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_key_that_changes_nothing_in_any_experiment_is_a_warning(kbit: Kbit) -> None:
+    warning = "kbit: warning: quant.exponent_bits was set and changes nothing beside quant.data_type=nf"
+    assert warning in kbit("plan", "quant.exponent_bits=2").err
+    assert kbit("plan", "quant.exponent_bits=2", "quant.data_type=nf,float").err == ""
+
+
 def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
     done = kbit("plan", "quant.bits=3,4", "quant.data_type=int", *SMALL)
     assert done.out.splitlines()[0] == "2 asked, 2 distinct, 1 done, 1 to run"
@@ -197,7 +203,7 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["quant.data_type=flaot"], ["data_type='flaot'", "int, float, dynamic, quantile, nf"]),
     (["quant.bits=1"], ["bits=1", "2..8", "16"]),
     (["quant.bits=9"], ["bits=9", "2..8", "16"]),
-    (["quant.bits=4", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
+    (["quant.data_type=float", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
     (["quant.block_size=0"], ["block_size=0", ">= 1", "null"]),
     (["quant.method=gptqq"], ["quant.method='gptqq'", "rtn", "did you mean gptq?"]),
     (["eval.perplexity=table.csv"], ["table.csv is neither a plain text (.txt) nor JSON lines"]),

@@ -36,7 +36,7 @@ def results(sweep: tuple[Path, Any]) -> pd.DataFrame:
 
 def test_a_multirun_on_ray_runs_equal_jobs_once_and_leaves_nothing_but_the_store(sweep: tuple[Path, Any]) -> None:
     folder, done = sweep
-    distinct = len(NAMES) - 1 + 1  # default is float4, so there is one quantizer less than there are names
+    distinct = len(NAMES) - 1 + 1  # default is nf4, so there is one quantizer less than there are names
     assert f"{len(NAMES) + 1} asked, {distinct} distinct, 0 done, {distinct} to run" in done.out
     assert "Traceback (most recent call last)" not in done.err
     assert [path.name for path in folder.iterdir()] == ["results"]

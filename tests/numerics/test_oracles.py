@@ -27,7 +27,7 @@ def test_microscaling_equals_the_definition_with_ml_dtypes(exponent_bits: int, b
     shared = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1, keepdims=True))) - largest_exponent)  # OCP MX, section 6.3
     limit = float(ml_dtypes.finfo(element).max)
     expected = np.clip(x / shared, -limit, limit).astype(element).astype(np.float32) * shared
-    spec = QuantSpec(bits=bits, exponent_bits=exponent_bits, layout="row", block_size=32, scale_format="e8m0")
+    spec = QuantSpec(bits, "float", exponent_bits, layout="row", block_size=32, scale_format="e8m0")
     ours = fake_quantize(x, spec)
     ties = np.abs(np.abs(ours - x) - np.abs(expected - x)) < 1e-7  # they round ties to even, kbit away from zero
     assert ((ours == expected) | ties).all()
@@ -37,7 +37,7 @@ def test_microscaling_equals_the_definition_with_ml_dtypes(exponent_bits: int, b
 def test_nvfp4_scales_are_e4m3_times_one_float32() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     x = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
-    q = quantize(x, QuantSpec(bits=4, exponent_bits=2, layout="row", block_size=16, scale_format="fp8"))
+    q = quantize(x, QuantSpec(4, "float", 2, layout="row", block_size=16, scale_format="fp8"))
     block_max = np.abs(x).reshape(-1, 16).max(axis=1)
     tensor_scale = np.float32(block_max.max() / 448)
     expected = (block_max / tensor_scale).astype(ml_dtypes.float8_e4m3fn)

@@ -92,7 +92,7 @@ def test_every_combination_of_fields_equals_the_reference(scale_format: str, nor
 @pytest.mark.parametrize("bias", ["ieee", "bnb", "paper"])
 @pytest.mark.parametrize(("bits", "exponent_bits"), [(b, e) for b in BITS for e in range(1, b)])
 def test_kernel_equals_reference_for_every_float(bits: int, exponent_bits: int, bias: str) -> None:
-    spec = QuantSpec(bits=bits, exponent_bits=exponent_bits, float_bias=bias, scale_format="fp32")
+    spec = QuantSpec(bits, "float", exponent_bits, float_bias=bias, scale_format="fp32")
     assert_equals_reference(awkward_values(4100), spec)
 
 
