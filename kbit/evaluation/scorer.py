@@ -47,6 +47,7 @@ from kbit.evaluation.prefix_sharing import (
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import sees_whole_input
 from kbit.models.hflm_private import OpenHFLM, Request
+from kbit.models.inference import in_evaluation_mode
 
 Asked = tuple[tuple[str, str], ...]  # the texts of the requests of one call
 
@@ -100,20 +101,9 @@ class Scorer(OpenHFLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        before = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,
-            logits_cache=False,
-        )
-        if before != [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]:
-            raise ValueError(
-                "lm-eval tied weights of the model that were not tied (its lm_head, quantized on its own?): "
-                "set model.config.tie_word_embeddings=False before evaluating"
-            )
-        self._path = _choose_path(model)
+        super().__init__(model, tokenizer, batch_size=batch_size, softmax_dtype=torch.float32, logits_cache=False)
+        with in_evaluation_mode(model):
+            self._path = _choose_path(model)
         self._set_budget(batch_size)
         self.truncated = 0
         self.sent = 0
@@ -225,7 +215,8 @@ class Scorer(OpenHFLM):
         while done < len(todo):
             rows = take_batch(todo, done, 1 if one_by_one else self.budget.tokens)
             can_split = len(rows) > 1 or rows[0].can_split
-            scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
+            with in_evaluation_mode(self.model):
+                scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
             if scores is None:
                 todo, done = self._make_rows([query for row in todo[done:] for query in row.queries]), 0
                 continue

@@ -343,10 +343,3 @@ def _raise(error: Exception) -> Callable[..., Any]:
         raise error
 
     return forward
-
-
-def test_a_head_that_lm_eval_ties_again_is_an_error(build_tiny: Build, tokenizer: Any) -> None:
-    model = build_tiny("llama", vocab_size=1024, tie_word_embeddings=True)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match="tie_word_embeddings=False"):
-        Scorer(model, tokenizer)
