@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, list_task_files
-from kbit.data.texts import list_embedded_texts, locate_text, read_bytes
+from kbit.data.task_files import list_own_names, list_task_files
+from kbit.data.texts import is_json_lines, list_embedded_texts, locate_text, read_bytes
 from kbit.evaluation.measure_sources import identify_measures
 from kbit.experiments.config import Experiment
 from kbit.models.catalog import STUDIED
@@ -91,10 +91,10 @@ def identify_model(name: str) -> str:
 
 
 def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
-    """Return the sorted names of tasks, where a user's own task carries the hash of its folder's content."""
+    """Return the sorted names of tasks, where a user's own task or group carries the hash of its folder's content."""
     if task_path is None:
         return sorted(names)
-    own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
+    own = list_own_names(task_path)
     if not own & set(names):
         return sorted(names)
     digest = hashlib.sha256()
@@ -120,7 +120,7 @@ def name_content(name: str, sha256: str) -> str:
     path = locate_text(name)
     if path is None:
         return name
-    return _name_embedded().get(sha256, f"{sha256}.jsonl") if ".jsonl" in path.suffixes else sha256
+    return _name_embedded().get(sha256, f"{sha256}.jsonl") if is_json_lines(path) else sha256
 
 
 @functools.cache

@@ -112,6 +112,8 @@ class Session:
         measured = [measure.run(subject) for measure in MEASURES]
         if hash_weights(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
+        if not any(done.measurements for done in measured):
+            raise ValueError("nothing was measured: no task, text or measure gave a number")
         return _add(dataclasses.replace(self._describe(experiment, report), weights_hash=weights_hash), measured)
 
     def _describe(self, experiment: Experiment, report: QuantizationReport) -> Result:

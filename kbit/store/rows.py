@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.checks import non_defaults
-from kbit.evaluation.config import FeatureConfig
+from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.numerics.spec import write_table
 
@@ -90,7 +90,7 @@ def _make_row(result: Result) -> dict[str, Any]:
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
-    content = {task.name: _describe_content(task) for task in result.tasks}
+    content = _describe_contents(result)
     row["measurements"] = [
         vars(measurement) | {"evaluation": _describe_evaluation(result, measurement.task, content)}
         for measurement in result.measurements
@@ -128,17 +128,17 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     Args:
         result: the result with the measurement.
         task: the measurement's task.
-        content: hashes of each task's data, see _describe_content.
+        content: hashes of each task's and group's data, see _describe_contents.
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
-    items = f"{dtype}, {evaluation.limit or 'all'} items"
-    if task in evaluation.tasks:
+    items = f"{dtype}, {evaluation.limit or 'all'} items{_describe_prompting(evaluation)}"
+    if task in content or task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
     measure = _find_measure(result, task)
     if measure is not None and result.text is None:
         return f"{items}, {measure}"
     if task == "mean_zero_shot":
-        names = sorted({m.task for m in result.measurements if m.metric == "acc"} - {task})
+        names = _list_averaged(result)
         joined = "; ".join(content[name] for name in names if content.get(name))
         digest = f"data {hashlib.sha256(joined.encode()).hexdigest()[:_HASH]}" if joined else None
         return ", ".join(filter(None, [items, " ".join(names), digest]))
@@ -150,6 +150,33 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     windows = f"{dtype}, {evaluation.perplexity_windows or 'all'} windows{length}"
     criteria = _describe_criteria(evaluation.features) if task.startswith("features/") else None
     return ", ".join(filter(None, [windows, digest, criteria, measure]))
+
+
+def _describe_prompting(evaluation: EvalConfig) -> str:
+    """Return how tasks were asked, if not without examples and templates: ", 5 examples, chat template"."""
+    examples = "" if evaluation.num_fewshot is None else f", {evaluation.num_fewshot} examples"
+    return examples + (", chat template" if evaluation.apply_chat_template else "")
+
+
+def _list_averaged(result: Result) -> list[str]:
+    """Return the sorted names whose accuracies the mean is of: groups with one stand for their tasks."""
+    having = {m.task for m in result.measurements if m.metric == "acc"} - {"mean_zero_shot"}
+    outermost = {t.name: next((g for g in t.groups if g in having), t.name) for t in result.tasks}
+    inside = {group for task in result.tasks for group in task.groups}
+    return sorted({outermost.get(name, name) for name in having if name not in inside})
+
+
+def _describe_contents(result: Result) -> dict[str, str]:
+    """Return the hashes of each task's data, see _describe_content, and of each group's, over those of its tasks."""
+    content = {task.name: _describe_content(task) for task in result.tasks}
+    groups: dict[str, list[str]] = {}
+    for task in result.tasks:
+        for group in task.groups:
+            groups.setdefault(group, []).append(f"{task.name} {content[task.name]}")
+    return content | {
+        group: f"data {hashlib.sha256('; '.join(sorted(parts)).encode()).hexdigest()[:_HASH]}"
+        for group, parts in groups.items()
+    }
 
 
 def _find_measure(result: Result, task: str) -> str | None:
