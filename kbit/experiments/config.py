@@ -47,7 +47,7 @@ class Experiment:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
         if self.eval.measures:
             evaluation |= {"measures": list(self.eval.measures)}
-        model = {"name": self.model.name, "dtype": self.model.dtype}
+        model = {"name": self.model.name, "dtype": self.model.dtype} | self.model.parts
         return {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
 
     @property
@@ -65,6 +65,7 @@ class Experiment:
         others = dict(self.quant.label_details)
         if self.model.dtype != ModelConfig.dtype:
             others["dtype"] = self.model.dtype
+        others |= self.model.parts
         for name in ("task_path", "num_fewshot"):
             if (value := getattr(self.eval, name)) is not None:
                 others[name] = value

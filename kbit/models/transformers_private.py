@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
 def find_commit(config: Any) -> str:
     """Return the commit of the hub that a configuration was loaded from."""
     return str(config._commit_hash)
+
+
+def describe_gguf(path: Path) -> str:
+    """Return the kinds of blocks that a GGUF file's weights are in: "gguf Q4_0 Q6_K". Plain numbers give ""."""
+    from transformers.integrations.gguf.dequant import GGML_NAME
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    kinds = {GGML_NAME.get(kind, str(kind)) for kind in GgufHeader.from_file(str(path)).ggml_types.values()}
+    quantized = sorted(kinds - {"F32", "F16", "BF16"})
+    return f"gguf {' '.join(quantized)}" if quantized else ""
 
 
 def list_whole_modules(model: Any) -> set[str]:

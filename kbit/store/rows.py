@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -18,12 +19,15 @@ import pyarrow.compute as pc
 from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.models.catalog import STUDIED, name_run
+from kbit.models.config import ModelConfig
 from kbit.numerics.spec import write_table
 
 if TYPE_CHECKING:
     from kbit.evaluation.measurement import TaskRecord
     from kbit.experiments.result import Result
 
+_SHA256: Final = 64  # hexadecimal digits
 _HASH: Final = 8  # hexadecimal digits shown of a hash: among a thousand contents two are equal once in 8,600 times
 
 EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
@@ -37,6 +41,7 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
     "include": pa.string(), "exclude": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
+    "checkpoint": pa.string(),
 }  # fmt: skip
 
 _RESULT_COLUMNS: Final = (
@@ -50,9 +55,9 @@ MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
 }  # fmt: skip
 
 COLUMNS: Final = (
-    *(name for name in EXPERIMENT_COLUMNS if name not in ("bits_per_param", "total_bits", "weight_rmse")),
+    *(name for name in EXPERIMENT_COLUMNS if name not in ("bits_per_param", "total_bits", "weight_rmse", "checkpoint")),
     "evaluation", "bits_per_param", "total_bits", "weight_rmse",
-    *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"),
+    *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"), "checkpoint",
 )  # fmt: skip
 
 ROW_SCHEMA: Final = pa.schema(
@@ -60,7 +65,7 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
-ROWS_VERSION: Final = {b"kbit.rows": b"2"}
+ROWS_VERSION: Final = {b"kbit.rows": b"3"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
@@ -83,7 +88,8 @@ def _make_row(result: Result) -> dict[str, Any]:
     """Return one stored result as a row of ROW_SCHEMA."""
     model, quant = result.experiment.model, result.experiment.quant
     row = {name: getattr(result, name) for name in _RESULT_COLUMNS}
-    row |= {"model": model.name, "dtype": model.dtype, "bits": quant.bits}
+    row |= {"model": _name_model(model), "dtype": model.dtype, "bits": quant.bits}
+    row |= {"family": _find_family(result), "checkpoint": result.checkpoint_quantization or None}
     spec = quant.spec.canonical()
     if not spec.is_baseline:
         row |= dataclasses.asdict(spec) | {name: getattr(quant, name) for name in ("method", "include", "exclude")}
@@ -96,6 +102,19 @@ def _make_row(result: Result) -> dict[str, Any]:
         for measurement in result.measurements
     ]
     return row
+
+
+def _name_model(model: ModelConfig) -> str:
+    """Return a model's name, with the parts of its checkpoint that are not its default."""
+    return " ".join([model.name, *(f"{name}={value}" for name, value in model.parts.items())])
+
+
+def _find_family(result: Result) -> str:
+    """Return the model's family. Results of local folders from before runs had families have the folder's alone."""
+    model = result.experiment.model
+    is_local = model.name not in STUDIED and len(result.model_revision) == _SHA256  # a commit of the hub is shorter
+    is_old = model.family is None and "/" not in result.family
+    return name_run(Path(model.name)) if is_local and is_old else result.family
 
 
 def _describe_options(quant: QuantConfig) -> str:

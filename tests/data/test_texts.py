@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import kbit.data.texts
 from kbit.data.texts import EMBEDDED_TEXTS, read_bytes, read_documents
+from kbit.data.windows import make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key, identify_text, name_content
@@ -125,7 +130,9 @@ def test_the_bytes_per_token_are_those_of_the_text_itself(
     assert windows.bytes_per_token * windows.tokens.numel() == pytest.approx(len(covered.encode()))
 
 
-def test_windows_of_several_documents_cover_whole_ones_and_the_start_of_the_last(tmp_path: Path, tokenizer: Any) -> None:
+def test_windows_of_several_documents_cover_whole_ones_and_the_start_of_the_last(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     documents = ["Once upon a time", "", "there was a small mouse in a house " * 9]
     (tmp_path / "e.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     windows = make_windows(str(tmp_path / "e.jsonl"), tokenizer, context=20, max_windows=None)
