@@ -8,7 +8,6 @@ by kbit itself, so that a row that cannot be used is named by its line. The buil
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,72 +17,10 @@ from typing import Any, Final
 import datasets
 import pyarrow as pa
 
-from kbit.data.texts import decode_text, number_json_lines, read_bytes
+from kbit.data.data_files import BUILDERS, parse_json
+from kbit.data.texts import read_bytes
 
-# Builders of `datasets` that read files of one kind.
-BUILDERS: Final = ("arrow", "csv", "hdf5", "json", "pandas", "parquet", "text", "xml")
 _FILES: Final = ("data_files", "data_dir")  # the options that say where files are
-
-
-def find_files(definition: Mapping[str, Any], folder: Path) -> dict[str, list[Path]] | None:
-    """Return the local data files of each split of a task's definition, or None if its data is not in local files.
-
-    Args:
-        definition: a task's definition. dataset_path is a builder of `datasets` or a folder.
-        folder: the folder of the task's YAML, to which all paths are relative.
-
-    Raises:
-        FileNotFoundError: a file is missing. The message has its absolute path.
-        ValueError: data_files is not as `datasets` takes it, or dataset_path would follow the working directory.
-    """
-    place, options = definition.get("dataset_path"), definition.get("dataset_kwargs") or {}
-    if not isinstance(place, str) or callable(definition.get("custom_dataset")):
-        return None
-    if place not in BUILDERS:
-        if (folder / place).is_dir():
-            return {"": sorted(path for path in (folder / place).rglob("*") if path.is_file())}
-        if Path(place).is_dir():
-            raise ValueError(f"dataset_path={place} is a folder here, but not in {folder}, to which paths are relative")
-        return None
-    listed = _split_files(options.get("data_files"), options.get("data_dir"))
-    if any("://" in file for files in listed.values() for file in files):
-        return None
-    base = folder / str(options.get("data_dir") or "")
-    return {split: [path for file in files for path in _find_matches(base, file)] for split, files in listed.items()}
-
-
-def _find_matches(base: Path, pattern: str) -> list[Path]:
-    """Return the file of a name, or the files of a pattern, in order."""
-    if (base / pattern).is_file() or not set(pattern) & set("*?["):
-        found = [base / pattern]
-    elif Path(pattern).is_absolute():
-        found = sorted(Path("/").glob(pattern[1:]))
-    else:
-        found = sorted(base.glob(pattern))
-    found = [path for path in found if not path.is_dir()]
-    if not found or not found[0].is_file():
-        raise FileNotFoundError(f"no data file at {(base / pattern).resolve()}")
-    return found
-
-
-def _split_files(data_files: Any, data_dir: Any) -> dict[str, list[str]]:
-    """Return the files of each split.
-
-    Args:
-        data_files: as `datasets` takes it: a file or a list of files (split train), or either for each split.
-        data_dir: a folder, whose files are taken (split train) if data_files says nothing.
-    """
-    if data_files is None and data_dir is not None:
-        data_files = "*"
-    by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
-    listed = {str(split): [files] if isinstance(files, str) else files for split, files in by_split.items()}
-    if not listed or not all(
-        isinstance(files, list) and files and all(isinstance(file, str) for file in files) for files in listed.values()
-    ):
-        raise ValueError(
-            f"dataset_kwargs.data_files={data_files!r} is not a file, a list of files, or a dictionary of them"
-        )
-    return listed
 
 
 @dataclass
@@ -118,7 +55,7 @@ class TaskData:
         """Return the rows of each split.
 
         Raises:
-            FileNotFoundError, ValueError: see read_bytes, number_json_lines.
+            FileNotFoundError, ValueError: see read_bytes, parse_json.
             ValueError: a file has no rows, or rows do not fit into one table. The message has the file, and for JSON
                 the line and the field.
         """
@@ -138,7 +75,7 @@ class TaskData:
     def _load_json(self, split: str, files: Sequence[Path]) -> datasets.Dataset:
         rows, places = [], []
         for path in files:
-            numbered = _parse_json(self._read(path), path, self.options.get("field"))
+            numbered = parse_json(self._read(path), path, self.options.get("field"))
             if not numbered:
                 raise ValueError(f"{path.resolve()} has no rows")
             rows += list(numbered.values())
@@ -171,22 +108,6 @@ class TaskData:
                 raise ValueError(f"{where or named} has no rows")
             self.places[split] = [f"{where}, row {number}" for number in range(1, len(rows) + 1)] if where else []
         return splits
-
-
-def _parse_json(content: bytes, path: Path, within: str | None) -> dict[str, dict[str, Any]]:
-    """Return the rows of a JSON file by their places: lines, or one array, which may be a field of an object."""
-    if within is None and not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return {f"{path.resolve()}, line {n}": row for n, row in number_json_lines(content, path).items()}
-    try:
-        value = json.loads(decode_text(content, path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path.resolve()} is no JSON: {error}") from error
-    if within is not None:
-        value = value.get(within) if isinstance(value, dict) else None
-    what = "" if within is None else f"the field {within!r} of "
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise ValueError(f"{what}{path.resolve()} is no array of objects")
-    return {f"{path.resolve()}, row {number}": row for number, row in enumerate(value, start=1)}
 
 
 def tabulate_rows(rows: Sequence[Mapping[str, Any]], places: Sequence[str]) -> datasets.Dataset:

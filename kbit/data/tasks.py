@@ -26,8 +26,9 @@ from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
+from kbit.data.data_files import find_files
 from kbit.data.lm_eval_private import hide_progress, read_definition
-from kbit.data.task_data import TaskData, find_files
+from kbit.data.task_data import TaskData
 from kbit.data.task_files import (
     EMBEDDED_TASKS,
     find_broken_files,

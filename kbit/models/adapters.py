@@ -2,34 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-
-
-def locate_adapter(name: str) -> Path:
-    """Return the folder of an adapter: the user's own, or the hub's in the local cache, into which it is downloaded.
-
-    Raises:
-        FileNotFoundError: there is no such adapter, or it lacks a file.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"model.adapter={name!r} is neither a folder here nor a hub id 'organisation/name'")
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=list(_FILES)))
-        except Exception as error:  # offline, unknown, gated: the hub's client has an error for each
-            raise FileNotFoundError(f"model.adapter={name!r} cannot be had from the hub: {error}") from error
-    for file in _FILES:
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"model.adapter: no file at {(folder / file).resolve()}")
-    return folder
+from kbit.models.checkpoint_files import locate_adapter
 
 
 def merge_adapter(model: Any, name: str) -> Any:

@@ -15,6 +15,8 @@ from kbit.models.catalog import locate_model
 # Dtypes of safetensors that hold weights as they are. Anything else is a code that something else has to explain.
 PLAIN_DTYPES: Final = ("F16", "BF16", "F32", "F64")
 
+_ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
+
 # What checkpoints hold beside their weights: buffers of attention masks and positions that code computes today, towers
 # for images and sound, and heads that predict further tokens (mtp).
 _HARMLESS: Final = re.compile(
@@ -99,9 +101,16 @@ def check_folder(folder: Path, *, is_gguf: bool = False) -> None:
     for name, dtype in (pair for path in weights for pair in _list_dtypes(path)):
         if dtype not in PLAIN_DTYPES and not is_harmless(name):
             raise ValueError(
-                f"{folder}: the tensor {name} is stored as {dtype}, as in quantized checkpoints, not as one of "
-                f"{', '.join(PLAIN_DTYPES)}: measure the model that it was made of"
+                f"{folder}: the tensor {name} is stored as {dtype}, not as one of {', '.join(PLAIN_DTYPES)}: it holds "
+                "codes of a quantized checkpoint, to which scales belong; measure the model that it was made of"
             )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's folder has a chat template. A folder without the tokenizer's configuration may have one."""
+    if not (folder / "tokenizer_config.json").is_file() or (folder / "chat_template.jinja").is_file():
+        return True
+    return bool(_read_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def check_configuration(config: dict[str, Any], where: str) -> None:
@@ -116,6 +125,40 @@ def check_configuration(config: dict[str, Any], where: str) -> None:
             )
 
 
+def check_adapter(name: str) -> Path | None:
+    """Return the folder of a local adapter, or None for one of the hub.
+
+    Raises:
+        FileNotFoundError: the name is neither, or the folder lacks a file.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"model.adapter={name!r} is neither a folder here nor a hub id 'organisation/name'")
+        return None
+    for file in _ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"model.adapter: no file at {(folder / file).resolve()}")
+    return folder
+
+
+def locate_adapter(name: str) -> Path:
+    """Return the folder of an adapter: the user's own, or the hub's in the local cache, into which it is downloaded.
+
+    Raises:
+        FileNotFoundError: there is no such adapter, or it lacks a file.
+    """
+    folder = check_adapter(name)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(_ADAPTER_FILES)))
+        except Exception as error:  # offline, unknown, gated: the hub's client has an error for each
+            raise FileNotFoundError(f"model.adapter={name!r} cannot be had from the hub: {error}") from error
+    return folder
+
+
 def _list_dtypes(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the name and dtype of each tensor of a safetensors file, of which only the header is read."""
     try:
@@ -123,7 +166,7 @@ def _list_dtypes(path: Path) -> Iterator[tuple[str, str]]:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 yield name, str(file.get_slice(name).get_dtype())
     except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be loaded, it is damaged: {error}") from error
+        raise OSError(f"model {str(path.parent)!r} cannot be loaded: {path.name} is damaged: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def _read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -
         OSError: there is none.
     """
     where, options = (source.location, source.options) if asked is None else (locate_tokenizer(asked), {})
+    if (Path(where) / "tokenizer.json").is_file():  # beside a GGUF file, which has a tokenizer of its own
+        options.pop("gguf_file", None)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:  # see _read_model

@@ -16,6 +16,8 @@ from kbit.models.config import MAX_WINDOW, UNITS, read_count
 
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
 
+_CONTEXT: Final = ("max_position_embeddings", "n_positions", "seq_length")
+
 # Published sizes of models whose names have none.
 _NAMELESS: Final = {
     "gpt2": 124_000_000,
@@ -67,7 +69,7 @@ def find_size(name: str, given: str | None = None) -> ModelSize | None:
     return ModelSize(
         parameters,
         hidden=_first(config, "hidden_size", "n_embd") or guess,
-        context=_first(config, "max_position_embeddings", "n_positions", "seq_length") or MAX_WINDOW,
+        context=_first(config, *_CONTEXT) or MAX_WINDOW,
         vocabulary=_first(config, "vocab_size"),
     )
 
@@ -82,6 +84,13 @@ def _find_folder(name: str) -> Path | None:
     if folder is not None and not folder.is_dir():
         folder = find_cached_folder(place)
     return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def find_context(name: str) -> int | None:
+    """Return the number of tokens that a model takes at once, or None if no configuration here tells it."""
+    folder = _find_folder(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig")) if folder else {}
+    return _first(config, *_CONTEXT)
 
 
 def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+_GGUF_PLAIN: Final = {0, 1, 28, 30}  # GGML's numbers of F32, F16, F64 and BF16
 
 
 def find_commit(config: Any) -> str:
@@ -18,8 +20,8 @@ def describe_gguf(path: Path) -> str:
     from transformers.integrations.gguf.dequant import GGML_NAME
     from transformers.integrations.gguf.reader import GgufHeader
 
-    kinds = {GGML_NAME.get(kind, str(kind)) for kind in GgufHeader.from_file(str(path)).ggml_types.values()}
-    quantized = sorted(kinds - {"F32", "F16", "BF16"})
+    kinds = set(GgufHeader.from_file(str(path)).ggml_types.values()) - _GGUF_PLAIN
+    quantized = sorted(GGML_NAME.get(kind, f"type {kind}") for kind in kinds)
     return f"gguf {' '.join(quantized)}" if quantized else ""
 
 
