@@ -24,7 +24,7 @@ from kbit.analysis.figures.styles import LINE_STYLES
 from kbit.analysis.statistics.findings import finding
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.store.filesystem import replace_file
-from kbit.store.readers import read_failures, read_provenance, read_results
+from kbit.store.readers import leave_out_checkpoints, read_failures, read_provenance, read_results
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
 # Which measurements can be shown, in the order of the menu. Higher is better for all but the last two.
@@ -45,7 +45,7 @@ def write_report(store: str | Path, out: Path) -> None:
         FileNotFoundError: there is no store.
         ValueError: the store has no result.
     """
-    results = read_results(store)
+    results = leave_out_checkpoints(read_results(store))
     if results.empty:
         raise ValueError(f"{Path(store).absolute()} has no finished experiment: nothing to report")
     page = build_page(results, read_failures(store), read_provenance(store))

@@ -55,9 +55,9 @@ def draw_figures(options: argparse.Namespace) -> None:
     """
     from kbit.analysis.figures.registry import choose_measure, save_figures
     from kbit.analysis.statistics.findings import finding
-    from kbit.store.readers import read_results
+    from kbit.store.readers import leave_out_checkpoints, read_results
 
-    results = read_results(options.results)
+    results = leave_out_checkpoints(read_results(options.results))
     if options.where:
         results = select_rows(results, options.where)
         if results.empty:

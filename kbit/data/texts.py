@@ -24,6 +24,8 @@ _DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
     ".bz2": bz2.decompress,
 }
 
+_JSON_LINES: Final = (".jsonl", ".ndjson", ".jsonlines")
+
 # Files of these kinds would be taken for one document, markup and all.
 _NO_TEXTS: Final = (
     *(".csv", ".tsv", ".json", ".parquet", ".arrow", ".npy", ".pt"),
@@ -41,7 +43,7 @@ def read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path.resolve()}")
     content = path.read_bytes()
-    decompress = _DECOMPRESS.get(path.suffix)
+    decompress = _DECOMPRESS.get(path.suffix.lower())
     if decompress is None:
         return content
     try:
@@ -65,18 +67,39 @@ def parse_json_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: see read_json_lines.
     """
-    rows = []
+    return list(number_json_lines(content, path).values())
+
+
+def number_json_lines(content: bytes, path: Path) -> dict[int, dict[str, Any]]:
+    """Return the dictionary of each non-empty line by the line's number, which begins with 1.
+
+    Raises:
+        ValueError: see read_json_lines, or the content is not UTF-8.
+    """
+    rows = {}
     # str.splitlines would take U+2028 and other characters for line ends, which JSON strings may hold.
-    for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(decode_text(content, path).split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"{path.resolve()}, line {number}: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path.resolve()}, line {number}: not a JSON object")
-            rows.append(row)
+            rows[number] = row
     return rows
+
+
+def decode_text(content: bytes, path: Path) -> str:
+    """Return a file's content as text, without the byte order mark that some editors begin a file with.
+
+    Raises:
+        ValueError: the content is not UTF-8. The message has the path.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.resolve()} is not a text in UTF-8: {error}") from None
 
 
 def read_documents(name: str) -> tuple[list[str], str]:
@@ -84,8 +107,9 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
     Args:
         name: an embedded text (nano_held_out), the path of a file, or a text of the hub (wikitext2, c4, pile_cc, and
-            wikitext2_train and c4_train to calibrate on). A file holds JSON lines (.jsonl) with a field "text", one
-            document a line, or a plain text (.txt), which is one document. Either may be compressed (.xz, .gz, .bz2).
+            wikitext2_train and c4_train to calibrate on). A file holds JSON lines (.jsonl, .ndjson, .jsonlines) with a
+            field "text", one document a line, or a plain text (.txt), which is one document. Either may be compressed
+            (.xz, .gz, .bz2). Suffixes count in any case, and a byte order mark is no part of a text.
 
     Raises:
         FileNotFoundError: the name is none of these. The message has the path and the texts there are.
@@ -99,10 +123,7 @@ def read_documents(name: str) -> tuple[list[str], str]:
     check_suffix(path)
     content = read_bytes(path)  # read once, so that the hash belongs to what is returned
     digest = hashlib.sha256(content).hexdigest()
-    try:
-        documents = _split_documents(content, path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.resolve()} is not a text in UTF-8: {error}") from None
+    documents = _split_documents(content, path)
     if not any(documents):
         raise ValueError(f"{path.resolve()} has no text")
     return documents, digest
@@ -110,17 +131,22 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
 def check_suffix(path: Path) -> None:
     """Raise ValueError if a file's name says that it is neither plain text nor JSON lines, such as a table's."""
-    kind = path.with_suffix("").suffix if path.suffix in _DECOMPRESS else path.suffix
-    if kind in _NO_TEXTS:
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in _DECOMPRESS]
+    if suffixes and suffixes[-1] in _NO_TEXTS:
         raise ValueError(
-            f"{path.resolve()} is neither a plain text (.txt) nor JSON lines with a field 'text' (.jsonl), either also "
-            f"as {', '.join(_DECOMPRESS)}"
+            f"{path.resolve()} is neither a plain text (.txt) nor JSON lines with a field 'text' "
+            f"({', '.join(_JSON_LINES)}), either also as {', '.join(_DECOMPRESS)}"
         )
 
 
+def is_json_lines(path: Path) -> bool:
+    """Whether a file's name says that it holds JSON lines."""
+    return any(suffix.lower() in _JSON_LINES for suffix in path.suffixes)
+
+
 def _split_documents(content: bytes, path: Path) -> list[str]:
-    if ".jsonl" not in path.suffixes:
-        return [content.decode("utf-8")]
+    if not is_json_lines(path):
+        return [decode_text(content, path)]
     rows = parse_json_lines(content, path)
     if missing := [number for number, row in enumerate(rows, start=1) if not isinstance(row.get("text"), str)]:
         raise ValueError(f"{path.resolve()}: record {missing[0]} has no field 'text'")
@@ -129,7 +155,7 @@ def _split_documents(content: bytes, path: Path) -> list[str]:
 
 def list_embedded_texts() -> dict[str, Path]:
     """Return the file of each embedded text by its name."""
-    return {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if ".jsonl" in path.suffixes}
+    return {path.name.partition(".")[0]: path for path in EMBEDDED_TEXTS.iterdir() if is_json_lines(path)}
 
 
 def locate_text(name: str) -> Path | None:

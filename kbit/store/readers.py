@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
             where their evaluations are equal.
         bits_per_param, total_bits, weight_rmse: sizes, and the relative error of the quantized weights.
         task, metric, value, low, high, n: the measurement with its 95% interval.
+        checkpoint: how the model's checkpoint was quantized before kbit ("gguf Q4_0"). It is missing for plain ones.
 
     The table's attrs["store"] is the path, with which read_items finds the items behind a value.
 
@@ -76,6 +78,24 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
     table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
     table.attrs["store"] = str(path)
     return table
+
+
+def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the table without the experiments on checkpoints that were quantized before: no 16-bit baseline is theirs.
+
+    It warns of what it leaves out.
+    """
+    is_plain = results["checkpoint"].isna()
+    if is_plain.all():
+        return results
+    left_out = results.loc[~is_plain, "key"].nunique()
+    warnings.warn(
+        f"{left_out} experiments on quantized checkpoints (GGUF) are left out: they have no 16-bit baseline",
+        stacklevel=2,
+    )
+    plain = results[is_plain]
+    plain.attrs = results.attrs
+    return plain
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:

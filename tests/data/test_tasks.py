@@ -229,8 +229,6 @@ class FewTasks:
     ("name", "error", "message"),
     [
         ("piqqa", ValueError, r"unknown task 'piqqa'.*hellaswag, lambada_openai, my_task, nano_choice"),
-        ("mmlu", ValueError, "'mmlu' is a group of lm-eval tasks: name its tasks"),
-        ("ai2_arc", ValueError, "'ai2_arc' is a group"),
         (
             "arc_easy",
             FileNotFoundError,
