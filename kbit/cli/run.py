@@ -168,10 +168,11 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     Raises:
         KbitError: an asked result is missing.
     """
-    from kbit.store.readers import read_failures
+    from kbit.store.readers import list_unreadable, read_failures
 
     distinct = {key: experiment for experiment, key in plan.keys.items()}
-    missing = distinct.keys() - store.finished_keys()
+    unreadable = list_unreadable(store.root, distinct.keys())
+    missing = (distinct.keys() - store.finished_keys()) | unreadable
     if not missing:
         if len(distinct) == 1:
             print(_describe_results(store.root, next(iter(distinct))))
@@ -179,7 +180,8 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
         if len(distinct) > 1:
             print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
         return
-    reasons = read_failures(store.root).set_index("key")["reason"]
+    reasons: dict[str, str] = read_failures(store.root).set_index("key")["reason"].to_dict()
+    reasons |= dict.fromkeys(unreadable, "its record cannot be read: once it is removed, the same command runs it")
     for key in sorted(missing):
         log = store.log_path(key)
         where = f"; its log: {log}" if log is not None and log.exists() else ""

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.models.config import ModelConfig
+from kbit.store.damage import DamagedRecordWarning
 from kbit.store.filesystem import LocalFiles
 from kbit.store.readers import list_keys, read_failures, read_results
 from kbit.store.store import Store
@@ -241,8 +243,11 @@ def test_a_store_that_cannot_be_compacted_does_not_stop_a_sweep(
     touch(tmp_path, "experiments", make_experiment(8))  # an empty file
     plan = make_plan([make_experiment(4), make_experiment(5)], tmp_path)
     outcomes = (Outcome(experiment, "") for experiment in plan.to_run)
-    assert follow(outcomes, plan, Store(tmp_path)) == []
-    assert "is damaged" in capsys.readouterr().err
+    with pytest.warns(DamagedRecordWarning, match="is damaged"):
+        assert follow(outcomes, plan, Store(tmp_path)) == []
+    monkeypatch.setattr(Store, "compact", mock.Mock(side_effect=OSError("the disk is full")))
+    follow((Outcome(experiment, "") for experiment in plan.to_run), plan, Store(tmp_path))
+    assert "was not compacted: the disk is full" in capsys.readouterr().err
 
 
 def test_progress_says_what_is_left_by_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
