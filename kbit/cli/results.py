@@ -154,7 +154,7 @@ def show_failures(failures: pd.DataFrame, width: int) -> str:
     blocks = []
     rows: Any = failures.itertuples()
     for row in rows:
-        head = f"{row.key}  {row.label or f'{row.model} {row.bits}-bit {row.data_type}'}  {row.finished}"
+        head = f"{row.key}  {row.state:<7}  {row.label}  {row.finished}"
         reason = textwrap.fill(
             str(row.reason), max(width, 40), initial_indent="    ", subsequent_indent="    ", break_long_words=False
         )
@@ -294,8 +294,17 @@ def _is_same(path: str, other: str) -> bool:
 
 
 def _describe_emptiness(options: argparse.Namespace) -> str:
+    from kbit.store.readers import read_failures
+
     what = "failed experiments" if options.failures else "results"
-    return f"no {what} in {options.results}" + (f" with {options.where}" if options.where else "")
+    empty = f"no {what} in {options.results}" + (f" with {options.where}" if options.where else "")
+    states = (
+        {} if options.failures or options.where else read_failures(options.results)["state"].value_counts().to_dict()
+    )
+    if not states:
+        return empty
+    counts = " and ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    return f"{empty}; it has {counts} experiments: kbit results --failures --results {options.results}"
 
 
 def _ask(question: str) -> bool:

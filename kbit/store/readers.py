@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from kbit.evaluation.measurement import Feature
 from kbit.experiments.config import Experiment
+from kbit.experiments.names import find_varied, name_experiment
 from kbit.experiments.result import Result
 from kbit.store.damage import DamagedRecord, DamagedRecordWarning, set_aside
 from kbit.store.filesystem import is_url, open_files
@@ -82,16 +83,23 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
-    """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
+    """Return the experiments that failed or crashed (see Failure), one a row.
+
+    Columns: key, label (with what else tells the evaluations apart), model, bits, data_type, block_size, reason,
+    finished, state.
+    """
+    failures = list(load_failures(path))
+    varied = find_varied(failure.experiment for failure in failures)
     rows = [
         {
-            **{name: getattr(failure, name) for name in ("key", "label", "reason", "finished")},
+            **{name: getattr(failure, name) for name in ("key", "reason", "finished", "state")},
+            "label": name_experiment(failure.experiment, varied),
             "model": failure.experiment.model.name,
             **{name: getattr(failure.experiment.quant, name) for name in ("bits", "data_type", "block_size")},
         }
-        for failure in load_failures(path)
+        for failure in failures
     ]
-    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
+    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished", "state"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.experiments.config import Experiment
-from kbit.experiments.result import Failure, Result
+from kbit.experiments.result import FAILED, Failure, Result
 from kbit.experiments.serialize import to_json, write_json
 from kbit.store.damage import SCHEMA_VERSION, DamagedRecord
 from kbit.store.filesystem import is_url, open_files
@@ -79,12 +79,12 @@ class Store:
         self._files.create(f"experiments/{result.key}.json", _encode(result))
         self._files.remove(f"failures/{result.key}.json")
 
-    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str) -> None:
-        """Record that an experiment failed, in place of an earlier failure."""
+    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str, state: str = FAILED) -> None:
+        """Record that an experiment failed or crashed (see Failure), in place of an earlier failure."""
         name = f"failures/{key}.json"
         self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label())))
+        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label(), state)))
 
     def compact(self, at_least: int = 0) -> int:
         """Put the JSON files of finished experiments into Parquet files and return the number of experiments.
