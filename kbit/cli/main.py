@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 from kbit.checks import KbitError, suggest
 from kbit.cli import completion, doctor, figures, models, results, run
+from kbit.store.damage import DamagedRecordWarning
 
 # Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
 COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...]] = (
@@ -28,6 +31,8 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     completion.add_completion,
 )
 
+_SHOWN: Final = 10  # records that cannot be read and are named
+
 _EXAMPLES: Final = """\
 kbit <command> --help says more of each.
 
@@ -40,9 +45,15 @@ examples:
 
 
 def main() -> None:
-    """Run the command of the console script. Print why if it cannot be done, and exit with 1."""
+    """Run the command of the console script.
+
+    If it cannot be done, print why and exit with 1. If it is done but for records that cannot be read, exit with 3.
+    """
     try:
-        run_command(sys.argv[1:])
+        with _show_damage() as damaged:
+            run_command(sys.argv[1:])
+        if damaged:
+            sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone: `kbit results | head`
@@ -51,6 +62,30 @@ def main() -> None:
     except (KbitError, ValueError, OSError) as error:
         reasons = error.reasons if isinstance(error, KbitError) else (str(error),)
         sys.exit("\n".join(f"kbit: error: {reason}" for reason in reasons))
+
+
+@contextmanager
+def _show_damage() -> Iterator[Collection[str]]:
+    """Yield a collection of the records that the block leaves out as they cannot be read. Print each of them once."""
+    damaged: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedRecordWarning)
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *where: Any, **more: Any) -> None:
+            if isinstance(message, DamagedRecordWarning):
+                damaged[str(message)] = None
+            else:
+                show(message, *where, **more)
+
+        warnings.showwarning = note
+        try:
+            yield damaged
+        finally:
+            lines = [f"kbit: warning: {line}" for line in damaged][:_SHOWN]
+            if damaged:
+                more = f"{len(damaged)} left out; `kbit results --damaged` lists them, `delete --damaged` removes them"
+                print("\n".join([*lines, f"kbit: warning: {more}"]), file=sys.stderr)
 
 
 def run_command(arguments: Sequence[str]) -> None:

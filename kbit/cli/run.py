@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kbit.engine.estimate import Estimator
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
-    from kbit.experiments.config import RunConfig
+    from kbit.experiments.config import Experiment, RunConfig
     from kbit.methods.config import QuantConfig
     from kbit.store.store import Store
 
@@ -181,10 +181,11 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     Raises:
         KbitError: an asked result is missing.
     """
-    from kbit.store.readers import read_failures
+    from kbit.store.readers import list_unreadable, read_failures
 
     distinct = {key: experiment for experiment, key in plan.keys.items()}
-    missing = distinct.keys() - store.finished_keys()
+    unreadable = list_unreadable(store.root, distinct.keys())
+    missing = (distinct.keys() - store.finished_keys()) | unreadable
     if not missing:
         if len(distinct) == 1:
             print(_describe_results(store.root, next(iter(distinct))))
@@ -192,14 +193,31 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
         if len(distinct) > 1:
             print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
         return
-    reasons = read_failures(store.root).set_index("key")["reason"]
-    for key in sorted(missing):
-        log = store.log_path(key)
-        where = f"; its log: {log}" if log is not None and log.exists() else ""
-        print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}{where}", file=sys.stderr)
+    failures = read_failures(store.root).set_index("key")
+    reasons = {key: tuple(row) for key, row in failures[["state", "reason"]].iterrows()}
+    why = "its record cannot be read: once it is removed, the same command runs it"
+    reasons |= dict.fromkeys(unreadable, ("damaged", why))
+    print(_tabulate_missing({key: distinct[key] for key in missing}, reasons, store), file=sys.stderr)
     raise KbitError(
         f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures"
     )
+
+
+def _tabulate_missing(missing: Mapping[str, Experiment], reasons: Mapping[str, tuple[str, str]], store: Store) -> str:
+    """Return a line for each experiment without a result, those of one reason together, and below them the reason."""
+    from kbit.experiments.names import find_varied, name_experiment
+
+    varied = find_varied(missing.values())
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key in missing:
+        groups.setdefault(reasons.get(key, ("not run", "")), []).append(key)
+    lines = []
+    for (state, reason), keys in sorted(groups.items()):
+        lines += sorted(f"{state:<8} {name_experiment(missing[key], varied)}  ({key})" for key in keys)
+        logs = [log for key in keys if (log := store.log_path(key)) is not None and log.exists()]
+        where = f"; its log: {logs[0]}" if len(logs) == 1 else f"; logs are in {logs[0].parent}" if logs else ""
+        lines += [f"         {reason}{where}"] if reason else []
+    return "\n".join(lines)
 
 
 def _describe_results(store_path: str, key: str) -> str:

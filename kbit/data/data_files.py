@@ -1,4 +1,4 @@
-"""Which local files a task's definition names, and the rows of JSON, without loading `datasets` (which takes a second)."""
+"""Which local files a task's definition names, and the rows of JSON, without `datasets` (whose import takes a second)."""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
+from kbit.experiments.result import FAILED
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
+from kbit.store.results import load_failures
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Plan:
         keys: the key of each distinct experiment, in the order asked. Files that change afterwards do not change it.
         done: the number of distinct experiments that have a result.
         failed: the number of distinct experiments that are recorded as failed and will not be tried again.
+        crashed: the number of distinct experiments that crashed before and will be tried again.
         to_run: the other experiments, grouped by model, the largest model first.
     """
 
@@ -31,28 +34,40 @@ class Plan:
     keys: Mapping[Experiment, str]
     done: int
     failed: int
+    crashed: int
     to_run: tuple[Experiment, ...]
 
     def describe(self) -> str:
         """Return the plan as one line."""
         failed = f", {self.failed} failed before (retry_failed=true runs them again)" if self.failed else ""
-        return f"{self.asked} asked, {len(self.keys)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
+        crashed = f" ({self.crashed} crashed before)" if self.crashed else ""
+        done = f"{self.done} done{failed}, {len(self.to_run)} to run{crashed}"
+        return f"{self.asked} asked, {len(self.keys)} distinct, {done}"
 
 
 def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
-    """Remove repeats and experiments that the store has, and group the others by model. The store need not exist."""
+    """Remove repeats and experiments that the store has, and group the others by model. The store need not exist.
+
+    An experiment that crashed is tried again. One that failed would fail again, and is tried if retry_failed says so.
+    """
     distinct = {find_key(experiment): experiment for experiment in experiments}
     finished, failures = list_keys(store_path)
-    done, failed = finished & distinct.keys(), failures & distinct.keys()
-    skip = done if retry_failed else done | failed
+    done, again = finished & distinct.keys(), failures & distinct.keys()
+    failed = set() if retry_failed else _find_failed(store_path, again)
+    skip = done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
     # a worker keeps one model, and the 16-bit model's states on one text
     sizes = {model.name: find_size(model.name, model.size) for model in {experiment.model for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
     to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
-    failed_count = 0 if retry_failed else len(failed)
+    crashed = 0 if retry_failed else len(again - failed)
     keys = {experiment: key for key, experiment in distinct.items()}
-    return Plan(len(experiments), keys, len(done), failed_count, tuple(to_run))
+    return Plan(len(experiments), keys, len(done), len(failed), crashed, tuple(to_run))
+
+
+def _find_failed(store_path: str | Path, keys: Collection[str]) -> set[str]:
+    """Return which of these experiments failed by themselves, so that they would fail again."""
+    return {failure.key for failure in load_failures(store_path, keys) if failure.state == FAILED} if keys else set()
 
 
 def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:

@@ -12,14 +12,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from kbit.engine.outcome import Outcome
+from kbit.engine.ray_private import silence_raylet
 from kbit.engine.schedule import Schedule
 from kbit.experiments.config import Experiment, RayConfig
+from kbit.experiments.result import CRASHED
 from kbit.store.store import Store
 
 if TYPE_CHECKING:
     from kbit.engine.plan import Plan
 
-# An experiment is tried again if its worker dies (killed, out of memory), and has failed if the second one dies too.
+# An experiment is tried again if its worker dies (killed, out of memory). If the second one dies too, it has crashed,
+# and the next run tries it again.
 WORKER_TRIES: Final = 2
 GPU_SHARE: Final = 0.9  # share of a GPU's memory to fill by estimate, which leaves something out
 _PROBE_GPUS: Final = 0.001  # share of a GPU that the question for its size asks for
@@ -138,7 +141,7 @@ def _record_death(key: str, experiment: Experiment, error: Exception, store: Sto
     if store.has(key):
         return ""
     reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
-    store.write_failure(key, experiment, reason, str(error))
+    store.write_failure(key, experiment, reason, str(error), CRASHED)
     return reason
 
 
@@ -168,6 +171,7 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+        silence_raylet()
     except (ValueError, OSError):
         raise
     except Exception as error:  # a bare one where its processes take too long, as on a machine with much other work

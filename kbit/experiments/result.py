@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
 from kbit.experiments.config import Experiment
+
+FAILED: Final = "failed"
+CRASHED: Final = "crashed"
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Failure:
         traceback: the whole error.
         finished: time of the failure in UTC, ISO 8601.
         label: Experiment.label. It is empty in failures from before it was kept.
+        state: crashed if the next run should try again (its process was killed, memory ran out, a node was lost), and
+            failed if the experiment itself is at fault.
     """
 
     key: str
@@ -109,3 +114,4 @@ class Failure:
     traceback: str
     finished: str
     label: str = ""
+    state: str = FAILED

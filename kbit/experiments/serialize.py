@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -23,16 +24,38 @@ _Convert = Callable[[Any], Any]
 
 def to_json(value: Any, **about: Any) -> bytes:
     """Return a dataclass as JSON, with further entries beside its fields, such as schema_version."""
-    return json.dumps(dataclasses.asdict(value) | about, indent=1).encode()
+    return write_json(dataclasses.asdict(value) | about, indent=1).encode()
+
+
+def write_json(values: Values, **layout: Any) -> str:
+    """Return values as JSON, which has no NaN and no infinity: they become null. from_json reads null as NaN.
+
+    Args:
+        values: nested dictionaries, lists and tuples of plain values.
+        layout: indent and separators as json.dumps takes them.
+    """
+    try:
+        return json.dumps(values, allow_nan=False, **layout)
+    except ValueError:
+        return json.dumps(_without_nan(values), allow_nan=False, **layout)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return a dataclass, nested ones included, from the values of its fields. Its own checks then see the values.
 
     A field that is missing, as in a record of an earlier kbit, takes its default. An entry that is no field is ignored.
+    A number that is null is NaN, see write_json.
 
     Raises:
-        TypeError: a field without a default is missing.
+        TypeError: a field without a default is missing, or a nested dataclass is no dictionary.
         ValueError: a value that the dataclass refuses.
     """
     read = _find_reader(typing.cast(Any, cls))
@@ -48,6 +71,8 @@ def _find_reader(cls: type[Any]) -> _Convert:
     plain = [name for name in names if name not in conversions]
 
     def read(values: Mapping[str, Any]) -> Any:
+        if not isinstance(values, Mapping):  # whose fields would all take their defaults
+            raise TypeError(f"{values!r:.40} has no fields of a {cls.__name__}")
         found = {name: values[name] for name in plain if name in values}
         for name, convert in conversions.items():
             if name in values:
@@ -61,6 +86,8 @@ def _find_conversion(kind: Any) -> _Convert | None:
     """Return the function that makes a value of this type of its plain value. None means that nothing is to do."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _find_reader(kind)
+    if kind is float:
+        return _read_number
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (Union, types.UnionType):  # X | None
         (inner,) = (argument for argument in arguments if argument is not type(None))
@@ -76,7 +103,13 @@ def _convert_optional(convert: _Convert, value: Any) -> Any:
     return None if value is None else convert(value)
 
 
-def _convert_each(convert: _Convert, values: list[Any]) -> tuple[Any, ...]:
+def _read_number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _convert_each(convert: _Convert, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):  # a dictionary would give its keys
+        raise TypeError(f"{values!r:.40} is no list")
     return tuple([convert(value) for value in values])
 
 

@@ -13,10 +13,13 @@ import pyarrow as pa
 
 from kbit.evaluation.measurement import Feature
 from kbit.experiments.config import Experiment
-from kbit.experiments.serialize import from_json
-from kbit.store.filesystem import open_files
-from kbit.store.records import list_finished, open_existing, read_records, retry
-from kbit.store.results import load_failures, read_parts
+from kbit.experiments.names import find_varied, name_experiment
+from kbit.experiments.result import Result
+from kbit.store.damage import DamagedRecord, DamagedRecordWarning, set_aside
+from kbit.store.filesystem import is_url, open_files
+from kbit.store.items import read_all_items
+from kbit.store.records import find_records, list_finished, open_existing, read_as, retry
+from kbit.store.results import load_failures, read_parts, tabulate_files
 from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
@@ -66,11 +69,11 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
         task, metric, value, low, high, n: the measurement with its 95% interval.
         checkpoint: how the model's checkpoint was quantized before kbit ("gguf Q4_0"). It is missing for plain ones.
 
-    The table's attrs["store"] is the path, with which read_items finds the items behind a value.
+    The table's attrs["store"] is the path, with which read_items finds the items behind a value. What cannot be read is
+    left out with a warning (kbit.store.damage.DamagedRecordWarning).
 
     Raises:
         FileNotFoundError: there is no store at path.
-        ValueError: a file of the store is damaged, or was written by a newer kbit.
     """
     files = open_existing(path)
     rows = retry(lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
@@ -99,16 +102,23 @@ def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
-    """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
+    """Return the experiments that failed or crashed (see Failure), one a row.
+
+    Columns: key, label (with what else tells the evaluations apart), model, bits, data_type, block_size, reason,
+    finished, state.
+    """
+    failures = list(load_failures(path))
+    varied = find_varied(failure.experiment for failure in failures)
     rows = [
         {
-            **{name: getattr(failure, name) for name in ("key", "label", "reason", "finished")},
+            **{name: getattr(failure, name) for name in ("key", "reason", "finished", "state")},
+            "label": name_experiment(failure.experiment, varied),
             "model": failure.experiment.model.name,
             **{name: getattr(failure.experiment.quant, name) for name in ("bits", "data_type", "block_size")},
         }
-        for failure in load_failures(path)
+        for failure in failures
     ]
-    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
+    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished", "state"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 
@@ -121,7 +131,7 @@ def read_provenance(path: str | Path = "results") -> pd.DataFrame:
     rows = [
         {"git_commit": origin.git_commit, "device": origin.device, "finished": origin.finished}
         | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(origin.versions.items()))}
-        for origin in (from_json(_Origin, record) for record in read_records(path, "experiments"))
+        for origin in read_as(_Origin, path)
     ]
     table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
     origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
@@ -139,9 +149,41 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
     """
     of_feature = ("dimension", "is_feature", "layers", "positions", "one_sided")
     rows = []
-    for found in (from_json(_Features, record) for record in read_records(path, "experiments", keys)):
+    for found in read_as(_Features, path, keys=keys):
         about = {"key": found.key, "model": found.experiment.model.name}
         for feature in found.features:
             own = {name: getattr(feature, name) for name in of_feature}
             rows += [about | own | vars(place) for place in feature.by_layer]
     return pd.DataFrame(rows, columns=["key", "model", *of_feature, "layer", "input", "share", "largest"])
+
+
+def find_damaged(path: str | Path) -> list[DamagedRecord]:
+    """Read all of a store and return what cannot be read, by name.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DamagedRecordWarning)
+        read_results(path)
+        read_failures(path)
+        for source, record in find_records(open_files(path), "experiments", None):  # tables need not parse them
+            try:
+                source.read(Result, record)
+                read_all_items(source, record)
+            except DamagedRecord as error:
+                set_aside(error)
+    errors = [w.message.error for w in caught if isinstance(w.message, DamagedRecordWarning)]
+    return sorted({(error.name, error.key): error for error in errors}.values(), key=str)
+
+
+def list_unreadable(path: str | Path, keys: Collection[str]) -> set[str]:
+    """Return which of these experiments have a JSON file that cannot be read. A store behind a URL is not read."""
+    files = open_files(path)
+
+    def look() -> set[str]:
+        names = [name for name in files.names("experiments", ".json") if Path(name).stem in keys]
+        readable = tabulate_files(files, names, ROW_SCHEMA)["key"].to_pylist()
+        return {Path(name).stem for name in names} - set(readable)
+
+    return set() if is_url(path) else retry(look)

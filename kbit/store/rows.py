@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -69,11 +69,6 @@ ROWS_VERSION: Final = {b"kbit.rows": b"3"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
-def tabulate(results: Iterable[Result]) -> pa.Table:
-    """Return the rows of results (ROW_SCHEMA)."""
-    return pa.Table.from_pylist([_make_row(result) for result in results], schema=ROW_SCHEMA)
-
-
 def list_measurements(rows: pa.Table) -> pa.Table:
     """Return a table with COLUMNS, one row for each measurement of each experiment's row."""
     lists = rows["measurements"].combine_chunks()
@@ -84,7 +79,7 @@ def list_measurements(rows: pa.Table) -> pa.Table:
     return shared.select(list(COLUMNS))
 
 
-def _make_row(result: Result) -> dict[str, Any]:
+def make_row(result: Result) -> dict[str, Any]:
     """Return one stored result as a row of ROW_SCHEMA."""
     model, quant = result.experiment.model, result.experiment.quant
     row = {name: getattr(result, name) for name in _RESULT_COLUMNS}

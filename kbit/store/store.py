@@ -14,7 +14,7 @@ file is gone since it was listed.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -23,19 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.experiments.config import Experiment
-from kbit.experiments.result import Failure, Result
-from kbit.experiments.serialize import to_json
+from kbit.experiments.result import FAILED, Failure, Result
+from kbit.experiments.serialize import to_json, write_json
+from kbit.store.damage import SCHEMA_VERSION, DamagedRecord
 from kbit.store.filesystem import is_url, open_files
-from kbit.store.parquet import encode_part
-from kbit.store.records import (
-    SCHEMA_VERSION,
-    list_finished,
-    open_existing,
-    read_json,
-    read_part_keys,
-    retry,
-)
-from kbit.store.results import PART_EXPERIMENTS, make_part, read_part, read_parts
+from kbit.store.parquet import count_rows, encode_part, without_rows
+from kbit.store.records import find_records, list_finished, open_existing, read_part_keys, retry
+from kbit.store.results import PART_EXPERIMENTS, read_part, read_parts, tabulate_files
 from kbit.store.rows import PART_SCHEMA, drop_repeated
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
@@ -85,17 +79,18 @@ class Store:
         self._files.create(f"experiments/{result.key}.json", _encode(result))
         self._files.remove(f"failures/{result.key}.json")
 
-    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str) -> None:
-        """Record that an experiment failed, in place of an earlier failure."""
+    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str, state: str = FAILED) -> None:
+        """Record that an experiment failed or crashed (see Failure), in place of an earlier failure."""
         name = f"failures/{key}.json"
         self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label())))
+        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label(), state)))
 
     def compact(self, at_least: int = 0) -> int:
         """Put the JSON files of finished experiments into Parquet files and return the number of experiments.
 
         Readers and writers go on meanwhile. A crash at any moment loses nothing, and the next compaction ends the work.
+        What cannot be read stays as it is.
 
         Args:
             at_least: number of files below which nothing is done.
@@ -108,24 +103,42 @@ class Store:
             for name in [name for name in loose if Path(name).stem in done]:  # left by a crash, or finished twice
                 self._files.remove(name)
             fresh = [name for name in loose if Path(name).stem not in done]
+            compacted = 0
             for at in range(0, len(fresh), PART_EXPERIMENTS):
-                chunk = fresh[at : at + PART_EXPERIMENTS]
-                self._replace(chunk, make_part([read_json(self._files, name) for name in chunk]))
+                part = tabulate_files(self._files, fresh[at : at + PART_EXPERIMENTS], PART_SCHEMA)
+                self._replace([f"experiments/{key}.json" for key in part["key"].to_pylist()], part)
+                compacted += len(part)
             self._merge_small_parts()
-        return len(fresh)
+        return compacted
 
     def delete(self, keys: Collection[str]) -> int:
         """Delete the results of these experiments and return their number."""
-        wanted = pa.array(sorted(keys), pa.string())
         with self._files.lock():
             deleted = self.finished_keys() & set(keys)
             for key in deleted:
                 self._files.remove(f"experiments/{key}.json")
             for name, there in read_part_keys(self._files, self._compacted).items():
                 if there & deleted:
-                    part = read_part(self._files, name, PART_SCHEMA)
-                    self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
+                    self._remove_rows(name, deleted)
         return len(deleted)
+
+    def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
+        """Remove records that cannot be read (kbit.store.readers.find_damaged) and return their number.
+
+        Those that may be whole for another kbit stay.
+        """
+        removed = [error for error in damaged if not error.is_foreign]
+        with self._files.lock():
+            whole = {error.name for error in removed if error.key is None}
+            for name in whole:
+                self._files.remove(name)
+            rows: dict[str, set[str]] = {}
+            for error in removed:
+                if error.key is not None and error.name not in whole:
+                    rows.setdefault(error.name, set()).add(error.key)
+            for name, keys in rows.items():
+                self._remove_rows(name, keys)
+        return len(removed)
 
     def delete_failures(self, keys: Collection[str]) -> int:
         """Forget the failures of these experiments and return their number."""
@@ -151,25 +164,36 @@ class Store:
             mine.update(fresh["key"].to_pylist())
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
             self._replace([], fresh)
-        for name in other.names("failures", ".json"):
-            if Path(name).stem not in mine:
-                with other.open(name) as file:
-                    self._files.create(name, file.read())
+        for _, record in find_records(other, "failures", None):
+            if record["key"] not in mine:
+                self._files.create(f"failures/{record['key']}.json", write_json(record, indent=1).encode())
         return copied, had
 
     def _merge_small_parts(self) -> None:
         """Join the smallest Parquet files as long as the joined file has at most PART_EXPERIMENTS experiments."""
         pending: list[str] = []
         size = 0
-        sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
+        sizes = self._size_whole_parts()
         for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
             if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
                     parts = [read_part(self._files, old, PART_SCHEMA) for old in pending]
-                    self._replace(pending, drop_repeated(pa.concat_tables(parts)))
+                    if [len(part) for part in parts] == [sizes[old] for old in pending]:
+                        self._replace(pending, drop_repeated(pa.concat_tables(parts)))
                 pending, size = [], 0
             pending.append(name)
             size += more
+
+    def _size_whole_parts(self) -> dict[str, int]:
+        """Return the number of experiments in each Parquet file of which every record can be read."""
+        sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
+        return {name: size for name, size in sizes.items() if size == count_rows(self._files, name)}
+
+    def _remove_rows(self, name: str, keys: Collection[str]) -> None:
+        """Take the records of these keys out of a Parquet file. All others stay as they are."""
+        if content := without_rows(self._files, name, keys):
+            self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", content)
+        self._files.remove(name)
 
     def _replace(self, names: Collection[str], part: pa.Table) -> None:
         """Write a Parquet file, then remove the files whose results are in it."""

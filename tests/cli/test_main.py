@@ -303,6 +303,8 @@ def test_fail_fast_stops_at_the_first_failure(kbit: Kbit, tmp_path: Path, fail_f
     study = ("quant.min_coverage=1", "quant.exclude=dense,null", "eval.tasks=[]", "eval.perplexity_windows=1")
     done = kbit("run", "-m", "hydra/launcher=basic", *study, f"fail_fast={fail_fast}")
     assert done.code == 1
+    assert re.search(r"^failed   nano-neox-98k .* exclude=dense .*\([0-9a-f]{16}\)$", done.err, re.MULTILINE)
+    assert len(re.findall(r"^not run  nano-neox-98k ", done.err, re.MULTILINE)) == 1 - results
     assert len(read_failures(tmp_path / "results")) == 1
     assert read_results(tmp_path / "results")["key"].nunique() == results
 

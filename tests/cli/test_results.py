@@ -98,6 +98,23 @@ def test_failures_fit_a_terminal(kbit: Kbit, store: Store) -> None:
     assert "a long reason" in kbit("results", "--failures").out
 
 
+def test_a_store_of_failures_says_so(kbit: Kbit, tmp_path: Path) -> None:
+    """And what tells them apart, which their labels leave out."""
+    store = Store(tmp_path / "results")
+    for tasks, state in ((("nano_cloze",), "crashed"), (("piqa", "lambada"), "failed"), ((), "failed")):
+        experiment = dataclasses.replace(make_result(0).experiment, eval=EvalConfig(tasks=tasks))
+        store.write_failure(find_key(experiment), experiment, "no", "", state)
+    done = kbit("results")
+    said = (
+        "no results in results; it has 1 crashed and 2 failed experiments: kbit results --failures --results results\n"
+    )
+    assert (done.code, done.out) == (0, said)
+    lines = kbit("results", "--failures").out.splitlines()
+    assert sum("  crashed  toy-0" in line and "tasks=nano_cloze " in line for line in lines) == 1
+    assert sum("  failed   toy-0" in line and "tasks=piqa,lambada " in line for line in lines) == 1
+    assert kbit("results", "--failures", "--where", "state == 'crashed'").out.count("toy-0") == 1
+
+
 def test_delete_asks_first(kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = kbit("results", "delete", "--where", "bits == 16")
     assert (refused.code, "--yes" in refused.err) == (1, True)

@@ -1,0 +1,81 @@
+"""Check that a dataclass that was read from a file holds what its annotations say, nested dataclasses included.
+
+    check_types(from_json(Result, record))
+
+A record may be JSON and still hold a text where a number belongs. Its dataclass takes any value, and the error would
+come much later, from a table or a figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Final, Union
+
+_LARGEST: Final = 2**63  # tables hold whole numbers of 64 bits
+
+_Check = Callable[[Any, str], None]
+
+
+def check_types(value: Any) -> None:
+    """Raise TypeError if a field of a dataclass is not of its type. The message names the field and the value."""
+    _make_check(type(value))(value, "")
+
+
+@functools.cache
+def _make_check(kind: Any) -> _Check:
+    """Return a function that checks a value, of which it is told the name."""
+    if kind is Any:
+        return _accept
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        checks = [(field.name, _make_check(hints[field.name])) for field in dataclasses.fields(kind)]
+        return functools.partial(_check_fields, kind, checks)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):  # X | None
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return functools.partial(_check_optional, _make_check(inner))
+    if origin is not None:  # tuple[X, ...], list[X], dict[str, X]
+        return functools.partial(_check_items, origin, _make_check(arguments[-1 if origin is dict else 0]))
+    return functools.partial(_check_plain, kind)
+
+
+def _accept(value: Any, name: str) -> None:
+    """Accept any value."""
+
+
+def _check_fields(kind: type[Any], checks: list[tuple[str, _Check]], value: Any, name: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {_show(value)}")
+    for field, check in checks:
+        check(getattr(value, field), f"{name}.{field}" if name else field)
+
+
+def _check_optional(check: _Check, value: Any, name: str) -> None:
+    if value is not None:
+        check(value, name)
+
+
+def _check_items(origin: type[Any], check: _Check, value: Any, name: str) -> None:
+    if not isinstance(value, origin):
+        raise TypeError(f"{name} is {_show(value)}, which is no {origin.__name__}")
+    for item in value.values() if isinstance(value, dict) else value:
+        check(item, name)
+
+
+def _check_plain(kind: type[Any], value: Any, name: str) -> None:
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} is {_show(value)}, which is no {kind.__name__}")
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise TypeError(f"{name} is a number of more than 64 bits")
+    if isinstance(value, str):
+        value.encode()  # half of a surrogate pair is no text, and no table takes it
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}..."
