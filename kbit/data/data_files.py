@@ -1,4 +1,4 @@
-"""Which local files a task's definition names, and the rows of JSON, without `datasets` (whose import takes a second)."""
+"""Which local files a task's definition names, and the rows of JSON. `datasets` takes a second to import: not here."""
 
 from __future__ import annotations
 
