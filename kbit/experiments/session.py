@@ -37,17 +37,26 @@ class Session:
         device: cpu, cuda or cuda:N.
         lasting: what measures kept in earlier sessions, to render and tokenize the same tasks once.
         gpus: see load_model.
+        loaded: the model, if it is loaded already. The configuration then only says what results call it.
 
     Raises:
         ValueError: the model's folder was changed while it was read, or see load_model.
         OSError: see load_model.
     """
 
-    def __init__(self, model: ModelConfig, device: str = "cpu", lasting: Memory | None = None, gpus: int = 1) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: str = "cpu",
+        lasting: Memory | None = None,
+        gpus: int = 1,
+        *,
+        loaded: LoadedModel | None = None,
+    ) -> None:
         self.config = model
         self.device = device
         self._identity = identify_parts(model)
-        self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device, gpus=gpus, **model.parts)
+        self._loaded = loaded or load_model(model.name, dtype=model.dtype, device=device, gpus=gpus, **model.parts)
         check_read(model.name, identify_parts(model), self._identity)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._memory = Memory()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
+from kbit.data.presets import read_preset
 from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
 
@@ -198,6 +199,13 @@ class QuantConfig(QuantSpec):
             raise ValueError(f"quant.method={self.method} minimises an error, which rounding=stochastic would add to")
         if self.traits.options is not None:
             getattr(self, self.traits.options).check_quantizer(self)
+
+    @classmethod
+    def from_name(cls, name: str) -> QuantConfig:
+        """Return the named quantizer of conf/quant, with its method. See QuantSpec.from_name."""
+        fields = read_preset(name)
+        groups = {group: make(**fields.pop(group)) for group, make in OPTION_GROUPS.items() if group in fields}
+        return cls(**fields, **groups)
 
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:

@@ -7,12 +7,13 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kbit.checks import check_choice
+from kbit.data.presets import read_preset
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits
 from kbit.numerics.data_types import DATA_TYPES, make_codebook
@@ -124,6 +125,15 @@ class QuantSpec:
                 f"scale_format={self.scale_format} has neither sign nor fraction: normalization={self.normalization} "
                 "needs another; allowed is absmax"
             )
+
+    @classmethod
+    def from_name(cls, name: str) -> Self:
+        """Return the named quantizer of conf/quant, such as nf4_dq or mxfp4: `kbit.presets()` has them all.
+
+        Raises:
+            ValueError: there is no such name.
+        """
+        return cls(**read_preset(name))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
