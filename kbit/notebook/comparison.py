@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kbit.analysis.statistics.degradation import widen_degenerate
 from kbit.checks import check_choice
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import Measurement, decode_items, mean_accuracy, measure_mean
@@ -100,8 +101,8 @@ def compare(
     top1_agreement, acc (the mean over tasks, with each task's own if there are several), or output_error.
 
     Raises:
-        ValueError: an unknown quantizer, task, text or reference, or a quantizer that the model cannot have. The message
-            names the quantizer. What was measured before it is in the store.
+        ValueError: an unknown quantizer, task, text or reference, or a quantizer that the model cannot have, which the
+            message names. What was measured before it is in the store.
         OSError: a model or text that is not there.
     """
     named = {BASELINE: QuantConfig(bits=BASELINE_BITS)} | name_quantizers(quantizers)
@@ -244,7 +245,9 @@ def _tabulate(rows: Mapping[str, Row], reference: str) -> pd.DataFrame:
         cells: dict[str, Any] = {"quantizer": name, **row.sizes}
         for column, number in row.values.items():
             cells |= _list_cells(column, number)
-            if (difference := _subtract(row.items[column], rows[reference].items.get(column, {}))) is not None:
+            if difference := _subtract(row.items[column], rows[reference].items.get(column, {})):
+                if column.startswith("acc") and name != reference:
+                    difference = _widen(difference)
                 cells |= _list_cells(f"{column}_difference", difference)
         table.append(cells)
     frame = pd.DataFrame(table)
@@ -254,6 +257,12 @@ def _tabulate(rows: Mapping[str, Row], reference: str) -> pd.DataFrame:
 
 def _list_cells(column: str, number: Measurement) -> dict[str, float]:
     return {column: number.value, f"{column}_low": number.low, f"{column}_high": number.high}
+
+
+def _widen(difference: Measurement) -> Measurement:
+    """Return a difference of accuracies with an interval that is not empty, though it may be 0 in every item."""
+    low, high = widen_degenerate(np.array(difference.low), np.array(difference.high), np.array(difference.n))
+    return replace(difference, low=float(low), high=float(high))
 
 
 def _subtract(items: Items, others: Items) -> Measurement | None:

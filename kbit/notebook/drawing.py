@@ -52,10 +52,8 @@ def plot(comparison: pd.DataFrame, measure: str | None = None) -> Figure:
             axis.grid(axis="x", alpha=0.3)
             if column.endswith("_difference"):
                 axis.axvline(0, color="black", linewidth=0.8)
-        labels = [
-            f"{name} ({bits:.2f})" for name, bits in zip(table["quantizer"], table["bits_per_param"], strict=True)
-        ]
-        axes[0].set_yticks(np.arange(len(table)), labels)
+        rows = zip(table["quantizer"], table["bits_per_param"], strict=True)
+        axes[0].set_yticks(np.arange(len(table)), [f"{name} ({bits:.2f})" for name, bits in rows])
         axes[0].set_ylabel("quantizer (bits per parameter)")
         return fig
 
