@@ -200,12 +200,12 @@ class QuantConfig(QuantSpec):
         if self.traits.options is not None:
             getattr(self, self.traits.options).check_quantizer(self)
 
-    @classmethod
-    def from_name(cls, name: str) -> QuantConfig:
+    @staticmethod
+    def from_name(name: str) -> QuantConfig:
         """Return the named quantizer of conf/quant, with its method. See QuantSpec.from_name."""
         fields = read_preset(name)
         groups = {group: make(**fields.pop(group)) for group, make in OPTION_GROUPS.items() if group in fields}
-        return cls(**fields, **groups)
+        return QuantConfig(**fields, **groups)
 
     @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:

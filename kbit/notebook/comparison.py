@@ -8,6 +8,7 @@ their intervals are much narrower than those of the values.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -202,10 +203,12 @@ def _measure_module(module: nn.Module, named: Mapping[str, QuantConfig], inputs:
     norms = exact.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
 
     def run(quant: QuantConfig) -> Row:
-        config = _with_all_matrices(quant)
+        config = _with_all_matrices(quant, module)
         original = copy_weights(module, plan_quantization(module, config))
         try:
             report = quantize_model(module, config)
+            if not (config.is_baseline or report.quantized_parameters):
+                raise ValueError(f"it leaves nothing of the {type(module).__name__} to quantize")
             errors = ((_call(module, inputs) - exact).flatten(1).norm(dim=1) / norms).numpy()
         finally:
             restore_weights(module, original)
@@ -216,12 +219,12 @@ def _measure_module(module: nn.Module, named: Mapping[str, QuantConfig], inputs:
     return _run_each(named, run)
 
 
-def _with_all_matrices(quant: QuantConfig) -> QuantConfig:
-    """Return the quantizer for all matrices of a module that has no decoder layers."""
-    if quant.is_baseline:
-        return quant
-    fields = {name: getattr(quant, name) for name in quant.__dataclass_fields__}
-    return QuantConfig(**fields | {"include": quant.include or ".", "min_coverage": 0.0})
+def _with_all_matrices(quant: QuantConfig, module: nn.Module) -> QuantConfig:
+    """Return the quantizer for every matrix of a module, which need not have decoder layers."""
+    if quant.is_baseline or quant.include is not None:
+        return replace(quant, min_coverage=0.0)
+    names = [re.escape(name) for name, parameter in module.named_parameters() if parameter.ndim > 1]
+    return replace(quant, include=f"^({'|'.join(names)})$", min_coverage=0.0)
 
 
 def _call(module: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float32
@@ -129,14 +129,14 @@ class QuantSpec:
                 "needs another; allowed is absmax"
             )
 
-    @classmethod
-    def from_name(cls, name: str) -> Self:
+    @staticmethod
+    def from_name(name: str) -> QuantSpec:
         """Return the named quantizer of conf/quant, such as nf4_dq or mxfp4: `kbit.presets()` has them all.
 
         Raises:
             ValueError: there is no such name.
         """
-        return cls(**read_preset(name))
+        return QuantSpec(**read_preset(name))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
