@@ -32,6 +32,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         | {"max_position_embeddings": 256},
     ),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "openai": ("OpenAIGPTConfig", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "opt": (
         "OPTConfig",
         {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""Which local files a task's definition names, and the rows of JSON. `datasets` takes a second to import: not here."""
+"""Which local files a task's definition names, and the rows of JSON, without `datasets`, which takes seconds to load."""
 
 from __future__ import annotations
 

@@ -208,6 +208,8 @@ class Estimator:
 
 def estimate_tokens(evaluation: EvalConfig, size: ModelSize) -> int | None:
     """Estimate how many tokens are sent to a model. None if a task does not ship with kbit or a text is not here."""
+    if evaluation.tasks and (evaluation.num_fewshot or evaluation.apply_chat_template):  # counted without either
+        return None
     column = _choose_column(size)
     total = 0.0
     for name in evaluation.tasks:

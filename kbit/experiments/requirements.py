@@ -1,4 +1,4 @@
-"""What can be known of an experiment before it runs: whether its files are there and its texts are long enough.
+"""What can be known of an experiment before it runs: are its files there, and its texts long enough?
 
 Nothing here loads torch, so that a study is looked through while it is planned.
 """

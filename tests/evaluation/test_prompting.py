@@ -105,3 +105,19 @@ def test_how_tasks_are_asked_is_in_the_key_when_set() -> None:
     assert len({plain, *(find_key(Experiment(eval=config)) for config in asked)}) == 4
     without = EvalConfig(tasks=(), num_fewshot=5, apply_chat_template=True)
     assert find_key(Experiment(eval=without)) == find_key(Experiment(eval=EvalConfig(tasks=())))
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_named(folder: str) -> None:
+    loaded = load_model("nano-neox-98k")
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=r"tokenizer of .*98k has neither a BOS nor an EOS token.*model\.tokenizer"):
+        evaluate(loaded.model, tokenizer, "pets", task_path=folder)
+
+
+def test_a_token_that_the_model_lacks_is_named(folder: str) -> None:
+    loaded = load_model("nano-neox-98k")
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [" saw"]})
+    with pytest.raises(ValueError, match="the token ' saw' of id 1024, and the model's embedding has 1024 rows"):
+        evaluate(loaded.model, tokenizer, "pets", task_path=folder)
