@@ -47,7 +47,7 @@ from kbit.evaluation.prefix_sharing import (
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import sees_whole_input
 from kbit.models.hflm_private import OpenHFLM, Request
-from kbit.models.inference import in_evaluation_mode
+from kbit.models.inference import check_causal, in_evaluation_mode
 from kbit.models.parameters import check_ids
 
 Asked = tuple[tuple[str, str], ...]  # the texts of the requests of one call
@@ -102,7 +102,14 @@ class Scorer(OpenHFLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+        """Prepare to score a model.
+
+        Raises:
+            ValueError: the model is not causal.
+        """
         super().__init__(model, tokenizer, batch_size=batch_size, softmax_dtype=torch.float32, logits_cache=False)
+        if not self._is_row_by_row:  # there texts affect each other on purpose
+            check_causal(model)
         with in_evaluation_mode(model):
             self._path = _choose_path(model)
         self._set_budget(batch_size)

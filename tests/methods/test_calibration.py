@@ -20,6 +20,7 @@ from kbit.methods.calibration import calibrate, describe_calibration, draw_windo
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import find_weights, quantize_model
 from kbit.methods.report import plan_quantization
+from kbit.models.parameters import hash_weights
 from kbit.numerics.quantizer import fake_quantize
 
 SMALL = CalibrationConfig(samples=4, length=32)
@@ -219,3 +220,15 @@ def test_a_session_restores_the_weights() -> None:
     assert baseline.weights_hash == again.weights_hash != result.weights_hash
     assert result.method_notes["dead_columns"] == {}
     assert result.method_notes["raised_damping"] == {}
+
+
+def test_a_model_in_training_mode_is_calibrated_without_dropout(build_tiny: Callable[..., Any], tokenizer: Any) -> None:
+    hashes = []
+    for training, seed in ((False, 0), (True, 0), (True, 1)):
+        model = build_tiny("gpt2", vocab_size=1024, n_layer=1, resid_pdrop=0.5, embd_pdrop=0.5)
+        model.train(training)
+        torch.manual_seed(seed)
+        quantize_model(model, GPTQ3, tokenizer)
+        hashes.append(hash_weights(model))
+        assert all(module.training == training for module in model.modules())
+    assert len(set(hashes)) == 1
