@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from kbit.data.texts import decode_text, number_json_lines, read_bytes
+from kbit.data.text_files import decode_text, number_json_lines, read_bytes
 
 # Builders of `datasets` that read files of one kind.
 BUILDERS: Final = ("arrow", "csv", "hdf5", "json", "pandas", "parquet", "text", "xml")

@@ -18,7 +18,7 @@ import datasets
 import pyarrow as pa
 
 from kbit.data.data_files import BUILDERS, parse_json
-from kbit.data.texts import read_bytes
+from kbit.data.text_files import read_bytes
 
 _FILES: Final = ("data_files", "data_dir")  # the options that say where files are
 

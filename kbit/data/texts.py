@@ -1,28 +1,17 @@
-"""Text and JSON-lines files, plain or compressed, and texts by name."""
+"""Texts by name: the embedded ones, files, and those of the hub."""
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
-import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from kbit.data.hub_texts import HUB_TEXTS, load_hub_text
+from kbit.data.text_files import COMPRESSED, decode_text, parse_json_lines, read_bytes
 
 EMBEDDED_TEXTS: Final = Path(str(files("kbit"))) / "assets" / "text"
-
-_DECOMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
-    ".xz": lzma.decompress,
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-}
 
 _JSON_LINES: Final = (".jsonl", ".ndjson", ".jsonlines")
 
@@ -31,75 +20,6 @@ _NO_TEXTS: Final = (
     *(".csv", ".tsv", ".json", ".parquet", ".arrow", ".npy", ".pt"),
     *(".zst", ".zip", ".tar", ".tgz", ".7z", ".pdf", ".html", ".htm", ".xml", ".docx", ".odt", ".yaml", ".yml"),
 )
-
-
-def read_bytes(path: Path) -> bytes:
-    """Return the file's content, decompressed by its suffix (.xz, .gz, .bz2).
-
-    Raises:
-        FileNotFoundError: there is no such file. The message has its absolute path.
-        ValueError: the compressed file is damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file at {path.resolve()}")
-    content = path.read_bytes()
-    decompress = _DECOMPRESS.get(path.suffix.lower())
-    if decompress is None:
-        return content
-    try:
-        return decompress(content)
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # each module raises its own
-        raise ValueError(f"{path.resolve()} is damaged: {error}") from error
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return one dictionary for each non-empty line of a file.
-
-    Raises:
-        ValueError: a line is no JSON object. The message has its number.
-    """
-    return parse_json_lines(read_bytes(path), path)
-
-
-def parse_json_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
-    """Return one dictionary for each non-empty line of what was read from a file.
-
-    Raises:
-        ValueError: see read_json_lines.
-    """
-    return list(number_json_lines(content, path).values())
-
-
-def number_json_lines(content: bytes, path: Path) -> dict[int, dict[str, Any]]:
-    """Return the dictionary of each non-empty line by the line's number, which begins with 1.
-
-    Raises:
-        ValueError: see read_json_lines, or the content is not UTF-8.
-    """
-    rows = {}
-    # str.splitlines would take U+2028 and other characters for line ends, which JSON strings may hold.
-    for number, line in enumerate(decode_text(content, path).split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path.resolve()}, line {number}: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path.resolve()}, line {number}: not a JSON object")
-            rows[number] = row
-    return rows
-
-
-def decode_text(content: bytes, path: Path) -> str:
-    """Return a file's content as text, without the byte order mark that some editors begin a file with.
-
-    Raises:
-        ValueError: the content is not UTF-8. The message has the path.
-    """
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.resolve()} is not a text in UTF-8: {error}") from None
 
 
 def read_documents(name: str) -> tuple[list[str], str]:
@@ -131,11 +51,11 @@ def read_documents(name: str) -> tuple[list[str], str]:
 
 def check_suffix(path: Path) -> None:
     """Raise ValueError if a file's name says that it is neither plain text nor JSON lines, such as a table's."""
-    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in _DECOMPRESS]
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in COMPRESSED]
     if suffixes and suffixes[-1] in _NO_TEXTS:
         raise ValueError(
             f"{path.resolve()} is neither a plain text (.txt) nor JSON lines with a field 'text' "
-            f"({', '.join(_JSON_LINES)}), either also as {', '.join(_DECOMPRESS)}"
+            f"({', '.join(_JSON_LINES)}), either also as {', '.join(COMPRESSED)}"
         )
 
 

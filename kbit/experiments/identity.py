@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from kbit.data.task_files import list_own_names, list_task_files
-from kbit.data.texts import is_json_lines, list_embedded_texts, locate_text, read_bytes
+from kbit.data.text_files import read_bytes
+from kbit.data.texts import is_json_lines, list_embedded_texts, locate_text
 from kbit.evaluation.measure_sources import identify_measures
 from kbit.experiments.config import Experiment
 from kbit.models.catalog import STUDIED, locate_tokenizer

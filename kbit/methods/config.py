@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
-from kbit.data.presets import read_preset
 from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
-from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
+from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
 UNSEEN: Final = ("error", "rtn")
 # The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
@@ -203,7 +202,7 @@ class QuantConfig(QuantSpec):
     @staticmethod
     def from_name(name: str) -> QuantConfig:
         """Return the named quantizer of conf/quant, with its method. See QuantSpec.from_name."""
-        fields = read_preset(name)
+        fields = find_preset(name)
         groups = {group: make(**fields.pop(group)) for group, make in OPTION_GROUPS.items() if group in fields}
         return QuantConfig(**fields, **groups)
 

@@ -92,8 +92,7 @@ def compare(
         reference: the quantizer that the others are compared with, by the name in its row.
         results: a store to keep results in. What it has is not measured again. None keeps nothing.
         tokenizer: the tokenizer of a model that is given as an object.
-        inputs: what a plain module is called with: a tensor [examples, ...], or a tuple of them. The outputs' relative
-            error takes the place of tasks and text.
+        inputs: what a plain module is called with, a tensor [examples, ...] or a tuple. Its output's error is measured.
         device: cpu, cuda or cuda:N, for a model that is given by name.
 
     Columns: quantizer, bits_per_param (of the quantized weights), total_bits (of the model), weight_error (relative),

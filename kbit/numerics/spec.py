@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from kbit.checks import check_choice
-from kbit.data.presets import read_preset
+from kbit.data.presets import list_presets, read_preset
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits, decision_thresholds
 from kbit.numerics.data_types import DATA_TYPES, make_codebook
@@ -136,7 +136,7 @@ class QuantSpec:
         Raises:
             ValueError: there is no such name.
         """
-        return QuantSpec(**read_preset(name))
+        return QuantSpec(**find_preset(name))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
@@ -275,3 +275,13 @@ class QuantSpec:
 def write_table(values: Iterable[float]) -> str:
     """Return a user's own table as quant.table takes it: [-1, 0.3, 0.5, 1]."""
     return f"[{', '.join(f'{value:g}' for value in values)}]"
+
+
+def find_preset(name: str) -> dict[str, Any]:
+    """Return the fields that a named quantizer sets.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    check_choice("quant", name, tuple(list_presets()))
+    return read_preset(name)

@@ -14,7 +14,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import kbit.data.texts
-from kbit.data.texts import EMBEDDED_TEXTS, read_bytes, read_documents
+from kbit.data.text_files import read_bytes
+from kbit.data.texts import EMBEDDED_TEXTS, read_documents
 from kbit.data.windows import make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
