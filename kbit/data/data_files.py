@@ -1,4 +1,4 @@
-"""Which local files a task's definition names, and the rows of JSON. `datasets` is not loaded: it takes seconds."""
+"""Which local files a task's definition names, and the rows of JSON, without loading `datasets` (it takes seconds)."""
 
 from __future__ import annotations
 

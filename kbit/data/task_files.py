@@ -97,7 +97,7 @@ def read_plainly(path: Path) -> dict[str, Any]:
     return merged | content
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # pyyaml is not typed
     """Reads every unknown tag as the text that follows it."""
 
 

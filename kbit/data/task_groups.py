@@ -97,7 +97,7 @@ class LocalGroups:
         folder: Path,
     ) -> Iterator[Member]:
         """Yield the tasks of a group's definition. What is asked from outside wins over the group's own changes."""
-        self.metrics[name] = list_group_metrics(definition | {"group": name})
+        self.metrics[name] = list_group_metrics({**definition, "group": name})
         changes = {key: value for key, value in definition.items() if key not in _GROUP_FIELDS} | dict(outer)
         inside = (*groups, name)
         for member in list_members(definition):

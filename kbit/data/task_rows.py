@@ -6,15 +6,13 @@ out of the accuracy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
 import lm_eval.utils
 from jinja2 import meta
 from lm_eval.api.task import ConfigurableTask
-
-from kbit.data.task_data import TaskData
 
 _ASKED = ("doc_to_text", "doc_to_choice", "doc_to_target")
 
@@ -33,12 +31,15 @@ def _refuse_null(value: Any) -> Any:
 _STRICT = lm_eval.utils.env.overlay(finalize=_refuse_null)
 
 
-def check_rows(task: Any, data: TaskData | None, limit: int | None, *, is_own: bool) -> None:
+Places = Mapping[str, Sequence[str]]  # for each split the place of each row, such as "d.jsonl, line 3"
+
+
+def check_rows(task: Any, places: Places, limit: int | None, *, is_own: bool) -> None:
     """Look at the first `limit` rows as the task asks them.
 
     Args:
         task: lm-eval's task.
-        data: where its rows come from.
+        places: where its rows are, as far as that is known.
         limit: the number of rows.
         is_own: whether the task is a user's own. Otherwise only right answers are looked at, so that lm-eval's tasks
             give what they give there.
@@ -57,26 +58,28 @@ def check_rows(task: Any, data: TaskData | None, limit: int | None, *, is_own: b
                 _check_answers(task.doc_to_choice(doc), task.doc_to_target(doc), doc)
         except jinja2.UndefinedError as error:
             raise ValueError(
-                f"{_locate(task, data, number)}: a template asks for a field that a row has not: {error}"
+                f"{_locate(task, places, number)}: a template asks for a field that a row has not: {error}"
             ) from error
         except (ValueError, TypeError, AttributeError, LookupError, SyntaxError) as error:
-            _refuse([getattr(task.config, name) for name in _ASKED], doc, _locate(task, data, number), error)
+            _refuse([getattr(task.config, name) for name in _ASKED], doc, _locate(task, places, number), error)
 
 
-def explain_first_row(definition: dict[str, Any], data: TaskData, error: Exception) -> NoReturn:
+def explain_first_row(
+    definition: Mapping[str, Any], rows: Mapping[str, Any], places: Places, error: Exception
+) -> NoReturn:
     """Raise what lm-eval said of the first row of a task's data, which it looks at when it makes a task.
 
     Args:
         definition: the task's definition.
-        data: its data, which is read again.
+        rows, places: the rows of each split, and where they are.
         error: what lm-eval raised.
 
     Raises:
         ValueError: always.
     """
     split = definition.get("test_split") or definition.get("validation_split") or ""
-    doc = data.load()[split][0]
-    place = next(iter(data.places.get(split, [])), f"the first row of split {split!r}")
+    doc = rows[split][0]
+    place = next(iter(places.get(split, [])), f"the first row of split {split!r}")
     _refuse([definition.get(name) for name in _ASKED], doc, place, error)
 
 
@@ -94,12 +97,12 @@ def _is_usable(value: Any) -> bool:
     return value is not None
 
 
-def _locate(task: Any, data: TaskData | None, number: int) -> str:
+def _locate(task: Any, places: Places, number: int) -> str:
     """Return the place of a row that the task asks, by its number among them."""
     config = task.config
     split = config.test_split or config.validation_split or ""
-    places = data.places.get(split, []) if data is not None and config.process_docs is None else []
-    return places[number] if number < len(places) else f"item {number + 1} of split {split!r}"
+    known = places.get(split, []) if config.process_docs is None else []
+    return known[number] if number < len(known) else f"item {number + 1} of split {split!r}"
 
 
 def _list_fields(templates: Sequence[Any], doc: dict[str, Any]) -> Iterator[str]:

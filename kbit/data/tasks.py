@@ -99,7 +99,7 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
                 f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own"
                 + "".join(f"; {broken}" for broken in find_broken_files(task_path))
             )
-    loaded = []
+    loaded: list[LoadedTask] = []
     for name in names:
         if name in groups.paths or name in groups.tags:
             loaded += _load_group(name, groups, local, task_path)
@@ -201,7 +201,7 @@ def _make_task(
         except (IndexError, AttributeError, SyntaxError, AssertionError, TypeError) as error:
             if not data.read:
                 raise
-            explain_first_row(config, data, error)
+            explain_first_row(config, data.load(), data.places, error)
     source = ", ".join(path.name for path in data.read)
     return LoadedTask(name, task, str(yaml_path), str(task.VERSION), source, data.sha256, "", digest, data)
 

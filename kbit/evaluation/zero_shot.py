@@ -218,7 +218,7 @@ def prepare_task(
         raise ValueError(f"limit={limit} is not >= 1 (None: all items)")
     task = loaded.task
     with errors_named(loaded.definition):
-        check_rows(task, loaded.data, limit, is_own=bool(loaded.definition_sha256))
+        check_rows(task, loaded.data.places if loaded.data else {}, limit, is_own=bool(loaded.definition_sha256))
         _set_examples(loaded, num_fewshot)
         task.build_all_requests(
             limit=limit,

@@ -24,7 +24,7 @@ def merge_adapter(model: Any, name: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         adapted: Any = PeftModel(model.to(torch.float32), config)
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
+        loaded: Any = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter {name} does not fit the model: {error}") from error
     own = {key for key in loaded.missing_keys if config.peft_type.value.lower() in key.lower()}

@@ -183,7 +183,8 @@ def _read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -
         raise OSError(f"the tokenizer of model {source.name!r} cannot be loaded from {where}: {error}") from error
     if not tokenizer("a b")["input_ids"]:  # transformers makes an empty one of a folder without tokenizer files
         raise OSError(f"model {source.name!r} at {where} has no usable tokenizer: its tokenizer files are missing")
-    rows = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"the tokenizer at {where} has {tokenizer.vocab_size} tokens, and the embedding of model {source.name!r} "

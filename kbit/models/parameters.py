@@ -104,10 +104,9 @@ def list_matrices(parameter: torch.Tensor, owner: nn.Module) -> list[torch.Tenso
     return list(matrix.unbind(0)) if is_experts(owner) and matrix.ndim > 1 else [matrix]
 
 
-def check_ids(model: nn.Module, tokenizer: Any, largest: int) -> None:
+def check_ids(model: Any, tokenizer: Any, largest: int) -> None:
     """Raise ValueError if a text's largest token id is beyond the model's embedding, such as that of an added token."""
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise ValueError(
             f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}, and the model's "

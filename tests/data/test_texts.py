@@ -147,8 +147,8 @@ def test_a_tokenizer_that_knows_few_characters_makes_the_text_no_shorter(tmp_pat
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[no-untyped-call]
-    lossy = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    lossy: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")  # type: ignore[no-untyped-call]
     (tmp_path / "e.txt").write_text("b c a " * 60)
     windows = make_windows(str(tmp_path / "e.txt"), lossy, context=30, max_windows=2)
     assert windows.bytes_per_token == pytest.approx((60 * 2 - 1) / 60)
