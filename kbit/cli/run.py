@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
@@ -80,14 +79,17 @@ def run_request(request: Request) -> None:
     """
     from kbit.engine.estimate import Estimator
     from kbit.engine.plan import plan_sweep
-    from kbit.store.filesystem import check_writable
+    from kbit.store.filesystem import check_space, check_writable
 
     settings = request.configs[0]
+    for note in _list_notes(request):
+        print(f"kbit: note: {note}", file=sys.stderr)
     plan = plan_sweep(request.configs, request.engine, plan_only=request.plan_only)
+    check_writable(settings.results)
     if request.plan_only:
-        check_writable(settings.results)
         store = None
     else:
+        check_space(settings.results, len(plan.to_run))
         store = _open_store(settings.results, request.engine)
     print(plan.describe())
     estimator = Estimator(settings.device)
@@ -98,6 +100,19 @@ def run_request(request: Request) -> None:
     if plan.to_run:
         _carry_out(plan, estimator, settings, request.engine, store)
     _report_results(plan, settings, store)
+
+
+def _list_notes(request: Request) -> Iterator[str]:
+    """Yield what a user should know of a request before it runs."""
+    from kbit.checks import non_defaults
+    from kbit.engine.plan import list_own_code
+    from kbit.experiments.config import RayConfig
+
+    for path in list_own_code(request.configs):
+        yield f"{path} runs Python code of its own (!function)"
+    if request.engine == "process":
+        for name, value in non_defaults(request.configs[0].ray, RayConfig()).items():
+            yield f"ray.{name}={value} has no effect: a single run, and hydra/launcher=basic, go without Ray"
 
 
 def _open_store(path: str, engine: str) -> Store:
@@ -148,6 +163,8 @@ def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, s
 
 def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:
     """Return what a plan will take, as far as the store's results and the models' sizes tell."""
+    from kbit.engine.machine import count_cpus
+
     workers: int | None = 1
     threads = settings.ray.cpus_per_worker
     if engine == "process":
@@ -155,7 +172,7 @@ def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str
 
         threads = torch.get_num_threads()
     elif settings.device == "cpu" and settings.ray.address == "local":
-        workers = settings.ray.num_workers or max(1, (os.cpu_count() or 1) // threads)
+        workers = settings.ray.num_workers or max(1, count_cpus() // threads)
     else:
         workers = settings.ray.num_workers  # only a running cluster tells how many fit
     estimator.learn_stored(settings.results, plan.to_run, threads)
