@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,9 +113,11 @@ def _distinct(values: Iterable[T]) -> list[T]:
 def _find_devices(asked: str) -> Finding:
     import torch  # takes a second, and the lines before need not wait
 
+    from kbit.engine.machine import count_cpus
+
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     number = int(asked.partition(":")[2] or 0)
-    detail = f"{os.cpu_count()} CPUs, torch uses {torch.get_num_threads()}; {', '.join(cards) or 'no CUDA device'}"
+    detail = f"{count_cpus()} CPUs, torch uses {torch.get_num_threads()}; {', '.join(cards) or 'no CUDA device'}"
     return Finding(f"device {asked}", detail, missing=asked.startswith("cuda") and number >= len(cards))
 
 

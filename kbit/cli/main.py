@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,7 +52,7 @@ def main() -> None:
     If it cannot be done, print why and exit with 1. If it is done but for records that cannot be read, exit with 3.
     """
     try:
-        with _show_damage() as damaged:
+        with _ended_in_order(), _show_damage() as damaged:
             run_command(sys.argv[1:])
         if damaged:
             sys.exit(3)
@@ -62,6 +64,24 @@ def main() -> None:
     except (KbitError, ValueError, OSError) as error:
         reasons = error.reasons if isinstance(error, KbitError) else (str(error),)
         sys.exit("\n".join(f"kbit: error: {reason}" for reason in reasons))
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let the signals that end a process from outside raise SystemExit in the block, so that it cleans up behind it."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+        before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

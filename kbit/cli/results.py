@@ -114,25 +114,8 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_condition(parser: argparse.ArgumentParser) -> None:
-    text = "a condition on the columns (pandas' query), such as \"bits == 4 and metric == 'acc'\""
+    text = "a condition on the columns, such as \"bits == 4 and metric in ['acc', 'acc_norm']\""
     parser.add_argument("--where", help=text)
-
-
-def select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the rows of a table that a condition on the columns, a pandas query, finds.
-
-    Raises:
-        ValueError: the text is not a condition, or names no column.
-    """
-    columns = ", ".join(table.columns)
-    try:
-        found: Any = table.eval(where)
-    except Exception as error:  # eval raises whatever the expression does
-        raise ValueError(f"--where {where!r}: {error}; the columns are {columns}") from None
-    if getattr(found, "shape", None) != (len(table),) or found.dtype not in ("bool", "boolean"):
-        raise ValueError(f'--where {where!r} is no condition, such as "bits == 4"; the columns are {columns}')
-    holds: pd.Series[bool] = found.fillna(False).astype(bool)  # a condition on a missing value does not
-    return table[holds]
 
 
 def choose_columns(table: pd.DataFrame) -> list[str]:
@@ -167,13 +150,15 @@ def _list(options: argparse.Namespace) -> None:
     if options.damaged:
         _list_damaged(options)
         return
+    from kbit.store.tables import write_csv
+
     table = _read(options)
     if options.csv or options.parquet:
         for path in (options.csv, options.parquet):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
         if options.csv:
-            table.to_csv(options.csv, index=False)
+            write_csv(table, options.csv)
         if options.parquet:
             table.to_parquet(options.parquet, index=False)
         print(f"{len(table)} rows written to {' and '.join(str(p) for p in (options.csv, options.parquet) if p)}")
@@ -276,7 +261,17 @@ def _read(options: argparse.Namespace) -> pd.DataFrame:
     from kbit.store.readers import read_failures, read_results
 
     table = (read_failures if options.failures else read_results)(options.results)
-    return select_rows(table, options.where) if options.where else table
+    if not options.where:
+        return table
+    from kbit.store.conditions import count_undecided, select_rows
+
+    if undecided := count_undecided(table, options.where):
+        print(
+            f"kbit: note: {undecided} rows of 16-bit baselines are left out, which have no quantizer's settings: "
+            f"`({options.where}) or bits == 16` takes them in",
+            file=sys.stderr,
+        )
+    return select_rows(table, options.where)
 
 
 def _open(path: str) -> Store:
@@ -298,9 +293,9 @@ def _describe_emptiness(options: argparse.Namespace) -> str:
 
     what = "failed experiments" if options.failures else "results"
     empty = f"no {what} in {options.results}" + (f" with {options.where}" if options.where else "")
-    states = (
-        {} if options.failures or options.where else read_failures(options.results)["state"].value_counts().to_dict()
-    )
+    if options.failures or options.where:
+        return empty
+    states = read_failures(options.results)["state"].value_counts().to_dict()
     if not states:
         return empty
     counts = " and ".join(f"{count} {state}" for state, count in sorted(states.items()))

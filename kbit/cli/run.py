@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
     from kbit.experiments.config import Experiment, RunConfig
-    from kbit.methods.config import QuantConfig
     from kbit.store.store import Store
 
 _OUTLIERS: Final = """\
@@ -81,17 +79,19 @@ def run_request(request: Request) -> None:
     """
     from kbit.engine.estimate import Estimator
     from kbit.engine.plan import plan_sweep
-    from kbit.store.filesystem import check_writable
+    from kbit.store.filesystem import check_space, check_writable
 
     settings = request.configs[0]
+    for note in _list_notes(request):
+        print(f"kbit: note: {note}", file=sys.stderr)
     plan = plan_sweep(request.configs, request.engine, plan_only=request.plan_only)
+    check_writable(settings.results)
     if request.plan_only:
-        check_writable(settings.results)
         store = None
     else:
+        check_space(settings.results, len(plan.to_run))
         store = _open_store(settings.results, request.engine)
     print(plan.describe())
-    _warn_of_idle_fields([experiment.quant for experiment in plan.keys])
     estimator = Estimator(settings.device)
     if plan.to_run and (request.plan_only or len(request.configs) > 1):
         print(_estimate(plan, estimator, settings, request.engine))
@@ -102,15 +102,21 @@ def run_request(request: Request) -> None:
     _report_results(plan, settings, store)
 
 
-def _warn_of_idle_fields(quantizers: Sequence[QuantConfig]) -> None:
-    """Say which keys of quant were set and change nothing in any experiment, such as exponent_bits beside nf."""
-    quantized = [quant for quant in quantizers if not quant.is_baseline]
-    idle = quantized[0].idle_fields if quantized else set()
-    for quant in quantized[1:]:
-        idle = idle and idle & quant.idle_fields
-    for name in sorted(idle):
-        beside = f"quant.data_type={quantized[0].data_type} and quant.method={quantized[0].method}"
-        print(f"kbit: warning: quant.{name} was set and changes nothing beside {beside}", file=sys.stderr)
+def _list_notes(request: Request) -> Iterator[str]:
+    """Yield what a user should know of a request before it runs."""
+    from kbit.checks import non_defaults
+    from kbit.engine.plan import list_own_code
+    from kbit.experiments.config import RayConfig
+    from kbit.methods.config import find_idle_fields
+
+    for path in list_own_code(request.configs):
+        yield f"{path} runs Python code of its own (!function)"
+    if request.engine == "process":
+        for name, value in non_defaults(request.configs[0].ray, RayConfig()).items():
+            yield f"ray.{name}={value} has no effect: a single run, and hydra/launcher=basic, go without Ray"
+    for name, quant in find_idle_fields([config.quant for config in request.configs]).items():
+        beside = f"quant.data_type={quant.data_type} and quant.method={quant.method}"
+        yield f"quant.{name} was set and changes nothing beside {beside}"
 
 
 def _open_store(path: str, engine: str) -> Store:
@@ -161,6 +167,8 @@ def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, s
 
 def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:
     """Return what a plan will take, as far as the store's results and the models' sizes tell."""
+    from kbit.engine.machine import count_cpus
+
     workers: int | None = 1
     threads = settings.ray.cpus_per_worker
     if engine == "process":
@@ -168,7 +176,7 @@ def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str
 
         threads = torch.get_num_threads()
     elif settings.device == "cpu" and settings.ray.address == "local":
-        workers = settings.ray.num_workers or max(1, (os.cpu_count() or 1) // threads)
+        workers = settings.ray.num_workers or max(1, count_cpus() // threads)
     else:
         workers = settings.ray.num_workers  # only a running cluster tells how many fit
     estimator.learn_stored(settings.results, plan.to_run, threads)

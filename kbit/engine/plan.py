@@ -6,8 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.data.task_files import expand_names, find_local_tasks
+from kbit.data.task_files import expand_names, find_local_tasks, list_task_files
 from kbit.data.texts import check_text, locate_text, read_documents
+from kbit.engine.machine import count_cpus, count_gpus
+from kbit.engine.ray_cluster import count_workers
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
@@ -105,15 +107,14 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     """
     settings = configs[0]
     _check_settings(configs)
+    _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
     for experiment in {(e.model, e.eval, e.quant.calibration.length, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned
             read_documents(text)  # not UTF-8, no text, a record without a "text", ...
-    plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
-    _check_device(settings, engine)
-    return plan
+    return make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
@@ -123,8 +124,18 @@ def _check_settings(configs: Sequence[RunConfig]) -> None:
             raise ValueError(f"{name} must be the same for the whole sweep, not {' and '.join(values)}")
 
 
-def _check_device(settings: RunConfig, engine: str) -> None:
-    """Raise ValueError if the asked device cannot be there. On a cluster the workers check it themselves."""
+def list_own_code(configs: Sequence[RunConfig]) -> list[str]:
+    """Return the YAML files of users' own tasks that run Python code of their own."""
+    folders = {config.eval.task_path for config in configs if config.eval.tasks and config.eval.task_path}
+    files = (path for folder in sorted(folders) for path in list_task_files(folder))
+    return [str(path) for path in files if path.suffix == ".yaml" and b"!function" in path.read_bytes()]
+
+
+def _check_device(settings: RunConfig, engine: str, *, plan_only: bool) -> None:
+    """Raise ValueError if the asked device or workers cannot be had. A cluster is asked when it is joined."""
+    if engine == "ray" and settings.ray.address == "local" and not plan_only:
+        gpus = count_gpus() if settings.ray.gpus_per_worker else 0
+        count_workers(settings.ray, [{"CPU": count_cpus(), "GPU": gpus}])
     if settings.device == "cpu":
         return
     if engine == "ray" and settings.ray.gpus_per_worker == 0:
@@ -132,6 +143,6 @@ def _check_device(settings: RunConfig, engine: str) -> None:
     if engine == "ray" and settings.device != "cuda":
         raise ValueError(f"device={settings.device}: Ray chooses each worker's GPU; use device=cuda")
     if engine == "process" or settings.ray.address == "local":
-        from kbit.models.loading import check_device
-
-        check_device(settings.device)
+        index = int(settings.device.partition(":")[2] or 0)
+        if (gpus := count_gpus()) <= index:
+            raise ValueError(f"device={settings.device}: there are {gpus} CUDA devices here; use device=cpu")

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from kbit.engine.machine import count_cpus
 from kbit.engine.outcome import Outcome
 from kbit.engine.ray_private import silence_raylet
 from kbit.engine.schedule import Schedule
@@ -167,6 +168,7 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
     try:
         context: Any = ray.init(
             address=config.address,
+            num_cpus=count_cpus() if local else None,  # Ray would count those of the whole machine
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,

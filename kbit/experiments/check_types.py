@@ -1,9 +1,9 @@
-"""Check that a dataclass that was read from a file holds what its annotations say, nested dataclasses included.
+"""Check that plain values are what a dataclass' annotations say, before the dataclass is made of them.
 
-    check_types(from_json(Result, record))
+    check_types(Result, record)
 
-A record may be JSON and still hold a text where a number belongs. Its dataclass takes any value, and the error would
-come much later, from a table or a figure.
+A record may be JSON and still hold a text where a number belongs. A dataclass takes any value, and the error would come
+from its own checks, or much later from a table or a figure.
 """
 
 from __future__ import annotations
@@ -12,17 +12,31 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Union
 
 _LARGEST: Final = 2**63  # tables hold whole numbers of 64 bits
 
+_NAMES: Final[dict[Any, str]] = {
+    int: "whole number", float: "number", bool: "true or false", str: "text", tuple: "list", list: "list",
+    dict: "mapping of keys to values",
+}  # fmt: skip
+
 _Check = Callable[[Any, str], None]
 
 
-def check_types(value: Any) -> None:
-    """Raise TypeError if a field of a dataclass is not of its type. The message names the field and the value."""
-    _make_check(type(value))(value, "")
+def check_types(kind: type[Any], values: Any, name: str = "") -> None:
+    """Check the values of a dataclass' fields, nested as from_json takes them. A field may be missing.
+
+    Args:
+        kind: the dataclass.
+        values: the values by name.
+        name: name of the whole, which messages put before that of a field.
+
+    Raises:
+        TypeError: a value is not of its field's type. The message names the field and the value.
+    """
+    _make_check(kind)(values, name)
 
 
 @functools.cache
@@ -48,10 +62,11 @@ def _accept(value: Any, name: str) -> None:
 
 
 def _check_fields(kind: type[Any], checks: list[tuple[str, _Check]], value: Any, name: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} is {_show(value)}")
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name or kind.__name__} is {_show(value)}, which is no mapping of keys to values")
     for field, check in checks:
-        check(getattr(value, field), f"{name}.{field}" if name else field)
+        if field in value:
+            check(value[field], f"{name}.{field}" if name else field)
 
 
 def _check_optional(check: _Check, value: Any, name: str) -> None:
@@ -60,16 +75,16 @@ def _check_optional(check: _Check, value: Any, name: str) -> None:
 
 
 def _check_items(origin: type[Any], check: _Check, value: Any, name: str) -> None:
-    if not isinstance(value, origin):
-        raise TypeError(f"{name} is {_show(value)}, which is no {origin.__name__}")
+    if not isinstance(value, (list, tuple) if origin is tuple else origin):
+        raise TypeError(f"{name} is {_show(value)}, which is no {_NAMES[origin]}")
     for item in value.values() if isinstance(value, dict) else value:
         check(item, name)
 
 
 def _check_plain(kind: type[Any], value: Any, name: str) -> None:
-    allowed = (int, float) if kind is float else kind
+    allowed = (int, float, types.NoneType) if kind is float else kind  # null is NaN, see from_json
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} is {_show(value)}, which is no {kind.__name__}")
+        raise TypeError(f"{name} is {_show(value)}, which is no {_NAMES[kind]}")
     if isinstance(value, int) and abs(value) >= _LARGEST:
         raise TypeError(f"{name} is a number of more than 64 bits")
     if isinstance(value, str):

@@ -52,10 +52,10 @@ def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return a dataclass, nested ones included, from the values of its fields. Its own checks then see the values.
 
     A field that is missing, as in a record of an earlier kbit, takes its default. An entry that is no field is ignored.
-    A number that is null is NaN, see write_json.
+    A number that is null is NaN, see write_json. Types are not checked here but by check_types.
 
     Raises:
-        TypeError: a field without a default is missing, or a nested dataclass is no dictionary.
+        TypeError: a field without a default is missing.
         ValueError: a value that the dataclass refuses.
     """
     read = _find_reader(typing.cast(Any, cls))
@@ -71,8 +71,6 @@ def _find_reader(cls: type[Any]) -> _Convert:
     plain = [name for name in names if name not in conversions]
 
     def read(values: Mapping[str, Any]) -> Any:
-        if not isinstance(values, Mapping):  # whose fields would all take their defaults
-            raise TypeError(f"{values!r:.40} has no fields of a {cls.__name__}")
         found = {name: values[name] for name in plain if name in values}
         for name, convert in conversions.items():
             if name in values:
@@ -107,9 +105,7 @@ def _read_number(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _convert_each(convert: _Convert, values: Any) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple):  # a dictionary would give its keys
-        raise TypeError(f"{values!r:.40} is no list")
+def _convert_each(convert: _Convert, values: list[Any]) -> tuple[Any, ...]:
     return tuple([convert(value) for value in values])
 
 

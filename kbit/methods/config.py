@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -342,3 +342,12 @@ class QuantConfig(QuantSpec):
 
 def _with_prefix(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{group}.{name}": value for name, value in values.items()}
+
+
+def find_idle_fields(quantizers: Iterable[QuantConfig]) -> dict[str, QuantConfig]:
+    """Return the fields that change nothing in any of these quantizers, each with a quantizer that sets it."""
+    quantized = [quant for quant in dict.fromkeys(quantizers) if not quant.is_baseline]
+    idle = quantized[0].idle_fields if quantized else set()
+    for quant in quantized[1:]:
+        idle = idle and idle & quant.idle_fields
+    return dict.fromkeys(sorted(idle), quantized[0])

@@ -102,15 +102,14 @@ class Source:
             DamagedRecord: a field is missing or not of its type, or this kbit does not know a name in it.
         """
         try:
-            value = from_json(kind, record)
-            check_types(value)
+            check_types(kind, record)
+            return from_json(kind, record)
         except UnicodeError as error:
             raise self.refuse(error) from None
         except ValueError as error:  # of a dataclass' own checks
             raise self.refuse(f"cannot be read by this kbit: {error}", is_foreign=True) from error
         except Exception as error:  # a check that meets another type than it expects raises anything
             raise self.refuse(error) from error
-        return value
 
 
 def _describe_newer(record: Mapping[str, Any], version: int) -> str:

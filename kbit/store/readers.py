@@ -20,7 +20,7 @@ from kbit.store.filesystem import is_url, open_files
 from kbit.store.items import read_all_items
 from kbit.store.records import find_records, list_finished, open_existing, read_as, retry
 from kbit.store.results import load_failures, read_parts, tabulate_files
-from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
+from kbit.store.rows import ROW_SCHEMA, SETTING_COLUMNS, drop_repeated, list_measurements
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
@@ -48,11 +48,11 @@ def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
     """Return the keys of finished and of failed experiments. Both are empty if there is no store yet."""
     files = open_files(path)
     failed = {Path(name).stem for name in files.names("failures", ".json")}
-    finished = retry(lambda: list_finished(files, {}))
+    finished = retry(files, lambda: list_finished(files, {}))
     return finished, failed - finished
 
 
-def read_results(path: str | Path = "results") -> pd.DataFrame:
+def read_results(path: str | Path = "results", *, words: bool = False) -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns:
@@ -69,6 +69,11 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
         task, metric, value, low, high, n: the measurement with its 95% interval.
         checkpoint: how the model's checkpoint was quantized before kbit ("gguf Q4_0"). It is missing for plain ones.
 
+    pandas drops rows with a missing value where it groups them or makes a pivot table, which leaves out every
+    experiment without exponent bits, for example. With words=True a missing setting is a word, and such tables are
+    whole: "whole" is a block size, and "none" stands for everything that a quantizer, or the 16-bit baseline, does not
+    have. Settings that are numbers then share their column with a word.
+
     The table's attrs["store"] is the path, with which read_items finds the items behind a value. What cannot be read is
     left out with a warning (kbit.store.damage.DamagedRecordWarning).
 
@@ -76,11 +81,18 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
         FileNotFoundError: there is no store at path.
     """
     files = open_existing(path)
-    rows = retry(lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
+    rows = retry(files, lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
     table: pd.DataFrame = list_measurements(drop_repeated(rows).sort_by("key")).to_pandas()
     table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
     table.attrs["store"] = str(path)
-    return table
+    return _write_words(table) if words else table
+
+
+def _write_words(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in which the settings that a quantizer does not have are words."""
+    whole = table["block_size"].isna() & table["data_type"].notna()
+    named = {name: table[name].astype(object).where(table[name].notna(), "none") for name in SETTING_COLUMNS}
+    return table.assign(**named | {"block_size": named["block_size"].mask(whole, "whole")})
 
 
 def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
@@ -186,4 +198,4 @@ def list_unreadable(path: str | Path, keys: Collection[str]) -> set[str]:
         readable = tabulate_files(files, names, ROW_SCHEMA)["key"].to_pylist()
         return {Path(name).stem for name in names} - set(readable)
 
-    return set() if is_url(path) else retry(look)
+    return set() if is_url(path) else retry(files, look)

@@ -6,6 +6,7 @@ that cannot be read is left out with a warning that names it, and all others are
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,7 +16,7 @@ from kbit.store.filesystem import Files, open_files
 from kbit.store.parquet import read_keys, read_texts
 
 T = TypeVar("T")
-_READ_TRIES: Final = 10  # each compaction that ends in the middle of reading costs one
+_READ_TRIES: Final = 8  # each compaction that ends in the middle of reading costs one
 
 
 def open_existing(path: str | Path) -> Files:
@@ -30,20 +31,33 @@ def open_existing(path: str | Path) -> Files:
     return files
 
 
-def retry(read: Callable[[], T]) -> T:
-    """Return what `read` returns. Call it again if a file that it listed has been compacted or deleted meanwhile."""
-    for _ in range(_READ_TRIES - 1):
+def retry(files: Files, read: Callable[[], T]) -> T:
+    """Return what `read` returns. Call it again if a file that it listed has been compacted or deleted meanwhile.
+
+    Where compaction goes on and on, the last try waits for its end and keeps the next one from beginning.
+    """
+    for attempt in range(_READ_TRIES):
         try:
             return read()
         except FileNotFoundError:
-            continue
-    return read()
+            time.sleep(0.001 * 2**attempt)
+    with files.lock(shared=True):
+        return read()
 
 
 def list_finished(files: Files, known: dict[str, set[str]]) -> set[str]:
     """Return the keys of finished experiments, see read_part_keys for `known`."""
+    deleted = list_deleted(files)
     loose = {Path(name).stem for name in files.names("experiments", ".json")}  # before compacted/: see kbit.store.store
-    return loose.union(*read_part_keys(files, known).values())
+    return loose.union(*read_part_keys(files, known).values()) - deleted
+
+
+def list_deleted(files: Files) -> set[str]:
+    """Return the keys of deleted experiments, of which something may be left where there is no lock.
+
+    A compaction that runs beside the deletion has read them before, and writes them once more.
+    """
+    return set() if files.has_lock else {Path(name).stem for name in files.names("deleted", ".json")}
 
 
 def read_part_keys(files: Files, known: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -90,7 +104,7 @@ def read_as(
 
 def find_records(files: Files, kind: str, keys: Collection[str] | None) -> Iterator[tuple[Source, dict[str, Any]]]:
     """Yield the records of read_records, each with its place in the store."""
-    found = _read_failures(files, keys) if kind == "failures" else retry(lambda: _read_results(files, keys))
+    found = _read_failures(files, keys) if kind == "failures" else retry(files, lambda: _read_results(files, keys))
     for key in sorted(found):
         source, content = found[key]
         try:
@@ -116,6 +130,7 @@ def _read_failures(files: Files, keys: Collection[str] | None) -> dict[str, tupl
 
 def _read_results(files: Files, keys: Collection[str] | None) -> dict[str, tuple[Source, bytes | str]]:
     """Return the JSON of experiments by key, with its place."""
+    deleted = list_deleted(files)
     loose = {Path(name).stem: name for name in files.names("experiments", ".json")}  # first: see kbit.store.store
     found: dict[str, tuple[Source, bytes | str]] = {}
     for name in files.names("compacted", ".parquet"):
@@ -126,7 +141,8 @@ def _read_results(files: Files, keys: Collection[str] | None) -> dict[str, tuple
             continue
         found |= {key: (Source(files.root, name, key, is_part=True), text) for key, text in texts.items()}
     fresh = loose.keys() - found.keys() if keys is None else (loose.keys() & set(keys)) - found.keys()
-    return found | read_loose(files, [loose[key] for key in fresh])
+    found |= read_loose(files, [loose[key] for key in fresh])
+    return {key: value for key, value in found.items() if key not in deleted}
 
 
 def read_loose(files: Files, names: Collection[str]) -> dict[str, tuple[Source, bytes | str]]:

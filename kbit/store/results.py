@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kbit.experiments.result import Failure, Result
 from kbit.experiments.serialize import write_json
 from kbit.store import parquet
 from kbit.store.damage import DamagedRecord, Source, set_aside
 from kbit.store.filesystem import Files
-from kbit.store.records import read_as, read_loose
+from kbit.store.records import list_deleted, read_as, read_loose
 from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, make_row
 
 PART_EXPERIMENTS: Final = 5000  # in one Parquet file: tens of megabytes, which compaction holds in memory
@@ -36,6 +37,7 @@ def load_failures(path: str | Path, keys: Collection[str] | None = None) -> Iter
 
 def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield the store's experiments as tables with ROW_SCHEMA or PART_SCHEMA. An experiment may come twice."""
+    deleted = list_deleted(files)
     loose = files.names("experiments", ".json")  # before compacted/: see kbit.store.store
     for name in files.names("compacted", ".parquet"):
         try:
@@ -43,9 +45,15 @@ def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
         except DamagedRecord as error:
             set_aside(error)
         else:
-            yield part
+            yield without_keys(part, deleted)
+    loose = [name for name in loose if Path(name).stem not in deleted]
     for at in range(0, len(loose), PART_EXPERIMENTS):
         yield tabulate_files(files, loose[at : at + PART_EXPERIMENTS], schema)
+
+
+def without_keys(part: pa.Table, keys: Collection[str]) -> pa.Table:
+    """Return a table of experiments without those of these keys."""
+    return part.filter(pc.invert(pc.is_in(part["key"], pa.array(sorted(keys), pa.string())))) if keys else part
 
 
 def tabulate_files(files: Files, names: Collection[str], schema: pa.Schema) -> pa.Table:

@@ -49,6 +49,11 @@ _RESULT_COLUMNS: Final = (
     *("bits_per_param", "total_bits", "weight_rmse"),
 )  # named as in a Result
 
+# The columns of a quantizer, and of its method, that can be missing.
+SETTING_COLUMNS: Final = tuple(
+    name for name in EXPERIMENT_COLUMNS if name not in (*_RESULT_COLUMNS, "model", "dtype", "bits")
+)
+
 MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "evaluation": pa.string(), "task": pa.string(), "metric": pa.string(),
     "value": pa.float64(), "low": pa.float64(), "high": pa.float64(), "n": pa.int64(),

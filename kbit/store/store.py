@@ -4,6 +4,7 @@ results/experiments/<key>.json    a finished experiment: a Result
 results/compacted/<id>.parquet    many finished experiments: their records, and their rows for tables
 results/failures/<key>.json       a failed experiment: a Failure, with reason and traceback, never a number
 results/logs/<key>.log            what an experiment printed
+results/deleted/<key>.json        a deleted experiment, behind a URL only: whatever else holds it is no result
 
 Every file is written whole or not at all. A result moves from experiments/ to compacted/ and never back: first the
 whole Parquet file is there, then the JSON files are removed. Three rules follow for readers. List experiments/ first,
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import FAILED, Failure, Result
@@ -28,8 +28,8 @@ from kbit.experiments.serialize import to_json, write_json
 from kbit.store.damage import SCHEMA_VERSION, DamagedRecord
 from kbit.store.filesystem import is_url, open_files
 from kbit.store.parquet import count_rows, encode_part, without_rows
-from kbit.store.records import find_records, list_finished, open_existing, read_part_keys, retry
-from kbit.store.results import PART_EXPERIMENTS, read_part, read_parts, tabulate_files
+from kbit.store.records import find_records, list_deleted, list_finished, open_existing, read_part_keys, retry
+from kbit.store.results import PART_EXPERIMENTS, read_part, read_parts, tabulate_files, without_keys
 from kbit.store.rows import PART_SCHEMA, drop_repeated
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
@@ -62,13 +62,16 @@ class Store:
 
     def finished_keys(self) -> set[str]:
         """Return the keys of experiments that have a result."""
-        return retry(lambda: list_finished(self._files, self._compacted))
+        return retry(self._files, lambda: list_finished(self._files, self._compacted))
 
     def has(self, key: str) -> bool:
         """Whether the experiment has a result."""
+        if not self._files.has_lock and self._files.has(f"deleted/{key}.json"):
+            return False
         if self._files.has(f"experiments/{key}.json"):  # before compacted/: see the module
             return True
-        return any(key in keys for keys in retry(lambda: read_part_keys(self._files, self._compacted)).values())
+        parts = retry(self._files, lambda: read_part_keys(self._files, self._compacted))
+        return any(key in keys for keys in parts.values())
 
     def log_path(self, key: str) -> Path | None:
         """Return where the output of an experiment goes. A store behind a URL keeps none."""
@@ -76,6 +79,7 @@ class Store:
 
     def write(self, result: Result) -> None:
         """Write a result, and forget an earlier failure of the same experiment."""
+        self._forget_deletion([result.key])
         self._files.create(f"experiments/{result.key}.json", _encode(result))
         self._files.remove(f"failures/{result.key}.json")
 
@@ -98,28 +102,28 @@ class Store:
         if len(self._files.names("experiments", ".json")) < at_least:
             return 0
         with self._files.lock():
-            done = set().union(*read_part_keys(self._files, self._compacted).values())
+            deleted = list_deleted(self._files)
+            done: set[str] = set().union(*read_part_keys(self._files, self._compacted).values())
             loose = self._files.names("experiments", ".json")
             for name in [name for name in loose if Path(name).stem in done]:  # left by a crash, or finished twice
                 self._files.remove(name)
-            fresh = [name for name in loose if Path(name).stem not in done]
+            fresh = [name for name in loose if Path(name).stem not in done | deleted]
             compacted = 0
             for at in range(0, len(fresh), PART_EXPERIMENTS):
                 part = tabulate_files(self._files, fresh[at : at + PART_EXPERIMENTS], PART_SCHEMA)
                 self._replace([f"experiments/{key}.json" for key in part["key"].to_pylist()], part)
                 compacted += len(part)
             self._merge_small_parts()
+            self._remove_from_parts(list_deleted(self._files))
         return compacted
 
     def delete(self, keys: Collection[str]) -> int:
         """Delete the results of these experiments and return their number."""
         with self._files.lock():
             deleted = self.finished_keys() & set(keys)
-            for key in deleted:
-                self._files.remove(f"experiments/{key}.json")
-            for name, there in read_part_keys(self._files, self._compacted).items():
-                if there & deleted:
-                    self._remove_rows(name, deleted)
+            for key in () if self._files.has_lock else deleted:
+                self._files.create(f"deleted/{key}.json", b"{}")
+            self._remove_results(deleted)
         return len(deleted)
 
     def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
@@ -159,8 +163,9 @@ class Store:
         other = open_existing(path)
         mine = self.finished_keys()
         copied = had = 0
-        for part in retry(lambda: list(read_parts(other, PART_SCHEMA))):
-            fresh = part.filter(pc.invert(pc.is_in(part["key"], pa.array(sorted(mine), pa.string()))))
+        for part in retry(other, lambda: list(read_parts(other, PART_SCHEMA))):
+            fresh = without_keys(part, mine)
+            self._forget_deletion(fresh["key"].to_pylist())
             mine.update(fresh["key"].to_pylist())
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
             self._replace([], fresh)
@@ -188,6 +193,26 @@ class Store:
         """Return the number of experiments in each Parquet file of which every record can be read."""
         sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
         return {name: size for name, size in sizes.items() if size == count_rows(self._files, name)}
+
+    def _remove_results(self, keys: Collection[str]) -> None:
+        """Remove all files and rows of these experiments."""
+        for key in keys:
+            self._files.remove(f"experiments/{key}.json")
+        self._remove_from_parts(set(keys))
+
+    def _remove_from_parts(self, keys: set[str]) -> None:
+        """Remove all rows of these experiments."""
+        if keys:
+            for name, there in read_part_keys(self._files, self._compacted).items():
+                if there & keys:
+                    self._remove_rows(name, keys)
+
+    def _forget_deletion(self, keys: Collection[str]) -> None:
+        """Let these experiments have a new result, once nothing is left of a deleted one."""
+        again = [] if self._files.has_lock else [key for key in keys if self._files.has(f"deleted/{key}.json")]
+        self._remove_results(again)
+        for key in again:
+            self._files.remove(f"deleted/{key}.json")
 
     def _remove_rows(self, name: str, keys: Collection[str]) -> None:
         """Take the records of these keys out of a Parquet file. All others stay as they are."""

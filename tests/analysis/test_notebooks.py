@@ -25,14 +25,34 @@ def test_outputs_are_cleared(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The store that a notebook makes where there is none, made once."""
+def quick_study() -> Any:
+    """The module that finds the notebooks' store."""
     sys.path.insert(0, str(FOLDER))
     try:
-        module: Any = importlib.import_module("quick_study")
+        return importlib.import_module("quick_study")
     finally:
         sys.path.remove(str(FOLDER))
-    return str(module.run_quick_study(str(tmp_path_factory.mktemp("quick"))))
+
+
+@pytest.fixture(scope="module")
+def quick_store(tmp_path_factory: pytest.TempPathFactory, quick_study: Any) -> str:
+    """The store that a notebook makes where there is none, made once."""
+    return str(quick_study.run_quick_study(str(tmp_path_factory.mktemp("quick"))))
+
+
+def test_a_store_that_is_asked_for_and_not_there_is_an_error(
+    quick_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another study would answer in its place."""
+    monkeypatch.setattr(quick_study, "run_quick_study", lambda path: path)
+    monkeypatch.setattr(quick_study, "TOP", tmp_path)
+    monkeypatch.setenv("KBIT_RESULTS", str(tmp_path / "reslts"))
+    with pytest.raises(FileNotFoundError, match="no results at .*reslts"):
+        quick_study.find_store()
+    (tmp_path / "reslts" / "experiments").mkdir(parents=True)
+    assert quick_study.find_store() == str(tmp_path / "reslts")
+    monkeypatch.delenv("KBIT_RESULTS")
+    assert "kbit-quick-study-" in quick_study.find_store()
 
 
 @pytest.fixture(scope="module")

@@ -118,9 +118,9 @@ def test_plan_says_what_would_run_and_writes_nothing(kbit: Kbit, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_key_that_changes_nothing_in_any_experiment_is_a_warning(kbit: Kbit) -> None:
-    warning = "kbit: warning: quant.exponent_bits was set and changes nothing beside quant.data_type=nf"
-    assert warning in kbit("plan", "quant.exponent_bits=2").err
+def test_a_key_that_changes_nothing_in_any_experiment_is_named(kbit: Kbit) -> None:
+    note = "kbit: note: quant.exponent_bits was set and changes nothing beside quant.data_type=nf"
+    assert note in kbit("plan", "quant.exponent_bits=2").err
     assert kbit("plan", "quant.exponent_bits=2", "quant.data_type=nf,float").err == ""
 
 
@@ -232,6 +232,21 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["-m", "device=cuda", "ray.gpus_per_worker=0"], ["device=cuda", "ray.gpus_per_worker > 0"]),
     (["-m", "device=cuda:1"], ["device=cuda:1", "use device=cuda"]),
     (["-m", "ray.gpus_per_worker=1.5"], ["ray.gpus_per_worker=1.5", "whole above 1"]),
+    (["-m", "ray.gpus_per_worker=100"], ["100 do not fit", "GPUs"]),
+    (["quant.bits='???'"], ["quant.bits: Missing mandatory value: bits"]),
+    (["eval.tasks=[[a]]"], ["eval.tasks is ['a'], which is no text"]),
+    (["-m", "eval.tasks=[{a:1}]"], ["eval.tasks is {'a': 1}, which is no text"]),
+    (["study='${oc.env:PATH}'"], ["study is '", "which is no mapping of keys to values"]),
+    (["quant=null"], ["quant=null: quant is given by name; allowed are af4_published"]),
+    (["quant=true"], ["quant=true: quant is given by name"]),
+    (["quant=123"], ["quant=123: quant is given by name"]),
+    (["eval=[[a]]"], ["eval=[[a]]: eval is given by name; allowed are nano, paper"]),
+    (["-m", "hydra/launcher=[1]"], ["hydra/launcher=[1]: hydra/launcher is given by name; allowed are basic, kbit"]),
+    ([f"quant={'a' * 4000}"], [f"error: {'a' * 60}... is too long for the name of a file"]),
+    (["-m", "hydra.sweeper.max_batch_size=0"], ["error: hydra.sweeper.max_batch_size=0 is not a whole number above 0"]),
+    (["-m", "hydra.launcher.engine=x"], ["error: hydra.launcher.engine='x' is not one of: ray, process"]),
+    (["model.name='${oc.env:PATH}'"], ["model: ${oc.env:...} would be written into every record"]),
+    (["results=~nobody-of-this-name/x"], ["results=~nobody-of-this-name/x"]),
 ]
 
 
@@ -246,6 +261,7 @@ def test_bad_input_is_refused_before_any_work(
     assert done.code not in (0, None)
     assert [word for word in words if word not in done.err] == []
     assert TRACEBACK not in done.err
+    assert "Error executing job" not in done.err
     assert list(tmp_path.rglob("*.json")) == []
 
 
@@ -387,3 +403,18 @@ def test_a_list_of_studies_is_a_multirun(kbit: Kbit, tmp_path: Path) -> None:
         (folder / f"bits{number}.yaml").write_text(text)
     done = kbit("run", "--config-dir", "studies", "+sweeps=bits3,bits4", "hydra.launcher.plan_only=true")
     assert (done.code, "2 asked, 2 distinct" in done.out) == (0, True)
+
+
+def test_code_of_ones_own_and_settings_without_effect_are_said(kbit: Kbit, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text("task: mine\nprocess_docs: !function utils.process\n")
+    (tmp_path / "tasks" / "plain.yaml").write_text("task: plain\n")
+    tasks = ("eval.task_path=tasks", "eval.tasks=[nano_cloze]", "eval.perplexity=null")
+    done = kbit("plan", *tasks, BASIC, "ray.num_workers=4", "quant.bits=3,4")
+    assert done.code == 0
+    notes = [line for line in done.err.splitlines() if line.startswith("kbit: note: ")]
+    assert [note.removeprefix("kbit: note: ") for note in notes] == [
+        f"{tmp_path}/tasks/mine.yaml runs Python code of its own (!function)",
+        "ray.num_workers=4 has no effect: a single run, and hydra/launcher=basic, go without Ray",
+    ]
+    assert kbit("plan", "quant.bits=3,4", "ray.num_workers=4").err == ""
