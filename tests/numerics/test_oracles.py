@@ -74,7 +74,7 @@ def test_bitsandbytes_dynamic_8_bit_agrees() -> None:
 
 
 @pytest.mark.parametrize("preset", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_gfloat_microscaling_agrees(preset: str, data: st.DataObject) -> None:
     """Scalars in float64, one after the other: another implementation of the OCP specification, ties away from zero."""
