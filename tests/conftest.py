@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that a test can ask for
+
+# A busy machine takes any time for an example, and no test asserts how long.
+hypothesis.settings.register_profile("kbit", deadline=None)
+hypothesis.settings.load_profile("kbit")
 
 # The files that take longest, as they start processes, train or compile. They go first: at the end of the suite the
 # processes of `make test` then share out short files, and none waits for another.

@@ -224,7 +224,7 @@ def write_caption(fig: Figure, paragraphs: list[str]) -> None:
         fig.set_layout_engine("constrained", rect=(0.0, share, 1.0, 1.0 - share - bottom))
     else:  # a table, whose axes fill the figure
         fig.axes[0].set_position((0.0, share, 1.0, 1.0 - share))
-    fig.text(left, bottom, text, fontsize=CAPTION_SIZE, va="bottom", linespacing=1.3)
+    fig.text(left, bottom, text, fontsize=CAPTION_SIZE, va="bottom", linespacing=1.3, parse_math=False)
 
 
 def extend_caption(fig: Figure, paragraph: str) -> None:

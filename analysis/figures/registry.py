@@ -50,6 +50,7 @@ from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdi
 from kbit.analysis.statistics.grades import SIGN
 from kbit.checks import suggest
 from kbit.store.filesystem import replace_file
+from kbit.store.tables import write_csv
 
 DRAWN: Final = ["family", "bits", "label", "block_size", "model", *READING, "key", "panel", "series"]  # in the CSV
 # kbit's own metrics that are better if they are lower
@@ -267,5 +268,5 @@ def write_figure(figure: PaperFigure, out: Path) -> SavedFigure:
         replace_file(png, lambda path: figure.fig.savefig(path, format="png", dpi=150, pil_kwargs=QUICKLY))
         # Without a date: the same results give the same bytes.
         replace_file(svg, lambda path: figure.fig.savefig(path, format="svg", metadata={"Date": None}))
-    replace_file(csv, lambda path: figure.data.to_csv(path, index=False))
+    replace_file(csv, partial(write_csv, figure.data))
     return SavedFigure(figure.name, (png, svg, csv), figure.claim, figure.verdict)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kbit.analysis.figures.registry import FIGURES
 from kbit.experiments.config import RunConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.store.readers import read_failures, read_results
@@ -349,6 +350,21 @@ def test_of_figures_asked_for_those_that_can_be_are_drawn_and_the_others_named(
     assert "figure_3: not drawn: " in done.out
     assert "kbit run +sweeps=nano/block_size" in done.out
     assert "not drawn: figure_3" in done.err
+
+
+def test_a_figure_that_fails_is_named_and_the_others_are_written(
+    kbit: Kbit, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(results: object) -> None:
+        raise TypeError("'<' not supported")
+
+    two = {"verdicts": fail, "figure_16": FIGURES["figure_16"]}
+    monkeypatch.setattr("kbit.analysis.figures.registry.FIGURES", two)
+    done = kbit("figures", "--out", str(tmp_path))
+    assert done.code == 1
+    assert "verdicts: not drawn: TypeError: '<' not supported (test_main.py, line " in done.out
+    assert (tmp_path / "figure_16.png").is_file()
+    assert done.err.splitlines()[-1].endswith("not drawn: verdicts")
 
 
 @pytest.mark.parametrize("command", ["figures", "report", "results"])

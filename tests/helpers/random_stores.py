@@ -36,6 +36,17 @@ SETTINGS: Final[tuple[dict[str, Any], ...]] = (
     *(RTN | {"data_type": "nf", "bits": 3, "exclude": rf"layers\.(?!{layer}\.)"} for layer in (0, 1)),
     *(RTN | INT8 | {"method": method} for method in ("llm_int8", "absmax", "vectorwise")),
 )
+# settings that one figure compares: data types, block sizes, exponents, methods, outliers, layers, int8 methods
+GROUPS: Final = (
+    (0, 1, 2, 3, 4),
+    (1, 6, 7, 8),
+    (0, 11, 12, 13),
+    (0, 14, 15, 16),
+    (1, 14, 17),
+    (3, 18, 19),
+    (21, 22),
+    (23, 24),
+)
 FEATURES: Final = (
     "features", "layers_affected", "positions_affected", "top1_probability", "top1_probability_without_features",
     "top1_probability_without_random", "cross_entropy_without_features", "cross_entropy_without_random",
@@ -77,8 +88,10 @@ def draw_shapes() -> st.SearchStrategy[Shape]:
     return st.builds(
         Shape,
         st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple),
-        st.sets(st.sampled_from((*PRECISIONS, 16)), min_size=1).map(lambda bits: tuple(sorted(bits))),
-        st.sets(st.integers(0, len(SETTINGS) - 1), min_size=1, max_size=8).map(lambda places: tuple(sorted(places))),
+        st.sets(st.sampled_from((*PRECISIONS, 16)), max_size=3).map(lambda bits: tuple(sorted({3, 4, 16} ^ bits))),
+        st.tuples(st.sampled_from(GROUPS), st.sets(st.integers(0, len(SETTINGS) - 1), max_size=2)).map(
+            lambda pair: tuple(sorted({*pair[0], *pair[1]}))
+        ),
         st.sampled_from((0.0, 0.1, 0.5)),
         st.sampled_from((0.0, 0.1, 0.5)),
         st.sampled_from((0.0, 0.0, 0.02)),
@@ -136,10 +149,8 @@ def make_rows(about: dict[str, Any], shape: Shape, rng: np.random.Generator) -> 
     if shape.features:
         number = int(rng.integers(0, 3))
         values += [("features/text", name, number * 0.25, 16) for name in FEATURES]
-        values += [
-            (f"proxy/{name}", "spearman_weight_std", float(rng.random()), 1) for name in ("attention", "control")
-        ]
-        values += [("proxy/feed_forward", "spearman_weight_std", float(rng.random()), 1)]
+        relations = ("feed_forward", "attention", "control")
+        values += [(f"proxy/{name}", "spearman_weight_std", float(rng.random()), 1) for name in relations]
     rows = []
     for task, metric, value, n in values:
         if rng.random() >= shape.unmeasured:

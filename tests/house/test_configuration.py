@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 from import_graph import find_modules, read_imports
 
@@ -43,3 +44,7 @@ def test_configuration_does_not_load_torch() -> None:
     code = f"import sys, {', '.join(CONFIGURATIONS)}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_no_example_of_hypothesis_has_a_deadline() -> None:
+    assert hypothesis.settings().deadline is None

@@ -163,7 +163,7 @@ def test_the_dynamic_type_is_bitsandbytes_map_bit_for_bit(bits: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_gfloat_microscaling_agrees(preset: str, data: st.DataObject) -> None:
     """Scalars in float64, one after the other: another implementation of the OCP specification."""
