@@ -47,7 +47,7 @@ def test_a_store_that_is_asked_for_and_not_there_is_an_error(
     monkeypatch.setattr(quick_study, "run_quick_study", lambda path: path)
     monkeypatch.setattr(quick_study, "TOP", tmp_path)
     monkeypatch.setenv("KBIT_RESULTS", str(tmp_path / "reslts"))
-    with pytest.raises(FileNotFoundError, match="no results at .*reslts"):
+    with pytest.raises(FileNotFoundError, match=r"no results at .*reslts"):
         quick_study.find_store()
     (tmp_path / "reslts" / "experiments").mkdir(parents=True)
     assert quick_study.find_store() == str(tmp_path / "reslts")

@@ -11,13 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbit.engine.machine import count_fitting, count_workers
 from kbit.engine.outcome import Outcome
 from kbit.engine.plan import make_plan
 from kbit.engine.ray_cluster import (
     GPU_SHARE,
     choose_gpus,
-    count_fitting,
-    count_workers,
     dispatch,
     list_nodes,
     start_ray,
