@@ -56,15 +56,28 @@ def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
     return f"{name} needs {needs}, and these results lack it; {advice}"
 
 
+def split_keys(keys: Iterable[str]) -> set[str]:
+    """Return the experiments' keys, where one string may hold several, separated by blanks."""
+    return {key for group in keys for key in str(group).split()}
+
+
+def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Say how many of the experiments with the figure's measure it leaves out."""
+    families = points[points["family"].isin(curves["family"])]
+    left = len(split_keys(families["key"]) - split_keys(curves["key"]))
+    why = "with other settings or too few of their kind for a panel (choose with --where)"
+    return [f"Left out: {count_things(left, 'experiment')} of the same families, {why}."] if left else []
+
+
 def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measure) -> str:
     """Return the line of a caption that says how much data a figure rests on.
 
     Args:
         results: long form. Keys and measures say which rows are drawn.
-        keys: experiments' keys, where one string may hold several, separated by blanks.
+        keys: experiments' keys, see split_keys.
         measures: the measures drawn.
     """
-    wanted = {key for group in keys for key in str(group).split()}
+    wanted = split_keys(keys)
     measured = [results[(results["metric"] == m.metric) & (results["task"] == m.task)] for m in measures]
     # as objects: of Arrow strings pandas makes a scalar for each one that is wanted
     parts = [rows[rows["key"].astype(object).isin(wanted)] for rows in measured]

@@ -52,14 +52,14 @@ def draw_figures(options: argparse.Namespace) -> None:
     """Draw figures from a store, and print where each is or why there is none.
 
     Raises:
-        KbitError: the results allow no figure, or not all of those that were named.
+        KbitError: the results allow no figure or not all of those that were named, or a figure failed.
         ValueError, OSError: there is no store, or an argument is wrong.
     """
     from kbit.analysis.figures.registry import choose_measure, save_figures
     from kbit.analysis.statistics.findings import finding
-    from kbit.store.readers import read_results
+    from kbit.store.readers import leave_out_checkpoints, read_results
 
-    results = read_results(options.results)
+    results = leave_out_checkpoints(read_results(options.results))
     if options.where:
         results = _select(results, options)
     measure = None
@@ -77,8 +77,8 @@ def draw_figures(options: argparse.Namespace) -> None:
         raise KbitError(f"these results allow {which}")
     print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
     print(f"\n{finding(results)}")
-    missing = [figure.name for figure in figures if figure.skipped]
-    if options.names and missing:
+    missing = [figure.name for figure in figures if figure.failed or (options.names and figure.skipped)]
+    if missing:
         raise KbitError(f"not drawn: {' '.join(missing)}")
 
 

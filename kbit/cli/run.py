@@ -107,12 +107,16 @@ def _list_notes(request: Request) -> Iterator[str]:
     from kbit.checks import non_defaults
     from kbit.engine.plan import list_own_code
     from kbit.experiments.config import RayConfig
+    from kbit.methods.config import find_idle_fields
 
     for path in list_own_code(request.configs):
         yield f"{path} runs Python code of its own (!function)"
     if request.engine == "process":
         for name, value in non_defaults(request.configs[0].ray, RayConfig()).items():
             yield f"ray.{name}={value} has no effect: a single run, and hydra/launcher=basic, go without Ray"
+    for name, quant in find_idle_fields([config.quant for config in request.configs]).items():
+        beside = f"quant.data_type={quant.data_type} and quant.method={quant.method}"
+        yield f"quant.{name} was set and changes nothing beside {beside}"
 
 
 def _open_store(path: str, engine: str) -> Store:

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.data.task_files import find_local_tasks, list_task_files
+from kbit.data.task_files import expand_names, find_local_tasks, list_task_files
 from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.engine.machine import count_cpus, count_gpus, count_workers
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
+from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
 from kbit.experiments.result import FAILED
-from kbit.models.catalog import locate_model
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
 from kbit.store.results import load_failures
@@ -58,7 +58,7 @@ def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, re
     skip = done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
     # a worker keeps one model, and the 16-bit model's states on one text
-    sizes = {name: find_size(name) for name in {experiment.model.name for experiment in to_run}}
+    sizes = {model.name: find_size(model.name, model.size) for model in {experiment.model for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
     to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
     crashed = 0 if retry_failed else len(again - failed)
@@ -81,15 +81,18 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     Raises:
         ValueError, OSError: one of them is unknown or cannot be had.
     """
-    locate_model(experiment.model.name)
+    check_model_files(experiment.model)
     for text in experiment.texts:
         (locate_text if planned_only else check_text)(text)
     check_texts(experiment)
+    check_lengths(experiment)
+    check_tasks(experiment)
     if experiment.eval.measures:
         from kbit.evaluation.measures import check_measures  # imports torch, which other studies plan without
 
         check_measures(experiment.eval)
-    if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
+    names = expand_names(experiment.eval.tasks, experiment.eval.task_path)
+    if set(names) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.data.tasks import load_tasks  # takes seconds, which a study of local tasks need not wait for
 
         load_tasks(experiment.eval.tasks, experiment.eval.task_path)
@@ -105,7 +108,7 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     _check_settings(configs)
     _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
-    for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
+    for experiment in {(e.model, e.eval, e.quant.calibration.length, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned

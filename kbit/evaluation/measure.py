@@ -23,6 +23,7 @@ from kbit.data.windows import Windows, make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import ItemValues, Measurement
 from kbit.models.config import MAX_WINDOW
+from kbit.models.parameters import check_ids
 
 if TYPE_CHECKING:
     from kbit.evaluation.scorer import Scorer
@@ -100,6 +101,7 @@ class Subject:
         if wanted not in kept:
             context = min(MAX_WINDOW, int(self.scorer.max_length))
             windows = make_windows(text, self.tokenizer, context=context, max_windows=most)
+            check_ids(self.model, self.tokenizer, int(windows.tokens.max()))
             check_read(text, self.names.name_content(text, windows.sha256), self.identity["perplexity"])
             kept[wanted] = windows
         return kept[wanted]

@@ -18,6 +18,12 @@ class NonFiniteError(ArithmeticError):
 
 
 Z_95: Final = 1.959963984540054  # the 97.5% quantile of N(0, 1): two-sided 95%
+# Ranges of metrics by the beginning of their names. They hold for values within them: a share in percent is no share.
+RANGES: Final[dict[str, tuple[float, float]]] = {
+    **dict.fromkeys(("share", "top1_", "acc", "exact_match", "f1"), (0.0, 1.0)),
+    **dict.fromkeys(("kl_divergence", "cross_entropy", "word_cross_entropy", "byte_cross_entropy"), (0.0, math.inf)),
+    "spearman": (-1.0, 1.0),
+}
 FEW: Final = 30  # from so many values on, Student's quantile is within 5% of the normal one
 
 
@@ -58,10 +64,21 @@ def measure_accuracy(task: str, metric: str, correct: Sequence[float]) -> Measur
 
 
 def measure_mean(task: str, metric: str, values: Sequence[float]) -> Measurement:
-    """Return the mean with its interval, mean +- q s / sqrt(n), see quantile_95. A single value has NaN bounds."""
+    """Return the mean with its interval, mean +- q s / sqrt(n), see quantile_95. A single value has NaN bounds.
+
+    The interval stays in the range of its metric (RANGES), and in 0..1 where all values are 0 or 1.
+    """
     mean = fmean(values)
     half = quantile_95(len(values)) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Measurement(task, metric, mean, mean - half, mean + half, len(values))
+    least, most = find_range(metric, values)
+    return Measurement(task, metric, mean, max(mean - half, least), min(mean + half, most), len(values))
+
+
+def find_range(metric: str, values: Sequence[float]) -> tuple[float, float]:
+    """Return the range that the mean of such values can have."""
+    usual = (0.0, 1.0) if all(value in (0, 1) for value in values) else (-math.inf, math.inf)
+    low, high = next((bounds for name, bounds in RANGES.items() if metric.startswith(name)), usual)
+    return (low, high) if low <= min(values) and max(values) <= high else (-math.inf, math.inf)
 
 
 def quantile_95(n: int) -> float:
@@ -81,13 +98,14 @@ def measure_ratio(task: str, metric: str, values: Sequence[float], weights: Sequ
     """Return r = sum(values) / sum(weights) with the interval of a ratio of totals. A single item has no interval: NaN.
 
     The interval is r +- q sqrt(n / (n - 1) sum (v_i - r w_i)^2) / sum(weights), the usual linearization (Cochran 1977,
-    section 6.3), with q from quantile_95.
+    section 6.3), with q from quantile_95. It stays in the range of its metric, see measure_mean.
     """
     n, total = len(values), math.fsum(weights)
     ratio = math.fsum(values) / total
     squares = math.fsum((v - ratio * w) ** 2 for v, w in zip(values, weights, strict=True))
     half = quantile_95(n) * math.sqrt(n / (n - 1) * squares) / total if n > 1 else math.nan
-    return Measurement(task, metric, ratio, ratio - half, ratio + half, n)
+    least, most = find_range(metric, values)
+    return Measurement(task, metric, ratio, max(ratio - half, least), min(ratio + half, most), n)
 
 
 def transform(measurement: Measurement, metric: str, function: Callable[[float], float]) -> Measurement:
@@ -109,16 +127,21 @@ def exponentiate(loss: Measurement, metric: str) -> list[Measurement]:
 
 
 def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:
-    """Return the mean zero-shot accuracy over tasks, in which each task weighs the same (the paper's metric).
+    """Return the mean zero-shot accuracy over tasks, in which each task weighs the same (the paper's metric)."""
+    return average("mean_zero_shot", "acc", accuracies, [1] * len(accuracies))
 
-    The tasks are independent, so the distances to the Wilson bounds add in squares (Newcombe's square-and-add):
-    low = mean - sqrt(sum (p_i - l_i)^2) / T, and high likewise.
+
+def average(task: str, metric: str, measurements: Sequence[Measurement], weights: Sequence[int]) -> Measurement:
+    """Return the weighted mean of several tasks' measurements, as a measurement of this task and metric.
+
+    The tasks are independent, so the distances to the bounds add in squares (Newcombe's square-and-add):
+    low = mean - sqrt(sum (w_i (v_i - l_i))^2) / sum w_i, and high likewise.
     """
-    tasks = len(accuracies)
-    mean = fmean(m.value for m in accuracies)
-    below = math.sqrt(sum((m.value - m.low) ** 2 for m in accuracies)) / tasks
-    above = math.sqrt(sum((m.high - m.value) ** 2 for m in accuracies)) / tasks
-    return Measurement("mean_zero_shot", "acc", mean, mean - below, mean + above, sum(m.n for m in accuracies))
+    total, pairs = sum(weights), list(zip(weights, measurements, strict=True))
+    mean = fmean((m.value for m in measurements), weights)
+    below = math.sqrt(sum((w * (m.value - m.low)) ** 2 for w, m in pairs)) / total
+    above = math.sqrt(sum((w * (m.high - m.value)) ** 2 for w, m in pairs)) / total
+    return Measurement(task, metric, mean, mean - below, mean + above, sum(m.n for m in measurements))
 
 
 @dataclass(frozen=True)
@@ -215,6 +238,7 @@ class TaskRecord:
             in results from before it was kept.
         truncated: the number of requests that lost tokens to the model's context length.
         first_tokens: the first request's context and continuation, at most 64 tokens.
+        groups: the names of the groups and tags that the task was asked by, the outermost first.
     """
 
     name: str
@@ -225,6 +249,7 @@ class TaskRecord:
     truncated: int
     first_tokens: tuple[int, ...]
     definition_sha256: str = ""
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

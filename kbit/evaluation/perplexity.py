@@ -274,7 +274,9 @@ def _measure_windows(model: Any, windows: Windows, reference: Reference | None, 
         log_p, divergence, agreement = compare_heads(head, hidden, reference.head, baseline, targets)
         columns = [-log_p, divergence, agreement]
     values = torch.stack([column.double() for column in columns], dim=-1)
-    return values.view(*tokens[:, 1:].shape, -1).mean(dim=1).cpu()
+    means = values.view(*tokens[:, 1:].shape, -1).mean(dim=1)
+    means[:, 1:].clamp_(min=0)  # sums in float32 make a divergence of nearly equal models less than the 0 that it is
+    return means.cpu()
 
 
 def _measure_whole_logits(model: Any, windows: Windows, rows: slice) -> torch.Tensor:

@@ -47,6 +47,8 @@ from kbit.evaluation.prefix_sharing import (
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import sees_whole_input
 from kbit.models.hflm_private import OpenHFLM, Request
+from kbit.models.inference import check_causal, in_evaluation_mode
+from kbit.models.parameters import check_ids
 
 Asked = tuple[tuple[str, str], ...]  # the texts of the requests of one call
 
@@ -100,20 +102,16 @@ class Scorer(OpenHFLM):
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        before = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            softmax_dtype=torch.float32,
-            logits_cache=False,
-        )
-        if before != [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]:
-            raise ValueError(
-                "lm-eval tied weights of the model that were not tied (its lm_head, quantized on its own?): "
-                "set model.config.tie_word_embeddings=False before evaluating"
-            )
-        self._path = _choose_path(model)
+        """Prepare to score a model.
+
+        Raises:
+            ValueError: the model is not causal.
+        """
+        super().__init__(model, tokenizer, batch_size=batch_size, softmax_dtype=torch.float32, logits_cache=False)
+        if not self._is_row_by_row:  # there texts affect each other on purpose
+            check_causal(model)
+        with in_evaluation_mode(model):
+            self._path = _choose_path(model)
         self._set_budget(batch_size)
         self.truncated = 0
         self.sent = 0
@@ -136,6 +134,21 @@ class Scorer(OpenHFLM):
     def batch_size(self) -> int:
         """The number of sequences that HFLM generates at once."""
         return 1 if self._is_row_by_row else self.batch_size_per_gpu
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: BOS, or EOS where there is none.
+
+        Raises:
+            ValueError: the tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError(
+            f"the tokenizer of {self.tokenizer.name_or_path} has neither a BOS nor an EOS token, one of which begins a "
+            "text without context: give another one by model.tokenizer"
+        )
 
     @property
     def _is_row_by_row(self) -> bool:
@@ -190,6 +203,7 @@ class Scorer(OpenHFLM):
         """Cut each request to what fits and arrange them in rows."""
         longest = self.max_length
         queries = [_cut(i, context + rest, rest, longest) for i, (_, context, rest) in enumerate(requests)]
+        check_ids(self.model, self.tokenizer, max((max(query.tokens, default=0) for query in queries), default=0))
         for request, query in zip(requests, queries, strict=True):
             if not query.targets:
                 raise ValueError(f"request {request[0]!r} has no token to score")
@@ -225,7 +239,8 @@ class Scorer(OpenHFLM):
         while done < len(todo):
             rows = take_batch(todo, done, 1 if one_by_one else self.budget.tokens)
             can_split = len(rows) > 1 or rows[0].can_split
-            scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
+            with in_evaluation_mode(self.model):
+                scores = self.budget.attempt(functools.partial(self._score_rows, rows), can_split=can_split)
             if scores is None:
                 todo, done = self._make_rows([query for row in todo[done:] for query in row.queries]), 0
                 continue

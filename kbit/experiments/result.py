@@ -39,6 +39,7 @@ class Result:
         measurements: every measured number.
         model_revision: see LoadedModel.
         checkpoint_dtype: 16-bit dtype to which the weights were rounded.
+        checkpoint_quantization: how the checkpoint was quantized, see LoadedModel. Such a model is no 16-bit baseline.
         weights_hash: hash of the model's weights as they were evaluated.
         tasks, text: identity of the data.
         truncated: number of requests that lost tokens to the model's context length.
@@ -89,6 +90,7 @@ class Result:
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
     measures: tuple[MeasureRecord, ...] = ()
+    checkpoint_quantization: str = ""
 
 
 @dataclass(frozen=True)

@@ -33,59 +33,51 @@ def scale_by_activations(job: Job) -> Iterator[tuple[Weight, Codes]]:
     """
     windows = draw_windows(job.model, job.quant, job.tokenizer)
     chosen: dict[str, list[float]] = {}
-    for weight, hessians in calibrate(job.model, job.weights, job.quant, windows):
-        codes, chosen[weight.name] = quantize_scaled(weight, hessians)
+    for weight, hessian in calibrate(job.model, job.weights, job.quant, windows):
+        codes, alpha = quantize_scaled(weight, hessian)
+        chosen.setdefault(weight.name, []).append(alpha)  # fused experts have one each
         yield weight, codes
     job.notes.update(describe_calibration(windows, job.weights) | {"alpha": chosen})
 
 
-def quantize_scaled(weight: Weight, hessians: Float[Tensor, "experts in in"]) -> tuple[QuantizedTensor, list[float]]:
-    """Return one weight's codes with the best exponent (for fused experts: with each one's best), and the exponents."""
-    stacked = weight.copy_matrix().view(len(hessians), -1, weight.values.shape[-1])
-    shape = stacked.shape if weight.values.ndim > 2 else stacked.shape[1:]
-    errors = []
+def quantize_scaled(weight: Weight, hessian: Float[Tensor, "in in"]) -> tuple[QuantizedTensor, float]:
+    """Return one weight's codes with the best exponent, and the exponent."""
+    matrix = weight.copy_matrix()
+    least, best = float("inf"), ALPHAS[0]
     for alpha in ALPHAS:
-        scales = _find_usable_scales(stacked, hessians, torch.full((len(hessians),), alpha), weight)
-        rounded = fake_quantize((stacked * scales).view(shape), weight.spec).view(stacked.shape) / scales
-        errors.append(_layer_errors(stacked, rounded, hessians))
-    best = torch.tensor(ALPHAS)[torch.stack(errors).argmin(dim=0).cpu()]
-    scales = _find_usable_scales(stacked, hessians, best, weight)
+        scales = _find_usable_scales(matrix, hessian, alpha, weight)
+        error = _layer_error(matrix, fake_quantize(matrix * scales, weight.spec) / scales, hessian)
+        if error < least:
+            least, best = error, alpha
+    scales = _find_usable_scales(matrix, hessian, best, weight)
     codes = dataclasses.replace(
-        quantize((stacked * scales).view(shape), weight.spec),
+        quantize(matrix * scales, weight.spec),
         shape=tuple(weight.values.shape),
         dtype=weight.values.dtype,
-        input_scales=scales.half().view(*weight.values.shape[:-2], weight.values.shape[-1]),
+        input_scales=scales.half().expand(*weight.values.shape[:-2], -1).contiguous(),
     )
-    return codes, [round(alpha, 2) for alpha in best.tolist()]
+    return codes, round(best, 2)
 
 
-def find_channel_scales(
-    hessians: Float[Tensor, "experts in in"], alphas: Float[Tensor, " experts"]
-) -> Float[Tensor, "experts 1 in"]:
+def find_channel_scales(hessian: Float[Tensor, "in in"], alpha: float) -> Float[Tensor, " in"]:
     """Return s of each input, divided by sqrt(max s min s) as in the published code, rounded to float16."""
-    sizes = (hessians.diagonal(dim1=1, dim2=2) / 2).sqrt()  # H = 2/n sum x x^T
-    scales = sizes.clamp(min=1e-4).pow(alphas[:, None].to(sizes.device))
-    scales = scales / (scales.amax(dim=1, keepdim=True) * scales.amin(dim=1, keepdim=True)).sqrt()
-    return scales.half().float()[:, None]
+    sizes = (hessian.diagonal() / 2).sqrt()  # H = 2/n sum x x^T
+    scales = sizes.clamp(min=1e-4).pow(alpha)
+    return (scales / (scales.max() * scales.min()).sqrt()).half().float()
 
 
 def _find_usable_scales(
-    stacked: Float[Tensor, "experts out in"],
-    hessians: Float[Tensor, "experts in in"],
-    alphas: Float[Tensor, " experts"],
-    weight: Weight,
-) -> Float[Tensor, "experts 1 in"]:
-    """Return the channel scales, and 1 for an expert whose W diag(s) leaves the range of the format of scales."""
-    scales = find_channel_scales(hessians, alphas)
-    fits = (stacked * scales).abs().amax(dim=(1, 2), keepdim=True) <= weight.spec.largest_weight
-    return torch.where(fits, scales, 1.0)
+    matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], alpha: float, weight: Weight
+) -> Float[Tensor, " in"]:
+    """Return the channel scales, or 1 for all if W diag(s) leaves the range of the format of scales."""
+    scales = find_channel_scales(hessian, alpha)
+    fits = bool((matrix * scales).abs().max() <= weight.spec.largest_weight)
+    return scales if fits else torch.ones_like(scales)
 
 
-def _layer_errors(
-    stacked: Float[Tensor, "experts out in"],
-    quantized: Float[Tensor, "experts out in"],
-    hessians: Float[Tensor, "experts in in"],
-) -> Float[Tensor, " experts"]:
-    """Return || W X - Q X ||^2 of each expert, up to a factor."""
-    lost = quantized - stacked
-    return (lost @ hessians * lost).sum(dim=(1, 2))
+def _layer_error(
+    matrix: Float[Tensor, "out in"], quantized: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
+) -> float:
+    """Return || W X - Q X ||^2, up to a factor."""
+    lost = quantized - matrix
+    return float((lost @ hessian * lost).sum())

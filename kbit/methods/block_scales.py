@@ -28,7 +28,7 @@ class BlockScales:
     Attributes:
         spec: the quantizer.
         usual: blocks, table, and the scales that map each block's largest magnitude to the table's end.
-        inputs: columns of the matrix.
+        rows, inputs: rows and columns of the matrix.
         blocks_per_row: blocks in each of the grid's rows. One row is the whole matrix if layout=flat.
     """
 
@@ -40,7 +40,7 @@ class BlockScales:
         """
         self.spec = spec
         self._backend = choose_backend(matrix.device)
-        self.inputs = matrix.shape[1]
+        self.rows, self.inputs = matrix.shape
         self.usual = make_grid(_flatten(matrix), matrix.shape, spec, self._backend)
         self.blocks_per_row = -(-self.usual.row // self.usual.block_size)
         self._used, self._is_refitted = self.usual, False
@@ -55,10 +55,8 @@ class BlockScales:
         within_rows = self.spec.layout == "row" or self.inputs % self.usual.block_size == 0
         return within_rows and self.spec.scale_type.has_own_scales and not self.spec.centering
 
-    def refit(
-        self, rows: slice, block: int, values: Float[Tensor, "rows width"], choose: ChooseScales | None = None
-    ) -> None:
-        """Choose the scales of these rows' block number `block` (within the row) anew, from the values it has now.
+    def refit(self, block: int, values: Float[Tensor, "rows width"], choose: ChooseScales | None = None) -> None:
+        """Choose the scales of all rows' block number `block` (within the row) anew, from the values it has now.
 
         Values that have moved beyond what the format of scales holds count as its largest.
         """
@@ -73,7 +71,7 @@ class BlockScales:
         chosen = choose(values, fitted) if choose else fitted.usual
         per_row = -(-self.inputs // self.usual.block_size)
         for mine, new in ((self._scales, chosen.scales), (self._offsets, chosen.offsets)):
-            mine.view(-1, per_row)[rows, block] = torch.tensor(new, dtype=mine.dtype, device=mine.device)
+            mine.view(-1, per_row)[:, block] = torch.tensor(new, dtype=mine.dtype, device=mine.device)
         self._is_refitted = True
 
     def use(self, grid: QuantizationGrid) -> None:
@@ -82,9 +80,9 @@ class BlockScales:
         for mine, new in ((self._scales, grid.scales), (self._offsets, grid.offsets)):
             mine.copy_(torch.tensor(new))
 
-    def at(self, rows: slice, columns: Int64[Tensor, " n"]) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"]]:
+    def at(self, columns: Int64[Tensor, " n"]) -> tuple[Float[Tensor, "n rows"], Float[Tensor, "n rows"]]:
         """Return the scale and the offset of each element of some columns, transposed."""
-        flat = torch.arange(rows.start, rows.stop, device=columns.device) * self.inputs + columns[:, None]
+        flat = torch.arange(self.rows, device=columns.device) * self.inputs + columns[:, None]
         blocks = find_blocks(flat, self.usual.row, self.usual.block_size)
         return self._scales[blocks], self._offsets[blocks]
 

@@ -12,6 +12,7 @@ that are slices of one parameter.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from lm_eval.models.utils import resolve_max_length
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -39,50 +40,34 @@ _CHOICE: Final = 8  # windows of the text's beginning for each sample that is dr
 
 @dataclass
 class _Sums:
-    """Sums over the inputs of one weight, or of each expert of a fused weight."""
+    """Sums over the inputs of one weight."""
 
-    squares: Float[Tensor, "experts in in"]
-    tokens: Int64[Tensor, " experts"]
+    weight: Weight
+    squares: Float[Tensor, "in in"]
+    tokens: int = 0
 
     @staticmethod
     def of(weight: Weight) -> _Sums:
-        experts = weight.values.shape[:-2].numel()
         inputs = weight.values.shape[-1]
-        device = weight.values.device
-        return _Sums(torch.zeros(experts, inputs, inputs, device=device), torch.zeros(experts, dtype=torch.int64))
+        return _Sums(weight, torch.zeros(inputs, inputs, device=weight.values.device))
 
-    def add(self, expert: int, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor) -> None:
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.squares[expert].addmm_(x.T, x)
-        self.tokens[expert] += len(x)
+        self.squares.addmm_(x.T, x)
+        self.tokens += len(x)
 
-    def finish(self, name: str, unseen: str) -> tuple[Float[Tensor, "experts in in"], list[int]]:
-        """Return H of each expert, and which of them saw no input.
-
-        Those have an identity for H if unseen=rtn, with which GPTQ and AWQ round to nearest.
+    def finish(self) -> Float[Tensor, "in in"]:
+        """Return H, an identity if there were no inputs, with which GPTQ and AWQ round to nearest.
 
         Raises:
-            ValueError: a weight without inputs, if unseen=error, or with inputs that are NaN or Inf.
+            ValueError: inputs that are NaN or Inf.
         """
-        empty = (self.tokens == 0).nonzero().flatten().tolist()
-        if len(empty) == len(self.tokens) and unseen == "error":
-            raise ValueError(
-                f"{name} is in no product on the calibration text, or in none whose inputs are seen (linear, addmm, "
-                "matmul with one matrix), as biases, norms and embeddings are not: leave it out (quant.exclude), or "
-                "round it to nearest (quant.calibration.unseen=rtn)"
-            )
-        if empty and unseen == "error":
-            raise ValueError(
-                f"{name} (experts {empty} of {len(self.tokens)}) saw no input from the calibration text: use more of "
-                "it (quant.calibration.samples), leave the weight out (quant.exclude), or round it to nearest "
-                "(quant.calibration.unseen=rtn)"
-            )
-        hessians = self.squares * (2 / self.tokens.clamp(min=1)).to(self.squares)[:, None, None]
-        if not torch.isfinite(hessians).all():
-            raise ValueError(f"{name}: its inputs on the calibration text hold NaN or Inf")
-        for expert in empty:
-            hessians[expert] = torch.eye(hessians.shape[-1])
-        return hessians, empty
+        if self.tokens == 0:
+            return torch.eye(len(self.squares), device=self.squares.device)
+        hessian = self.squares * (2 / self.tokens)
+        if not torch.isfinite(hessian).all():
+            raise ValueError(f"{self.weight.label}: its inputs on the calibration text hold NaN or Inf")
+        return hessian
 
 
 class _Recorder(TorchFunctionMode):
@@ -90,7 +75,9 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         super().__init__()
-        self._weights = [(weight, _Sums.of(weight)) for weight in weights]
+        self._sums = sorted(map(_Sums.of, weights), key=lambda sums: sums.weight.values.data_ptr())
+        self._starts = [sums.weight.values.data_ptr() for sums in self._sums]
+        self._weights = weights
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -103,19 +90,47 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _record(self, inputs: Tensor, matrix: Tensor) -> None:
-        for weight, sums in self._weights:
-            size = weight.values[0].nbytes if weight.values.ndim > 2 else weight.values.nbytes
-            offset = matrix.data_ptr() - weight.values.data_ptr()
-            if matrix.device == weight.values.device and 0 <= offset < weight.values.nbytes:
-                sums.add(offset // size, inputs)
+        found = bisect.bisect_right(self._starts, matrix.data_ptr()) - 1
+        if found < 0:
+            return
+        values = self._sums[found].weight.values
+        if matrix.device == values.device and matrix.data_ptr() < values.data_ptr() + values.nbytes:
+            self._sums[found].add(inputs)
 
-    def finish(self, unseen: str) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
-        """Yield each weight with its H, and forget the sums. Note in the weight which of its experts saw no input."""
-        while self._weights:
-            weight, sums = self._weights.pop(0)
-            hessians, empty = sums.finish(weight.name, unseen)
-            weight.unseen = tuple(empty)
-            yield weight, hessians
+    def finish(self, unseen: str) -> Iterator[tuple[Weight, Float[Tensor, "in in"]]]:
+        """Yield each weight with its H, and forget the sums. Note in the weight whether it saw no input.
+
+        Raises:
+            ValueError: a weight without inputs, if unseen=error, or with inputs that are NaN or Inf.
+        """
+        sums_of = {sums.weight.label: sums for sums in self._sums}
+        self._sums = []
+        for weight in self._weights:
+            weight.is_unseen = sums_of[weight.label].tokens == 0
+        if unseen == "error":
+            _check_seen(self._weights)
+        for weight in self._weights:
+            yield weight, sums_of.pop(weight.label).finish()
+
+
+def _check_seen(weights: Sequence[Weight]) -> None:
+    """Raise ValueError if a weight saw no input."""
+    unseen = [weight for weight in weights if weight.is_unseen]
+    if not unseen:
+        return
+    name = unseen[0].name
+    experts, missed = ([w.expert for w in group if w.name == name] for group in (weights, unseen))
+    if len(missed) == len(experts):
+        raise ValueError(
+            f"{name} is in no product on the calibration text, or in none whose inputs are seen (linear, addmm, "
+            "matmul with one matrix), as biases, norms and embeddings are not: leave it out (quant.exclude), or "
+            "round it to nearest (quant.calibration.unseen=rtn)"
+        )
+    raise ValueError(
+        f"{name} (experts {missed} of {len(experts)}) saw no input from the calibration text: use more of "
+        "it (quant.calibration.samples), leave the weight out (quant.exclude), or round it to nearest "
+        "(quant.calibration.unseen=rtn)"
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,7 @@ class _Block:
 
 def calibrate(
     model: nn.Module, weights: Sequence[Weight], quant: QuantConfig, windows: Windows
-) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
+) -> Iterator[tuple[Weight, Float[Tensor, "in in"]]]:
     """Yield each weight with the Hessian of its inputs (one for each of fused experts), to be replaced before the next.
 
     Raises:
@@ -190,7 +205,11 @@ def describe_calibration(windows: Windows, weights: Sequence[Weight]) -> dict[st
     """Return what the record says of the calibration data, and of the experts (0 of a plain matrix) that it missed."""
     samples, length = windows.tokens.shape
     text = {"text": windows.name, "sha256": windows.sha256, "samples": samples, "length": length}
-    return {"calibration": text, "unseen": {weight.name: list(weight.unseen) for weight in weights if weight.unseen}}
+    unseen: dict[str, list[int]] = {}
+    for weight in weights:
+        if weight.is_unseen:
+            unseen.setdefault(weight.name, []).append(weight.expert or 0)
+    return {"calibration": text, "unseen": unseen}
 
 
 def _calibrate_part(
@@ -199,7 +218,7 @@ def _calibrate_part(
     run: Callable[[Tensor], Any],
     inputs: Sequence[Tensor],
     quant: QuantConfig,
-) -> Iterator[tuple[Weight, Float[Tensor, "experts in in"]]]:
+) -> Iterator[tuple[Weight, Float[Tensor, "in in"]]]:
     """Run a part of the model on all inputs and yield its weights with their Hessians."""
     if weights:
         with experts_one_by_one(model), _Recorder(weights) as recorder:
@@ -309,7 +328,7 @@ def _catch_first(model: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

@@ -18,6 +18,7 @@ as with static_groups.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -55,47 +56,46 @@ def quantize_by_gptq(job: Job) -> Iterator[tuple[Weight, Codes]]:
     Raises:
         ValueError: see kbit.methods.calibration and factor_inverse. The model is then quantized in part.
     """
-    notes: dict[str, LayerNotes] = {}
     windows, options = draw_windows(job.model, job.quant, job.tokenizer), job.quant.gptq
-    for weight, hessians in calibrate(job.model, job.weights, job.quant, windows):
-        codes, notes[weight.name] = quantize_weight(weight, hessians, options)
+    dead: Counter[str] = Counter()
+    raised: dict[str, float] = {}
+    for weight, hessian in calibrate(job.model, job.weights, job.quant, windows):
+        codes, notes = quantize_weight(weight, hessian, options)
+        if notes.dead:
+            dead[weight.name] += notes.dead
+        if notes.damping > options.damping:
+            raised[weight.name] = max(notes.damping, raised.get(weight.name, 0.0))
         yield weight, codes
-    raised = {name: note.damping for name, note in notes.items() if note.damping > options.damping}
-    dead = {name: note.dead for name, note in notes.items() if note.dead}
-    job.notes.update(describe_calibration(windows, job.weights) | {"dead_columns": dead, "raised_damping": raised})
+    job.notes.update(
+        describe_calibration(windows, job.weights) | {"dead_columns": dict(dead), "raised_damping": raised}
+    )
 
 
 def quantize_weight(
-    weight: Weight, hessians: Float[Tensor, "experts in in"], options: GptqConfig
+    weight: Weight, hessian: Float[Tensor, "in in"], options: GptqConfig
 ) -> tuple[QuantizedTensor, LayerNotes]:
-    """Return the codes of one weight, which fused experts share with a Hessian each.
+    """Return the codes of one weight.
 
     Raises:
         ValueError: see factor_inverse. The message names the weight.
     """
-    matrix, dead = weight.copy_matrix(), hessians.diagonal(dim1=1, dim2=2) == 0
-    rows = len(matrix) // len(hessians)
-    parts = [slice(i * rows, (i + 1) * rows) for i in range(len(hessians))]
-    for part, columns in zip(parts, dead, strict=True):
-        matrix[part, columns] = 0
+    matrix, dead = weight.copy_matrix(), hessian.diagonal() == 0
+    matrix[:, dead] = 0
     blocks = BlockScales(matrix, weight.spec)
     choose = find_best_scales if options.search_scales else None
     if choose:
         blocks.use(choose(matrix, blocks))
     refit = blocks.can_refit and not options.static_groups
-    codes, damping = torch.zeros(matrix.shape, dtype=torch.uint8, device=matrix.device), [options.damping]
-    for part, hessian in zip(parts, hessians, strict=True):
-        order = order_columns(hessian, weight.outlier_columns, act_order=options.act_order)
-        if not len(order):  # all its input dimensions stay at 16 bits
-            continue
+    codes, damping = torch.zeros(matrix.shape, dtype=torch.uint8, device=matrix.device), options.damping
+    order = order_columns(hessian, weight.outlier_columns, act_order=options.act_order)
+    if len(order):  # else all its input dimensions stay at 16 bits
         try:
-            factor, used = factor_inverse(hessian[order][:, order], options.damping)
+            factor, damping = factor_inverse(hessian[order][:, order], options.damping)
         except ValueError as error:
-            raise ValueError(f"{weight.name}: {error}") from None
-        codes[part, order] = round_columns(matrix[part, order], factor, blocks, part, order, refit=refit, choose=choose)
-        damping.append(used)
+            raise ValueError(f"{weight.label}: {error}") from None
+        codes[:, order] = round_columns(matrix[:, order], factor, blocks, order, refit=refit, choose=choose)
     quantized = blocks.assemble(codes, weight.values.shape, weight.values.dtype)
-    return quantized, LayerNotes(int(dead.sum()), max(damping))
+    return quantized, LayerNotes(int(dead.sum()), damping)
 
 
 def order_columns(
@@ -138,7 +138,6 @@ def round_columns(
     matrix: Float[Tensor, "rows columns"],
     factor: Float[Tensor, "columns columns"],
     blocks: BlockScales,
-    rows: slice,
     order: Int64[Tensor, " columns"],
     *,
     refit: bool,
@@ -151,8 +150,7 @@ def round_columns(
         matrix: the weights, columns in the order in which they are rounded.
         factor: U of the same order, see factor_inverse.
         blocks: the scales, which refit changes.
-        rows: the place of the rows in the matrix that the blocks are of.
-        order: the places of the columns there.
+        order: the places of the columns in the matrix that the blocks are of.
         refit: whether to choose a block's scales when its turn comes.
         choose: function that chooses them. None takes the usual ones.
         leaf: the most columns that are updated one by one.
@@ -162,11 +160,11 @@ def round_columns(
 
     def finish_block(start: int, stop: int) -> None:
         if refit:
-            _refit_block(blocks, rows, order[start:stop], left[start:stop], choose)
+            _refit_block(blocks, order[start:stop], left[start:stop], choose)
         _halve([*range(start, stop, leaf), stop], finish_leaf, left, errors, factor)
 
     def finish_leaf(start: int, stop: int) -> None:
-        scales, offsets = blocks.at(rows, order[start:stop])
+        scales, offsets = blocks.at(order[start:stop])
         for j in range(start, stop):
             found = blocks.find_codes(left[j], scales[j - start], offsets[j - start])
             rounded = blocks.look_up(found) * scales[j - start] + offsets[j - start]
@@ -184,7 +182,6 @@ def round_columns(
 
 def _refit_block(
     blocks: BlockScales,
-    rows: slice,
     columns: Int64[Tensor, " columns"],
     values: Float[Tensor, "columns rows"],
     choose: ChooseScales | None,
@@ -195,7 +192,7 @@ def _refit_block(
     first = block * size
     whole = values.new_zeros(values.shape[1], min(size, blocks.inputs - first))
     whole[:, columns - first] = values.T
-    blocks.refit(rows, block, whole, choose)
+    blocks.refit(block, whole, choose)
 
 
 def _halve(

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from kbit.methods.config import QuantConfig
 from kbit.models.architectures import deviation_of, find_sources, measure_deviation
-from kbit.models.parameters import as_matrix, owner_of
+from kbit.models.parameters import list_matrices, owner_of
 
 
 def choose_outliers(
     model: nn.Module, names: Sequence[str], config: QuantConfig
-) -> dict[str, Int64[Tensor, " outliers"]]:
+) -> dict[str, list[Int64[Tensor, " outliers"]]]:
     """Return for each weight the input dimensions that stay at 16 bits, in rising order, before anything is changed.
 
-    They are places in the last dimension of the weight as it is quantized (kbit.models.parameters.as_matrix). Those of
-    an embedding are hidden units. A vector, such as an included bias, has none and is left out.
+    There is one list of them for each matrix of the parameter: one, or as many as fused experts. They are places in the
+    last dimension of the matrix as it is quantized (kbit.models.parameters.list_matrices). Those of an embedding are
+    hidden units. A vector, such as an included bias, has none and is left out.
 
     Args:
         model: the model with its 16-bit weights.
@@ -40,15 +41,19 @@ def choose_outliers(
     """
     if not config.keeps_outliers:
         return {}
-    weights = {name: as_matrix(model.get_parameter(name).detach(), owner_of(model, name)) for name in names}
-    weights = {name: weight for name, weight in weights.items() if weight.ndim >= 2}
+    weights = {name: list_matrices(model.get_parameter(name).detach(), owner_of(model, name)) for name in names}
+    weights = {name: matrices for name, matrices in weights.items() if matrices[0].ndim >= 2}
     if config.outlier_selection == "proxy":
-        deviations = _measure_sources(model, list(weights))
+        sources = _measure_sources(model, list(weights))
+        deviations = {name: [sources[name]] * len(matrices) for name, matrices in weights.items()}
     elif config.outlier_selection == "column":
-        deviations = {name: _measure_columns(weight) for name, weight in weights.items()}
+        deviations = {name: [_measure_columns(matrix) for matrix in matrices] for name, matrices in weights.items()}
     else:
-        deviations = {name: _draw(name, weight, config.seed) for name, weight in weights.items()}
-    return {name: _select(values, config) for name, values in deviations.items()}
+        deviations = {
+            name: [_draw(f"{name}[{i}]" if i else name, matrix, config.seed) for i, matrix in enumerate(matrices)]
+            for name, matrices in weights.items()
+        }
+    return {name: [_select(values, config) for values in of_matrices] for name, of_matrices in deviations.items()}
 
 
 def _measure_sources(model: nn.Module, names: Sequence[str]) -> dict[str, Float32[Tensor, " in"]]:
@@ -68,7 +73,7 @@ def _measure_sources(model: nn.Module, names: Sequence[str]) -> dict[str, Float3
 
 
 def _measure_columns(weight: Tensor) -> Float32[Tensor, " in"]:
-    """Return the standard deviation of each column, over all experts of a fused weight."""
+    """Return the standard deviation of each column."""
     return deviation_of(weight.flatten(0, -2), dim=0)
 
 

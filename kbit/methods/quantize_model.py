@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import math
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
@@ -28,9 +29,15 @@ from kbit.methods.hqq import fit_half_quadratic
 from kbit.methods.llm_int8 import quantize_products
 from kbit.methods.nearest import round_to_nearest, search_scales
 from kbit.methods.outlier_columns import choose_outliers
-from kbit.methods.report import QuantizationReport, describe_low_coverage, plan_quantization
-from kbit.methods.weight import Codes, Job, Weight, sum_squares
-from kbit.models.parameters import as_matrix, check_finite, owner_of
+from kbit.methods.report import (
+    QuantizationReport,
+    describe_low_coverage,
+    describe_vain_exclude,
+    plan_quantization,
+)
+from kbit.methods.weight import Codes, ExpertCodes, Job, Weight, sum_squares
+from kbit.models.inference import in_evaluation_mode
+from kbit.models.parameters import check_finite, list_matrices, owner_of
 from kbit.numerics.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -69,7 +76,8 @@ def quantize_model(
             method and the tensors too. At 16 bits nothing changes and the report counts the baseline.
         tokenizer: the model's tokenizer, for methods with calibration data.
         keep_codes: whether the report holds the codes of each weight, which take memory beside the model's own. They
-            are in the layout that is quantized (kbit.models.parameters.as_matrix).
+            are in the layout that is quantized (kbit.models.parameters.list_matrices), and those of fused experts are
+            kbit.methods.weight.ExpertCodes.
 
     Raises:
         ValueError: the model is quantized already, in another way or without the codes that are asked for. The coverage
@@ -83,13 +91,16 @@ def quantize_model(
             raise ValueError("the model is quantized already, without its codes being kept: restore its weights first")
         return done
     report = plan_quantization(model, config)
+    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
+        log.warning(warning)
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
     check_finite(model)
     weights = find_weights(model, report, config)
     norm = sum(sum_squares(weight.values) for weight in weights)
     job = Job(model, weights, config, tokenizer)
-    bits, codes = _replace_weights(job, keep_codes=keep_codes) if weights else ({}, {})
+    with in_evaluation_mode(model):  # calibration would see dropout
+        bits, codes = _replace_weights(job, keep_codes=keep_codes) if weights else ({}, {})
     lost = sum(weight.squared_error for weight in weights)
     report = dataclasses.replace(
         report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
@@ -99,17 +110,19 @@ def quantize_model(
     return report
 
 
-def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes]]:
-    """Write into each weight what its codes stand for. Return the bits of each weight, and the codes to keep."""
-    bits: dict[str, int] = {}
-    kept: dict[str, Codes] = {}
+def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes | ExpertCodes]]:
+    """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep."""
+    bits: Counter[str] = Counter()
+    kept: dict[str, Codes | ExpertCodes] = {}
     for weight, codes in METHOD_FUNCTIONS[job.quant.method](job):
         if len(weight.outlier_columns):
             codes = codes.keep_columns(weight.outlier_columns, weight.copy_outliers())
         weight.replace(codes.dequantize())
-        bits[weight.name] = codes.count_bits()
+        bits[weight.name] += codes.count_bits()
         if keep_codes:
-            kept[weight.name] = codes
+            before = kept.get(weight.name)
+            others = before.experts if isinstance(before, ExpertCodes) else ()
+            kept[weight.name] = codes if weight.expert is None else ExpertCodes((*others, codes))
         del codes  # before those of the next weight are made
     return bits, kept
 
@@ -147,20 +160,24 @@ def _find_earlier_report(model: nn.Module, config: QuantConfig) -> QuantizationR
 
 
 def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConfig) -> list[Weight]:
-    """Return the weights that the report quantizes, checked for their scale format's range."""
+    """Return the weights that the report quantizes, fused experts one by one, checked for the range of scale_format."""
     parameters, weights = dict(model.named_parameters()), []
     names = [tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized]
     outliers = choose_outliers(model, names, config)
     for name in names:
-        values = parameters[name].detach()
-        try:
-            report.spec.scale_type.check_range(_find_largest(values))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        # tensors of one model must not share their random numbers
-        own_seed = dataclasses.replace(report.spec, seed=(report.spec.seed + zlib.crc32(name.encode())) % 2**63)
-        weight = Weight(name, as_matrix(values, owner_of(model, name)), own_seed)
-        weights.append(dataclasses.replace(weight, outlier_columns=outliers[name]) if name in outliers else weight)
+        parameter = parameters[name].detach()
+        for number, values in enumerate(list_matrices(parameter, owner_of(model, name))):
+            weight = Weight(name, values, report.spec, expert=number if values.ndim < parameter.ndim else None)
+            try:
+                report.spec.scale_type.check_range(_find_largest(values))
+            except ValueError as error:
+                raise ValueError(f"{weight.label}: {error}") from error
+            # weights of one model must not share their random numbers
+            seed = (report.spec.seed + zlib.crc32(weight.label.encode())) % 2**63
+            weight.spec = dataclasses.replace(report.spec, seed=seed)
+            if name in outliers:
+                weight.outlier_columns = outliers[name][number]
+            weights.append(weight)
     return weights
 
 

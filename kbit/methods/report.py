@@ -1,25 +1,26 @@
 """Which of a model's weights are quantized, which are not and why, and how many bits each takes.
 
-By default every weight matrix inside the transformer blocks is quantized, that is nn.Linear, transformers' Conv1D (in
-GPT-2, blocked as the equivalent Linear) and fused 3-D expert weights. Embeddings, lm_head, norms and biases are not.
+By default every weight matrix inside the language model's transformer blocks is quantized, that is nn.Linear,
+transformers' Conv1D (in GPT-2, blocked as the equivalent Linear) and fused 3-D expert weights, each expert by itself.
+Embeddings, lm_head, norms and biases are not. Nor are the vision and audio towers of a multimodal model, and LoRA
+matrices that were not merged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from kbit.methods.config import QuantConfig
-from kbit.methods.weight import Codes
-from kbit.models.parameters import as_matrix, distinct_parameters, owner_of
+from kbit.methods.weight import Codes, ExpertCodes
+from kbit.models.parameters import distinct_parameters, find_towers, is_experts, list_matrices, owner_of
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 
 
@@ -30,7 +31,7 @@ class TensorReport:
     Attributes:
         name: the parameter's name. The names of tied parameters are joined by " = ".
         shape: the parameter's shape.
-        in_block: whether it is a weight matrix (2-D or more) inside a transformer block.
+        in_block: whether it is a weight matrix (2-D or more) inside a transformer block of the language model.
         quantized: whether it was quantized.
         reason: the reason why it was not, empty if it was.
         bits: bits that the tensor takes in the quantized model.
@@ -61,7 +62,7 @@ class QuantizationReport:
     tensors: tuple[TensorReport, ...]
     notes: dict[str, Any] = field(default_factory=dict, compare=False)  # a plan is equal to the report of its execution
     weight_rmse: float | None = field(default=None, compare=False)
-    codes: dict[str, Codes] = field(default_factory=dict, compare=False, repr=False)
+    codes: dict[str, Codes | ExpertCodes] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def parameters(self) -> int:
@@ -110,45 +111,75 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
     Raises:
         ValueError: an include that finds nothing.
     """
-    config = QuantConfig.of(quant)
-    spec, include, exclude = config.spec, config.include, config.exclude
-    tensors = []
-    for names, parameter in distinct_parameters(model):
-        owner = owner_of(model, names[0])
-        in_block = _is_in_block(names[0]) and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding)
-        reason = _why_not(names, parameter, owner, include, exclude)
-        quantized = not reason and not spec.is_baseline
-        outliers = 0 if parameter.ndim < 2 else None  # a vector has no input dimensions that could stay at 16 bits
-        blocked = as_matrix(parameter, owner).shape
-        bits = config.count_bits(blocked, outliers) if quantized else BASELINE_BITS * parameter.numel()
-        reason = "16-bit baseline" if spec.is_baseline and not reason else reason
-        tensors.append(TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits))
-    if include is not None and not any(re.search(include, n) for t in tensors for n in t.name.split(" = ")):
-        raise ValueError(f"quant.include={include!r} finds none of the model's tensors")
-    return QuantizationReport(spec, tuple(tensors))
+    config, towers = QuantConfig.of(quant), find_towers(model)
+    tensors = [
+        _plan_tensor(names, parameter, owner_of(model, names[0]), config, towers)
+        for names, parameter in distinct_parameters(model)
+    ]
+    if config.include is not None and not _names_any(config.include, tensors):
+        raise ValueError(f"quant.include={config.include!r} finds none of the model's tensors")
+    return QuantizationReport(config.spec, tuple(tensors))
+
+
+def describe_vain_exclude(report: QuantizationReport, exclude: str | None) -> str:
+    """Return the warning of an exclude that finds nothing, empty if it finds something or there is none."""
+    if exclude is None or _names_any(exclude, report.tensors):
+        return ""
+    return f"quant.exclude={exclude!r} finds none of the model's {len(report.tensors)} tensors, and leaves nothing out"
+
+
+def _names_any(pattern: str, tensors: Sequence[TensorReport]) -> bool:
+    return any(re.search(pattern, name) for tensor in tensors for name in tensor.name.split(" = "))
+
+
+def _plan_tensor(
+    names: list[str], parameter: nn.Parameter, owner: nn.Module, config: QuantConfig, towers: Sequence[str]
+) -> TensorReport:
+    is_baseline, outside = config.spec.is_baseline, _why_outside(names[0], towers)
+    matrices = list_matrices(parameter, owner)
+    is_matrix = _is_matrix(matrices[0])
+    reason = _why_not(names, owner, config, outside, is_matrix=is_matrix, is_plain=parameter.ndim == 2)
+    quantized = not reason and not is_baseline
+    bits = BASELINE_BITS * parameter.numel()
+    if quantized:  # a vector has no input dimensions that could stay at 16 bits
+        bits = sum(config.count_bits(matrix.shape, 0 if matrix.ndim < 2 else None) for matrix in matrices)
+    in_block = not outside and is_matrix and not isinstance(owner, nn.Embedding)
+    reason = "16-bit baseline" if is_baseline and not reason else reason
+    return TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits)
 
 
 def _why_not(
-    names: list[str], parameter: nn.Parameter, owner: nn.Module, include: str | None, exclude: str | None
+    names: list[str], owner: nn.Module, config: QuantConfig, outside: str, *, is_matrix: bool, is_plain: bool
 ) -> str:
     """Return why a tensor is not quantized, or an empty string if it is."""
-    if exclude is not None and any(re.search(exclude, name) for name in names):
-        return f"excluded by {exclude!r}"
-    if include is not None and any(re.search(include, name) for name in names):
+    if config.exclude is not None and any(re.search(config.exclude, name) for name in names):
+        return f"excluded by {config.exclude!r}"
+    if config.include is not None and any(re.search(config.include, name) for name in names):
         return ""
-    if not _is_in_block(names[0]):
-        return "outside the transformer blocks"
-    if parameter.ndim < 2:
+    if outside:
+        return outside
+    if not is_matrix:
         return "not a matrix (bias or norm)"
-    is_convolution = isinstance(owner, _ConvNd)
-    if isinstance(owner, nn.Linear | Conv1D) or (parameter.ndim == 3 and not is_convolution):  # 3-D: fused experts
+    if (is_plain and isinstance(owner, nn.Linear | Conv1D)) or (not is_plain and is_experts(owner)):
         return ""
     return f"matrix of {type(owner).__name__}, which is neither a linear layer nor fused experts"
 
 
-def _is_in_block(name: str) -> bool:
-    """Whether a parameter belongs to a transformer block: a numbered member of a list such as layers or h."""
-    return re.search(r"\.\d+\.", name) is not None
+def _why_outside(name: str, towers: Sequence[str]) -> str:
+    """Return why a parameter is no part of the language model's transformer blocks, or an empty string if it is.
+
+    A block is a numbered member of a list such as layers or h.
+    """
+    if any(name.startswith(f"{tower}.") for tower in towers):
+        return "part of a vision or audio tower"
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return "a LoRA matrix that was not merged"
+    return "" if re.search(r"\.\d+\.", name) else "outside the transformer blocks"
+
+
+def _is_matrix(values: torch.Tensor) -> bool:
+    """Whether a tensor is no vector. More than two dimensions of which all but one have size 1 are a vector."""
+    return values.ndim == 2 or sum(size > 1 for size in values.shape) > 1
 
 
 def describe_low_coverage(report: QuantizationReport, min_coverage: float) -> str:

@@ -32,13 +32,28 @@ class Codes(Protocol):
         """Return the values that the codes stand for."""
 
 
+@dataclass(frozen=True)
+class ExpertCodes:
+    """The codes of a parameter that holds fused experts: those of each expert, in order."""
+
+    experts: tuple[Codes, ...]
+
+    def count_bits(self) -> int:
+        """Return the bits of everything that is stored."""
+        return sum(codes.count_bits() for codes in self.experts)
+
+    def dequantize(self) -> Float[Tensor, "experts *batch in"]:
+        """Return the values that the codes stand for."""
+        return torch.stack([codes.dequantize() for codes in self.experts])
+
+
 def _no_columns() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
 class Weight:
-    """One weight to quantize, in place.
+    """One weight to quantize, in place: a parameter, or one expert of a parameter that holds several.
 
     Attributes:
         name: the parameter's name in the model.
@@ -48,7 +63,8 @@ class Weight:
         outlier_columns: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). A method quantizes the
             values with 0 in their place (outliers_at_zero, copy_matrix), so that they decide no block's scale. The
             zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
-        unseen: fused experts (0 for a plain matrix) whose inputs calibration did not see. They are rounded to nearest.
+        expert: the number of the expert, or None of a parameter that is one weight.
+        is_unseen: whether calibration did not see its inputs, so that it is rounded to nearest.
     """
 
     name: str
@@ -56,7 +72,13 @@ class Weight:
     spec: QuantSpec
     squared_error: float = 0.0
     outlier_columns: Int64[Tensor, " columns"] = field(default_factory=_no_columns)
-    unseen: tuple[int, ...] = ()
+    expert: int | None = None
+    is_unseen: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name for messages, and of random numbers of its own: the parameter's, with the expert's number."""
+        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
 
     def copy_matrix(self) -> Float[Tensor, "rows in"]:
         """Return a float32 copy of the values as a matrix. Outlier columns are 0, so that no block scale sees them."""
@@ -88,7 +110,7 @@ class Weight:
         self.values.copy_(quantized)
         self.squared_error += sum_squares(before.sub_(self.values))
         if not math.isfinite(self.squared_error):
-            raise ValueError(f"{self.name}: quantized values are beyond {self.values.dtype}: load a wider type")
+            raise ValueError(f"{self.label}: quantized values are beyond {self.values.dtype}: load a wider type")
 
 
 @dataclass(frozen=True)

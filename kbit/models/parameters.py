@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+# The names by which transformers' get_encoder finds them, and those of what projects their states into the text's.
+_TOWERS: Final = (
+    *("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower"),
+    *("audio_tower", "audio_encoder", "speech_encoder", "embed_vision", "embed_audio", "multi_modal_projector"),
+)
+_TRANSPOSED_EXPERTS: Final = ("Llama4TextExperts",)  # classes that store [experts, in, out] and do not say so
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -49,13 +58,57 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
+def find_towers(model: nn.Module) -> list[str]:
+    """Return the names of the modules of a multimodal model that read images or sounds, not text.
+
+    They have one of transformers' names for them, or are models of their own with another kind of configuration.
+    """
+    config: Any = getattr(model, "config", None)
+    own = {type(config), type(config.get_text_config(decoder=True))} if isinstance(config, PretrainedConfig) else set()
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in _TOWERS
+        or (own and isinstance(module, PreTrainedModel) and type(module.config) not in own)
+    ]
+
+
+def is_experts(owner: nn.Module) -> bool:
+    """Whether a module holds the weights of several experts, stacked: [experts, out, in] and biases [experts, out].
+
+    All such modules of transformers are called so (MixtralExperts, JetMoeParallelExperts), or say how their weights are
+    stored.
+    """
+    return "Experts" in type(owner).__name__ or hasattr(owner, "is_transposed")
+
+
 def as_matrix(parameter: torch.Tensor, owner: nn.Module) -> torch.Tensor:
-    """Return a view of a parameter as it is quantized and counted: [..., out, in], or a vector.
+    """Return a view of a parameter as it is counted: [..., out, in], or a vector.
 
     Matrices of GPT-2's Conv1D are transposed, and so are fused experts [experts, in, out] of modules that say so
-    (GPT-OSS). Vectors, the experts' stacked biases and embeddings (blocked along the hidden dimension) are returned as
-    they are stored.
+    (GPT-OSS) or are known to (Llama 4). Vectors, the experts' stacked biases and embeddings (blocked along the hidden
+    dimension) are returned as they are stored.
     """
     least = 2 if isinstance(owner, Conv1D) else 3
-    transposed = isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
+    says_so = bool(getattr(owner, "is_transposed", type(owner).__name__ in _TRANSPOSED_EXPERTS))
+    transposed = isinstance(owner, Conv1D) or says_so
     return parameter.transpose(-1, -2) if transposed and parameter.ndim >= least else parameter
+
+
+def list_matrices(parameter: torch.Tensor, owner: nn.Module) -> list[torch.Tensor]:
+    """Return views of what is quantized by itself: the whole parameter, or each of fused experts' matrices or biases.
+
+    So a model whose experts are stored in one parameter gets what it would get with a layer for each expert.
+    """
+    matrix = as_matrix(parameter, owner)
+    return list(matrix.unbind(0)) if is_experts(owner) and matrix.ndim > 1 else [matrix]
+
+
+def check_ids(model: Any, tokenizer: Any, largest: int) -> None:
+    """Raise ValueError if a text's largest token id is beyond the model's embedding, such as that of an added token."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}, and the model's "
+            f"embedding has {rows} rows: the tokenizer of {tokenizer.name_or_path} has tokens that the model lacks"
+        )

@@ -41,8 +41,7 @@ _NF4: Final = (
 
 def int_codebook(bits: int) -> Codebook:
     """Symmetric integers i / (2^(k-1) - 1), |i| <= 2^(k-1) - 1: 2^k - 1 levels (paper, Appendix A)."""
-    top = 2 ** (bits - 1) - 1
-    return as_codebook(np.arange(-top, top + 1) / top)
+    return as_codebook(grid_values("int", bits))
 
 
 def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> Codebook:
@@ -53,12 +52,24 @@ def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> C
     there are no subnormals and the conventions agree (paper's 3-bit E2M0 and 4-bit E3M0).
     """
     check_exponent_bits(bits, exponent_bits)
+    return as_codebook(grid_values("float", bits, exponent_bits, float_bias))
+
+
+def grid_values(
+    data_type: str, bits: int, exponent_bits: int | None = None, float_bias: str = "ieee"
+) -> NDArray[np.float64]:
+    """Return the sorted values of int or float in float64, which their codebooks round to float32."""
+    if data_type == "int":
+        top = 2 ** (bits - 1) - 1
+        return np.arange(-top, top + 1) / top
+    exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
     mantissas = 2 ** (bits - 1 - exponent_bits)
     fractions = np.arange(mantissas) / mantissas
     normals = (1 + fractions) * 2.0 ** np.arange(1, 2**exponent_bits)[:, None]
     subnormals = fractions * 2.0 ** (1 - _SUBNORMAL_SHIFT[float_bias])
     magnitudes = np.concatenate([subnormals, normals.ravel()]) / normals.max()
-    return as_codebook(np.concatenate([-magnitudes, magnitudes]))
+    values: NDArray[np.float64] = np.unique(np.concatenate([-magnitudes, magnitudes]))
+    return values
 
 
 def dynamic_codebook(bits: int) -> Codebook:
@@ -66,14 +77,19 @@ def dynamic_codebook(bits: int) -> Codebook:
 
     For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]. The table also has
     0 and +1. The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the
-    original.
+    original. The original computes in float32, and so is this: each edge is rounded once (torch.linspace with fused
+    multiply-adds), then its midpoint, then its product.
     """
-    magnitudes: list[float] = []
+    values = [np.array([0, 1], np.float32)]
+    start, one = np.float32(0.1), np.float32(1)
     for i in range(bits - 1):
-        edges = np.linspace(0.1, 1.0, 2**i + 1)
-        midpoints = (edges[:-1] + edges[1:]) / 2
-        magnitudes.extend(10.0 ** (i - (bits - 2)) * midpoints)
-    return as_codebook(np.array([0.0, 1.0, *magnitudes, *(-m for m in magnitudes)]))
+        bins = 2**i
+        number, step = np.arange(bins + 1), np.float64((one - start) / np.float32(bins))
+        is_lower = number < (bins + 1) // 2  # the upper half is counted down from the end
+        edges = np.where(is_lower, start + step * number, one - step * (bins - number)).astype(np.float32)
+        magnitudes = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (i - (bits - 2)))
+        values += [magnitudes, -magnitudes]
+    return as_codebook(np.concatenate(values))
 
 
 def nf_codebook(bits: int) -> Codebook:
@@ -103,14 +119,17 @@ def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
     return codebook
 
 
-def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float32[np.ndarray, " thresholds"]:
+def decision_thresholds(
+    codebook: Codebook | NDArray[np.float64], rounding: str = "nearest"
+) -> Float32[np.ndarray, " thresholds"]:
     """Return the len(codebook) - 1 float32 thresholds t_j such that code(v) = number of j with v >= t_j.
 
     With rounding=nearest, t_j is the midpoint of neighbours j and j+1, computed in float64 and rounded to float32. A
     tie goes away from zero, so that a symmetric table treats x and -x alike: a threshold below 0 is passed only by
-    v > midpoint, which for float32 v is v >= the next float32 above it. With truncate, values go towards v = 0, so t_j
-    is the neighbour farther from zero (the midpoint if zero lies between). With floor, t_j = codebook[j + 1], from
-    where stochastic rounding goes up.
+    v > midpoint, which for float32 v is v >= the next float32 above it. With nearest_even, a tie goes to the neighbour
+    at an even place, counted from 0 (the value nearest to it, if the table lacks 0): for int and float the even number
+    and the even mantissa. With truncate, values go towards v = 0, so t_j is the neighbour farther from zero (the
+    midpoint if zero lies between). With floor, t_j = codebook[j + 1], from where stochastic rounding goes up.
     """
     wide = codebook.astype(np.float64)
     below, above = wide[:-1], wide[1:]
@@ -118,12 +137,15 @@ def decision_thresholds(codebook: Codebook, rounding: str = "nearest") -> Float3
     match rounding:
         case "nearest":
             thresholds, exclusive = midpoints, midpoints < 0
+        case "nearest_even":
+            places = np.arange(1, len(wide)) - np.abs(wide).argmin()
+            thresholds, exclusive = midpoints, places % 2 == 1
         case "truncate":
             exclusive = above <= 0
             thresholds = np.where(below >= 0, above, np.where(exclusive, below, midpoints)).astype(np.float32)
             exclusive |= (thresholds < 0) & (below < 0) & (above > 0)
         case _:
-            return codebook[1:].copy()
+            return above.astype(np.float32)
     return np.where(exclusive, np.nextafter(thresholds, np.float32(np.inf)), thresholds)
 
 
@@ -151,6 +173,14 @@ def natural_peak(data_type: str, bits: int, exponent_bits: int | None = None) ->
         exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
         return 2 - 2.0 ** -(bits - 1 - exponent_bits)
     return 1.0
+
+
+def largest_exponent(data_type: str, bits: int, exponent_bits: int | None = None) -> int:
+    """Return the exponent of the largest number of an OCP element format: 2 for E2M1, whose largest is 1.5 2^2."""
+    if data_type != "float":
+        return 0
+    exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
+    return int(2 ** (exponent_bits - 1))
 
 
 def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kbit.kernels.cpu_select import order_statistics
 from kbit.numerics import fitted_codebooks
 from kbit.numerics.backend import Backend, torch_threads_kept
-from kbit.numerics.codebooks import ADAPTIVE, Codebook, decision_thresholds
+from kbit.numerics.codebooks import ADAPTIVE, Codebook, largest_exponent
 from kbit.numerics.quantiles import estimate_ranks
 from kbit.numerics.scale_formats import Scales, Stored
 from kbit.numerics.spec import QuantSpec
@@ -84,11 +84,9 @@ def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backe
     if codebook is None:
         codebook = spec.make_codebook(_adaptive_sample(values, scales, offsets, (row, block_size), spec, backend))
     _check_reach(codebook, scales, offsets, values.dtype, spec)
-    stochastic = spec.rounding == "stochastic"
-    thresholds = decision_thresholds(codebook, "floor" if stochastic else spec.rounding)
     return QuantizationGrid(
-        spec, row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook, thresholds,
-        spec.seed if stochastic else None,
+        spec, row, block_size, scales, offsets, stored_scales, stored_offsets, center, codebook,
+        spec.make_thresholds(codebook), spec.seed if spec.rounding == "stochastic" else None,
     )  # fmt: skip
 
 
@@ -160,7 +158,13 @@ def _choose_scales(low: Scales, high: Scales, bounds: tuple[np.float32, np.float
     if spec.normalization == "signed_absmax":
         return np.asarray(np.where(high >= -low, high, low), np.float32)
     largest = np.asarray(np.maximum(high, -low), np.float32)
-    return spec.scale_type.choose(largest, on_grid=spec.data_type in ("int", "float"))
+    on_grid = spec.data_type in ("int", "float")
+    scales = spec.scale_type.choose(largest, on_grid=on_grid)
+    if spec.rounding == "nearest_even" and spec.scale_type.holds_only_powers and on_grid:
+        # OCP's scale is smaller by the elements' largest exponent, and 2^-127 at least
+        exponent = largest_exponent(spec.data_type, spec.bits, spec.exponent_bits) - 127
+        scales = np.where(largest > 0, np.maximum(scales, np.float32(2.0**exponent)), scales)
+    return scales
 
 
 def _adaptive_sample(
@@ -169,12 +173,14 @@ def _adaptive_sample(
     """Return what an adaptive codebook is fitted to, on the CPU.
 
     A quantile codebook needs 2^k + 2 numbers with the quantiles of the tensor, less its offsets, at i / (2^k + 1). They
-    are exact on the CPU and estimated on a GPU. A learned codebook needs a sample of the normalised values
+    are exact on the CPU and estimated on a GPU. Scales with a sign turn values over, so that with them the quantiles
+    are those of the normalised values. A learned codebook needs a sample of the normalised values
     (fitted_codebooks.sample_indices), which is the same on each device.
     """
     if spec.data_type == "quantile":
-        if spec.centering or spec.normalization == "minmax":
-            values = _subtract_offsets(values, offsets, block_shape)
+        has_signs = spec.normalization == "signed_absmax"
+        if spec.centering or spec.normalization == "minmax" or has_signs:
+            values = _normalize(values, scales if has_signs else np.ones_like(scales), offsets, block_shape)
         with torch_threads_kept():
             edges = find_quantiles(values, fitted_codebooks.quantile_positions(spec.bits), backend)
         return np.concatenate([edges[:1], edges, edges[-1:]])
@@ -187,13 +193,17 @@ def _adaptive_sample(
     return normalized
 
 
-def _subtract_offsets(values: Values, offsets: Scales, block_shape: tuple[int, int]) -> Values:
-    """Return x - offset_b in float32, in memory of its own."""
+def _normalize(values: Values, scales: Scales, offsets: Scales, block_shape: tuple[int, int]) -> Values:
+    """Return (x - offset_b) / scale_b in float32, 0 where the scale is 0, in memory of its own."""
     row, block_size = block_shape
     rows = values.float().view(-1, row)
-    of_rows = torch.from_numpy(offsets).to(values.device).view(rows.shape[0], -1)
-    per_value = of_rows.repeat_interleave(block_size, dim=1)[:, :row]
-    return (rows - per_value).view(-1)
+
+    def spread(of_blocks: Scales) -> torch.Tensor:
+        of_rows = torch.from_numpy(of_blocks).to(values.device).view(rows.shape[0], -1)
+        return of_rows.repeat_interleave(block_size, dim=1)[:, :row]
+
+    divisors = spread(scales)
+    return torch.where(divisors != 0, (rows - spread(offsets)) / divisors, 0).view(-1)
 
 
 def _round_center(mean: float) -> NDArray[np.float16]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.numerics.backend import Backend, choose_backend, torch_threads_kept
-from kbit.numerics.codebooks import ADAPTIVE, decision_thresholds
+from kbit.numerics.codebooks import ADAPTIVE
 from kbit.numerics.grid import Values, make_grid
 from kbit.numerics.quantized_tensor import QuantizedTensor, combine, find_computed_dtype
 from kbit.numerics.spec import QuantSpec
@@ -111,7 +111,7 @@ def _fake_quantize_fused(values: Values, spec: QuantSpec, backend: Backend, resu
     """Fill result, not in place. Return False if a block holds NaN, Inf or a maximum beyond the scale's format."""
     codebook, refused = spec.make_codebook(), backend.put(np.zeros(1, np.uint8))
     backend.kernels.fake_quantize_absmax(
-        backend.view(values), codebook, decision_thresholds(codebook, spec.rounding),
+        backend.view(values), codebook, spec.make_thresholds(codebook),
         *spec.find_block_shape(result.shape), spec.scale_format, backend.view(result.view(-1)), refused,
     )  # fmt: skip
     return not backend.get(refused)[0]

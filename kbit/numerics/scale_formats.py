@@ -25,7 +25,9 @@ _FLOAT16_LARGEST: Final = 65504.0
 _FLOAT32_LARGEST: Final = 3.4028234663852886e38
 _FP8_LARGEST: Final = 448.0  # the largest E4M3 number
 _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, section 3)
+_DQ_ZERO: Final = 126  # the code of the dynamic type's last value below 0, -5.5e-7
 _E8M0_BIAS: Final = 127
+_E8M0_LEAST: Final = -126  # the smallest exponent of a scale that is not 0, as the code of -127 means 0
 # Shares of the usual scale that a search tries. 2 bits want about 0.6, and dynamic types want some above 1.
 FACTORS: Final = np.arange(40, 121, 2, dtype=np.float32) / 100
 
@@ -190,7 +192,7 @@ class BFloat16Scales(ScaleFormat):
 class PowerScales(ScaleFormat):
     """The exponent of a power of two each, as block formats with a shared exponent have it (MX, BFP).
 
-    `encode` takes powers of two and 0. It stores 0 as the smallest power.
+    `encode` takes powers of two and 0, whose code 0 would be 2^-127 in OCP's format.
     """
 
     name = "e8m0"
@@ -198,11 +200,12 @@ class PowerScales(ScaleFormat):
     factors = np.array([0.25, 0.5, 1, 2], np.float32)  # the neighbours of a power
 
     def store(self, values: Scales, lost: Bool[np.ndarray, " blocks"]) -> Stored:
-        exponents = np.where(values > 0, np.frexp(values)[1] - 1, -_E8M0_BIAS)
-        return {"scales": (np.clip(exponents, -127, 127) + _E8M0_BIAS).astype(np.uint8)}
+        exponents = np.clip(np.frexp(values)[1] - 1, _E8M0_LEAST, _E8M0_BIAS)
+        return {"scales": np.where(values > 0, exponents + _E8M0_BIAS, 0).astype(np.uint8)}
 
     def decode(self, stored: Mapping[str, NDArray[Any]]) -> Scales:
-        return np.ldexp(np.float32(1), stored["scales"].astype(np.int32) - _E8M0_BIAS).astype(np.float32)
+        codes = stored["scales"].astype(np.int32)
+        return np.where(codes > 0, np.ldexp(np.float32(1), codes - _E8M0_BIAS), 0).astype(np.float32)
 
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         return {"scales": (np.uint8, blocks)}
@@ -215,13 +218,13 @@ class PowerScales(ScaleFormat):
         """
         fractions, exponents = np.frexp(largest)
         exponents = np.where((fractions == 0.5) | on_grid, exponents - 1, exponents)
-        powers = np.ldexp(np.float32(1), np.clip(exponents, -126, 127))
+        powers = np.ldexp(np.float32(1), np.clip(exponents, _E8M0_LEAST, _E8M0_BIAS))
         return np.asarray(np.where(largest > 0, powers, np.float32(0)), np.float32)
 
     def round_to_nearest(self, scales: Scales) -> Scales:
         """Return for each scale > 0 the nearest power of two, or the larger of two as near. 0 stays 0."""
         fractions, exponents = np.frexp(scales)  # scale = fraction 2^exponent, 1/2 <= fraction < 1
-        powers = np.ldexp(np.float32(1), np.clip(exponents - (fractions < 0.75), -_E8M0_BIAS, _E8M0_BIAS))
+        powers = np.ldexp(np.float32(1), np.clip(exponents - (fractions < 0.75), _E8M0_LEAST, _E8M0_BIAS))
         return np.where(scales > 0, powers, np.float32(0)).astype(np.float32)
 
 
@@ -249,7 +252,9 @@ class DoubleScales(ScaleFormat):
     """Scales that are quantized themselves: 8-bit dynamic codes in blocks of 256, about their mean (QLoRA).
 
     Each block of scales has a float32, and so has the mean. A scale above 0 is never stored as one below 0, which would
-    mean 0 (QuantSpec.decode_scales). It takes the next code above that stands for more than 0.
+    mean 0 (QuantSpec.decode_scales). It takes the next code above that stands for more than 0. In a block of which some
+    scales are 0 the float32 has a minus sign. There the code just below the mean's (5.5e-7 of the largest difference
+    away) stands for 0, and the mean's code is taken in its place.
     """
 
     name = "dq8"
@@ -263,13 +268,19 @@ class DoubleScales(ScaleFormat):
         second = np.abs(blocks).max(axis=1)
         v = np.divide(blocks, second[:, None], out=np.zeros_like(blocks), where=second[:, None] > 0)
         codes = np.searchsorted(decision_thresholds(dynamic_codebook(8)), v.ravel(), side="right").astype(np.uint8)
-        stored = {"scales": codes[: values.size], "second_scales": second, "mean": np.array([mean], np.float32)}
+        codes = codes[: values.size]
+        has_zeros = np.logical_or.reduceat(values == 0, np.arange(0, values.size, _DQ_BLOCK))
+        is_taken = np.repeat(has_zeros, _DQ_BLOCK)[: values.size] & (codes == _DQ_ZERO)
+        codes = np.where(values == 0, np.uint8(_DQ_ZERO), codes + is_taken)
+        second = np.where(has_zeros, -second, second)
+        stored = {"scales": codes, "second_scales": second, "mean": np.array([mean], np.float32)}
         return self._raise_lost(stored, values)
 
     def decode(self, stored: Mapping[str, NDArray[Any]]) -> Scales:
         codes = stored["scales"]
         second = np.repeat(stored["second_scales"], _DQ_BLOCK)[: codes.size]
-        return np.asarray(dynamic_codebook(8)[codes] * second + stored["mean"][0], np.float32)
+        values = np.asarray(dynamic_codebook(8)[codes] * np.abs(second) + stored["mean"][0], np.float32)
+        return np.where(np.signbit(second) & (codes == _DQ_ZERO), np.float32(0), values)
 
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         second = math.ceil(blocks / _DQ_BLOCK)

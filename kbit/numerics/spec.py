@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from jaxtyping import Float32
 from numpy.typing import NDArray
 
 from kbit.checks import check_choice
+from kbit.data.presets import list_presets, read_preset
 from kbit.numerics import codebooks
-from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits
+from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits, decision_thresholds
 from kbit.numerics.data_types import DATA_TYPES, make_codebook
 from kbit.numerics.scale_formats import SCALE_FORMATS, ScaleFormat, Scales, Stored
 
@@ -23,7 +25,7 @@ CODEBOOK_VALUE_BITS: Final = 16  # a per-tensor codebook is stored as float16
 CENTER_BITS: Final = 16  # the tensor mean that centering subtracts is stored as float16
 LAYOUTS: Final = ("flat", "row")
 NORMALIZATIONS: Final = ("absmax", "signed_absmax", "minmax")
-ROUNDINGS: Final = ("nearest", "stochastic", "truncate")
+ROUNDINGS: Final = ("nearest", "nearest_even", "stochastic", "truncate")
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,12 @@ class QuantSpec:
         scale_format: fp16 (as the paper counts them), fp32, bf16, e8m0, fp8 (NVFP4), dq8 (QLoRA's double quantization).
             e8m0 scales are powers of two. For int and float the scale is the power at or below max |x|, as BFP and MX
             have it, with the table on its natural grid (E2M1: up to 1.5). For other tables it is the power at or above.
-            Offsets take the same format, or fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0.
-        rounding: nearest has ties away from zero. stochastic goes up with the probability that makes it unbiased within
-            the table's range, seeded. truncate goes towards 0 in units of the scale, so weights go towards the block's
-            offset, which with minmax and centering need not be 0.
+            Offsets take the same format, or fp16 beside fp8 and dq8. A scale that is not 0 never becomes 0, and one
+            that is 0 stays 0: a block of zeros gives zeros, unless centering shifts it.
+        rounding: nearest has ties away from zero. nearest_even has them to the value at an even place from 0, which is
+            the even mantissa of OCP's formats (MX), and with it e8m0 has OCP's smallest scale. stochastic goes up with
+            the probability that makes it unbiased within the table's range, seeded. truncate goes towards 0 in units of
+            the scale, so weights go towards the block's offset, which with minmax and centering need not be 0.
         seed: seed of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's
             name, so that tensors do not share their random numbers.
 
@@ -61,7 +65,7 @@ class QuantSpec:
     """
 
     bits: int = 4
-    data_type: str = "float"
+    data_type: str = "nf"
     exponent_bits: int | None = None
     float_bias: str = "ieee"
     table: tuple[float, ...] | None = None
@@ -124,6 +128,15 @@ class QuantSpec:
                 f"scale_format={self.scale_format} has neither sign nor fraction: normalization={self.normalization} "
                 "needs another; allowed is absmax"
             )
+
+    @staticmethod
+    def from_name(name: str) -> QuantSpec:
+        """Return the named quantizer of conf/quant, such as nf4_dq or mxfp4: `kbit.presets()` has them all.
+
+        Raises:
+            ValueError: there is no such name.
+        """
+        return QuantSpec(**find_preset(name))
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
@@ -195,10 +208,24 @@ class QuantSpec:
             tensor=tensor,
             seed=self.seed,
         )
-        if not self.scale_type.holds_only_powers:
-            return codebook
-        peak = np.float32(codebooks.natural_peak(self.data_type, self.bits, self.exponent_bits))
-        return np.asarray(codebook * peak, np.float32)
+        return np.asarray(codebook * np.float32(self._find_peak()), np.float32)
+
+    def make_thresholds(self, codebook: Codebook) -> Float32[np.ndarray, " thresholds"]:
+        """Return the numbers where one code of this spec's codebook ends and the next begins.
+
+        The ties of nearest_even are those of int's and float's exact values, which a float32 codebook has only rounded.
+        """
+        if self.rounding == "stochastic":
+            return decision_thresholds(codebook, "floor")
+        if self.rounding == "nearest_even" and self.data_type in ("int", "float"):
+            exact = codebooks.grid_values(self.data_type, self.bits, self.exponent_bits, self.float_bias)
+            return decision_thresholds(exact * self._find_peak(), self.rounding)
+        return decision_thresholds(codebook, self.rounding)
+
+    def _find_peak(self) -> float:
+        """Return the codebook's largest value where it is a grid, 1 unless scales are powers of two."""
+        peak = codebooks.natural_peak(self.data_type, self.bits, self.exponent_bits)
+        return peak if self.scale_type.holds_only_powers else 1.0
 
     def count_blocks(self, shape: Sequence[int]) -> int:
         """Return the number of blocks of a tensor of this shape."""
@@ -248,3 +275,13 @@ class QuantSpec:
 def write_table(values: Iterable[float]) -> str:
     """Return a user's own table as quant.table takes it: [-1, 0.3, 0.5, 1]."""
     return f"[{', '.join(f'{value:g}' for value in values)}]"
+
+
+def find_preset(name: str) -> dict[str, Any]:
+    """Return the fields that a named quantizer sets.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    check_choice("quant", name, tuple(list_presets()))
+    return read_preset(name)

@@ -67,6 +67,7 @@ def read_results(path: str | Path = "results", *, words: bool = False) -> pd.Dat
             where their evaluations are equal.
         bits_per_param, total_bits, weight_rmse: sizes, and the relative error of the quantized weights.
         task, metric, value, low, high, n: the measurement with its 95% interval.
+        checkpoint: how the model's checkpoint was quantized before kbit ("gguf Q4_0"). It is missing for plain ones.
 
     pandas drops rows with a missing value where it groups them or makes a pivot table, which leaves out every
     experiment without exponent bits, for example. With words=True a missing setting is a word, and such tables are
@@ -92,6 +93,24 @@ def _write_words(table: pd.DataFrame) -> pd.DataFrame:
     whole = table["block_size"].isna() & table["data_type"].notna()
     named = {name: table[name].astype(object).where(table[name].notna(), "none") for name in SETTING_COLUMNS}
     return table.assign(**named | {"block_size": named["block_size"].mask(whole, "whole")})
+
+
+def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the table without the experiments on checkpoints that were quantized before: no 16-bit baseline is theirs.
+
+    It warns of what it leaves out.
+    """
+    is_plain = results["checkpoint"].isna()
+    if is_plain.all():
+        return results
+    left_out = results.loc[~is_plain, "key"].nunique()
+    warnings.warn(
+        f"{left_out} experiments on quantized checkpoints (GGUF) are left out: they have no 16-bit baseline",
+        stacklevel=2,
+    )
+    plain = results[is_plain]
+    plain.attrs = results.attrs
+    return plain
 
 
 def read_failures(path: str | Path = "results") -> pd.DataFrame:

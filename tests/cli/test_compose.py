@@ -84,17 +84,17 @@ def test_composition_equals_hydras(hydra: Any, composer: Composer, overrides: li
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Composer, study: str) -> None:
-    """Each point of its grids, composed by Hydra alone, in order: the first and last 2, and both ends of each grid."""
+    """The first point of each grid and the last of the study, composed by Hydra alone."""
     job = [f"+sweeps={study}"]
     expanded = expand(composer, study)  # raises on a value that is not allowed
-    assert len({find_key(config.experiment) for config in expanded}) > 1
+    assert find_key(expanded[0].experiment) != find_key(expanded[-1].experiment)
     config = load(hydra, job)
     if config.study.unite:
         parts = [expand(composer, name) for name in config.study.unite]
         assert expanded == list(itertools.chain(*parts))
         return
     points: list[list[str]] = []
-    ends: set[int] = set()
+    compared: list[int] = []
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     grids: Any = OmegaConf.to_container(config.study.grids)
     for grid in grids or [{}]:
@@ -102,12 +102,11 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
             f"{key}={','.join(map(write_value, value if isinstance(value, list) else [value]))}"
             for key, value in grid.items()
         ]
-        ends.add(len(points))
+        compared.append(len(points))
         points += list_combinations(parser.parse_overrides(texts))
-        ends.add(len(points) - 1)
     if not config.study.exclude:
         assert len(expanded) == len(points)
-        for at in ends | {*range(min(2, len(points))), *range(max(0, len(points) - 2), len(points))}:
+        for at in {*compared, len(points) - 1}:
             assert expanded[at] == compose_slowly(hydra, [*job, *points[at]])
 
 

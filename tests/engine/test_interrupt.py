@@ -22,7 +22,8 @@ TRACEBACK = "Traceback (most recent call last)"
 
 
 def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_path: Path) -> None:
-    arguments = ["run", "-m", "quant.bits=3,4,5,6", "eval.tasks=[]", "ray.num_workers=1", "model.name=nano-neox-1m"]
+    arguments = ["run", "-m", "quant.bits=range(2,9)", "eval.tasks=[]", "ray.num_workers=1"]
+    arguments.append("model.name=nano-neox-332k")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     sweep = subprocess.Popen(
         [str(CONSOLE_SCRIPT), *arguments],
@@ -39,14 +40,14 @@ def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_pa
             time.sleep(0.2)
         children = psutil.Process(sweep.pid).children(recursive=True)
         sweep.send_signal(signal.SIGINT)
-        _, err = sweep.communicate(timeout=30)
+        _, err = sweep.communicate(timeout=300)
     finally:
         sweep.kill()
     assert sweep.returncode == 130
     assert "finished results are kept" in err
     assert TRACEBACK not in err
-    assert 1 <= len(list(tmp_path.glob("results/experiments/*.json"))) < 4
-    _, alive = psutil.wait_procs(children, timeout=10)
+    assert 1 <= len(list(tmp_path.glob("results/experiments/*.json"))) < 7
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 

@@ -9,7 +9,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit.evaluation.measurement import (
@@ -104,6 +104,34 @@ def test_a_single_value_has_no_interval() -> None:
 def test_a_mean_lies_within_its_interval(values: list[float]) -> None:
     m = measure_mean("text", "cross_entropy", values)
     assert m.low <= m.value <= m.high
+
+
+shares = st.lists(st.floats(0, 1), min_size=2, max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shares, st.sampled_from(["top1_agreement", "top1_probability", "share", "f1", "exact_match"]))
+def test_an_interval_of_shares_stays_between_0_and_1(values: list[float], metric: str) -> None:
+    m = measure_mean("text", metric, values)
+    assert 0 <= m.low <= m.value <= m.high <= 1
+    whole = measure_mean("text", "contains", [float(value > 0.5) for value in values])  # a task's metric of 0 and 1
+    assert 0 <= whole.low <= whole.value <= whole.high <= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1e3), min_size=2, max_size=6), st.sampled_from(["kl_divergence", "cross_entropy"]))
+def test_an_interval_of_nats_is_never_below_0(values: list[float], metric: str) -> None:
+    low = measure_mean("text", metric, values).low
+    assert low >= 0
+    free = measure_mean("text", "length", values).low  # what has no range keeps its interval
+    assert low == max(free, 0.0) or set(values) <= {0.0, 1.0}
+    assert (
+        measure_ratio("text", f"word_{metric}" if "cross" in metric else metric, values, [2.0] * len(values)).low >= 0
+    )
+
+
+def test_shares_in_percent_are_no_shares() -> None:
+    assert measure_mean("task", "f1", [40.0, 90.0]).high > 100
 
 
 def test_a_ratio_of_totals_is_textbook() -> None:

@@ -20,6 +20,7 @@ from kbit.data.tasks import load_tasks
 from kbit.evaluation.measurement import NonFiniteError
 from kbit.evaluation.scorer import PREFIX_SHARING, Scorer
 from kbit.evaluation.zero_shot import PreparedTask, prepare_task, score_tasks
+from kbit.models.inference import check_causal
 from kbit.models.loading import load_model
 
 Build = Callable[..., Any]
@@ -345,8 +346,22 @@ def _raise(error: Exception) -> Callable[..., Any]:
     return forward
 
 
-def test_a_head_that_lm_eval_ties_again_is_an_error(build_tiny: Build, tokenizer: Any) -> None:
-    model = build_tiny("llama", vocab_size=1024, tie_word_embeddings=True)
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    with pytest.raises(ValueError, match="tie_word_embeddings=False"):
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_model_that_is_not_causal_is_refused(tokenizer: Any, is_decoder: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=1024, max_position_embeddings=64, is_decoder=is_decoder, **sizes)
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config).train()
+    if is_decoder:
         Scorer(model, tokenizer)
+        return
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal: later tokens change"):
+        Scorer(model, tokenizer)
+    assert model.training
+
+
+def test_no_architecture_is_taken_for_another_kind(build_tiny: Build) -> None:
+    for architecture in ("gpt_neox", "bloom", "mixtral", "gpt_oss", "gemma2"):
+        for dtype in (torch.float32, torch.bfloat16):
+            check_causal(build_tiny(architecture).to(dtype))

@@ -56,7 +56,8 @@ def list_cases() -> list[Case]:
     cases = [
         Case(
             name, bits, *shapes[(i + i // 8) % 8], 104, list(DTYPES)[i % 3], ("fp16", "bf16", "fp32")[i // 3 % 3],
-            ("nearest", "truncate", "stochastic")[i // 2 % 3], ("absmax", "signed_absmax", "minmax")[i // 5 % 3],
+            ("nearest", "truncate", "stochastic", "nearest_even")[i // 2 % 4],
+            ("absmax", "signed_absmax", "minmax")[i // 5 % 3],
         )
         for i, (name, bits) in enumerate(turns)
     ]  # fmt: skip

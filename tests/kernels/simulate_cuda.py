@@ -38,14 +38,14 @@ def list_specs() -> Iterator[QuantSpec]:
     types = itertools.cycle([(4, "nf"), (3, "learned"), (8, "int"), (4, "quantile"), (5, "dynamic"), (6, "float")])
     for i, (scale_format, normalization) in enumerate(itertools.product(SCALE_FORMATS, NORMALIZATIONS)):
         bits, data_type = next(types)
-        rounding = ROUNDINGS[(i // 3 + i) % 3]
+        rounding = ROUNDINGS[(i // 3 + i) % 4]
         if scale_format != "e8m0" or normalization == "absmax":
             yield QuantSpec(
                 bits, data_type, block_size=(16, 5, None)[(i // 3 - i) % 3], layout=("flat", "row")[i // 2 % 2],
                 normalization=normalization, centering=i % 4 == 1, scale_format=scale_format, rounding=rounding, seed=i,
             )  # fmt: skip
-    for scale_format in ("fp16", "bf16", "fp32"):  # fused
-        yield QuantSpec(4, "nf", block_size=20, scale_format=scale_format)
+    for scale_format, rounding in (("fp16", "nearest"), ("bf16", "nearest_even"), ("fp32", "nearest")):  # fused
+        yield QuantSpec(4, "nf", block_size=20, scale_format=scale_format, rounding=rounding)
 
 
 def find_differences(x: torch.Tensor, spec: QuantSpec) -> Iterator[str]:

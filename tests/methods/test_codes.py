@@ -13,6 +13,7 @@ from torch import nn
 
 from kbit.methods.config import METHODS, CalibrationConfig, GptqConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model
+from kbit.methods.weight import ExpertCodes
 from kbit.models.parameters import as_matrix, owner_of
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.spec import QuantSpec
@@ -27,7 +28,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"data_type": "quantile", "normalization": "minmax", "block_size": 24, "scale_format": "bf16"},
     {"data_type": "int", "normalization": "minmax", "centering": True, "scale_format": "fp8", "outlier_zscore": 1.5},
     {"data_type": "learned", "scale_format": "dq8", "normalization": "signed_absmax", "block_size": None},
-    {"exponent_bits": 2, "scale_format": "e8m0", "block_size": 24, "layout": "row"},
+    {"data_type": "float", "exponent_bits": 2, "scale_format": "e8m0", "block_size": 24, "layout": "row"},
 ]
 
 
@@ -75,9 +76,11 @@ def test_codes_stand_for_the_weights_and_take_the_bits_of_the_formula(
             name = tensor.name.split(" = ")[0]
             weight, codes = as_matrix(model.get_parameter(name), owner_of(model, name)), report.codes[name]
             assert torch.equal(codes.dequantize().to(weight.dtype), weight), (config, name)
-            outliers: Any = codes.outlier_columns  # type: ignore[attr-defined]
-            count = 0 if outliers is None else len(outliers)
-            assert tensor.bits == codes.count_bits() == config.count_bits(weight.shape, count), (config, name)
+            parts: Any = codes.experts if isinstance(codes, ExpertCodes) else (codes,)
+            counts = [0 if part.outlier_columns is None else len(part.outlier_columns) for part in parts]
+            shape = weight.shape[1:] if isinstance(codes, ExpertCodes) else weight.shape
+            bits = sum(config.count_bits(shape, count) for count in counts)
+            assert tensor.bits == codes.count_bits() == bits, (config, name)
 
 
 def restore(model: nn.Module, start: dict[str, torch.Tensor]) -> None:

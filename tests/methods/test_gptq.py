@@ -43,8 +43,7 @@ def run_gptq(
     values: Tensor, hessian: Tensor, spec: QuantSpec, options: GptqConfig | None = None, kept: tuple[int, ...] = ()
 ) -> Tensor:
     weight = Weight("w", values, spec, outlier_columns=torch.tensor(kept, dtype=torch.int64))
-    hessians = hessian[None] if hessian.ndim == 2 else hessian
-    codes, _ = quantize_weight(weight, hessians, options or GptqConfig())
+    codes, _ = quantize_weight(weight, hessian, options or GptqConfig())
     return codes.keep_columns(weight.outlier_columns, weight.copy_outliers()).dequantize()
 
 
@@ -96,8 +95,8 @@ def test_it_is_the_published_algorithm_bit_for_bit_in_float64(
     order = order_columns(hessian, torch.empty(0, dtype=torch.int64), act_order=act_order)
     factor, _ = factor_inverse(hessian[order][:, order], 0.01)
     blocks = BlockScales(values, spec)
-    codes = round_columns(values[:, order], factor, blocks, slice(0, 12), order, refit=refit, leaf=leaf)
-    scales, _ = blocks.at(slice(0, 12), order)
+    codes = round_columns(values[:, order], factor, blocks, order, refit=refit, leaf=leaf)
+    scales, _ = blocks.at(order)
     columns = blocks.look_up(codes.long()) * scales.T
     expected = published_gptq(values.numpy(), hessian.numpy(), spec, order.tolist(), refit=refit)
     assert np.array_equal(columns.numpy(), expected[:, order])
@@ -152,7 +151,7 @@ def specs(**fixed: Any) -> st.SearchStrategy[QuantSpec]:
     return st.fixed_dictionaries(drawn).map(make)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(spec=specs(), act_order=st.booleans(), static=st.booleans(), rows=st.integers(1, 5), inputs=st.integers(1, 70))
 def test_with_an_identity_as_hessian_it_rounds_to_nearest(
     spec: QuantSpec, act_order: bool, static: bool, rows: int, inputs: int
@@ -180,7 +179,7 @@ def compare_with_nearest(spec: QuantSpec, seed: int, rows: int, inputs: int, opt
     return errors[0] / errors[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**LAYERS)
 def test_with_act_order_the_layers_error_is_not_above_that_of_rounding_to_nearest(
     spec: QuantSpec, seed: int, rows: int, inputs: int
@@ -189,7 +188,7 @@ def test_with_act_order_the_layers_error_is_not_above_that_of_rounding_to_neares
     assert compare_with_nearest(spec, seed, rows, inputs, GptqConfig(act_order=True, static_groups=True)) <= 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)  # no bound holds for all layers: these are a fixed sample
+@settings(max_examples=60, derandomize=True)  # no bound holds for all layers: these are a fixed sample
 @given(**LAYERS)
 def test_in_the_columns_own_order_the_layers_error_is_seldom_above_that_of_rounding_to_nearest(
     spec: QuantSpec, seed: int, rows: int, inputs: int
@@ -241,14 +240,6 @@ def test_a_dead_column_becomes_zero_and_harms_no_other() -> None:
     assert torch.equal(quantized[:, 5], torch.zeros(8))
     values[:, 5] = 0
     assert torch.equal(run_gptq(values, hessian, spec), quantized)
-
-
-def test_experts_are_quantized_each_with_its_own_hessian() -> None:
-    spec = QuantSpec(bits=3, data_type="nf", block_size=16, layout="row")
-    layers = [make_layer(6, 32, seed) for seed in range(3)]
-    stacked = run_gptq(torch.stack([v for v, _ in layers]), torch.stack([h for _, h in layers]), spec)
-    for quantized, (values, hessian) in zip(stacked, layers, strict=True):
-        assert torch.equal(quantized, run_gptq(values, hessian, spec))
 
 
 def test_damping_that_is_too_little_is_raised_and_reported() -> None:

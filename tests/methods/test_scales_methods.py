@@ -114,7 +114,7 @@ def test_no_scale_leaves_its_format(scale_format: str, normalization: str) -> No
     most = {"bf16": 3e38, "fp32": 3e38, "e8m0": 2.0**127}.get(scale_format, 65504.0)  # minmax has offsets in fp16
     values = make_matrix(8, 32)
     values *= 0.999 * most / values.abs().max() / (2 if normalization == "minmax" else 1)
-    hessian = torch.diag(torch.logspace(-3, 3, 32))[None]
+    hessian = torch.diag(torch.logspace(-3, 3, 32))
     usual = distance(fake_quantize(values, spec) / most, values / most)
     assert distance(quantize_best(values, spec) / most, values / most) <= usual * (1 + 1e-5)
     assert bool(quantize_half_quadratic(values, spec).isfinite().all())
@@ -152,7 +152,7 @@ def test_activation_aware_scales_never_lose_more_of_the_layers_output() -> None:
     hessian = 2 / 300 * x.T @ x
     for spec in (QuantSpec(bits=3, data_type="nf"), QuantSpec(bits=2, normalization="minmax", layout="row")):
         values = make_matrix(16, 64)
-        codes, (alpha,) = quantize_scaled(Weight("w", values, spec), hessian[None])
+        codes, alpha = quantize_scaled(Weight("w", values, spec), hessian)
         lost, usual = ((q - values) @ x.T for q in (codes.dequantize(), fake_quantize(values, spec)))
         assert lost.norm() < 0.9 * usual.norm()
         assert alpha in [round(a, 2) for a in ALPHAS[1:]]
@@ -160,13 +160,13 @@ def test_activation_aware_scales_never_lose_more_of_the_layers_output() -> None:
 
 def test_with_equal_activations_it_rounds_to_nearest() -> None:
     values, spec = make_matrix(8, 32), QuantSpec(bits=3)
-    codes, _ = quantize_scaled(Weight("w", values, spec), torch.eye(32)[None])
+    codes, _ = quantize_scaled(Weight("w", values, spec), torch.eye(32))
     assert torch.equal(codes.dequantize(), fake_quantize(values, spec))
 
 
 def test_channel_scales_follow_the_activations_and_dead_inputs_are_finite() -> None:
     hessian = torch.diag(torch.tensor([2.0, 8.0, 0.0]))  # root mean squares 1, 2, 0
-    scales = find_channel_scales(hessian[None], torch.tensor([0.5]))[0, 0]
+    scales = find_channel_scales(hessian, 0.5)
     assert float(scales[1] / scales[0]) == pytest.approx(2**0.5, rel=1e-3)
     assert bool(torch.isfinite(scales).all() and (scales > 0).all())
 

@@ -27,7 +27,7 @@ def relative_error(x: torch.Tensor, spec: QuantSpec) -> float:
 @pytest.mark.parametrize(("block_size", "layout"), BLOCKS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("centering", [False, True])
-def test_quantile_table_is_of_the_values_less_their_offsets(
+def test_quantile_table_is_of_the_values_less_their_offsets_and_without_the_sign_of_their_scale(
     block_size: int | None, layout: str, normalization: str, centering: bool
 ) -> None:
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)) + torch.arange(5.0)[:, None]
@@ -37,6 +37,8 @@ def test_quantile_table_is_of_the_values_less_their_offsets(
     shifted = x.view(-1).numpy().copy()
     for b, block in enumerate(reference.iterate_blocks(x.numel(), grid.row, grid.block_size)):
         shifted[block] -= grid.offsets[b]
+        if normalization == "signed_absmax":
+            shifted[block] /= grid.scales[b]
     np.testing.assert_array_equal(grid.codebook, fitted.quantile_values(4, shifted).astype(np.float32))
 
 
@@ -52,6 +54,17 @@ def test_an_offset_that_is_removed_costs_nothing(data_type: str, bits: int, remo
     spec = dataclasses.replace(QuantSpec(bits, data_type, scale_format="fp32"), **removed_by)  # type: ignore[arg-type]
     assert relative_error(x + 3, spec) == pytest.approx(relative_error(x, spec), rel=0.05)
     assert quantize(x + 3, spec).codebook[0] < 0
+
+
+@pytest.mark.parametrize("data_type", ADAPTIVE)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scales_with_a_sign_cost_nothing_of_one_signed_values(data_type: str, sign: int) -> None:
+    x = sign * torch.randn(2**14, generator=torch.Generator().manual_seed(0)).abs()
+    plain, signed = (
+        relative_error(x, QuantSpec(4, data_type, normalization=normalization))
+        for normalization in ("absmax", "signed_absmax")
+    )
+    assert signed < 1.2 * plain
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

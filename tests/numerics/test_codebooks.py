@@ -48,7 +48,8 @@ def assert_equals_golden(codebook: np.ndarray, golden: list[float]) -> None:
 def test_int_dynamic_and_nf_equal_the_golden_tables(bits: int) -> None:
     golden = read_golden()
     assert_equals_golden(int_codebook(bits), golden["int (symmetric, 2^k-1 levels)", bits])
-    assert_equals_golden(dynamic_codebook(bits), golden["dynamic exponent signed", bits])
+    # computed in float32 as the original is (test_oracles): four roundings of 2^-24 each
+    np.testing.assert_allclose(dynamic_codebook(bits), golden["dynamic exponent signed", bits], rtol=2.0**-22)
     name = "NormalFloat k, offset(k)=1-0.5*(1/(2(2^k-1))+1/(2*2^k))"
     if bits == 4:  # the published NF4 differs from the formula by up to 1.1e-7
         np.testing.assert_allclose(nf_codebook(4), golden[name, 4], atol=1.2e-7)

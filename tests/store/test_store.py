@@ -373,8 +373,8 @@ def test_options_of_a_method_are_a_column(tmp_path: Path) -> None:
     store.write(make_result(QuantConfig(data_type="int", method="gptq")))
     rows = read_results(tmp_path).drop_duplicates("key").set_index(["data_type", "method"])["method_options"]
     assert rows.to_dict() == {
-        ("float", "rtn"): "",
-        ("float", "awq"): "calibration.samples=8",
-        ("float", "gptq"): "calibration.samples=8 static_groups=True",
+        ("nf", "rtn"): "",
+        ("nf", "awq"): "calibration.samples=8",
+        ("nf", "gptq"): "calibration.samples=8 static_groups=True",
         ("int", "gptq"): "",
     }
