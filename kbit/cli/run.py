@@ -202,7 +202,7 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
             print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
         return
     failures = read_failures(store.root).set_index("key")
-    reasons = {key: tuple(row) for key, row in failures[["state", "reason"]].iterrows()}
+    reasons = {str(key): (str(row["state"]), str(row["reason"])) for key, row in failures.iterrows()}
     why = "its record cannot be read: once it is removed, the same command runs it"
     reasons |= dict.fromkeys(unreadable, ("damaged", why))
     print(_tabulate_missing({key: distinct[key] for key in missing}, reasons, store), file=sys.stderr)

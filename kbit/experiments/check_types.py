@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Final, Union
 
 _LARGEST: Final = 2**63  # tables hold whole numbers of 64 bits
@@ -40,11 +40,11 @@ def check_types(kind: type[Any], values: Any, name: str = "") -> None:
 
 
 @functools.cache
-def _make_check(kind: Any) -> _Check:
+def _make_check(kind: Hashable) -> _Check:
     """Return a function that checks a value, of which it is told the name."""
     if kind is Any:
         return _accept
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         checks = [(field.name, _make_check(hints[field.name])) for field in dataclasses.fields(kind)]
         return functools.partial(_check_fields, kind, checks)

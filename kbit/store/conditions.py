@@ -57,8 +57,9 @@ def count_undecided(table: pd.DataFrame, where: str) -> int:
 
 
 def is_baseline(table: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows of a table of results are a 16-bit model's, which has no quantizer."""
-    return table["data_type"].isna()
+    """Return which rows of a table of results are a 16-bit model's, which has no quantizer and no quantized weights."""
+    unquantized = table["data_type"].isna()
+    return unquantized & table["checkpoint"].isna() if "checkpoint" in table.columns else unquantized
 
 
 def _evaluate(table: pd.DataFrame, where: str) -> pd.Series[bool]:

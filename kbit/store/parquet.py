@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -128,7 +128,7 @@ def _find_groups(part: pq.ParquetFile, keys: list[str]) -> list[int]:
     found = []
     for group in range(part.num_row_groups):
         column = part.metadata.row_group(group).column(0)  # the key, the first of PART_SCHEMA
-        bounds = column.statistics if column.path_in_schema == "key" else None
+        bounds: Any = column.statistics if column.path_in_schema == "key" else None
         at = bisect.bisect_left(keys, bounds.min) if bounds is not None and bounds.has_min_max else None
         if at is None or (at < len(keys) and keys[at] <= bounds.max):
             found.append(group)

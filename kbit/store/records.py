@@ -117,7 +117,7 @@ def find_records(files: Files, kind: str, keys: Collection[str] | None) -> Itera
 
 def _read_failures(files: Files, keys: Collection[str] | None) -> dict[str, tuple[Source, bytes | str]]:
     """Return the JSON of failures by key, with its place. One that is forgotten meanwhile is none."""
-    found = {}
+    found: dict[str, tuple[Source, bytes | str]] = {}
     for name in files.names("failures", ".json"):
         key = Path(name).stem
         if keys is None or key in keys:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,7 +68,7 @@ def read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
         DamagedRecord: the file cannot be read.
     """
 
-    def remake(texts: dict[str, str]) -> pa.Table:
+    def remake(texts: Mapping[str, str]) -> pa.Table:
         sources = {key: Source(files.root, name, key, is_part=True) for key in texts}
         return tabulate([(sources[key], text) for key, text in texts.items()], PART_SCHEMA)
 

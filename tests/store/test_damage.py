@@ -28,7 +28,22 @@ from kbit.store.store import Store
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py, which starts in tmp_path
 
 DEEP: Final = "[" * 100_000
-MUTANTS: Final = ("text", "", "\\ud800", [], [1], {}, None, 2**70, -1, 0.5, 1e400, True, "MISSING", {"a": [{}]})
+MUTANTS: Final[tuple[Any, ...]] = (
+    "text",
+    "",
+    "\\ud800",
+    [],
+    [1],
+    {},
+    None,
+    2**70,
+    -1,
+    0.5,
+    1e400,
+    True,
+    "MISSING",
+    {"a": [{}]},
+)
 MUTATIONS: Final = 20
 SEED: Final = 5
 GOOD, BAD = 0, 1  # numbers of toy results

@@ -45,7 +45,7 @@ def make_result(quant: QuantConfig | None = None, model: str = "toy", loss: floa
         coverage=1.0,
         skipped=(),
         measurements=(ACCURACY, dataclasses.replace(LOSS, value=loss)),
-        model_revision="0" * 64,
+        model_revision="0" * 40,
         checkpoint_dtype="float16",
         weights_hash="0" * 32,
         tasks=(),
