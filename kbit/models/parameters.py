@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -60,13 +59,3 @@ def as_matrix(parameter: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     least = 2 if isinstance(owner, Conv1D) else 3
     transposed = isinstance(owner, Conv1D) or bool(getattr(owner, "is_transposed", False))
     return parameter.transpose(-1, -2) if transposed and parameter.ndim >= least else parameter
-
-
-def check_ids(model: Any, tokenizer: Any, largest: int) -> None:
-    """Raise ValueError if a text's largest token id is beyond the model's embedding, such as that of an added token."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise ValueError(
-            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}, and the model's "
-            f"embedding has {rows} rows: the tokenizer of {tokenizer.name_or_path} has tokens that the model lacks"
-        )
