@@ -58,9 +58,10 @@ def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, re
     skip = done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
     # a worker keeps one model, and the 16-bit model's states on one text
+    to_run.sort(key=lambda e: str(e.model))  # stable below: adapters and revisions of one model stay together
     sizes = {model.name: find_size(model.name, model.size) for model in {experiment.model for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
-    to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, str(e.model), e.eval.perplexity or ""))
+    to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
     crashed = 0 if retry_failed else len(again - failed)
     keys = {experiment: key for key, experiment in distinct.items()}
     return Plan(len(experiments), keys, len(done), len(failed), crashed, tuple(to_run))

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from kbit.data.windows import Windows, make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import ItemValues, Measurement
+from kbit.models.architectures import check_ids
 from kbit.models.config import MAX_WINDOW
-from kbit.models.parameters import check_ids
 
 if TYPE_CHECKING:
     from kbit.evaluation.scorer import Scorer

@@ -46,9 +46,9 @@ from kbit.evaluation.prefix_sharing import (
 )
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import sees_whole_input
+from kbit.models.architectures import check_ids
 from kbit.models.hflm_private import OpenHFLM, Request
 from kbit.models.inference import check_causal, in_evaluation_mode
-from kbit.models.parameters import check_ids
 
 Asked = tuple[tuple[str, str], ...]  # the texts of the requests of one call
 

@@ -102,13 +102,3 @@ def list_matrices(parameter: torch.Tensor, owner: nn.Module) -> list[torch.Tenso
     """
     matrix = as_matrix(parameter, owner)
     return list(matrix.unbind(0)) if is_experts(owner) and matrix.ndim > 1 else [matrix]
-
-
-def check_ids(model: Any, tokenizer: Any, largest: int) -> None:
-    """Raise ValueError if a text's largest token id is beyond the model's embedding, such as that of an added token."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise ValueError(
-            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}, and the model's "
-            f"embedding has {rows} rows: the tokenizer of {tokenizer.name_or_path} has tokens that the model lacks"
-        )

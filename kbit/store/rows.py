@@ -113,7 +113,7 @@ def _find_family(result: Result) -> str:
     """Return the model's family. Results of local folders from before runs had families have the folder's alone."""
     model = result.experiment.model
     is_local = model.name not in STUDIED and len(result.model_revision) == _SHA256  # a commit of the hub is shorter
-    is_old = model.family is None and "/" not in result.family
+    is_old = model.family is None and result.family == Path(model.name).name
     return name_run(Path(model.name)) if is_local and is_old else result.family
 
 
