@@ -26,7 +26,7 @@ from kbit.analysis.curves.curves import (
 )
 from kbit.analysis.statistics.findings import finding
 from kbit.analysis.statistics.verdicts import judge_four_bit
-from kbit.cli.results import select_rows
+from kbit.store.conditions import select_rows
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value
 
