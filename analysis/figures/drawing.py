@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from matplotlib.figure import Figure
 from kbit.analysis.curves.curves import Measure
 from kbit.analysis.figures.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
 from kbit.analysis.figures.styles import STYLE
+from kbit.checks import tabulate_html
 
 CELL: Final = 44  # characters
 NAMED_FAMILIES: Final = 6
@@ -45,6 +49,16 @@ class PaperFigure:
     data: pd.DataFrame
     claim: str
     verdict: str
+
+    def _repr_html_(self) -> str:
+        """Return the picture with its claim and verdict, for notebooks."""
+        picture = io.BytesIO()
+        self.fig.savefig(picture, format="png")
+        image = base64.b64encode(picture.getvalue()).decode("ascii")
+        alt = html.escape(f"{self.name}: {self.verdict}")
+        return f'<img src="data:image/png;base64,{image}" alt="{alt}">' + tabulate_html(
+            {"claim": self.claim, "verdict": self.verdict}
+        )
 
 
 def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:

@@ -188,22 +188,24 @@ def of_one_architecture(draw: Draw) -> Draw:
     return lambda results: draw(split_families(results))
 
 
-_DRAWN_BY: Final[dict[str, Draw]] = {
-    **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
-    "figure_16": draw_roofline,
-    "table_1": table_1,
-    "table_2": table_2,
-    "verdicts": draw_verdicts,
-    "frontier": draw_frontier,
-    "laws": draw_laws,
-    "data_types_map": draw_data_types_map,
-    **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
-    "sensitivity": draw_sensitivity,
-    "int8_methods": draw_int8_methods,
-    "features": draw_features,
-    "anchors": draw_anchors,
+FIGURES: Final[dict[str, Draw]] = {
+    name: of_one_architecture(draw)
+    for name, draw in {
+        **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
+        "figure_16": draw_roofline,
+        "table_1": table_1,
+        "table_2": table_2,
+        "verdicts": draw_verdicts,
+        "frontier": draw_frontier,
+        "laws": draw_laws,
+        "data_types_map": draw_data_types_map,
+        **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
+        "sensitivity": draw_sensitivity,
+        "int8_methods": draw_int8_methods,
+        "features": draw_features,
+        "anchors": draw_anchors,
+    }.items()
 }
-FIGURES: Final = {name: of_one_architecture(draw) for name, draw in _DRAWN_BY.items()}
 
 
 def save_figures(

@@ -184,11 +184,11 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
 def share_wins(values: Floats) -> Floats:
     """Return 1 for the largest value along the first axis and 0 for others. Equal ones share the 1.
 
-    A missing value is less than any other.
+    A missing value is never the largest.
     """
-    known = np.where(np.isnan(values), -np.inf, values)
-    best = known >= known.max(axis=0) - TIE
-    return np.asarray(best / best.sum(axis=0), dtype=np.float64)
+    best = values >= np.fmax.reduce(values, axis=0) - TIE
+    count = best.sum(axis=0)
+    return np.asarray(best if count.max() == 1 else best / np.maximum(count, 1), dtype=np.float64)
 
 
 def choose_precision(

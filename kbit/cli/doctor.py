@@ -181,7 +181,9 @@ def _describe_task(name: str, task_path: str | None) -> str:
     from kbit.silence import silence_libraries
 
     silence_libraries()
-    [loaded] = load_tasks([name], task_path)
+    loaded, *others = load_tasks([name], task_path)
+    if loaded.groups:
+        return f"{1 + len(others)} tasks: {', '.join(task.name for task in (loaded, *others))}"
     identity = f"sha256 {loaded.sha256[:12]}" if loaded.sha256 else f"fingerprint {loaded.fingerprint}"
     return f"{len(loaded.task.eval_docs):,} rows of {loaded.source}, {identity}, version {loaded.version}"
 

@@ -25,7 +25,7 @@ def find_files(definition: Mapping[str, Any], folder: Path) -> dict[str, list[Pa
         ValueError: data_files is not as `datasets` takes it, or dataset_path would follow the working directory.
     """
     place, options = definition.get("dataset_path"), definition.get("dataset_kwargs") or {}
-    if not isinstance(place, str) or callable(definition.get("custom_dataset")):
+    if not isinstance(place, str) or definition.get("custom_dataset") is not None:
         return None
     if place not in BUILDERS:
         if (folder / place).is_dir():

@@ -8,8 +8,12 @@ from pathlib import Path
 
 from kbit.data.task_files import expand_names, find_local_tasks, list_task_files
 from kbit.data.texts import check_text, locate_text, read_documents
+<<<<<<< HEAD
 from kbit.engine.fitting import count_workers
 from kbit.engine.machine import count_cpus, count_gpus
+=======
+from kbit.engine.machine import count_cpus, count_gpus, count_workers
+>>>>>>> main
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
@@ -61,7 +65,7 @@ def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, re
     # a worker keeps one model, and the 16-bit model's states on one text
     sizes = {model.name: find_size(model.name, model.size) for model in {experiment.model for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
-    to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
+    to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, str(e.model), e.eval.perplexity or ""))
     crashed = 0 if retry_failed else len(again - failed)
     keys = {experiment: key for key, experiment in distinct.items()}
     return Plan(len(experiments), keys, len(done), len(failed), crashed, tuple(to_run))

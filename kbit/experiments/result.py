@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kbit.checks import tabulate_html
 from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
 from kbit.experiments.config import Experiment
 
@@ -91,6 +92,15 @@ class Result:
     method_notes: dict[str, Any] = field(default_factory=dict)
     measures: tuple[MeasureRecord, ...] = ()
     checkpoint_quantization: str = ""
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks: the experiment, and each number with its interval."""
+        rows: dict[str, object] = {"experiment": self.experiment.label(), "key": self.key}
+        rows |= {"bits per parameter": f"{self.bits_per_param:.4g}", "total bits": f"{self.total_bits:,}"}
+        rows |= {
+            f"{m.task} {m.metric}": f"{m.value:.5g} ({m.low:.5g} to {m.high:.5g}; n = {m.n})" for m in self.measurements
+        }
+        return tabulate_html(rows)
 
 
 @dataclass(frozen=True)

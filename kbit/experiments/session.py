@@ -131,7 +131,7 @@ class Session:
         return Result(
             key="",
             experiment=experiment,
-            family=family_of(experiment.model.name, experiment.model.family),
+            family=family_of(experiment.model.name, experiment.model.family, experiment.model.parts),
             architecture=type(self._loaded.model).__name__,
             parameters=report.parameters,
             quantized_parameters=report.quantized_parameters,

@@ -138,9 +138,8 @@ def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
     """Put the copies and the layers' own products back, and forget that the model was quantized."""
     undo_products(model)
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
+    for name, weight in weights.items():
+        parameters[name].detach().copy_(weight)
     if hasattr(model, "kbit_quantized"):
         del model.kbit_quantized
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -63,22 +64,27 @@ _CHECKPOINT: Final = re.compile(
 )
 
 
-def family_of(name: str, given: str | None = None) -> str:
+def family_of(name: str, given: str | None = None, parts: Mapping[str, str] | None = None) -> str:
     """Return the family that a model's results are drawn with.
 
-    The family is the given one, that of a studied model, or the last part of a hub id. For a local folder it is the
-    folder of its training run with that above it: runs/a for runs/a/checkpoint-1000, as the checkpoints of another run
-    are another family.
+    The family is the given one, that of a studied model, or the last part of the name. The checkpoints of a training
+    run are named by the run's folder (see name_run), as those of another run are another family. A revision, adapter or
+    tokenizer makes a family of its own, as its numbers compare with none of the plain models'.
     """
     if given is not None:
         return given
+    changed = {part: value for part, value in (parts or {}).items() if part != "gguf_file"}
+    if changed:
+        return " ".join([family_of(name), *(f"{part}={name_run(Path(value))}" for part, value in changed.items())])
     if name in STUDIED:
         return STUDIED[name].family
     return name_run(Path(name).resolve()) if Path(name).is_dir() else Path(name).name
 
 
 def name_run(folder: Path) -> str:
-    """Return the last two parts of the path of a folder's training run, whose checkpoints are below it."""
+    """Return what names a local model: runs/a for runs/a/checkpoint-1000, and otherwise its folder's name."""
+    if not _CHECKPOINT.fullmatch(folder.name):
+        return folder.name
     while _CHECKPOINT.fullmatch(folder.name) and folder.parent.name:
         folder = folder.parent
     return "/".join(part for part in folder.parts[-2:] if part != folder.anchor)

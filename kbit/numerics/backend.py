@@ -6,11 +6,13 @@ the CPU in NumPy and travel.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import numba
 import numpy as np
@@ -85,17 +87,37 @@ def choose_backend(device: torch.device) -> Backend:
             raise ValueError(f"device {device} has no kernels: quantize on cpu or cuda, x.to('cpu')")
 
 
+_LAUNCH: Final = threading.RLock()  # numba's workqueue of threads, where there is no OpenMP, serves one at a time
+_first_process: list[int] = []  # the process in which a kernel ran first
+
+
 @contextmanager
 def torch_threads_kept() -> Iterator[None]:
     """Run numba kernels on as many threads as torch uses, and leave torch's number as it was.
 
     Both use the same OpenMP runtime, and numba sets its thread count there at each launch: without this a model would
-    compute on other threads after its first quantization than before, and sums differ in the last digits.
+    compute on other threads after its first quantization than before, and sums differ in the last digits. Python's
+    threads take turns.
+
+    Raises:
+        RuntimeError: this process was forked from one in which kernels ran. GNU's OpenMP would end it.
     """
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+    _check_process()
+    with _LAUNCH:
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+
+
+def _check_process() -> None:
+    if not _first_process:
+        _first_process.append(os.getpid())
+    if _first_process[0] != os.getpid() and numba.threading_layer() == "omp":
+        raise RuntimeError(
+            f"process {os.getpid()} was forked from one in which kbit's kernels ran, whose threads it lacks: start it "
+            "by multiprocessing's spawn or forkserver, or quantize in the new process alone"
+        )

@@ -59,16 +59,18 @@ def grid_values(
     data_type: str, bits: int, exponent_bits: int | None = None, float_bias: str = "ieee"
 ) -> NDArray[np.float64]:
     """Return the sorted values of int or float in float64, which their codebooks round to float32."""
+    values: NDArray[np.float64]
     if data_type == "int":
         top = 2 ** (bits - 1) - 1
-        return np.arange(-top, top + 1) / top
+        values = np.arange(-top, top + 1) / top
+        return values
     exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits
     mantissas = 2 ** (bits - 1 - exponent_bits)
     fractions = np.arange(mantissas) / mantissas
     normals = (1 + fractions) * 2.0 ** np.arange(1, 2**exponent_bits)[:, None]
     subnormals = fractions * 2.0 ** (1 - _SUBNORMAL_SHIFT[float_bias])
     magnitudes = np.concatenate([subnormals, normals.ravel()]) / normals.max()
-    values: NDArray[np.float64] = np.unique(np.concatenate([-magnitudes, magnitudes]))
+    values = np.unique(np.concatenate([-magnitudes, magnitudes]))
     return values
 
 

@@ -57,7 +57,8 @@ def dequantize(q: QuantizedTensor, device: torch.device | str | None = None) -> 
 def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
     """Return dequantize(quantize(x, spec)) without storing codes: what the model computes with after quantization.
 
-    The result has the kind, dtype, shape and device of x. See quantize for the conditions.
+    The result has the kind, dtype, shape and device of x, and no gradient goes through it. See quantize for the
+    conditions.
     """
     tensor = _as_tensor(x)
     values = _flatten(tensor, spec)
@@ -71,11 +72,14 @@ def fake_quantize(x: ArrayOrTensor, spec: QuantSpec) -> ArrayOrTensor:
 def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Replace x by fake_quantize(x, spec) and return it.
 
-    A contiguous x on the CPU needs no memory of its size. Autograd does not see the change, so x may be a parameter.
+    A contiguous x on the CPU needs no memory of its size. No gradient goes through the change, so x may be a parameter.
+    A backward pass that still needs the values before is refused by autograd.
     """
     # on a GPU the fused kernel is worth a copy: it must not be in place, as it may refuse a block half-way
     if x.is_contiguous() and x.dtype == find_computed_dtype(x.dtype) and x.device.type == "cpu":
         _fake_quantize_into(x.detach(), _flatten(x, spec), spec)
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
     else:
         x.detach().copy_(fake_quantize(x, spec))
     return x

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from kbit.checks import check_choice
+from kbit.checks import check_choice, non_defaults, tabulate_html
 from kbit.data.presets import list_presets, read_preset
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits, decision_thresholds
@@ -148,6 +148,10 @@ class QuantSpec:
         if known.get("table") is not None:
             known["table"] = tuple(known["table"])  # JSON has lists
         return QuantSpec(**known)
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks: the name, and every field that is not at its default."""
+        return tabulate_html({"quantizer": self.label()} | non_defaults(self, type(self)()))
 
     @property
     def is_baseline(self) -> bool:

@@ -21,6 +21,7 @@ from kbit.store.items import read_all_items
 from kbit.store.records import find_records, list_finished, open_existing, read_as, retry
 from kbit.store.results import load_failures, read_parts, tabulate_files
 from kbit.store.rows import ROW_SCHEMA, SETTING_COLUMNS, drop_repeated, list_measurements
+from kbit.store.wide import widen
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
@@ -52,7 +53,7 @@ def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
     return finished, failed - finished
 
 
-def read_results(path: str | Path = "results", *, words: bool = False) -> pd.DataFrame:
+def read_results(path: str | Path = "results", *, words: bool = False, wide: bool = False) -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns:
@@ -74,6 +75,9 @@ def read_results(path: str | Path = "results", *, words: bool = False) -> pd.Dat
     whole: "whole" is a block size, and "none" stands for everything that a quantizer, or the 16-bit baseline, does not
     have. Settings that are numbers then share their column with a word.
 
+    With wide=True there is one row for each experiment, with words: a column for each task and metric ("piqa acc",
+    "piqa acc low", "piqa acc high"), and label, seconds, peak_memory_bytes and finished before the other columns.
+
     The table's attrs["store"] is the path, with which read_items finds the items behind a value. What cannot be read is
     left out with a warning (kbit.store.damage.DamagedRecordWarning).
 
@@ -84,8 +88,12 @@ def read_results(path: str | Path = "results", *, words: bool = False) -> pd.Dat
     rows = retry(files, lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
     table: pd.DataFrame = list_measurements(drop_repeated(rows).sort_by("key")).to_pandas()
     table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    if words or wide:
+        table = _write_words(table)
+    if wide:
+        table = widen(table, path)
     table.attrs["store"] = str(path)
-    return _write_words(table) if words else table
+    return table
 
 
 def _write_words(table: pd.DataFrame) -> pd.DataFrame:

@@ -147,8 +147,7 @@ def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused() -> None:
         ("runs/b/checkpoint-1000", "runs/b"),
         ("runs/b/final", "runs/b"),
         ("runs/a/checkpoints/step_20", "runs/a"),
-        ("one/model-x", "one/model-x"),
-        ("two/model-x", "two/model-x"),
+        ("one/model-x", "model-x"),
     ],
 )
 def test_a_local_models_family_is_its_run(
@@ -159,6 +158,13 @@ def test_a_local_models_family_is_its_run(
     assert family_of(str(tmp_path / place), "mine") == "mine"
     monkeypatch.chdir(tmp_path / place)
     assert family_of(".") == family
+
+
+def test_parts_of_a_checkpoint_make_a_family_of_its_own() -> None:
+    parts = {"revision": "step1000", "adapter": "runs/pets/checkpoint-7"}
+    assert family_of("pythia-70m", None, parts) == "pythia-v1 revision=step1000 adapter=runs/pets"
+    assert family_of("pythia-70m", "mine", parts) == "mine"
+    assert family_of("pythia-70m", None, {"gguf_file": "m.gguf"}) == "pythia-v1"
 
 
 def test_the_family_of_a_name_is_as_before() -> None:

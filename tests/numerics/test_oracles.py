@@ -29,8 +29,11 @@ def test_microscaling_equals_the_definition_with_ml_dtypes(exponent_bits: int, b
     shared = 2.0 ** (np.floor(np.log2(np.abs(x).max(axis=1, keepdims=True))) - largest_exponent)  # OCP MX, section 6.3
     limit = float(ml_dtypes.finfo(element).max)
     expected = np.clip(x / shared, -limit, limit).astype(element).astype(np.float32) * shared
-    fields = {"layout": "row", "block_size": 32, "scale_format": "e8m0", "rounding": "nearest_even"}
-    np.testing.assert_array_equal(fake_quantize(x, QuantSpec(bits, "float", exponent_bits, **fields)), expected)
+    spec = QuantSpec(
+        bits, "float", exponent_bits, layout="row", block_size=32, scale_format="e8m0",
+        rounding="nearest_even",
+    )  # fmt: skip
+    np.testing.assert_array_equal(fake_quantize(x, spec), expected)
 
 
 def round_to_ocp(x: NDArray[np.float64], exponent_bits: int, fraction_bits: int) -> NDArray[np.float64]:
@@ -39,7 +42,8 @@ def round_to_ocp(x: NDArray[np.float64], exponent_bits: int, fraction_bits: int)
     largest = (2 - 2.0**-fraction_bits) * 2.0 ** (2**exponent_bits - 1 - bias)
     exponents = np.maximum(np.frexp(x)[1] - 1, 1 - bias)  # below the least one numbers are subnormal
     step = np.ldexp(1.0, exponents - fraction_bits)
-    return np.clip(np.round(x / step) * step, -largest, largest)  # NumPy's round has ties to even
+    rounded: NDArray[np.float64] = np.round(x / step) * step  # with ties to even
+    return np.clip(rounded, -largest, largest)
 
 
 def quantize_ocp(blocks: NDArray[np.float32], exponent_bits: int, fraction_bits: int) -> NDArray[np.float64]:
@@ -48,7 +52,8 @@ def quantize_ocp(blocks: NDArray[np.float32], exponent_bits: int, fraction_bits:
     largest = np.abs(wide).max(axis=1, keepdims=True)
     shared = np.frexp(np.where(largest > 0, largest, 1))[1] - 1 - 2 ** (exponent_bits - 1)
     scales = np.ldexp(1.0, np.clip(shared, -127, 127))
-    return round_to_ocp(wide / scales, exponent_bits, fraction_bits) * scales
+    values: NDArray[np.float64] = round_to_ocp(wide / scales, exponent_bits, fraction_bits) * scales
+    return values
 
 
 def list_ocp_blocks() -> NDArray[np.float32]:
@@ -104,11 +109,11 @@ def test_ties_go_to_the_even_place_in_exact_arithmetic(data_type: str, bits: int
         whole = sorted({round_to_ocp(np.array(i / 2**12), 2, bits - 3).item() for i in range(2**15)})
         exact = [Fraction(value) / Fraction(whole[-1]) for value in [-value for value in whole[:0:-1]] + whole]
     peak = Fraction(float(codebook[-1]))
-    places = [abs(i - exact.index(0)) for i in range(len(exact))]
+    places = [abs(i - exact.index(Fraction(0))) for i in range(len(exact))]
     thresholds = spec.make_thresholds(codebook)
     for j in range(len(exact) - 1):
         tie = np.float32(float((exact[j] + exact[j + 1]) / 2 * peak))
-        beside = np.nextafter(tie, np.float32([-2, 2]))
+        beside = [np.nextafter(tie, np.float32(end)) for end in (-2, 2)]
         assert (tie >= thresholds).sum() == (j if places[j] % 2 == 0 else j + 1)
         assert [(value >= thresholds).sum() for value in beside] == [j, j + 1]
 

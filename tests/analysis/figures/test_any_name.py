@@ -24,6 +24,7 @@ IN_THE_CSV_ALONE = ("error_loss", "verdicts")  # points told apart by precision;
 def store(planted: pd.DataFrame) -> pd.DataFrame:
     """One family, with a method and a data type of one's own that beat all others."""
     family = planted[(planted["family"] == "opt") & planted["bits"].isin([3, 4, 6, 16])]
+    family = family[family["block_size"].ne(128).fillna(True)]
     family = family.assign(family=FAMILY, model=family["model"].str.replace("opt", FAMILY))
     plain = (family["method"] == "rtn") & (family["outlier_fraction"] == 0)
     ints = family[plain & (family["data_type"] == "int")]
@@ -75,8 +76,10 @@ def test_the_report_shows_both_as_text(store: pd.DataFrame) -> None:
     points = collect_columns(store)
     assert {MINE, "rtn", "none"} == set(points["method"])
     assert {OWN, "int", f"int {MINE}", "nf", "unquantized"} == set(points["data_type"])
-    page = build_page(store, pd.DataFrame(), pd.DataFrame())
-    assert f"<td>int {html.escape(MINE)}</td>" in page
+    one = store[store["parameters"] == 10**6]  # without curves, whose verdicts take their time
+    points = collect_columns(one)
+    page = build_page(one, pd.DataFrame({"data_type": [OWN, MINE]}), pd.DataFrame())
+    assert f"<td>{html.escape(MINE)}</td>" in page
     assert f"<td>{html.escape(OWN)}</td>" in page
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None

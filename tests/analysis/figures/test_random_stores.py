@@ -28,7 +28,7 @@ def draw(name: str, store: pd.DataFrame) -> PaperFigure | None:
     return figure
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
 @given(shape=draw_shapes(), chance=st.integers(0, 2**16))
 def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, chance: int) -> None:
     store = make_store(shape)

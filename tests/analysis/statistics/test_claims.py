@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Measure
+from kbit.analysis.figures.drawing import PaperFigure
 from kbit.analysis.statistics.claims import Comparison, Contrast, contrast_curves, judge_contrasts
 from kbit.analysis.statistics.frontier import Draws, find_strongest_rival
 from kbit.analysis.statistics.grades import describe_lead
@@ -219,9 +220,9 @@ def test_panels_are_counted_and_named(make_points: Build) -> None:
 
 
 @pytest.fixture(scope="module")
-def verdicts(planted: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of the planted store, worked out once."""
-    return tabulate_verdicts(planted)
+def verdicts(draw_planted: Callable[[str], PaperFigure]) -> pd.DataFrame:
+    """The verdicts of the planted store, as their figure has them."""
+    return draw_planted("verdicts").data
 
 
 def test_the_verdicts_of_a_planted_store(verdicts: pd.DataFrame) -> None:
