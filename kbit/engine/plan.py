@@ -8,12 +8,7 @@ from pathlib import Path
 
 from kbit.data.task_files import expand_names, find_local_tasks, list_task_files
 from kbit.data.texts import check_text, locate_text, read_documents
-<<<<<<< HEAD
-from kbit.engine.fitting import count_workers
-from kbit.engine.machine import count_cpus, count_gpus
-=======
 from kbit.engine.machine import count_cpus, count_gpus, count_workers
->>>>>>> main
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks

@@ -11,12 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-<<<<<<< HEAD
-from kbit.engine.fitting import count_workers
-from kbit.engine.machine import count_cpus
-=======
 from kbit.engine.machine import count_cpus, count_workers
->>>>>>> main
 from kbit.engine.outcome import Outcome
 from kbit.engine.ray_private import silence_raylet
 from kbit.engine.schedule import Schedule

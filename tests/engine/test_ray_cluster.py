@@ -11,12 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-<<<<<<< HEAD
-from kbit.engine.fitting import count_fitting, count_workers
-from kbit.engine.outcome import Outcome
-from kbit.engine.plan import make_plan
-from kbit.engine.ray_cluster import GPU_SHARE, choose_gpus, dispatch, list_nodes, start_ray
-=======
 from kbit.engine.machine import count_fitting, count_workers
 from kbit.engine.outcome import Outcome
 from kbit.engine.plan import make_plan
@@ -27,7 +21,6 @@ from kbit.engine.ray_cluster import (
     list_nodes,
     start_ray,
 )
->>>>>>> main
 from kbit.engine.ray_private import silence_raylet
 from kbit.engine.worker import check_gpus
 from kbit.evaluation.config import EvalConfig
