@@ -350,4 +350,4 @@ def find_idle_fields(quantizers: Iterable[QuantConfig]) -> dict[str, QuantConfig
     idle = quantized[0].idle_fields if quantized else set()
     for quant in quantized[1:]:
         idle = idle and idle & quant.idle_fields
-    return dict.fromkeys(sorted(idle), quantized[0])
+    return dict.fromkeys(sorted(idle), quantized[0]) if idle else {}

@@ -29,20 +29,8 @@ Kbit = Callable[..., Any]  # the fixture kbit of conftest.py, which starts in tm
 
 DEEP: Final = "[" * 100_000
 MUTANTS: Final[tuple[Any, ...]] = (
-    "text",
-    "",
-    "\\ud800",
-    [],
-    [1],
-    {},
-    None,
-    2**70,
-    -1,
-    0.5,
-    1e400,
-    True,
+    *("text", "", "\ud800", [], [1], {}, None, 2**70, -1, 0.5, 1e400, True, {"a": [{}]}),
     "MISSING",
-    {"a": [{}]},
 )
 MUTATIONS: Final = 20
 SEED: Final = 5
