@@ -15,7 +15,7 @@ demo: $(VENV)/runtime.stamp
 	$(BIN)/kbit report
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

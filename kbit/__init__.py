@@ -9,6 +9,7 @@ model? kbit quantizes tensors and models, evaluates them, and reads the results 
     kbit.quantize_model(loaded.model, spec)
     kbit.evaluate(loaded.model, loaded.tokenizer, ["nano_cloze"])
     kbit.read_results("results")
+    kbit.compare("nano-neox-98k", ["nf4", "int4", "mxfp4"])
 
 Names are imported on first use, so that `import kbit` and the command line start at once.
 """
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from kbit.methods.config import QuantConfig as QuantConfig
     from kbit.methods.quantize_model import quantize_model as quantize_model
     from kbit.models.loading import load_model as load_model
+    from kbit.notebook.comparison import compare as compare
+    from kbit.notebook.drawing import plot as plot
+    from kbit.notebook.drawing import plot_codebooks as plot_codebooks
+    from kbit.notebook.quantizers import error_table as error_table
+    from kbit.notebook.quantizers import list_matrices as list_matrices
+    from kbit.notebook.quantizers import presets as presets
     from kbit.numerics.data_types import make_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
     from kbit.numerics.quantizer import dequantize as dequantize
@@ -40,11 +47,17 @@ _PUBLIC = {
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
+    "compare": "kbit.notebook.comparison:compare",
     "codebook": "kbit.numerics.data_types:make_codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
+    "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
+    "list_matrices": "kbit.notebook.quantizers:list_matrices",
     "load_model": "kbit.models.loading:load_model",
+    "plot": "kbit.notebook.drawing:plot",
+    "plot_codebooks": "kbit.notebook.drawing:plot_codebooks",
+    "presets": "kbit.notebook.quantizers:presets",
     "quantize": "kbit.numerics.quantizer:quantize",
     "quantize_model": "kbit.methods.quantize_model:quantize_model",
     "read_failures": "kbit.store:read_failures",

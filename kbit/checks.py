@@ -1,10 +1,11 @@
-"""Checks of what a user gave, and the error that says what cannot be done."""
+"""What every floor needs towards its user: checks of values, the error of what cannot be done, and small tables."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import html
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -46,3 +47,9 @@ def non_defaults(value: Any, default: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that differ from those of the default."""
     mine, theirs = dataclasses.asdict(value), dataclasses.asdict(default)
     return {name: mine[name] for name in mine if mine[name] != theirs[name]}
+
+
+def tabulate_html(rows: Mapping[str, object]) -> str:
+    """Return names and values as a table in HTML, which a notebook shows in place of a long repr."""
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
+    return f"<table>{''.join(cells)}</table>"

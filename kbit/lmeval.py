@@ -22,7 +22,7 @@ from lm_eval.api.registry import register_model
 
 from kbit.data.lm_eval_private import add_tasks, hide_progress, read_definition
 from kbit.data.task_files import EMBEDDED_TASKS
-from kbit.data.tasks import JsonFiles, complete_definition
+from kbit.data.tasks import complete_definition, find_data
 from kbit.evaluation.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.token_budget import TokenBudget
@@ -113,7 +113,8 @@ def register_tasks() -> None:
 
 def _define_task(name: str) -> dict[str, Any]:
     """Return a shipped task's definition. It reads its data wherever lm-eval runs, without lm-eval's data cache."""
-    return complete_definition(read_definition(EMBEDDED_TASKS / f"{name}.yaml")[0], JsonFiles(EMBEDDED_TASKS))
+    definition = read_definition(EMBEDDED_TASKS / f"{name}.yaml")[0]
+    return complete_definition(definition, find_data(definition, EMBEDDED_TASKS))
 
 
 def _choose_device(device: str | None) -> str:

@@ -10,11 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import hypothesis
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that a test can ask for
+
+# A busy machine takes any time for an example, and no test asserts how long.
+hypothesis.settings.register_profile("kbit", deadline=None)
+hypothesis.settings.load_profile("kbit")
+
+# The files that take longest, as they start processes, train or compile. They go first: at the end of the suite the
+# processes of `make test` then share out short files, and none waits for another.
+LONG: Final = (
+    *("test_packaging", "test_notebooks", "test_main", "test_chaos", "test_compose", "test_interrupt", "test_presets"),
+    *("test_cuda_ptx", "test_quantizer", "test_train", "test_shipped", "test_cuda", "test_ray_cluster", "test_doctor"),
+    *("test_scorer", "test_codes", "test_registry", "test_cache"),
+)
 
 # Two layers, hidden size 64, four heads, a context of 256 tokens: (configuration class, its own names for them).
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -24,6 +37,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
         | {"max_position_embeddings": 256},
     ),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "openai": ("OpenAIGPTConfig", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "opt": (
         "OPTConfig",
         {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2}
@@ -52,6 +66,12 @@ TINY |= {
     name: (config, TINY["llama"][1] | {"num_key_value_heads": 4})
     for name, config in zip(_LLAMA_LIKE, _CLASSES, strict=True)
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, in the order of LONG."""
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +37,19 @@ BUDGETS: Final = 200  # grid points over the budgets compared: shares come out t
 # Rounding of the interpolation is near 1e-16, and accuracies of 10^6 items differ by 1e-6. A tie is between the two.
 TIE: Final = 1e-9
 Floats = npt.NDArray[np.float64]
+Made = TypeVar("Made")
 
 
 class AmbiguousResults(ValueError):
-    """Several experiments claim the same point of a curve, and the results do not say which one is meant."""
+    """Several experiments claim the same point of a curve, and the results do not say which one is meant.
+
+    Attributes:
+        family: the family whose results are ambiguous, or None if it is not one family alone.
+    """
+
+    def __init__(self, message: str, family: str | None = None) -> None:
+        super().__init__(message)
+        self.family = family
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     missing = [column for column in NEEDED if column not in results]
     if missing:
         raise ValueError(f"results lack the columns {missing}; pass what kbit.read_results returns")
+    results = split_families(results)
     rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
     refuse_mixed_evaluations(rows)
     rows = rows.assign(block_size=rows["block_size"].astype("Int64"))
@@ -120,6 +130,44 @@ def precision_curves(results: pd.DataFrame, metric: str, task: str) -> pd.DataFr
     quantized = quantized.assign(label=make_labels(quantized))
     points = merge_repeats(pd.concat([quantized, spread_baseline(rows[is_baseline], quantized)], ignore_index=True))
     return points.sort_values([*VARIANT, "bits", "total_bits", "model"], ignore_index=True)[CURVE_COLUMNS]
+
+
+def split_families(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the results in which a family of several architectures is several families, "runs (GPT2LMHeadModel)".
+
+    Models of two architectures are two curves, however their folders are named.
+    """
+    if results.empty or "architecture" not in results:
+        return results
+    pairs = results[["family", "architecture"]].drop_duplicates().dropna()
+    several = pairs.loc[pairs["family"].duplicated(), "family"]
+    is_mixed = results["family"].isin(several) & results["architecture"].notna()
+    if not is_mixed.any():
+        return results
+    names = results["family"].astype(str) + " (" + results["architecture"].astype(str) + ")"
+    return results.assign(family=results["family"].mask(is_mixed, names))
+
+
+def leave_out_ambiguous(make: Callable[[pd.DataFrame], Made], results: pd.DataFrame) -> tuple[Made, list[str]]:
+    """Return what can be made of the results without their ambiguous families, and why each of these is left out.
+
+    Raises:
+        AmbiguousResults: every family is ambiguous, or nothing can be made of the others.
+    """
+    ambiguous: list[AmbiguousResults] = []
+    while True:
+        try:
+            return make(results), [str(error) for error in ambiguous]
+        except AmbiguousResults as error:
+            ambiguous.append(error)
+            kept = results["family"].astype(str) != error.family
+            if error.family is None or kept.all() or not kept.any():
+                raise ambiguous[0] from None
+            results = results[kept]
+        except ValueError:
+            if ambiguous:  # the others lack something: the ambiguous family is the reason that matters
+                raise ambiguous[0] from None
+            raise
 
 
 def spread_baseline(baseline: pd.DataFrame, quantized: pd.DataFrame) -> pd.DataFrame:
@@ -145,7 +193,8 @@ def refuse_mixed_evaluations(rows: pd.DataFrame) -> None:
             others = " and ".join(f"evaluation != '{way}'" for way in ways if way != counts.idxmax())
             raise AmbiguousResults(
                 f"{family} was measured in {len(ways)} ways that do not compare: {'; '.join(ways)}. "
-                f'Keep one, for example that with the most results: --where "{others}"'
+                f'Keep one, for example that with the most results: --where "{others}"',
+                str(family),
             )
 
 
@@ -193,7 +242,8 @@ def refuse_ambiguous(points: pd.DataFrame) -> None:
     variant = name_variant(first["label"], first["block_size"])
     raise AmbiguousResults(
         f"{first['model']} at {first['bits']} bit ({variant}) has {len(same)} results that differ in "
-        f"{', '.join(differing) or 'a setting that is not a column'}; keep one of them"
+        f"{', '.join(differing) or 'a setting that is not a column'}; keep one of them",
+        str(first["family"]),
     )
 
 

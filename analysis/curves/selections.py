@@ -2,8 +2,9 @@
 
 The paper varies one thing a figure: the precision (2, 7, 13), the block size (8, 11, 15), the data type (9, 10, 14), a
 float's exponent bits (12), outliers kept in 16 bit (4), a method with data (5). Whatever else a store holds is left
-out. Where the choice is open, the setting with the most points is shown, and its name stands in the panel's title. A
-family or setting that cannot be drawn (two curves of two sizes each) is never chosen before one that can.
+out. Where the choice is open, the setting with the most points is shown, and its name stands in the panel's title. Data
+types with equally many points are all shown, in a panel each. A family or setting that cannot be drawn (two curves of
+two sizes each) is never chosen before one that can.
 
 Selections compare columns of curves.precision_curves, so that a data type or method of any name is shown.
 """
@@ -76,12 +77,20 @@ def has_curves(points: pd.DataFrame, panel: list[str], series: list[str]) -> pd.
     return pd.Series((counts >= 2).to_numpy(dtype=bool), points.index)
 
 
-def has_settings(points: pd.DataFrame) -> pd.Series[bool]:
-    """Whether a point has a setting that is not the paper's: its label then says more than its data type."""
+def has_settings(points: pd.DataFrame, *, but_exponents: bool = False) -> pd.Series[bool]:
+    """Whether a point has a setting that is not the paper's: its label then says more than its data type.
+
+    With `but_exponents` a float's exponent bits do not count.
+    """
+    if but_exponents:
+        usual = points["bits"].map(PAPER_EXPONENT_BITS).astype("Int64")
+        points = points.assign(label=make_labels(points.assign(exponent_bits=usual)))
     return points["label"].isna() | (points["label"].astype(object) != points["data_type"].astype(object))
 
 
-def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bool] | None = None) -> pd.DataFrame:
+def most_points(
+    points: pd.DataFrame, columns: list[str], drawable: pd.Series[bool] | None = None, *, tied: bool = False
+) -> pd.DataFrame:
     """Return, for each family, the points of the setting of `columns` that has the most points.
 
     Args:
@@ -89,6 +98,8 @@ def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bo
         columns: the columns that make a setting.
         drawable: whether each point can be drawn, see has_curves. A setting without any such point comes after those
             with one. None: all points can be drawn.
+        tied: whether all data types are returned that have as many points as the first, each in its first setting of
+            the same block size. No data type then stands for others because it comes first.
     """
     if points.empty:
         return points
@@ -98,7 +109,11 @@ def most_points(points: pd.DataFrame, columns: list[str], drawable: pd.Series[bo
     ranks = [rank_setting(dict(zip(columns, row, strict=True))) for row in counts[columns].itertuples(index=False)]
     counts["rank"] = pd.Series(ranks, counts.index, dtype=object)
     order = ["drawable", "count", "rank"]
-    best = counts.sort_values(order, ascending=[False, False, True]).drop_duplicates("family")
+    ranked = counts.sort_values(order, ascending=[False, False, True])
+    best = ranked.drop_duplicates("family")
+    if tied:
+        alike = ["family", "drawable", "count", *(name for name in columns if name == "block_size")]
+        best = ranked.merge(best[alike], on=alike).drop_duplicates(["family", "data_type"])
     return points.merge(best[["family", *columns]], on=["family", *columns])
 
 
@@ -127,16 +142,19 @@ def mark(
     return marked.sort_values(["panel", *order, "total_bits"], kind="stable", ignore_index=True)
 
 
-def select_precisions(points: pd.DataFrame, bits: Sequence[int] = ()) -> pd.DataFrame:
+def select_precisions(points: pd.DataFrame, bits: Sequence[int] = (), *, tied: bool = True) -> pd.DataFrame:
     """Return a panel per family and a curve per precision, for the variant that was measured most.
 
     Args:
         points: from curves.precision_curves.
         bits: precisions to show. Empty: all.
+        tied: whether each data type that was measured as often has its panel, see most_points.
     """
     points = points[points["bits"].isin(bits)] if bits else points
     drawable = has_curves(points, VARIANT, ["bits"])
-    chosen = most_points(points[points["bits"] < BASELINE_BITS], ["data_type", "label", "block_size"], drawable)
+    chosen = most_points(
+        points[points["bits"] < BASELINE_BITS], ["data_type", "label", "block_size"], drawable, tied=tied
+    )
     return mark(
         points.merge(chosen[VARIANT].drop_duplicates(), on=VARIANT),
         lambda row: f"{row['family']}, {name_variant(row['label'], row['block_size'])}",
@@ -146,10 +164,13 @@ def select_precisions(points: pd.DataFrame, bits: Sequence[int] = ()) -> pd.Data
     )
 
 
-def select_block_sizes(points: pd.DataFrame, bits: int) -> pd.DataFrame:
-    """Return a panel per family and a curve per block size, at one precision, for the data type measured most."""
+def select_block_sizes(points: pd.DataFrame, bits: int, *, tied: bool = True) -> pd.DataFrame:
+    """Return a panel per family and a curve per block size, at one precision, for the data type measured most.
+
+    With `tied` each data type that was measured as often has its panel, see most_points.
+    """
     points = points[(points["bits"] == bits) & ~has_settings(points)]
-    shown = most_points(points, ["data_type"], has_curves(points, ["family", "data_type"], ["block_size"]))
+    shown = most_points(points, ["data_type"], has_curves(points, ["family", "data_type"], ["block_size"]), tied=tied)
     marked = mark(
         shown.assign(_place=shown["block_size"].fillna(WHOLE)),
         lambda row: f"{row['family']}, {bits}-bit {row['data_type']}",
@@ -180,9 +201,8 @@ def select_exponents(points: pd.DataFrame) -> pd.DataFrame:
     """
     points = points[(points["data_type"] == "float") & (points["bits"] < BASELINE_BITS)]
     usual = points["bits"].map(PAPER_EXPONENT_BITS).astype("Int64")
-    plain = points.assign(label=make_labels(points.assign(exponent_bits=usual)))
     exponent_bits = points["exponent_bits"].astype("Int64").fillna(usual)
-    points = points.assign(exponent_bits=exponent_bits)[~has_settings(plain)]
+    points = points.assign(exponent_bits=exponent_bits)[~has_settings(points, but_exponents=True)]
     drawable = has_curves(points, ["family", "bits", "block_size"], ["exponent_bits"])
     return mark(
         most_points(points, ["block_size"], drawable),
@@ -209,7 +229,7 @@ def select_outliers(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     points = points[(points["bits"] == bits) | is_rival]
     panel = ["family", "data_type", "_base", "block_size"]
     drawable = has_curves(points, panel, ["bits", "label"])
-    chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], panel[1:], drawable)
+    chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], panel[1:], drawable, tied=True)
     marked = mark(
         points.merge(chosen[panel].drop_duplicates(), on=panel),
         lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row['block_size'])}",
@@ -263,7 +283,7 @@ def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     points = points[points["bits"] == bits]
     quantizer = ["family", "data_type", "_base", "block_size"]
     drawable = has_curves(points, quantizer, ["_method"])
-    chosen = most_points(points[points["method"] != "rtn"], quantizer[1:], drawable)
+    chosen = most_points(points[points["method"] != "rtn"], quantizer[1:], drawable, tied=True)
     marked = mark(
         points.merge(chosen[quantizer].drop_duplicates(), on=quantizer),
         lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row['block_size'])}",

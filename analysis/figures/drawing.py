@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from matplotlib.figure import Figure
 from kbit.analysis.curves.curves import Measure
 from kbit.analysis.figures.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
 from kbit.analysis.figures.styles import STYLE
+from kbit.checks import tabulate_html
 
 CELL: Final = 44  # characters
 NAMED_FAMILIES: Final = 6
@@ -46,6 +50,16 @@ class PaperFigure:
     claim: str
     verdict: str
 
+    def _repr_html_(self) -> str:
+        """Return the picture with its claim and verdict, for notebooks."""
+        picture = io.BytesIO()
+        self.fig.savefig(picture, format="png")
+        image = base64.b64encode(picture.getvalue()).decode("ascii")
+        alt = html.escape(f"{self.name}: {self.verdict}")
+        return f'<img src="data:image/png;base64,{image}" alt="{alt}">' + tabulate_html(
+            {"claim": self.claim, "verdict": self.verdict}
+        )
+
 
 def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
     """Return the message of MissingResults: what a figure needs, and which ready studies measure it."""
@@ -56,15 +70,28 @@ def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
     return f"{name} needs {needs}, and these results lack it; {advice}"
 
 
+def split_keys(keys: Iterable[str]) -> set[str]:
+    """Return the experiments' keys, where one string may hold several, separated by blanks."""
+    return {key for group in keys for key in str(group).split()}
+
+
+def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
+    """Say how many of the experiments with the figure's measure it leaves out."""
+    families = points[points["family"].isin(curves["family"])]
+    left = len(split_keys(families["key"]) - split_keys(curves["key"]))
+    why = "with other settings or too few of their kind for a panel (choose with --where)"
+    return [f"Left out: {count_things(left, 'experiment')} of the same families, {why}."] if left else []
+
+
 def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measure) -> str:
     """Return the line of a caption that says how much data a figure rests on.
 
     Args:
         results: long form. Keys and measures say which rows are drawn.
-        keys: experiments' keys, where one string may hold several, separated by blanks.
+        keys: experiments' keys, see split_keys.
         measures: the measures drawn.
     """
-    wanted = {key for group in keys for key in str(group).split()}
+    wanted = split_keys(keys)
     measured = [results[(results["metric"] == m.metric) & (results["task"] == m.task)] for m in measures]
     # as objects: of Arrow strings pandas makes a scalar for each one that is wanted
     parts = [rows[rows["key"].astype(object).isin(wanted)] for rows in measured]

@@ -117,21 +117,33 @@ def name_criteria(ours: pd.DataFrame) -> str:
 
 def judge_features(ours: pd.DataFrame) -> str:
     """Say how many models have features, how far the leading dimension goes, and what zeroing features did."""
-    some = ours[ours["features"] > 0]
-    parts = [
-        f"{len(some)} of {count_things(len(ours), 'model')} have outlier features",
-        f"the most frequent dimension is large in up to {ours['layers'].max():.0%} of layers, at up to "
-        f"{ours['positions'].max():.1%} of positions",
-    ]
-    controlled = some[some["loss_without_random"].notna()]  # where there are as many other dimensions
-    if len(shown := controlled if len(controlled) else some):
-        loss = np.log(shown["perplexity"])
-        removed, random = ((shown[name] - loss).mean() for name in ("loss_without", "loss_without_random"))
-        nats = f"zeroing the features adds {removed:+.3f} nats on average"
-        top1 = f"top-1 probability {shown['top1'].mean():.3f} becomes {shown['top1_without'].mean():.3f}"
-        if len(controlled):
-            nats += f", as many random dimensions {random:+.3f}"
-            top1 += f" and {shown['top1_without_random'].mean():.3f}"
-        few = f" (of the {len(shown)} with as many other dimensions)" if len(shown) < len(some) else ""
-        parts += [nats + few, top1]
-    return "; ".join(parts) + "."
+    counted = ours[ours["features"].notna()]
+    some = counted[counted["features"] > 0]
+    parts = [f"{len(some)} of {count_things(len(counted), 'model')} have outlier features"]
+    placed = ours[["layers", "positions"]].max()
+    if placed.notna().all():
+        parts.append(
+            f"the most frequent dimension is large in up to {placed['layers']:.0%} of layers, at up to "
+            f"{placed['positions']:.1%} of positions"
+        )
+    return "; ".join([*parts, *describe_zeroing(some)]) + "."
+
+
+def describe_zeroing(some: pd.DataFrame) -> list[str]:
+    """Say what zeroing features did in models that have some, beside as many random dimensions where there are any.
+
+    Models of which a number is missing are left out, and counted.
+    """
+    zeroed = some.dropna(subset=["perplexity", "loss_without", "top1", "top1_without"])
+    controlled = zeroed.dropna(subset=["loss_without_random", "top1_without_random"])
+    shown = controlled if len(controlled) else zeroed
+    if shown.empty:
+        return []
+    loss = np.log(shown["perplexity"])
+    nats = f"zeroing the features adds {(shown['loss_without'] - loss).mean():+.3f} nats on average"
+    top1 = f"top-1 probability {shown['top1'].mean():.3f} becomes {shown['top1_without'].mean():.3f}"
+    if len(controlled):
+        nats += f", as many random dimensions {(shown['loss_without_random'] - loss).mean():+.3f}"
+        top1 += f" and {shown['top1_without_random'].mean():.3f}"
+    few = f" (of the {len(shown)} of which that is known)" if len(shown) < len(some) else ""
+    return [nats + few, top1]

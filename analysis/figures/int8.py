@@ -16,7 +16,7 @@ from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.settings import is_missing
 from kbit.analysis.curves.units import format_count
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, set_log_axis
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly, set_log_axis
 from kbit.analysis.figures.styles import STYLE, LineStyle, style_series
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.grades import NEGLIGIBLE, count_grades, grade_interval, grade_level
@@ -89,6 +89,7 @@ def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -
     set_log_axis(axes, rows["parameters"], format_count)
     if rows["added"].abs().max() > 10 * LINEAR_TO:
         axes.set_yscale("symlog", linthresh=LINEAR_TO)
+        label_plainly(axes.yaxis)
     axes.set_xlabel("parameters")
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -111,10 +112,14 @@ def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def name_method(row: Mapping[Any, Any]) -> str:
-    """Return the method, with its threshold if that is not the paper's."""
+    """Return the method, with its threshold if that is not the paper's, and which part of the model it quantizes."""
+    words = [str(row["method"])]
     threshold = row.get("activation_threshold")
-    is_usual = is_missing(threshold) or threshold == USUAL_THRESHOLD
-    return f"{row['method']}" if is_usual else f"{row['method']} threshold {threshold:g}"
+    if not is_missing(threshold) and threshold != USUAL_THRESHOLD:
+        words.append(f"threshold {threshold:g}")
+    parts = {"with": row.get("include"), "without": row.get("exclude")}
+    words += [f"{word} {pattern}" for word, pattern in parts.items() if not is_missing(pattern)]
+    return " ".join(words)
 
 
 def read_paper() -> pd.DataFrame:

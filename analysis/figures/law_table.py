@@ -42,9 +42,10 @@ PUBLISHED: Final = {
 def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return by law (laws.LAWS) the points that it describes: model, parameters, bits, block_size, y, error.
 
-    The points are those of the family's variant that was measured most, and none without a variant. y is the cross
-    entropy, or what quantization adds to it. Its standard error comes from the draws of frontier.draw_values, so the
-    error of a difference on the same text is small.
+    The points are those of the family's variant that was measured most, whose panel's name they have, and none without
+    a variant. Of variants measured as often it is the first. y is the cross entropy, or what quantization adds to it.
+    Its standard error comes from the draws of frontier.draw_values, so the error of a difference on the same text is
+    small.
 
     Args:
         curves: the curves of one family, from precision_curves.
@@ -54,7 +55,7 @@ def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     parameters = results.drop_duplicates("model").set_index("model")["parameters"]
     sized = curves.assign(parameters=curves["model"].map(parameters).astype(float))
     base = sized[sized["bits"] == BASELINE_BITS].drop_duplicates("model")
-    precisions, blocks = select_precisions(sized), select_block_sizes(sized, BLOCK_LAW_BITS)
+    precisions, blocks = select_precisions(sized, tied=False), select_block_sizes(sized, BLOCK_LAW_BITS, tied=False)
     precisions = precisions[precisions["bits"] < BASELINE_BITS]
     blocks = blocks[blocks["block_size"].notna()]
     losses = add_losses(base, precisions, measure, results)
@@ -87,9 +88,9 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row per family and law: how well it fits, what it predicts of the largest model, its parameters.
 
     Returns:
-        Columns family, law, points, r2, rmse, worst (the largest residual, nats), held_out (the model), held_out_rmse,
-        inside, naive_rmse, parameters (text with 95% intervals), keys (of the experiments behind the points, separated
-        by blanks), and reason where a law could not be fitted.
+        Columns family, law, panel (the family's variant that is fitted), points, r2, rmse, worst (the largest residual,
+        nats), held_out (the model), held_out_rmse, inside, naive_rmse, parameters (text with 95% intervals), keys (of
+        the experiments behind the points, separated by blanks), and reason where a law could not be fitted.
 
     Raises:
         AmbiguousResults: see precision_curves.
@@ -107,11 +108,12 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
                     raise TooFewPoints("no quantized models beside their 16-bit baseline")
                 is_base = (curves["bits"] == BASELINE_BITS) & curves["model"].isin(points["model"])
                 keys = " ".join(dict.fromkeys([*curves.loc[is_base, "key"], *points["key"]]))
+                row |= {"panel": points["panel"].dropna().iloc[0]}
                 rows.append(row | describe_fit(law, points) | {"keys": keys})
             except TooFewPoints as error:
                 rows.append(row | {"reason": str(error)})
-    columns = ["points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse", "parameters"]
-    columns += ["keys"]
+    columns = ["panel", "points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse"]
+    columns += ["parameters", "keys"]
     return pd.DataFrame(rows, columns=["family", "law", *columns, "reason"])
 
 
@@ -166,12 +168,12 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
     verdict = judge_laws(fitted)
     shown = pd.DataFrame(
         {
-            "family": fitted["family"],
+            "variant": fitted["panel"],
             "law": fitted["law"],
             "points": fitted["points"].astype(int).astype(str),
             "R2": fitted["r2"].map("{:.3f}".format),
             "RMSE (nats)": fitted["rmse"].map("{:.4f}".format),
-            "largest model": fitted["held_out"].fillna("-"),
+            "largest model": fitted["held_out"].astype(object).fillna("-"),
             "RMSE there": fitted["held_out_rmse"].map("{:.4f}".format).replace("nan", "-"),
             "naive": fitted["naive_rmse"].map("{:.4f}".format).replace("nan", "-"),
             "parameters (95% intervals)": fitted["parameters"],

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kbit.analysis.curves.curves import (
+    TIE,
     ZERO_SHOT,
     Floats,
     Measure,
@@ -26,11 +27,12 @@ from kbit.analysis.curves.curves import (
     tabulate_curves,
 )
 from kbit.analysis.curves.selections import has_settings, most_points
-from kbit.analysis.curves.settings import WHOLE, is_missing, make_labels, name_variant, rank_data_type
+from kbit.analysis.curves.settings import WHOLE, is_missing, make_labels, name_variant, rank_data_type, rank_label
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
     PaperFigure,
+    describe_choice,
     describe_lack,
     describe_sample,
     write_verdict,
@@ -73,7 +75,7 @@ def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
         columns = min(len(maps), 2)
         rows = -(-len(maps) // columns)
         widest = max(cells.table["block_size"].nunique(dropna=False) for cells in maps.values())
-        tallest = max(cells.table["data_type"].nunique() for cells in maps.values())
+        tallest = max(cells.table["data_type"].nunique() for cells in maps.values())  # with a float's exponent bits
         fig = Figure(
             figsize=(columns * (1.4 + 0.95 * widest) + BAR_WIDTH, rows * (1.3 + 0.55 * tallest)), layout="constrained"
         )
@@ -82,10 +84,14 @@ def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
             draw_map(fig.add_subplot(rows, columns, place + 1), cells.table, title, shades)
         unit = "" if measure.higher_is_better else " (nats per token)"
         fig.colorbar(shades, ax=fig.axes, extend="max", shrink=0.8, label=f"{measure.name} lost{unit}")
-        note = f"Numbers: {measure.name} lost against the best cell (framed); in brackets: bits per parameter. "
-        note += "One scale of shades for all panels. Hatched: not measured, or not at two sizes."
+        note = f"Numbers: {measure.name} lost against the best cell of each budget, a mean over the budgets; in "
+        note += "brackets: bits per parameter. Framed: the cell that loses least. One scale of shades for all panels. "
+        note += "Hatched: not measured, or not at two sizes."
+        points = precision_curves(results, measure.metric, measure.task)
+        left = describe_choice(points[points["bits"] < BASELINE_BITS], data.rename(columns={"keys": "key"}))
         sample = describe_sample(results, data["keys"], measure)
-        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, f"{sample} {LIMIT}")
+        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, f"{sample} {LIMIT}", *left)
+    data = data.drop(columns="kind")
     return PaperFigure("data_types_map", fig, data, MAP_CLAIM, verdict)
 
 
@@ -94,7 +100,8 @@ class Cells:
     """The cells of one map.
 
     Attributes:
-        table: a row per cell, with data_type, block_size, loss, keys (of experiments), bits_per_param, panel, measure.
+        table: a row per cell, with data_type (the label, with a float's exponent bits), kind (the data type alone),
+            block_size, loss, keys (of experiments), bits_per_param, panel, measure.
         points: the curves' points, whose column cell has the index of their row in `table`.
         budgets: the budgets at which all cells are compared.
     """
@@ -112,10 +119,11 @@ def scale_top(losses: pd.Series[float]) -> float:
 def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
     """Return the largest maps by title."""
     curves = precision_curves(results, measure.metric, measure.task)
-    curves = curves[(curves["bits"] < 16) & ~has_settings(curves)]
+    curves = curves[(curves["bits"] < BASELINE_BITS) & ~has_settings(curves, but_exponents=True)]
     per_param = results.drop_duplicates("key").set_index("key")["bits_per_param"]
     maps = {}
     for (family, bits), group in curves.groupby(["family", "bits"]):
+        group = group.assign(kind=group["data_type"], data_type=group["label"])
         cells = compare_cells(group, measure)
         if cells is None:
             continue
@@ -123,7 +131,12 @@ def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
         panel = f"{family}, {bits}-bit"
         table = cells.table.assign(bits_per_param=first.map(per_param), panel=panel, measure=measure.name)
         maps[panel] = replace(cells, table=table)
-    return dict(sorted(maps.items(), key=lambda item: -len(item[1].table))[:MAP_PANELS])
+    return dict(sorted(maps.items(), key=lambda item: -count_cells(item[1].table))[:MAP_PANELS])
+
+
+def count_cells(table: pd.DataFrame) -> int:
+    """Return how many data types by block sizes a map has, where a float's exponent bits make no other data type."""
+    return len(table[["kind", "block_size"]].drop_duplicates())
 
 
 def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
@@ -136,7 +149,7 @@ def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
     best = (sign * values).max(axis=1)
     loss = (best - (sign * values).T).T.mean()
     by_cell = points.groupby("cell")
-    table = by_cell[["data_type", "block_size"]].first().loc[loss.index]
+    table = by_cell[["family", "kind", "data_type", "block_size"]].first().loc[loss.index]
     table = table.assign(loss=loss, keys=by_cell["key"].agg(" ".join).loc[loss.index])
     if min(table["data_type"].nunique(), table["block_size"].nunique(dropna=False)) < 2:
         return None
@@ -144,7 +157,11 @@ def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
 
 
 def describe_winner(panel: str, cells: Cells, measure: Measure, results: pd.DataFrame) -> str:
-    """Return the best cell of a map and its lead over the next, with the interval of the lead."""
+    """Return the best cell of a map with its lead over the next and the lead's interval, or the cells that tie."""
+    is_best = find_least(cells.table["loss"])
+    if is_best.sum() > 1:
+        level = " and ".join(name_cell(row) for _, row in cells.table[is_best].iterrows())
+        return f"{panel}: best are {level}, which are level"
     best, second, *_ = cells.table.sort_values("loss", kind="stable").index
     points = cells.points[cells.points["cell"].isin([best, second])].reset_index(drop=True)
     weights = weigh_points(points, cells.budgets, "cell")
@@ -156,30 +173,36 @@ def describe_winner(panel: str, cells: Cells, measure: Measure, results: pd.Data
     return f"{panel}: best is {winner}, its lead over {rival} {lead}"
 
 
+def find_least(losses: pd.Series[float]) -> pd.Series[bool]:
+    """Whether each loss is the least, or equal to it."""
+    return losses <= losses.min() + TIE
+
+
 def name_cell(cell: pd.Series[Any]) -> str:
     """Return for example "nf block 64 [4.25]": with its bits per parameter."""
     return f"{name_variant(cell['data_type'], cell['block_size'])} [{cell['bits_per_param']:.2f}]"
 
 
 def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable) -> None:
-    """Draw one map: darker cells lose more, the best has a frame, those not measured are hatched."""
-    kinds = sorted(table["data_type"].unique(), key=rank_data_type)
+    """Draw one map: darker cells lose more, the best (all that tie) has a frame, those not measured are hatched."""
+    ranks = {row.data_type: (rank_data_type(row.kind), rank_label(row.data_type)) for row in table.itertuples()}
+    kinds = sorted(ranks, key=ranks.__getitem__)
     blocks = sorted(table["block_size"].astype("Int64").fillna(WHOLE).unique())
     grid = np.full((len(kinds), len(blocks)), np.nan)
     axes.set_facecolor("0.97")
     axes.patch.set(hatch="////", edgecolor="0.6")  # what no cell covers shows it
     axes.imshow(grid, aspect="auto")  # sets the limits
-    for row in table.itertuples():
+    for row, is_best in zip(table.itertuples(), find_least(table["loss"]), strict=True):
         block = WHOLE if is_missing(row.block_size) else int(row.block_size)  # type: ignore[arg-type]
         y, x = kinds.index(row.data_type), blocks.index(block)
-        grid[y, x] = row.loss
         shade = shades.to_rgba(np.array([row.loss]))[0]
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
         words = f"{row.loss:.3f}\n[{row.bits_per_param:.2f}]"
         axes.text(x, y, words, ha="center", va="center", fontsize=CAPTION_SIZE, color=choose_ink(shade))
-    best_y, best_x = (int(k) for k in np.unravel_index(np.nanargmin(grid), grid.shape))
-    corner = (best_x - 0.46, best_y - 0.46)
-    axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.5))
+        if is_best:
+            corner = (x - 0.46, y - 0.46)
+            frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2.5, "zorder": 2}
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, **frame))
     axes.set_xticks(range(len(blocks)), ["whole" if block == WHOLE else str(block) for block in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block size")
@@ -213,9 +236,11 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("sensitivity", needs, ("nano/sensitivity",)))
     parts = []
     for model, group in data.groupby("model", sort=False):
-        worst = group.sort_values("loss").iloc[-1]
-        parts.append(f"{model}: {worst['part']} ({worst['loss']:+.3f})")
-    verdict = f"The most sensitive part is, of {'; '.join(parts)}."
+        worst = group[group["loss"] >= group["loss"].max() - TIE]
+        first = worst.iloc[0]
+        quantizer = f"{first['bits']}-bit {name_variant(first['data_type'], first['block_size'])}"
+        parts.append(f"{model}: {' and '.join(worst['part'])} ({first['loss']:+.3f}, {quantizer})")
+    verdict = f"The part that loses most when it alone is quantized is, of {'; '.join(parts)}."
     with matplotlib.style.context(["default", STYLE]):
         groups = list(data.groupby("model", sort=False))
         height = sum(0.28 * len(group) + 0.7 for _, group in groups)

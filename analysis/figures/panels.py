@@ -12,9 +12,10 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.styles import LineStyle, draw_handle, style_series
@@ -87,7 +88,7 @@ def view_limits(curves: pd.DataFrame, higher_is_better: bool) -> tuple[float, fl
     if not higher_is_better and np.ptp(best) > 0:
         top = min(top, float(best.max() + np.ptp(best)))
     x_pad = (right / left) ** 0.04
-    y_pad = 0.04 * (top - bottom)
+    y_pad = 0.04 * (top - bottom) or 0.05  # all values are equal
     return left / x_pad, right * x_pad, bottom - y_pad, top + y_pad
 
 
@@ -194,6 +195,12 @@ def set_log_axis(axes: Axes, values: pd.Series[float], format_value: Callable[[f
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
 
 
+def label_plainly(axis: Axis) -> None:
+    """Label a log axis with plain numbers, as "0.01", which need no mathematical typesetting."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_legend(fig: Figure, styles: dict[str, LineStyle], *, with_published: bool = False, lines: bool = True) -> None:
     """Put one legend for all panels to their right. Without lines its entries are markers alone."""
     handles = [draw_handle(name, style) for name, style in styles.items()]
@@ -209,7 +216,7 @@ def write_caption(fig: Figure, paragraphs: list[str]) -> None:
     width, height = fig.get_size_inches()
     characters = int((width - 2 * MARGIN) / CHARACTER_WIDTH)
     text = "\n".join(textwrap.fill(paragraph, characters) for paragraph in paragraphs)
-    room = (text.count("\n") + 1) * LINE_HEIGHT + 2 * MARGIN
+    room = measure_caption(text)
     fig.set_size_inches(width, height + room)
     left, bottom = MARGIN / width, MARGIN / (height + room)
     share = room / (height + room)
@@ -217,4 +224,19 @@ def write_caption(fig: Figure, paragraphs: list[str]) -> None:
         fig.set_layout_engine("constrained", rect=(0.0, share, 1.0, 1.0 - share - bottom))
     else:  # a table, whose axes fill the figure
         fig.axes[0].set_position((0.0, share, 1.0, 1.0 - share))
-    fig.text(left, bottom, text, fontsize=CAPTION_SIZE, va="bottom", linespacing=1.3)
+    fig.text(left, bottom, text, fontsize=CAPTION_SIZE, va="bottom", linespacing=1.3, parse_math=False)
+
+
+def extend_caption(fig: Figure, paragraph: str) -> None:
+    """Write one more paragraph below the caption that write_caption wrote."""
+    (caption,) = fig.texts
+    text = caption.get_text()
+    caption.remove()
+    width, height = fig.get_size_inches()
+    fig.set_size_inches(width, height - measure_caption(text))
+    write_caption(fig, [*text.split("\n"), paragraph])
+
+
+def measure_caption(text: str) -> float:
+    """Return the height of a caption, inches."""
+    return (text.count("\n") + 1) * LINE_HEIGHT + 2 * MARGIN

@@ -27,7 +27,8 @@ from kbit.analysis.curves.selections import (
     select_outliers,
     select_precisions,
 )
-from kbit.analysis.statistics.claims import Expectation, Groups, Split, judge_contrasts
+from kbit.analysis.curves.settings import WHOLE
+from kbit.analysis.statistics.claims import Comparison, Expectation, Groups, judge_contrasts
 from kbit.analysis.statistics.verdicts import judge_four_bit
 
 Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], str]
@@ -69,9 +70,9 @@ def split_five_bit(points: pd.DataFrame) -> Groups:
 
 
 def split_quantile(points: pd.DataFrame) -> Groups:
-    """Compare quantile with the paper's other data types."""
-    is_other = points["data_type"].isin(["float", *WEAK_TYPES])
-    return list_series(points, points["data_type"] == "quantile"), list_series(points, is_other)
+    """Compare quantile with every other data type, those that came after the paper among them."""
+    is_quantile = points["data_type"] == "quantile"
+    return list_series(points, is_quantile), list_series(points, ~is_quantile)
 
 
 def split_block_sizes(points: pd.DataFrame) -> Groups:
@@ -126,10 +127,10 @@ def split_rival(points: pd.DataFrame) -> Groups:
 
 
 def split_gptq_and_float(points: pd.DataFrame) -> Groups:
-    """Compare GPTQ without blocks, or else the last of its block sizes, with zero-shot float in blocks of 64."""
+    """Compare GPTQ without blocks, or else in its largest blocks, with zero-shot float in blocks of 64."""
     is_gptq = points["method"] == "gptq"
-    whole = list_series(points, is_gptq & points["block_size"].isna())
-    return whole or list_series(points, is_gptq)[-1:], list_series(points, ~is_gptq)
+    block = points["block_size"].fillna(WHOLE)
+    return list_series(points, is_gptq & (block == block[is_gptq].max())), list_series(points, ~is_gptq)
 
 
 def split_gptq(points: pd.DataFrame) -> Groups:
@@ -138,23 +139,34 @@ def split_gptq(points: pd.DataFrame) -> Groups:
     return list_series(points, is_gptq), list_series(points, points["method"] == "rtn")
 
 
+FIVE_BIT: Final = Comparison(split_five_bit, "5-bit", "4-bit")
+QUANTILE: Final = Comparison(split_quantile, "quantile", "another data type")
+BLOCK_SIZES: Final = Comparison(split_block_sizes, "the smallest blocks", "the largest blocks")
+DATA_TYPES: Final = Comparison(split_data_types, " or ".join(STRONG_TYPES), " or ".join(WEAK_TYPES))
+EXPONENTS: Final = Comparison(split_exponents, "half of the bits as exponent bits", "another number of exponent bits")
+OUTLIERS: Final = Comparison(split_outliers, "outliers in 16 bit", "the same precision without")
+RIVAL: Final = Comparison(split_rival, "outliers in 16 bit", f"{RIVAL_BITS}-bit without")
+GPTQ_AND_FLOAT: Final = Comparison(split_gptq_and_float, "GPTQ", "float in blocks of 64")
+GPTQ: Final = Comparison(split_gptq, "GPTQ with its default options", "rounding to nearest")
+
+
 def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Test both parts of figure 3: the panels of block sizes and those of data types."""
     is_block = curves["varied"] == "block_size"
     parts = [
-        ("Block size", curves[is_block], split_block_sizes),
-        ("Data type", curves[~is_block], split_data_types),
+        ("Block size", curves[is_block], BLOCK_SIZES),
+        ("Data type", curves[~is_block], DATA_TYPES),
     ]
     return " ".join(
-        f"{what}: {judge_contrasts(points, split, 'better', measure, results)}"
-        for what, points, split in parts
+        f"{what}: {judge_contrasts(points, comparison, 'better', measure, results)}"
+        for what, points, comparison in parts
         if len(points)
     )
 
 
-def judge_by(split: Split, expected: Expectation) -> Judge:
+def judge_by(comparison: Comparison, expected: Expectation) -> Judge:
     """Return a judge that compares two groups of curves in each panel, see claims.judge_contrasts."""
-    return lambda curves, measure, results: judge_contrasts(curves, split, expected, measure, results)
+    return lambda curves, measure, results: judge_contrasts(curves, comparison, expected, measure, results)
 
 
 def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
@@ -163,19 +175,20 @@ def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     Where as many dimensions were selected in another way, one more part says whether the proxy's are worth more.
     """
     is_three = curves.groupby("panel")["bits"].transform("min") == 3  # the rival with 4 bits stands in such a panel too
-    parts: list[tuple[str, pd.DataFrame, Split, Expectation]] = [
-        ("3-bit gains by outliers", curves[is_three], split_outliers, "better"),
-        ("3-bit with outliers stays behind 4-bit", curves[is_three], split_rival, "worse"),
-        ("4-bit gains nothing by outliers", curves[~is_three], split_outliers, "no better"),
+    parts: list[tuple[str, pd.DataFrame, Comparison, Expectation]] = [
+        ("3-bit gains by outliers", curves[is_three], OUTLIERS, "better"),
+        ("3-bit with outliers stays behind 4-bit", curves[is_three], RIVAL, "worse"),
+        ("4-bit gains nothing by outliers", curves[~is_three], OUTLIERS, "no better"),
     ]
     for selection in list_controls(curves):
         has_control = curves.loc[find_kept(curves, selection), "panel"]
         among = curves[curves["panel"].isin(has_control)]
         what = f"outliers by proxy gain more than {selection} dimensions"
-        parts.append((what, among, partial(split_control, selection), "better"))
+        control = Comparison(partial(split_control, selection), "outliers by proxy", f"{selection} dimensions")
+        parts.append((what, among, control, "better"))
     return " ".join(
-        f"[{what}] {judge_contrasts(points, split, expected, measure, results)}"
-        for what, points, split, expected in parts
+        f"[{what}] {judge_contrasts(points, comparison, expected, measure, results)}"
+        for what, points, comparison, expected in parts
         if len(points)
     )
 
@@ -191,7 +204,7 @@ def judge_gptq(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) ->
     parts = []
     for _, group in curves.groupby("panel", sort=False):
         expected: Expectation = "worse" if (group["bits"] == 3).all() else "level"
-        parts.append(judge_contrasts(group, split_gptq_and_float, expected, measure, results))
+        parts.append(judge_contrasts(group, GPTQ_AND_FLOAT, expected, measure, results))
     return " ".join(parts)
 
 
@@ -264,7 +277,7 @@ CURVE_FIGURES: Final = (
         "figure_7",
         "In no family does 5-bit scale better than 4-bit.",
         select_precisions,
-        judge_by(split_five_bit, "no better"),
+        judge_by(FIVE_BIT, "no better"),
         "4 and 5 bits, each at two or more sizes of one family",
         ("nano/bit_level", "paper/figure_7"),
     ),
@@ -272,7 +285,7 @@ CURVE_FIGURES: Final = (
         "figure_8",
         "At 4 bits smaller blocks improve the scaling: most for Pythia and GPT-2, less for BLOOM and OPT.",
         partial(select_block_sizes, bits=4),
-        judge_by(split_block_sizes, "better"),
+        judge_by(BLOCK_SIZES, "better"),
         _BLOCKS.format(4),
         ("nano/block_size", "paper/figure_8"),
     ),
@@ -280,7 +293,7 @@ CURVE_FIGURES: Final = (
         "figure_9",
         "At 4 bits the data types quantile and float scale better than int and dynamic exponent.",
         partial(select_data_types, bits=4),
-        judge_by(split_data_types, "better"),
+        judge_by(DATA_TYPES, "better"),
         _TYPES.format(4),
         ("nano/data_types", "paper/figure_9"),
     ),
@@ -288,7 +301,7 @@ CURVE_FIGURES: Final = (
         "figure_10",
         "At 6 bits no data type improves the scaling.",
         partial(select_data_types, bits=6),
-        judge_by(split_data_types, "no better"),
+        judge_by(DATA_TYPES, "no better"),
         _TYPES.format(6),
         ("nano/data_types", "paper/figure_10"),
     ),
@@ -296,7 +309,7 @@ CURVE_FIGURES: Final = (
         "figure_11",
         "At 6 bits smaller blocks do not improve the scaling.",
         partial(select_block_sizes, bits=6),
-        judge_by(split_block_sizes, "no better"),
+        judge_by(BLOCK_SIZES, "no better"),
         _BLOCKS.format(6),
         ("nano/block_size", "paper/figure_11"),
     ),
@@ -304,7 +317,7 @@ CURVE_FIGURES: Final = (
         "figure_12",
         "A float does best with half of its bits, rounded up, as exponent bits (Appendix C.4; not at 5 bits).",
         of_family("opt", select_exponents),
-        judge_by(split_exponents, "best"),
+        judge_by(EXPONENTS, "best"),
         "float with two numbers of exponent bits at one precision, each at two or more sizes of one family",
         ("nano/exponent_bits", "paper/figure_12"),
     ),
@@ -321,7 +334,7 @@ CURVE_FIGURES: Final = (
         "figure_14",
         "By cross entropy quantile is the best 4-bit data type, across models and scales.",
         partial(select_data_types, bits=4),
-        judge_by(split_quantile, "best"),
+        judge_by(QUANTILE, "best"),
         _TYPES.format(4),
         ("nano/data_types", "paper/figure_14"),
         loss=True,
@@ -330,7 +343,7 @@ CURVE_FIGURES: Final = (
         "figure_15",
         "By cross entropy, too, smaller blocks improve the 4-bit scaling.",
         partial(select_block_sizes, bits=4),
-        judge_by(split_block_sizes, "better"),
+        judge_by(BLOCK_SIZES, "better"),
         _BLOCKS.format(4),
         ("nano/block_size", "paper/figure_15"),
         loss=True,
@@ -339,7 +352,7 @@ CURVE_FIGURES: Final = (
         "methods",
         "Is GPTQ better than rounding to nearest, with the same quantizer and so at equal total bits?",
         join(*(partial(select_methods, bits=bits) for bits in (2, 3, 4))),
-        judge_by(split_gptq, "better"),
+        judge_by(GPTQ, "better"),
         "2, 3 or 4 bits by two methods, each at two or more sizes of one family",
         ("nano/methods",),
         loss=True,

@@ -5,8 +5,9 @@ The figures are matplotlib.figure.Figure objects: no pyplot, no choice of a back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,9 @@ from kbit.analysis.curves.curves import (
     AmbiguousResults,
     Measure,
     find_cross_entropy,
+    leave_out_ambiguous,
     precision_curves,
+    split_families,
 )
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
@@ -28,15 +31,17 @@ from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
     PaperFigure,
+    describe_choice,
     describe_lack,
     describe_sample,
+    split_keys,
     write_verdict,
 )
 from kbit.analysis.figures.emergence import draw_features
 from kbit.analysis.figures.int8 import draw_int8_methods
 from kbit.analysis.figures.law_table import draw_laws
 from kbit.analysis.figures.maps import draw_data_types_map, draw_sensitivity
-from kbit.analysis.figures.panels import draw_panels
+from kbit.analysis.figures.panels import draw_panels, extend_caption
 from kbit.analysis.figures.paper import CURVE_FIGURES, CurveFigure
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
@@ -45,6 +50,7 @@ from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdi
 from kbit.analysis.statistics.grades import SIGN
 from kbit.checks import suggest
 from kbit.store.filesystem import replace_file
+from kbit.store.tables import write_csv
 
 DRAWN: Final = ["family", "bits", "label", "block_size", "model", *READING, "key", "panel", "series"]  # in the CSV
 # kbit's own metrics that are better if they are lower
@@ -64,6 +70,7 @@ class SavedFigure:
         paths: the PNG, SVG and CSV. Empty if the figure was skipped.
         claim, verdict: as in PaperFigure. Empty if the figure was skipped.
         skipped: why the figure was not drawn, or None if it was.
+        failed: whether drawing or writing it raised an error that says nothing about the results.
     """
 
     name: str
@@ -71,6 +78,7 @@ class SavedFigure:
     claim: str
     verdict: str
     skipped: str | None = None
+    failed: bool = False
 
 
 def draw_curves(definition: CurveFigure, results: pd.DataFrame, measure: Measure | None = None) -> PaperFigure:
@@ -103,7 +111,7 @@ def draw_curves(definition: CurveFigure, results: pd.DataFrame, measure: Measure
         sign = SIGN if own else describe_direction(measure)
         notes = [f"{sign} {describe_bars(curves, measure)}", sample, *describe_choice(points, curves)]
         notes.append(describe_sources(published))
-        fig = draw_panels(curves, name_axis(results, measure), measure.higher_is_better, published)
+        fig = draw_panels(curves, name_axis(results, curves["key"], measure), measure.higher_is_better, published)
         name = definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_")
         claim = definition.claim if own else f"{definition.claim} Here of another measure, {measure.name}."
         write_verdict(fig, definition.name, claim, verdict, *notes)
@@ -134,14 +142,14 @@ def choose_measure(results: pd.DataFrame, asked: str, *, lower_is_better: bool) 
     return Measure(f"{task} {metric}", metric, task, higher_is_better=not is_loss)
 
 
-def name_axis(results: pd.DataFrame, measure: Measure) -> str:
-    """Return the label of the y axis: the measure with its unit or number of tasks."""
+def name_axis(results: pd.DataFrame, keys: Iterable[str], measure: Measure) -> str:
+    """Return the label of the y axis: the measure with its unit, or with how many tasks the experiments drawn have."""
     if measure.metric == "cross_entropy":
         return f"{measure.name} (nats per token)"
     if measure != ZERO_SHOT:
         return measure.name
-    tasks = count_tasks(results)
-    return measure.name + (f" ({tasks} task{'s' if tasks > 1 else ''})" if tasks else "")
+    tasks = count_tasks(results, keys)
+    return measure.name + (f" ({tasks} tasks)" if tasks not in ("", "1") else f" ({tasks} task)" if tasks else "")
 
 
 def describe_direction(measure: Measure) -> str:
@@ -149,17 +157,14 @@ def describe_direction(measure: Measure) -> str:
     return f"A lead above 0 is better: {'higher' if measure.higher_is_better else 'lower'} {measure.name}."
 
 
-def count_tasks(results: pd.DataFrame) -> int:
-    """Return how many tasks have an accuracy of their own beside the mean: 0 if only the mean was stored."""
-    tasks = results.loc[results["metric"] == ZERO_SHOT.metric, "task"]
-    return int(tasks[tasks != ZERO_SHOT.task].nunique())
-
-
-def describe_choice(points: pd.DataFrame, curves: pd.DataFrame) -> list[str]:
-    """Say how much of the store a figure leaves out."""
-    families = points[points["family"].isin(curves["family"])]
-    left = len(families.drop_duplicates(["family", "key"])) - len(curves.drop_duplicates(["family", "key"]))
-    return [f"Left out: {left} points of the same families with other settings (choose with --where)."] if left else []
+def count_tasks(results: pd.DataFrame, keys: Iterable[str]) -> str:
+    """Return how many tasks have an accuracy of their own beside the mean, "4" or "2 to 4", or "" if none has."""
+    wanted = split_keys(keys)
+    is_task = (results["metric"] == ZERO_SHOT.metric) & (results["task"] != ZERO_SHOT.task)
+    rows = results[is_task & results["key"].astype(object).isin(wanted)]
+    counts = rows.groupby("key")["task"].nunique().reindex(sorted(wanted), fill_value=0)
+    low, high = int(counts.min()), int(counts.max())
+    return "" if high == 0 else f"{high}" if low == high else f"{low} to {high}"
 
 
 def describe_bars(curves: pd.DataFrame, measure: Measure) -> str:
@@ -175,20 +180,31 @@ def describe_sources(published: pd.DataFrame) -> str:
     return "Circles: published values; " + "; ".join(sorted(published["source"].unique())) + "."
 
 
-FIGURES: Final[dict[str, Callable[[pd.DataFrame], PaperFigure]]] = {
-    **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
-    "figure_16": draw_roofline,
-    "table_1": table_1,
-    "table_2": table_2,
-    "verdicts": draw_verdicts,
-    "frontier": draw_frontier,
-    "laws": draw_laws,
-    "data_types_map": draw_data_types_map,
-    **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
-    "sensitivity": draw_sensitivity,
-    "int8_methods": draw_int8_methods,
-    "features": draw_features,
-    "anchors": draw_anchors,
+Draw = Callable[[pd.DataFrame], PaperFigure]
+
+
+def of_one_architecture(draw: Draw) -> Draw:
+    """Return the function that draws a figure of families with one architecture each, see curves.split_families."""
+    return lambda results: draw(split_families(results))
+
+
+FIGURES: Final[dict[str, Draw]] = {
+    name: of_one_architecture(draw)
+    for name, draw in {
+        **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
+        "figure_16": draw_roofline,
+        "table_1": table_1,
+        "table_2": table_2,
+        "verdicts": draw_verdicts,
+        "frontier": draw_frontier,
+        "laws": draw_laws,
+        "data_types_map": draw_data_types_map,
+        **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
+        "sensitivity": draw_sensitivity,
+        "int8_methods": draw_int8_methods,
+        "features": draw_features,
+        "anchors": draw_anchors,
+    }.items()
 }
 
 
@@ -197,36 +213,55 @@ def save_figures(
 ) -> list[SavedFigure]:
     """Draw figures and write each as PNG, SVG and CSV (the data drawn) into a folder.
 
-    Everything is drawn before anything is written, so an error leaves the folder as it was. Each file is replaced in
-    one step. The same results give the same bytes.
+    Each is written when it is drawn, so that one that fails loses no other. A family whose results are ambiguous is
+    left out of the figures that others allow, and their captions say so. Each file is replaced in one step. The same
+    results give the same bytes.
 
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results).
         out: the folder, made if it is absent and there is something to write.
         names: keys of FIGURES, or None for all. A figure that the results do not allow is recorded as skipped, with the
-            reason.
+            reason, and one that raises any other error as failed.
         measure: what the figures of curves show instead of their own measure. Other figures cannot be named then.
 
     Raises:
         ValueError: a name is not a figure, or not one of curves. Nothing is written then.
     """
-    figures = FIGURES if measure is None else {f.name: partial(draw_curves, f, measure=measure) for f in CURVE_FIGURES}
+    figures = FIGURES
+    if measure is not None:
+        figures = {f.name: of_one_architecture(partial(draw_curves, f, measure=measure)) for f in CURVE_FIGURES}
     unknown = [name for name in names or () if name not in figures]
     if unknown:
         raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(figures)}")
-    drawn: list[PaperFigure | SavedFigure] = []
-    for name in dict.fromkeys(figures if names is None else names):
-        try:
-            drawn.append(figures[name](results))
-        except (MissingResults, AmbiguousResults, TooManyCurves) as error:
-            drawn.append(SavedFigure(name, (), "", "", skipped=str(error)))
-    if any(isinstance(figure, PaperFigure) for figure in drawn):
-        out.mkdir(parents=True, exist_ok=True)
-    return [write_figure(figure, out) if isinstance(figure, PaperFigure) else figure for figure in drawn]
+    return [
+        save_figure(name, figures[name], results, out) for name in dict.fromkeys(figures if names is None else names)
+    ]
+
+
+def save_figure(name: str, draw: Draw, results: pd.DataFrame, out: Path) -> SavedFigure:
+    """Draw and write one figure, or return the reason why there is none, whatever was raised."""
+    try:
+        figure, left_out = leave_out_ambiguous(draw, results)
+        for reason in left_out:
+            figure = add_note(figure, f"Left out: {reason}")
+        return write_figure(figure, out)
+    except (MissingResults, AmbiguousResults, TooManyCurves) as error:
+        return SavedFigure(name, (), "", "", skipped=str(error))
+    except Exception as error:  # an error of one figure, of whatever kind, must not lose the others
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+        return SavedFigure(name, (), "", "", skipped=reason, failed=True)
+
+
+def add_note(figure: PaperFigure, note: str) -> PaperFigure:
+    """Return the figure with one more sentence in its verdict and its caption."""
+    extend_caption(figure.fig, note)
+    return replace(figure, verdict=f"{figure.verdict} {note}")
 
 
 def write_figure(figure: PaperFigure, out: Path) -> SavedFigure:
-    """Write one figure as PNG (150 dpi), SVG and CSV."""
+    """Write one figure as PNG (150 dpi), SVG and CSV, into a folder that is made if it is absent."""
+    out.mkdir(parents=True, exist_ok=True)
     png, svg, csv = (out / f"{figure.name}.{suffix}" for suffix in ("png", "svg", "csv"))
     with matplotlib.style.context(["default", STYLE]):
         if figure.fig.get_layout_engine() is not None:  # once: each file would lay the panels out again
@@ -235,5 +270,5 @@ def write_figure(figure: PaperFigure, out: Path) -> SavedFigure:
         replace_file(png, lambda path: figure.fig.savefig(path, format="png", dpi=150, pil_kwargs=QUICKLY))
         # Without a date: the same results give the same bytes.
         replace_file(svg, lambda path: figure.fig.savefig(path, format="svg", metadata={"Date": None}))
-    replace_file(csv, lambda path: figure.data.to_csv(path, index=False))
+    replace_file(csv, partial(write_csv, figure.data))
     return SavedFigure(figure.name, (png, svg, csv), figure.claim, figure.verdict)

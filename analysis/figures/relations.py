@@ -28,7 +28,7 @@ from kbit.analysis.figures.drawing import (
     describe_sample,
     write_verdict,
 )
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly
 from kbit.analysis.figures.styles import STYLE, style_series
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.layers.int8_schemes import SCHEMES
@@ -319,7 +319,9 @@ def scatter(points: pd.DataFrame, relation: Relation) -> Figure:
                 alpha=alpha,
                 rasterized=len(points) > 2000,
             )
-        axes.set_xscale("log" if relation.log_x else "linear")
+        if relation.log_x:
+            axes.set_xscale("log")
+            label_plainly(axes.xaxis)
         axes.set_xlabel(relation.x_label)
         axes.set_ylabel(relation.y_label)
         axes.grid(color="0.9", linewidth=0.6)

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.figures.drawing import PaperFigure, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend
+from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly
 from kbit.analysis.figures.styles import STYLE, style_series
 
 
@@ -112,6 +112,7 @@ def draw_roofline(results: pd.DataFrame, devices: tuple[Device, ...] = DEVICES) 
                     curve["batch"], curve["speedup"], color=style.color, marker=style.marker, linestyle=style.dashes
                 )
             axes.set_xscale("log", base=2)
+            label_plainly(axes.xaxis)
             axes.axvline(PAPER_BATCH, color="0.6", linewidth=0.8)
             axes.set_title(device.name, loc="left")
             axes.set_ylabel("speedup over 16 bit" if place % columns == 0 else "")

@@ -25,6 +25,7 @@ STYLE: Final[dict[str, Any]] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.usetex": False,
+    "text.parse_math": False,  # names of models and tasks are text, whatever characters they have
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud and edited
     "svg.hashsalt": "kbit",  # fixed ids, or each file would differ from the last
 }
@@ -91,7 +92,11 @@ def find_precision_style(name: str) -> LineStyle | None:
 
 
 def draw_handle(name: str, style: LineStyle) -> Line2D:
-    """Return the legend's entry of one curve."""
+    """Return the legend's entry of one curve.
+
+    A legend leaves out labels that begin with an underscore, so that such a name has a blank before it.
+    """
     size = 9 if style.marker == "*" else 6
     looks: dict[str, Any] = {"color": style.color, "marker": style.marker, "linestyle": style.dashes}
-    return Line2D([], [], label=name, markersize=size, linewidth=1.6, **looks)
+    label = f" {name}" if name.startswith("_") else name
+    return Line2D([], [], label=label, markersize=size, linewidth=1.6, **looks)

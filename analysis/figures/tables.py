@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.curves.curves import (
+    TIE,
     VARIANT,
     Measure,
     find_cross_entropy,
@@ -20,7 +22,7 @@ from kbit.analysis.curves.curves import (
 )
 from kbit.analysis.curves.published import TOLERANCE, compare_anchors, read_published
 from kbit.analysis.curves.selections import has_settings
-from kbit.analysis.curves.settings import name_variant
+from kbit.analysis.curves.settings import is_missing, name_variant
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.drawing import (
     LIMIT,
@@ -33,8 +35,8 @@ from kbit.analysis.figures.drawing import (
     write_verdict,
 )
 from kbit.analysis.statistics.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
-from kbit.analysis.statistics.grades import SIGN, describe_lead, grade_interval
-from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, name_range, tabulate_verdicts
+from kbit.analysis.statistics.grades import SIGN, describe_lead, describe_share, grade_interval
+from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, TIED, name_range, tabulate_verdicts
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -138,6 +140,8 @@ def judge_order(correlations: pd.DataFrame) -> str:
             and the models are the sample of its 95% t-interval.
     """
     order = correlations.reindex(columns=["feed_forward", "attention", "control"]).dropna()
+    if order.empty:
+        return "Not tested: no model has all three correlations."
     grades, parts = [], []
     for better, worse in pairwise(order):
         gaps = (order[better] - order[worse]).to_numpy(dtype=np.float64)
@@ -145,13 +149,11 @@ def judge_order(correlations: pd.DataFrame) -> str:
         if len(gaps) > 1:
             low, high = map(float, stats.ttest_1samp(gaps, 0).confidence_interval(0.95))
         grades.append(grade_interval(low, high))
-        mean = gaps.mean() if len(gaps) else np.nan
         interval = "no interval" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"
-        parts.append(f"{better} less {worse} {mean:+.2f} ({interval})")
+        parts.append(f"{better} less {worse} {gaps.mean():+.2f} ({interval})")
     grade = next(g for g in ("does not hold", "undecided", "holds") if g in grades)
-    return (
-        f"{grade.capitalize()}: {', '.join(parts)}, mean over {count_things(len(order), 'model')} with 95% t-interval."
-    )
+    mean = f"mean over {len(order)} models with 95% t-interval" if len(order) > 1 else "of 1 model"
+    return f"{grade.capitalize()}: {', '.join(parts)}, {mean}."
 
 
 def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
@@ -171,10 +173,10 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
     winners = tried["bits"].value_counts()
     leader = ", ".join(f"{bits}-bit in {count}" for bits, count in winners.items())
     verdict = (
-        f"Best over most budgets: {leader} of {len(tried)} variants (data type, block size, method, outliers) by "
-        f"measure. The claim for 4 bits: {tested}."
+        f"Best over the largest share of the budgets: {leader} of {len(tried)} variants (data type, block size, "
+        f"method, outliers) by measure. The claim for 4 bits: {tested}."
     )
-    left, untried = (int((table["grade"] == why).sum()) for why in (NO_CONTEST, NOT_TRIED))
+    left, untried, tied = (int((table["grade"] == why).sum()) for why in (NO_CONTEST, NOT_TRIED, TIED))
     data, table = table, table.groupby(["family", "measure"], sort=False).head(MOST_VARIANTS)
     more = ""
     if len(data) > len(table):
@@ -182,7 +184,9 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
         more += f"{len(data) - len(table)} more."
     alone = f"Not counted: {left} with one quantized precision, which met 16 bits alone." if left else ""
     alone += f" Not tried: {untried} more variants; --where chooses." if untried else ""
-    note = f" Uncertainty: {'; '.join(sorted(set(table['source']) - {''}))}." if table["source"].any() else ""
+    alone += f" Tied: {tied}, in which no precision is ever the best." if tied else ""
+    sources = sorted(set(table["source"].dropna()) - {""})
+    note = f" Uncertainty: {'; '.join(sources)}." if sources else ""
     measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
     notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
     return finish_table("verdicts", data, show_verdicts(table), "k-bit is optimal: which k?", claim, verdict, *notes)
@@ -197,22 +201,32 @@ def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
             "measure": table["measure"],
             "bits compared": table["precisions"],
             "budgets": [name_range(*ends) for ends in zip(table["lowest"], table["highest"], strict=True)],
-            "best": table["bits"].astype("string").fillna("?") + "-bit",
-            "of budgets": table["share"].map("{:.0%}".format),
-            "mean lead (95% interval)": [
-                f"{gap:+.4f} ({low:+.4f} to {high:+.4f}) over {rival}-bit"
-                for gap, low, high, rival in zip(table["gap"], table["low"], table["high"], table["rival"], strict=True)
-            ],
+            "best": [show(bits, "{}-bit".format) for bits in table["bits"]],
+            "of budgets": [show(share, describe_share) for share in table["share"]],
+            "mean lead (95% interval)": [show_lead(row) for row in table.to_dict("records")],
             "P(best)": table["chance"].map(show_chance),
             "so": table["grade"],
-            "4-bit": table["four_bit"],
+            "4-bit": [show(grade, str) for grade in table["four_bit"]],
         }
     )
 
 
+def show(cell: Any, words: Callable[[Any], str]) -> str:
+    """Return a cell in words, or "-" where it is missing."""
+    return "-" if is_missing(cell) else words(cell)
+
+
+def show_lead(row: Mapping[Any, Any]) -> str:
+    """Return the lead of a row of tabulate_verdicts, for example "+0.0100 (+0.0050 to +0.0150) over 3-bit"."""
+    if is_missing(row["rival"]):
+        return "-"
+    interval = "no interval" if np.isnan(row["low"]) else f"{row['low']:+.4f} to {row['high']:+.4f}"
+    return f"{row['gap']:+.4f} ({interval}) over {row['rival']}-bit"
+
+
 def show_chance(chance: float) -> str:
     """Return for example "97%", or "?" where a value without an interval leaves it unknown."""
-    return "?" if np.isnan(chance) else f"{chance:.0%}"
+    return "?" if np.isnan(chance) else describe_share(chance)
 
 
 def draw_frontier(results: pd.DataFrame) -> PaperFigure:
@@ -232,7 +246,7 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
         needs = "mean zero-shot accuracy or cross entropy at two sizes of one family"
         raise MissingResults(describe_lack("frontier", needs, ("nano/bit_level", "paper/figure_2")))
     claim = "For a budget of bits, which precision, data type, block size and method is best, how surely?"
-    sure = int((data["chance"] >= 0.95).sum())
+    sure = int(((data["chance"] >= 0.95) & ~data["choice"].str.contains(" = ", regex=False)).sum())
     verdict = f"At {sure} of {len(data)} budgets one choice is best with 95% or more."
     shown = pd.DataFrame(
         {
@@ -248,7 +262,7 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     note = (
         "P(best): among all curves that reach the budget; neighbours of one data type share it. Rival: of the others, "
     )
-    note += "the one that is most probably best."
+    note += "the one that is most probably best. Choices joined by = have equal values."
     used = [key for (_, _, curves), part in zip(fields, parts, strict=True) if len(part) for key in curves["key"]]
     measures = dict.fromkeys(measure for (_, measure, _), part in zip(fields, parts, strict=True) if len(part))
     notes = [note, describe_sample(results, used, *measures), LIMIT]
@@ -303,11 +317,18 @@ def tabulate_frontier(
             f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(label, block)}")
             for bits, label, block in zip(choices["bits"], choices["label"], choices["block_size"], strict=True)
         ]
-        first, second = choices.iloc[0], choices.iloc[1]
+        first = choices.iloc[0]
+        is_best = ((choices["value"] - first["value"]).abs() <= TIE).to_numpy()  # equal values are all shown
+        others = np.flatnonzero(~is_best)
+        rival = {"next": "-", "next_chance": np.nan}
+        if others.size:
+            rival = {"next": names[others[0]], "next_chance": choices["chance"].iloc[others[0]]}
+        choice = " = ".join(name for name, best in zip(names, is_best, strict=True) if best)
         rows.append(
-            {"family": family, "measure": measure.name, "total_bits": budget, "choice": names[0]}
-            | {name: first[name] for name in ("value", "low", "high", "chance")}
-            | {"next": names[1], "next_chance": second["chance"]}
+            {"family": family, "measure": measure.name, "total_bits": budget, "choice": choice}
+            | {name: first[name] for name in ("value", "low", "high")}
+            | {"chance": choices.loc[is_best, "chance"].sum(skipna=False)}
+            | rival
         )
     return pd.DataFrame(rows)
 
@@ -324,7 +345,10 @@ def draw_anchors(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("anchors", needs, ("paper/figure_2",)))
     claim = "Do the unquantized models score what others published for them?"
     verdict = f"{int(data['agrees'].sum())} of {len(data)} values agree with the published ones to {TOLERANCE:g} "
-    verdict += f"(perplexities: to {TOLERANCE:.1%}); the largest difference is {data['difference'].abs().max():.3f}."
+    largest = data.loc[data.groupby("metric")["difference"].transform(lambda part: part.abs() == part.abs().max())]
+    named = largest.drop_duplicates("metric")[["metric", "difference", "model", "task"]].to_numpy()
+    parts = [f"{metric} {gap:+.3f} ({model}, {task})" for metric, gap, model, task in named]
+    verdict += f"(perplexities: to {TOLERANCE:.1%}); the largest differences: {', '.join(parts)}."
     numbers = data[["value", "low", "high", "published", "difference"]].round(3)
     shown = pd.concat([data[["model", "task", "metric"]], numbers, data[["agrees"]]], axis=1)
     return finish_table("anchors", data, shown, "Ours and published", claim, verdict)

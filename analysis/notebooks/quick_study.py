@@ -17,6 +17,7 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.session import Session
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
+from kbit.store.records import open_existing
 from kbit.store.store import Store
 
 TOP: Final = Path(__file__).resolve().parents[2]
@@ -29,10 +30,14 @@ def find_store() -> str:
     """Return the path of the store to read.
 
     The store is KBIT_RESULTS, else results/ at the top of the repository, else that of a quick study.
+
+    Raises:
+        FileNotFoundError: KBIT_RESULTS names no store.
     """
-    wanted = os.environ.get("KBIT_RESULTS") or str(TOP / "results")
-    if (Path(wanted) / "experiments").is_dir():
-        return wanted
+    if wanted := os.environ.get("KBIT_RESULTS"):
+        return open_existing(wanted).root
+    if (TOP / "results" / "experiments").is_dir():
+        return str(TOP / "results")
     return run_quick_study(tempfile.mkdtemp(prefix="kbit-quick-study-"))
 
 

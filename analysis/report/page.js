@@ -7,6 +7,7 @@ const count = points.key.length;
 const FILTERS = { family: "family", method: "method", data_type: "data type", block_size: "block size", bits: "bits" };
 const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A1F", "#5D3A9B", "#000000"];
 const SYMBOLS = ["circle", "triangle-down", "triangle-up", "diamond", "square", "cross", "x", "pentagon", "star", "hexagon"];
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const MANY = 3000; // more points than this are drawn by WebGL
 
 const byId = (id) => document.getElementById(id);
@@ -76,18 +77,34 @@ function choose() {
   return chosen;
 }
 
+// Plotly reads texts as a kind of HTML: names are escaped.
+const escapeText = (text) =>
+  String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
+
 function describe(i) {
   const interval = points.low[i] === null ? "" : ` (${points.low[i].toFixed(4)} to ${points.high[i].toFixed(4)})`;
-  const block = points.bits[i] === 16 ? "" : `, block ${points.block_size[i]}, method ${points.method[i]}`;
+  const block = points.bits[i] === 16 ? "" : `, block ${points.block_size[i]}, method ${escapeText(points.method[i])}`;
   return [
-    `<b>${points.model[i]}</b> ${points.bits[i]}-bit ${points.data_type[i]}${block}`,
+    `<b>${escapeText(points.model[i])}</b> ${points.bits[i]}-bit ${escapeText(points.data_type[i])}${block}`,
     `${points.value[i].toFixed(4)}${interval}`,
     `${(points.total_bits[i] / 1e6).toPrecision(4)} Mbit, ${points.bits_per_param[i].toFixed(3)} bits per quantized parameter`,
-    `experiment ${points.key[i]}; ${points.evaluation ? points.evaluation[i] : ""}`,
+    `experiment ${escapeText(points.key[i])}; ${points.evaluation ? escapeText(points.evaluation[i]) : ""}`,
   ].join("<br>");
 }
 
-// Points that no other beats: no more bits and at least as good.
+// What a point's value compares with: models of the same family, measured in the same way.
+const nameField = (i) => [points.family[i], ...(points.evaluation ? [points.evaluation[i]] : [])].join(", ");
+
+function groupBy(members, name) {
+  const groups = new Map();
+  for (const i of members) {
+    if (!groups.has(name(i))) groups.set(name(i), []);
+    groups.get(name(i)).push(i);
+  }
+  return groups;
+}
+
+// Points of one field that no other beats: no more bits and at least as good.
 function frontier(chosen, lower) {
   const sign = lower ? -1 : 1;
   const ordered = [...chosen].sort((a, b) => points.total_bits[a] - points.total_bits[b] || sign * (points.value[b] - points.value[a]));
@@ -104,7 +121,7 @@ function makeTrace(name, members, place, hue) {
   return {
     type: members.length > MANY ? "scattergl" : "scatter",
     mode: "markers",
-    name: hue === "bits" ? `${name}-bit` : name,
+    name: hue === "bits" ? `${name}-bit` : escapeText(name),
     x: members.map((i) => points.total_bits[i]),
     y: members.map((i) => points.value[i]),
     text: members.map(describe),
@@ -126,25 +143,23 @@ function draw() {
   const measure = data.measures.find((m) => m.label === byId("measure").value);
   const hue = byId("hue").value;
   const chosen = choose();
-  const groups = new Map();
-  for (const i of chosen) {
-    const name = asText(points[hue][i]);
-    if (!groups.has(name)) groups.set(name, []);
-    groups.get(name).push(i);
-  }
+  const groups = groupBy(chosen, (i) => asText(points[hue][i]));
   const names = [...groups.keys()].sort(inOrder);
   const traces = names.map((name, place) => makeTrace(name, groups.get(name), place, hue));
   if (byId("pareto").checked) {
-    const best = frontier(chosen, measure.lower);
-    traces.push({
-      type: "scatter", mode: "lines", name: "Pareto frontier", hoverinfo: "skip",
-      line: { color: "#444", width: 2, shape: "hv" },
-      x: best.map((i) => points.total_bits[i]), y: best.map((i) => points.value[i]),
+    const fields = [...groupBy(chosen, nameField)].sort(([a], [b]) => inOrder(a, b));
+    fields.forEach(([field, members], place) => {
+      const best = frontier(members, measure.lower);
+      traces.push({
+        type: "scatter", mode: "lines", name: `Pareto frontier: ${escapeText(field)}`, hoverinfo: "skip",
+        line: { color: "#444", width: 2, shape: "hv", dash: DASHES[place % DASHES.length] },
+        x: best.map((i) => points.total_bits[i]), y: best.map((i) => points.value[i]),
+      });
     });
   }
   const layout = {
     xaxis: { title: { text: "total model bits" }, type: "log", dtick: "D2", exponentformat: "SI" },
-    yaxis: { title: { text: `${measure.label} (${measure.lower ? "lower" : "higher"} is better)` } },
+    yaxis: { title: { text: `${escapeText(measure.label)} (${measure.lower ? "lower" : "higher"} is better)` } },
     font: { size: 14 }, margin: { t: 20, r: 20 }, hovermode: "closest", legend: { title: { text: byId("hue").selectedOptions[0].text } },
   };
   Plotly.react("plot", traces, layout, { responsive: true, displaylogo: false });

@@ -17,14 +17,14 @@ from typing import Any, Final
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
 from kbit.analysis.curves.settings import is_missing, make_labels
 from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.figures.styles import LINE_STYLES
 from kbit.analysis.statistics.findings import finding
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.store.filesystem import replace_file
-from kbit.store.readers import read_failures, read_provenance, read_results
+from kbit.store.readers import leave_out_checkpoints, read_failures, read_provenance, read_results
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
 # Which measurements can be shown, in the order of the menu. Higher is better for all but the last two.
@@ -45,7 +45,7 @@ def write_report(store: str | Path, out: Path) -> None:
         FileNotFoundError: there is no store.
         ValueError: the store has no result.
     """
-    results = read_results(store)
+    results = leave_out_checkpoints(read_results(store))
     if results.empty:
         raise ValueError(f"{Path(store).absolute()} has no finished experiment: nothing to report")
     page = build_page(results, read_failures(store), read_provenance(store))
@@ -59,28 +59,41 @@ def build_page(results: pd.DataFrame, failures: pd.DataFrame, provenance: pd.Dat
     Args:
         results, failures, provenance: from kbit.store's read_results, read_failures, read_provenance.
     """
+    results = split_families(results)
     data = {"measures": list_measures(results), "points": collect_columns(results), "styles": list_styles()}
     template = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         finding=html.escape(finding(results)),
         experiments=results["key"].nunique(),
         failed=len(failures),
-        verdicts=format_table(try_table(tabulate_verdicts, results), "No two precisions meet at equal total bits."),
-        laws=format_table(try_table(compare_laws, results), "No cross entropy was measured."),
+        verdicts=format_table(drop_keys(tabulate_verdicts(results)), "No two precisions meet at equal total bits."),
+        laws=format_made(compare_laws, results, "No cross entropy was measured."),
         failures=format_table(failures, "None: every experiment that was run has a result."),
         provenance=format_table(provenance, "-"),
-        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"),
+        data=embed_json(data),
         plotly=get_plotlyjs(),
         script=(FOLDER / "page.js").read_text(encoding="utf-8"),
     )
 
 
-def try_table(make: Callable[[pd.DataFrame], pd.DataFrame], results: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of the analysis, or one row with the reason why these results allow none."""
+def embed_json(data: Any) -> str:
+    """Return JSON that may stand inside a script element: without "<", no text in it ends or opens an element."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def drop_keys(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table without the experiments' keys, which are long."""
+    return table.drop(columns="keys", errors="ignore")
+
+
+def format_made(make: Callable[[pd.DataFrame], pd.DataFrame], results: pd.DataFrame, empty: str) -> str:
+    """Return a table of the analysis as HTML, and below it which families it leaves out, and why."""
     try:
-        return make(results).drop(columns="keys", errors="ignore")
+        table, left_out = leave_out_ambiguous(make, results)
     except AmbiguousResults as error:
-        return pd.DataFrame({"not computed": [str(error)]})
+        table, left_out = pd.DataFrame({"not computed": [str(error)]}), []
+    notes = "".join(f"<p>{html.escape(f'Left out: {reason}')}</p>" for reason in left_out)
+    return format_table(drop_keys(table), empty) + notes
 
 
 def list_measures(results: pd.DataFrame) -> list[dict[str, Any]]:

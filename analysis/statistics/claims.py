@@ -23,6 +23,7 @@ from kbit.analysis.curves.curves import (
     Measure,
     bound_budgets,
     shared_budgets,
+    sort_curves,
 )
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.statistics.frontier import (
@@ -36,6 +37,7 @@ from kbit.analysis.statistics.grades import (
     NEGLIGIBLE,
     count_grades,
     describe_lead,
+    describe_sources,
     grade_interval,
     grade_level,
     join_parts,
@@ -44,6 +46,20 @@ from kbit.analysis.statistics.grades import (
 Expectation = Literal["better", "best", "worse", "no better", "level"]
 Groups = tuple[Sequence[str], Sequence[str]]  # the series of a first and of a second group of curves
 Split = Callable[[pd.DataFrame], Groups]  # of one panel's points
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two kinds of curves that are compared.
+
+    Attributes:
+        split: the points of one panel -> the names of the series of the first and of the second kind.
+        first, second: the two kinds in words.
+    """
+
+    split: Split
+    first: str
+    second: str
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,11 @@ def contrast_best(
 
 
 def judge_contrasts(
-    curves: pd.DataFrame, split: Split, expected: Expectation, measure: Measure, results: pd.DataFrame | None = None
+    curves: pd.DataFrame,
+    comparison: Comparison,
+    expected: Expectation,
+    measure: Measure,
+    results: pd.DataFrame | None = None,
 ) -> str:
     """Return whether one group of curves is better (worse, no better, level) than another, panel by panel.
 
@@ -160,7 +180,7 @@ def judge_contrasts(
 
     Args:
         curves: points with columns panel and series.
-        split: the points of one panel -> the names of the series of the first and of the second group.
+        comparison: the two groups of curves.
         expected: what the paper says of the first group.
         measure: the measure that the curves show.
         results: the table behind the curves, see frontier.draw_values.
@@ -169,14 +189,14 @@ def judge_contrasts(
     tests: list[tuple[str, Contrast]] = []
     budgets: list[str] = []
     for panel, group in curves.groupby("panel", sort=False):
-        test = contrast(group, split(group), measure, results)
+        test = contrast(group, comparison.split(group), measure, results)
         tests.append((str(panel), test))
         bounds = bound_budgets(group[group["series"].isin([*test.first, *test.second])], "series")
         budgets.append(" to ".join(format_bits(end) for end, _ in bounds or ()))
     negligible = NEGLIGIBLE[measure.higher_is_better]
     tested = [(*test, ends) for test, ends in zip(tests, budgets, strict=True) if not np.isnan(test[1].gap)]
     if not tested:
-        return "Not tested: in no panel do the two kinds of curves meet at equal total bits."
+        return explain_untested(curves, comparison)
     grades = count_grades(test.grade(expected, negligible) for _, test in tests)
     limits = {"no better": f" (better by less than {negligible:g} counts as no better)"}
     limits["level"] = f" (a difference below {negligible:g} counts as level)"
@@ -184,10 +204,24 @@ def judge_contrasts(
     whom = " over the strongest rival" if expected == "best" else ""
     head = grades.capitalize() if len(tests) == 1 else f"Of {len(tests)} panels: {grades}"
     leads = join_parts(parts, len(tested))
-    return f"{head}{limits.get(expected, '')}. Mean lead{whom}: {leads} ({tested[0][1].source or 'no intervals'})."
+    sources = describe_sources(test.source for _, test, _ in tested[:NAMED])
+    return f"{head}{limits.get(expected, '')}. Mean lead{whom}: {leads} ({sources})."
+
+
+def explain_untested(curves: pd.DataFrame, comparison: Comparison) -> str:
+    """Say why no panel allows a comparison: a kind of curves is not there, or the two kinds do not meet."""
+    panels = [group for _, group in curves.groupby("panel", sort=False)]
+    there = [[set(sort_curves(group, "series")) & set(kind) for kind in comparison.split(group)] for group in panels]
+    kinds = zip((comparison.first, comparison.second), zip(*there, strict=True), strict=True)
+    if absent := [name for name, found in kinds if not any(found)]:
+        return f"Not tested: there is no curve of {' and none of '.join(absent)}."
+    both = f"{comparison.first} and {comparison.second}"
+    if not any(first and second for first, second in there):
+        return f"Not tested: no panel has curves of {both}."
+    return f"Not tested: in no panel do curves of {both} meet at equal total bits."
 
 
 def describe_contrast(test: Contrast, measure: Measure) -> str:
     """Return for example "block 64 over block 1024: +0.0100 (...)", where several curves are joined by "and"."""
-    first, second = (" and ".join(group) for group in (test.first, test.second))
+    first, second = (" and ".join(dict.fromkeys(group)) for group in (test.first, test.second))
     return f"{first} over {second}: {describe_lead(test.gap, test.low, test.high, measure)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pandas as pd
 
 from kbit.analysis.curves.curves import (
@@ -14,10 +16,11 @@ from kbit.analysis.curves.curves import (
     is_contest,
     optimal_share,
     precision_curves,
+    split_families,
     split_variants,
 )
 from kbit.analysis.curves.settings import is_missing, name_variant
-from kbit.analysis.statistics.grades import describe_lead
+from kbit.analysis.statistics.grades import describe_lead, describe_share
 from kbit.analysis.statistics.verdicts import line_up, try_precision
 
 
@@ -25,6 +28,7 @@ def finding(results: pd.DataFrame) -> str:
     """Return what the results say about the best precision at equal bits, a plain sentence per family."""
     if results.empty:
         return "No results yet."
+    results = split_families(results)
     families = sorted(results["family"].unique())
     return " ".join(describe_family(results[results["family"] == family], str(family)) for family in families)
 
@@ -74,19 +78,35 @@ def describe_curves(curves: pd.DataFrame, measure: Measure, results: pd.DataFram
         leader = shares["bits"].iloc[0]
         sure = "" if is_missing(leader) else describe_certainty(curves, measure, results, int(leader))
         return describe_shares(shares, measure) + sure
-    # The first row of a variant is its largest share.
-    winners = shares.groupby(VARIANT, dropna=False).head(1)["bits"].value_counts(dropna=False, sort=True)
-    leader, *others = [f"{name_bits(bits)} in {count}" for bits, count in winners.items()]
+    counts = count_winners(shares)
+    leaders = [name_bits(bits) for bits, count in counts.items() if count == max(counts.values())]
+    others = [f"{name_bits(bits)} in {count}" for bits, count in counts.items() if name_bits(bits) not in leaders]
     rest = f" ({', '.join(others)})" if others else ""
-    return f"most often best by {measure.name} is {leader} of {variants} variants{rest}"
+    verb, each = ("is", "") if len(leaders) == 1 else ("are", " each")
+    return (
+        f"most often best by {measure.name} {verb} {' and '.join(leaders)} in {max(counts.values())} of {variants} "
+        f"variants{each}{rest}"
+    )
+
+
+def count_winners(shares: pd.DataFrame) -> dict[int | None, int]:
+    """Return in how many variants each precision has the largest share of the budgets, the most frequent first.
+
+    None stands for a variant in which no precision has: a tie has, or two precisions have as much.
+    """
+    counts: Counter[int | None] = Counter()
+    for _, of_variant in shares.groupby(VARIANT, dropna=False):
+        best = of_variant.loc[of_variant["share"] == of_variant["share"].max(), "bits"]
+        counts[None if len(best) > 1 or is_missing(best.iloc[0]) else int(best.iloc[0])] += 1
+    return dict(counts.most_common())
 
 
 def describe_shares(shares: pd.DataFrame, measure: Measure) -> str:
     """Return for example "4-bit is best over 71% of the budgets by cross entropy (3-bit 29%)"."""
     (leader, share), *others = list(zip(shares["bits"], shares["share"], strict=True))
     verdict = "the precisions tie" if is_missing(leader) else f"{name_bits(leader)} is best"
-    rest = ", ".join(f"{name_bits(bits)} {part:.0%}" for bits, part in others)
-    return f"{verdict} over {share:.0%} of the budgets by {measure.name}" + (f" ({rest})" if rest else "")
+    rest = ", ".join(f"{name_bits(bits)} {describe_share(part)}" for bits, part in others)
+    return f"{verdict} over {describe_share(share)} of the budgets by {measure.name}" + (f" ({rest})" if rest else "")
 
 
 def describe_certainty(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame, bits: int) -> str:

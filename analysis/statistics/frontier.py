@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets, sort_curves
+from kbit.analysis.curves.curves import TIE, VARIANT, ZERO_SHOT, Floats, Measure, shared_budgets, sort_curves
 from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.store.items import read_items_by_task
@@ -162,7 +162,7 @@ def weigh_curve(sizes: Floats, budgets: Floats, *, extend: bool = False) -> Floa
 def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by: str = "bits") -> pd.DataFrame:
     """Return the probability of each curve of one panel to be the best at each shared budget.
 
-    P(best) = share of the draws in which the curve is best of those defined at the budget.
+    P(best) = share of the draws in which the curve is best of those defined at the budget. Equal ones share a draw.
 
     Returns:
         Index total_bits (the budgets), a column for each curve. Rows sum to 1. Empty if the curves never meet.
@@ -177,9 +177,18 @@ def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by:
     rows = [sign * matrix[:, places].T for matrix, places in zip(matrices.values(), own, strict=True)]
     for chunk in np.array_split(draws.values, max(1, len(draws.values) // 100)):  # all draws at once would be large
         values = np.stack([chunk[:, places] @ row for places, row in zip(own, rows, strict=True)])
-        winners = np.where(np.isnan(values), -np.inf, values).argmax(axis=0)  # NaN: not defined there
-        counts += np.stack([(winners == place).sum(axis=0) for place in range(len(matrices))], axis=1)
+        counts += share_wins(values).sum(axis=1).T  # NaN: not defined there
     return pd.DataFrame(counts / len(draws.values), pd.Index(budgets, name="total_bits"), columns=list(matrices))
+
+
+def share_wins(values: Floats) -> Floats:
+    """Return 1 for the largest value along the first axis and 0 for others. Equal ones share the 1.
+
+    A missing value is never the largest.
+    """
+    best = values >= np.fmax.reduce(values, axis=0) - TIE
+    count = best.sum(axis=0)
+    return np.asarray(best if count.max() == 1 else best / np.maximum(count, 1), dtype=np.float64)
 
 
 def choose_precision(
@@ -255,7 +264,7 @@ def rank_choices(about: pd.DataFrame, found: list[tuple[object, float, Floats]],
     table = about.loc[[curve for curve, _, _ in found]].reset_index(drop=True)
     table["value"] = [value for _, value, _ in found]
     table["low"], table["high"] = np.quantile(draws, [0.025, 0.975], axis=0)
-    wins = np.bincount((sign * draws).argmax(axis=1), minlength=len(found)) / len(draws)
+    wins = share_wins(sign * draws.T).mean(axis=1)
     table["chance"] = np.nan if np.isnan(draws).any() else wins  # one that is not known leaves all unknown
     by_value = table.sort_values("value", ascending=not measure.higher_is_better, ignore_index=True)
     rivals = by_value[1:].sort_values("chance", ascending=False, kind="stable")  # equal chances: by value

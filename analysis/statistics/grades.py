@@ -39,6 +39,18 @@ def join_parts(parts: Sequence[str], count: int) -> str:
     return "; ".join(parts) + (f"; and {count - len(parts)} more" if count > len(parts) else "")
 
 
+def describe_share(share: float) -> str:
+    """Return a share in whole percent, where 0% and 100% are said of none and all alone."""
+    if 0 < share < 0.005:
+        return "less than 1%"
+    return "more than 99%" if 0.995 <= share < 1 else f"{share:.0%}"
+
+
+def describe_sources(sources: Iterable[str]) -> str:
+    """Return how the uncertainty of several leads was found, each way once, or "no intervals" where it was not."""
+    return "; ".join(sorted({source or "no intervals" for source in sources}))
+
+
 def describe_lead(gap: float, low: float, high: float, measure: Measure) -> str:
     """Return for example "+0.0123 nats (95% interval +0.0100 to +0.0140)". Above 0 is better, see SIGN."""
     unit = "" if measure.higher_is_better else " nats"

@@ -294,13 +294,15 @@ def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: 
         points: the same as in fit_law, with a column model.
 
     Raises:
-        TooFewPoints: see fit_law.
+        TooFewPoints: see fit_law, or the largest model shares no precision with others.
     """
     largest = points.sort_values("parameters")["model"].iloc[-1]
     points = points.assign(_scale=choose_scale(points))
     known, held = points[points["model"] != largest], points[points["model"] == largest]
     precisions = [int(k) for k in known["bits"].unique()]
     held = held[held["bits"].isin(precisions)]
+    if held.empty:
+        raise TooFewPoints(f"the law {law!r} cannot be checked on {largest}: no other model has its precisions")
     fit = fit_law(law, known, draws=draws, seed=seed)
     design = make_design(law, held, precisions)
     y = held["y"].to_numpy(dtype=np.float64)

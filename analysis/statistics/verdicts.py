@@ -25,13 +25,23 @@ from kbit.analysis.curves.curves import (
     find_measures,
     is_contest,
     precision_curves,
+    sort_curves,
+    split_families,
     split_variants,
     tabulate_curves,
 )
 from kbit.analysis.curves.settings import name_variant, rank_block, rank_data_type, rank_label
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.statistics.frontier import Draws, best_chances, draw_values, find_strongest_rival, weigh_points
-from kbit.analysis.statistics.grades import NAMED, count_grades, describe_lead, grade_interval, join_parts
+from kbit.analysis.statistics.grades import (
+    NAMED,
+    count_grades,
+    describe_lead,
+    describe_share,
+    describe_sources,
+    grade_interval,
+    join_parts,
+)
 
 CLAIMED_BITS: Final = 4
 SURE: Final = 0.975  # a one-sided chance that corresponds to a two-sided 95% interval
@@ -39,6 +49,7 @@ MOST_VARIANTS: Final = 4  # of a family and measure in a table that is read, whi
 MOST_TRIALS: Final = 80  # variants that are tried, over all families and measures: 0.03 s each
 NOT_TRIED: Final = "not tried: too many variants; --where chooses"
 NO_CONTEST: Final = "no contest: one quantized precision"
+TIED: Final = "tied: at no budget is one precision better than all others"
 
 
 @dataclass(frozen=True)
@@ -47,15 +58,16 @@ class Trial:
 
     Attributes:
         bits: the precision on trial.
-        share: the share of the budgets where it is best. NaN if it meets no other precision.
+        share: the share of the budgets where it is better than each other one. NaN if it meets no other precision.
         gap, low, high: the mean lead over the strongest rival (< 0: it trails) with its 95% interval, in the measure's
             unit. See frontier.find_strongest_rival. The mean is over the budgets where both are defined.
         rival: the strongest rival's bits.
         chance: the probability that it is best, averaged over the budgets. NaN without intervals.
         ahead: the share of the budgets where that probability is 97.5% or more.
         behind: the share of the budgets where that probability is 2.5% or less.
-        rivals: the best other precision at each budget where this one is not best, most frequent first.
+        rivals: the best other precision at each budget where that is better than this one, most frequent first.
         source: how the uncertainty was found.
+        level: the share of the budgets where it is as good as the best other one.
     """
 
     bits: int
@@ -69,6 +81,7 @@ class Trial:
     behind: float = np.nan
     rivals: tuple[int, ...] = ()
     source: str = ""
+    level: float = 0.0
 
     @property
     def grade(self) -> str:
@@ -126,10 +139,11 @@ def try_precision(race: Race, bits: int = CLAIMED_BITS) -> Trial:
     decisive = find_strongest_rival(race.draws, rows, np.nanmean(table, axis=1))
     reached = met.any(axis=0)
     closest, nearest = np.nanmin(table[:, reached], axis=0), np.nanargmin(table[:, reached], axis=0)
-    chance = None if race.chances is None else race.chances[bits].to_numpy()[reached]
+    chance = None if race.chances is None else race.chances[bits].to_numpy()
     return Trial(
         bits,
-        share=float((closest > TIE).mean()),
+        share=float((closest > TIE).sum() / len(reached)),
+        level=float((np.abs(closest) <= TIE).sum() / len(reached)),
         gap=decisive.gap,
         low=decisive.low,
         high=decisive.high,
@@ -137,7 +151,7 @@ def try_precision(race: Race, bits: int = CLAIMED_BITS) -> Trial:
         chance=np.nan if chance is None else float(chance.mean()),
         ahead=np.nan if chance is None else float((chance >= SURE).mean()),
         behind=np.nan if chance is None else float((chance <= 1 - SURE).mean()),
-        rivals=tuple(int(str(rivals[place])) for place, _ in Counter(nearest[closest <= TIE].tolist()).most_common()),
+        rivals=tuple(int(str(rivals[place])) for place, _ in Counter(nearest[closest < -TIE].tolist()).most_common()),
         source="" if chance is None else race.draws.source,
     )
 
@@ -155,7 +169,7 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         for variant, group in split_variants(curves)
     ]
     ranges = [describe_budgets(group) for _, group in split_variants(curves)]
-    if len(trials) == 1:
+    if len(trials) == 1 and not np.isnan(trials[0][1].share):
         return describe_trial(trials[0][1], measure) + (f" Budgets: {ranges[0]}." if ranges[0] else "")
     tested = [
         (panel, trial, budgets)
@@ -163,16 +177,26 @@ def judge_four_bit(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         if not np.isnan(trial.share)
     ]
     if not tested:
-        return f"Not tested: in none of {len(trials)} panels does a 4-bit curve meet another precision."
+        return explain_untested(curves)
     parts = [
         f"{panel}: {trial.grade}, {describe_lead(trial.gap, trial.low, trial.high, measure)} over {trial.rival}-bit, "
-        f"best over {trial.share:.0%} of the budgets, {budgets}"
+        f"best over {describe_share(trial.share)} of the budgets, {budgets}"
         for panel, trial, budgets in tested[:NAMED]
     ]
+    sources = describe_sources(trial.source for _, trial, _ in tested[:NAMED])
     return (
         f"Of {len(trials)} panels: {count_grades(trial.grade for _, trial in trials)}. Mean lead of 4-bit over its "
-        f"strongest rival: {join_parts(parts, len(tested))} ({tested[0][1].source or 'no intervals'})."
+        f"strongest rival: {join_parts(parts, len(tested))} ({sources})."
     )
+
+
+def explain_untested(curves: pd.DataFrame) -> str:
+    """Say why the claim for 4 bits is tested in no panel: there is no such curve, or it meets no other."""
+    panels = [group for _, group in split_variants(curves)]
+    where = "" if len(panels) == 1 else f" in any of {len(panels)} panels"
+    if not any(CLAIMED_BITS in sort_curves(group) for group in panels):
+        return f"Not tested: no {CLAIMED_BITS}-bit model was measured at two sizes{where}."
+    return f"Not tested: no {CLAIMED_BITS}-bit curve meets another precision at equal total bits{where}."
 
 
 def name_panel(variant: dict[str, Any]) -> str:
@@ -186,20 +210,21 @@ def describe_budgets(curves: pd.DataFrame) -> str:
 
 
 def describe_trial(trial: Trial, measure: Measure) -> str:
-    """Return the sentences for a single variant."""
-    if np.isnan(trial.share):
-        return f"Not tested: no {trial.bits}-bit curve meets another precision at equal total bits."
-    rivals = f" (else {' or '.join(f'{bits}-bit' for bits in trial.rivals[:2])})" if trial.rivals else ""
+    """Return the sentences for a single variant that was tested."""
+    others = [f"else {' or '.join(f'{bits}-bit' for bits in trial.rivals)}"] if trial.rivals else []
+    others += [f"level with the best over {describe_share(trial.level)}"] if trial.level else []
+    rivals = f" ({', '.join(others)})" if others else ""
     chance = ""
     if not np.isnan(trial.chance):
         chance = (
-            f" Its chance to be best is {trial.chance:.0%} on average; it is best with {SURE:.1%} or more over "
-            f"{trial.ahead:.0%} of the budgets, with {1 - SURE:.1%} or less over {trial.behind:.0%} ({trial.source})."
+            f" Its chance to be best is {describe_share(trial.chance)} on average; it is best with {SURE:.1%} or more "
+            f"over {describe_share(trial.ahead)} of the budgets, with {1 - SURE:.1%} or less over "
+            f"{describe_share(trial.behind)} ({trial.source})."
         )
     return (
         f"{trial.grade.capitalize()}: the mean lead of {trial.bits}-bit over its strongest rival, {trial.rival}-bit, "
-        f"is {describe_lead(trial.gap, trial.low, trial.high, measure)}. It is best over {trial.share:.0%} of the "
-        f"shared budgets{rivals}.{chance}"
+        f"is {describe_lead(trial.gap, trial.low, trial.high, measure)}. It is best over "
+        f"{describe_share(trial.share)} of the shared budgets{rivals}.{chance}"
     )
 
 
@@ -209,15 +234,17 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
     A variant is a data type with its method, outliers and other settings, and a block size. The variants with the most
     points come first. A variant with one quantized precision is listed as NO_CONTEST, without a verdict. Of a large
     study's variants the first of each family and measure are tried, MOST_TRIALS in all, and the others are listed as
-    NOT_TRIED. Variants whose curves never meet are left out. A family measured in several ways has one row, with the
+    NOT_TRIED. Where no precision is ever better than all others the grade is TIED, and bits are missing. Variants whose
+    curves never meet are left out. A family measured in several ways has one row, with the
     reason as its grade.
 
     Returns:
         Columns family, data_type (the variant's label), block_size, measure, precisions (that were compared), bits (the
-        one that is best over most budgets), share, gap, low, high, rival, chance, grade (of "this precision is
-        optimal"), four_bit (the grade of the paper's claim), source, lowest, highest (the budgets compared, bits), keys
-        (the experiments' keys, separated by blanks).
+        one that is best over the largest share of the budgets), share, gap, low, high, rival, chance, grade (of "this
+        precision is optimal"), four_bit (the grade of the paper's claim), source, lowest, highest (the budgets
+        compared, bits), keys (the experiments' keys, separated by blanks).
     """
+    results = split_families(results)
     most = max(MOST_VARIANTS, MOST_TRIALS // max(1, 2 * results["family"].nunique()))  # by accuracy and cross entropy
     rows: list[dict[str, Any]] = []
     for family, of_family in results.groupby("family"):
@@ -253,7 +280,9 @@ def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         race = line_up(group, measure, results)
         trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
         if tested := {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}:
-            rows.append(about | {"precisions": list_bits(race.values.columns)} | describe_best(tested))
+            best = describe_best(tested)
+            best |= {} if best["share"] else {"bits": None, "rival": None, "grade": TIED}
+            rows.append(about | {"precisions": list_bits(race.values.columns)} | best)
     return rows
 
 
@@ -264,7 +293,7 @@ def list_candidates(race: Race) -> list[int]:
     for place, bits in enumerate(race.values):
         lead = values[:, place] - np.fmax.reduce(np.delete(values, place, axis=1), axis=1)
         met = lead[~np.isnan(lead)]
-        shares[int(str(bits))] = float((met > TIE).mean()) if met.size else np.nan
+        shares[int(str(bits))] = float((met > TIE).sum() / len(lead)) if met.size else np.nan
     most = max(share for share in shares.values() if not np.isnan(share))
     return [bits for bits, share in shares.items() if share == most or bits == CLAIMED_BITS]
 
@@ -287,7 +316,7 @@ def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
 
 
 def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:
-    """Return the row of the precision that is best over most budgets, and among equals has the largest gap."""
+    """Return the row of the precision that is best over the most budgets, and among equals has the largest gap."""
     best = max(tested.values(), key=lambda trial: (trial.share, trial.gap))
     fields = ("bits", "share", "gap", "low", "high", "rival", "chance", "grade", "source")
     claim = tested[CLAIMED_BITS].grade if CLAIMED_BITS in tested else "not tested"

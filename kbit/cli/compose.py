@@ -14,7 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,10 +23,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kbit.cli.explain import check_grid, explain
+from kbit.cli.explain import STUDY_HINT, check_grid, explain
 from kbit.cli.hydra_private import list_combinations
-from kbit.experiments.config import RunConfig
+from kbit.experiments.check_types import check_types
+from kbit.experiments.config import RunConfig, StudyConfig
 from kbit.experiments.serialize import Values, from_json
+
+_RECORDED: Final = ("model", "quant", "eval")  # the sections that a record of the store keeps
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Composer:
         """
         files, _ = self._split(overrides)
         study = self._base(files).values["study"]
+        check_study(study)
         if study["unite"]:
             check_union(study, within)
             others = [o for o in overrides if self._parse(o).key_or_group.partition(".")[0] not in ("sweeps", "study")]
@@ -127,7 +131,7 @@ class Composer:
         base = self._base(files)
         leaves = [self._leaf(files, override) for override in plain]
         if base.interpolates or None in leaves:
-            return _to_values(self._load(overrides))
+            return read_values(self._load(overrides))
         values = copy_nodes(base.values)
         for path, value in typing.cast(list[tuple[list[str], Any]], leaves):
             node = values
@@ -163,7 +167,7 @@ class Composer:
 
     def _compose_base(self, files: tuple[str, ...]) -> _Base:
         config = self._load(files)
-        return _Base(config, _to_values(config), "${" in OmegaConf.to_yaml(config))
+        return _Base(config, read_values(config), "${" in OmegaConf.to_yaml(config))
 
     def _find_leaf(self, files: tuple[str, ...], override: str) -> tuple[list[str], Any] | None:
         """Return the path of an override's key and the value in the schema's type, or None if Hydra refuses it."""
@@ -179,10 +183,23 @@ class Composer:
 def _build_point(values: Values, point: Sequence[str], hint: str = "") -> RunConfig:
     """Return a point's configuration. The error of a refused one names the point, which may be one of thousands."""
     try:
-        return from_json(RunConfig, values)
+        return build_config(values)
     except ValueError as error:
         where = f" (at {' '.join(point)}{hint})" if len(point) > 1 else ""
         raise ValueError(f"{error}{where}") from None
+
+
+def build_config(values: Values) -> RunConfig:
+    """Return the configuration with these values.
+
+    Raises:
+        ValueError: a value is not of its type, or is refused by the configuration's own checks.
+    """
+    try:
+        check_types(RunConfig, values)
+    except TypeError as error:
+        raise ValueError(error) from None
+    return from_json(RunConfig, values)
 
 
 def copy_nodes(values: Values) -> Values:
@@ -190,8 +207,35 @@ def copy_nodes(values: Values) -> Values:
     return {key: copy_nodes(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
-def _to_values(config: DictConfig) -> Values:
-    return typing.cast(Values, OmegaConf.to_container(config, resolve=True))
+def read_values(config: DictConfig) -> Values:
+    """Return a composed configuration as nested dicts.
+
+    Raises:
+        ValueError: records would hold the value of an environment variable.
+        OmegaConfBaseException: an interpolation cannot be resolved, or a value is missing.
+    """
+    check_environment(config)
+    return typing.cast(Values, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+
+
+def check_environment(config: DictConfig) -> None:
+    """Raise ValueError if an environment variable is interpolated into what records keep. It may be a secret."""
+    for section in _RECORDED:
+        text = str(OmegaConf.to_container(config, resolve=False).get(section))  # type: ignore[union-attr]
+        reaches_others = "${" in text and "oc.env" in str(OmegaConf.to_container(config, resolve=False))
+        if "oc.env" in text or reaches_others:
+            raise ValueError(
+                f"{section}: ${{oc.env:...}} would be written into every record, which may be shared; it can stand in "
+                "results, device and ray. Where it is no secret, let the shell insert it: model.name=$HOME/model"
+            )
+
+
+def check_study(study: Any) -> None:
+    """Raise ValueError if the values of the key `study` are not of their types."""
+    try:
+        check_types(StudyConfig, study, "study")
+    except TypeError as error:
+        raise ValueError(f"{error}; {STUDY_HINT}") from None
 
 
 def check_union(study: Values, within: tuple[str, ...]) -> None:

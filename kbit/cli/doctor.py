@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,9 +113,11 @@ def _distinct(values: Iterable[T]) -> list[T]:
 def _find_devices(asked: str) -> Finding:
     import torch  # takes a second, and the lines before need not wait
 
+    from kbit.engine.machine import count_cpus
+
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     number = int(asked.partition(":")[2] or 0)
-    detail = f"{os.cpu_count()} CPUs, torch uses {torch.get_num_threads()}; {', '.join(cards) or 'no CUDA device'}"
+    detail = f"{count_cpus()} CPUs, torch uses {torch.get_num_threads()}; {', '.join(cards) or 'no CUDA device'}"
     return Finding(f"device {asked}", detail, missing=asked.startswith("cuda") and number >= len(cards))
 
 
@@ -180,7 +181,9 @@ def _describe_task(name: str, task_path: str | None) -> str:
     from kbit.silence import silence_libraries
 
     silence_libraries()
-    [loaded] = load_tasks([name], task_path)
+    loaded, *others = load_tasks([name], task_path)
+    if loaded.groups:
+        return f"{1 + len(others)} tasks: {', '.join(task.name for task in (loaded, *others))}"
     identity = f"sha256 {loaded.sha256[:12]}" if loaded.sha256 else f"fingerprint {loaded.fingerprint}"
     return f"{len(loaded.task.eval_docs):,} rows of {loaded.source}, {identity}, version {loaded.version}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import re
 import types
@@ -14,14 +15,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kbit.checks import KbitError, suggest
 from kbit.experiments.config import RunConfig
 
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_STUDY: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
+_GROUPS: Final = ("quant", "eval", "hydra/launcher", "hydra/sweeper", "hydra/help")
+_NAME: Final = r"[A-Za-z_./][\w./-]*"
+_NAMES: Final = re.compile(
+    rf"(glob|choice|sort|shuffle|tag)\(.*\)|{_NAME}(\s*,\s*{_NAME})*|\[{_NAME}(\s*,\s*{_NAME})*\]"
+)
+STUDY_HINT: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
 
 
 def refuse_arguments(arguments: Sequence[str]) -> None:
@@ -31,15 +37,78 @@ def refuse_arguments(arguments: Sequence[str]) -> None:
         KbitError: a key is unknown, or Hydra would ignore one of several studies.
     """
     hints = [refuse_several_studies(arguments)]
+    folders = find_config_folders(arguments)
     for argument in arguments:
         key, is_override, _ = argument.partition("=")
         name = key.lstrip("+~")
         if key == "sweeps":
             hints.append(f"{key}: a ready study is added, not set: +{argument}")
-        elif is_override and not key.startswith("-") and not name.startswith(("hydra", "sweeps")) and "@" not in name:
-            hints.append(find_unknown_key(name))
+        elif is_override and not key.startswith("-") and not name.startswith("sweeps") and "@" not in name:
+            is_known = name.startswith("hydra") or any((folder / name).is_dir() for folder in folders)
+            hints.append("" if is_known else find_unknown_key(name))
+            hints.append(_refuse_no_name(name, argument))
     if any(hints):
         raise KbitError(*filter(None, hints))
+
+
+def _refuse_no_name(key: str, argument: str) -> str:
+    """Return which names there are if an argument chooses a file of a group by anything but names, else ""."""
+    value = argument.partition("=")[2].strip("'\"")
+    if key not in _GROUPS or (_NAMES.fullmatch(value) and value.lower() not in ("null", "true", "false")):
+        return ""
+    return f"{argument:.80}: {key} is given by name; {suggest(value, list_files(f'conf/{key}'))}"
+
+
+def find_config_folders(arguments: Sequence[str]) -> list[Path]:
+    """Return the user's own folders of configurations, which --config-dir names."""
+    folders = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, is_joined, value = argument.partition("=")
+        if option in ("--config-dir", "-cd"):
+            folders.append(Path(value if is_joined else following))
+    return folders
+
+
+def find_launchers(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the launcher that each chosen study (or other file that is added with +GROUP=NAME) asks for, by file.
+
+    kbit's own choice of a launcher stands in the first file that Hydra reads, and of several choices Hydra takes the
+    first. A study's `override /hydra/launcher: NAME` would have no effect.
+
+    Raises:
+        KbitError: a file asks for another sweeper.
+    """
+    folders = [*find_config_folders(arguments), Path(str(files("kbit")))]
+    chosen = [match for a in arguments if (match := re.fullmatch(r"\+{1,2}([^=@]+)(?:@\w+)?=([\w/,.-]+)", a))]
+    waiting = [(match[1], name) for match in chosen for name in match[2].split(",")]
+    found: dict[str, str] = {}
+    seen = set()
+    while waiting:
+        group, name = waiting.pop()
+        path = next((p for folder in folders if (p := folder / group / f"{name}.yaml").is_file()), None)
+        if path is None or path in seen:
+            continue  # Hydra names what is not there
+        seen.add(path)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        study = content.get("study") if isinstance(content, dict) else None
+        if isinstance(study, dict) and isinstance(study.get("unite"), list):
+            waiting += [("sweeps", str(other)) for other in study["unite"]]
+        for key, choice in _list_overrides(content):
+            if key == "hydra/sweeper" and choice != "kbit":
+                raise KbitError(
+                    f"{path}: override /hydra/sweeper: {choice} has no effect: kbit has a sweeper of its own"
+                )
+            found |= {str(path): choice} if key == "hydra/launcher" else {}
+    return found
+
+
+def _list_overrides(content: Any) -> Iterator[tuple[str, str]]:
+    """Yield each group that a file's defaults list overrides, and the choice."""
+    defaults = content.get("defaults") if isinstance(content, dict) else None
+    for entry in defaults if isinstance(defaults, list) else ():
+        for key, choice in entry.items() if isinstance(entry, dict) else ():
+            if match := re.fullmatch(r"override\s+/?(.*)", str(key)):
+                yield match[1], str(choice)
 
 
 def find_unknown_key(key: str, schema: Any = RunConfig) -> str:
@@ -82,6 +151,10 @@ def explained(schema: Any = RunConfig) -> Iterator[None]:
         yield
     except REFUSALS as error:
         raise KbitError(explain(error, schema)) from error
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise KbitError(f"{Path(str(error.filename)).name[:60]}... is too long for the name of a file") from None
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
@@ -94,6 +167,8 @@ def explain(error: Exception, schema: Any = RunConfig) -> str:
         return f"{where}: {error.problem}"
     if isinstance(error, MissingConfigException):
         return _explain_missing(error)
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, KbitError | ValueError):
+        return str(error.__cause__)  # of kbit's own sweeper or launcher
     if shown := _explain_override(str(error)):
         return shown
     cause: BaseException | None = error
@@ -128,7 +203,7 @@ def _explain_value(text: str, key: str, reason: str, cause: Any, schema: Any) ->
         if hint := find_unknown_key(key, schema):
             return hint
     if "merge DictConfig with ListConfig" in reason or "ListConfig with DictConfig" in reason:
-        return f"{reason}; {_STUDY}"
+        return f"{reason}; {STUDY_HINT}"
     given = re.match(r"Error merging override (.*)", text)
     allowed = _describe_type(key, schema)
     return f"{given.group(1) if given else key}: {reason}{f'; {key} is {allowed}' if allowed else ''}"
@@ -168,7 +243,7 @@ def list_files(folder: str) -> list[str]:
 def check_grid(grid: Any) -> None:
     """Raise ValueError if a grid of a study is not a mapping of keys to one value or more."""
     if not isinstance(grid, dict) or not grid:
-        raise ValueError(f"study.grids: {grid!r} maps no keys to values; {_STUDY}")
+        raise ValueError(f"study.grids: {grid!r} maps no keys to values; {STUDY_HINT}")
     for key, value in grid.items():
         if isinstance(value, dict):
             raise ValueError(f"study.grids: {key}: {value!r} is neither a value nor a list of values")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kbit.checks import KbitError
-from kbit.cli.results import select_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The names of kbit.analysis.figures.registry.FIGURES for the shell, which cannot wait for matplotlib. A test compares.
 FIGURE_NAMES: Final = (
@@ -27,7 +29,7 @@ def add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("names", nargs="*", help="figures to draw (default: all that the results allow)")
     parser.add_argument("--results", default="results", help="folder of the store (default: results)")
-    parser.add_argument("--where", help="draw these rows only: a pandas query, such as \"data_type == 'nf'\"")
+    parser.add_argument("--where", help="draw these rows only: a condition, such as \"data_type == 'nf'\"")
     parser.add_argument("--measure", metavar="TASK/METRIC", help="what curves show, such as nano_cloze/acc")
     parser.add_argument("--lower-is-better", action="store_true", help="of --measure, as of a loss")
     parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
@@ -50,18 +52,16 @@ def draw_figures(options: argparse.Namespace) -> None:
     """Draw figures from a store, and print where each is or why there is none.
 
     Raises:
-        KbitError: the results allow no figure, or not all of those that were named.
+        KbitError: the results allow no figure or not all of those that were named, or a figure failed.
         ValueError, OSError: there is no store, or an argument is wrong.
     """
     from kbit.analysis.figures.registry import choose_measure, save_figures
     from kbit.analysis.statistics.findings import finding
-    from kbit.store.readers import read_results
+    from kbit.store.readers import leave_out_checkpoints, read_results
 
-    results = read_results(options.results)
+    results = leave_out_checkpoints(read_results(options.results))
     if options.where:
-        results = select_rows(results, options.where)
-        if results.empty:
-            raise ValueError(f"--where {options.where!r} finds none of the rows of {options.results}")
+        results = _select(results, options)
     measure = None
     if options.lower_is_better and not options.measure:
         raise ValueError("--lower-is-better says of --measure that it is a loss: give --measure, too")
@@ -77,9 +77,24 @@ def draw_figures(options: argparse.Namespace) -> None:
         raise KbitError(f"these results allow {which}")
     print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
     print(f"\n{finding(results)}")
-    missing = [figure.name for figure in figures if figure.skipped]
-    if options.names and missing:
+    missing = [figure.name for figure in figures if figure.failed or (options.names and figure.skipped)]
+    if missing:
         raise KbitError(f"not drawn: {' '.join(missing)}")
+
+
+def _select(results: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
+    """Return the rows that a condition finds, with the 16-bit baselines to compare them with, and print their number.
+
+    Raises:
+        ValueError: the text is no condition, or finds no row.
+    """
+    from kbit.store.conditions import is_baseline, select_rows
+
+    if select_rows(results, options.where).empty:
+        raise ValueError(f"--where {options.where!r} finds none of the rows of {options.results}")
+    kept = select_rows(results, options.where, keep_baseline=True)
+    print(f"--where keeps {len(kept)} of {len(results)} rows, {is_baseline(kept).sum()} of them of 16-bit baselines")
+    return kept
 
 
 def make_report(options: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ Hydra only composes here. What is asked for is returned as requests, and the wor
 
 from __future__ import annotations
 
-import atexit
 import functools
 import re
 import shutil
@@ -18,8 +17,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.checks import KbitError
-from kbit.cli.compose import Request
-from kbit.cli.explain import explained, list_files, refuse_arguments
+from kbit.cli.compose import Request, build_config, read_values
+from kbit.cli.explain import REFUSALS, explained, find_launchers, list_files, refuse_arguments
 from kbit.cli.hydra_private import forget_basic_launcher, make_writable
 from kbit.experiments.config import RunConfig, StudyConfig
 
@@ -41,23 +40,43 @@ def compose_requests(arguments: Sequence[str], command: str = "run") -> list[Req
     if any(re.match(r"\+{1,2}sweeps(@\w*)?=[^\[]*,", argument) for argument in arguments):
         arguments = as_multirun(arguments)  # several studies are never one run
     refuse_arguments(arguments)
+    with explained():
+        arguments = [*arguments, *choose_launcher(arguments)]
     flags_first = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))  # argparse insists
     sys.argv = [f"kbit {command}", *flags_first]
     requests: list[Request] = []
-    refused: list[ValueError | KbitError] = []
+    refused: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://kbit.conf", config_name="run")
     def receive(composed: DictConfig | Request) -> None:
         try:
             requests.append(composed if isinstance(composed, Request) else _request_one(composed))
-        except (ValueError, KbitError) as error:  # Hydra would print "Error executing job" if it saw the error
+        except (ValueError, KbitError, *REFUSALS) as error:  # Hydra would print "Error executing job" as well
             refused.append(error)
 
-    with explained():
-        receive()
-    for error in refused:
-        raise error
+    try:
+        with explained():
+            receive()
+            for error in refused:
+                raise error
+    finally:
+        _remove_scratch_folder()
     return requests
+
+
+def choose_launcher(arguments: Sequence[str]) -> list[str]:
+    """Return the argument that chooses the launcher that the studies ask for, if the user chooses none.
+
+    Raises:
+        KbitError: two studies ask for different launchers.
+    """
+    asked = find_launchers(arguments)
+    if not asked or any(argument.startswith("hydra/launcher=") for argument in arguments):
+        return []
+    if len(set(asked.values())) > 1:
+        choices = ", ".join(f"{path} asks for {launcher}" for path, launcher in sorted(asked.items()))
+        raise KbitError(f"{choices}: choose one with hydra/launcher=NAME")
+    return [f"hydra/launcher={next(iter(asked.values()))}"]
 
 
 def as_multirun(arguments: Sequence[str]) -> list[str]:
@@ -78,8 +97,7 @@ def register_schema() -> None:
 
 def _request_one(config: DictConfig) -> Request:
     """Return the request for the one experiment of a composed configuration, whose values are checked here."""
-    run_config = OmegaConf.to_object(config)
-    assert isinstance(run_config, RunConfig)  # the schema says so
+    run_config = build_config(read_values(config))
     if run_config.study != StudyConfig():
         raise KbitError("a study is a multirun: add -m, or `hydra: {mode: MULTIRUN}` to its file")
     return Request((run_config,), engine="process")
@@ -87,7 +105,12 @@ def _request_one(config: DictConfig) -> Request:
 
 @functools.cache
 def _scratch_folder() -> str:
-    """Return a temporary folder for the file that Hydra's sweeper insists on writing. It is removed at exit."""
-    folder = tempfile.mkdtemp(prefix="kbit-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    """Return a temporary folder for the file that Hydra's sweeper insists on writing."""
+    return tempfile.mkdtemp(prefix="kbit-")
+
+
+def _remove_scratch_folder() -> None:
+    """Remove that folder, if there is one."""
+    if _scratch_folder.cache_info().currsize:
+        shutil.rmtree(_scratch_folder(), ignore_errors=True)
+        _scratch_folder.cache_clear()

@@ -14,12 +14,26 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from kbit.checks import KbitError
+from kbit.checks import KbitError, check_choice
 from kbit.cli.hydra_private import find_basic_sweeper
 
 
 class SweepSweeper(find_basic_sweeper()):  # type: ignore[misc]
-    """Hydra's sweeper without its composition of every job's configuration, which the launcher repeats."""
+    """Hydra's sweeper without its composition of every job's configuration, which the launcher repeats.
+
+    Args:
+        max_batch_size: the number of jobs of a request. None makes one request of all.
+        params: see Hydra's sweeper.
+
+    Raises:
+        KbitError: max_batch_size is no whole number above 0.
+    """
+
+    def __init__(self, max_batch_size: Any = None, params: Any = None) -> None:
+        is_count = isinstance(max_batch_size, int) and not isinstance(max_batch_size, bool) and max_batch_size > 0
+        if max_batch_size is not None and not is_count:
+            raise KbitError(f"hydra.sweeper.max_batch_size={max_batch_size} is not a whole number above 0, or null")
+        super().__init__(max_batch_size, params)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Leave the check to the launcher, which composes all configurations before any work."""
@@ -36,6 +50,7 @@ class SweepLauncher(Launcher):
     """
 
     def __init__(self, engine: str = "ray", plan_only: bool = False, examine_only: bool = False) -> None:
+        check_choice("hydra.launcher.engine", engine, ("ray", "process"))
         self.engine = engine
         self.plan_only = plan_only
         self.examine_only = examine_only

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 from kbit.checks import KbitError, suggest
 from kbit.cli import completion, doctor, figures, models, results, run
+from kbit.store.damage import DamagedRecordWarning
 
 # Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
 COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentParser]], None], ...]] = (
@@ -28,6 +33,8 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     completion.add_completion,
 )
 
+_SHOWN: Final = 10  # records that cannot be read and are named
+
 _EXAMPLES: Final = """\
 kbit <command> --help says more of each.
 
@@ -40,9 +47,15 @@ examples:
 
 
 def main() -> None:
-    """Run the command of the console script. Print why if it cannot be done, and exit with 1."""
+    """Run the command of the console script.
+
+    If it cannot be done, print why and exit with 1. If it is done but for records that cannot be read, exit with 3.
+    """
     try:
-        run_command(sys.argv[1:])
+        with _ended_in_order(), _show_damage() as damaged:
+            run_command(sys.argv[1:])
+        if damaged:
+            sys.exit(3)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone: `kbit results | head`
@@ -51,6 +64,48 @@ def main() -> None:
     except (KbitError, ValueError, OSError) as error:
         reasons = error.reasons if isinstance(error, KbitError) else (str(error),)
         sys.exit("\n".join(f"kbit: error: {reason}" for reason in reasons))
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let the signals that end a process from outside raise SystemExit in the block, so that it cleans up behind it."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that may
+        numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+        before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _show_damage() -> Iterator[Collection[str]]:
+    """Yield a collection of the records that the block leaves out as they cannot be read. Print each of them once."""
+    damaged: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DamagedRecordWarning)
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *where: Any, **more: Any) -> None:
+            if isinstance(message, DamagedRecordWarning):
+                damaged[str(message)] = None
+            else:
+                show(message, *where, **more)
+
+        warnings.showwarning = note
+        try:
+            yield damaged
+        finally:
+            lines = [f"kbit: warning: {line}" for line in damaged][:_SHOWN]
+            if damaged:
+                more = f"{len(damaged)} left out; `kbit results --damaged` lists them, `delete --damaged` removes them"
+                print("\n".join([*lines, f"kbit: warning: {more}"]), file=sys.stderr)
 
 
 def run_command(arguments: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
+    from kbit.store.damage import DamagedRecord
     from kbit.store.store import Store
 
 _QUANTIZER = ["model", "bits", "data_type", "block_size"]
@@ -71,6 +72,7 @@ def _declare_delete(actions: argparse._SubParsersAction[argparse.ArgumentParser]
     _add_store(parser)
     _add_condition(parser)
     parser.add_argument("--failures", action="store_true", help="forget failed experiments instead")
+    parser.add_argument("--damaged", action="store_true", help="remove the records that cannot be read instead")
     parser.add_argument("--yes", action="store_true", default=False, help="do not ask")
     parser.set_defaults(act=_delete, refused=("csv", "parquet"))
 
@@ -83,7 +85,7 @@ def _declare_compact(actions: argparse._SubParsersAction[argparse.ArgumentParser
         argument_default=argparse.SUPPRESS,
     )
     _add_store(parser)
-    parser.set_defaults(act=_compact, refused=("where", "failures", "csv", "parquet"))
+    parser.set_defaults(act=_compact, refused=("where", "failures", "damaged", "csv", "parquet"))
 
 
 def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -95,7 +97,7 @@ def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("others", nargs="+", metavar="OTHER", help="a store to copy from, which stays as it is")
     parser.add_argument("--results", help="the store to copy to (default: results)")
-    parser.set_defaults(act=_merge, refused=("where", "failures", "csv", "parquet"))
+    parser.set_defaults(act=_merge, refused=("where", "failures", "damaged", "csv", "parquet"))
 
 
 def _add_listing(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +106,7 @@ def _add_listing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
     parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
     parser.add_argument("--failures", action="store_true", help="show the failed experiments and why")
+    parser.add_argument("--damaged", action="store_true", help="show the records that cannot be read and why")
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -111,25 +114,8 @@ def _add_store(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_condition(parser: argparse.ArgumentParser) -> None:
-    text = "a condition on the columns (pandas' query), such as \"bits == 4 and metric == 'acc'\""
+    text = "a condition on the columns, such as \"bits == 4 and metric in ['acc', 'acc_norm']\""
     parser.add_argument("--where", help=text)
-
-
-def select_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    """Return the rows of a table that a condition on the columns, a pandas query, finds.
-
-    Raises:
-        ValueError: the text is not a condition, or names no column.
-    """
-    columns = ", ".join(table.columns)
-    try:
-        found: Any = table.eval(where)
-    except Exception as error:  # eval raises whatever the expression does
-        raise ValueError(f"--where {where!r}: {error}; the columns are {columns}") from None
-    if getattr(found, "shape", None) != (len(table),) or found.dtype not in ("bool", "boolean"):
-        raise ValueError(f'--where {where!r} is no condition, such as "bits == 4"; the columns are {columns}')
-    holds: pd.Series[bool] = found.fillna(False).astype(bool)  # a condition on a missing value does not
-    return table[holds]
 
 
 def choose_columns(table: pd.DataFrame) -> list[str]:
@@ -151,7 +137,7 @@ def show_failures(failures: pd.DataFrame, width: int) -> str:
     blocks = []
     rows: Any = failures.itertuples()
     for row in rows:
-        head = f"{row.key}  {row.label or f'{row.model} {row.bits}-bit {row.data_type}'}  {row.finished}"
+        head = f"{row.key}  {row.state:<7}  {row.label}  {row.finished}"
         reason = textwrap.fill(
             str(row.reason), max(width, 40), initial_indent="    ", subsequent_indent="    ", break_long_words=False
         )
@@ -161,13 +147,18 @@ def show_failures(failures: pd.DataFrame, width: int) -> str:
 
 def _list(options: argparse.Namespace) -> None:
     """Print the results or the failures of a store, or write them to files."""
+    if options.damaged:
+        _list_damaged(options)
+        return
+    from kbit.store.tables import write_csv
+
     table = _read(options)
     if options.csv or options.parquet:
         for path in (options.csv, options.parquet):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
         if options.csv:
-            table.to_csv(options.csv, index=False)
+            write_csv(table, options.csv)
         if options.parquet:
             table.to_parquet(options.parquet, index=False)
         print(f"{len(table)} rows written to {' and '.join(str(p) for p in (options.csv, options.parquet) if p)}")
@@ -185,6 +176,9 @@ def _delete(options: argparse.Namespace) -> None:
     Raises:
         ValueError: there is no condition, or nobody agrees.
     """
+    if options.damaged:
+        _delete_damaged(options)
+        return
     if not options.where:
         raise ValueError('delete needs --where, such as "model == \'nano-neox-1m\'"; "bits > 0" finds everything')
     from kbit.store.store import Store
@@ -202,6 +196,39 @@ def _delete(options: argparse.Namespace) -> None:
     store = Store(options.results)
     deleted = store.delete_failures(keys) if options.failures else store.delete(keys)
     print(f"deleted {deleted} of {what}")
+
+
+def _list_damaged(options: argparse.Namespace) -> list[DamagedRecord]:
+    """Print the records of a store that cannot be read, and return them.
+
+    Raises:
+        ValueError: an option asks for rows, of which these records have none.
+    """
+    from kbit.store.readers import find_damaged
+
+    if given := [f"--{name}" for name in ("where", "failures", "csv", "parquet") if getattr(options, name)]:
+        raise ValueError(f"--damaged goes without {' '.join(given)}")
+    damaged = find_damaged(options.results)
+    print("\n".join(map(str, damaged)) or f"every record of {options.results} can be read")
+    return damaged
+
+
+def _delete_damaged(options: argparse.Namespace) -> None:
+    """Remove the records that cannot be read, after asking. Those that another kbit may read stay.
+
+    Raises:
+        ValueError: nobody agrees.
+    """
+    from kbit.store.store import Store
+
+    damaged = _list_damaged(options)
+    removed = [error for error in damaged if not error.is_foreign]
+    if removed:
+        if not options.yes and not _ask(f"remove {len(removed)} of these from {options.results}?"):
+            raise ValueError("nothing was removed")
+        print(f"removed {Store(options.results).delete_damaged(removed)} damaged records")
+    if kept := len(damaged) - len(removed):
+        print(f"kept {kept}, which another version of kbit or a registered extension may read")
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -234,7 +261,17 @@ def _read(options: argparse.Namespace) -> pd.DataFrame:
     from kbit.store.readers import read_failures, read_results
 
     table = (read_failures if options.failures else read_results)(options.results)
-    return select_rows(table, options.where) if options.where else table
+    if not options.where:
+        return table
+    from kbit.store.conditions import count_undecided, select_rows
+
+    if undecided := count_undecided(table, options.where):
+        print(
+            f"kbit: note: {undecided} rows of 16-bit baselines are left out, which have no quantizer's settings: "
+            f"`({options.where}) or bits == 16` takes them in",
+            file=sys.stderr,
+        )
+    return select_rows(table, options.where)
 
 
 def _open(path: str) -> Store:
@@ -252,8 +289,17 @@ def _is_same(path: str, other: str) -> bool:
 
 
 def _describe_emptiness(options: argparse.Namespace) -> str:
+    from kbit.store.readers import read_failures
+
     what = "failed experiments" if options.failures else "results"
-    return f"no {what} in {options.results}" + (f" with {options.where}" if options.where else "")
+    empty = f"no {what} in {options.results}" + (f" with {options.where}" if options.where else "")
+    if options.failures or options.where:
+        return empty
+    states = read_failures(options.results)["state"].value_counts().to_dict()
+    if not states:
+        return empty
+    counts = " and ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    return f"{empty}; it has {counts} experiments: kbit results --failures --results {options.results}"
 
 
 def _ask(question: str) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from kbit.engine.estimate import Estimator
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
-    from kbit.experiments.config import RunConfig
+    from kbit.experiments.config import Experiment, RunConfig
     from kbit.store.store import Store
 
 _OUTLIERS: Final = """\
@@ -80,14 +79,17 @@ def run_request(request: Request) -> None:
     """
     from kbit.engine.estimate import Estimator
     from kbit.engine.plan import plan_sweep
-    from kbit.store.filesystem import check_writable
+    from kbit.store.filesystem import check_space, check_writable
 
     settings = request.configs[0]
+    for note in _list_notes(request):
+        print(f"kbit: note: {note}", file=sys.stderr)
     plan = plan_sweep(request.configs, request.engine, plan_only=request.plan_only)
+    check_writable(settings.results)
     if request.plan_only:
-        check_writable(settings.results)
         store = None
     else:
+        check_space(settings.results, len(plan.to_run))
         store = _open_store(settings.results, request.engine)
     print(plan.describe())
     estimator = Estimator(settings.device)
@@ -98,6 +100,23 @@ def run_request(request: Request) -> None:
     if plan.to_run:
         _carry_out(plan, estimator, settings, request.engine, store)
     _report_results(plan, settings, store)
+
+
+def _list_notes(request: Request) -> Iterator[str]:
+    """Yield what a user should know of a request before it runs."""
+    from kbit.checks import non_defaults
+    from kbit.engine.plan import list_own_code
+    from kbit.experiments.config import RayConfig
+    from kbit.methods.config import find_idle_fields
+
+    for path in list_own_code(request.configs):
+        yield f"{path} runs Python code of its own (!function)"
+    if request.engine == "process":
+        for name, value in non_defaults(request.configs[0].ray, RayConfig()).items():
+            yield f"ray.{name}={value} has no effect: a single run, and hydra/launcher=basic, go without Ray"
+    for name, quant in find_idle_fields([config.quant for config in request.configs]).items():
+        beside = f"quant.data_type={quant.data_type} and quant.method={quant.method}"
+        yield f"quant.{name} was set and changes nothing beside {beside}"
 
 
 def _open_store(path: str, engine: str) -> Store:
@@ -148,6 +167,8 @@ def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, s
 
 def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:
     """Return what a plan will take, as far as the store's results and the models' sizes tell."""
+    from kbit.engine.machine import count_cpus
+
     workers: int | None = 1
     threads = settings.ray.cpus_per_worker
     if engine == "process":
@@ -155,7 +176,7 @@ def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str
 
         threads = torch.get_num_threads()
     elif settings.device == "cpu" and settings.ray.address == "local":
-        workers = settings.ray.num_workers or max(1, (os.cpu_count() or 1) // threads)
+        workers = settings.ray.num_workers or max(1, count_cpus() // threads)
     else:
         workers = settings.ray.num_workers  # only a running cluster tells how many fit
     estimator.learn_stored(settings.results, plan.to_run, threads)
@@ -168,10 +189,11 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     Raises:
         KbitError: an asked result is missing.
     """
-    from kbit.store.readers import read_failures
+    from kbit.store.readers import list_unreadable, read_failures
 
     distinct = {key: experiment for experiment, key in plan.keys.items()}
-    missing = distinct.keys() - store.finished_keys()
+    unreadable = list_unreadable(store.root, distinct.keys())
+    missing = (distinct.keys() - store.finished_keys()) | unreadable
     if not missing:
         if len(distinct) == 1:
             print(_describe_results(store.root, next(iter(distinct))))
@@ -179,14 +201,31 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
         if len(distinct) > 1:
             print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
         return
-    reasons = read_failures(store.root).set_index("key")["reason"]
-    for key in sorted(missing):
-        log = store.log_path(key)
-        where = f"; its log: {log}" if log is not None and log.exists() else ""
-        print(f"no result: {distinct[key].label()} ({key}): {reasons.get(key, 'not run')}{where}", file=sys.stderr)
+    failures = read_failures(store.root).set_index("key")
+    reasons = {str(key): (str(row["state"]), str(row["reason"])) for key, row in failures.iterrows()}
+    why = "its record cannot be read: once it is removed, the same command runs it"
+    reasons |= dict.fromkeys(unreadable, ("damaged", why))
+    print(_tabulate_missing({key: distinct[key] for key in missing}, reasons, store), file=sys.stderr)
     raise KbitError(
         f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures"
     )
+
+
+def _tabulate_missing(missing: Mapping[str, Experiment], reasons: Mapping[str, tuple[str, str]], store: Store) -> str:
+    """Return a line for each experiment without a result, those of one reason together, and below them the reason."""
+    from kbit.experiments.names import find_varied, name_experiment
+
+    varied = find_varied(missing.values())
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key in missing:
+        groups.setdefault(reasons.get(key, ("not run", "")), []).append(key)
+    lines = []
+    for (state, reason), keys in sorted(groups.items()):
+        lines += sorted(f"{state:<8} {name_experiment(missing[key], varied)}  ({key})" for key in keys)
+        logs = [log for key in keys if (log := store.log_path(key)) is not None and log.exists()]
+        where = f"; its log: {logs[0]}" if len(logs) == 1 else f"; logs are in {logs[0].parent}" if logs else ""
+        lines += [f"         {reason}{where}"] if reason else []
+    return "\n".join(lines)
 
 
 def _describe_results(store_path: str, key: str) -> str:

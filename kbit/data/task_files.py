@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 
 EMBEDDED_TASKS: Final = Path(str(files("kbit"))) / "assets" / "tasks"
 # A YAML parser would run code at lm-eval's tags (!function).
-_TASK_NAME: Final = re.compile(r"""^task:\s*(["']?)([^"'\s#\[{]+)\1\s*(?:\#.*)?$""", re.MULTILINE)
+_NAME: Final = r"""(["']?)([^"'\s#\[{]+)\1\s*(?:\#.*)?$"""
+_TASK_NAME: Final = re.compile(rf"^task:\s*{_NAME}", re.MULTILINE)
+_GROUP_NAME: Final = re.compile(rf"^group:\s*{_NAME}", re.MULTILINE)
+_TAG: Final = re.compile(r"^tag:", re.MULTILINE)
 
 
 def find_local_tasks(task_path: str | None = None) -> dict[str, Path]:
     """Return the YAML of every local task by name. The user's folder wins over the shipped one."""
-    folders = [EMBEDDED_TASKS]
-    if task_path is not None:
-        if not Path(task_path).is_dir():
-            raise FileNotFoundError(f"eval.task_path: no folder at {Path(task_path).resolve()}")
-        folders.append(Path(task_path).resolve())
     found = {}
-    for folder in folders:
-        for path in sorted(folder.rglob("*.yaml")):
-            if match := _TASK_NAME.search(path.read_text()):
-                found[match.group(2)] = path
+    for path in _list_definitions(task_path):
+        if match := _TASK_NAME.search(_read_text(path)):
+            found[match.group(2)] = path
     return found
+
+
+def find_local_groups(task_path: str | None = None) -> dict[str, Path]:
+    """Return the YAML of every group of tasks in the user's folder by name."""
+    found = {}
+    for path in _list_definitions(task_path):
+        text = _read_text(path)
+        if not _TASK_NAME.search(text) and (match := _GROUP_NAME.search(text)):
+            found[match.group(2)] = path
+    return found
+
+
+def find_local_tags(task_path: str | None = None) -> dict[str, list[str]]:
+    """Return the names of the tasks of every tag in the user's folder by the tag's name."""
+    found: dict[str, list[str]] = {}
+    for name, path in sorted(find_local_tasks(task_path).items()):
+        if EMBEDDED_TASKS not in path.parents and _TAG.search(_read_text(path)):
+            tags = read_plainly(path).get("tag") or []
+            for tag in [tags] if isinstance(tags, str) else tags:
+                found.setdefault(str(tag), []).append(name)
+    return found
+
+
+def list_own_names(task_path: str | None) -> set[str]:
+    """Return the names of the tasks, groups and tags of the user's folder."""
+    if task_path is None:
+        return set()
+    tasks = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
+    return tasks | find_local_groups(task_path).keys() | find_local_tags(task_path).keys()
 
 
 def find_broken_files(task_path: str | None) -> list[str]:
     """Say of each YAML of a user's folder that cannot be parsed why not, as its tasks may not have been found."""
     broken = []
-    for path in sorted(Path(task_path).resolve().rglob("*.yaml")) if task_path is not None else ():
+    for path in _list_yaml(Path(task_path).resolve()) if task_path is not None else ():
         try:
-            for _ in yaml.parse(path.read_text(), Loader=yaml.SafeLoader):  # events only, so that no tag runs code
+            for _ in yaml.parse(_read_text(path), Loader=yaml.SafeLoader):  # events only, so that no tag runs code
                 pass
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
@@ -47,3 +75,81 @@ def list_task_files(folder: str | Path) -> list[Path]:
     """Return the files that identify a folder of tasks: all files below it, but none of folders that it links to."""
     paths = (path for path in Path(folder).resolve().rglob("*") if "__pycache__" not in path.parts)
     return sorted(path for path in paths if path.is_file())
+
+
+def read_plainly(path: Path) -> dict[str, Any]:
+    """Return a definition with what it includes, where no tag runs code: a !function is the text after it.
+
+    Raises:
+        ValueError: the file cannot be parsed or is no mapping. The message has its path.
+        FileNotFoundError: an included file is missing.
+    """
+    try:
+        content = yaml.load(_read_text(path), Loader=_PlainLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be parsed: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no definition: it has no keys")
+    included = content.pop("include", None) or []
+    merged: dict[str, Any] = {}
+    for name in [included] if isinstance(included, str) else included:
+        merged |= read_plainly(path.parent / name)
+    return merged | content
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]  # pyyaml is not typed
+    """Reads every unknown tag as the text that follows it."""
+
+
+_PlainLoader.add_constructor(None, lambda _, node: str(node.value))
+
+
+def list_members(definition: Mapping[str, Any]) -> list[str | dict[str, Any]]:
+    """Return what a group's definition names: tasks, groups and tags, or dictionaries with changes of one.
+
+    Raises:
+        ValueError: `task` is no list of these.
+    """
+    members = definition.get("task")
+    if not isinstance(members, list) or not members or not all(isinstance(member, str | dict) for member in members):
+        raise ValueError(f"task={members!r} is no list of the group's tasks")
+    return members
+
+
+def expand_names(names: Iterable[str], task_path: str | None) -> list[str]:
+    """Return names with local groups and tags replaced by their tasks' names, nested ones too, each once."""
+    groups, tags = find_local_groups(task_path), functools.partial(find_local_tags, task_path)
+    expanded: dict[str, None] = {}
+    for name in names:
+        if name in groups:
+            members = list_members(read_plainly(groups[name]))
+            inner = [member if isinstance(member, str) else str(member.get("task", "")) for member in members]
+            expanded |= dict.fromkeys(expand_names([one for one in inner if one and one != name], task_path))
+        else:
+            expanded |= dict.fromkeys(tags().get(name, [name]))
+    return list(expanded)
+
+
+def _list_definitions(task_path: str | None) -> list[Path]:
+    """Return the YAML files of the shipped folder and the user's, in the order in which a later one wins."""
+    folders = [EMBEDDED_TASKS]
+    if task_path is not None:
+        if not Path(task_path).is_dir():
+            raise FileNotFoundError(f"eval.task_path: no folder at {Path(task_path).resolve()}")
+        folders.append(Path(task_path).resolve())
+    return [path for folder in folders for path in _list_yaml(folder)]
+
+
+def _list_yaml(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".yaml" and path.is_file())
+
+
+def _read_text(path: Path) -> str:
+    """Return a file's text without a byte order mark. A changed file is read again."""
+    state = path.stat()
+    return _read_state(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_state(path: Path, *_state: int) -> str:
+    return path.read_text(encoding="utf-8-sig")

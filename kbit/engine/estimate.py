@@ -153,7 +153,7 @@ class Estimator:
     def count_tokens(self, alike: CostClass) -> int | None:
         """Return the number of tokens that an experiment sends to the model, or None if it cannot be told."""
         counted = self._counted.get((family_of(alike.model.name), alike.evaluation))
-        size = self._size(alike.model.name)
+        size = self._size(alike.model.name, alike.model.size)
         return counted or (None if size is None else self._tokens(alike.evaluation, size))
 
     def cost(self, alike: CostClass) -> float:
@@ -166,14 +166,14 @@ class Estimator:
 
     def count_parameters(self, model: ModelConfig) -> int:
         """Return the number of a model's parameters, or 1 if it is unknown."""
-        size = self._size(model.name)
+        size = self._size(model.name, model.size)
         return 1 if size is None else size.parameters
 
     def predict_memory(self, experiments: Iterable[Experiment]) -> int | None:
         """Return the bytes that a worker needs for the largest experiment, or None if a model's size is unknown."""
         largest = 0
         for experiment in {(e.model, e.eval, e.quant.method, e.quant.calibration): e for e in experiments}.values():
-            if (size := self._size(experiment.model.name)) is None:
+            if (size := self._size(experiment.model.name, experiment.model.size)) is None:
                 return None
             largest = max(largest, estimate_memory(size, experiment, self._device))
         return largest
@@ -236,6 +236,8 @@ class Estimator:
 
 def estimate_tokens(evaluation: EvalConfig, size: ModelSize) -> int | None:
     """Estimate how many tokens are sent to a model. None if a task does not ship with kbit or a text is not here."""
+    if evaluation.tasks and (evaluation.num_fewshot or evaluation.apply_chat_template):  # counted without either
+        return None
     column = _choose_column(size)
     total = 0.0
     for name in evaluation.tasks:

@@ -6,13 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.data.task_files import find_local_tasks
+from kbit.data.task_files import expand_names, find_local_tasks, list_task_files
 from kbit.data.texts import check_text, locate_text, read_documents
+from kbit.engine.machine import count_cpus, count_gpus, count_workers
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
-from kbit.models.catalog import locate_model
+from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
+from kbit.experiments.result import FAILED
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
+from kbit.store.results import load_failures
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Plan:
         keys: the key of each distinct experiment, in the order asked. Files that change afterwards do not change it.
         done: the number of distinct experiments that have a result.
         failed: the number of distinct experiments that are recorded as failed and will not be tried again.
+        crashed: the number of distinct experiments that crashed before and will be tried again.
         to_run: the other experiments, grouped by model, the largest model first.
     """
 
@@ -31,28 +35,41 @@ class Plan:
     keys: Mapping[Experiment, str]
     done: int
     failed: int
+    crashed: int
     to_run: tuple[Experiment, ...]
 
     def describe(self) -> str:
         """Return the plan as one line."""
         failed = f", {self.failed} failed before (retry_failed=true runs them again)" if self.failed else ""
-        return f"{self.asked} asked, {len(self.keys)} distinct, {self.done} done{failed}, {len(self.to_run)} to run"
+        crashed = f" ({self.crashed} crashed before)" if self.crashed else ""
+        done = f"{self.done} done{failed}, {len(self.to_run)} to run{crashed}"
+        return f"{self.asked} asked, {len(self.keys)} distinct, {done}"
 
 
 def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, retry_failed: bool = False) -> Plan:
-    """Remove repeats and experiments that the store has, and group the others by model. The store need not exist."""
+    """Remove repeats and experiments that the store has, and group the others by model. The store need not exist.
+
+    An experiment that crashed is tried again. One that failed would fail again, and is tried if retry_failed says so.
+    """
     distinct = {find_key(experiment): experiment for experiment in experiments}
     finished, failures = list_keys(store_path)
-    done, failed = finished & distinct.keys(), failures & distinct.keys()
-    skip = done if retry_failed else done | failed
+    done, again = finished & distinct.keys(), failures & distinct.keys()
+    failed = set() if retry_failed else _find_failed(store_path, again)
+    skip = done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
     # a worker keeps one model, and the 16-bit model's states on one text
-    sizes = {name: find_size(name) for name in {experiment.model.name for experiment in to_run}}
+    to_run.sort(key=lambda e: str(e.model))  # stable below: adapters and revisions of one model stay together
+    sizes = {model.name: find_size(model.name, model.size) for model in {experiment.model for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
     to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
-    failed_count = 0 if retry_failed else len(failed)
+    crashed = 0 if retry_failed else len(again - failed)
     keys = {experiment: key for key, experiment in distinct.items()}
-    return Plan(len(experiments), keys, len(done), failed_count, tuple(to_run))
+    return Plan(len(experiments), keys, len(done), len(failed), crashed, tuple(to_run))
+
+
+def _find_failed(store_path: str | Path, keys: Collection[str]) -> set[str]:
+    """Return which of these experiments failed by themselves, so that they would fail again."""
+    return {failure.key for failure in load_failures(store_path, keys) if failure.state == FAILED} if keys else set()
 
 
 def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:
@@ -65,15 +82,18 @@ def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> N
     Raises:
         ValueError, OSError: one of them is unknown or cannot be had.
     """
-    locate_model(experiment.model.name)
+    check_model_files(experiment.model)
     for text in experiment.texts:
         (locate_text if planned_only else check_text)(text)
     check_texts(experiment)
+    check_lengths(experiment)
+    check_tasks(experiment)
     if experiment.eval.measures:
         from kbit.evaluation.measures import check_measures  # imports torch, which other studies plan without
 
         check_measures(experiment.eval)
-    if set(experiment.eval.tasks) - find_local_tasks(experiment.eval.task_path).keys():
+    names = expand_names(experiment.eval.tasks, experiment.eval.task_path)
+    if set(names) - find_local_tasks(experiment.eval.task_path).keys():
         from kbit.data.tasks import load_tasks  # takes seconds, which a study of local tasks need not wait for
 
         load_tasks(experiment.eval.tasks, experiment.eval.task_path)
@@ -87,15 +107,14 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     """
     settings = configs[0]
     _check_settings(configs)
+    _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
-    for experiment in {(e.model.name, e.eval, *e.texts): e for e in experiments}.values():
+    for experiment in {(e.model, e.eval, e.quant.calibration.length, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned
             read_documents(text)  # not UTF-8, no text, a record without a "text", ...
-    plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
-    _check_device(settings, engine)
-    return plan
+    return make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
@@ -105,8 +124,18 @@ def _check_settings(configs: Sequence[RunConfig]) -> None:
             raise ValueError(f"{name} must be the same for the whole sweep, not {' and '.join(values)}")
 
 
-def _check_device(settings: RunConfig, engine: str) -> None:
-    """Raise ValueError if the asked device cannot be there. On a cluster the workers check it themselves."""
+def list_own_code(configs: Sequence[RunConfig]) -> list[str]:
+    """Return the YAML files of users' own tasks that run Python code of their own."""
+    folders = {config.eval.task_path for config in configs if config.eval.tasks and config.eval.task_path}
+    files = (path for folder in sorted(folders) for path in list_task_files(folder))
+    return [str(path) for path in files if path.suffix == ".yaml" and b"!function" in path.read_bytes()]
+
+
+def _check_device(settings: RunConfig, engine: str, *, plan_only: bool) -> None:
+    """Raise ValueError if the asked device or workers cannot be had. A cluster is asked when it is joined."""
+    if engine == "ray" and settings.ray.address == "local" and not plan_only:
+        gpus = count_gpus() if settings.ray.gpus_per_worker else 0
+        count_workers(settings.ray, [{"CPU": count_cpus(), "GPU": gpus}])
     if settings.device == "cpu":
         return
     if engine == "ray" and settings.ray.gpus_per_worker == 0:
@@ -114,6 +143,6 @@ def _check_device(settings: RunConfig, engine: str) -> None:
     if engine == "ray" and settings.device != "cuda":
         raise ValueError(f"device={settings.device}: Ray chooses each worker's GPU; use device=cuda")
     if engine == "process" or settings.ray.address == "local":
-        from kbit.models.loading import check_device
-
-        check_device(settings.device)
+        index = int(settings.device.partition(":")[2] or 0)
+        if (gpus := count_gpus()) <= index:
+            raise ValueError(f"device={settings.device}: there are {gpus} CUDA devices here; use device=cpu")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from kbit.checks import non_defaults
-from kbit.evaluation.config import EvalConfig, FeatureConfig
+from kbit.experiments.names import find_varied, name_experiment
 from kbit.store.store import MANY_FILES, Store
 
 if TYPE_CHECKING:
@@ -88,26 +86,8 @@ class Progress:
         return f"{time_left} left, " if time_left else ""
 
     def _name(self, experiment: Experiment) -> str:
-        """Return the label of an experiment, with the settings of the evaluation that differ within the sweep."""
-        values = {name: getattr(experiment.eval, name) for name in self._varied}
-        return experiment.label() + "".join(f" {name}={show_value(value)}" for name, value in values.items())
-
-
-def find_varied(experiments: Iterable[Experiment]) -> list[str]:
-    """Return the fields of the evaluation that tell experiments apart and that their labels leave out."""
-    evaluations = {experiment.eval for experiment in experiments}
-    told = ("task_path", "batch_size")  # the label has the path, and the batch size is no part of the key
-    names = [field.name for field in dataclasses.fields(EvalConfig) if field.name not in told]
-    return [name for name in names if len({getattr(evaluation, name) for evaluation in evaluations}) > 1]
-
-
-def show_value(value: object) -> str:
-    """Return a value of a configuration in a few characters: the items of a list, the non-defaults of a section."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    if isinstance(value, FeatureConfig):
-        return ",".join(f"{name}={item}" for name, item in non_defaults(value, FeatureConfig()).items()) or "default"
-    return str(value)
+        """Return the name of an experiment, with the settings of the evaluation that differ within the sweep."""
+        return name_experiment(experiment, self._varied)
 
 
 def compact_quietly(store: Store) -> None:

@@ -8,18 +8,22 @@ import math
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from kbit.engine.machine import count_cpus, count_workers
 from kbit.engine.outcome import Outcome
+from kbit.engine.ray_private import silence_raylet
 from kbit.engine.schedule import Schedule
 from kbit.experiments.config import Experiment, RayConfig
+from kbit.experiments.result import CRASHED
 from kbit.store.store import Store
 
 if TYPE_CHECKING:
     from kbit.engine.plan import Plan
 
-# An experiment is tried again if its worker dies (killed, out of memory), and has failed if the second one dies too.
+# An experiment is tried again if its worker dies (killed, out of memory). If the second one dies too, it has crashed,
+# and the next run tries it again.
 WORKER_TRIES: Final = 2
 GPU_SHARE: Final = 0.9  # share of a GPU's memory to fill by estimate, which leaves something out
 _PROBE_GPUS: Final = 0.001  # share of a GPU that the question for its size asks for
@@ -138,7 +142,7 @@ def _record_death(key: str, experiment: Experiment, error: Exception, store: Sto
     if store.has(key):
         return ""
     reason = f"the worker died {WORKER_TRIES} times: {str(error).splitlines()[0]}"
-    store.write_failure(key, experiment, reason, str(error))
+    store.write_failure(key, experiment, reason, str(error), CRASHED)
     return reason
 
 
@@ -164,10 +168,12 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
     try:
         context: Any = ray.init(
             address=config.address,
+            num_cpus=count_cpus() if local else None,  # Ray would count those of the whole machine
             include_dashboard=False if local else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+        silence_raylet()
     except (ValueError, OSError):
         raise
     except Exception as error:  # a bare one where its processes take too long, as on a machine with much other work
@@ -188,45 +194,12 @@ def _check_reachable(address: str) -> None:
         raise ConnectionError(f"no Ray cluster at ray.address={address}: {error}") from None
 
 
-def count_workers(config: RayConfig, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Return how many workers to start.
-
-    Args:
-        config: the resources that a worker asks for.
-        nodes: the resources of each node of the cluster.
-
-    Raises:
-        ValueError: fewer workers fit than are asked for, or not even one. The message names what each node has.
-    """
-    gpus_per_worker = config.gpus_per_worker or 0.0
-    fitting = sum(count_fitting(node, config.cpus_per_worker, gpus_per_worker) for node in nodes)
-    wanted = config.num_workers or max(fitting, 1)
-    if wanted > fitting:
-        there = [f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes]
-        total = f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
-        by_node = f", on {len(nodes)} nodes of {'; '.join(there)}" if len(nodes) > 1 else ""
-        raise ValueError(
-            f"{wanted} workers with ray.cpus_per_worker={config.cpus_per_worker} and ray.gpus_per_worker="
-            f"{gpus_per_worker:g} do not fit: the cluster has {total}{by_node}; {fitting} such workers would fit"
-        )
-    return wanted
-
-
 def list_nodes() -> list[Mapping[str, float]]:
     """Return the resources of each node of the cluster."""
     import ray
 
     nodes: list[Any] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"]]
-
-
-def count_fitting(node: Mapping[str, float], cpus: int, gpus: float) -> int:
-    """Return how many workers fit on a node. A share of a GPU lies on one GPU, and all GPUs of a worker on one node."""
-    by_cpus = int(node.get("CPU", 0) // cpus)
-    there = int(node.get("GPU", 0))
-    if not gpus:
-        return by_cpus
-    return min(by_cpus, there // math.ceil(gpus) if gpus >= 1 else there * int(1 / gpus + 1e-9))
 
 
 def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:

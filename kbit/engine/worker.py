@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kbit.engine.outcome import Outcome
 from kbit.engine.worker_log import log_output
 from kbit.experiments.config import Experiment, RayConfig
+from kbit.experiments.result import CRASHED, FAILED
 from kbit.store.store import Store
 
 if TYPE_CHECKING:
@@ -59,27 +60,30 @@ class Worker:
         start = time.monotonic()
         try:
             with log_output(log, experiment.label(), redirect=self._own_process):
-                result, reason = self._try(experiment, key)
+                result, (reason, *details) = self._try(experiment, key)
             if result is not None:
                 self._store.write(result)
             else:
-                self._store.write_failure(key, experiment, *reason)
+                self._store.write_failure(key, experiment, reason, *details)
         except OSError as error:  # the disk is full, or the store is out of reach
             return Outcome(experiment, f"{self._store.root} cannot be written: {error}", stored=False)
         tokens = 0 if result is None else result.tokens
-        return Outcome(experiment, reason[0], seconds=time.monotonic() - start, tokens=tokens)
+        return Outcome(experiment, reason, seconds=time.monotonic() - start, tokens=tokens)
 
-    def _try(self, experiment: Experiment, key: str) -> tuple[Result | None, tuple[str, str]]:
-        """Return the result, or None with the reason and the traceback."""
+    def _try(self, experiment: Experiment, key: str) -> tuple[Result | None, tuple[str, str, str]]:
+        """Return the result, or None with the reason, the traceback and the state (see Failure)."""
+        from kbit.evaluation.token_budget import is_out_of_memory  # imports torch, as the session did
+
         try:
             if self._session is None or not self._session.holds(experiment.model):
                 self._session = None  # free the old model before loading the next
                 self._session = self._open_session(experiment.model)
-            return self._session.run(experiment, key), ("", "")
+            return self._session.run(experiment, key), ("", "", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             if self._own_process:
                 traceback.print_exc()  # to standard error, which is the log
-            return None, (f"{type(error).__name__}: {error}", traceback.format_exc())
+            state = CRASHED if is_out_of_memory(error) else FAILED  # there may be more memory next time
+            return None, (f"{type(error).__name__}: {error}", traceback.format_exc(), state)
 
 
 def run_in_process(plan: Plan, store_path: str, device: str) -> Generator[Outcome]:

@@ -43,7 +43,7 @@ class EvalConfig:
     """What is measured.
 
     Attributes:
-        tasks: lm-eval task names, zero-shot.
+        tasks: names of lm-eval tasks, groups of tasks or tags.
         limit: the number of items of each task, counted from its first item. None takes all items.
         batch_size: the budget of a forward pass, in sequences of 32 tokens on a CPU (32: 1,024 tokens) and of 512
             tokens on a GPU. Measured values depend on it by float rounding only (log-likelihoods to 1e-4 in float32),
@@ -56,6 +56,8 @@ class EvalConfig:
         task_path: a folder with the user's own task YAMLs.
         features: whether and how kbit looks for emergent outlier features.
         measures: the user's own measures, each as "my.module:Name" or "my_measure.py:Name" (kbit.evaluation.measure).
+        num_fewshot: the number of examples before each question of a task. None asks as the task says, else without.
+        apply_chat_template: whether prompts go through the chat template of the model's tokenizer, as in lm-eval.
     """
 
     tasks: tuple[str, ...] = NANO_TASKS
@@ -67,6 +69,8 @@ class EvalConfig:
     task_path: str | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
     measures: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", tuple(self.tasks))  # Hydra hands over a list
@@ -75,6 +79,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"eval.{name}={value} is not >= 1")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"eval.num_fewshot={self.num_fewshot} is not >= 0")
         check_choice("eval.perplexity_kind", self.perplexity_kind, PERPLEXITY_KINDS)
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"eval.tasks={list(self.tasks)} names a task twice")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from kbit.data.windows import Windows, make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import ItemValues, Measurement
+from kbit.models.architectures import check_ids
 from kbit.models.config import MAX_WINDOW
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Subject:
         if wanted not in kept:
             context = min(MAX_WINDOW, int(self.scorer.max_length))
             windows = make_windows(text, self.tokenizer, context=context, max_windows=most)
+            check_ids(self.model, self.tokenizer, int(windows.tokens.max()))
             check_read(text, self.names.name_content(text, windows.sha256), self.identity["perplexity"])
             kept[wanted] = windows
         return kept[wanted]

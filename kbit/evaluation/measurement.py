@@ -127,16 +127,21 @@ def exponentiate(loss: Measurement, metric: str) -> list[Measurement]:
 
 
 def mean_accuracy(accuracies: Sequence[Measurement]) -> Measurement:
-    """Return the mean zero-shot accuracy over tasks, in which each task weighs the same (the paper's metric).
+    """Return the mean zero-shot accuracy over tasks, in which each task weighs the same (the paper's metric)."""
+    return average("mean_zero_shot", "acc", accuracies, [1] * len(accuracies))
 
-    The tasks are independent, so the distances to the Wilson bounds add in squares (Newcombe's square-and-add):
-    low = mean - sqrt(sum (p_i - l_i)^2) / T, and high likewise.
+
+def average(task: str, metric: str, measurements: Sequence[Measurement], weights: Sequence[int]) -> Measurement:
+    """Return the weighted mean of several tasks' measurements, as a measurement of this task and metric.
+
+    The tasks are independent, so the distances to the bounds add in squares (Newcombe's square-and-add):
+    low = mean - sqrt(sum (w_i (v_i - l_i))^2) / sum w_i, and high likewise.
     """
-    tasks = len(accuracies)
-    mean = fmean(m.value for m in accuracies)
-    below = math.sqrt(sum((m.value - m.low) ** 2 for m in accuracies)) / tasks
-    above = math.sqrt(sum((m.high - m.value) ** 2 for m in accuracies)) / tasks
-    return Measurement("mean_zero_shot", "acc", mean, mean - below, mean + above, sum(m.n for m in accuracies))
+    total, pairs = sum(weights), list(zip(weights, measurements, strict=True))
+    mean = fmean((m.value for m in measurements), weights)
+    below = math.sqrt(sum((w * (m.value - m.low)) ** 2 for w, m in pairs)) / total
+    above = math.sqrt(sum((w * (m.high - m.value)) ** 2 for w, m in pairs)) / total
+    return Measurement(task, metric, mean, mean - below, mean + above, sum(m.n for m in measurements))
 
 
 @dataclass(frozen=True)
@@ -233,6 +238,7 @@ class TaskRecord:
             in results from before it was kept.
         truncated: the number of requests that lost tokens to the model's context length.
         first_tokens: the first request's context and continuation, at most 64 tokens.
+        groups: the names of the groups and tags that the task was asked by, the outermost first.
     """
 
     name: str
@@ -243,6 +249,7 @@ class TaskRecord:
     truncated: int
     first_tokens: tuple[int, ...]
     definition_sha256: str = ""
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from kbit.evaluation.prefix_sharing import (
 )
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import sees_whole_input
+from kbit.models.architectures import check_ids
 from kbit.models.hflm_private import OpenHFLM, Request
 from kbit.models.inference import check_causal, in_evaluation_mode
 
@@ -135,6 +136,21 @@ class Scorer(OpenHFLM):
         return 1 if self._is_row_by_row else self.batch_size_per_gpu
 
     @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: BOS, or EOS where there is none.
+
+        Raises:
+            ValueError: the tokenizer has neither.
+        """
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ValueError(
+            f"the tokenizer of {self.tokenizer.name_or_path} has neither a BOS nor an EOS token, one of which begins a "
+            "text without context: give another one by model.tokenizer"
+        )
+
+    @property
     def _is_row_by_row(self) -> bool:
         """Whether texts in one forward pass would affect each other. It is asked anew, as the model may change."""
         return sees_whole_input(self.model)
@@ -187,6 +203,7 @@ class Scorer(OpenHFLM):
         """Cut each request to what fits and arrange them in rows."""
         longest = self.max_length
         queries = [_cut(i, context + rest, rest, longest) for i, (_, context, rest) in enumerate(requests)]
+        check_ids(self.model, self.tokenizer, max((max(query.tokens, default=0) for query in queries), default=0))
         for request, query in zip(requests, queries, strict=True):
             if not query.targets:
                 raise ValueError(f"request {request[0]!r} has no token to score")

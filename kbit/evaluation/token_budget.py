@@ -32,7 +32,7 @@ class TokenBudget:
         try:
             return function()
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if not can_split:
                 raise MemoryError(f"not even one sequence fits into memory: {error}") from None
@@ -44,6 +44,6 @@ class TokenBudget:
         return None
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, on the card or on the CPU (for which torch has no error of its own)."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

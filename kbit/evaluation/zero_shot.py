@@ -1,4 +1,4 @@
-"""Evaluate a model on lm-eval tasks, zero-shot. Measurements and their intervals are computed from the items."""
+"""Evaluate a model on lm-eval tasks, zero-shot or after examples, and measure from the items, with intervals."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kbit.data.task_groups import TaskGroup
+from kbit.data.task_rows import check_rows
 from kbit.data.tasks import LoadedTask, errors_named, load_tasks
 from kbit.evaluation.measure import Measure, Measured, Subject, check_read
 from kbit.evaluation.measurement import (
     ItemValues,
     Measurement,
     TaskRecord,
+    average,
     encode_items,
     exponentiate,
     mean_accuracy,
@@ -41,18 +44,33 @@ class PreparedTask:
     instances: list[Any]
 
 
+@dataclass(frozen=True)
+class Prompting:
+    """How tasks are asked.
+
+    Attributes:
+        num_fewshot: the number of examples before each question. None leaves it to the task.
+        chat: the chat template of the model's tokenizer, which every prompt goes through. None: none.
+    """
+
+    num_fewshot: int | None = None
+    chat: str | None = None
+
+
 @dataclass
 class PreparedTasks:
     """The tasks and tokens that the models of a study share.
 
     Attributes:
-        tasks: the tasks by (names, what identifies their content, limit).
+        tasks: the tasks by (names, what identifies their content, limit, how they are asked).
         tokenizer: the tokenizer that made the tokens, see Scorer.identify_tokenizer. Only the last one's tokens are
             kept, as they may take gigabytes.
         tokens: see Scorer.
     """
 
-    tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], list[PreparedTask]] = field(default_factory=dict)
+    tasks: dict[tuple[tuple[str, ...], tuple[str, ...], int | None, Prompting], list[PreparedTask]] = field(
+        default_factory=dict
+    )
     tokenizer: str = ""
     tokens: dict[Asked, list[Request]] = field(default_factory=dict)
 
@@ -68,7 +86,7 @@ class TaskScores:
     """What was measured on tasks.
 
     Attributes:
-        measurements: every metric of every task, then the mean accuracy if several tasks have one.
+        measurements: every metric of every task, then of every group, then the mean accuracy if several tasks have one.
         items: the correctness of each item, for each accuracy.
         truncated: task name -> the number of its requests that lost tokens to the model's context length.
         first_tokens: task name -> the tokens that were sent for its first request. A generation task has none.
@@ -81,10 +99,10 @@ class TaskScores:
 
 
 class ZeroShot(Measure):
-    """lm-eval's tasks, asked without examples."""
+    """lm-eval's tasks, asked without examples unless eval.num_fewshot or a task says otherwise."""
 
     name = "zero_shot"
-    fields = ("tasks", "limit", "task_path")
+    fields = ("tasks", "limit", "task_path", "num_fewshot", "apply_chat_template")
 
     def run(self, subject: Subject) -> Measured:
         """Score the tasks of eval.tasks.
@@ -116,8 +134,10 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     task_path: str | None = None,
+    num_fewshot: int | None = None,
+    apply_chat_template: bool = False,
 ) -> list[Measurement]:
-    """Score a model on tasks, zero-shot. With more than one accuracy, their mean comes last.
+    """Score a model on tasks. With more than one accuracy, their mean comes last.
 
     A task may have several filters (ways to read an answer). The first filter's metrics have their own names, and the
     others' also have the filter's, as lm-eval writes it: exact_match, "exact_match,flexible-extract".
@@ -125,28 +145,34 @@ def evaluate(
     Args:
         model: a Hugging Face causal language model.
         tokenizer: the model's tokenizer.
-        tasks: one name or several. A task is shipped with kbit, in task_path, or lm-eval's own when online.
+        tasks: one name or several, of tasks, groups or tags. A task is shipped with kbit, in task_path, or lm-eval's
+            own when online.
         batch_size: see EvalConfig.
         limit: the number of items of each task, counted from its first item.
         task_path: a folder with the user's own task YAMLs.
+        num_fewshot, apply_chat_template: see EvalConfig.
 
     Raises:
-        ValueError, FileNotFoundError: see load_tasks.
+        ValueError, FileNotFoundError: see load_tasks and prepare_task.
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
     silence_libraries()
     names = [tasks] if isinstance(tasks, str) else tasks
-    prepared = [prepare_task(task, limit) for task in load_tasks(names, task_path)]
-    return score_tasks(Scorer(model, tokenizer, batch_size), prepared).measurements
+    scorer = Scorer(model, tokenizer, batch_size)
+    chat = scorer if apply_chat_template else None
+    prepared = [prepare_task(task, limit, num_fewshot, chat) for task in load_tasks(names, task_path)]
+    return score_tasks(scorer, prepared).measurements
 
 
 def _prepare_tasks(subject: Subject, prepared: PreparedTasks) -> list[PreparedTask]:
     """Return the tasks with their requests. Kept tasks are found by their content, as the experiment's key has it."""
     config, identity = subject.config, subject.identity["tasks"]
-    wanted = (config.tasks, tuple(identity), config.limit)
+    chat = subject.scorer if config.apply_chat_template else None
+    asked = Prompting(config.num_fewshot, None if chat is None else find_chat_template(chat))
+    wanted = (config.tasks, tuple(identity), config.limit, asked)
     if wanted not in prepared.tasks:
         loaded = load_tasks(config.tasks, config.task_path) if config.tasks else []
-        tasks = [prepare_task(task, config.limit) for task in loaded]
+        tasks = [prepare_task(task, config.limit, config.num_fewshot, chat) for task in loaded]
         found = subject.names.identify_tasks(config.tasks, config.task_path)
         check_read(f"eval.task_path={config.task_path}", found, identity)
         prepared.tasks[wanted] = tasks
@@ -157,41 +183,89 @@ def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:
     sent = scores.first_tokens[task.name][:FIRST_TOKENS]
     truncated = scores.truncated[task.name]
     identity = (task.name, task.version, task.source, task.sha256, task.fingerprint)
-    return TaskRecord(*identity, truncated, sent, task.definition_sha256)
+    return TaskRecord(*identity, truncated, sent, task.definition_sha256, tuple(group.name for group in task.groups))
 
 
-def prepare_task(loaded: LoadedTask, limit: int | None = None) -> PreparedTask:
-    """Render the prompts of a task's first `limit` items (None: all), zero-shot unless the task says otherwise.
+def find_chat_template(scorer: Scorer) -> str:
+    """Return the chat template of the model's tokenizer.
 
     Raises:
-        ValueError: limit is less than 1, or a row lacks a field that the task asks for. The message names the task,
-            the file and the field.
+        ValueError: the tokenizer has none.
+    """
+    if not getattr(scorer.tokenizer, "chat_template", None):
+        raise ValueError(
+            f"eval.apply_chat_template: the tokenizer of {scorer.tokenizer.name_or_path} has no chat template"
+        )
+    return str(scorer.chat_template(True))
+
+
+def prepare_task(
+    loaded: LoadedTask, limit: int | None = None, num_fewshot: int | None = None, chat: Scorer | None = None
+) -> PreparedTask:
+    """Render the prompts of a task's first `limit` items (None: all), as lm-eval does.
+
+    Args:
+        loaded: the task.
+        limit: the number of items.
+        num_fewshot: the number of examples before each question. None: as many as the task says, or none.
+        chat: whose tokenizer's chat template prompts go through, each example as a turn of its own. None: no template.
+
+    Raises:
+        ValueError: limit is less than 1, the tokenizer has no chat template, there are not so many examples, or a row
+            cannot be asked. The message names the task, the file, the line and the field.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} is not >= 1 (None: all items)")
     task = loaded.task
-    if task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=1234)  # lm-eval's default
     with errors_named(loaded.definition):
-        task.build_all_requests(limit=limit, rank=0, world_size=1)
-        if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
-            _check_answers(task)
+        check_rows(task, loaded.data.places if loaded.data else {}, limit, is_own=bool(loaded.definition_sha256))
+        _set_examples(loaded, num_fewshot)
+        task.build_all_requests(
+            limit=limit,
+            rank=0,
+            world_size=1,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=chat is not None,  # lm-eval's default
+            chat_template=None if chat is None else chat.apply_chat_template,
+            tokenizer_name="" if chat is None else find_chat_template(chat),
+        )
     return PreparedTask(loaded, task.instances)
 
 
-def _check_answers(task: Any) -> None:
-    """Raise ValueError if a right answer is none of the choices. lm-eval would count such an item as wrong."""
-    for doc in {instance.doc_id: instance.doc for instance in task.instances}.values():
-        choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
-        for answer in target if isinstance(target, list) else [target]:
-            if not (answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)):
-                fields = ", ".join(doc)
-                raise ValueError(f"doc_to_target gives {answer!r}, which is none of {choices}; a row has {fields}")
+def _set_examples(loaded: LoadedTask, asked: int | None) -> None:
+    """Let a task ask after so many examples, which are drawn with lm-eval's default seed.
+
+    Raises:
+        ValueError: the task has no examples beside its items, or not so many.
+    """
+    task, said = loaded.task, loaded.task.get_config("num_fewshot")
+    if asked and said == 0:
+        raise ValueError(f"eval.num_fewshot={asked}: the task {loaded.name!r} says num_fewshot: 0 in its definition")
+    count = said or 0 if asked is None else asked
+    if count:
+        _check_examples(loaded, count)
+    task.set_config(key="num_fewshot", value=count)
+    task.set_fewshot_seed(seed=1234)  # lm-eval's default
+
+
+def _check_examples(loaded: LoadedTask, count: int) -> None:
+    config = loaded.task.config
+    has_own = config.fewshot_config.split or config.fewshot_config.samples or config.training_split
+    if not has_own and config.test_split and not config.validation_split:
+        raise ValueError(
+            f"eval.num_fewshot={count}: the task {loaded.name!r} has no examples (fewshot_split, training_split or "
+            "validation_split), and its items would be among their own"
+        )
+    there = len(loaded.task.sampler.df)
+    if there <= count:
+        raise ValueError(f"eval.num_fewshot={count}: the task {loaded.name!r} has {there} examples to draw from")
 
 
 def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
-    """Score prepared tasks and measure each. If several have the metric "acc", its mean comes last."""
+    """Score prepared tasks and measure each and its groups.
+
+    If several have the metric "acc", its mean comes last. In the mean a group that measures acc counts as one task.
+    """
     values: list[tuple[LoadedTask, str, list[Any]]] = []
     truncated: dict[str, int] = {}
     first_tokens: dict[str, tuple[int, ...]] = {}
@@ -200,15 +274,38 @@ def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
         values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]
         truncated[task.loaded.name], first_tokens[task.loaded.name] = scorer.truncated, scorer.first_tokens
     measurements = [measurement for value in values for measurement in _measure(*value)]
-    accuracies = [m for m in measurements if m.metric == "acc"]
+    groups = {group.name: group for task in tasks for group in task.loaded.groups}.values()
+    measurements += [measurement for group in groups for measurement in _measure_group(group, measurements)]
+    counted = _list_counted([task.loaded for task in tasks], measurements)
+    accuracies = [m for m in measurements if m.metric == "acc" and m.task in counted]
     if len(accuracies) > 1:
         measurements.append(mean_accuracy(accuracies))
     items = [encode_items(task.name, metric, v) for task, metric, v in values if _is_accuracy(metric, v)]
     return TaskScores(measurements, items, truncated, first_tokens)
 
 
+def _list_counted(tasks: Sequence[LoadedTask], measurements: Sequence[Measurement]) -> set[str]:
+    """Return the names whose accuracies the mean is of: each task, or the outermost group of its that has one."""
+    having = {m.task for m in measurements if m.metric == "acc"}
+    return {next((g.name for g in task.groups if g.name in having), task.name) for task in tasks}
+
+
+def _measure_group(group: TaskGroup, measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return the mean over a group's tasks of each metric that the group aggregates, for every filter of it."""
+    mine, found = [m for m in measurements if m.task in group.tasks], []
+    for metric, by_size in group.metrics:
+        for name in dict.fromkeys(m.metric for m in mine if m.metric.partition(",")[0] == metric):
+            parts = [m for m in mine if m.metric == name]
+            found.append(average(group.name, name, parts, [m.n if by_size else 1 for m in parts]))
+    return found
+
+
 def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
-    """Ask the model, let lm-eval filter and judge each item, and return each metric's values in item order."""
+    """Ask the model, let lm-eval filter and judge each item, and return each metric's values in item order.
+
+    Raises:
+        ValueError: the task has no metric.
+    """
     by_type: dict[str, list[Any]] = defaultdict(list)
     for instance in prepared.instances:
         instance.resps = []  # those of an earlier variant are dropped
@@ -229,6 +326,8 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
             responses = [instance.filtered_resps[name] for instance in instances]
             for metric, value in task.process_results(instances[0].doc, responses).items():
                 values[metric + suffix].append(value)
+    if not values:
+        raise ValueError(f"the task {prepared.loaded.name!r} measures nothing: its metric_list is empty")
     return values
 
 

@@ -34,6 +34,9 @@ class Experiment:
         """
         limit = self.eval.limit if self.eval.tasks or self.eval.measures else None
         evaluation: dict[str, Any] = {"tasks": sorted(self.eval.tasks), "limit": limit}
+        if self.eval.tasks:
+            evaluation |= {} if self.eval.num_fewshot is None else {"num_fewshot": self.eval.num_fewshot}
+            evaluation |= {"apply_chat_template": True} if self.eval.apply_chat_template else {}
         if self.eval.perplexity is not None:
             evaluation |= {"perplexity": self.eval.perplexity}
             if self.eval.perplexity_kind == "windows":
@@ -44,7 +47,7 @@ class Experiment:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
         if self.eval.measures:
             evaluation |= {"measures": list(self.eval.measures)}
-        model = {"name": self.model.name, "dtype": self.model.dtype}
+        model = {"name": self.model.name, "dtype": self.model.dtype} | self.model.parts
         return {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
 
     @property
@@ -62,8 +65,12 @@ class Experiment:
         others = dict(self.quant.label_details)
         if self.model.dtype != ModelConfig.dtype:
             others["dtype"] = self.model.dtype
-        if self.eval.task_path is not None:
-            others["task_path"] = self.eval.task_path
+        others |= self.model.parts
+        for name in ("task_path", "num_fewshot"):
+            if (value := getattr(self.eval, name)) is not None:
+                others[name] = value
+        if self.eval.apply_chat_template:
+            others["chat_template"] = True
         more = "".join(f" {name}={value}" for name, value in others.items())
         return f"{self.model.name} {self.quant.label()}{block}{method}{more}"
 

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, list_task_files
-from kbit.data.texts import list_embedded_texts, locate_text, read_bytes
+from kbit.data.task_files import list_own_names, list_task_files
+from kbit.data.text_files import read_bytes
+from kbit.data.texts import is_json_lines, list_embedded_texts, locate_text
 from kbit.evaluation.measure_sources import identify_measures
 from kbit.experiments.config import Experiment
-from kbit.models.catalog import STUDIED
+from kbit.models.catalog import STUDIED, locate_tokenizer
+from kbit.models.checkpoint_files import find_gguf
+from kbit.models.config import ModelConfig
 
 _KEY_DIGITS: Final = 16  # 64 bits: among a million experiments two keys are equal once in 37 million studies
 _MEBIBYTE: Final = 2**20
@@ -40,7 +43,8 @@ def check_unchanged(experiment: Experiment, key: str) -> dict[str, dict[str, Any
     check_texts(experiment)
     fields = identify_experiment(experiment)
     if _hash_fields(fields) != key:
-        files = [experiment.model.name, *experiment.texts, experiment.eval.task_path, *experiment.eval.measures]
+        model = [experiment.model.name, *experiment.model.parts.values()]
+        files = [*model, *experiment.texts, experiment.eval.task_path, *experiment.eval.measures]
         raise ValueError(
             f"one of {', '.join(str(file) for file in files if file)} has changed since {key} was planned, so that its "
             "result would belong to another key: plan the study again"
@@ -60,7 +64,9 @@ def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Return Experiment.identity_fields with every model, task and text named by its content."""
     fields = experiment.identity_fields
     model, quant, evaluation = fields["model"], fields["quant"], fields["eval"]
-    model["name"] = identify_model(model["name"])
+    model |= identify_parts(experiment.model)
+    if evaluation.get("apply_chat_template"):
+        evaluation["apply_chat_template"] = identify_chat_template(experiment.model)
     evaluation["tasks"] = identify_tasks(evaluation["tasks"], experiment.eval.task_path)
     if "perplexity" in evaluation:
         evaluation["perplexity"] = identify_text(evaluation["perplexity"])
@@ -71,7 +77,23 @@ def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
     return fields
 
 
-def identify_model(name: str) -> str:
+def identify_parts(model: ModelConfig) -> dict[str, str]:
+    """Return what identifies a model and the parts of its checkpoint that are not its default, by content.
+
+    A GGUF file is named by its content in the model's name, so that its file name does not count.
+    """
+    parts = {name: value for name, value in model.parts.items() if name != "gguf_file"}
+    parts |= {name: identify_model(parts[name]) for name in ("tokenizer", "adapter") if name in parts}
+    return parts | {"name": identify_model(model.name, model.gguf_file)}
+
+
+def identify_chat_template(model: ModelConfig) -> str | bool:
+    """Return the hash of a local tokenizer's file of a chat template, or True if the template is in its JSON files."""
+    path = Path(locate_tokenizer(model.tokenizer or model.name)) / "chat_template.jinja"
+    return hash_file(path) if path.is_file() else True
+
+
+def identify_model(name: str, gguf_file: str | None = None) -> str:
     """Return a model's name, or for a local folder the last part of its path with a fingerprint of its files.
 
     The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
@@ -81,7 +103,9 @@ def identify_model(name: str) -> str:
     if name in STUDIED or not folder.is_dir():
         return name
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+    gguf = find_gguf(folder, gguf_file)
+    paths = [p for p in folder.iterdir() if p.suffix == ".json" or (p.suffix == ".safetensors" and gguf is None)]
+    for path in sorted(paths if gguf is None else [*paths, gguf]):
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(_MEBIBYTE)
@@ -91,10 +115,10 @@ def identify_model(name: str) -> str:
 
 
 def identify_tasks(names: Sequence[str], task_path: str | None) -> list[str]:
-    """Return the sorted names of tasks, where a user's own task carries the hash of its folder's content."""
+    """Return the sorted names of tasks, where a user's own task or group carries the hash of its folder's content."""
     if task_path is None:
         return sorted(names)
-    own = {name for name, path in find_local_tasks(task_path).items() if EMBEDDED_TASKS not in path.parents}
+    own = list_own_names(task_path)
     if not own & set(names):
         return sorted(names)
     digest = hashlib.sha256()
@@ -120,7 +144,7 @@ def name_content(name: str, sha256: str) -> str:
     path = locate_text(name)
     if path is None:
         return name
-    return _name_embedded().get(sha256, f"{sha256}.jsonl") if ".jsonl" in path.suffixes else sha256
+    return _name_embedded().get(sha256, f"{sha256}.jsonl") if is_json_lines(path) else sha256
 
 
 @functools.cache

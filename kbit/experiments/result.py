@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from kbit.checks import tabulate_html
 from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
 from kbit.experiments.config import Experiment
+
+FAILED: Final = "failed"
+CRASHED: Final = "crashed"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Result:
         measurements: every measured number.
         model_revision: see LoadedModel.
         checkpoint_dtype: 16-bit dtype to which the weights were rounded.
+        checkpoint_quantization: how the checkpoint was quantized, see LoadedModel. Such a model is no 16-bit baseline.
         weights_hash: hash of the model's weights as they were evaluated.
         tasks, text: identity of the data.
         truncated: number of requests that lost tokens to the model's context length.
@@ -86,6 +91,16 @@ class Result:
     weight_rmse: float | None = None
     method_notes: dict[str, Any] = field(default_factory=dict)
     measures: tuple[MeasureRecord, ...] = ()
+    checkpoint_quantization: str = ""
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks: the experiment, and each number with its interval."""
+        rows: dict[str, object] = {"experiment": self.experiment.label(), "key": self.key}
+        rows |= {"bits per parameter": f"{self.bits_per_param:.4g}", "total bits": f"{self.total_bits:,}"}
+        rows |= {
+            f"{m.task} {m.metric}": f"{m.value:.5g} ({m.low:.5g} to {m.high:.5g}; n = {m.n})" for m in self.measurements
+        }
+        return tabulate_html(rows)
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,8 @@ class Failure:
         traceback: the whole error.
         finished: time of the failure in UTC, ISO 8601.
         label: Experiment.label. It is empty in failures from before it was kept.
+        state: crashed if the next run should try again (its process was killed, memory ran out, a node was lost), and
+            failed if the experiment itself is at fault.
     """
 
     key: str
@@ -107,3 +124,4 @@ class Failure:
     traceback: str
     finished: str
     label: str = ""
+    state: str = FAILED

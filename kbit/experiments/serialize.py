@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -23,13 +24,35 @@ _Convert = Callable[[Any], Any]
 
 def to_json(value: Any, **about: Any) -> bytes:
     """Return a dataclass as JSON, with further entries beside its fields, such as schema_version."""
-    return json.dumps(dataclasses.asdict(value) | about, indent=1).encode()
+    return write_json(dataclasses.asdict(value) | about, indent=1).encode()
+
+
+def write_json(values: Values, **layout: Any) -> str:
+    """Return values as JSON, which has no NaN and no infinity: they become null. from_json reads null as NaN.
+
+    Args:
+        values: nested dictionaries, lists and tuples of plain values.
+        layout: indent and separators as json.dumps takes them.
+    """
+    try:
+        return json.dumps(values, allow_nan=False, **layout)
+    except ValueError:
+        return json.dumps(_without_nan(values), allow_nan=False, **layout)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return a dataclass, nested ones included, from the values of its fields. Its own checks then see the values.
 
     A field that is missing, as in a record of an earlier kbit, takes its default. An entry that is no field is ignored.
+    A number that is null is NaN, see write_json. Types are not checked here but by check_types.
 
     Raises:
         TypeError: a field without a default is missing.
@@ -61,6 +84,8 @@ def _find_conversion(kind: Any) -> _Convert | None:
     """Return the function that makes a value of this type of its plain value. None means that nothing is to do."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _find_reader(kind)
+    if kind is float:
+        return _read_number
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (Union, types.UnionType):  # X | None
         (inner,) = (argument for argument in arguments if argument is not type(None))
@@ -74,6 +99,10 @@ def _find_conversion(kind: Any) -> _Convert | None:
 
 def _convert_optional(convert: _Convert, value: Any) -> Any:
     return None if value is None else convert(value)
+
+
+def _read_number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def _convert_each(convert: _Convert, values: list[Any]) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
 from kbit.experiments import identity, provenance
 from kbit.experiments.config import Experiment
-from kbit.experiments.identity import check_unchanged, find_key, identify_model
+from kbit.experiments.identity import check_unchanged, find_key, identify_parts
 from kbit.experiments.result import Result, SkippedTensor
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
@@ -37,25 +37,34 @@ class Session:
         device: cpu, cuda or cuda:N.
         lasting: what measures kept in earlier sessions, to render and tokenize the same tasks once.
         gpus: see load_model.
+        loaded: the model, if it is loaded already. The configuration then only says what results call it.
 
     Raises:
         ValueError: the model's folder was changed while it was read, or see load_model.
         OSError: see load_model.
     """
 
-    def __init__(self, model: ModelConfig, device: str = "cpu", lasting: Memory | None = None, gpus: int = 1) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: str = "cpu",
+        lasting: Memory | None = None,
+        gpus: int = 1,
+        *,
+        loaded: LoadedModel | None = None,
+    ) -> None:
         self.config = model
         self.device = device
-        self._identity = identify_model(model.name)
-        self._loaded: LoadedModel = load_model(model.name, dtype=model.dtype, device=device, gpus=gpus)
-        check_read(model.name, identify_model(model.name), self._identity)
+        self._identity = identify_parts(model)
+        self._loaded = loaded or load_model(model.name, dtype=model.dtype, device=device, gpus=gpus, **model.parts)
+        check_read(model.name, identify_parts(model), self._identity)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._memory = Memory()
         self._lasting = Memory() if lasting is None else lasting
 
     def holds(self, model: ModelConfig) -> bool:
         """Whether this session holds that model, as its files are now."""
-        return model == self.config and identify_model(model.name) == self._identity
+        return model == self.config and identify_parts(model) == self._identity
 
     def run(self, experiment: Experiment, key: str | None = None) -> Result:
         """Let measures prepare, quantize, run the measures, restore the weights, and return the result.
@@ -112,6 +121,8 @@ class Session:
         measured = [measure.run(subject) for measure in MEASURES]
         if hash_weights(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
+        if not any(done.measurements for done in measured):
+            raise ValueError("nothing was measured: no task, text or measure gave a number")
         return _add(dataclasses.replace(self._describe(experiment, report), weights_hash=weights_hash), measured)
 
     def _describe(self, experiment: Experiment, report: QuantizationReport) -> Result:
@@ -120,7 +131,7 @@ class Session:
         return Result(
             key="",
             experiment=experiment,
-            family=family_of(experiment.model.name),
+            family=family_of(experiment.model.name, experiment.model.family, experiment.model.parts),
             architecture=type(self._loaded.model).__name__,
             parameters=report.parameters,
             quantized_parameters=report.quantized_parameters,
@@ -131,6 +142,7 @@ class Session:
             measurements=(),
             model_revision=self._loaded.revision,
             checkpoint_dtype=self._loaded.checkpoint_dtype,
+            checkpoint_quantization=self._loaded.checkpoint_quantization,
             weights_hash="",
             tasks=(),
             text=None,

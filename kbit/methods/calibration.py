@@ -328,7 +328,7 @@ def _catch_first(model: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _first(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

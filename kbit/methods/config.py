@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
-from kbit.numerics.spec import BASELINE_BITS, QuantSpec, write_table
+from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
 UNSEEN: Final = ("error", "rtn")
+# The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
+# of every version are found.
+KEY_BASE: Final = QuantSpec(data_type="float")
 OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.outlier_columns
 
 
@@ -197,6 +200,13 @@ class QuantConfig(QuantSpec):
             getattr(self, self.traits.options).check_quantizer(self)
 
     @staticmethod
+    def from_name(name: str) -> QuantConfig:
+        """Return the named quantizer of conf/quant, with its method. See QuantSpec.from_name."""
+        fields = find_preset(name)
+        groups = {group: make(**fields.pop(group)) for group, make in OPTION_GROUPS.items() if group in fields}
+        return QuantConfig(**fields, **groups)
+
+    @staticmethod
     def of(spec: QuantSpec) -> QuantConfig:
         """Return a bare quantizer as what to do with a model. A QuantConfig is returned as it is."""
         if isinstance(spec, QuantConfig):
@@ -235,16 +245,31 @@ class QuantConfig(QuantSpec):
     def identity_fields(self) -> dict[str, Any]:
         """The fields that decide the quantized model, canonical.
 
-        Fields without effect and fields at their default are left out, so a field that is added later does not change
-        the keys of old results. In turn a default, once released, never changes. The calibration text has the name that
-        the user gave it, and kbit.experiments.identity puts its content in the name's place.
+        Fields without effect and fields that equal KEY_BASE are left out, so a field that is added later does not
+        change the keys of old results. The calibration text has the name that the user gave it, and
+        kbit.experiments.identity puts its content in the name's place.
         """
         spec = self.spec.canonical()
-        fields = non_defaults(spec, QuantSpec()) | {"bits": spec.bits}
         if spec.is_baseline:
-            return fields
+            return {"bits": BASELINE_BITS}
+        fields = non_defaults(spec, KEY_BASE) | {"bits": spec.bits}
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
         return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
+
+    @property
+    def idle_fields(self) -> set[str]:
+        """The fields that are set and change nothing beside the others, such as exponent_bits of nf."""
+        canonical = self.spec.canonical()
+        changed = non_defaults(self, QuantConfig()).keys() - {"bits", "min_coverage"}
+        # exponent_bits=3 has its effect, though it is what a float of 4 bits has anyway
+        return {name for name in changed if getattr(canonical, name, None) != getattr(self, name) and self._idles(name)}
+
+    def _idles(self, name: str) -> bool:
+        try:
+            without = dataclasses.replace(self, **{name: getattr(QuantConfig(), name)})
+        except ValueError:  # the other fields need it
+            return False
+        return without.identity_fields == self.identity_fields
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -317,3 +342,12 @@ class QuantConfig(QuantSpec):
 
 def _with_prefix(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{group}.{name}": value for name, value in values.items()}
+
+
+def find_idle_fields(quantizers: Iterable[QuantConfig]) -> dict[str, QuantConfig]:
+    """Return the fields that change nothing in any of these quantizers, each with a quantizer that sets it."""
+    quantized = [quant for quant in dict.fromkeys(quantizers) if not quant.is_baseline]
+    idle = quantized[0].idle_fields if quantized else set()
+    for quant in quantized[1:]:
+        idle = idle and idle & quant.idle_fields
+    return dict.fromkeys(sorted(idle), quantized[0]) if idle else {}

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from kbit.checks import tabulate_html
 from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Codes, ExpertCodes
 from kbit.models.parameters import distinct_parameters, find_towers, is_experts, list_matrices, owner_of
@@ -84,6 +85,14 @@ class QuantizationReport:
         """Bits per quantized parameter, scales and codebooks included, or 16 where nothing is quantized."""
         quantized_bits = sum(t.bits for t in self.tensors if t.quantized)
         return quantized_bits / self.quantized_parameters if self.quantized_parameters else float(BASELINE_BITS)
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        rows: dict[str, object] = {"quantizer": self.spec.label(), "bits per parameter": f"{self.bits_per_param:.4g}"}
+        rows |= {"total bits": f"{self.total_bits:,}", "coverage": f"{self.coverage:.1%}"}
+        rows |= {"relative error of the weights": f"{self.weight_rmse:.4g}"} if self.weight_rmse is not None else {}
+        rows |= {"tensors quantized": f"{sum(t.quantized for t in self.tensors)} of {len(self.tensors)}"}
+        return tabulate_html(rows)
 
     def with_bits(self, bits: Mapping[str, int]) -> QuantizationReport:
         """Return the report with the bits of these tensors, by the first of each tensor's names."""

@@ -222,3 +222,13 @@ def _find_readers_after(model: Any) -> list[str]:
         return [f"{model.base_model_prefix}.decoder.project_out.weight"]
     head = model.get_output_embeddings().weight
     return [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head]
+
+
+def check_ids(model: Any, tokenizer: Any, largest: int) -> None:
+    """Raise ValueError if a text's largest token id is beyond the model's embedding, such as that of an added token."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}, and the model's "
+            f"embedding has {rows} rows: the tokenizer of {tokenizer.name_or_path} has tokens that the model lacks"
+        )

@@ -6,6 +6,8 @@ Embedded models ship inside the package and need no network. All others are Hugg
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -55,9 +57,37 @@ STUDIED: Final[dict[str, StudiedModel]] = {
 }
 
 
-def family_of(name: str) -> str:
-    """Return the family that a model's results are drawn with: the studied family, else the last part of its name."""
-    return STUDIED[name].family if name in STUDIED else Path(name).name
+# Folders of one training run, which do not say what was trained.
+_CHECKPOINT: Final = re.compile(
+    r"((checkpoint|ckpt|step|global_?step|epoch|iter)[-_]?)?\d+|checkpoints?|final|last|best|latest|hf|model|merged",
+    re.IGNORECASE,
+)
+
+
+def family_of(name: str, given: str | None = None, parts: Mapping[str, str] | None = None) -> str:
+    """Return the family that a model's results are drawn with.
+
+    The family is the given one, that of a studied model, or the last part of the name. The checkpoints of a training
+    run are named by the run's folder (see name_run), as those of another run are another family. A revision, adapter or
+    tokenizer makes a family of its own, as its numbers compare with none of the plain models'.
+    """
+    if given is not None:
+        return given
+    changed = {part: value for part, value in (parts or {}).items() if part != "gguf_file"}
+    if changed:
+        return " ".join([family_of(name), *(f"{part}={name_run(Path(value))}" for part, value in changed.items())])
+    if name in STUDIED:
+        return STUDIED[name].family
+    return name_run(Path(name).resolve()) if Path(name).is_dir() else Path(name).name
+
+
+def name_run(folder: Path) -> str:
+    """Return what names a local model: runs/a for runs/a/checkpoint-1000, and otherwise its folder's name."""
+    if not _CHECKPOINT.fullmatch(folder.name):
+        return folder.name
+    while _CHECKPOINT.fullmatch(folder.name) and folder.parent.name:
+        folder = folder.parent
+    return "/".join(part for part in folder.parts[-2:] if part != folder.anchor)
 
 
 def locate_model(name: str) -> str:
@@ -79,3 +109,11 @@ def locate_model(name: str) -> str:
         f"model.name={name!r} is neither a short name, nor a folder here, nor a hub id 'organisation/name'; "
         f"{hint}`kbit models` lists the short names"
     )
+
+
+def locate_tokenizer(name: str) -> str:
+    """Return what transformers loads for a tokenizer's short name, folder or hub id, see locate_model."""
+    try:
+        return locate_model(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.name", "model.tokenizer", 1)) from None

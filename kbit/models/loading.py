@@ -12,11 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.checks import check_choice
-from kbit.models.catalog import locate_model
+from kbit.models.adapters import merge_adapter
+from kbit.models.catalog import locate_model, locate_tokenizer
+from kbit.models.checkpoint_files import QuantizedError, check_configuration, check_folder, check_model, is_harmless
 from kbit.models.config import DTYPES
 from kbit.models.device_map import spread_model
 from kbit.models.parameters import check_finite
-from kbit.models.transformers_private import find_commit
+from kbit.models.size import find_cached_folder
+from kbit.models.transformers_private import describe_gguf, find_commit
 from kbit.silence import silence_libraries
 
 
@@ -26,47 +29,55 @@ class LoadedModel:
 
     Attributes:
         model: the model in evaluation mode, on the asked device and in the asked dtype.
-        tokenizer: the tokenizer of the same checkpoint.
+        tokenizer: the tokenizer of the same checkpoint, or the one asked for.
         checkpoint_dtype: the 16-bit dtype that the weights were rounded to before they were cast to the asked dtype.
         revision: the sha256 of a local model's files, or the hub's commit.
+        checkpoint_quantization: how the checkpoint was quantized before it was made plain again ("gguf Q4_0 Q6_K").
+            It is empty for a plain checkpoint.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     checkpoint_dtype: str
     revision: str
+    checkpoint_quantization: str = ""
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "cpu", gpus: int = 1) -> LoadedModel:
-    """Load a model by short name, local folder or hub id, from safetensors only and without remote code.
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    gpus: int = 1,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    adapter: str | None = None,
+    gguf_file: str | None = None,
+) -> LoadedModel:
+    """Load a model by short name, local folder or hub id, from safetensors or GGUF only and without remote code.
 
     The weights are first rounded to 16 bits, since the baseline of every curve is the 16-bit model: to the checkpoint's
     dtype if it has 16 bits, to float16 if it is float32. Then they are cast to dtype, in which the model computes. With
     device cuda and gpus > 1 the decoder layers are spread over so many GPUs (kbit.models.device_map).
 
+    Args:
+        name, dtype, revision, tokenizer, adapter, gguf_file: see ModelConfig.
+        device: cpu, cuda or cuda:N.
+        gpus: the number of GPUs.
+
     Raises:
-        ValueError: the name or dtype is unknown, or weights are not finite.
+        ValueError: the name or dtype is unknown, weights are not finite or quantized, the tokenizer is of another
+            model, or see merge_adapter.
         OSError: files are missing, truncated or cannot be downloaded. The message names the model.
     """
     check_choice("model.dtype", dtype, DTYPES)
     check_device(device)
     silence_libraries()
-    location = locate_model(name)
-    try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
-    except Exception as error:  # safetensors, tokenizers and transformers each raise errors of their own types here
-        where = location if Path(location).is_dir() else f"{location} on the hub (there is no such folder here)"
-        raise OSError(f"model {name!r} cannot be loaded from {where}: {error}") from error
-    model, info = loading
-    if not tokenizer("a b")["input_ids"]:  # transformers makes an empty one of a folder without tokenizer files
-        raise OSError(f"model {name!r} at {location} has no usable tokenizer: its tokenizer files are missing")
-    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
-        raise OSError(f"model {name!r} at {location} lacks {len(missing)} tensors, such as {missing[0]}")
+    source = find_source(name, revision, gguf_file)
+    model, found = _read_model(source)
     checkpoint_dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
     check_finite(model)
     module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
     for parameter in module.parameters():  # and no buffer: rotary frequencies stay float32, as in transformers
@@ -77,8 +88,109 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu", gpus: 
     else:
         module.to(device=device)
     check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
-    revision = hash_folder(Path(location)) if Path(location).is_dir() else find_commit(config)
-    return LoadedModel(model, tokenizer, str(checkpoint_dtype).removeprefix("torch."), revision)
+    rounded = str(checkpoint_dtype).removeprefix("torch.")
+    quantization = "" if source.gguf is None else describe_gguf(source.gguf)
+    return LoadedModel(model, _read_tokenizer(source, tokenizer, model), rounded, found, quantization)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from.
+
+    Attributes:
+        name: the model as the user named it.
+        location: a folder or a hub id.
+        revision: a branch, tag or commit of the hub. None: the newest.
+        gguf: the GGUF file in the folder. None: safetensors.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    gguf: Path | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that every part of a checkpoint is loaded with."""
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf.name}
+        return {"trust_remote_code": False, "revision": self.revision or "main"} | gguf
+
+    @property
+    def where(self) -> str:
+        """The location in words."""
+        here = Path(self.location).is_dir()
+        return self.location if here else f"{self.location} on the hub (there is no such folder here)"
+
+
+def find_source(name: str, revision: str | None = None, gguf_file: str | None = None) -> Source:
+    """Return where a model is read from.
+
+    Raises:
+        ValueError, FileNotFoundError: see check_model.
+    """
+    gguf = check_model(name, revision, gguf_file)
+    return Source(name, locate_model(name), revision, gguf)
+
+
+def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
+    """Return a checkpoint's model and what names its version.
+
+    Raises:
+        ValueError: its weights are quantized, or not all of them belong to the model.
+        OSError: it cannot be loaded, or lacks weights.
+    """
+    name, location = source.name, source.location
+    try:
+        config = AutoConfig.from_pretrained(location, **source.options)
+        check_configuration(config.to_dict(), source.where)
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", use_safetensors=True, output_loading_info=True, **source.options
+        )
+    except QuantizedError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and transformers each raise errors of their own types here
+        hint = "; pip install 'kbit[gguf]'" if source.gguf is not None and "gguf" in str(error).lower() else ""
+        raise OSError(f"model {name!r} cannot be loaded from {source.where}: {error}{hint}") from error
+    model, info = loading
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
+        raise OSError(f"model {name!r} at {location} lacks {len(missing)} tensors, such as {missing[0]}")
+    if unknown := sorted(key for key in info["unexpected_keys"] if not is_harmless(key)):
+        raise ValueError(
+            f"model {name!r} at {location} has {len(unknown)} tensors that the model does not take, such as "
+            f"{unknown[0]}: its weights are quantized, or are another model's"
+        )
+    is_local = Path(location).is_dir()  # then its files were looked at before
+    if not is_local and (folder := find_cached_folder(location, source.revision)) is not None:
+        check_folder(folder)
+    if odd := [key for key, value in model.named_parameters() if not value.is_floating_point()]:
+        raise ValueError(f"model {name!r} at {location}: the parameter {odd[0]} holds no floating-point numbers")
+    return model, hash_folder(Path(location)) if is_local else find_commit(config)
+
+
+def _read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint, or another one.
+
+    Raises:
+        ValueError: its ids go beyond the model's embedding.
+        OSError: there is none.
+    """
+    where, options = (source.location, source.options) if asked is None else (locate_tokenizer(asked), {})
+    if (Path(where) / "tokenizer.json").is_file():  # beside a GGUF file, which has a tokenizer of its own
+        options.pop("gguf_file", None)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
+    except Exception as error:  # see _read_model
+        raise OSError(f"the tokenizer of model {source.name!r} cannot be loaded from {where}: {error}") from error
+    if not tokenizer("a b")["input_ids"]:  # transformers makes an empty one of a folder without tokenizer files
+        raise OSError(f"model {source.name!r} at {where} has no usable tokenizer: its tokenizer files are missing")
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer at {where} has {tokenizer.vocab_size} tokens, and the embedding of model {source.name!r} "
+            f"has {rows} rows: it is another model's tokenizer"
+        )
+    return tokenizer
 
 
 def check_device(device: str) -> None:
@@ -91,7 +203,7 @@ def check_device(device: str) -> None:
 def hash_folder(folder: Path) -> str:
     """Return the sha256 over a local model's configuration, tokenizer and weight files."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors"}):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".gguf"}):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -12,10 +12,11 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from kbit.models.catalog import locate_model
-from kbit.models.config import MAX_WINDOW
+from kbit.models.config import MAX_WINDOW, UNITS, read_count
 
-_UNITS: Final = {"k": 1e3, "m": 1e6, "b": 1e9}
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
+
+_CONTEXT: Final = ("max_position_embeddings", "n_positions", "seq_length")
 
 # Published sizes of models whose names have none.
 _NAMELESS: Final = {
@@ -49,14 +50,18 @@ class ModelSize:
     vocabulary: int | None
 
 
-def find_size(name: str) -> ModelSize | None:
+def find_size(name: str, given: str | None = None) -> ModelSize | None:
     """Return the size of a model by its folder, its files in the hub's cache, or its name. None: none of them tells it.
 
     No weights are read, as a safetensors file begins with the shapes of its tensors.
+
+    Args:
+        name: the model's name.
+        given: the number of parameters that the user gave, see read_count. The files win, the name does not.
     """
     folder = _find_folder(name)
     stored = _count_stored(folder) if folder else None
-    parameters = stored or _read_name(name)
+    parameters = stored or (_read_name(name) if given is None else read_count(given))
     if parameters is None:
         return None
     config = json.loads((folder / "config.json").read_text()) if folder else {}
@@ -64,7 +69,7 @@ def find_size(name: str) -> ModelSize | None:
     return ModelSize(
         parameters,
         hidden=_first(config, "hidden_size", "n_embd") or guess,
-        context=_first(config, "max_position_embeddings", "n_positions", "seq_length") or MAX_WINDOW,
+        context=_first(config, *_CONTEXT) or MAX_WINDOW,
         vocabulary=_first(config, "vocab_size"),
     )
 
@@ -75,13 +80,25 @@ def _find_folder(name: str) -> Path | None:
         place = locate_model(name)
     except ValueError:
         return None
-    folder = Path(place)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache  # takes time that models in folders need not wait for
+    folder: Path | None = Path(place)
+    if folder is not None and not folder.is_dir():
+        folder = find_cached_folder(place)
+    return folder if folder is not None and (folder / "config.json").is_file() else None
 
-        cached = try_to_load_from_cache(place, "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    return folder if (folder / "config.json").is_file() else None
+
+def find_context(name: str) -> int | None:
+    """Return the number of tokens that a model takes at once, or None if no configuration here tells it."""
+    folder = _find_folder(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig")) if folder else {}
+    return _first(config, *_CONTEXT)
+
+
+def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model's files in the hub's cache, if they are there."""
+    from huggingface_hub import try_to_load_from_cache  # takes time that models in folders need not wait for
+
+    cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _count_stored(folder: Path) -> int | None:
@@ -107,7 +124,7 @@ def _read_name(name: str) -> int | None:
     if found is None:
         return None
     whole, fraction, unit, tenths = found.groups()
-    return round(float(f"{whole}.{fraction or tenths or 0}") * _UNITS[unit.lower()])
+    return round(float(f"{whole}.{fraction or tenths or 0}") * UNITS[unit.lower()])
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
+
+_GGUF_PLAIN: Final = {0, 1, 28, 30}  # GGML's numbers of F32, F16, F64 and BF16
 
 
 def find_commit(config: Any) -> str:
     """Return the commit of the hub that a configuration was loaded from."""
     return str(config._commit_hash)
+
+
+def describe_gguf(path: Path) -> str:
+    """Return the kinds of blocks that a GGUF file's weights are in: "gguf Q4_0 Q6_K". Plain numbers give ""."""
+    from transformers.integrations.gguf.dequant import GGML_NAME
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    kinds = set(GgufHeader.from_file(str(path)).ggml_types.values()) - _GGUF_PLAIN
+    quantized = sorted(GGML_NAME.get(kind, f"type {kind}") for kind in kinds)
+    return f"gguf {' '.join(quantized)}" if quantized else ""
 
 
 def list_whole_modules(model: Any) -> set[str]:

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float32
 from numpy.typing import NDArray
 
-from kbit.checks import check_choice
+from kbit.checks import check_choice, non_defaults, tabulate_html
+from kbit.data.presets import list_presets, read_preset
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits, decision_thresholds
 from kbit.numerics.data_types import DATA_TYPES, make_codebook
@@ -64,7 +65,7 @@ class QuantSpec:
     """
 
     bits: int = 4
-    data_type: str = "float"
+    data_type: str = "nf"
     exponent_bits: int | None = None
     float_bias: str = "ieee"
     table: tuple[float, ...] | None = None
@@ -129,6 +130,15 @@ class QuantSpec:
             )
 
     @staticmethod
+    def from_name(name: str) -> QuantSpec:
+        """Return the named quantizer of conf/quant, such as nf4_dq or mxfp4: `kbit.presets()` has them all.
+
+        Raises:
+            ValueError: there is no such name.
+        """
+        return QuantSpec(**find_preset(name))
+
+    @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
         """Return the spec again that went through dataclasses.asdict and JSON.
 
@@ -138,6 +148,10 @@ class QuantSpec:
         if known.get("table") is not None:
             known["table"] = tuple(known["table"])  # JSON has lists
         return QuantSpec(**known)
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks: the name, and every field that is not at its default."""
+        return tabulate_html({"quantizer": self.label()} | non_defaults(self, type(self)()))
 
     @property
     def is_baseline(self) -> bool:
@@ -265,3 +279,13 @@ class QuantSpec:
 def write_table(values: Iterable[float]) -> str:
     """Return a user's own table as quant.table takes it: [-1, 0.3, 0.5, 1]."""
     return f"[{', '.join(f'{value:g}' for value in values)}]"
+
+
+def find_preset(name: str) -> dict[str, Any]:
+    """Return the fields that a named quantizer sets.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    check_choice("quant", name, tuple(list_presets()))
+    return read_preset(name)

@@ -6,8 +6,10 @@ Readers see a file whole or not at all. A file's name is relative to the store: 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
 STALE_SECONDS: Final = 3600.0  # a temporary file lives for milliseconds, so a killed process left one of this age
+RESULT_BYTES: Final = 200_000  # of a result with its log; those of ten thousand items take less
+# What a file system answers that cannot do something at all: make a hard link, lock a file, sync a folder.
+_NOT_SUPPORTED: Final = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EMLINK, errno.ENOLCK)
 _MARKER: Final = "kbit-store"  # a file that marks a store where there are no folders
 
 
@@ -22,6 +27,7 @@ class Files(Protocol):
     """The operations that a store needs on the place where it lies."""
 
     root: str
+    has_lock: bool  # whether `lock` keeps others out
 
     def is_store(self) -> bool:
         """Whether there is a store."""
@@ -44,13 +50,17 @@ class Files(Protocol):
     def remove(self, name: str) -> None:
         """Remove a file, which another process may have removed already."""
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keep others from compacting and deleting. The lock ends with its process, however the process ends."""
+    def lock(self, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Keep others from compacting and deleting. The lock ends with its process, however the process ends.
+
+        Args:
+            shared: whether others may hold the lock, too, that only read.
+        """
 
 
 def open_files(path: str | Path) -> Files:
     """Return the files of the store at a local path or fsspec URL."""
-    return RemoteFiles(str(path)) if is_url(path) else LocalFiles(Path(path))
+    return RemoteFiles(str(path)) if is_url(path) else LocalFiles(expand_home(path))
 
 
 def is_url(path: str | Path) -> bool:
@@ -58,16 +68,45 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
+def expand_home(path: str | Path) -> Path:
+    """Return a local path with ~ as the home folder, which a shell leaves as it is in results=~/study.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"results={path}: {error}") from None
+
+
+def check_space(path: str | Path, results: int) -> None:
+    """Raise OSError if a local disk is too full for so many results."""
+    if is_url(path):
+        return
+    free, needed = shutil.disk_usage(_find_existing(path)).free, results * RESULT_BYTES
+    if free < needed:
+        raise OSError(
+            f"results={path}: {free / 1e6:.0f} MB are free, and {results} results may take {needed / 1e6:.0f} MB"
+        )
+
+
 def check_writable(path: str | Path) -> None:
     """Raise OSError if a store could not be made at a local path. Nothing is left there."""
     if is_url(path):
         return
-    parent = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    parent = _find_existing(path)
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise OSError(f"results={path}: cannot write to {parent}: {error.strerror}") from error
+
+
+def _find_existing(path: str | Path) -> Path:
+    """Return the nearest folder at or above a path that is there."""
+    whole = expand_home(path).absolute()
+    return next(folder for folder in (whole, *whole.parents) if folder.exists())
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -89,6 +128,8 @@ def _open_beside(path: Path) -> Iterator[Path]:
 
 class LocalFiles:
     """Files in a local (or mounted) folder."""
+
+    has_lock = True
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
@@ -134,9 +175,7 @@ class LocalFiles:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            try:
-                os.link(temporary, path)  # atomic, and refuses to overwrite
-            except FileExistsError:
+            if not _move(temporary, path):
                 return False
         _sync_folder(path.parent)
         return True
@@ -146,18 +185,29 @@ class LocalFiles:
         (self._path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """See Files."""
-        with (self._path / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+    def lock(self, *, shared: bool = False) -> Iterator[None]:
+        """See Files. Where files cannot be locked, as on some mounted drives, this locks nothing."""
+        path = self._path / ".lock"
+        if shared and not path.exists():  # nobody has ever compacted, and a reader may not be allowed to write
+            yield
+            return
+        with path.open("r" if shared else "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
             yield
 
 
 class RemoteFiles:
     """Files behind an fsspec URL. An object store writes an object whole or not at all.
 
-    There is no lock. If one process compacts while another deletes, no result is lost, but a deleted one may come back.
+    There is no lock. If one process compacts while another deletes, it may write a deleted result once more. The store
+    therefore keeps the keys of what was deleted (kbit.store.records.list_deleted).
     """
+
+    has_lock = False
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -217,7 +267,7 @@ class RemoteFiles:
         with contextlib.suppress(FileNotFoundError), self._own_errors():
             self._system.rm_file(f"{self._path}/{name}")
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
+    def lock(self, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
         """Return a lock that locks nothing, see the class."""
         return contextlib.nullcontext()
 
@@ -232,10 +282,32 @@ class RemoteFiles:
             raise OSError(f"results={self.root}: {type(error).__name__}: {error}") from error
 
 
+def _move(temporary: Path, path: Path) -> bool:
+    """Give a file its name. Return False if there is a file of that name.
+
+    A hard link is atomic and refuses to overwrite. Some file systems have none (exFAT, gcsfuse, mounted cloud drives).
+    There, of two writers of one name at the same moment the later one stays. Readers see one of them, whole.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        if path.exists():
+            return False
+        temporary.replace(path)
+    return True
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a folder's entries survive a power failure. Only then may the files that a new file replaces be removed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:  # a mounted drive may have no such guarantee to give
+            raise
     finally:
         os.close(descriptor)

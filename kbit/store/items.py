@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kbit.evaluation.measurement import ItemValues, decode_items
-from kbit.experiments.serialize import from_json
-from kbit.store.records import read_records
+from kbit.store.damage import DamagedRecord, Source, set_aside
+from kbit.store.records import find_records, open_existing
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The field of a Result that holds its items. It is missing in results from before items were kept."""
+
+    items: tuple[ItemValues, ...] = ()
 
 
 def read_items(
@@ -41,8 +50,24 @@ def read_items_by_task(
         FileNotFoundError: there is no store at path.
     """
     found: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for record in read_records(path, "experiments", keys):
-        for items in (from_json(ItemValues, values) for values in record.get("items", ())):
-            if items.metric == metric:
-                found.setdefault(items.task, {})[record["key"]] = decode_items(items)
+    for source, record in find_records(open_existing(path), "experiments", keys):
+        try:
+            for (task, of), values in read_all_items(source, record).items():
+                if of == metric:
+                    found.setdefault(task, {})[record["key"]] = values
+        except DamagedRecord as error:
+            set_aside(error)
     return found
+
+
+def read_all_items(source: Source, record: Mapping[str, Any]) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Return the value of each item of a record [n] by task and metric.
+
+    Raises:
+        DamagedRecord: they cannot be read.
+    """
+    items = source.read(_Items, record).items
+    try:
+        return {(own.task, own.metric): decode_items(own) for own in items}
+    except ValueError as error:
+        raise source.refuse(error) from error

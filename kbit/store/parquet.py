@@ -9,13 +9,14 @@ from __future__ import annotations
 import bisect
 import contextlib
 import io
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from kbit.store.damage import DamagedRecord, set_aside
 from kbit.store.filesystem import Files
 
 GROUP_EXPERIMENTS: Final = 500  # in a row group: few, so that a few experiments are found without reading all
@@ -29,9 +30,30 @@ def encode_part(rows: pa.Table) -> bytes:
 
 
 def read_keys(files: Files, name: str) -> set[str]:
-    """Return the keys of a file's experiments."""
+    """Return the keys of a file's experiments.
+
+    Raises:
+        DamagedRecord: the file cannot be read, as of every function here that opens one.
+    """
     with _open(files, name) as part:
-        return set(part.read(columns=["key"], use_threads=False)["key"].to_pylist())
+        return set(part.read(columns=["key"], use_threads=False)["key"].drop_null().to_pylist())
+
+
+def without_rows(files: Files, name: str, keys: Collection[str]) -> bytes | None:
+    """Return a file without the rows of these keys, or None if no row is left. The key "" stands for a missing one.
+
+    All other rows stay as they are, those included that this kbit cannot read.
+    """
+    with _open(files, name) as part:
+        table = part.read(use_threads=False)
+    left = table.filter(pc.invert(pc.is_in(pc.fill_null(table["key"], ""), pa.array(sorted(keys), pa.string()))))
+    return encode_part(left) if len(left) else None
+
+
+def count_rows(files: Files, name: str) -> int:
+    """Return the number of a file's rows, those included that cannot be read."""
+    with _open(files, name) as part:
+        return int(part.metadata.num_rows)
 
 
 def read_texts(files: Files, name: str, keys: Collection[str] | None) -> dict[str, str]:
@@ -43,46 +65,71 @@ def read_texts(files: Files, name: str, keys: Collection[str] | None) -> dict[st
         else:
             table = part.read_row_groups(_find_groups(part, wanted), columns=columns, use_threads=False)
             table = table.filter(pc.is_in(table["key"], pa.array(wanted, pa.string())))
-    return dict(zip(table["key"].to_pylist(), table["record"].to_pylist(), strict=True))
+    return _pair_texts(table)
 
 
 def read_rows(
-    files: Files, name: str, columns: Sequence[str], whole: pa.Schema, remake: Callable[[list[str]], pa.Table]
+    files: Files, name: str, columns: Sequence[str], whole: pa.Schema, remake: Callable[[Mapping[str, str]], pa.Table]
 ) -> pa.Table:
-    """Return columns of a file. The rows of another kbit's file are made again from its records.
+    """Return columns of a file, key among them. The rows of another kbit's file are made again from its records.
 
     Args:
         files: the store's files.
         name: name of the file in the store.
         columns: columns to return.
         whole: schema of a file that this kbit writes.
-        remake: function that makes a table with that schema from records (JSON).
+        remake: function that makes a table with that schema from records (JSON) by key.
     """
     with _open(files, name) as part:
         found = part.schema_arrow  # whose fields also carry the numbers that Parquet gives them
         if found.equals(whole) and found.metadata == whole.metadata:
-            return part.read(columns=list(columns), use_threads=False).select(list(columns))
-        texts = part.read(columns=["record"], use_threads=False)["record"]
-    return remake(texts.to_pylist()).select(list(columns))
+            is_whole, table = True, part.read(columns=list(columns), use_threads=False).select(list(columns))
+        else:
+            is_whole, table = False, part.read(columns=["key", "record"], use_threads=False)
+    if missing := table["key"].null_count:
+        set_aside(DamagedRecord(files.root, name, f"{missing} of {len(table)} records have none", key=""))
+        table = table.filter(pc.is_valid(table["key"]))
+    return table if is_whole else remake(_pair_texts(table)).select(list(columns))
+
+
+def _pair_texts(table: pa.Table) -> dict[str, str]:
+    """Return the records of a table by key. Those without a key are left out."""
+    pairs = zip(table["key"].to_pylist(), table["record"].to_pylist(), strict=True)
+    return {key: text for key, text in pairs if key is not None}
 
 
 @contextlib.contextmanager
 def _open(files: Files, name: str) -> Iterator[pq.ParquetFile]:
-    """Open a file to be read without threads.
+    """Open a file to be read without threads. It raises DamagedRecord if that fails, or if what is done with it fails.
 
     A thread of pyarrow's that reads from a Python file needs the interpreter. A thread that still reads when the
     interpreter ends brings the process down with exit code 134, after the work was done.
     """
     with files.open(name) as file:
-        yield pq.ParquetFile(file, pre_buffer=False)
+        try:
+            part = pq.ParquetFile(file, pre_buffer=False)
+            for column in ("key", "record"):
+                at = part.schema_arrow.get_field_index(column)
+                if at < 0 or part.schema_arrow.field(at).type not in (pa.string(), pa.large_string()):
+                    raise DamagedRecord(files.root, name, f"it has no column {column!r} of texts")
+            yield part
+        except (DamagedRecord, FileNotFoundError):
+            raise
+        except (pa.ArrowException, ValueError) as error:
+            raise DamagedRecord(files.root, name, str(error)) from error
+        except OSError as error:
+            if error.errno is not None:  # the operating system's error says nothing of what the file holds
+                raise
+            raise DamagedRecord(files.root, name, str(error)) from error
 
 
 def _find_groups(part: pq.ParquetFile, keys: list[str]) -> list[int]:
     """Return the row groups that may hold one of the sorted keys."""
     found = []
     for group in range(part.num_row_groups):
-        bounds = part.metadata.row_group(group).column(0).statistics  # column 0 is the key, the first of PART_SCHEMA
-        at = bisect.bisect_left(keys, bounds.min)
-        if at < len(keys) and keys[at] <= bounds.max:
+        column = part.metadata.row_group(group).column(0)  # the key, the first of PART_SCHEMA
+        bounds: Any = column.statistics if column.path_in_schema == "key" else None
+        at = bisect.bisect_left(keys, bounds.min) if bounds is not None and bounds.has_min_max else None
+        if at is None or (at < len(keys) and keys[at] <= bounds.max):
             found.append(group)
     return found

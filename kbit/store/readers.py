@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,15 @@ import pyarrow as pa
 
 from kbit.evaluation.measurement import Feature
 from kbit.experiments.config import Experiment
-from kbit.experiments.serialize import from_json
-from kbit.store.filesystem import open_files
-from kbit.store.records import list_finished, open_existing, read_records, retry
-from kbit.store.results import load_failures, read_parts
-from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
+from kbit.experiments.names import find_varied, name_experiment
+from kbit.experiments.result import Result
+from kbit.store.damage import DamagedRecord, DamagedRecordWarning, set_aside
+from kbit.store.filesystem import is_url, open_files
+from kbit.store.items import read_all_items
+from kbit.store.records import find_records, list_finished, open_existing, read_as, retry
+from kbit.store.results import load_failures, read_parts, tabulate_files
+from kbit.store.rows import ROW_SCHEMA, SETTING_COLUMNS, drop_repeated, list_measurements
+from kbit.store.wide import widen
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
@@ -44,11 +49,11 @@ def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
     """Return the keys of finished and of failed experiments. Both are empty if there is no store yet."""
     files = open_files(path)
     failed = {Path(name).stem for name in files.names("failures", ".json")}
-    finished = retry(lambda: list_finished(files, {}))
+    finished = retry(files, lambda: list_finished(files, {}))
     return finished, failed - finished
 
 
-def read_results(path: str | Path = "results") -> pd.DataFrame:
+def read_results(path: str | Path = "results", *, words: bool = False, wide: bool = False) -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns:
@@ -63,32 +68,77 @@ def read_results(path: str | Path = "results") -> pd.DataFrame:
             where their evaluations are equal.
         bits_per_param, total_bits, weight_rmse: sizes, and the relative error of the quantized weights.
         task, metric, value, low, high, n: the measurement with its 95% interval.
+        checkpoint: how the model's checkpoint was quantized before kbit ("gguf Q4_0"). It is missing for plain ones.
 
-    The table's attrs["store"] is the path, with which read_items finds the items behind a value.
+    pandas drops rows with a missing value where it groups them or makes a pivot table, which leaves out every
+    experiment without exponent bits, for example. With words=True a missing setting is a word, and such tables are
+    whole: "whole" is a block size, and "none" stands for everything that a quantizer, or the 16-bit baseline, does not
+    have. Settings that are numbers then share their column with a word.
+
+    With wide=True there is one row for each experiment, with words: a column for each task and metric ("piqa acc",
+    "piqa acc low", "piqa acc high"), and label, seconds, peak_memory_bytes and finished before the other columns.
+
+    The table's attrs["store"] is the path, with which read_items finds the items behind a value. What cannot be read is
+    left out with a warning (kbit.store.damage.DamagedRecordWarning).
 
     Raises:
         FileNotFoundError: there is no store at path.
-        ValueError: a file of the store is damaged, or was written by a newer kbit.
     """
     files = open_existing(path)
-    rows = retry(lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
+    rows = retry(files, lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
     table: pd.DataFrame = list_measurements(drop_repeated(rows).sort_by("key")).to_pandas()
     table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
+    if words or wide:
+        table = _write_words(table)
+    if wide:
+        table = widen(table, path)
     table.attrs["store"] = str(path)
     return table
 
 
+def _write_words(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table in which the settings that a quantizer does not have are words."""
+    whole = table["block_size"].isna() & table["data_type"].notna()
+    named = {name: table[name].astype(object).where(table[name].notna(), "none") for name in SETTING_COLUMNS}
+    return table.assign(**named | {"block_size": named["block_size"].mask(whole, "whole")})
+
+
+def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the table without the experiments on checkpoints that were quantized before: no 16-bit baseline is theirs.
+
+    It warns of what it leaves out.
+    """
+    is_plain = results["checkpoint"].isna()
+    if is_plain.all():
+        return results
+    left_out = results.loc[~is_plain, "key"].nunique()
+    warnings.warn(
+        f"{left_out} experiments on quantized checkpoints (GGUF) are left out: they have no 16-bit baseline",
+        stacklevel=2,
+    )
+    plain = results[is_plain]
+    plain.attrs = results.attrs
+    return plain
+
+
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
-    """Return the failed experiments, one a row: key, label, model, bits, data_type, block_size, reason, finished."""
+    """Return the experiments that failed or crashed (see Failure), one a row.
+
+    Columns: key, label (with what else tells the evaluations apart), model, bits, data_type, block_size, reason,
+    finished, state.
+    """
+    failures = list(load_failures(path))
+    varied = find_varied(failure.experiment for failure in failures)
     rows = [
         {
-            **{name: getattr(failure, name) for name in ("key", "label", "reason", "finished")},
+            **{name: getattr(failure, name) for name in ("key", "reason", "finished", "state")},
+            "label": name_experiment(failure.experiment, varied),
             "model": failure.experiment.model.name,
             **{name: getattr(failure.experiment.quant, name) for name in ("bits", "data_type", "block_size")},
         }
-        for failure in load_failures(path)
+        for failure in failures
     ]
-    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished"]
+    columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished", "state"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
 
 
@@ -101,7 +151,7 @@ def read_provenance(path: str | Path = "results") -> pd.DataFrame:
     rows = [
         {"git_commit": origin.git_commit, "device": origin.device, "finished": origin.finished}
         | {"versions": ", ".join(f"{name} {version}" for name, version in sorted(origin.versions.items()))}
-        for origin in (from_json(_Origin, record) for record in read_records(path, "experiments"))
+        for origin in read_as(_Origin, path)
     ]
     table = pd.DataFrame(rows, columns=["git_commit", "device", "versions", "finished"])
     origins = table.groupby(["git_commit", "device", "versions"], dropna=False)["finished"]
@@ -119,9 +169,41 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
     """
     of_feature = ("dimension", "is_feature", "layers", "positions", "one_sided")
     rows = []
-    for found in (from_json(_Features, record) for record in read_records(path, "experiments", keys)):
+    for found in read_as(_Features, path, keys=keys):
         about = {"key": found.key, "model": found.experiment.model.name}
         for feature in found.features:
             own = {name: getattr(feature, name) for name in of_feature}
             rows += [about | own | vars(place) for place in feature.by_layer]
     return pd.DataFrame(rows, columns=["key", "model", *of_feature, "layer", "input", "share", "largest"])
+
+
+def find_damaged(path: str | Path) -> list[DamagedRecord]:
+    """Read all of a store and return what cannot be read, by name.
+
+    Raises:
+        FileNotFoundError: there is no store at path.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DamagedRecordWarning)
+        read_results(path)
+        read_failures(path)
+        for source, record in find_records(open_files(path), "experiments", None):  # tables need not parse them
+            try:
+                source.read(Result, record)
+                read_all_items(source, record)
+            except DamagedRecord as error:
+                set_aside(error)
+    errors = [w.message.error for w in caught if isinstance(w.message, DamagedRecordWarning)]
+    return sorted({(error.name, error.key): error for error in errors}.values(), key=str)
+
+
+def list_unreadable(path: str | Path, keys: Collection[str]) -> set[str]:
+    """Return which of these experiments have a JSON file that cannot be read. A store behind a URL is not read."""
+    files = open_files(path)
+
+    def look() -> set[str]:
+        names = [name for name in files.names("experiments", ".json") if Path(name).stem in keys]
+        readable = tabulate_files(files, names, ROW_SCHEMA)["key"].to_pylist()
+        return {Path(name).stem for name in names} - set(readable)
+
+    return set() if is_url(path) else retry(files, look)

@@ -2,80 +2,100 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from kbit.experiments.result import Failure, Result
-from kbit.experiments.serialize import from_json
+from kbit.experiments.serialize import write_json
 from kbit.store import parquet
+from kbit.store.damage import DamagedRecord, Source, set_aside
 from kbit.store.filesystem import Files
-from kbit.store.records import parse_record, read_json, read_records
-from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, ROWS_VERSION, tabulate
-
-T = TypeVar("T")
+from kbit.store.records import list_deleted, read_as, read_loose
+from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, make_row
 
 PART_EXPERIMENTS: Final = 5000  # in one Parquet file: tens of megabytes, which compaction holds in memory
 
 
 def load_results(path: str | Path, keys: Collection[str] | None = None) -> Iterator[Result]:
-    """Yield the finished experiments with these keys, sorted by key. None yields all.
+    """Yield the finished experiments with these keys that can be read, sorted by key. None yields all.
 
     Raises:
         FileNotFoundError: there is no store at path.
-        ValueError: a file of the store is damaged, or was written by a newer kbit.
     """
-    return (_read(Result, record) for record in read_records(path, "experiments", keys))
+    return read_as(Result, path, "experiments", keys)
 
 
-def load_failures(path: str | Path) -> Iterator[Failure]:
-    """Yield the failed experiments, sorted by key. The errors are those of load_results."""
-    return (_read(Failure, record) for record in read_records(path, "failures"))
+def load_failures(path: str | Path, keys: Collection[str] | None = None) -> Iterator[Failure]:
+    """Yield the failed experiments with these keys, see load_results."""
+    return read_as(Failure, path, "failures", keys)
 
 
 def read_parts(files: Files, schema: pa.Schema) -> Iterator[pa.Table]:
     """Yield the store's experiments as tables with ROW_SCHEMA or PART_SCHEMA. An experiment may come twice."""
+    deleted = list_deleted(files)
     loose = files.names("experiments", ".json")  # before compacted/: see kbit.store.store
     for name in files.names("compacted", ".parquet"):
-        yield read_part(files, name, schema)
+        try:
+            part = read_part(files, name, schema)
+        except DamagedRecord as error:
+            set_aside(error)
+        else:
+            yield without_keys(part, deleted)
+    loose = [name for name in loose if Path(name).stem not in deleted]
     for at in range(0, len(loose), PART_EXPERIMENTS):
-        records = [read_json(files, name) for name in loose[at : at + PART_EXPERIMENTS]]
-        yield tabulate(_read_all(records)) if schema == ROW_SCHEMA else make_part(records)
+        yield tabulate_files(files, loose[at : at + PART_EXPERIMENTS], schema)
+
+
+def without_keys(part: pa.Table, keys: Collection[str]) -> pa.Table:
+    """Return a table of experiments without those of these keys."""
+    return part.filter(pc.invert(pc.is_in(part["key"], pa.array(sorted(keys), pa.string())))) if keys else part
+
+
+def tabulate_files(files: Files, names: Collection[str], schema: pa.Schema) -> pa.Table:
+    """Return the experiments of JSON files as a table with ROW_SCHEMA or PART_SCHEMA."""
+    return tabulate(read_loose(files, names).values(), schema)
 
 
 def read_part(files: Files, name: str, schema: pa.Schema) -> pa.Table:
-    """Return the experiments of a Parquet file with ROW_SCHEMA or PART_SCHEMA."""
+    """Return the experiments of a Parquet file with ROW_SCHEMA or PART_SCHEMA.
 
-    def remake(texts: list[str]) -> pa.Table:
-        return make_part([parse_record(text, name) for text in texts])
+    Raises:
+        DamagedRecord: the file cannot be read.
+    """
+
+    def remake(texts: Mapping[str, str]) -> pa.Table:
+        sources = {key: Source(files.root, name, key, is_part=True) for key in texts}
+        return tabulate([(sources[key], text) for key, text in texts.items()], PART_SCHEMA)
 
     return parquet.read_rows(files, name, schema.names, PART_SCHEMA, remake)
 
 
-def make_part(records: Sequence[dict[str, Any]]) -> pa.Table:
-    """Return records with their rows (PART_SCHEMA).
+def tabulate(found: Iterable[tuple[Source, bytes | str]], schema: pa.Schema) -> pa.Table:
+    """Return the rows of the records that can be read, with ROW_SCHEMA or PART_SCHEMA.
 
     The record stays as it was read, so that a compaction loses no entry that this kbit does not know.
     """
-    texts = [json.dumps(record, separators=(",", ":")) for record in records]
-    part = tabulate(_read_all(records)).append_column("record", pa.array(texts, pa.string()))
-    return part.replace_schema_metadata(ROWS_VERSION)
+    rows = []
+    for source, content in found:
+        try:
+            rows.append(_read_row(source, content, with_record=schema != ROW_SCHEMA))
+        except DamagedRecord as error:
+            set_aside(error)
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
-def _read_all(records: Sequence[dict[str, Any]]) -> Iterator[Result]:
-    return (_read(Result, record) for record in records)
-
-
-def _read(kind: type[T], record: Mapping[str, Any]) -> T:
-    """Return a record as a typed object.
-
-    Raises:
-        ValueError: a field is missing, or today's kbit does not know a name in it. The message names the record.
-    """
+def _read_row(source: Source, content: bytes | str, *, with_record: bool) -> dict[str, Any]:
+    """Return a record as a row. The dataclasses have checked its values one by one, but not all of them together."""
+    record = source.parse(content)
+    result = source.read(Result, record)
+    if not all(math.isfinite(measurement.value) for measurement in result.measurements):
+        raise source.refuse("a measured value is not a finite number")
     try:
-        return from_json(kind, record)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the record {record.get('key')} cannot be read: {error}") from error
+        return make_row(result) | ({"record": write_json(record, separators=(",", ":"))} if with_record else {})
+    except Exception as error:  # values that do not go together, in whatever function meets them first
+        raise source.refuse(error) from error

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from kbit.checks import non_defaults
-from kbit.evaluation.config import FeatureConfig
+from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.models.catalog import STUDIED, name_run
+from kbit.models.config import ModelConfig
 from kbit.numerics.spec import write_table
 
 if TYPE_CHECKING:
     from kbit.evaluation.measurement import TaskRecord
     from kbit.experiments.result import Result
 
+_SHA256: Final = 64  # hexadecimal digits
 _HASH: Final = 8  # hexadecimal digits shown of a hash: among a thousand contents two are equal once in 8,600 times
 
 EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
@@ -37,6 +41,7 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
     "include": pa.string(), "exclude": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
+    "checkpoint": pa.string(),
 }  # fmt: skip
 
 _RESULT_COLUMNS: Final = (
@@ -44,15 +49,20 @@ _RESULT_COLUMNS: Final = (
     *("bits_per_param", "total_bits", "weight_rmse"),
 )  # named as in a Result
 
+# The columns of a quantizer, and of its method, that can be missing.
+SETTING_COLUMNS: Final = tuple(
+    name for name in EXPERIMENT_COLUMNS if name not in (*_RESULT_COLUMNS, "model", "dtype", "bits")
+)
+
 MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "evaluation": pa.string(), "task": pa.string(), "metric": pa.string(),
     "value": pa.float64(), "low": pa.float64(), "high": pa.float64(), "n": pa.int64(),
 }  # fmt: skip
 
 COLUMNS: Final = (
-    *(name for name in EXPERIMENT_COLUMNS if name not in ("bits_per_param", "total_bits", "weight_rmse")),
+    *(name for name in EXPERIMENT_COLUMNS if name not in ("bits_per_param", "total_bits", "weight_rmse", "checkpoint")),
     "evaluation", "bits_per_param", "total_bits", "weight_rmse",
-    *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"),
+    *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"), "checkpoint",
 )  # fmt: skip
 
 ROW_SCHEMA: Final = pa.schema(
@@ -60,13 +70,8 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
-ROWS_VERSION: Final = {b"kbit.rows": b"2"}
+ROWS_VERSION: Final = {b"kbit.rows": b"3"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
-
-
-def tabulate(results: Iterable[Result]) -> pa.Table:
-    """Return the rows of results (ROW_SCHEMA)."""
-    return pa.Table.from_pylist([_make_row(result) for result in results], schema=ROW_SCHEMA)
 
 
 def list_measurements(rows: pa.Table) -> pa.Table:
@@ -79,23 +84,37 @@ def list_measurements(rows: pa.Table) -> pa.Table:
     return shared.select(list(COLUMNS))
 
 
-def _make_row(result: Result) -> dict[str, Any]:
+def make_row(result: Result) -> dict[str, Any]:
     """Return one stored result as a row of ROW_SCHEMA."""
     model, quant = result.experiment.model, result.experiment.quant
     row = {name: getattr(result, name) for name in _RESULT_COLUMNS}
-    row |= {"model": model.name, "dtype": model.dtype, "bits": quant.bits}
+    row |= {"model": _name_model(model), "dtype": model.dtype, "bits": quant.bits}
+    row |= {"family": _find_family(result), "checkpoint": result.checkpoint_quantization or None}
     spec = quant.spec.canonical()
     if not spec.is_baseline:
         row |= dataclasses.asdict(spec) | {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
-    content = {task.name: _describe_content(task) for task in result.tasks}
+    content = _describe_contents(result)
     row["measurements"] = [
         vars(measurement) | {"evaluation": _describe_evaluation(result, measurement.task, content)}
         for measurement in result.measurements
     ]
     return row
+
+
+def _name_model(model: ModelConfig) -> str:
+    """Return a model's name, with the parts of its checkpoint that are not its default."""
+    return " ".join([model.name, *(f"{name}={value}" for name, value in model.parts.items())])
+
+
+def _find_family(result: Result) -> str:
+    """Return the model's family. Results of local folders from before runs had families have the folder's alone."""
+    model = result.experiment.model
+    is_local = model.name not in STUDIED and len(result.model_revision) == _SHA256  # a commit of the hub is shorter
+    is_old = model.family is None and result.family == Path(model.name).name
+    return name_run(Path(model.name)) if is_local and is_old else result.family
 
 
 def _describe_options(quant: QuantConfig) -> str:
@@ -128,17 +147,17 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     Args:
         result: the result with the measurement.
         task: the measurement's task.
-        content: hashes of each task's data, see _describe_content.
+        content: hashes of each task's and group's data, see _describe_contents.
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
-    items = f"{dtype}, {evaluation.limit or 'all'} items"
-    if task in evaluation.tasks:
+    items = f"{dtype}, {evaluation.limit or 'all'} items{_describe_prompting(evaluation)}"
+    if task in content or task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
     measure = _find_measure(result, task)
     if measure is not None and result.text is None:
         return f"{items}, {measure}"
     if task == "mean_zero_shot":
-        names = sorted({m.task for m in result.measurements if m.metric == "acc"} - {task})
+        names = _list_averaged(result)
         joined = "; ".join(content[name] for name in names if content.get(name))
         digest = f"data {hashlib.sha256(joined.encode()).hexdigest()[:_HASH]}" if joined else None
         return ", ".join(filter(None, [items, " ".join(names), digest]))
@@ -150,6 +169,33 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     windows = f"{dtype}, {evaluation.perplexity_windows or 'all'} windows{length}"
     criteria = _describe_criteria(evaluation.features) if task.startswith("features/") else None
     return ", ".join(filter(None, [windows, digest, criteria, measure]))
+
+
+def _describe_prompting(evaluation: EvalConfig) -> str:
+    """Return how tasks were asked, if not without examples and templates: ", 5 examples, chat template"."""
+    examples = "" if evaluation.num_fewshot is None else f", {evaluation.num_fewshot} examples"
+    return examples + (", chat template" if evaluation.apply_chat_template else "")
+
+
+def _list_averaged(result: Result) -> list[str]:
+    """Return the sorted names whose accuracies the mean is of: groups with one stand for their tasks."""
+    having = {m.task for m in result.measurements if m.metric == "acc"} - {"mean_zero_shot"}
+    outermost = {t.name: next((g for g in t.groups if g in having), t.name) for t in result.tasks}
+    inside = {group for task in result.tasks for group in task.groups}
+    return sorted({outermost.get(name, name) for name in having if name not in inside})
+
+
+def _describe_contents(result: Result) -> dict[str, str]:
+    """Return the hashes of each task's data, see _describe_content, and of each group's, over those of its tasks."""
+    content = {task.name: _describe_content(task) for task in result.tasks}
+    groups: dict[str, list[str]] = {}
+    for task in result.tasks:
+        for group in task.groups:
+            groups.setdefault(group, []).append(f"{task.name} {content[task.name]}")
+    return content | {
+        group: f"data {hashlib.sha256('; '.join(sorted(parts)).encode()).hexdigest()[:_HASH]}"
+        for group, parts in groups.items()
+    }
 
 
 def _find_measure(result: Result, task: str) -> str | None:

@@ -4,6 +4,7 @@ results/experiments/<key>.json    a finished experiment: a Result
 results/compacted/<id>.parquet    many finished experiments: their records, and their rows for tables
 results/failures/<key>.json       a failed experiment: a Failure, with reason and traceback, never a number
 results/logs/<key>.log            what an experiment printed
+results/deleted/<key>.json        a deleted experiment, behind a URL only: whatever else holds it is no result
 
 Every file is written whole or not at all. A result moves from experiments/ to compacted/ and never back: first the
 whole Parquet file is there, then the JSON files are removed. Three rules follow for readers. List experiments/ first,
@@ -14,28 +15,21 @@ file is gone since it was listed.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from kbit.experiments.config import Experiment
-from kbit.experiments.result import Failure, Result
-from kbit.experiments.serialize import to_json
+from kbit.experiments.result import FAILED, Failure, Result
+from kbit.experiments.serialize import to_json, write_json
+from kbit.store.damage import SCHEMA_VERSION, DamagedRecord
 from kbit.store.filesystem import is_url, open_files
-from kbit.store.parquet import encode_part
-from kbit.store.records import (
-    SCHEMA_VERSION,
-    list_finished,
-    open_existing,
-    read_json,
-    read_part_keys,
-    retry,
-)
-from kbit.store.results import PART_EXPERIMENTS, make_part, read_part, read_parts
+from kbit.store.parquet import count_rows, encode_part, without_rows
+from kbit.store.records import find_records, list_deleted, list_finished, open_existing, read_part_keys, retry
+from kbit.store.results import PART_EXPERIMENTS, read_part, read_parts, tabulate_files, without_keys
 from kbit.store.rows import PART_SCHEMA, drop_repeated
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
@@ -68,13 +62,16 @@ class Store:
 
     def finished_keys(self) -> set[str]:
         """Return the keys of experiments that have a result."""
-        return retry(lambda: list_finished(self._files, self._compacted))
+        return retry(self._files, lambda: list_finished(self._files, self._compacted))
 
     def has(self, key: str) -> bool:
         """Whether the experiment has a result."""
+        if not self._files.has_lock and self._files.has(f"deleted/{key}.json"):
+            return False
         if self._files.has(f"experiments/{key}.json"):  # before compacted/: see the module
             return True
-        return any(key in keys for keys in retry(lambda: read_part_keys(self._files, self._compacted)).values())
+        parts = retry(self._files, lambda: read_part_keys(self._files, self._compacted))
+        return any(key in keys for keys in parts.values())
 
     def log_path(self, key: str) -> Path | None:
         """Return where the output of an experiment goes. A store behind a URL keeps none."""
@@ -82,20 +79,22 @@ class Store:
 
     def write(self, result: Result) -> None:
         """Write a result, and forget an earlier failure of the same experiment."""
+        self._forget_deletion([result.key])
         self._files.create(f"experiments/{result.key}.json", _encode(result))
         self._files.remove(f"failures/{result.key}.json")
 
-    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str) -> None:
-        """Record that an experiment failed, in place of an earlier failure."""
+    def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str, state: str = FAILED) -> None:
+        """Record that an experiment failed or crashed (see Failure), in place of an earlier failure."""
         name = f"failures/{key}.json"
         self._files.remove(name)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label())))
+        self._files.create(name, _encode(Failure(key, experiment, reason, traceback, now, experiment.label(), state)))
 
     def compact(self, at_least: int = 0) -> int:
         """Put the JSON files of finished experiments into Parquet files and return the number of experiments.
 
         Readers and writers go on meanwhile. A crash at any moment loses nothing, and the next compaction ends the work.
+        What cannot be read stays as it is.
 
         Args:
             at_least: number of files below which nothing is done.
@@ -103,29 +102,47 @@ class Store:
         if len(self._files.names("experiments", ".json")) < at_least:
             return 0
         with self._files.lock():
-            done = set().union(*read_part_keys(self._files, self._compacted).values())
+            deleted = list_deleted(self._files)
+            done: set[str] = set().union(*read_part_keys(self._files, self._compacted).values())
             loose = self._files.names("experiments", ".json")
             for name in [name for name in loose if Path(name).stem in done]:  # left by a crash, or finished twice
                 self._files.remove(name)
-            fresh = [name for name in loose if Path(name).stem not in done]
+            fresh = [name for name in loose if Path(name).stem not in done | deleted]
+            compacted = 0
             for at in range(0, len(fresh), PART_EXPERIMENTS):
-                chunk = fresh[at : at + PART_EXPERIMENTS]
-                self._replace(chunk, make_part([read_json(self._files, name) for name in chunk]))
+                part = tabulate_files(self._files, fresh[at : at + PART_EXPERIMENTS], PART_SCHEMA)
+                self._replace([f"experiments/{key}.json" for key in part["key"].to_pylist()], part)
+                compacted += len(part)
             self._merge_small_parts()
-        return len(fresh)
+            self._remove_from_parts(list_deleted(self._files))
+        return compacted
 
     def delete(self, keys: Collection[str]) -> int:
         """Delete the results of these experiments and return their number."""
-        wanted = pa.array(sorted(keys), pa.string())
         with self._files.lock():
             deleted = self.finished_keys() & set(keys)
-            for key in deleted:
-                self._files.remove(f"experiments/{key}.json")
-            for name, there in read_part_keys(self._files, self._compacted).items():
-                if there & deleted:
-                    part = read_part(self._files, name, PART_SCHEMA)
-                    self._replace([name], part.filter(pc.invert(pc.is_in(part["key"], wanted))))
+            for key in () if self._files.has_lock else deleted:
+                self._files.create(f"deleted/{key}.json", b"{}")
+            self._remove_results(deleted)
         return len(deleted)
+
+    def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
+        """Remove records that cannot be read (kbit.store.readers.find_damaged) and return their number.
+
+        Those that may be whole for another kbit stay.
+        """
+        removed = [error for error in damaged if not error.is_foreign]
+        with self._files.lock():
+            whole = {error.name for error in removed if error.key is None}
+            for name in whole:
+                self._files.remove(name)
+            rows: dict[str, set[str]] = {}
+            for error in removed:
+                if error.key is not None and error.name not in whole:
+                    rows.setdefault(error.name, set()).add(error.key)
+            for name, keys in rows.items():
+                self._remove_rows(name, keys)
+        return len(removed)
 
     def delete_failures(self, keys: Collection[str]) -> int:
         """Forget the failures of these experiments and return their number."""
@@ -146,30 +163,62 @@ class Store:
         other = open_existing(path)
         mine = self.finished_keys()
         copied = had = 0
-        for part in retry(lambda: list(read_parts(other, PART_SCHEMA))):
-            fresh = part.filter(pc.invert(pc.is_in(part["key"], pa.array(sorted(mine), pa.string()))))
+        for part in retry(other, lambda: list(read_parts(other, PART_SCHEMA))):
+            fresh = without_keys(part, mine)
+            self._forget_deletion(fresh["key"].to_pylist())
             mine.update(fresh["key"].to_pylist())
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
             self._replace([], fresh)
-        for name in other.names("failures", ".json"):
-            if Path(name).stem not in mine:
-                with other.open(name) as file:
-                    self._files.create(name, file.read())
+        for _, record in find_records(other, "failures", None):
+            if record["key"] not in mine:
+                self._files.create(f"failures/{record['key']}.json", write_json(record, indent=1).encode())
         return copied, had
 
     def _merge_small_parts(self) -> None:
         """Join the smallest Parquet files as long as the joined file has at most PART_EXPERIMENTS experiments."""
         pending: list[str] = []
         size = 0
-        sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
+        sizes = self._size_whole_parts()
         for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
             if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
                     parts = [read_part(self._files, old, PART_SCHEMA) for old in pending]
-                    self._replace(pending, drop_repeated(pa.concat_tables(parts)))
+                    if [len(part) for part in parts] == [sizes[old] for old in pending]:
+                        self._replace(pending, drop_repeated(pa.concat_tables(parts)))
                 pending, size = [], 0
             pending.append(name)
             size += more
+
+    def _size_whole_parts(self) -> dict[str, int]:
+        """Return the number of experiments in each Parquet file of which every record can be read."""
+        sizes = {name: len(keys) for name, keys in read_part_keys(self._files, self._compacted).items()}
+        return {name: size for name, size in sizes.items() if size == count_rows(self._files, name)}
+
+    def _remove_results(self, keys: Collection[str]) -> None:
+        """Remove all files and rows of these experiments."""
+        for key in keys:
+            self._files.remove(f"experiments/{key}.json")
+        self._remove_from_parts(set(keys))
+
+    def _remove_from_parts(self, keys: set[str]) -> None:
+        """Remove all rows of these experiments."""
+        if keys:
+            for name, there in read_part_keys(self._files, self._compacted).items():
+                if there & keys:
+                    self._remove_rows(name, keys)
+
+    def _forget_deletion(self, keys: Collection[str]) -> None:
+        """Let these experiments have a new result, once nothing is left of a deleted one."""
+        again = [] if self._files.has_lock else [key for key in keys if self._files.has(f"deleted/{key}.json")]
+        self._remove_results(again)
+        for key in again:
+            self._files.remove(f"deleted/{key}.json")
+
+    def _remove_rows(self, name: str, keys: Collection[str]) -> None:
+        """Take the records of these keys out of a Parquet file. All others stay as they are."""
+        if content := without_rows(self._files, name, keys):
+            self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", content)
+        self._files.remove(name)
 
     def _replace(self, names: Collection[str], part: pa.Table) -> None:
         """Write a Parquet file, then remove the files whose results are in it."""

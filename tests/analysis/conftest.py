@@ -40,6 +40,10 @@ def plant_loss(parameters: int, bits: int, setting: dict[str, Any]) -> float:
 def list_settings() -> Iterator[dict[str, Any]]:
     """Every quantizer of the made-up store."""
     plain: dict[str, Any] = {"method": "rtn", "outlier_fraction": 0.0, "exponent_bits": pd.NA, "float_bias": None}
+    # float has one precision and one block size more than other data types: figures of one data type show it
+    yield plain | {"bits": 7, "data_type": "float", "block_size": 64, "exponent_bits": 3, "float_bias": "ieee"}
+    for bits in (4, 6):
+        yield plain | {"bits": bits, "data_type": "float", "block_size": 256, "exponent_bits": 3, "float_bias": "ieee"}
     for bits in (2, 3, 4, 5, 6, 8):
         exponent = {2: 1, 3: 2}.get(bits, 3)
         for data_type, block_size in itertools.product(TYPE_LOSS, (64, 128, 1024)):

@@ -25,31 +25,57 @@ def test_outputs_are_cleared(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def quick_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The store that a notebook makes where there is none, made once."""
+def quick_study() -> Any:
+    """The module that finds the notebooks' store."""
     sys.path.insert(0, str(FOLDER))
     try:
-        module: Any = importlib.import_module("quick_study")
+        return importlib.import_module("quick_study")
     finally:
         sys.path.remove(str(FOLDER))
-    return str(module.run_quick_study(str(tmp_path_factory.mktemp("quick"))))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs_and_answers(path: Path, quick_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def quick_store(tmp_path_factory: pytest.TempPathFactory, quick_study: Any) -> str:
+    """The store that a notebook makes where there is none, made once."""
+    return str(quick_study.run_quick_study(str(tmp_path_factory.mktemp("quick"))))
+
+
+def test_a_store_that_is_asked_for_and_not_there_is_an_error(
+    quick_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another study would answer in its place."""
+    monkeypatch.setattr(quick_study, "run_quick_study", lambda path: path)
+    monkeypatch.setattr(quick_study, "TOP", tmp_path)
+    monkeypatch.setenv("KBIT_RESULTS", str(tmp_path / "reslts"))
+    with pytest.raises(FileNotFoundError, match=r"no results at .*reslts"):
+        quick_study.find_store()
+    (tmp_path / "reslts" / "experiments").mkdir(parents=True)
+    assert quick_study.find_store() == str(tmp_path / "reslts")
+    monkeypatch.delenv("KBIT_RESULTS")
+    assert "kbit-quick-study-" in quick_study.find_store()
+
+
+@pytest.fixture(scope="module")
+def executed(quick_store: str) -> dict[str, list[Any]]:
+    """The cells of each notebook after one kernel has run them all, with its variables deleted before each notebook."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("KBIT_RESULTS", quick_store)
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    notebook = nbformat.read(path, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(FOLDER)}})
-    client.execute()
-    last = notebook.cells[-1]
-    assert last.source.endswith("print(answer)")
-    (output,) = [output for output in last.outputs if output.get("name") == "stdout"]
-    print(output.text)
+    cells = {path.stem: nbformat.read(path, as_version=4).cells for path in NOTEBOOKS}
+    whole = nbformat.v4.new_notebook()
+    for own in cells.values():
+        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *own]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KBIT_RESULTS", quick_store)
+        patch.setenv("MPLBACKEND", "agg")
+        nbclient.NotebookClient(whole, timeout=400, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    return cells
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs_and_answers(path: Path, executed: dict[str, list[Any]]) -> None:
+    cells = executed[path.stem]
+    assert cells[-1].source.endswith("print(answer)")
+    (output,) = [output for output in cells[-1].outputs if output.get("name") == "stdout"]
     assert len(output.text.split()) > 8
-    assert not [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "error"
-    ]
+    assert not [output for cell in cells for output in cell.get("outputs", []) if output.output_type == "error"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from hydra.types import RunMode
 from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from kbit.checks import KbitError
 from kbit.cli.compose import Composer, check_union
-from kbit.cli.hydra_app import register_schema
+from kbit.cli.explain import REFUSALS, explain
+from kbit.cli.hydra_app import compose_requests, register_schema
 from kbit.cli.hydra_private import list_combinations
 from kbit.experiments.config import RunConfig
 from kbit.experiments.identity import find_key
@@ -31,6 +35,15 @@ def hydra() -> Iterator[Any]:
     with config_store_kept(), initialize_config_module("kbit.conf", version_base="1.3"):
         register_schema()
         yield GlobalHydra.instance().hydra
+
+
+@pytest.fixture
+def config_store() -> Iterator[None]:
+    """Hydra as a command finds it and leaves it."""
+    instance, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    with config_store_kept():
+        yield
+    GlobalHydra.instance().hydra = instance
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +84,17 @@ def test_composition_equals_hydras(hydra: Any, composer: Composer, overrides: li
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Composer, study: str) -> None:
-    """Each point of its grids, composed by Hydra alone, in order: the first and last 2, and both ends of each grid."""
+    """The first point of each grid and the last of the study, composed by Hydra alone."""
     job = [f"+sweeps={study}"]
     expanded = expand(composer, study)  # raises on a value that is not allowed
-    assert len({find_key(config.experiment) for config in expanded}) > 1
+    assert find_key(expanded[0].experiment) != find_key(expanded[-1].experiment)
     config = load(hydra, job)
     if config.study.unite:
         parts = [expand(composer, name) for name in config.study.unite]
         assert expanded == list(itertools.chain(*parts))
         return
     points: list[list[str]] = []
-    ends: set[int] = set()
+    compared: list[int] = []
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     grids: Any = OmegaConf.to_container(config.study.grids)
     for grid in grids or [{}]:
@@ -89,12 +102,11 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
             f"{key}={','.join(map(write_value, value if isinstance(value, list) else [value]))}"
             for key, value in grid.items()
         ]
-        ends.add(len(points))
+        compared.append(len(points))
         points += list_combinations(parser.parse_overrides(texts))
-        ends.add(len(points) - 1)
     if not config.study.exclude:
         assert len(expanded) == len(points)
-        for at in ends | {*range(min(2, len(points))), *range(max(0, len(points) - 2), len(points))}:
+        for at in {*compared, len(points) - 1}:
             assert expanded[at] == compose_slowly(hydra, [*job, *points[at]])
 
 
@@ -174,3 +186,103 @@ def test_plain_values_are_composed_once(hydra: Any) -> None:
     jobs = [[f"quant.bits={bits}", f"quant.block_size={size}"] for bits in range(2, 9) for size in range(1, 101)]
     assert len({c.quant for job in jobs for c in composer.expand(job)}) == 700
     assert calls == [()]
+
+
+# ---- malformed values
+
+KEYS = (
+    "model", "model.name", "quant.bits", "quant.data_type", "quant.table", "quant.block_size", "quant.gptq.damping",
+    "quant.outlier_fraction", "quant.calibration.text", "eval.tasks", "eval.limit", "eval.perplexity", "eval.features",
+    "eval.features.magnitude", "eval.measures", "results", "device", "ray", "ray.num_workers", "ray.gpus_per_worker",
+    "fail_fast", "study", "study.grids", "study.exclude", "study.unite",
+)  # fmt: skip
+VALUES = (
+    "'???'", "???", "[[a]]", "[{a:1}]", "'${oc.env:HOME}'", "null", "123", "true", "-1", "1e400", "nan", "''", "{}",
+    "[]", "{a:{b:1}}", "'${nowhere}'", "'${quant.bits}'", "'${oc.env:NOT_THERE}'", "[null]", "[1,2]", "a/../b", "0x10",
+    "99999999999999999999999", "'${'", "range(0,3)", "int(3.5)", "~", "9" * 400, "a" * 4000,
+)  # fmt: skip
+REFUSED = (ValueError, OSError, KbitError, *REFUSALS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_malformed_values_are_refused_or_taken(composer: Composer, seed: int) -> None:
+    """Never is there an error of another kind. What is taken has a key."""
+    chance = random.Random(seed)
+    outcomes = collections.Counter[str]()
+    for _ in range(30):
+        override = f"{chance.choice(KEYS)}={chance.choice(VALUES)}"
+        try:
+            taken = [find_key(config.experiment) for config in composer.expand([override])]
+            outcomes["taken"] += bool(taken)
+        except REFUSED as refused:
+            outcomes["refused" if explain(refused) else f"{override} without a word"] += 1
+        except Exception as error:
+            raise AssertionError(override) from error
+    assert set(outcomes) == {"refused", "taken"}
+
+
+def test_where_to_write_may_come_from_the_environment(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_FOLDER", "/tmp/somewhere")
+    assert composer.compose(["results='${oc.env:A_FOLDER}'"]).results == "/tmp/somewhere"
+    for override in ("eval.perplexity='${results}'", "quant.include='${oc.env:A_FOLDER}'"):
+        with pytest.raises(ValueError, match="would be written into every record"):
+            composer.compose(["results='${oc.env:A_FOLDER}'", override])
+
+
+# ---- a user's own folder of configurations
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    """A group `exp`, studies with a launcher of their own, and one that unites two."""
+    files = {
+        "exp/a": "quant: {bits: 3}",
+        "exp/b": "quant: {bits: 5}",
+        "sweeps/basic": "defaults: [{override /hydra/launcher: basic}]\nstudy: {grids: [{quant.bits: [3, 4]}]}",
+        "sweeps/kbit": "defaults: [{override /hydra/launcher: kbit}]\nstudy: {grids: [{quant.bits: [5]}]}",
+        "sweeps/plain": "study: {grids: [{quant.bits: [6]}]}",
+        "sweeps/both": "study: {unite: [basic, plain]}",
+        "sweeps/torn": "study: {unite: [basic, kbit]}",
+        "sweeps/sweeper": "defaults: [{override /hydra/sweeper: basic}]",
+    }
+    for name, content in files.items():
+        path = tmp_path / "own" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# @package _global_\n{content}\n")
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "engine", "bits"),
+    [
+        (["+sweeps=basic"], "process", [3, 4]),
+        (["+sweeps=basic", "hydra/launcher=kbit"], "ray", [3, 4]),
+        (["+sweeps=kbit"], "ray", [5]),
+        (["+sweeps=plain"], "ray", [6]),
+        (["+sweeps=basic,plain"], "process", [3, 4, 6]),
+        (["+sweeps=both"], "process", [3, 4, 6]),
+        (["+exp=a,b"], "ray", [3, 5]),
+        (["+exp=a", "quant.bits=7,8"], "ray", [7, 8]),
+    ],
+    ids=str,
+)
+def test_a_folder_of_ones_own_has_groups_and_launchers(
+    own_folder: Path, config_store: None, arguments: list[str], engine: str, bits: list[int]
+) -> None:
+    (request,) = compose_requests(["-m", "--config-dir", str(own_folder), *arguments])
+    assert (request.engine, [config.quant.bits for config in request.configs]) == (engine, bits)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("+sweeps=basic,kbit", "basic.yaml asks for basic, .*kbit.yaml asks for kbit: choose one with hydra/launcher="),
+        ("+sweeps=torn", "choose one with hydra/launcher="),
+        ("+sweeps=sweeper", "sweeper.yaml: override /hydra/sweeper: basic has no effect"),
+        ("+exq=a", "exq: no key 'exq'"),
+        ("+exp=c", "exp=c: there is no exp/c; allowed are a, b"),
+    ],
+)
+def test_what_a_folder_of_ones_own_cannot_ask(own_folder: Path, config_store: None, argument: str, words: str) -> None:
+    with pytest.raises(KbitError, match=words):
+        compose_requests(["-m", "--config-dir", str(own_folder), argument])

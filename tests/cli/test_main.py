@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kbit.analysis.figures.registry import FIGURES
 from kbit.experiments.config import RunConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.store.readers import read_failures, read_results
@@ -28,17 +29,16 @@ Kbit = Callable[..., Any]  # the fixtures kbit and run_kbit of conftest.py
 
 
 @pytest.fixture(scope="module")
-def ray_sweep(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
-    """A folder with the store of a multirun on Ray that asks for the same experiment four times; HOME is not set."""
+def single_run(tmp_path_factory: pytest.TempPathFactory, run_kbit: Kbit) -> tuple[Path, Any]:
+    """A folder with the store of a single run, and how the run ended."""
     folder = tmp_path_factory.mktemp("study")
-    sweep = ("quant.bits=4,4", "quant.data_type=int,int", "ray.num_workers=1")
-    return folder, run_kbit("run", "-m", *sweep, *SMALL, cwd=folder, without=["HOME"])
+    return folder, run_kbit("run", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=folder)
 
 
 @pytest.fixture
-def study(ray_sweep: tuple[Path, Any], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
+def study(single_run: tuple[Path, Any], kbit: Kbit, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same folder, as the current one."""
-    folder, _ = ray_sweep
+    folder, _ = single_run
     monkeypatch.chdir(folder)
     return folder
 
@@ -51,31 +51,19 @@ def content(folder: Path) -> dict[str, int]:
 # --- running
 
 
-def test_multirun_on_ray_runs_equal_jobs_once(ray_sweep: tuple[Path, Any]) -> None:
-    folder, done = ray_sweep
+def test_single_run_writes_one_result_and_prints_it(single_run: tuple[Path, Any]) -> None:
+    folder, done = single_run
     assert (done.code, TRACEBACK in done.err) == (0, False)
-    assert "4 asked, 1 distinct, 0 done, 1 to run" in done.out
-    assert len(Store(folder / "results").finished_keys()) == 1
-
-
-def test_multirun_leaves_nothing_but_the_store(ray_sweep: tuple[Path, Any]) -> None:
-    folder, _ = ray_sweep
+    table = read_results(folder / "results")
+    assert (set(table["bits"]), set(table["data_type"])) == ({4}, {"int"})
+    for shown in ("nano-neox-98k", "cross_entropy", f"{table['value'].iloc[0]:.6f}", str(folder / "results")):
+        assert shown in done.out
     assert [path.name for path in folder.iterdir()] == ["results"]
 
 
-def test_single_run_writes_one_result_and_prints_it(run_kbit: Kbit, tmp_path: Path) -> None:
-    done = run_kbit("run", "quant.bits=3", "quant.data_type=nf", *SMALL, cwd=tmp_path)
-    assert (done.code, TRACEBACK in done.err) == (0, False)
-    table = read_results(tmp_path / "results")
-    assert (set(table["bits"]), set(table["data_type"])) == ({3}, {"nf"})
-    for shown in ("nano-neox-98k", "cross_entropy", f"{table['value'].iloc[0]:.6f}", str(tmp_path / "results")):
-        assert shown in done.out
-    assert [path.name for path in tmp_path.iterdir()] == ["results"]
-
-
-def test_second_start_runs_nothing_and_says_so(run_kbit: Kbit, study: Path) -> None:
+def test_second_start_runs_nothing_and_says_so(kbit: Kbit, study: Path) -> None:
     before = content(study)
-    done = run_kbit("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL, cwd=study)
+    done = kbit("run", "-m", "quant.bits=4", "quant.data_type=int", *SMALL)  # on Ray, which is not started
     assert done.code == 0
     assert "1 asked, 1 distinct, 1 done, 0 to run" in done.out
     assert {k: v for k, v in content(study).items() if k.endswith(".json")} == {
@@ -129,6 +117,12 @@ def test_plan_says_what_would_run_and_writes_nothing(kbit: Kbit, tmp_path: Path)
     assert work.startswith("tokens to score: about ")
     assert "; time: unknown until the first result; memory: about 0.8 GB a worker" in work
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_changes_nothing_in_any_experiment_is_named(kbit: Kbit) -> None:
+    note = "kbit: note: quant.exponent_bits was set and changes nothing beside quant.data_type=nf"
+    assert note in kbit("plan", "quant.exponent_bits=2").err
+    assert kbit("plan", "quant.exponent_bits=2", "quant.data_type=nf,float").err == ""
 
 
 def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
@@ -210,7 +204,7 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["quant.data_type=flaot"], ["data_type='flaot'", "int, float, dynamic, quantile, nf"]),
     (["quant.bits=1"], ["bits=1", "2..8", "16"]),
     (["quant.bits=9"], ["bits=9", "2..8", "16"]),
-    (["quant.bits=4", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
+    (["quant.data_type=float", "quant.exponent_bits=7"], ["exponent_bits=7", "bits=4", "1..3"]),
     (["quant.block_size=0"], ["block_size=0", ">= 1", "null"]),
     (["quant.method=gptqq"], ["quant.method='gptqq'", "rtn", "did you mean gptq?"]),
     (["eval.perplexity=table.csv"], ["table.csv is neither a plain text (.txt) nor JSON lines"]),
@@ -239,6 +233,21 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["-m", "device=cuda", "ray.gpus_per_worker=0"], ["device=cuda", "ray.gpus_per_worker > 0"]),
     (["-m", "device=cuda:1"], ["device=cuda:1", "use device=cuda"]),
     (["-m", "ray.gpus_per_worker=1.5"], ["ray.gpus_per_worker=1.5", "whole above 1"]),
+    (["-m", "ray.gpus_per_worker=100"], ["100 do not fit", "GPUs"]),
+    (["quant.bits='???'"], ["quant.bits: Missing mandatory value: bits"]),
+    (["eval.tasks=[[a]]"], ["eval.tasks is ['a'], which is no text"]),
+    (["-m", "eval.tasks=[{a:1}]"], ["eval.tasks is {'a': 1}, which is no text"]),
+    (["study='${oc.env:PATH}'"], ["study is '", "which is no mapping of keys to values"]),
+    (["quant=null"], ["quant=null: quant is given by name; allowed are af4_published"]),
+    (["quant=true"], ["quant=true: quant is given by name"]),
+    (["quant=123"], ["quant=123: quant is given by name"]),
+    (["eval=[[a]]"], ["eval=[[a]]: eval is given by name; allowed are nano, paper"]),
+    (["-m", "hydra/launcher=[1]"], ["hydra/launcher=[1]: hydra/launcher is given by name; allowed are basic, kbit"]),
+    ([f"quant={'a' * 4000}"], [f"error: {'a' * 60}... is too long for the name of a file"]),
+    (["-m", "hydra.sweeper.max_batch_size=0"], ["error: hydra.sweeper.max_batch_size=0 is not a whole number above 0"]),
+    (["-m", "hydra.launcher.engine=x"], ["error: hydra.launcher.engine='x' is not one of: ray, process"]),
+    (["model.name='${oc.env:PATH}'"], ["model: ${oc.env:...} would be written into every record"]),
+    (["results=~nobody-of-this-name/x"], ["results=~nobody-of-this-name/x"]),
 ]
 
 
@@ -253,6 +262,7 @@ def test_bad_input_is_refused_before_any_work(
     assert done.code not in (0, None)
     assert [word for word in words if word not in done.err] == []
     assert TRACEBACK not in done.err
+    assert "Error executing job" not in done.err
     assert list(tmp_path.rglob("*.json")) == []
 
 
@@ -310,6 +320,8 @@ def test_fail_fast_stops_at_the_first_failure(kbit: Kbit, tmp_path: Path, fail_f
     study = ("quant.min_coverage=1", "quant.exclude=dense,null", "eval.tasks=[]", "eval.perplexity_windows=1")
     done = kbit("run", "-m", "hydra/launcher=basic", *study, f"fail_fast={fail_fast}")
     assert done.code == 1
+    assert re.search(r"^failed   nano-neox-98k .* exclude=dense .*\([0-9a-f]{16}\)$", done.err, re.MULTILINE)
+    assert len(re.findall(r"^not run  nano-neox-98k ", done.err, re.MULTILINE)) == 1 - results
     assert len(read_failures(tmp_path / "results")) == 1
     assert read_results(tmp_path / "results")["key"].nunique() == results
 
@@ -338,6 +350,21 @@ def test_of_figures_asked_for_those_that_can_be_are_drawn_and_the_others_named(
     assert "figure_3: not drawn: " in done.out
     assert "kbit run +sweeps=nano/block_size" in done.out
     assert "not drawn: figure_3" in done.err
+
+
+def test_a_figure_that_fails_is_named_and_the_others_are_written(
+    kbit: Kbit, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(results: object) -> None:
+        raise TypeError("'<' not supported")
+
+    two = {"verdicts": fail, "figure_16": FIGURES["figure_16"]}
+    monkeypatch.setattr("kbit.analysis.figures.registry.FIGURES", two)
+    done = kbit("figures", "--out", str(tmp_path))
+    assert done.code == 1
+    assert "verdicts: not drawn: TypeError: '<' not supported (test_main.py, line " in done.out
+    assert (tmp_path / "figure_16.png").is_file()
+    assert done.err.splitlines()[-1].endswith("not drawn: verdicts")
 
 
 @pytest.mark.parametrize("command", ["figures", "report", "results"])
@@ -392,3 +419,18 @@ def test_a_list_of_studies_is_a_multirun(kbit: Kbit, tmp_path: Path) -> None:
         (folder / f"bits{number}.yaml").write_text(text)
     done = kbit("run", "--config-dir", "studies", "+sweeps=bits3,bits4", "hydra.launcher.plan_only=true")
     assert (done.code, "2 asked, 2 distinct" in done.out) == (0, True)
+
+
+def test_code_of_ones_own_and_settings_without_effect_are_said(kbit: Kbit, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text("task: mine\nprocess_docs: !function utils.process\n")
+    (tmp_path / "tasks" / "plain.yaml").write_text("task: plain\n")
+    tasks = ("eval.task_path=tasks", "eval.tasks=[nano_cloze]", "eval.perplexity=null")
+    done = kbit("plan", *tasks, BASIC, "ray.num_workers=4", "quant.bits=3,4")
+    assert done.code == 0
+    notes = [line for line in done.err.splitlines() if line.startswith("kbit: note: ")]
+    assert [note.removeprefix("kbit: note: ") for note in notes] == [
+        f"{tmp_path}/tasks/mine.yaml runs Python code of its own (!function)",
+        "ray.num_workers=4 has no effect: a single run, and hydra/launcher=basic, go without Ray",
+    ]
+    assert kbit("plan", "quant.bits=3,4", "ray.num_workers=4").err == ""

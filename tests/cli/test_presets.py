@@ -15,18 +15,34 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "quan
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, run_kbit: Callable[..., Any]) -> pd.DataFrame:
-    """The store of all presets and of the baseline, measured on eight windows of the held-out text in one process."""
+def sweep(tmp_path_factory: pytest.TempPathFactory, run_kbit: Callable[..., Any]) -> tuple[Path, Any]:
+    """The folder of a multirun on Ray of all presets and the baseline on four windows, and how it ended.
+
+    HOME is not set, as in many containers.
+    """
     folder = tmp_path_factory.mktemp("presets")
     grids = f"study.grids=[{{quant:[{','.join(NAMES)}]}},{{quant.bits:16}}]"
-    small = ("eval.tasks=[]", "eval.perplexity_windows=8", "hydra/launcher=basic")
-    done = run_kbit("run", "-m", grids, *small, cwd=folder)
+    small = ("eval.tasks=[]", "eval.perplexity_windows=4", "ray.num_workers=1")
+    return folder, run_kbit("run", "-m", grids, *small, cwd=folder, without=["HOME"])
+
+
+@pytest.fixture(scope="module")
+def results(sweep: tuple[Path, Any]) -> pd.DataFrame:
+    """The store of the multirun."""
+    folder, done = sweep
     assert done.code == 0, done.err
     return read_results(folder / "results")
 
 
+def test_a_multirun_on_ray_runs_equal_jobs_once_and_leaves_nothing_but_the_store(sweep: tuple[Path, Any]) -> None:
+    folder, done = sweep
+    distinct = len(NAMES) - 1 + 1  # default is nf4, so there is one quantizer less than there are names
+    assert f"{len(NAMES) + 1} asked, {distinct} distinct, 0 done, {distinct} to run" in done.out
+    assert "Traceback (most recent call last)" not in done.err
+    assert [path.name for path in folder.iterdir()] == ["results"]
+
+
 def test_every_preset_has_a_result(results: pd.DataFrame) -> None:
-    # default is float4, so there is one quantizer less than there are names; and the baseline
     assert results["key"].nunique() == len(NAMES) - 1 + 1
 
 

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 from toy_results import fill, make_result
 
-from kbit.cli.results import choose_columns, select_rows, show_failures
+from kbit.cli.results import choose_columns, show_failures
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
+from kbit.store.conditions import select_rows
 from kbit.store.readers import list_keys, read_failures, read_results
 from kbit.store.store import Store
 
@@ -96,6 +97,33 @@ def test_failures_fit_a_terminal(kbit: Kbit, store: Store) -> None:
     assert f"  {make_result(9).experiment.label()}  " in shown.splitlines()[0]
     assert " ".join(shown.split()).count("a long reason") == 20
     assert "a long reason" in kbit("results", "--failures").out
+
+
+def test_a_filter_says_which_baselines_it_leaves_out(kbit: Kbit, store: Store) -> None:
+    done = kbit("results", "--where", "data_type == 'int'", "--csv", "out.csv")
+    assert (done.code, done.out) == (0, "2 rows written to out.csv\n")
+    assert "2 rows of 16-bit baselines are left out" in done.err
+    again = kbit("results", "--where", "(data_type == 'int') or bits == 16", "--csv", "out.csv")
+    assert (again.err, again.out) == ("", "4 rows written to out.csv\n")
+    kbit("results", "delete", "--where", "data_type != 'nf'", "--yes")
+    assert sorted(read_results("results")["bits"].unique()) == [4, 16]  # of the baseline, too, and the nf
+
+
+def test_a_store_of_failures_says_so(kbit: Kbit, tmp_path: Path) -> None:
+    """And what tells them apart, which their labels leave out."""
+    store = Store(tmp_path / "results")
+    for tasks, state in ((("nano_cloze",), "crashed"), (("piqa", "lambada"), "failed"), ((), "failed")):
+        experiment = dataclasses.replace(make_result(0).experiment, eval=EvalConfig(tasks=tasks))
+        store.write_failure(find_key(experiment), experiment, "no", "", state)
+    done = kbit("results")
+    said = (
+        "no results in results; it has 1 crashed and 2 failed experiments: kbit results --failures --results results\n"
+    )
+    assert (done.code, done.out) == (0, said)
+    lines = kbit("results", "--failures").out.splitlines()
+    assert sum("  crashed  toy-0" in line and "tasks=nano_cloze " in line for line in lines) == 1
+    assert sum("  failed   toy-0" in line and "tasks=piqa,lambada " in line for line in lines) == 1
+    assert kbit("results", "--failures", "--where", "state == 'crashed'").out.count("toy-0") == 1
 
 
 def test_delete_asks_first(kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

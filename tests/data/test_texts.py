@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import kbit.data.texts
-from kbit.data.texts import EMBEDDED_TEXTS, read_bytes, read_documents
+from kbit.data.text_files import read_bytes
+from kbit.data.texts import EMBEDDED_TEXTS, read_documents
+from kbit.data.windows import make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key, identify_text, name_content
@@ -88,3 +94,61 @@ def test_a_file_without_a_text_is_named(tmp_path: Path, name: str, content: byte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{tmp_path}/{name} {why}"):
         read_documents(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["e.JSONL", "e.ndjson", "e.jsonlines", "e.JSONL.GZ"])
+def test_json_lines_have_several_suffixes_in_any_case(tmp_path: Path, name: str) -> None:
+    content = b"\xef\xbb\xbf" + b'{"text": "Once upon a time"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert read_documents(str(tmp_path / name)) == (["Once upon a time"], sha256(content).hexdigest())
+    assert identify_text(str(tmp_path / name)) == f"{sha256(content).hexdigest()}.jsonl"
+
+
+@pytest.mark.parametrize("name", ["e.CSV", "e.Parquet", "e.html.GZ"])
+def test_a_table_is_no_text_whatever_the_case_of_its_suffix(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"text\nOnce\n")
+    with pytest.raises(ValueError, match="is neither a plain text"):
+        read_documents(str(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "e.txt").write_bytes("\ufeffOnce".encode())
+    assert read_documents(str(tmp_path / "e.txt"))[0] == ["Once"]
+
+
+@pytest.mark.parametrize("most", [None, 2])
+@pytest.mark.parametrize("text", ["Once <|endoftext|> upon ", "a\u00e9\u65e5\U0001f600 ", "Once upon a time "])
+def test_the_bytes_per_token_are_those_of_the_text_itself(
+    tmp_path: Path, tokenizer: Any, text: str, most: int | None
+) -> None:
+    path = tmp_path / "e.txt"
+    path.write_text(text * 400)
+    ids = tokenizer(text * 400, add_special_tokens=False)
+    windows = make_windows(str(path), tokenizer, context=50, max_windows=most)
+    scored = windows.tokens.numel() - 1  # of the text, after the end-of-text token
+    assert windows.tokens.flatten().tolist() == [0, *ids["input_ids"][:scored]]
+    covered = (text * 400)[: ids.token_to_chars(scored - 1).end]
+    assert windows.bytes_per_token * windows.tokens.numel() == pytest.approx(len(covered.encode()))
+
+
+def test_windows_of_several_documents_cover_whole_ones_and_the_start_of_the_last(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    documents = ["Once upon a time", "", "there was a small mouse in a house " * 9]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    windows = make_windows(str(tmp_path / "e.jsonl"), tokenizer, context=20, max_windows=None)
+    first = len(tokenizer(documents[0])["input_ids"])
+    cut = tokenizer(documents[2]).token_to_chars(windows.tokens.numel() - first - 3 - 1).end
+    assert windows.bytes_per_token * windows.tokens.numel() == pytest.approx(len(documents[0]) + cut)
+
+
+def test_a_tokenizer_that_knows_few_characters_makes_the_text_no_shorter(tmp_path: Path) -> None:
+    """Every unknown character decodes to [UNK]: what is decoded would be 2.4 times as long as the text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    lossy: Any = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")  # type: ignore[no-untyped-call]
+    (tmp_path / "e.txt").write_text("b c a " * 60)
+    windows = make_windows(str(tmp_path / "e.txt"), lossy, context=30, max_windows=2)
+    assert windows.bytes_per_token == pytest.approx((60 * 2 - 1) / 60)

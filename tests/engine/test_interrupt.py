@@ -1,22 +1,29 @@
-"""Ctrl-C in the middle of a sweep on Ray."""
+"""Signals: Ctrl-C in the middle of a sweep on Ray, and the end of a driver that plans."""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("kbit")
 TRACEBACK = "Traceback (most recent call last)"
 
 
 def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_path: Path) -> None:
-    arguments = ["run", "-m", "quant.bits=3,4,5,6", "eval.tasks=[]", "ray.num_workers=1", "model.name=nano-neox-1m"]
+    arguments = ["run", "-m", "quant.bits=range(2,9)", "eval.tasks=[]", "ray.num_workers=1"]
+    arguments.append("model.name=nano-neox-332k")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     sweep = subprocess.Popen(
         [str(CONSOLE_SCRIPT), *arguments],
@@ -33,12 +40,58 @@ def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_pa
             time.sleep(0.2)
         children = psutil.Process(sweep.pid).children(recursive=True)
         sweep.send_signal(signal.SIGINT)
-        _, err = sweep.communicate(timeout=30)
+        _, err = sweep.communicate(timeout=300)
     finally:
         sweep.kill()
     assert sweep.returncode == 130
     assert "finished results are kept" in err
     assert TRACEBACK not in err
-    assert 1 <= len(list(tmp_path.glob("results/experiments/*.json"))) < 4
-    _, alive = psutil.wait_procs(children, timeout=10)
+    assert 1 <= len(list(tmp_path.glob("results/experiments/*.json"))) < 7
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+# What a command does before its first job, in order: a name in a module, and how often it is called until it ends.
+PHASES = {
+    "arguments": ("kbit.cli.hydra_app.refuse_arguments", 1),
+    "Hydra's scratch folder": ("kbit.cli.compose.list_combinations", 1),
+    "composition": ("kbit.cli.compose.build_config", 3),
+    "requests": ("kbit.cli.run._list_notes", 1),
+    "device": ("kbit.engine.plan.count_workers", 1),
+    "models, tasks and texts": ("kbit.engine.plan.check_experiment", 1),
+    "reading the text": ("kbit.engine.plan.read_documents", 1),
+    "keys": ("kbit.engine.plan.find_key", 2),
+    "the store's keys": ("kbit.engine.plan.list_keys", 1),
+    "sizes": ("kbit.engine.plan.find_size", 1),
+    "whether it can write": ("kbit.store.filesystem.check_writable", 1),
+}
+
+
+@pytest.mark.parametrize(("phase", "number"), zip(PHASES, itertools.cycle(SIGNALS), strict=False))
+def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
+    kbit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: signal.Signals
+) -> None:
+    """No folder here, and no temporary one. In this process, to which the signal is sent in the middle of a phase."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "here").mkdir()
+    name, calls = PHASES[phase]
+    module, _, function = name.rpartition(".")
+    original = getattr(importlib.import_module(module), function)
+    called = 0
+
+    def end(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        called += 1
+        if called == calls:
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(name, end)
+    before = signal.getsignal(signal.SIGTERM)
+    done = kbit("run", "-m", "+sweeps=nano/quick")
+    assert (done.code, called) == (128 + number, calls)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [list(path.iterdir()) for path in (tmp_path / "here", tmp_path / "temporary")] == [[], []]

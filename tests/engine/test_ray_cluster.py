@@ -11,23 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kbit.engine.machine import count_fitting, count_workers
 from kbit.engine.outcome import Outcome
 from kbit.engine.plan import make_plan
 from kbit.engine.ray_cluster import (
     GPU_SHARE,
     choose_gpus,
-    count_fitting,
-    count_workers,
     dispatch,
     list_nodes,
     start_ray,
 )
+from kbit.engine.ray_private import silence_raylet
 from kbit.engine.worker import check_gpus
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
-from kbit.store.readers import list_keys
+from kbit.store.readers import list_keys, read_failures
 from kbit.store.store import Store
 
 GB = 10**9
@@ -80,6 +80,8 @@ def test_experiment_that_kills_its_worker_twice_fails_and_the_others_finish(clus
     assert {outcome.experiment for outcome in outcomes} == set(experiments)
     assert list_keys(tmp_path) == (set(), {poisoned})
     assert len(started) == 4  # two at the start, and one for each death
+    assert read_failures(tmp_path)["state"].tolist() == ["crashed"]
+    assert make_plan([experiments[1]], tmp_path).to_run == (experiments[1],)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,20 @@ def test_ray_that_does_not_start_is_named_with_the_way_without_it(monkeypatch: p
         ConnectionError, match=r"Ray does not start \(The current node timed out .*hydra/launcher=basic"
     ):
         start_ray(RayConfig(), announce=print)
+
+
+def test_ray_does_not_tell_of_deaths_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private import worker
+
+    monkeypatch.setattr(worker, "_worker_logs_enabled", True)
+    told = [{"lines": [f"a worker died {n}"], "pid": "raylet", "is_err": False} for n in range(2)]
+    worker.print_to_stdstream(told[0], ignore_prefix=False)
+    assert "a worker died 0" in capsys.readouterr().out
+    silence_raylet()
+    worker.print_to_stdstream(told[1], ignore_prefix=False)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(cluster: Any, tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: QuantConfig(bits=0), ["bits=0", "2..8"]),
     (lambda: QuantConfig(data_type="flaot"), ["data_type='flaot'", "int, float, dynamic, quantile, nf"]),
     (lambda: QuantConfig(data_type=""), ["data_type=''", "int, float"]),
-    (lambda: QuantConfig(bits=4, exponent_bits=4), ["exponent_bits=4", "bits=4", "1..3"]),
-    (lambda: QuantConfig(bits=3, exponent_bits=7), ["exponent_bits=7", "bits=3", "1..2"]),
-    (lambda: QuantConfig(exponent_bits=0), ["exponent_bits=0", "1..3"]),
+    (lambda: QuantConfig(bits=4, data_type="float", exponent_bits=4), ["exponent_bits=4", "bits=4", "1..3"]),
+    (lambda: QuantConfig(bits=3, data_type="float", exponent_bits=7), ["exponent_bits=7", "bits=3", "1..2"]),
+    (lambda: QuantConfig(data_type="float", exponent_bits=0), ["exponent_bits=0", "1..3"]),
     (lambda: QuantConfig(float_bias="ocp"), ["float_bias='ocp'", "ieee, bnb, paper"]),
     (lambda: QuantConfig(scale_format="fp9"), ["scale_format='fp9'", "fp16, fp32, bf16"]),
     (lambda: QuantConfig(block_size=0), ["block_size=0", ">= 1"]),
@@ -96,13 +96,13 @@ def test_bad_value_is_refused_with_the_value_and_what_is_allowed(make: Callable[
 
 def test_label_names_model_quantizer_and_block() -> None:
     assert with_quant(data_type="nf", block_size=None).label() == "nano-neox-98k nf4 block whole"
-    assert with_quant(method="gptq").label() == "nano-neox-98k float4-e3m0 block 64 gptq"
+    assert with_quant(method="gptq").label() == "nano-neox-98k nf4 block 64 gptq"
     assert with_quant(bits=16, method="gptq").label() == "nano-neox-98k 16-bit"
     assert with_quant(bits=8, method="llm_int8", activation_threshold=3.0).label() == (
         "nano-neox-98k llm_int8 activation_threshold=3.0"
     )
     calibrated = with_quant(method="gptq", gptq=GptqConfig(damping=0.1), calibration=CalibrationConfig(samples=4))
-    assert calibrated.label() == "nano-neox-98k float4-e3m0 block 64 gptq calibration.samples=4 gptq.damping=0.1"
+    assert calibrated.label() == "nano-neox-98k nf4 block 64 gptq calibration.samples=4 gptq.damping=0.1"
     mine = with_quant(bits=2, data_type="table", table=(-1.0, 0.5, 1.0), layout="row", exclude="mlp")
     assert mine.label() == "nano-neox-98k table2 block 64 table=[-1, 0.5, 1] layout=row exclude=mlp"
     assert Experiment(ModelConfig(dtype="bfloat16"), QuantConfig(bits=16)).label() == (
@@ -119,3 +119,23 @@ def test_no_two_quantizers_have_one_label(name: str) -> None:
     labels = {Experiment(ModelConfig(), quant).label() for quant in (base, changed)}
     same = base.identity_fields == changed.identity_fields
     assert (len(labels), same) == ((2, False) if name != "min_coverage" else (1, True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [
+        ({"exponent_bits": 2}, {"exponent_bits"}),
+        ({"data_type": "float", "exponent_bits": 3}, set()),  # what a float of 4 bits has anyway
+        ({"data_type": "float", "exponent_bits": 2, "float_bias": "bnb"}, set()),
+        ({"float_bias": "bnb", "table": (0.0, 1.0), "seed": 3}, {"float_bias", "table", "seed"}),
+        ({"bits": 2, "data_type": "table", "table": (1.0, 0.0)}, set()),
+        ({"data_type": "learned", "seed": 3, "min_coverage": 0.5, "exclude": "mlp"}, set()),
+        ({"gptq": GptqConfig(damping=0.1), "calibration": CalibrationConfig(samples=4)}, {"gptq", "calibration"}),
+        ({"method": "gptq", "gptq": GptqConfig(damping=0.1), "calibration": CalibrationConfig(samples=4)}, set()),
+        ({"outlier_selection": "column", "activation_threshold": 5.0}, {"outlier_selection", "activation_threshold"}),
+        ({"bits": 8, "method": "llm_int8", "data_type": "float", "block_size": 32}, {"data_type", "block_size"}),
+    ],
+    ids=str,
+)
+def test_fields_that_change_nothing_are_known(fields: dict[str, Any], idle: set[str]) -> None:
+    assert QuantConfig(**fields).idle_fields == idle

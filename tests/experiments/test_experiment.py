@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from kbit.data.task_files import EMBEDDED_TASKS
-from kbit.data.texts import read_bytes, read_documents
+from kbit.data.text_files import read_bytes
+from kbit.data.texts import read_documents
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import decode_items
 from kbit.experiments.config import Experiment

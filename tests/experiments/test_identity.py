@@ -52,8 +52,7 @@ def test_float_bias_means_nothing_without_float(data_type: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"data_type": "nf"},
-        {"exponent_bits": 2},
+        {"data_type": "float", "exponent_bits": 2},
         {"float_bias": "bnb"},
         {"block_size": None},
         {"scale_format": "fp32"},
@@ -69,17 +68,19 @@ def test_every_quantizer_field_means_nothing_at_16_bits(fields: dict[str, object
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_papers_exponent_bits_are_the_default(bits: int) -> None:
-    assert quant_key(bits=bits, exponent_bits=PAPER_EXPONENT_BITS[bits]) == quant_key(bits=bits)
+    assert quant_key(data_type="float", bits=bits, exponent_bits=PAPER_EXPONENT_BITS[bits]) == quant_key(
+        data_type="float", bits=bits
+    )
 
 
 @pytest.mark.parametrize(("bits", "exponent_bits"), [(3, 2), (4, 3), (5, 4), (2, 1)])
 def test_float_bias_means_nothing_without_mantissa(bits: int, exponent_bits: int) -> None:
-    shared = {"bits": bits, "exponent_bits": exponent_bits}
+    shared = {"bits": bits, "data_type": "float", "exponent_bits": exponent_bits}
     assert quant_key(**shared, float_bias="bnb") == quant_key(**shared, float_bias="ieee")
 
 
 def test_float_bias_counts_with_a_mantissa() -> None:
-    keys = {quant_key(bits=4, exponent_bits=2, float_bias=bias) for bias in ("ieee", "bnb", "paper")}
+    keys = {quant_key(data_type="float", exponent_bits=2, float_bias=bias) for bias in ("ieee", "bnb", "paper")}
     assert len(keys) == 3
 
 
@@ -130,10 +131,10 @@ def test_every_scientific_field_changes_the_key() -> None:
         with_quant(bits=5),
         with_quant(bits=16),
         with_quant(data_type="int"),
-        with_quant(data_type="nf"),
-        with_quant(exponent_bits=1),
-        with_quant(exponent_bits=2),
-        with_quant(exponent_bits=2, float_bias="bnb"),
+        with_quant(data_type="float"),
+        with_quant(data_type="float", exponent_bits=1),
+        with_quant(data_type="float", exponent_bits=2),
+        with_quant(data_type="float", exponent_bits=2, float_bias="bnb"),
         with_quant(block_size=128),
         with_quant(block_size=None),
         with_quant(scale_format="bf16"),
@@ -218,7 +219,7 @@ def test_a_calibration_text_counts_by_its_content_not_its_path(tmp_path: Path) -
 # Keys name the results in every store there is. If this fails, a default was changed or a field is not dropped at its
 # default: mend that, not the keys, or old results are no longer found.
 GOLDEN_KEYS = [
-    (Experiment(), "6d083d2168b91764"),
+    (Experiment(quant=QuantConfig(data_type="float")), "6d083d2168b91764"),
     (Experiment(quant=QuantConfig(bits=16)), "a350cc32e63d73a5"),
     (
         Experiment(
@@ -231,7 +232,7 @@ GOLDEN_KEYS = [
 ]
 
 
-@pytest.mark.parametrize(("experiment", "key"), GOLDEN_KEYS, ids=["default", "baseline", "everything set"])
+@pytest.mark.parametrize(("experiment", "key"), GOLDEN_KEYS, ids=["first default", "baseline", "everything set"])
 def test_keys_of_old_results_stay(experiment: Experiment, key: str) -> None:
     assert find_key(experiment) == key
 

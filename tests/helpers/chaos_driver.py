@@ -76,7 +76,7 @@ def run_sweep(store_path: str, first: int, last: int) -> None:
     """Plan and run the experiments first to last - 1, as kbit.cli.run does."""
     import ray
 
-    plan = make_plan(list_experiments(first, last), store_path, retry_failed=True)
+    plan = make_plan(list_experiments(first, last), store_path)
     print(plan.describe(), flush=True)
     store = Store(store_path)
     start_ray(RayConfig(), announce=print)

@@ -14,7 +14,10 @@ LIBRARIES = ("lm_eval", "transformers")
 # product of int8 matrices, the fingerprint of a data set, Hydra's, and argparse's type of sub-commands, which has no
 # other name.
 GATHERED = ("kbit.data.lm_eval_private", "kbit.models.hflm_private", "kbit.models.transformers_private")
-OF_OTHER_LIBRARIES = ("_int_mm", "_fingerprint", "_hf_hook", "_set_flag", "_get_node", "_SubParsersAction")
+OF_OTHER_LIBRARIES = (
+    *("_int_mm", "_fingerprint", "_hf_hook", "_set_flag", "_get_node", "_SubParsersAction"),
+    "_worker_logs_enabled",  # Ray's
+)
 
 MODULES = {name: path for name, path in find_modules().items() if not name.startswith("kbit.kernels")}
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}

@@ -65,7 +65,7 @@ def as_kernels_see(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_order_statistics_equal_a_sort(dtype: torch.dtype, data: st.DataObject) -> None:
     n = data.draw(st.sampled_from([1, 2, 3, 100, 4096, 4097, 20_000]))

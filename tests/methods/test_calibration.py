@@ -53,7 +53,7 @@ def record_inputs(model: Any, tokens: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat(inputs).double() for name, inputs in seen.items()}
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "opt", "bloom", "llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "openai", "opt", "bloom", "llama", "gemma2"])
 @pytest.mark.parametrize("count", [6, 67])  # one pass, 67 passes: a prime fills none evenly
 def test_the_hessian_is_that_of_the_inputs(build_tiny: Callable[..., Any], architecture: str, count: int) -> None:
     model, windows = build_tiny(architecture), make_windows_of(count, 32)

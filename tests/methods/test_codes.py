@@ -28,7 +28,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"data_type": "quantile", "normalization": "minmax", "block_size": 24, "scale_format": "bf16"},
     {"data_type": "int", "normalization": "minmax", "centering": True, "scale_format": "fp8", "outlier_zscore": 1.5},
     {"data_type": "learned", "scale_format": "dq8", "normalization": "signed_absmax", "block_size": None},
-    {"exponent_bits": 2, "scale_format": "e8m0", "block_size": 24, "layout": "row"},
+    {"data_type": "float", "exponent_bits": 2, "scale_format": "e8m0", "block_size": 24, "layout": "row"},
 ]
 
 

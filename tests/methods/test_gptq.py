@@ -151,7 +151,7 @@ def specs(**fixed: Any) -> st.SearchStrategy[QuantSpec]:
     return st.fixed_dictionaries(drawn).map(make)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(spec=specs(), act_order=st.booleans(), static=st.booleans(), rows=st.integers(1, 5), inputs=st.integers(1, 70))
 def test_with_an_identity_as_hessian_it_rounds_to_nearest(
     spec: QuantSpec, act_order: bool, static: bool, rows: int, inputs: int
@@ -179,7 +179,7 @@ def compare_with_nearest(spec: QuantSpec, seed: int, rows: int, inputs: int, opt
     return errors[0] / errors[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**LAYERS)
 def test_with_act_order_the_layers_error_is_not_above_that_of_rounding_to_nearest(
     spec: QuantSpec, seed: int, rows: int, inputs: int
@@ -188,7 +188,7 @@ def test_with_act_order_the_layers_error_is_not_above_that_of_rounding_to_neares
     assert compare_with_nearest(spec, seed, rows, inputs, GptqConfig(act_order=True, static_groups=True)) <= 1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)  # no bound holds for all layers: these are a fixed sample
+@settings(max_examples=60, derandomize=True)  # no bound holds for all layers: these are a fixed sample
 @given(**LAYERS)
 def test_in_the_columns_own_order_the_layers_error_is_seldom_above_that_of_rounding_to_nearest(
     spec: QuantSpec, seed: int, rows: int, inputs: int

@@ -90,7 +90,7 @@ def test_the_worked_numbers() -> None:
 
 
 @pytest.mark.parametrize("zero_point", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6), st.floats(-3, 3), st.sampled_from([1e-30, 1, 1e30]))
 def test_error_is_at_most_half_a_step(
     zero_point: bool, rows: int, columns: int, seed: int, shift: float, unit: float
@@ -135,7 +135,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
 # ---- products
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 20), st.booleans(), st.integers(0, 1000))
 def test_products_are_exact_with_and_without_padding(m: int, k: int, n: int, padded: bool, seed: int) -> None:
     a, b = (draw_codes(rows, max(k, 2), seed=seed + i).to(torch.int8) for i, rows in enumerate((m, n)))

@@ -197,7 +197,7 @@ def test_outliers_rescue_the_levels_of_their_blocks(build_tiny: Build) -> None:
     assert errors[0.01] < 0.25 * float(before[:, rest].std())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 12), st.data())
 def test_outlier_columns_stay_whatever_the_codes_are(rows: int, inputs: int, data: st.DataObject) -> None:
     kept = data.draw(st.lists(st.integers(0, inputs - 1), unique=True))

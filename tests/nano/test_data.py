@@ -49,7 +49,7 @@ def test_the_same_text_gives_the_same_tokenizer() -> None:
     assert first == second
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text())
 def test_any_text_round_trips(text: str) -> None:
     small = train_tokenizer(STORIES * 5, 300)

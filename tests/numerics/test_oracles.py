@@ -30,7 +30,7 @@ def test_microscaling_equals_the_definition_with_ml_dtypes(exponent_bits: int, b
     limit = float(ml_dtypes.finfo(element).max)
     expected = np.clip(x / shared, -limit, limit).astype(element).astype(np.float32) * shared
     spec = QuantSpec(
-        bits=bits, exponent_bits=exponent_bits, layout="row", block_size=32, scale_format="e8m0",
+        bits, "float", exponent_bits, layout="row", block_size=32, scale_format="e8m0",
         rounding="nearest_even",
     )  # fmt: skip
     np.testing.assert_array_equal(fake_quantize(x, spec), expected)
@@ -121,7 +121,7 @@ def test_ties_go_to_the_even_place_in_exact_arithmetic(data_type: str, bits: int
 def test_nvfp4_scales_are_e4m3_times_one_float32() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     x = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
-    q = quantize(x, QuantSpec(bits=4, exponent_bits=2, layout="row", block_size=16, scale_format="fp8"))
+    q = quantize(x, QuantSpec(4, "float", 2, layout="row", block_size=16, scale_format="fp8"))
     block_max = np.abs(x).reshape(-1, 16).max(axis=1)
     tensor_scale = np.float32(block_max.max() / 448)
     expected = (block_max / tensor_scale).astype(ml_dtypes.float8_e4m3fn)
@@ -168,7 +168,7 @@ def test_the_dynamic_type_is_bitsandbytes_map_bit_for_bit(bits: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_gfloat_microscaling_agrees(preset: str, data: st.DataObject) -> None:
     """Scalars in float64, one after the other: another implementation of the OCP specification."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -41,7 +41,6 @@ def find_bound(values: NDArray[Any], positions: NDArray[np.float64], relative: f
     return bound
 
 
-@settings(deadline=None)
 @given(
     values=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-65504, 65504, width=32)),
     bits=st.integers(2, 8),

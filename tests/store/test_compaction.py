@@ -21,6 +21,7 @@ from toy_results import fill, make_result, write_and_compact
 from kbit.engine.plan import make_plan
 from kbit.experiments.identity import find_key
 from kbit.models.config import ModelConfig
+from kbit.store.damage import DamagedRecordWarning
 from kbit.store.filesystem import LocalFiles
 from kbit.store.items import read_items
 from kbit.store.readers import list_keys, read_provenance, read_results
@@ -136,13 +137,15 @@ def test_a_part_of_another_version_is_read_from_its_records(tmp_path: Path) -> N
     assert "as it was called once" not in set(read_results(tmp_path)["evaluation"])
 
 
-def test_results_of_a_newer_version_are_refused(tmp_path: Path) -> None:
-    store = fill(tmp_path, range(1))
-    (file,) = (tmp_path / "experiments").iterdir()
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ValueError, match=r"written by a newer kbit \(schema 99\)"):
-        store.compact()
-    assert files_of(tmp_path) == {"experiments": 1, "compacted": 0}
+def test_results_of_a_newer_version_stay_as_they_are(tmp_path: Path) -> None:
+    store = fill(tmp_path, range(2))
+    file = tmp_path / "experiments" / f"{make_result(0).key}.json"
+    newer = json.dumps(json.loads(file.read_text()) | {"schema_version": 99})
+    file.write_text(newer)
+    with pytest.warns(DamagedRecordWarning, match="written by a newer kbit: it has schema 99"):
+        assert store.compact() == 1
+    assert files_of(tmp_path) == {"experiments": 1, "compacted": 1}
+    assert file.read_text() == newer
 
 
 def test_a_part_is_read_without_threads_that_outlive_the_interpreter(tmp_path: Path) -> None:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 from unittest import mock
 
 import fsspec.implementations.memory
 import pytest
 from toy_results import fill, make_result
 
-from kbit.store.filesystem import STALE_SECONDS, LocalFiles, open_files
+from kbit.store.filesystem import (
+    RESULT_BYTES,
+    STALE_SECONDS,
+    LocalFiles,
+    RemoteFiles,
+    check_space,
+    check_writable,
+    open_files,
+)
 from kbit.store.readers import list_keys, read_failures, read_results
+from kbit.store.records import retry
 from kbit.store.store import Store
 
 
@@ -118,3 +132,128 @@ def test_a_store_out_of_reach_is_an_error_that_names_it(
         monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, method, refuse)
     with pytest.raises(OSError, match=r"^results=memory://away: NoCredentialsError: Unable to locate credentials$"):
         ask("memory://away")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_locks_or_syncs_of_folders_holds_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    store = fill(tmp_path / "results", range(3))
+    store.write(make_result(0, value=0.9))  # the first one stays here, too
+    assert store.compact() == 3
+    assert store.delete([make_result(1).key]) == 1
+    table = read_results(tmp_path / "results")
+    assert table.query("metric == 'acc'")["value"].tolist() == [0.5, 0.5]
+    assert [path for path in tmp_path.rglob(".*") if path.name != ".lock"] == []
+
+
+def test_another_error_of_a_link_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(errno.EDQUOT, "Quota exceeded")))
+    with pytest.raises(OSError, match="Quota exceeded"):
+        Store(tmp_path).write(make_result(0))
+    assert list_keys(tmp_path) == (set(), set())
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert Store("~/study").root == str(tmp_path / "home" / "study")
+    check_writable("~/study")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    with pytest.raises(ValueError, match="results=~nobody-of-this-name/x"):
+        Store("~nobody-of-this-name/x")
+
+
+def test_a_full_disk_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=10 * RESULT_BYTES))
+    check_space(tmp_path / "new" / "results", 10)
+    check_space("memory://anywhere", 11)
+    with pytest.raises(OSError, match=r"results=.*results: 2 MB are free, and 11 results may take 2 MB"):
+        check_space(tmp_path / "new" / "results", 11)
+
+
+def test_a_reader_waits_for_compactions_that_go_on_and_on(tmp_path: Path) -> None:
+    """Files go as often as it looks, until it takes the lock."""
+    files = open_files(fill(tmp_path, range(1)).path)
+    with files.lock():
+        pass
+    looks = 0
+
+    def read() -> str:
+        nonlocal looks
+        looks += 1
+        with (tmp_path / ".lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return "read"
+        raise FileNotFoundError
+
+    assert retry(files, read) == "read"
+    assert looks > 3
+    with pytest.raises(FileNotFoundError):
+        retry(open_files("memory://nowhere"), mock.Mock(side_effect=FileNotFoundError))
+
+
+def test_a_forgotten_failure_stops_no_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    for number in (1, 2):
+        store.write_failure(make_result(number).key, make_result(number).experiment, "no", "")
+    gone = f"failures/{make_result(1).key}.json"
+    opened = LocalFiles.open
+
+    def forget_and_open(files: LocalFiles, name: str) -> BinaryIO:
+        files.remove(gone)
+        return opened(files, name)
+
+    monkeypatch.setattr(LocalFiles, "open", forget_and_open)
+    assert read_failures(tmp_path)["key"].tolist() == [make_result(2).key]
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_what_is_deleted_beside_a_compaction_does_not_come_back(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Where there is no lock, whenever it is deleted, and if the compaction is killed after its next step."""
+    place = f"memory://deleted/{uuid.uuid4().hex}"
+    store = Store(place)
+    for number in range(3):
+        store.write(make_result(number))
+    store.compact()
+    for number in range(3, 6):
+        store.write(make_result(number))
+    gone = {make_result(0).key, make_result(4).key}
+    kept = {make_result(number).key for number in (1, 2, 3, 5)}
+    steps, deletes = 0, False
+
+    def interfere(act: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            nonlocal steps, deletes
+            steps += not deletes
+            if steps == step + 1 and not deletes:
+                deletes = True
+                assert Store(place).delete(gone) == 2
+                deletes = False
+                steps += 1
+            if steps == step + 4:
+                raise KeyboardInterrupt
+            return act(*arguments)
+
+        return run
+
+    with monkeypatch.context() as patched:
+        for name in ("create", "remove", "names"):
+            patched.setattr(RemoteFiles, name, interfere(getattr(RemoteFiles, name)))
+        with contextlib.suppress(KeyboardInterrupt, FileNotFoundError):
+            Store(place).compact()
+    assert list_keys(place)[0] == Store(place).finished_keys() == set(read_results(place)["key"]) == kept
+    Store(place).compact()
+    assert set(read_results(place)["key"]) == kept
+    assert not Store(place).has(make_result(4).key)
+    Store(place).write(make_result(4, value=0.7))  # and it can be measured again
+    table = read_results(place).query("metric == 'acc'").set_index("key")["value"]
+    assert (set(table.index), table[make_result(4).key]) == ({*kept, make_result(4).key}, 0.7)
+    assert Store(place).has(make_result(4).key)

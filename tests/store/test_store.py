@@ -21,9 +21,9 @@ from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.models.config import ModelConfig
+from kbit.store.damage import SCHEMA_VERSION, DamagedRecordWarning
 from kbit.store.items import read_items
 from kbit.store.readers import list_keys, read_failures, read_provenance, read_results
-from kbit.store.records import SCHEMA_VERSION
 from kbit.store.store import Store
 
 ACCURACY = Measurement("nano_cloze", "acc", 0.5, 0.4, 0.6, 100)
@@ -45,7 +45,7 @@ def make_result(quant: QuantConfig | None = None, model: str = "toy", loss: floa
         coverage=1.0,
         skipped=(),
         measurements=(ACCURACY, dataclasses.replace(LOSS, value=loss)),
-        model_revision="0" * 64,
+        model_revision="0" * 40,
         checkpoint_dtype="float16",
         weights_hash="0" * 32,
         tasks=(),
@@ -282,15 +282,16 @@ def test_missing_store_is_not_an_empty_one(read: object, tmp_path: Path) -> None
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_newer_schema_is_refused(tmp_path: Path) -> None:
+def test_newer_schema_is_left_out_and_named(tmp_path: Path) -> None:
     store, result = Store(tmp_path), make_result()
+    store.write(make_result(model="other"))
     store.write(result)
     path = store.path / "experiments" / f"{result.key}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
-    with pytest.raises(
-        ValueError, match=rf"{result.key}.json was written by a newer kbit \(schema {SCHEMA_VERSION + 1}\)"
-    ):
-        read_results(tmp_path)
+    changes = {"schema_version": SCHEMA_VERSION + 1, "versions": {"kbit": "9.1"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    words = rf"{result.key}.json was written by a newer kbit: it has schema {SCHEMA_VERSION + 1}, .*; use kbit 9.1$"
+    with pytest.warns(DamagedRecordWarning, match=words):
+        assert set(read_results(tmp_path)["model"]) == {"other"}
 
 
 def test_field_added_later_does_not_hide_old_results(tmp_path: Path) -> None:
@@ -372,8 +373,8 @@ def test_options_of_a_method_are_a_column(tmp_path: Path) -> None:
     store.write(make_result(QuantConfig(data_type="int", method="gptq")))
     rows = read_results(tmp_path).drop_duplicates("key").set_index(["data_type", "method"])["method_options"]
     assert rows.to_dict() == {
-        ("float", "rtn"): "",
-        ("float", "awq"): "calibration.samples=8",
-        ("float", "gptq"): "calibration.samples=8 static_groups=True",
+        ("nf", "rtn"): "",
+        ("nf", "awq"): "calibration.samples=8",
+        ("nf", "gptq"): "calibration.samples=8 static_groups=True",
         ("int", "gptq"): "",
     }

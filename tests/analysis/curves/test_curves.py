@@ -21,11 +21,12 @@ from kbit.analysis.curves.curves import (
     optimal_share,
     precision_curves,
     sort_curves,
+    split_families,
     tabulate_curves,
 )
 from kbit.analysis.statistics.findings import finding
 from kbit.analysis.statistics.verdicts import judge_four_bit
-from kbit.cli.results import select_rows
+from kbit.store.conditions import select_rows
 
 Points = dict[int, dict[int, float]]  # bits -> total bits -> value
 
@@ -278,3 +279,10 @@ def test_the_finding_has_a_sentence_per_family_and_sums_up_variants() -> None:
     assert text.startswith("alpha, 4 variants (data type, block size, method, outliers), at equal total bits: ")
     assert "in 4 of 4 variants" in text
     assert ". beta, nf block 64, at equal total bits: " in text
+
+
+def test_a_family_of_two_architectures_is_two_families() -> None:
+    rows = pd.DataFrame({"family": ["runs", "runs", "opt", "runs"], "architecture": ["A", "B", "C", None]})
+    assert split_families(rows)["family"].tolist() == ["runs (A)", "runs (B)", "opt", "runs"]
+    assert split_families(split_families(rows)).equals(split_families(rows))
+    assert split_families(rows.drop(columns="architecture"))["family"].tolist() == ["runs", "runs", "opt", "runs"]

@@ -91,6 +91,7 @@ def test_an_int8_method_and_ways_to_select_outliers_name_their_curve() -> None:
 def test_figure_4_shows_the_controls_beside_the_proxy(
     planted: pd.DataFrame, draw_planted: Callable[[str], PaperFigure]
 ) -> None:
+    planted = planted[(planted["family"] == "opt") & (planted["bits"].isin([3, 4]) & planted["data_type"].eq("nf"))]
     kept = planted[planted["outlier_fraction"] == 0.02]
     control = kept.assign(outlier_selection="random", key=kept["key"] + "random")
     figure = FIGURES["figure_4"](pd.concat([planted.assign(outlier_selection="proxy"), control], ignore_index=True))

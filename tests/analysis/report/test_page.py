@@ -39,7 +39,8 @@ def page(small: pd.DataFrame) -> str:
 def read_data(page: str) -> dict[str, object]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
-    return json.loads(found[1].replace("<\\/", "</"))  # type: ignore[no-any-return]
+    assert "<" not in found[1]
+    return json.loads(found[1])  # type: ignore[no-any-return]
 
 
 def test_every_shown_measurement_is_in_the_page(page: str, small: pd.DataFrame) -> None:
@@ -112,4 +113,5 @@ def test_in_a_browser_a_filter_changes_the_drawn_points(page: str, tmp_path: Pat
     assert drawn == [6 * 16, 6 * 2]
     assert "96 of 96 experiments shown" in everything
     assert "12 of 96 experiments shown" in filtered
-    assert "Pareto frontier</text>" in filtered
+    for family in ("opt", "pythia"):  # values of two families do not compare
+        assert f"Pareto frontier: {family}, float32, all items</text>" in filtered

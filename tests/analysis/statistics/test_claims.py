@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Measure
-from kbit.analysis.statistics.claims import Contrast, contrast_curves, judge_contrasts
+from kbit.analysis.figures.drawing import PaperFigure
+from kbit.analysis.statistics.claims import Comparison, Contrast, contrast_curves, judge_contrasts
 from kbit.analysis.statistics.frontier import Draws, find_strongest_rival
 from kbit.analysis.statistics.grades import describe_lead
 from kbit.analysis.statistics.verdicts import (
@@ -28,6 +29,7 @@ from kbit.analysis.statistics.verdicts import (
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
+A_AND_OTHERS = Comparison(lambda points: (["a"], ["b", "c"]), "a", "others")
 
 
 def test_the_claim_counts_only_shared_budgets(make_points: Build) -> None:
@@ -65,7 +67,10 @@ def test_a_lead_inside_the_noise_decides_nothing(make_points: Build) -> None:
 
 def test_the_claim_is_not_tested_without_four_bit(make_points: Build) -> None:
     curves = make_points({3: {10: 0.4, 100: 0.6}, 5: {10: 0.41, 100: 0.61}})
-    assert judge_four_bit(curves, ZERO_SHOT).startswith("Not tested")
+    assert judge_four_bit(curves, ZERO_SHOT) == "Not tested: no 4-bit model was measured at two sizes."
+    apart = make_points({4: {10: 0.4, 100: 0.6}, 5: {200: 0.41, 300: 0.61}})
+    text = judge_four_bit(apart, ZERO_SHOT)
+    assert text == "Not tested: no 4-bit curve meets another precision at equal total bits."
     assert try_precision(line_up(curves, ZERO_SHOT)).grade == "not tested"
 
 
@@ -146,10 +151,7 @@ def test_a_contrast_is_the_mean_difference_at_equal_bits(make_points: Build) -> 
 
 def test_the_best_leads_every_other_not_their_mean(make_points: Build) -> None:
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.4, 100: 0.6}, "c": {10: 0.0, 100: 0.1}}, error=0.001)
-    judged = {
-        expected: judge_contrasts(curves, lambda points: (["a"], ["b", "c"]), expected, ZERO_SHOT)
-        for expected in ("better", "best")
-    }
+    judged = {expected: judge_contrasts(curves, A_AND_OTHERS, expected, ZERO_SHOT) for expected in ("better", "best")}
     assert judged["better"].startswith("Holds. Mean lead: toy, a over b and c: +0.1250")
     assert judged["best"].startswith("Does not hold. Mean lead over the strongest rival: toy, a over b: -0.1000")
 
@@ -159,7 +161,7 @@ def test_the_best_must_lead_an_uncertain_rival_too(make_points: Build) -> None:
     sure = make_points({"a": {10: 0.60, 100: 0.60}, "b": {10: 0.59, 100: 0.59}}, error=0.0005)
     unsure = make_points({"c": {10: 0.58, 100: 0.58}}, error=0.1)
     curves = pd.concat([sure, unsure], ignore_index=True)
-    text = judge_contrasts(curves, lambda points: (["a"], ["b", "c"]), "best", ZERO_SHOT)
+    text = judge_contrasts(curves, A_AND_OTHERS, "best", ZERO_SHOT)
     assert text.startswith("Undecided. Mean lead over the strongest rival: toy, a over c: +0.0200 (95% interval -0.")
 
 
@@ -194,15 +196,23 @@ def test_a_contrast_needs_both_groups_at_shared_budgets(make_points: Build) -> N
     curves = make_points({"a": {10: 0.3, 100: 0.5}, "b": {200: 0.3, 300: 0.4}})
     for groups in ((["a"], ["b"]), (["a"], ["x"])):
         assert contrast_curves(curves, groups, ZERO_SHOT).grade("better", 0.01) == "not tested"
-    text = judge_contrasts(curves, lambda points: (["a"], ["x"]), "better", ZERO_SHOT)
-    assert text.startswith("Not tested")
+    text = judge_contrasts(curves, Comparison(lambda points: (["a"], ["x"]), "a", "x"), "better", ZERO_SHOT)
+    assert text == "Not tested: there is no curve of x."
+    text = judge_contrasts(curves, Comparison(lambda points: (["a"], ["b"]), "a", "b"), "better", ZERO_SHOT)
+    assert text == "Not tested: in no panel do curves of a and b meet at equal total bits."
+    apart = pd.concat([curves[curves["series"] == "a"], curves[curves["series"] == "b"].assign(panel="other")])
+    text = judge_contrasts(apart, Comparison(lambda points: (["a"], ["b"]), "a", "b"), "better", ZERO_SHOT)
+    assert text == "Not tested: no panel has curves of a and b."
 
 
 def test_panels_are_counted_and_named(make_points: Build) -> None:
     better = make_points({"a": {10: 0.3, 100: 0.5}, "b": {10: 0.1, 100: 0.2}}, error=0.001)
     worse = make_points({"a": {10: 0.1, 100: 0.2}, "b": {10: 0.3, 100: 0.5}}, error=0.001).assign(panel="other")
     text = judge_contrasts(
-        pd.concat([better, worse], ignore_index=True), lambda points: (["a"], ["b"]), "better", ZERO_SHOT
+        pd.concat([better, worse], ignore_index=True),
+        Comparison(lambda points: (["a"], ["b"]), "a", "b"),
+        "better",
+        ZERO_SHOT,
     )
     assert text.startswith("Of 2 panels: holds in 1, does not hold in 1.")
     assert "toy, a over b: +0.2500 (95%" in text
@@ -210,9 +220,9 @@ def test_panels_are_counted_and_named(make_points: Build) -> None:
 
 
 @pytest.fixture(scope="module")
-def verdicts(planted: pd.DataFrame) -> pd.DataFrame:
-    """The verdicts of the planted store, worked out once."""
-    return tabulate_verdicts(planted)
+def verdicts(draw_planted: Callable[[str], PaperFigure]) -> pd.DataFrame:
+    """The verdicts of the planted store, as their figure has them."""
+    return draw_planted("verdicts").data
 
 
 def test_the_verdicts_of_a_planted_store(verdicts: pd.DataFrame) -> None:
@@ -224,7 +234,7 @@ def test_the_verdicts_of_a_planted_store(verdicts: pd.DataFrame) -> None:
     assert not table.duplicated(["family", "measure", "data_type", "block_size"]).any()
     table = table[~table["grade"].isin([NO_CONTEST, NOT_TRIED])]
     best = table[(table["data_type"] == "float") & (table["block_size"] == 64) & (table["measure"] == "cross entropy")]
-    assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 8, 16"] * 2
+    assert best["precisions"].tolist() == ["2, 3, 4, 5, 6, 7, 8, 16"] * 2
     assert set(table["grade"]) <= {"holds", "does not hold", "undecided"}
     for low, high, grade in zip(table["low"], table["high"], table["grade"], strict=True):
         assert grade == ("holds" if low > 0 else "does not hold" if high < 0 else "undecided")

@@ -204,3 +204,10 @@ def test_the_baseline_competes_once(make_points: Build) -> None:
     points = make_points({4: {10: 0.5, 100: 0.6}, 16: {40: 0.3, 400: 0.4}})
     twice = pd.concat([points, points[points["bits"] == 16].assign(data_type="int")], ignore_index=True)
     assert choose_precision(twice, ZERO_SHOT, [100])["bits"].tolist() == [4, 16]
+
+
+def test_equal_curves_share_their_chance(make_points: Callable[..., pd.DataFrame]) -> None:
+    """Of two curves that are equal in each draw neither comes first."""
+    curves = make_points({3: {10: 0.4, 100: 0.6}, 4: {10: 0.4, 100: 0.6}}, error=0.0)
+    chances = best_chances(curves, draw_values(curves, ZERO_SHOT), higher_is_better=True)
+    assert (chances == 0.5).all().all()

@@ -1,0 +1,106 @@
+"""What can be known of an experiment before it runs: are its files there, and its texts long enough?
+
+Nothing here loads torch, so that a study is looked through while it is planned.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from kbit.data.data_files import check_files
+from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_task_files, read_plainly
+from kbit.data.texts import locate_text, read_documents
+from kbit.experiments.config import Experiment
+from kbit.models.catalog import locate_tokenizer
+from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
+from kbit.models.config import MAX_WINDOW, ModelConfig
+from kbit.models.size import find_context
+
+# No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
+_LONG_TOKEN: Final = 32
+
+
+def check_model_files(model: ModelConfig) -> None:
+    """Look for a model, its tokenizer and its adapter.
+
+    Raises:
+        ValueError, OSError: see check_model, locate_tokenizer and check_adapter.
+    """
+    check_model(model.name, model.revision, model.gguf_file)
+    if model.tokenizer is not None:
+        locate_tokenizer(model.tokenizer)
+    if model.adapter is not None:
+        check_adapter(model.adapter)
+
+
+def check_tasks(experiment: Experiment) -> None:
+    """Look for the data files of the user's own tasks, and for the chat template that prompts go through.
+
+    Raises:
+        ValueError, FileNotFoundError: see check_files, or a file is outside eval.task_path, or there is no template.
+    """
+    config, model = experiment.eval, experiment.model
+    place = Path(locate_tokenizer(model.tokenizer or model.name))
+    if config.tasks and config.apply_chat_template and place.is_dir() and not has_chat_template(place):
+        raise ValueError(f"eval.apply_chat_template: the tokenizer of {place} has no chat template")
+    if config.task_path is None:
+        return
+    local = find_local_tasks(config.task_path)
+    states = [(path, path.stat()) for path in list_task_files(config.task_path)]
+    changes = tuple((str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns) for path, state in states)
+    for name in expand_names(config.tasks, config.task_path):
+        if name in local and EMBEDDED_TASKS not in local[name].parents:
+            _check_task(local[name], changes)
+
+
+@functools.lru_cache(maxsize=256)
+def _check_task(path: Path, _changes: tuple[tuple[str, int, int, int], ...]) -> None:
+    """Look for the data files of a task once, until a file of its folder changes."""
+    try:
+        check_files(read_plainly(path), path.parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_lengths(experiment: Experiment) -> None:
+    """Compare the texts with the windows that are cut from them, and calibration windows with the model's context.
+
+    Raises:
+        ValueError: a calibration window is longer than the model's context, or a text is shorter than one window.
+    """
+    context = find_context(experiment.model.name)
+    calibration, quant = experiment.quant.calibration, experiment.quant
+    if quant.traits.needs_text and not quant.is_baseline:
+        if calibration.length is not None and context is not None and calibration.length > context:
+            raise ValueError(
+                f"quant.calibration.length={calibration.length} is beyond the model's context of {context} tokens"
+            )
+        _check_text(calibration.text, calibration.length or min(context or 1, MAX_WINDOW), experiment.model)
+    if experiment.eval.perplexity is not None and experiment.eval.perplexity_kind == "windows":
+        _check_text(experiment.eval.perplexity, min(context or 1, MAX_WINDOW), experiment.model)
+
+
+def _check_text(name: str, window: int, model: ModelConfig) -> None:
+    """Raise ValueError if a local text has fewer tokens than one window."""
+    if locate_text(name) is None:
+        return
+    documents, _ = read_documents(name)
+    if sum(len(document.encode()) for document in documents) >= _LONG_TOKEN * window:
+        return
+    count = _count_tokens(documents, locate_tokenizer(model.tokenizer or model.name))
+    if count is not None and count < window:
+        raise ValueError(f"text {name!r} has {count} tokens, less than one window of {window}")
+
+
+def _count_tokens(documents: Sequence[str], place: str) -> int | None:
+    """Return the most tokens that documents have, one more for each. None: the tokenizer is not in a file here."""
+    file = Path(place) / "tokenizer.json"
+    if not file.is_file():
+        return None
+    from tokenizers import Tokenizer  # not at the top: most texts are long enough
+
+    tokenizer = Tokenizer.from_file(str(file))
+    return sum(1 + len(tokenizer.encode(document, add_special_tokens=False).ids) for document in documents)

@@ -1,0 +1,179 @@
+"""What a folder of model files holds, by its configuration and the headers of its weight files, without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors import SafetensorError, safe_open
+
+from kbit.models.catalog import locate_model
+
+# Dtypes of safetensors that hold weights as they are. Anything else is a code that something else has to explain.
+PLAIN_DTYPES: Final = ("F16", "BF16", "F32", "F64")
+
+_ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
+
+# What checkpoints hold beside their weights: buffers of attention masks and positions that code computes today, towers
+# for images and sound, and heads that predict further tokens (mtp).
+_HARMLESS: Final = re.compile(
+    r"(^|\.)((attn|attention)\.(masked_)?bias|position_ids|rotary_emb\.\w+|rotary_pos_emb\.\w+)$"
+    r"|(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|mtp)\."
+)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor that a model does not take is no part of its weights."""
+    return _HARMLESS.search(name) is not None
+
+
+def find_gguf(folder: Path, asked: str | None) -> Path | None:
+    """Return the GGUF file that a model is read from: the one asked for, or the only one of a folder without others.
+
+    Raises:
+        FileNotFoundError: the folder has no such file.
+        ValueError: it has several, and none was asked for.
+    """
+    if asked is not None:
+        if not (folder / asked).is_file():
+            raise FileNotFoundError(f"model.gguf_file: no file at {(folder / asked).resolve()}")
+        return folder / asked
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() == ".gguf")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{folder} has several GGUF files ({names}): choose one by model.gguf_file=NAME")
+    return found[0] if found else None
+
+
+class QuantizedError(ValueError):
+    """A checkpoint's configuration says that its weights are quantized."""
+
+
+def check_model(name: str, revision: str | None = None, gguf_file: str | None = None) -> Path | None:
+    """Look whether a model can be had and is plain, as far as its files here tell, and return its GGUF file if any.
+
+    Raises:
+        ValueError: the name is unknown, a local folder was asked for a revision, or see check_folder and find_gguf.
+        FileNotFoundError: see check_folder and find_gguf.
+    """
+    folder = Path(locate_model(name))
+    if not folder.is_dir():
+        if gguf_file is not None:
+            raise ValueError(f"model.gguf_file={gguf_file}: {name} is no folder here; download it first")
+        return None
+    if revision is not None:
+        raise ValueError(f"model.revision={revision}: {name} is a local folder, which has no revisions")
+    gguf = find_gguf(folder, gguf_file)
+    check_folder(folder, is_gguf=gguf is not None)
+    return gguf
+
+
+def check_folder(folder: Path, *, is_gguf: bool = False) -> None:
+    """Look whether a folder holds a model whose weights are plain numbers, before any of them is read.
+
+    Args:
+        folder: the folder of a model's files.
+        is_gguf: whether the model is read from a GGUF file in it.
+
+    Raises:
+        FileNotFoundError: it has no configuration or no weights.
+        ValueError: it is an adapter's folder, or its weights are quantized. The message says by what.
+    """
+    if (folder / "adapter_config.json").is_file():
+        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        raise ValueError(
+            f"{folder} holds an adapter (adapter_config.json), which changes a model: model.name={base} "
+            f"model.adapter={folder}"
+        )
+    if is_gguf:
+        return
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is no folder of a model")
+    check_configuration(_read_json(folder / "config.json"), str(folder))
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        raise FileNotFoundError(f"{folder} has no weights as model*.safetensors, the only format that is loaded")
+    for name, dtype in (pair for path in weights for pair in _list_dtypes(path)):
+        if dtype not in PLAIN_DTYPES and not is_harmless(name):
+            raise ValueError(
+                f"{folder}: the tensor {name} is stored as {dtype}, not as one of {', '.join(PLAIN_DTYPES)}: it holds "
+                "codes of a quantized checkpoint, to which scales belong; measure the model that it was made of"
+            )
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's folder has a chat template. A folder without the tokenizer's configuration may have one."""
+    if not (folder / "tokenizer_config.json").is_file() or (folder / "chat_template.jinja").is_file():
+        return True
+    return bool(_read_json(folder / "tokenizer_config.json").get("chat_template"))
+
+
+def check_configuration(config: dict[str, Any], where: str) -> None:
+    """Raise QuantizedError if a model's configuration says that its weights are quantized."""
+    for part in (config, config.get("text_config") or {}):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
+            raise QuantizedError(
+                f"{where} is a quantized checkpoint (quantization_config: {method}), whose weights are no 16-bit "
+                "baseline: measure the model that it was made of"
+            )
+
+
+def check_adapter(name: str) -> Path | None:
+    """Return the folder of a local adapter, or None for one of the hub.
+
+    Raises:
+        FileNotFoundError: the name is neither, or the folder lacks a file.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"model.adapter={name!r} is neither a folder here nor a hub id 'organisation/name'")
+        return None
+    for file in _ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"model.adapter: no file at {(folder / file).resolve()}")
+    return folder
+
+
+def locate_adapter(name: str) -> Path:
+    """Return the folder of an adapter: the user's own, or the hub's in the local cache, into which it is downloaded.
+
+    Raises:
+        FileNotFoundError: there is no such adapter, or it lacks a file.
+    """
+    folder = check_adapter(name)
+    if folder is None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=list(_ADAPTER_FILES)))
+        except Exception as error:  # offline, unknown, gated: the hub's client has an error for each
+            raise FileNotFoundError(f"model.adapter={name!r} cannot be had from the hub: {error}") from error
+    return folder
+
+
+def _list_dtypes(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the name and dtype of each tensor of a safetensors file, of which only the header is read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                yield name, str(file.get_slice(name).get_dtype())
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"model {str(path.parent)!r} cannot be loaded: {path.name} is damaged: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object")
+    return content

@@ -1,0 +1,41 @@
+"""Figures of random stores: none raises, and each of their sentences says what its numbers say."""
+
+from __future__ import annotations
+
+import random
+
+import pandas as pd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.text import Text
+from random_stores import Shape, draw_shapes, make_store
+from sentences import check_sentences
+
+from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure
+from kbit.analysis.figures.registry import FIGURES
+from kbit.analysis.figures.styles import TooManyCurves
+
+FEW = 3  # figures that are drawn of each store
+
+
+def draw(name: str, store: pd.DataFrame) -> PaperFigure | None:
+    """Draw a figure without its ambiguous families, or return None where the store lacks what it needs."""
+    try:
+        figure, _ = leave_out_ambiguous(FIGURES[name], store)
+    except (MissingResults, AmbiguousResults, TooManyCurves):
+        return None
+    return figure
+
+
+@settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
+@given(shape=draw_shapes(), chance=st.integers(0, 2**16))
+def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, chance: int) -> None:
+    store = make_store(shape)
+    for name in random.Random(chance).sample(list(FIGURES), FEW):
+        figure = draw(name, store)
+        if figure is not None:
+            caption = " ".join(figure.fig.texts[0].get_text().split())
+            check_sentences(name, figure.verdict, caption, figure.data, store)
+            texts = [text for text in figure.fig.findobj(Text) if isinstance(text, Text)]
+            assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())

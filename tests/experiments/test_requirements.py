@@ -1,0 +1,104 @@
+"""What is wrong with an experiment's files is said before it runs, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbit.evaluation.config import EvalConfig
+from kbit.experiments.config import Experiment
+from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
+from kbit.methods.config import CalibrationConfig, QuantConfig
+from kbit.models.catalog import EMBEDDED
+from kbit.models.config import ModelConfig
+
+YAML = """
+task: mine
+dataset_path: BUILDER
+dataset_kwargs: {data_files: {test: d.csv}}
+test_split: test
+doc_to_text: !function mine.ask
+"""
+
+
+@pytest.mark.parametrize(
+    ("builder", "content", "message"),
+    [
+        ("csv", None, r"no data file at .*tasks/d\.csv"),
+        ("json", "{", r"mine\.yaml: .*d\.csv, line 1: "),
+        ("json", "\n", r"mine\.yaml: .*d\.csv has no rows"),
+    ],
+)
+def test_a_tasks_data_is_looked_for(
+    kbit: Callable[..., Any], tmp_path: Path, builder: str, content: str | None, message: str
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "mine.yaml").write_text(YAML.replace("BUILDER", builder))
+    (tasks / "group.yaml").write_text("group: ours\ntask: [mine, piqa]\n")
+    if content is not None:
+        (tasks / "d.csv").write_text(content)
+    for name in ("mine", "ours"):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            check_tasks(Experiment(eval=EvalConfig(tasks=(name,), task_path=str(tasks))))
+    done = kbit("plan", "eval.tasks=[ours]", f"eval.task_path={tasks}")
+    assert (done.code, "Traceback" in done.err) == (1, False)
+    assert "d.csv" in done.err
+
+
+def test_data_that_was_mended_is_looked_at_again(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(YAML.replace("BUILDER", "json"))
+    (tmp_path / "d.csv").write_text("[]")
+    experiment = Experiment(eval=EvalConfig(tasks=("mine",), task_path=str(tmp_path)))
+    with pytest.raises(ValueError, match="has no rows"):
+        check_tasks(experiment)
+    (tmp_path / "d.csv").write_text('[{"a": 1}]')
+    check_tasks(experiment)
+
+
+def test_a_chat_template_is_looked_for(tmp_path: Path) -> None:
+    experiment = Experiment(eval=EvalConfig(apply_chat_template=True))
+    with pytest.raises(ValueError, match=r"eval\.apply_chat_template: the tokenizer of .* has no chat template"):
+        check_tasks(experiment)
+    shutil.copytree(EMBEDDED / "nano-neox-98k", tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("mine")
+    check_tasks(dataclasses.replace(experiment, model=ModelConfig(str(tmp_path / "m"))))
+
+
+def test_a_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("a b " * 100)
+    context = json.loads((EMBEDDED / "nano-neox-98k" / "config.json").read_text())["max_position_embeddings"]
+    with pytest.raises(ValueError, match=rf"short\.txt' has 20\d tokens, less than one window of {context}"):
+        check_lengths(Experiment(eval=EvalConfig(perplexity=str(path))))
+    check_lengths(Experiment(eval=EvalConfig(perplexity=str(path), perplexity_kind="rolling")))
+    check_lengths(Experiment(ModelConfig("org/unknown"), eval=EvalConfig(perplexity=str(path))))
+    path.write_text("a b " * context)
+    check_lengths(Experiment(eval=EvalConfig(perplexity=str(path))))
+
+
+def test_a_calibration_window_beyond_the_context_is_refused() -> None:
+    quant = QuantConfig(bits=4, data_type="int", method="gptq", calibration=CalibrationConfig(length=99_999))
+    with pytest.raises(ValueError, match=r"calibration\.length=99999 is beyond the model's context of \d+"):
+        check_lengths(Experiment(quant=quant))
+    check_lengths(Experiment(quant=dataclasses.replace(quant, method="rtn")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tokenizer": "nano-neox-98"}, r"model\.tokenizer='nano-neox-98' is neither"),
+        ({"adapter": "none"}, r"model\.adapter='none' is neither"),
+        ({"revision": "v1"}, r"model\.revision=v1"),
+        ({"gguf_file": "m.gguf"}, r"model\.gguf_file: no file"),
+    ],
+)
+def test_parts_of_a_model_are_looked_for(fields: dict[str, str], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_model_files(ModelConfig(**fields))

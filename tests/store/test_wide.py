@@ -1,0 +1,50 @@
+"""read_results(wide=True): one row for each experiment, of which groupby and pivot lose none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from toy_results import fill
+
+from kbit.store.readers import read_results
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> pd.DataFrame:
+    """Eight experiments with four quantizers, the 16-bit baseline among them."""
+    fill(tmp_path, range(8))
+    return read_results(tmp_path, wide=True)
+
+
+def test_every_measurement_is_in_the_row_of_its_experiment(table: pd.DataFrame, tmp_path: Path) -> None:
+    assert len(table) == table["key"].nunique() == 8
+    rows = read_results(tmp_path)
+    for row in rows.to_dict("records"):
+        [wide] = table[table["key"] == row["key"]].to_dict("records")
+        column = f"{row['task']} {row['metric']}"
+        stored = [row["value"], row["low"], row["high"]]
+        assert [wide[column], wide[f"{column} low"], wide[f"{column} high"]] == pytest.approx(stored, nan_ok=True)
+
+
+def test_a_pivot_on_any_setting_keeps_every_experiment(table: pd.DataFrame) -> None:
+    for name in ("exponent_bits", "block_size", "data_type", "method", "exclude", "outlier_fraction", "checkpoint"):
+        assert table.groupby(name).size().sum() == 8
+    by_type = table.pivot_table(index="data_type", columns="block_size", values="nano_cloze acc", aggfunc="count")
+    counts: Any = by_type.to_dict()  # by block size, then by data type
+    assert counts["whole"]["nf"] == counts[64]["int"] == counts["none"]["none"] == 2
+
+
+def test_label_and_cost_are_columns(table: pd.DataFrame) -> None:
+    labels = set(table["label"])
+    assert {"toy-0 16-bit", "toy-1 float3-e2m0 block 64 centering=True", "toy-2 nf4 block whole exclude=mlp"} < labels
+    assert table["seconds"].tolist() == pytest.approx([0.3] * 8)
+    assert table["peak_memory_bytes"].tolist() == [1] * 8
+    assert set(table["finished"]) == {"2026-01-01T00:00:00+00:00"}
+
+
+def test_rows_are_in_the_order_of_bits_type_and_block(table: pd.DataFrame) -> None:
+    assert table["bits"].tolist() == [3, 3, 4, 4, 4, 4, 16, 16]
+    assert table["data_type"].tolist() == ["float", "float", "int", "int", "nf", "nf", "none", "none"]
