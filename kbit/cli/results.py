@@ -105,7 +105,7 @@ def _add_listing(parser: argparse.ArgumentParser) -> None:
     _add_condition(parser)
     parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
     parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
-    parser.add_argument("--failures", action="store_true", help="show the failed experiments and why")
+    parser.add_argument("--failures", action="store_true", help="show the failed and crashed experiments and why")
     parser.add_argument("--damaged", action="store_true", help="show the records that cannot be read and why")
 
 

@@ -68,7 +68,7 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize(("phase", "number"), zip(PHASES, itertools.cycle(SIGNALS), strict=False))
+@pytest.mark.parametrize(("phase", "number"), list(zip(PHASES, itertools.cycle(SIGNALS), strict=False)))
 def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
     kbit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: signal.Signals
 ) -> None:
