@@ -185,7 +185,8 @@ def name_cell(cell: pd.Series[Any]) -> str:
 
 def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable) -> None:
     """Draw one map: darker cells lose more, the best (all that tie) has a frame, those not measured are hatched."""
-    ranks = {row.data_type: (rank_data_type(row.kind), rank_label(row.data_type)) for row in table.itertuples()}
+    names = zip(table["data_type"].astype(str), table["kind"], strict=True)
+    ranks = {label: (rank_data_type(kind), rank_label(label)) for label, kind in names}
     kinds = sorted(ranks, key=ranks.__getitem__)
     blocks = sorted(table["block_size"].astype("Int64").fillna(WHOLE).unique())
     grid = np.full((len(kinds), len(blocks)), np.nan)
@@ -194,15 +195,14 @@ def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable
     axes.imshow(grid, aspect="auto")  # sets the limits
     for row, is_best in zip(table.itertuples(), find_least(table["loss"]), strict=True):
         block = WHOLE if is_missing(row.block_size) else int(row.block_size)  # type: ignore[arg-type]
-        y, x = kinds.index(row.data_type), blocks.index(block)
+        y, x = kinds.index(str(row.data_type)), blocks.index(block)
         shade = shades.to_rgba(np.array([row.loss]))[0]
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
         words = f"{row.loss:.3f}\n[{row.bits_per_param:.2f}]"
         axes.text(x, y, words, ha="center", va="center", fontsize=CAPTION_SIZE, color=choose_ink(shade))
         if is_best:
             corner = (x - 0.46, y - 0.46)
-            frame = {"fill": False, "edgecolor": "#D55E00", "linewidth": 2.5, "zorder": 2}
-            axes.add_patch(Rectangle(corner, 0.92, 0.92, **frame))
+            axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.5, zorder=2))
     axes.set_xticks(range(len(blocks)), ["whole" if block == WHOLE else str(block) for block in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block size")

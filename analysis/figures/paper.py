@@ -13,7 +13,7 @@ from typing import Final
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import Measure
+from kbit.analysis.curves.curves import Measure, sort_curves
 from kbit.analysis.curves.selections import (
     CONTROLS,
     PROXY,
@@ -127,10 +127,11 @@ def split_rival(points: pd.DataFrame) -> Groups:
 
 
 def split_gptq_and_float(points: pd.DataFrame) -> Groups:
-    """Compare GPTQ without blocks, or else in its largest blocks, with zero-shot float in blocks of 64."""
+    """Compare GPTQ without blocks, or else in the largest blocks with a curve, with zero-shot float in blocks of 64."""
     is_gptq = points["method"] == "gptq"
+    drawn = is_gptq & points["series"].isin(list(sort_curves(points, "series")))
     block = points["block_size"].fillna(WHOLE)
-    return list_series(points, is_gptq & (block == block[is_gptq].max())), list_series(points, ~is_gptq)
+    return list_series(points, is_gptq & (block == block[drawn].max())), list_series(points, ~is_gptq)
 
 
 def split_gptq(points: pd.DataFrame) -> Groups:

@@ -188,9 +188,13 @@ def of_one_architecture(draw: Draw) -> Draw:
     return lambda results: draw(split_families(results))
 
 
-FIGURES: Final[dict[str, Draw]] = {
-    name: of_one_architecture(draw)
-    for name, draw in {
+def list_figures(figures: dict[str, Draw]) -> dict[str, Draw]:
+    """Return functions that draw figures of families with one architecture each."""
+    return {name: of_one_architecture(draw) for name, draw in figures.items()}
+
+
+FIGURES: Final = list_figures(
+    {
         **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
         "figure_16": draw_roofline,
         "table_1": table_1,
@@ -204,8 +208,8 @@ FIGURES: Final[dict[str, Draw]] = {
         "int8_methods": draw_int8_methods,
         "features": draw_features,
         "anchors": draw_anchors,
-    }.items()
-}
+    }
+)
 
 
 def save_figures(

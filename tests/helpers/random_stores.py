@@ -125,7 +125,7 @@ def list_quantizers(shape: Shape) -> list[dict[str, Any]]:
             if setting["data_type"] == "float":
                 usual = {2: 1, 3: 2}.get(bits, 3)
                 setting = {"exponent_bits": usual, "float_bias": "ieee"} | setting
-                if setting["exponent_bits"] >= setting["bits"]:
+                if int(str(setting["exponent_bits"])) >= int(str(setting["bits"])):
                     continue
             found[repr(sorted(setting.items()))] = setting
         if bits == 16:

@@ -72,7 +72,11 @@ def list_budgets(curves: Iterable[pd.DataFrame]) -> Floats:
     if len(compared) < 2:
         return np.empty(0)
     low, high = max(c["total_bits"].min() for c in compared), min(c["total_bits"].max() for c in compared)
-    return np.exp(np.linspace(np.log(low), np.log(high), 200)) if low < high else np.empty(0)
+    if low >= high:
+        return np.empty(0)
+    budgets = np.exp(np.linspace(np.log(low), np.log(high), 200))
+    budgets[[0, -1]] = low, high  # not a rounding error outside
+    return np.asarray(budgets, dtype=np.float64)
 
 
 def weigh(curve: pd.DataFrame, budgets: Floats) -> pd.DataFrame:
@@ -128,7 +132,7 @@ def grade(low: str, high: str, expected: str, limit: float) -> set[str]:
 def check_contrasts(verdict: str, data: pd.DataFrame, expected: str) -> None:
     """Check the sentences of claims.judge_contrasts: leads, intervals, budgets, counts of grades, or why none."""
     sign = 1.0 if data["metric"].iloc[0] == "acc" else -1.0
-    panels = dict(list(data.groupby("panel", sort=False)))
+    panels = {str(panel): points for panel, points in data.groupby("panel", sort=False)}
     if "Not tested: " in verdict:
         check_untested(verdict, panels)
         return
@@ -262,8 +266,9 @@ def check_four_bit(verdict: str, data: pd.DataFrame) -> None:
 def check_race(words: Any, points: pd.DataFrame, table: pd.DataFrame, rival: int, sign: float, own: int = 4) -> None:
     """Compare a printed lead of one precision over its strongest rival with our own, and that with all others."""
     curves = list_curves(points, "bits")
-    leads, ends = {}, {}
-    for other in set(table.columns) - {own}:
+    leads: dict[int, float] = {}
+    ends: dict[int, float] = {}
+    for other in {int(bits) for bits in table.columns} - {own}:
         met = (table[own] - table[other]).notna().to_numpy()
         budgets = table.index.to_numpy()[met]
         if not budgets.size:
@@ -315,7 +320,7 @@ def check_figure_3(verdict: str, data: pd.DataFrame) -> None:
         check_contrasts(blocks.removeprefix("Block size: "), data[is_block], "better")
     if types:
         check_contrasts(types, data[~is_block], "better")
-    assert (bool(blocks), bool(types)) == (is_block.any(), (~is_block).any())
+    assert (bool(blocks), bool(types)) == (bool(is_block.any()), bool((~is_block).any()))
 
 
 def check_figure_4(verdict: str, data: pd.DataFrame) -> None:
@@ -375,12 +380,12 @@ def check_verdicts(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> Non
         rows = store[(store["metric"] == metric) & (store["task"] == task) & store["key"].isin(row["keys"].split())]
         sign = 1.0 if metric == "acc" else -1.0
         table = race(rows, sign)
-        shares = {bits: find_share(table, bits) for bits in table}
+        shares = {int(str(bits)): find_share(table, int(str(bits))) for bits in table}
         assert abs(shares[row["bits"]] - row["share"]) < 1e-9
         assert row["share"] == max(shares.values())
         words = (f"{row['gap']:+.9f}", *(["", ""] if np.isnan(row["low"]) else [f"{row['low']}", f"{row['high']}"]))
         check_race(words, rows, table, row["rival"], sign, own=row["bits"])
-        assert row["grade"] in grade(*(words[1:]), "better", 0)
+        assert row["grade"] in grade(words[1], words[2], "better", 0)
 
 
 def check_frontier(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> None:
@@ -437,7 +442,7 @@ def check_map(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> None:
 
 def check_relation(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> None:
     rank = verdict.startswith("rho")
-    correlate = stats.spearmanr if rank else stats.pearsonr
+    correlate: Any = stats.spearmanr if rank else stats.pearsonr
     number = r"(-?\d\.\d\d)"
     found = re.match(rf"(?:rho|r) = {number} \(95% interval {number} to {number}, .*?over (\d+) exp", verdict)
     assert found is not None
@@ -585,8 +590,8 @@ def check_finding(text: str, store: pd.DataFrame) -> None:
 def check_clause(text: str, measure: str, rows: pd.DataFrame, sign: float) -> None:
     """Check what a family's sentence says of one measure."""
     tables = [race(part, sign) for part in list_variants(rows)]
-    contests = [table for table in tables if sum(bits < 16 for bits in table) > 1]
-    shares = [{bits: find_share(table, bits) for bits in table} for table in contests if len(table)]
+    contests = [table for table in tables if sum(int(str(bits)) < 16 for bits in table) > 1]
+    shares = [{int(str(b)): find_share(table, int(str(b))) for b in table} for table in contests if len(table)]
     if single := re.search(rf"(\d+)-bit is best over {SHARE} of the budgets by {measure}", text):
         assert len(contests) == 1
         check_share(single[2], shares[0][int(single[1])])

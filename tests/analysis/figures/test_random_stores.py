@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pandas as pd
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from random_stores import Shape, draw_shapes, make_store
@@ -28,7 +28,11 @@ def draw(name: str, store: pd.DataFrame) -> PaperFigure | None:
     return figure
 
 
-@settings(max_examples=16, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=16,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink takes minutes
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(shape=draw_shapes(), chance=st.integers(0, 2**16))
 def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, chance: int) -> None:
     store = make_store(shape)

@@ -214,6 +214,10 @@ def test_shades_mean_the_same_in_every_panel_and_blanks_are_hatched(planted: pd.
         assert axes.patch.get_hatch() == "////"
         cells = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_fill()]
         assert len(cells) == len(axes.texts)  # a cell that was not measured is not covered
+        losses = {text.get_position(): float(text.get_text().split()[0]) for text in axes.texts}
+        frames = [patch for patch in axes.patches if isinstance(patch, Rectangle) and not patch.get_fill()]
+        framed = {(round(frame.get_x() + 0.46), round(frame.get_y() + 0.46)) for frame in frames}
+        assert {losses[place] for place in framed} == {min(losses.values())}
         for cell, text in zip(cells, axes.texts, strict=True):
             shades.setdefault(float(text.get_text().split()[0]), set()).add(cell.get_facecolor())
             assert contrast_ratio(cell.get_facecolor(), text.get_color()) >= 4.5
