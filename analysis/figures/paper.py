@@ -78,12 +78,14 @@ def split_quantile(points: pd.DataFrame) -> Groups:
 def split_block_sizes(points: pd.DataFrame) -> Groups:
     """Compare the smallest with the largest block size within the paper's range, 64 to 1024.
 
-    Series are in order of size. With fewer than two sizes in the range the whole range of sizes counts.
+    Series are in order of size, and those of one model size are no curves. With fewer than two sizes in the range the
+    whole range of sizes counts.
     """
+    points = points[points["series"].isin(list(sort_curves(points, "series")))]
     sizes = list_series(points, points["block_size"].notna())
     within = list_series(points, points["block_size"].between(64, 1024).fillna(False))
     ends = within if len(within) >= 2 else sizes
-    return ends[:1], ends[-1:]
+    return ends[:1], ends[1:][-1:]
 
 
 def split_data_types(points: pd.DataFrame) -> Groups:
@@ -142,7 +144,7 @@ def split_gptq(points: pd.DataFrame) -> Groups:
 
 FIVE_BIT: Final = Comparison(split_five_bit, "5-bit", "4-bit")
 QUANTILE: Final = Comparison(split_quantile, "quantile", "another data type")
-BLOCK_SIZES: Final = Comparison(split_block_sizes, "the smallest blocks", "the largest blocks")
+BLOCK_SIZES: Final = Comparison(split_block_sizes, "small blocks", "larger blocks")
 DATA_TYPES: Final = Comparison(split_data_types, " or ".join(STRONG_TYPES), " or ".join(WEAK_TYPES))
 EXPONENTS: Final = Comparison(split_exponents, "half of the bits as exponent bits", "another number of exponent bits")
 OUTLIERS: Final = Comparison(split_outliers, "outliers in 16 bit", "the same precision without")

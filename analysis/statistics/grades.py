@@ -41,7 +41,7 @@ def join_parts(parts: Sequence[str], count: int) -> str:
 
 def describe_share(share: float) -> str:
     """Return a share in whole percent, where 0% and 100% are said of none and all alone."""
-    if 0 < share < 0.005:
+    if 0 < share <= 0.005:  # half a percent would be rounded to none
         return "less than 1%"
     return "more than 99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
