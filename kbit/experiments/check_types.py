@@ -36,7 +36,7 @@ def check_types(kind: type[Any], values: Any, name: str = "") -> None:
     Raises:
         TypeError: a value is not of its field's type. The message names the field and the value.
     """
-    _make_check(kind)(values, name)
+    _make_check(typing.cast(Hashable, kind))(values, name)
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def _check_items(origin: type[Any], check: _Check, value: Any, name: str) -> Non
         check(item, name)
 
 
-def _check_plain(kind: type[Any], value: Any, name: str) -> None:
+def _check_plain(kind: Any, value: Any, name: str) -> None:
     allowed = (int, float, types.NoneType) if kind is float else kind  # null is NaN, see from_json
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} is {_show(value)}, which is no {_NAMES[kind]}")

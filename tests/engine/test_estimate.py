@@ -28,6 +28,7 @@ from kbit.experiments.config import Experiment
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.models.size import ModelSize, find_size
+from kbit.store.damage import DamagedRecordWarning
 from kbit.store.store import Store
 
 NANO = ModelSize(10**6, 64, 256, 1024)
@@ -159,7 +160,8 @@ def test_a_damaged_store_is_no_basis_and_no_error(tmp_path: Path) -> None:
     store_result(tmp_path)
     (tmp_path / "experiments" / "0.json").write_text("{")
     estimator = Estimator()
-    estimator.learn_stored(str(tmp_path), [make_experiment()], threads=1)
+    with pytest.warns(DamagedRecordWarning, match=r"0\.json is damaged"):
+        estimator.learn_stored(str(tmp_path), [make_experiment()], threads=1)
     assert estimator.learned == 0
 
 
