@@ -253,6 +253,8 @@ class QuantConfig(QuantSpec):
         if spec.is_baseline:
             return {"bits": BASELINE_BITS}
         fields = non_defaults(spec, KEY_BASE) | {"bits": spec.bits}
+        if spec.data_type == "quantile" and spec.normalization == "signed_absmax":
+            fields["revision"] = 2  # the first one fitted its codebook to other values: its results are not these
         names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
         return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
 
@@ -286,7 +288,7 @@ class QuantConfig(QuantSpec):
         The calibration text is given by the name that the user gave it.
         """
         told: tuple[str, ...] = ("bits", "data_type", "exponent_bits", "block_size", "method", "calibration", "gptq")
-        told += ("outlier_fraction", "outlier_selection", "outlier_zscore")
+        told += ("outlier_fraction", "outlier_selection", "outlier_zscore", "revision")
         if self.scheme is not None:  # which decides the quantizer
             told += tuple(f.name for f in dataclasses.fields(QuantSpec))
         others = {name: value for name, value in self.identity_fields.items() if name not in told}

@@ -237,6 +237,12 @@ def test_keys_of_old_results_stay(experiment: Experiment, key: str) -> None:
     assert find_key(experiment) == key
 
 
+def test_results_of_a_quantizer_that_was_mended_are_not_found_under_its_key() -> None:
+    experiment = with_quant(data_type="quantile", normalization="signed_absmax")
+    assert find_key(experiment) != "0dc6bb4b0c45e729"  # of the codebook that was fitted to values before scaling
+    assert "revision" not in experiment.label()
+
+
 def test_key_is_the_same_in_another_process() -> None:
     code = (
         "from kbit.experiments.config import Experiment; from kbit.experiments.identity import find_key\n"
