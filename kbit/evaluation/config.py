@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -31,8 +32,8 @@ class FeatureConfig:
     positions: float = 0.06
 
     def __post_init__(self) -> None:
-        if not self.magnitude > 0:
-            raise ValueError(f"eval.features.magnitude={self.magnitude:g} is not > 0")
+        if not 0 < self.magnitude < math.inf:
+            raise ValueError(f"eval.features.magnitude={self.magnitude:g} is not a finite number > 0")
         for name in ("layers", "positions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"eval.features.{name}={getattr(self, name):g} is not in 0..1")

@@ -27,6 +27,7 @@ from kbit.models.config import ModelConfig
 
 _KEY_DIGITS: Final = 16  # 64 bits: among a million experiments two keys are equal once in 37 million studies
 _MEBIBYTE: Final = 2**20
+_VOCABULARIES: Final = (".model", ".txt", ".jinja")  # files of a tokenizer beside its JSON
 
 
 def find_key(experiment: Experiment) -> str:
@@ -64,6 +65,7 @@ def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Return Experiment.identity_fields with every model, task and text named by its content."""
     fields = experiment.identity_fields
     model, quant, evaluation = fields["model"], fields["quant"], fields["eval"]
+    model.pop("gguf_file", None)
     model |= identify_parts(experiment.model)
     if evaluation.get("apply_chat_template"):
         evaluation["apply_chat_template"] = identify_chat_template(experiment.model)
@@ -83,7 +85,9 @@ def identify_parts(model: ModelConfig) -> dict[str, str]:
     A GGUF file is named by its content in the model's name, so that its file name does not count.
     """
     parts = {name: value for name, value in model.parts.items() if name != "gguf_file"}
-    parts |= {name: identify_model(parts[name]) for name in ("tokenizer", "adapter") if name in parts}
+    parts |= {
+        name: identify_model(parts[name], others=_VOCABULARIES) for name in ("tokenizer", "adapter") if name in parts
+    }
     return parts | {"name": identify_model(model.name, model.gguf_file)}
 
 
@@ -93,24 +97,31 @@ def identify_chat_template(model: ModelConfig) -> str | bool:
     return hash_file(path) if path.is_file() else True
 
 
-def identify_model(name: str, gguf_file: str | None = None) -> str:
+def identify_model(name: str, gguf_file: str | None = None, others: Sequence[str] = ()) -> str:
     """Return a model's name, or for a local folder the last part of its path with a fingerprint of its files.
 
     The fingerprint covers each configuration and weight file's name, size, first and last mebibyte: planning a study
     must not read all weights. The result of an experiment has the hash of all of them.
+
+    Args:
+        name: the model's name.
+        gguf_file: see ModelConfig.
+        others: suffixes of further files that count.
     """
     folder = Path(name)
     if name in STUDIED or not folder.is_dir():
         return name
     digest = hashlib.sha256()
     gguf = find_gguf(folder, gguf_file)
-    paths = [p for p in folder.iterdir() if p.suffix == ".json" or (p.suffix == ".safetensors" and gguf is None)]
+    counted = {".json", *others} | ({".safetensors"} if gguf is None else set())
+    paths = [path for path in folder.iterdir() if path.suffix in counted]
     for path in sorted(paths if gguf is None else [*paths, gguf]):
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(_MEBIBYTE)
             file.seek(max(0, size - _MEBIBYTE))
-            digest.update(f"{path.name} {size}".encode() + head + file.read())
+            name = "gguf" if path == gguf else path.name  # copies of one GGUF file have all kinds of names
+            digest.update(f"{name} {size}".encode() + head + file.read())
     return f"{folder.resolve().name}@{digest.hexdigest()[:16]}"
 
 

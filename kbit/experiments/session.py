@@ -18,10 +18,11 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.identity import check_unchanged, find_key, identify_parts
 from kbit.experiments.result import Result, SkippedTensor
 from kbit.methods.llm_int8 import describe_products
-from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
+from kbit.methods.quantize_model import copy_weights, quantize_model, refuse_quantized, restore_weights
 from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
+from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel, load_model
 from kbit.models.parameters import hash_weights
 
@@ -58,6 +59,7 @@ class Session:
         self._identity = identify_parts(model)
         self._loaded = loaded or load_model(model.name, dtype=model.dtype, device=device, gpus=gpus, **model.parts)
         check_read(model.name, identify_parts(model), self._identity)
+        refuse_quantized(self._loaded.model)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._memory = Memory()
         self._lasting = Memory() if lasting is None else lasting
@@ -86,21 +88,25 @@ class Session:
         original = copy_weights(model, plan_quantization(model, quant))
         subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
-            for measure in MEASURES:
-                measure.prepare(subject)
-            start = time.perf_counter()
-            report = quantize_model(model, quant, self._loaded.tokenizer)
-            quantized = time.perf_counter()
-            result = self._measure(experiment, subject, report)
-            return dataclasses.replace(
-                result,
-                key=key,
-                seconds_quantize=quantized - start,
-                seconds_evaluate=time.perf_counter() - quantized,
-                peak_memory_bytes=provenance.peak_memory_bytes(self.device),
-            )
+            with in_evaluation_mode(model):  # a model of the user's own may be in training
+                return self._quantize_and_measure(experiment, key, subject)
         finally:
             restore_weights(model, original)
+
+    def _quantize_and_measure(self, experiment: Experiment, key: str, subject: Subject) -> Result:
+        for measure in MEASURES:
+            measure.prepare(subject)
+        start = time.perf_counter()
+        report = quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
+        quantized = time.perf_counter()
+        result = self._measure(experiment, subject, report)
+        return dataclasses.replace(
+            result,
+            key=key,
+            seconds_quantize=quantized - start,
+            seconds_evaluate=time.perf_counter() - quantized,
+            peak_memory_bytes=provenance.peak_memory_bytes(self.device),
+        )
 
     def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)

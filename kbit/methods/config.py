@@ -181,15 +181,17 @@ class QuantConfig(QuantSpec):
         if not 0 <= self.outlier_fraction < 1:
             raise ValueError(f"quant.outlier_fraction={self.outlier_fraction:g} is not in [0, 1)")
         if self.outlier_zscore is not None:
-            if not self.outlier_zscore > 0:
-                raise ValueError(f"quant.outlier_zscore={self.outlier_zscore:g} is not > 0 (null: none)")
+            if not 0 < self.outlier_zscore < math.inf:
+                raise ValueError(
+                    f"quant.outlier_zscore={self.outlier_zscore:g} is not a finite number > 0 (null: none)"
+                )
             if self.outlier_fraction or self.outlier_selection == "random":
                 raise ValueError(
                     "quant.outlier_zscore says by itself how many dimensions stay at 16 bits: it goes with neither "
                     "quant.outlier_fraction nor quant.outlier_selection=random"
                 )
-        if not self.activation_threshold > 0:
-            raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not > 0")
+        if not 0 < self.activation_threshold < math.inf:
+            raise ValueError(f"quant.activation_threshold={self.activation_threshold:g} is not a finite number > 0")
 
     def _check_method(self) -> None:
         if self.scheme is not None and self.bits not in (8, BASELINE_BITS):

@@ -144,6 +144,14 @@ def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> No
         del model.kbit_quantized
 
 
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise ValueError if a model is quantized already, so that it is no 16-bit model to start from."""
+    if (done := getattr(model, "kbit_quantized", None)) is not None:
+        raise ValueError(
+            f"the model is already quantized with {done[0].identity_fields}: load it again, or restore its weights"
+        )
+
+
 def _find_earlier_report(model: nn.Module, config: QuantConfig) -> QuantizationReport | None:
     """Return the report of an earlier quantization with the same settings (and say so), None if there was none."""
     done: tuple[QuantConfig, QuantizationReport] | None = getattr(model, "kbit_quantized", None)
