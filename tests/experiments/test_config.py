@@ -124,18 +124,18 @@ def test_no_two_quantizers_have_one_label(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "idle"),
     [
-        ({"exponent_bits": 2}, {"exponent_bits"}),
-        ({"data_type": "float", "exponent_bits": 3}, set()),  # what a float of 4 bits has anyway
-        ({"data_type": "float", "exponent_bits": 2, "float_bias": "bnb"}, set()),
-        ({"float_bias": "bnb", "table": (0.0, 1.0), "seed": 3}, {"float_bias", "table", "seed"}),
-        ({"bits": 2, "data_type": "table", "table": (1.0, 0.0)}, set()),
-        ({"data_type": "learned", "seed": 3, "min_coverage": 0.5, "exclude": "mlp"}, set()),
-        ({"gptq": GptqConfig(damping=0.1), "calibration": CalibrationConfig(samples=4)}, {"gptq", "calibration"}),
-        ({"method": "gptq", "gptq": GptqConfig(damping=0.1), "calibration": CalibrationConfig(samples=4)}, set()),
-        ({"outlier_selection": "column", "activation_threshold": 5.0}, {"outlier_selection", "activation_threshold"}),
-        ({"bits": 8, "method": "llm_int8", "data_type": "float", "block_size": 32}, {"data_type", "block_size"}),
+        ({"exponent_bits": 2}, "exponent_bits"),
+        ({"data_type": "float", "exponent_bits": 3}, ""),  # what a float of 4 bits has anyway
+        ({"data_type": "float", "exponent_bits": 2, "float_bias": "bnb"}, ""),
+        ({"float_bias": "bnb", "table": (0.0, 1.0), "seed": 3}, "float_bias table seed"),
+        ({"bits": 2, "data_type": "table", "table": (1.0, 0.0)}, ""),
+        ({"data_type": "learned", "seed": 3, "min_coverage": 0.5, "exclude": "mlp"}, ""),
+        ({"gptq": GptqConfig(damping=0.1), "calibration": CalibrationConfig(samples=4)}, "gptq calibration"),
+        ({"method": "gptq", "gptq": GptqConfig(damping=0.1), "calibration": CalibrationConfig(samples=4)}, ""),
+        ({"outlier_selection": "column", "activation_threshold": 5.0}, "outlier_selection activation_threshold"),
+        ({"bits": 8, "method": "llm_int8", "data_type": "float", "block_size": 32}, "data_type block_size"),
     ],
     ids=str,
 )
-def test_fields_that_change_nothing_are_known(fields: dict[str, Any], idle: set[str]) -> None:
-    assert QuantConfig(**fields).idle_fields == idle
+def test_fields_that_change_nothing_are_known(fields: dict[str, Any], idle: str) -> None:
+    assert QuantConfig(**fields).idle_fields == set(idle.split())
