@@ -14,6 +14,7 @@ from kbit.checks import KbitError
 if TYPE_CHECKING:
     from kbit.cli.compose import Request
     from kbit.experiments.config import RunConfig
+    from kbit.models.config import ModelConfig
 
 T = TypeVar("T")
 
@@ -92,7 +93,7 @@ def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
     yield from (_try("ray", _describe_ray, address) for address in _distinct(c.ray.address for c in configs))
     yield _find_hub()
     yield from (_try("results", _describe_results, folder) for folder in _distinct(c.results for c in configs))
-    yield from (_try(f"model {name}", _describe_model, name) for name in _distinct(c.model.name for c in configs))
+    yield from (_try(f"model {model.name}", _describe_model, model) for model in _distinct(c.model for c in configs))
     asked = _distinct((name, c.eval.task_path) for c in configs for name in c.eval.tasks)
     yield from (_try(f"task {name}", _describe_task, name, folder) for name, folder in asked)
     texts = _distinct(text for c in configs for text in c.texts)
@@ -137,7 +138,7 @@ def _local_tasks(task_path: str | None) -> dict[str, Path]:
     return find_local_tasks(task_path if task_path and Path(task_path).is_dir() else None)
 
 
-def _try(subject: str, describe: Callable[..., str], *arguments: str | None) -> Finding:
+def _try(subject: str, describe: Callable[..., str], *arguments: str | ModelConfig | None) -> Finding:
     try:
         return Finding(subject, describe(*arguments))
     except (OSError, ValueError) as error:  # what loading raises for what is not there or not right
@@ -162,12 +163,14 @@ def _describe_results(folder: str) -> str:
     return f"{len(list_keys(folder)[0])} experiments in {open_files(folder).root}"
 
 
-def _describe_model(name: str) -> str:
+def _describe_model(model: ModelConfig) -> str:
     from huggingface_hub import constants, try_to_load_from_cache
 
+    from kbit.experiments.requirements import check_model_files
     from kbit.models.catalog import locate_model
 
-    place = locate_model(name)
+    check_model_files(model)
+    place = locate_model(model.name)
     if Path(place).is_dir():
         return f"in {place}"
     cached = isinstance(try_to_load_from_cache(place, "config.json"), str)

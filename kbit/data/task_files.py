@@ -116,15 +116,30 @@ def list_members(definition: Mapping[str, Any]) -> list[str | dict[str, Any]]:
     return members
 
 
-def expand_names(names: Iterable[str], task_path: str | None) -> list[str]:
-    """Return names with local groups and tags replaced by their tasks' names, nested ones too, each once."""
+def expand_names(names: Iterable[str], task_path: str | None, within: tuple[str, ...] = ()) -> list[str]:
+    """Return names with local groups and tags replaced by their tasks' names, nested ones too, each once.
+
+    Args:
+        names: names of tasks, groups and tags.
+        task_path: the user's folder.
+        within: the groups that lead here, the outermost first.
+
+    Raises:
+        ValueError: a group names itself by way of others, or is no list of tasks. The message has its file.
+    """
     groups, tags = find_local_groups(task_path), functools.partial(find_local_tags, task_path)
     expanded: dict[str, None] = {}
     for name in names:
         if name in groups:
-            members = list_members(read_plainly(groups[name]))
+            if name in within:
+                raise ValueError(f"{groups[name]}: the group {name!r} contains itself: {' > '.join((*within, name))}")
+            try:
+                members = list_members(read_plainly(groups[name]))
+            except ValueError as error:
+                raise ValueError(f"{groups[name]}: {error}") from error
             inner = [member if isinstance(member, str) else str(member.get("task", "")) for member in members]
-            expanded |= dict.fromkeys(expand_names([one for one in inner if one and one != name], task_path))
+            others = [one for one in inner if one and one != name]
+            expanded |= dict.fromkeys(expand_names(others, task_path, (*within, name)))
         else:
             expanded |= dict.fromkeys(tags().get(name, [name]))
     return list(expanded)

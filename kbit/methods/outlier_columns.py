@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kbit.methods.config import QuantConfig
 from kbit.models.architectures import deviation_of, find_sources, measure_deviation
-from kbit.models.parameters import list_matrices, owner_of
+from kbit.models.parameters import owner_of, split_matrices
 
 
 def choose_outliers(
@@ -28,7 +28,7 @@ def choose_outliers(
     """Return for each weight the input dimensions that stay at 16 bits, in rising order, before anything is changed.
 
     There is one list of them for each matrix of the parameter: one, or as many as fused experts. They are places in the
-    last dimension of the matrix as it is quantized (kbit.models.parameters.list_matrices). Those of an embedding are
+    last dimension of the matrix as it is quantized (kbit.models.parameters.split_matrices). Those of an embedding are
     hidden units. A vector, such as an included bias, has none and is left out.
 
     Args:
@@ -41,7 +41,7 @@ def choose_outliers(
     """
     if not config.keeps_outliers:
         return {}
-    weights = {name: list_matrices(model.get_parameter(name).detach(), owner_of(model, name)) for name in names}
+    weights = {name: split_matrices(model.get_parameter(name).detach(), owner_of(model, name)) for name in names}
     weights = {name: matrices for name, matrices in weights.items() if matrices[0].ndim >= 2}
     if config.outlier_selection == "proxy":
         sources = _measure_sources(model, list(weights))

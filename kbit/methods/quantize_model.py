@@ -37,7 +37,7 @@ from kbit.methods.report import (
 )
 from kbit.methods.weight import Codes, ExpertCodes, Job, Weight, sum_squares
 from kbit.models.inference import in_evaluation_mode
-from kbit.models.parameters import check_finite, list_matrices, owner_of
+from kbit.models.parameters import check_finite, owner_of, split_matrices
 from kbit.numerics.spec import QuantSpec
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def quantize_model(
             method and the tensors too. At 16 bits nothing changes and the report counts the baseline.
         tokenizer: the model's tokenizer, for methods with calibration data.
         keep_codes: whether the report holds the codes of each weight, which take memory beside the model's own. They
-            are in the layout that is quantized (kbit.models.parameters.list_matrices), and those of fused experts are
+            are in the layout that is quantized (kbit.models.parameters.split_matrices), and those of fused experts are
             kbit.methods.weight.ExpertCodes.
 
     Raises:
@@ -173,7 +173,7 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
     outliers = choose_outliers(model, names, config)
     for name in names:
         parameter = parameters[name].detach()
-        for number, values in enumerate(list_matrices(parameter, owner_of(model, name))):
+        for number, values in enumerate(split_matrices(parameter, owner_of(model, name))):
             weight = Weight(name, values, report.spec, expert=number if values.ndim < parameter.ndim else None)
             try:
                 report.spec.scale_type.check_range(_find_largest(values))

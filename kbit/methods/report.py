@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from kbit.checks import tabulate_html
 from kbit.methods.config import QuantConfig
 from kbit.methods.weight import Codes, ExpertCodes
-from kbit.models.parameters import distinct_parameters, find_towers, is_experts, list_matrices, owner_of
+from kbit.models.parameters import distinct_parameters, find_towers, is_experts, owner_of, split_matrices
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 
 
@@ -145,7 +145,7 @@ def _plan_tensor(
     names: list[str], parameter: nn.Parameter, owner: nn.Module, config: QuantConfig, towers: Sequence[str]
 ) -> TensorReport:
     is_baseline, outside = config.spec.is_baseline, _why_outside(names[0], towers)
-    matrices = list_matrices(parameter, owner)
+    matrices = split_matrices(parameter, owner)
     is_matrix = _is_matrix(matrices[0])
     reason = _why_not(names, owner, config, outside, is_matrix=is_matrix, is_plain=parameter.ndim == 2)
     quantized = not reason and not is_baseline

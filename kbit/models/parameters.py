@@ -95,7 +95,7 @@ def as_matrix(parameter: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     return parameter.transpose(-1, -2) if transposed and parameter.ndim >= least else parameter
 
 
-def list_matrices(parameter: torch.Tensor, owner: nn.Module) -> list[torch.Tensor]:
+def split_matrices(parameter: torch.Tensor, owner: nn.Module) -> list[torch.Tensor]:
     """Return views of what is quantized by itself: the whole parameter, or each of fused experts' matrices or biases.
 
     So a model whose experts are stored in one parameter gets what it would get with a layer for each expert.

@@ -8,6 +8,8 @@ their intervals are much narrower than those of the values.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,9 +35,10 @@ from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.experiments.session import Session
 from kbit.methods.config import QuantConfig
-from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
+from kbit.methods.quantize_model import copy_weights, quantize_model, refuse_quantized, restore_weights
 from kbit.methods.report import plan_quantization
 from kbit.models.config import ModelConfig
+from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel
 from kbit.models.parameters import hash_weights
 from kbit.notebook.quantizers import Quantizer, name_quantizers
@@ -93,7 +96,7 @@ def compare(
         results: a store to keep results in. What it has is not measured again. None keeps nothing.
         tokenizer: the tokenizer of a model that is given as an object.
         inputs: what a plain module is called with, a tensor [examples, ...] or a tuple. Its output's error is measured.
-        device: cpu, cuda or cuda:N, for a model that is given by name.
+        device: cpu, cuda or cuda:N, for a model that is given by name. One that is given as an object stays on its own.
 
     Columns: quantizer, bits_per_param (of the quantized weights), total_bits (of the model), weight_error (relative),
     and for each measure its value, {measure}_low, {measure}_high (95%), and {measure}_difference to the reference with
@@ -127,7 +130,8 @@ def _measure_model(
 ) -> dict[str, Row]:
     silence_libraries()
     loaded = None if isinstance(model, str) else _describe_loaded(model, tokenizer)
-    config = ModelConfig(model) if isinstance(model, str) else _name_loaded(model)
+    config = ModelConfig(str(model)) if loaded is None else _name_loaded(loaded)
+    place = device if loaded is None else str(loaded.model.device)
     session: Session | None = None
 
     def run(quant: QuantConfig, store: Store) -> Row:
@@ -135,7 +139,7 @@ def _measure_model(
         experiment = Experiment(config, quant, evaluation)
         key = find_key(experiment)
         if not store.has(key):
-            session = session or Session(config, device, loaded=loaded)
+            session = session or Session(config, place, loaded=loaded)
             store.write(session.run(experiment, key))
         [result] = read_as(Result, store.root, keys=[key])
         return _read_row(result)
@@ -160,14 +164,32 @@ def _run_each(named: Mapping[str, QuantConfig], run: Callable[[QuantConfig], Row
 
 
 def _describe_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+    """Return a model of the user's own as if it had been loaded.
+
+    Raises:
+        ValueError: the tokenizer is missing, or the weights are quantized or no 16-bit values.
+    """
     if tokenizer is None:
         raise ValueError("a model that is given as an object needs tokenizer=")
-    return LoadedModel(model, tokenizer, str(model.dtype).removeprefix("torch."), hash_weights(model))
+    refuse_quantized(model)
+    for dtype in (torch.float16, torch.bfloat16):
+        if all(torch.equal(p.to(dtype).to(p.dtype), p) for p in model.parameters() if p.is_floating_point()):
+            return LoadedModel(model, tokenizer, str(dtype).removeprefix("torch."), hash_weights(model))
+    raise ValueError(
+        "the weights are no 16-bit values, so that the first row would be no 16-bit model: round them before, such as "
+        "model.to(torch.bfloat16), or load the model by its name"
+    )
 
 
-def _name_loaded(model: PreTrainedModel) -> ModelConfig:
-    """Return a configuration whose name is the weights' hash, so that a store never mixes two models."""
-    return ModelConfig(f"{type(model).__name__}@{hash_weights(model)[:16]}", str(model.dtype).removeprefix("torch."))
+def _name_loaded(loaded: LoadedModel) -> ModelConfig:
+    """Return a configuration whose name tells the model by content, so that a store never mixes two models.
+
+    The content is weights, configuration and tokenizer.
+    """
+    content = f"{loaded.revision} {loaded.model.config.to_json_string()} {json.dumps(loaded.tokenizer.get_vocab())}"
+    content += f" {loaded.tokenizer.bos_token_id} {loaded.tokenizer.eos_token_id}"
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return ModelConfig(f"{type(loaded.model).__name__}@{digest}", str(loaded.model.dtype).removeprefix("torch."))
 
 
 def _read_row(result: Result) -> Row:
@@ -182,6 +204,8 @@ def _read_row(result: Result) -> Row:
                 values[metric] = number
                 kept[metric] = {task: items[task, of]} if (task, of) in items else {}
     of_tasks = [task for task, metric in items if metric == "acc"]
+    if others := [task.name for task in result.tasks if task.name not in of_tasks]:
+        raise ValueError(f"{', '.join(others)} has no accuracy item by item: compare tasks that have one")
     if of_tasks:
         values["acc"] = mean_accuracy([numbers[task, "acc"] for task in of_tasks])
         kept["acc"] = {task: items[task, "acc"] for task in of_tasks}
@@ -198,8 +222,11 @@ def _list_sizes(bits_per_param: float, total_bits: int, weight_error: float | No
 
 def _measure_module(module: nn.Module, named: Mapping[str, QuantConfig], inputs: tuple[Any, ...]) -> dict[str, Row]:
     """Return the relative error of a module's outputs, by round to nearest of every matrix that it has."""
+    refuse_quantized(module)
+    if not any(parameter.ndim > 1 for parameter in module.parameters()):
+        raise ValueError(f"the {type(module).__name__} has no matrices to quantize")
     exact = _call(module, inputs)
-    norms = exact.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    norms = exact.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
 
     def run(quant: QuantConfig) -> Row:
         config = _with_all_matrices(quant, module)
@@ -208,7 +235,7 @@ def _measure_module(module: nn.Module, named: Mapping[str, QuantConfig], inputs:
             report = quantize_model(module, config)
             if not (config.is_baseline or report.quantized_parameters):
                 raise ValueError(f"it leaves nothing of the {type(module).__name__} to quantize")
-            errors = ((_call(module, inputs) - exact).flatten(1).norm(dim=1) / norms).numpy()
+            errors = ((_call(module, inputs) - exact).norm(dim=1) / norms).numpy()
         finally:
             restore_weights(module, original)
         sizes = _list_sizes(report.bits_per_param, report.total_bits, report.weight_rmse)
@@ -227,17 +254,12 @@ def _with_all_matrices(quant: QuantConfig, module: nn.Module) -> QuantConfig:
 
 
 def _call(module: nn.Module, inputs: tuple[Any, ...]) -> torch.Tensor:
-    """Return a module's output [examples, ...] in float64, without dropout."""
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            output = module(*inputs)
-    finally:
-        module.train(was_training)
+    """Return a module's output [examples, numbers] in float64, without dropout."""
+    with in_evaluation_mode(module), torch.no_grad():
+        output = module(*inputs)
     if not isinstance(output, torch.Tensor):
         raise TypeError(f"the module returns a {type(output).__name__}: wrap it so that it returns one tensor")
-    return output.detach().double().cpu()
+    return output.detach().double().cpu().reshape(len(output), -1)
 
 
 def _tabulate(rows: Mapping[str, Row], reference: str) -> pd.DataFrame:

@@ -164,3 +164,10 @@ def test_lm_evals_group_mmlu_is_asked_by_its_name(
     assert len(values) == len(theirs) == len(chosen) + 5
     assert values == pytest.approx({name: theirs[name]["acc,none"] for name in values})
     assert not any(m.task == "mean_zero_shot" for m in mine)  # one accuracy was asked for
+
+
+def test_groups_that_name_each_other_are_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / f"{name}.yaml").write_text(f"group: {name}\ntask: [{other}]\n")
+    with pytest.raises(ValueError, match=r"one\.yaml: the group 'one' contains itself: one > two > one"):
+        expand_names(["one"], str(tmp_path))

@@ -134,6 +134,32 @@ def test_a_model_without_its_tokenizer_is_refused(build_tiny: Callable[..., Any]
         kbit.compare(build_tiny("llama"), ["nf4"])
 
 
+def test_a_model_that_is_no_16_bit_model_is_refused_each_time(tokenizer: Any) -> None:
+    loaded = kbit.load_model("nano-neox-98k")
+    kbit.quantize_model(loaded.model, kbit.QuantSpec(bits=3))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="already quantized"):
+            kbit.compare(loaded.model, ["nf4"], tokenizer=loaded.tokenizer, windows=1)
+    other = kbit.load_model("nano-neox-98k")
+    with torch.no_grad():
+        other.model.lm_head.weight.mul_(1 / 3)
+    with pytest.raises(ValueError, match="no 16-bit values"):
+        kbit.compare(other.model, ["nf4"], tokenizer=other.tokenizer, windows=1)
+    layer = nn.Linear(64, 8)
+    kbit.quantize_model(layer, kbit.QuantConfig(include="weight", min_coverage=0.0))
+    with pytest.raises(ValueError, match="already quantized"):
+        kbit.compare(layer, ["nf4"], inputs=torch.ones(2, 64))
+
+
+def test_a_model_in_training_is_measured_without_dropout(build_tiny: Callable[..., Any], tokenizer: Any) -> None:
+    model = build_tiny("gpt2", vocab_size=1024, resid_pdrop=0.5).half().float().train()
+    table = kbit.compare(model, ["nf4"], tokenizer=tokenizer, windows=2)
+    assert table["kl_divergence"].iloc[0] == 0
+    assert model.training
+    again = kbit.compare(model, ["nf4"], tokenizer=tokenizer, windows=2)
+    pd.testing.assert_frame_equal(again, table)
+
+
 def test_the_comparison_is_drawn_with_its_reference(table: pd.DataFrame) -> None:
     fig = kbit.plot(table)
     labels = [axis.get_xlabel() for axis in fig.axes]
