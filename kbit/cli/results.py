@@ -204,7 +204,7 @@ def _list_damaged(options: argparse.Namespace) -> list[DamagedRecord]:
     Raises:
         ValueError: an option asks for rows, of which these records have none.
     """
-    from kbit.store.readers import find_damaged
+    from kbit.store.results import find_damaged
 
     if given := [f"--{name}" for name in ("where", "failures", "csv", "parquet") if getattr(options, name)]:
         raise ValueError(f"--damaged goes without {' '.join(given)}")
@@ -224,7 +224,9 @@ def _delete_damaged(options: argparse.Namespace) -> None:
     damaged = _list_damaged(options)
     removed = [error for error in damaged if not error.is_foreign]
     if removed:
-        if not options.yes and not _ask(f"remove {len(removed)} of these from {options.results}?"):
+        sized = [f"{error.name} ({error.experiments} experiments)" for error in removed if error.experiments]
+        rescued = f"; records that can be read stay: {', '.join(sized)}" if sized else ""
+        if not options.yes and not _ask(f"remove {len(removed)} of these from {options.results}{rescued}?"):
             raise ValueError("nothing was removed")
         print(f"removed {Store(options.results).delete_damaged(removed)} damaged records")
     if kept := len(damaged) - len(removed):

@@ -189,11 +189,10 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     Raises:
         KbitError: an asked result is missing.
     """
-    from kbit.store.readers import list_unreadable, read_failures
+    from kbit.store.readers import list_readable, read_failures
 
     distinct = {key: experiment for experiment, key in plan.keys.items()}
-    unreadable = list_unreadable(store.root, distinct.keys())
-    missing = (distinct.keys() - store.finished_keys()) | unreadable
+    missing = distinct.keys() - list_readable(store.root)
     if not missing:
         if len(distinct) == 1:
             print(_describe_results(store.root, next(iter(distinct))))
@@ -204,7 +203,7 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     failures = read_failures(store.root).set_index("key")
     reasons = {str(key): (str(row["state"]), str(row["reason"])) for key, row in failures.iterrows()}
     why = "its record cannot be read: once it is removed, the same command runs it"
-    reasons |= dict.fromkeys(unreadable, ("damaged", why))
+    reasons |= dict.fromkeys(missing & store.finished_keys(), ("damaged", why))
     print(_tabulate_missing({key: distinct[key] for key in missing}, reasons, store), file=sys.stderr)
     raise KbitError(
         f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures"

@@ -26,6 +26,7 @@ from kbit.models.size import ModelSize, find_size
 from kbit.store.filesystem import is_url
 from kbit.store.readers import read_results
 from kbit.store.results import load_results
+from kbit.store.rows import name_model
 
 _KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
 _STORED: Final = 4  # results of alike experiments that are read from a store
@@ -140,7 +141,7 @@ class Estimator:
             return
         try:
             table = read_results(store_path).drop_duplicates("key")
-            mine = table[table["model"].isin({experiment.model.name for experiment in experiments})]
+            mine = table[table["model"].isin({name_model(experiment.model) for experiment in experiments})]
             alike = (table if mine.empty else mine).groupby(["model", "dtype", "method", "evaluation"], dropna=False)
             results = list(load_results(store_path, set(alike.tail(_STORED)["key"])))
         except (ValueError, OSError):  # there is no store yet, or a damaged file, which readers of the store will name

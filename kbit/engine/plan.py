@@ -54,7 +54,8 @@ def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, re
     distinct = {find_key(experiment): experiment for experiment in experiments}
     finished, failures = list_keys(store_path)
     done, again = finished & distinct.keys(), failures & distinct.keys()
-    failed = set() if retry_failed else _find_failed(store_path, again)
+    states = {} if retry_failed or not again else {f.key: f.state for f in load_failures(store_path, again)}
+    failed = {key for key, state in states.items() if state == FAILED}  # by themselves: they would fail again
     skip = done | failed
     to_run = [experiment for key, experiment in distinct.items() if key not in skip]
     # a worker keeps one model, and the 16-bit model's states on one text
@@ -62,14 +63,8 @@ def make_plan(experiments: Collection[Experiment], store_path: str | Path, *, re
     sizes = {model.name: find_size(model.name, model.size) for model in {experiment.model for experiment in to_run}}
     parameters = {name: 0 if size is None else size.parameters for name, size in sizes.items()}
     to_run.sort(key=lambda e: (-parameters[e.model.name], e.model.name, e.model.dtype, e.eval.perplexity or ""))
-    crashed = 0 if retry_failed else len(again - failed)
     keys = {experiment: key for key, experiment in distinct.items()}
-    return Plan(len(experiments), keys, len(done), len(failed), crashed, tuple(to_run))
-
-
-def _find_failed(store_path: str | Path, keys: Collection[str]) -> set[str]:
-    """Return which of these experiments failed by themselves, so that they would fail again."""
-    return {failure.key for failure in load_failures(store_path, keys) if failure.state == FAILED} if keys else set()
+    return Plan(len(experiments), keys, len(done), len(failed), len(states) - len(failed), tuple(to_run))
 
 
 def check_experiment(experiment: Experiment, *, planned_only: bool = False) -> None:

@@ -27,14 +27,25 @@ class DamagedRecord(ValueError):
         reason: why it cannot be read.
         key: the record's key in a file of many, or "" for the records there that have none. None is the whole file.
         is_foreign: whether it may be whole: written by a newer kbit, or with an extension that is not registered here.
+        experiments: the number of experiments in a whole file of many, if it can be told.
     """
 
-    def __init__(self, root: str, name: str, reason: str, *, key: str | None = None, is_foreign: bool = False) -> None:
+    def __init__(
+        self,
+        root: str,
+        name: str,
+        reason: str,
+        *,
+        key: str | None = None,
+        is_foreign: bool = False,
+        experiments: int | None = None,
+    ) -> None:
         place = f"{root}/{name}" if key is None else f"{root}/{name}, {key or 'records without a key'}"
         super().__init__(f"{place} {'' if is_foreign else 'is damaged: '}{reason}")
         self.name = name
         self.key = key
         self.is_foreign = is_foreign
+        self.experiments = experiments
 
 
 class DamagedRecordWarning(UserWarning):

@@ -8,19 +8,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 STALE_SECONDS: Final = 3600.0  # a temporary file lives for milliseconds, so a killed process left one of this age
 RESULT_BYTES: Final = 200_000  # of a result with its log; those of ten thousand items take less
 # What a file system answers that cannot do something at all: make a hard link, lock a file, sync a folder.
 _NOT_SUPPORTED: Final = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EMLINK, errno.ENOLCK)
 _MARKER: Final = "kbit-store"  # a file that marks a store where there are no folders
+
+
+class CannotOpenError(OSError):
+    """A file is there and cannot be opened: it may not be read, is a folder, or a link to what is not there."""
+
+
+class UnreachableError(OSError):
+    """The place behind a URL does not answer, or refuses. This says nothing of what the files hold."""
 
 
 class Files(Protocol):
@@ -42,7 +51,7 @@ class Files(Protocol):
         """Return the sorted names of a folder's finished files. A folder that is not there has none."""
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file to read. Raise FileNotFoundError if it is not there."""
+        """Open a file to read. Raise FileNotFoundError if it is not there, CannotOpenError if it cannot be opened."""
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file that others see whole or not at all. Return False, and change nothing, if there is one."""
@@ -165,7 +174,15 @@ class LocalFiles:
 
     def open(self, name: str) -> BinaryIO:
         """See Files."""
-        return (self._path / name).open("rb")
+        path = self._path / name
+        try:
+            return path.open("rb")
+        except (IsADirectoryError, PermissionError) as error:
+            raise CannotOpenError(error.errno, error.strerror, str(path)) from error
+        except FileNotFoundError as error:
+            if not path.is_symlink():
+                raise
+            raise CannotOpenError(error.errno, f"a link to {path.readlink()}, which is not there", str(path)) from error
 
     def create(self, name: str, content: bytes) -> bool:
         """See Files."""
@@ -243,10 +260,10 @@ class RemoteFiles:
         return sorted(f"{folder}/{Path(name).name}" for name in found if name.endswith(suffix))
 
     def open(self, name: str) -> BinaryIO:
-        """See Files."""
+        """See Files. The whole file is read here, as reading may raise the protocol's own errors, too."""
         with self._own_errors():
-            file: Any = self._system.open(f"{self._path}/{name}", "rb")
-        return file  # type: ignore[no-any-return]
+            content: bytes = self._system.cat_file(f"{self._path}/{name}")
+        return io.BytesIO(content)
 
     def create(self, name: str, content: bytes) -> bool:
         """See Files. The object store itself refuses to overwrite where it can."""
@@ -273,13 +290,13 @@ class RemoteFiles:
 
     @contextlib.contextmanager
     def _own_errors(self) -> Iterator[None]:
-        """Raise a protocol's own errors, such as missing credentials, as an OSError that names the store."""
+        """Raise a protocol's own errors, such as missing credentials, as an UnreachableError that names the store."""
         try:
             yield
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise OSError(f"results={self.root}: {type(error).__name__}: {error}") from error
+            raise UnreachableError(f"results={self.root}: {type(error).__name__}: {error}") from error
 
 
 def _move(temporary: Path, path: Path) -> bool:

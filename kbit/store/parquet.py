@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kbit.store.damage import DamagedRecord, set_aside
-from kbit.store.filesystem import Files
+from kbit.store.filesystem import CannotOpenError, Files
 
 GROUP_EXPERIMENTS: Final = 500  # in a row group: few, so that a few experiments are found without reading all
 
@@ -48,6 +48,13 @@ def without_rows(files: Files, name: str, keys: Collection[str]) -> bytes | None
         table = part.read(use_threads=False)
     left = table.filter(pc.invert(pc.is_in(pc.fill_null(table["key"], ""), pa.array(sorted(keys), pa.string()))))
     return encode_part(left) if len(left) else None
+
+
+def read_records_alone(files: Files, name: str) -> pa.Table:
+    """Return the keys and records of a file of which another column cannot be read. Rows without a key are left out."""
+    with _open(files, name) as part:
+        table = part.read(columns=["key", "record"], use_threads=False)
+    return table.filter(pc.is_valid(table["key"]))
 
 
 def count_rows(files: Files, name: str) -> int:
@@ -105,22 +112,32 @@ def _open(files: Files, name: str) -> Iterator[pq.ParquetFile]:
     A thread of pyarrow's that reads from a Python file needs the interpreter. A thread that still reads when the
     interpreter ends brings the process down with exit code 134, after the work was done.
     """
-    with files.open(name) as file:
+    try:
+        opened = files.open(name)
+    except CannotOpenError as error:
+        raise DamagedRecord(files.root, name, f"cannot be opened: {error.strerror}", is_foreign=True) from error
+    experiments = None
+    with opened as file:
         try:
             part = pq.ParquetFile(file, pre_buffer=False)
-            for column in ("key", "record"):
-                at = part.schema_arrow.get_field_index(column)
-                if at < 0 or part.schema_arrow.field(at).type not in (pa.string(), pa.large_string()):
-                    raise DamagedRecord(files.root, name, f"it has no column {column!r} of texts")
+            experiments = int(part.metadata.num_rows)
+            _check_layout(files, name, part)
             yield part
-        except (DamagedRecord, FileNotFoundError):
+        except DamagedRecord:
             raise
-        except (pa.ArrowException, ValueError) as error:
-            raise DamagedRecord(files.root, name, str(error)) from error
-        except OSError as error:
-            if error.errno is not None:  # the operating system's error says nothing of what the file holds
+        except (pa.ArrowException, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the system's: it says nothing of the content
                 raise
-            raise DamagedRecord(files.root, name, str(error)) from error
+            raise DamagedRecord(files.root, name, str(error), experiments=experiments) from error
+
+
+def _check_layout(files: Files, name: str, part: pq.ParquetFile) -> None:
+    """Raise DamagedRecord if a file has not the two columns that every kbit so far has written."""
+    for column in ("key", "record"):
+        at = part.schema_arrow.get_field_index(column)
+        if at < 0 or part.schema_arrow.field(at).type not in (pa.string(), pa.large_string()):
+            reason = f"cannot be read by this kbit: it has no column {column!r} of texts"
+            raise DamagedRecord(files.root, name, reason, is_foreign=True)
 
 
 def _find_groups(part: pq.ParquetFile, keys: list[str]) -> list[int]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 import pyarrow as pa
@@ -14,12 +14,9 @@ import pyarrow as pa
 from kbit.evaluation.measurement import Feature
 from kbit.experiments.config import Experiment
 from kbit.experiments.names import find_varied, name_experiment
-from kbit.experiments.result import Result
-from kbit.store.damage import DamagedRecord, DamagedRecordWarning, set_aside
-from kbit.store.filesystem import is_url, open_files
-from kbit.store.items import read_all_items
-from kbit.store.records import find_records, list_finished, open_existing, read_as, retry
-from kbit.store.results import load_failures, read_parts, tabulate_files
+from kbit.store.filesystem import open_files
+from kbit.store.records import list_finished, open_existing, read_as, retry
+from kbit.store.results import load_failures, read_parts
 from kbit.store.rows import ROW_SCHEMA, SETTING_COLUMNS, drop_repeated, list_measurements
 from kbit.store.wide import widen
 
@@ -125,7 +122,7 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
     """Return the experiments that failed or crashed (see Failure), one a row.
 
     Columns: key, label (with what else tells the evaluations apart), model, bits, data_type, block_size, reason,
-    finished, state.
+    finished, state. data_type and block_size are missing for the 16-bit baseline.
     """
     failures = list(load_failures(path))
     varied = find_varied(failure.experiment for failure in failures)
@@ -134,12 +131,20 @@ def read_failures(path: str | Path = "results") -> pd.DataFrame:
             **{name: getattr(failure, name) for name in ("key", "reason", "finished", "state")},
             "label": name_experiment(failure.experiment, varied),
             "model": failure.experiment.model.name,
-            **{name: getattr(failure.experiment.quant, name) for name in ("bits", "data_type", "block_size")},
+            **_describe_quantizer(failure.experiment),
         }
         for failure in failures
     ]
     columns = ["key", "label", "model", "bits", "data_type", "block_size", "reason", "finished", "state"]
     return pd.DataFrame(rows, columns=columns).astype({"block_size": "Int64"})
+
+
+def _describe_quantizer(experiment: Experiment) -> dict[str, Any]:
+    """Return the bits, data type and block size of an experiment, as read_results has them."""
+    spec = experiment.quant.spec.canonical()
+    if spec.is_baseline:
+        return {"bits": spec.bits, "data_type": None, "block_size": None}
+    return {name: getattr(spec, name) for name in ("bits", "data_type", "block_size")}
 
 
 def read_provenance(path: str | Path = "results") -> pd.DataFrame:
@@ -177,33 +182,11 @@ def read_features(path: str | Path, keys: Collection[str] | None = None) -> pd.D
     return pd.DataFrame(rows, columns=["key", "model", *of_feature, "layer", "input", "share", "largest"])
 
 
-def find_damaged(path: str | Path) -> list[DamagedRecord]:
-    """Read all of a store and return what cannot be read, by name.
-
-    Raises:
-        FileNotFoundError: there is no store at path.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", DamagedRecordWarning)
-        read_results(path)
-        read_failures(path)
-        for source, record in find_records(open_files(path), "experiments", None):  # tables need not parse them
-            try:
-                source.read(Result, record)
-                read_all_items(source, record)
-            except DamagedRecord as error:
-                set_aside(error)
-    errors = [w.message.error for w in caught if isinstance(w.message, DamagedRecordWarning)]
-    return sorted({(error.name, error.key): error for error in errors}.values(), key=str)
-
-
-def list_unreadable(path: str | Path, keys: Collection[str]) -> set[str]:
-    """Return which of these experiments have a JSON file that cannot be read. A store behind a URL is not read."""
+def list_readable(path: str | Path) -> set[str]:
+    """Return the keys of finished experiments that read_results can read. It warns of the others."""
     files = open_files(path)
 
     def look() -> set[str]:
-        names = [name for name in files.names("experiments", ".json") if Path(name).stem in keys]
-        readable = tabulate_files(files, names, ROW_SCHEMA)["key"].to_pylist()
-        return {Path(name).stem for name in names} - set(readable)
+        return set().union(*(part["key"].to_pylist() for part in read_parts(files, ROW_SCHEMA)))
 
-    return set() if is_url(path) else retry(files, look)
+    return retry(files, look)

@@ -6,13 +6,14 @@ that cannot be read is left out with a warning that names it, and all others are
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from kbit.store.damage import DamagedRecord, Source, set_aside
-from kbit.store.filesystem import Files, open_files
+from kbit.store.filesystem import CannotOpenError, Files, open_files
 from kbit.store.parquet import read_keys, read_texts
 
 T = TypeVar("T")
@@ -31,17 +32,22 @@ def open_existing(path: str | Path) -> Files:
     return files
 
 
-def retry(files: Files, read: Callable[[], T]) -> T:
+def retry(files: Files, read: Callable[[], T], *, has_lock: bool = False) -> T:
     """Return what `read` returns. Call it again if a file that it listed has been compacted or deleted meanwhile.
 
     Where compaction goes on and on, the last try waits for its end and keeps the next one from beginning.
+
+    Args:
+        files: the store's files.
+        read: function that reads from the store.
+        has_lock: whether the caller holds the store's lock. Waiting for it would then never end.
     """
     for attempt in range(_READ_TRIES):
         try:
             return read()
         except FileNotFoundError:
             time.sleep(0.001 * 2**attempt)
-    with files.lock(shared=True):
+    with contextlib.nullcontext() if has_lock else files.lock(shared=True):
         return read()
 
 
@@ -157,6 +163,6 @@ def read_loose(files: Files, names: Collection[str]) -> dict[str, tuple[Source, 
         try:
             with files.open(name) as file:
                 found[Path(name).stem] = (source, file.read())
-        except (IsADirectoryError, PermissionError) as error:
+        except CannotOpenError as error:
             set_aside(source.refuse(f"cannot be opened: {error.strerror}", is_foreign=True))
     return found

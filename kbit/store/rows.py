@@ -88,7 +88,7 @@ def make_row(result: Result) -> dict[str, Any]:
     """Return one stored result as a row of ROW_SCHEMA."""
     model, quant = result.experiment.model, result.experiment.quant
     row = {name: getattr(result, name) for name in _RESULT_COLUMNS}
-    row |= {"model": _name_model(model), "dtype": model.dtype, "bits": quant.bits}
+    row |= {"model": name_model(model), "dtype": model.dtype, "bits": quant.bits}
     row |= {"family": _find_family(result), "checkpoint": result.checkpoint_quantization or None}
     spec = quant.spec.canonical()
     if not spec.is_baseline:
@@ -104,7 +104,7 @@ def make_row(result: Result) -> dict[str, Any]:
     return row
 
 
-def _name_model(model: ModelConfig) -> str:
+def name_model(model: ModelConfig) -> str:
     """Return a model's name, with the parts of its checkpoint that are not its default."""
     return " ".join([model.name, *(f"{name}={value}" for name, value in model.parts.items())])
 

@@ -25,11 +25,20 @@ import pyarrow as pa
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import FAILED, Failure, Result
 from kbit.experiments.serialize import to_json, write_json
-from kbit.store.damage import SCHEMA_VERSION, DamagedRecord
+from kbit.store.damage import SCHEMA_VERSION, DamagedRecord, set_aside
 from kbit.store.filesystem import is_url, open_files
 from kbit.store.parquet import count_rows, encode_part, without_rows
 from kbit.store.records import find_records, list_deleted, list_finished, open_existing, read_part_keys, retry
-from kbit.store.results import PART_EXPERIMENTS, read_part, read_parts, tabulate_files, without_keys
+from kbit.store.results import (
+    PART_EXPERIMENTS,
+    find_damaged,
+    find_readable,
+    read_part,
+    read_parts,
+    rescue_part,
+    tabulate_files,
+    without_keys,
+)
 from kbit.store.rows import PART_SCHEMA, drop_repeated
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
@@ -62,7 +71,10 @@ class Store:
 
     def finished_keys(self) -> set[str]:
         """Return the keys of experiments that have a result."""
-        return retry(self._files, lambda: list_finished(self._files, self._compacted))
+        return self._list_finished()
+
+    def _list_finished(self, *, has_lock: bool = False) -> set[str]:
+        return retry(self._files, lambda: list_finished(self._files, self._compacted), has_lock=has_lock)
 
     def has(self, key: str) -> bool:
         """Whether the experiment has a result."""
@@ -105,7 +117,8 @@ class Store:
             deleted = list_deleted(self._files)
             done: set[str] = set().union(*read_part_keys(self._files, self._compacted).values())
             loose = self._files.names("experiments", ".json")
-            for name in [name for name in loose if Path(name).stem in done]:  # left by a crash, or finished twice
+            twice = self._find_readable(done & {Path(name).stem for name in loose})
+            for name in [name for name in loose if Path(name).stem in twice]:  # left by a crash, or finished twice
                 self._files.remove(name)
             fresh = [name for name in loose if Path(name).stem not in done | deleted]
             compacted = 0
@@ -118,30 +131,37 @@ class Store:
         return compacted
 
     def delete(self, keys: Collection[str]) -> int:
-        """Delete the results of these experiments and return their number."""
+        """Delete the results of these experiments and return their number.
+
+        Those in a file from which nothing can be taken stay, with a warning that names the file.
+        """
         with self._files.lock():
-            deleted = self.finished_keys() & set(keys)
+            deleted = self._list_finished(has_lock=True) & set(keys)
             for key in () if self._files.has_lock else deleted:
                 self._files.create(f"deleted/{key}.json", b"{}")
             self._remove_results(deleted)
-        return len(deleted)
+            left = self._list_finished(has_lock=True)
+        return len(deleted - left)
 
     def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
-        """Remove records that cannot be read (kbit.store.readers.find_damaged) and return their number.
+        """Remove records that cannot be read (kbit.store.results.find_damaged) and return their number.
 
-        Those that may be whole for another kbit stay.
+        Those that may be whole for another kbit stay, and those that can be read by now. Of a Parquet file with a
+        damaged column the records stay.
         """
-        removed = [error for error in damaged if not error.is_foreign]
         with self._files.lock():
-            whole = {error.name for error in removed if error.key is None}
-            for name in whole:
-                self._files.remove(name)
-            rows: dict[str, set[str]] = {}
+            now = {(error.name, error.key) for error in find_damaged(self.root) if not error.is_foreign}
+            removed = [error for error in damaged if (error.name, error.key) in now]
+            rows: dict[str, set[str]] = {error.name: set() for error in removed}
             for error in removed:
-                if error.key is not None and error.name not in whole:
-                    rows.setdefault(error.name, set()).add(error.key)
+                rows[error.name] |= set() if error.key is None else {error.key}
+            whole = {error.name for error in removed if error.key is None}
             for name, keys in rows.items():
-                self._remove_rows(name, keys)
+                if name in whole:
+                    rescued = rescue_part(self._files, name) if name.startswith("compacted/") else None
+                    self._replace([name], None if rescued is None else without_keys(rescued, keys))
+                else:
+                    self._remove_rows(name, keys)
         return len(removed)
 
     def delete_failures(self, keys: Collection[str]) -> int:
@@ -182,12 +202,30 @@ class Store:
         for name, more in [*sorted(sizes.items(), key=lambda item: item[1]), ("", 0)]:
             if not name or size + more > PART_EXPERIMENTS:
                 if len(pending) > 1:
-                    parts = [read_part(self._files, old, PART_SCHEMA) for old in pending]
-                    if [len(part) for part in parts] == [sizes[old] for old in pending]:
-                        self._replace(pending, drop_repeated(pa.concat_tables(parts)))
+                    read = {old: self._read_whole(old, sizes[old]) for old in pending}
+                    parts = {old: part for old, part in read.items() if part is not None}
+                    if len(parts) > 1:
+                        self._replace(parts, drop_repeated(pa.concat_tables(list(parts.values()))))
                 pending, size = [], 0
             pending.append(name)
             size += more
+
+    def _read_whole(self, name: str, experiments: int) -> pa.Table | None:
+        """Return a Parquet file with PART_SCHEMA, or None if not all of its experiments can be read."""
+        try:
+            part = read_part(self._files, name, PART_SCHEMA)
+        except DamagedRecord as error:
+            set_aside(error)
+            return None
+        return part if len(part) == experiments else None
+
+    def _find_readable(self, keys: set[str]) -> set[str]:
+        """Return which of these experiments have a whole record in a Parquet file."""
+        found: set[str] = set()
+        for name, there in read_part_keys(self._files, self._compacted).items() if keys else ():
+            if there & keys:
+                found |= find_readable(self._files, name, there & keys)
+        return found
 
     def _size_whole_parts(self) -> dict[str, int]:
         """Return the number of experiments in each Parquet file of which every record can be read."""
@@ -209,20 +247,27 @@ class Store:
 
     def _forget_deletion(self, keys: Collection[str]) -> None:
         """Let these experiments have a new result, once nothing is left of a deleted one."""
-        again = [] if self._files.has_lock else [key for key in keys if self._files.has(f"deleted/{key}.json")]
+        again = list_deleted(self._files) & set(keys)
         self._remove_results(again)
         for key in again:
             self._files.remove(f"deleted/{key}.json")
 
     def _remove_rows(self, name: str, keys: Collection[str]) -> None:
         """Take the records of these keys out of a Parquet file. All others stay as they are."""
-        if content := without_rows(self._files, name, keys):
+        try:
+            content = without_rows(self._files, name, keys)
+        except DamagedRecord as error:
+            set_aside(error)
+            if (rescued := rescue_part(self._files, name)) is not None:
+                self._replace([name], without_keys(rescued, keys))
+            return
+        if content is not None:
             self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", content)
         self._files.remove(name)
 
-    def _replace(self, names: Collection[str], part: pa.Table) -> None:
-        """Write a Parquet file, then remove the files whose results are in it."""
-        if len(part):
+    def _replace(self, names: Collection[str], part: pa.Table | None) -> None:
+        """Write a Parquet file, if there is something to write, then remove the files whose results are in it."""
+        if part is not None and len(part):
             self._files.create(f"compacted/{uuid.uuid4().hex}.parquet", encode_part(part))
         for name in names:
             self._files.remove(name)

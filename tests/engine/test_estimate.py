@@ -25,6 +25,7 @@ from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import prepare_task
 from kbit.experiments.config import Experiment
+from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.models.size import ModelSize, find_size
@@ -146,6 +147,17 @@ def test_stored_results_are_a_basis(tmp_path: Path) -> None:
     assert estimator.describe([make_experiment(bits=3)] * 20, workers=2).startswith(
         "tokens to score: about 100 thousand; time: about 2 min on 2 workers, by 1 stored result; "
     )
+
+
+def test_results_of_the_same_revision_are_a_better_basis(tmp_path: Path) -> None:
+    """Other models' results count only where the model itself has none. The store names a model with its revision."""
+    mine = dataclasses.replace(make_experiment(), model=ModelConfig("toy", revision="step1"))
+    for experiment, seconds in ((mine, 1.0), (make_experiment(), 50.0)):
+        result = dataclasses.replace(make_result(0), experiment=experiment, key=find_key(experiment))
+        Store(tmp_path).write(dataclasses.replace(result, device="x86_64, 1 threads", seconds_evaluate=seconds))
+    estimator = Estimator()
+    estimator.learn_stored(str(tmp_path), [mine], threads=1)
+    assert estimator.learned == 1
 
 
 @pytest.mark.parametrize(("device", "threads"), [("x86_64, 8 threads", 8), ("NVIDIA H100", 1)])

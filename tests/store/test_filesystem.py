@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
 
+import fsspec.exceptions
 import fsspec.implementations.memory
 import pytest
 from toy_results import fill, make_result
@@ -22,12 +23,14 @@ from kbit.store.filesystem import (
     STALE_SECONDS,
     LocalFiles,
     RemoteFiles,
+    UnreachableError,
     check_space,
     check_writable,
     open_files,
 )
 from kbit.store.readers import list_keys, read_failures, read_results
 from kbit.store.records import retry
+from kbit.store.results import find_damaged
 from kbit.store.store import Store
 
 
@@ -132,6 +135,24 @@ def test_a_store_out_of_reach_is_an_error_that_names_it(
         monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, method, refuse)
     with pytest.raises(OSError, match=r"^results=memory://away: NoCredentialsError: Unable to locate credentials$"):
         ask("memory://away")
+
+
+@pytest.mark.parametrize(
+    "error", [fsspec.exceptions.FSTimeoutError(), ConnectionError("reset"), RuntimeError("aiohttp")]
+)
+def test_a_network_error_is_no_damage(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """It comes while a file is read, which was found and opened."""
+    place = f"memory://timeouts/{uuid.uuid4().hex}"
+    store = Store(place)
+    store.write(make_result(0))
+    store.compact()
+    with monkeypatch.context() as patched:
+        patched.setattr(fsspec.implementations.memory.MemoryFile, "read", mock.Mock(side_effect=error))
+        patched.setattr(fsspec.implementations.memory.MemoryFileSystem, "cat_file", mock.Mock(side_effect=error))
+        for ask in (read_results, find_damaged, list_keys):
+            with pytest.raises(UnreachableError, match=f"^results={place}: {type(error).__name__}"):
+                ask(place)
+    assert len(read_results(place)) == 2
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])

@@ -378,3 +378,19 @@ def test_options_of_a_method_are_a_column(tmp_path: Path) -> None:
         ("nf", "gptq"): "calibration.samples=8 static_groups=True",
         ("int", "gptq"): "",
     }
+
+
+def test_a_failure_has_the_quantizer_that_a_result_would_have(tmp_path: Path) -> None:
+    """The fields of a quantizer have defaults, which the 16-bit baseline does not use."""
+    store = Store(tmp_path)
+    for quant in (
+        QuantConfig(bits=16),
+        QuantConfig(bits=3, data_type="int"),
+        QuantConfig(data_type="nf", block_size=None),
+    ):
+        result = make_result(quant)
+        store.write_failure(result.key, result.experiment, "no", "")
+    rows = read_failures(tmp_path).set_index("bits")
+    assert set(rows.index) == {16, 3, 4}
+    assert rows["data_type"].dropna().to_dict() == {3: "int", 4: "nf"}
+    assert rows["block_size"].dropna().to_dict() == {3: 64}
