@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,18 @@ PHASES = {
 }
 
 
+@pytest.fixture
+def signals_heeded() -> Iterator[None]:
+    """Signals act as in a terminal: a shell's background job, such as these tests may be, ignores some of them."""
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize(("phase", "number"), list(zip(PHASES, itertools.cycle(SIGNALS), strict=False)))
 def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
     kbit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: signal.Signals
@@ -91,7 +103,8 @@ def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(name, end)
     before = signal.getsignal(signal.SIGTERM)
-    done = kbit("run", "-m", "+sweeps=nano/quick")
+    grid = "study.grids=[{quant.bits:[3,4,5]}]"
+    done = kbit("run", "-m", grid, "eval.tasks=[]", "eval.perplexity_windows=1")
     assert (done.code, called) == (128 + number, calls)
     assert signal.getsignal(signal.SIGTERM) is before
     assert [list(path.iterdir()) for path in (tmp_path / "here", tmp_path / "temporary")] == [[], []]
