@@ -115,7 +115,7 @@ def test_plan_says_what_would_run_and_writes_nothing(kbit: Kbit, tmp_path: Path)
     plan, work = done.out.splitlines()
     assert plan == "8 asked, 5 distinct, 0 done, 5 to run"
     assert work.startswith("tokens to score: about ")
-    assert "; time: unknown until the first result; memory: about 0.8 GB a worker" in work
+    assert "; time: unknown until the first result; memory: about 0.9 GB a worker" in work
     assert list(tmp_path.iterdir()) == []
 
 
