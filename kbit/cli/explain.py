@@ -89,7 +89,8 @@ def find_launchers(arguments: Sequence[str]) -> dict[str, str]:
         if path is None or path in seen:
             continue  # Hydra names what is not there
         seen.add(path)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8-sig") as file:  # a stream has the name that an error of its content tells
+            content = yaml.safe_load(file)
         study = content.get("study") if isinstance(content, dict) else None
         if isinstance(study, dict) and isinstance(study.get("unite"), list):
             waiting += [("sweeps", str(other)) for other in study["unite"]]

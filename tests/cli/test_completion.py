@@ -37,7 +37,7 @@ printf '[%s]\\n' "${COMPREPLY[@]}"
         ("kbit figures --o", ["--out"]),
         ("kbit figures --out ", []),  # the shell completes files
         ("kbit results ", ["list", "delete", "compact", "merge"]),
-        ("kbit results delete --", ["--results", "--where", "--failures", "--yes"]),
+        ("kbit results delete --", ["--results", "--where", "--failures", "--damaged", "--yes"]),
         ("kbit results merge --", ["--results"]),
         ("kbit completion ", ["bash", "zsh", "fish"]),
         ("kbit run --c", ["--cfg", "--config-dir"]),

@@ -200,6 +200,8 @@ CHANGES: dict[str, Any] = {
     "perplexity": None,
     "perplexity_kind": "rolling",
     "perplexity_windows": 7,
+    "num_fewshot": 2,
+    "apply_chat_template": True,
 }
 
 

@@ -241,7 +241,11 @@ def test_criteria_are_content_only_where_features_are_looked_for() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"magnitude": 0.0}, "magnitude=0 is not > 0"), ({"layers": 1.1}, "layers=1.1"), ({"positions": -1.0}, "in 0..1")],
+    [
+        ({"magnitude": 0.0}, "magnitude=0 is not a finite number > 0"),
+        ({"layers": 1.1}, "layers=1.1"),
+        ({"positions": -1.0}, "in 0..1"),
+    ],
 )
 def test_bad_criteria_are_refused(fields: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -269,10 +269,10 @@ def test_fields_of_outliers_are_content_only_where_they_mean_something() -> None
         ({"outlier_fraction": -0.1}, r"outlier_fraction=-0\.1"),
         ({"outlier_fraction": float("nan")}, r"outlier_fraction=nan"),
         ({"outlier_selection": "previous"}, r"outlier_selection='previous'.*proxy, column, random"),
-        ({"outlier_zscore": 0.0}, r"outlier_zscore=0 is not > 0"),
+        ({"outlier_zscore": 0.0}, r"outlier_zscore=0 is not a finite number > 0"),
         ({"outlier_zscore": 4.0, "outlier_fraction": 0.1}, r"neither"),
         ({"outlier_zscore": 4.0, "outlier_selection": "random"}, r"neither"),
-        ({"activation_threshold": 0.0}, r"activation_threshold=0 is not > 0"),
+        ({"activation_threshold": 0.0}, r"activation_threshold=0 is not a finite number > 0"),
     ],
 )
 def test_bad_values_are_refused(fields: dict[str, Any], words: str) -> None:
