@@ -220,10 +220,11 @@ def read_values(config: DictConfig) -> Values:
 
 def check_environment(config: DictConfig) -> None:
     """Raise ValueError if an environment variable is interpolated into what records keep. It may be a secret."""
+    values = typing.cast(Values, OmegaConf.to_container(config, resolve=False))
+    if "oc.env" not in str(values):
+        return
     for section in _RECORDED:
-        text = str(OmegaConf.to_container(config, resolve=False).get(section))  # type: ignore[union-attr]
-        reaches_others = "${" in text and "oc.env" in str(OmegaConf.to_container(config, resolve=False))
-        if "oc.env" in text or reaches_others:
+        if "${" in (text := str(values.get(section))) or "oc.env" in text:  # one interpolation may lead to another
             raise ValueError(
                 f"{section}: ${{oc.env:...}} would be written into every record, which may be shared; it can stand in "
                 "results, device and ray. Where it is no secret, let the shell insert it: model.name=$HOME/model"

@@ -127,7 +127,7 @@ def expand_names(names: Iterable[str], task_path: str | None, within: tuple[str,
     Raises:
         ValueError: a group names itself by way of others, or is no list of tasks. The message has its file.
     """
-    groups, tags = find_local_groups(task_path), functools.partial(find_local_tags, task_path)
+    groups, tags = find_local_groups(task_path), find_local_tags(task_path)
     expanded: dict[str, None] = {}
     for name in names:
         if name in groups:
@@ -141,7 +141,7 @@ def expand_names(names: Iterable[str], task_path: str | None, within: tuple[str,
             others = [one for one in inner if one and one != name]
             expanded |= dict.fromkeys(expand_names(others, task_path, (*within, name)))
         else:
-            expanded |= dict.fromkeys(tags().get(name, [name]))
+            expanded |= dict.fromkeys(tags.get(name, [name]))
     return list(expanded)
 
 

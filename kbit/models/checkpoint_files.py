@@ -85,7 +85,7 @@ def check_folder(folder: Path, *, is_gguf: bool = False) -> None:
         ValueError: it is an adapter's folder, or its weights are quantized. The message says by what.
     """
     if (folder / "adapter_config.json").is_file():
-        base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         raise ValueError(
             f"{folder} holds an adapter (adapter_config.json), which changes a model: model.name={base} "
             f"model.adapter={folder}"
@@ -94,7 +94,7 @@ def check_folder(folder: Path, *, is_gguf: bool = False) -> None:
         return
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no folder of a model")
-    check_configuration(_read_json(folder / "config.json"), str(folder))
+    check_configuration(read_json(folder / "config.json"), str(folder))
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{folder} has no weights as model*.safetensors, the only format that is loaded")
@@ -110,7 +110,7 @@ def has_chat_template(folder: Path) -> bool:
     """Whether a tokenizer's folder has a chat template. A folder without the tokenizer's configuration may have one."""
     if not (folder / "tokenizer_config.json").is_file() or (folder / "chat_template.jinja").is_file():
         return True
-    return bool(_read_json(folder / "tokenizer_config.json").get("chat_template"))
+    return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def check_configuration(config: dict[str, Any], where: str) -> None:
@@ -169,7 +169,12 @@ def _list_dtypes(path: Path) -> Iterator[tuple[str, str]]:
         raise OSError(f"model {str(path.parent)!r} cannot be loaded: {path.name} is damaged: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a file of a checkpoint holds, whatever mark its editor began it with.
+
+    Raises:
+        ValueError: the file is no JSON, or holds no object. The message has its path.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from kbit.models.catalog import locate_model
+from kbit.models.checkpoint_files import read_json
 from kbit.models.config import MAX_WINDOW, UNITS, read_count
 
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
@@ -64,7 +64,7 @@ def find_size(name: str, given: str | None = None) -> ModelSize | None:
     parameters = stored or (_read_name(name) if given is None else read_count(given))
     if parameters is None:
         return None
-    config = json.loads((folder / "config.json").read_text()) if folder else {}
+    config = read_json(folder / "config.json") if folder else {}
     guess = round((parameters / _PARAMETERS_PER_CUBE) ** (1 / 3))
     return ModelSize(
         parameters,
@@ -89,7 +89,7 @@ def _find_folder(name: str) -> Path | None:
 def find_context(name: str) -> int | None:
     """Return the number of tokens that a model takes at once, or None if no configuration here tells it."""
     folder = _find_folder(name)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig")) if folder else {}
+    config = read_json(folder / "config.json") if folder else {}
     return _first(config, *_CONTEXT)
 
 
