@@ -133,7 +133,7 @@ def _find_keys(given: Sequence[str], word: str) -> list[str]:
 
         return [f"{key}={name}" for name in _select(STUDIED, beginning)]
     if word.startswith("+"):  # Hydra would offer +sweeps/nano, which is no way to name a study
-        from kbit.cli.explain import list_files
+        from kbit.cli.hydra.explain import list_files
 
         return _select((f"+sweeps={name}" for name in list_files("sweeps")), word)
     return _ask_hydra([*given, word])
@@ -144,7 +144,7 @@ def _ask_hydra(arguments: Sequence[str]) -> list[str]:
     import hydra
     from hydra.errors import HydraException
 
-    from kbit.cli.hydra_app import register_schema
+    from kbit.cli.hydra.app import register_schema
 
     register_schema()
     os.environ["COMP_LINE"] = " ".join(["kbit", *arguments])

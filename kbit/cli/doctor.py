@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from kbit.checks import KbitError
 
 if TYPE_CHECKING:
-    from kbit.cli.compose import Request
+    from kbit.cli.hydra.compose import Request
     from kbit.experiments.config import RunConfig
     from kbit.models.config import ModelConfig
 

@@ -149,7 +149,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
 
 def _run_composed(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run a command whose arguments are keys and values, which Hydra composes to experiments."""
-    from kbit.cli.hydra_app import as_multirun, compose_requests
+    from kbit.cli.hydra.app import as_multirun, compose_requests
 
     given = [*options.first, *(as_multirun(rest) if options.multirun else rest), *options.last]
     for request in compose_requests(given, options.command):

@@ -14,7 +14,7 @@ from kbit.checks import KbitError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from kbit.cli.compose import Request
+    from kbit.cli.hydra.compose import Request
     from kbit.engine.estimate import Estimator
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan

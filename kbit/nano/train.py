@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from kbit.checks import KbitError, check_choice
-from kbit.cli.explain import explained
+from kbit.cli.hydra.explain import explained
 from kbit.models.catalog import locate_model
 from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
 from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream

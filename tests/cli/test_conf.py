@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException
 from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf
 
-from kbit.cli.hydra_app import register_schema
+from kbit.cli.hydra.app import register_schema
 from kbit.experiments.config import RunConfig
 from kbit.numerics.quantizer import fake_quantize
 

@@ -54,9 +54,9 @@ def test_ctrl_c_ends_a_sweep_soon_keeps_results_and_leaves_no_ray_process(tmp_pa
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # What a command does before its first job, in order: a name in a module, and how often it is called until it ends.
 PHASES = {
-    "arguments": ("kbit.cli.hydra_app.refuse_arguments", 1),
-    "Hydra's scratch folder": ("kbit.cli.compose.list_combinations", 1),
-    "composition": ("kbit.cli.compose.build_config", 3),
+    "arguments": ("kbit.cli.hydra.app.refuse_arguments", 1),
+    "Hydra's scratch folder": ("kbit.cli.hydra.compose.list_combinations", 1),
+    "composition": ("kbit.cli.hydra.compose.build_config", 3),
     "requests": ("kbit.cli.run._list_notes", 1),
     "device": ("kbit.engine.plan.count_workers", 1),
     "models, tasks and texts": ("kbit.engine.plan.check_experiment", 1),

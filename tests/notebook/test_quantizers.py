@@ -12,7 +12,7 @@ from hydra_state import config_store_kept
 from omegaconf import OmegaConf
 
 import kbit
-from kbit.cli.hydra_app import register_schema
+from kbit.cli.hydra.app import register_schema
 from kbit.experiments.config import RunConfig
 from kbit.numerics.data_types import make_codebook
 

@@ -19,14 +19,14 @@ from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from kbit.checks import KbitError
-from kbit.cli.compose import Composer, check_union
-from kbit.cli.explain import REFUSALS, explain
-from kbit.cli.hydra_app import compose_requests, register_schema
-from kbit.cli.hydra_private import list_combinations
+from kbit.cli.hydra.app import compose_requests, register_schema
+from kbit.cli.hydra.compose import Composer, check_union
+from kbit.cli.hydra.explain import REFUSALS, explain
+from kbit.cli.hydra.private import list_combinations
 from kbit.experiments.config import RunConfig
 from kbit.experiments.identity import find_key
 
-SWEEPS = Path(__file__).parents[2] / "sweeps"
+SWEEPS = Path(__file__).parents[3] / "sweeps"
 STUDIES = sorted(str(path.relative_to(SWEEPS).with_suffix("")) for path in SWEEPS.rglob("*.yaml"))
 
 

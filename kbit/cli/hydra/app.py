@@ -17,9 +17,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.checks import KbitError
-from kbit.cli.compose import Request, build_config, read_values
-from kbit.cli.explain import REFUSALS, explained, find_launchers, list_files, refuse_arguments
-from kbit.cli.hydra_private import forget_basic_launcher, make_writable
+from kbit.cli.hydra.compose import Request, build_config, read_values
+from kbit.cli.hydra.explain import REFUSALS, explained, find_launchers, list_files, refuse_arguments
+from kbit.cli.hydra.private import forget_basic_launcher, make_writable
 from kbit.experiments.config import RunConfig, StudyConfig
 
 

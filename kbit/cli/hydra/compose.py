@@ -23,8 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kbit.cli.explain import STUDY_HINT, check_grid, explain
-from kbit.cli.hydra_private import list_combinations
+from kbit.cli.hydra.explain import STUDY_HINT, check_grid, explain
+from kbit.cli.hydra.private import list_combinations
 from kbit.experiments.check_types import check_types
 from kbit.experiments.config import RunConfig, StudyConfig
 from kbit.experiments.serialize import Values, from_json

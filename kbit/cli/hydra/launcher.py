@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from kbit.checks import KbitError, check_choice
-from kbit.cli.hydra_private import find_basic_sweeper
+from kbit.cli.hydra.private import find_basic_sweeper
 
 
 class SweepSweeper(find_basic_sweeper()):  # type: ignore[misc]
@@ -40,7 +40,7 @@ class SweepSweeper(find_basic_sweeper()):  # type: ignore[misc]
 
 
 class SweepLauncher(Launcher):
-    """Composes a multirun's jobs and hands them to the task function as one kbit.cli.compose.Request.
+    """Composes a multirun's jobs and hands them to the task function as one kbit.cli.hydra.compose.Request.
 
     Args:
         engine: "ray" runs the experiments on workers of this machine or a cluster. "process" runs them one after the
@@ -70,7 +70,7 @@ class SweepLauncher(Launcher):
         Raises:
             KbitError: a value is refused, or no job or experiment is left.
         """
-        from kbit.cli.compose import Composer, Request
+        from kbit.cli.hydra.compose import Composer, Request
 
         assert self._context is not None  # Hydra calls setup first
         assert self._config is not None
