@@ -38,6 +38,7 @@ MUTANTS: Final[tuple[Any, ...]] = (
 MUTATIONS: Final = 20
 SEED: Final = 5
 GOOD, BAD = 0, 1  # numbers of toy results
+KEYS: Final = [make_result(number).key for number in range(7)]
 
 
 @pytest.fixture
