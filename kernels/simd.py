@@ -105,7 +105,8 @@ def _every(element: ir.Type, value: float) -> ir.Constant:
     return _constant(element, [value] * find_isa().lanes)
 
 
-def _call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
+def call_target(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
+    """Call a function of LLVM, or an instruction of the target."""
     function_type = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
@@ -234,7 +235,7 @@ def scale_add(typing, values, scale, sums):
 def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     if find_isa() == GENERIC:  # a target without the instruction would call a function for each lane
         return builder.fadd(builder.fmul(a, b), c)
-    return _call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
+    return call_target(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -305,10 +306,10 @@ def _shuffle_bytes(builder: ir.IRBuilder, read: Callable[[ir.Type], ir.Value], b
         return builder.bitcast(builder.shuffle_vector(codes, zero, where), _vector_of(_I32))
     if isa == AVX2:
         codes = builder.bitcast(_splat(builder, read(_I64), 4), ir.VectorType(_I8, 32))
-        found = _call(builder, "llvm.x86.avx2.pshuf.b", codes.type, [codes, _constant(_I8, places)])
+        found = call_target(builder, "llvm.x86.avx2.pshuf.b", codes.type, [codes, _constant(_I8, places)])
     else:
         codes = _shuffle(builder, read(ir.VectorType(_I8, 16)), [*range(16)] * 4)
-        found = _call(builder, "llvm.x86.avx512.pshuf.b.512", codes.type, [codes, _constant(_I8, places)])
+        found = call_target(builder, "llvm.x86.avx512.pshuf.b.512", codes.type, [codes, _constant(_I8, places)])
     return builder.bitcast(found, _vector_of(_I32))
 
 
@@ -317,7 +318,7 @@ def load_table(typing, codebook, bits):
     """Return what look_up takes for a codebook of 256 values: registers for few bits, else the codebook itself."""
     isa = find_isa()
     if bits.literal_value > isa.permuted_bits:
-        return codebook(codebook, bits), lambda context, builder, signature, arguments: arguments[0]
+        return codebook(codebook, bits), _return_first
     registers = max(1, 2**bits.literal_value // isa.lanes)
     result = types.UniTuple(_vector("float"), registers)
 
@@ -329,6 +330,11 @@ def load_table(typing, codebook, bits):
         return context.make_tuple(builder, result, vectors)
 
     return result(codebook, bits), generate
+
+
+def _return_first(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+    context.nrt.incref(builder, signature.return_type, arguments[0])
+    return arguments[0]
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -355,9 +361,9 @@ def _permute(builder: ir.IRBuilder, table: Sequence[ir.Value], codes: ir.Value) 
     kind = table[0].type
     if len(table) == 1:
         name = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}[kind.count]
-        return _call(builder, name, kind, [table[0], codes])
+        return call_target(builder, name, kind, [table[0], codes])
     if len(table) == 2 and kind.count == 16:
-        return _call(builder, "llvm.x86.avx512.vpermi2var.ps.512", kind, [table[0], codes, table[1]])
+        return call_target(builder, "llvm.x86.avx512.vpermi2var.ps.512", kind, [table[0], codes, table[1]])
     half = len(table) // 2
     lower, upper = (_permute(builder, part, codes) for part in (table[:half], table[half:]))
     bit = int(np.log2(half * kind.count))  # of the code, which chooses the half: moved to the sign
