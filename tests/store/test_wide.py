@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from toy_results import fill
+from toy_results import fill, make_result
 
+from kbit.experiments.identity import find_key
+from kbit.methods.config import QuantConfig
 from kbit.store.readers import read_results
+from kbit.store.store import Store
 
 
 @pytest.fixture
@@ -48,3 +52,11 @@ def test_label_and_cost_are_columns(table: pd.DataFrame) -> None:
 def test_rows_are_in_the_order_of_bits_type_and_block(table: pd.DataFrame) -> None:
     assert table["bits"].tolist() == [3, 3, 4, 4, 4, 4, 16, 16]
     assert table["data_type"].tolist() == ["float", "float", "int", "int", "nf", "nf", "none", "none"]
+
+
+def test_block_sizes_are_in_the_order_of_numbers(tmp_path: Path) -> None:
+    store, same = Store(tmp_path), make_result(0)
+    for block_size in (1024, None, 64, 4096, 128):
+        experiment = dataclasses.replace(same.experiment, quant=QuantConfig(block_size=block_size))
+        store.write(dataclasses.replace(same, key=find_key(experiment), experiment=experiment))
+    assert read_results(tmp_path, wide=True)["block_size"].tolist() == [64, 128, 1024, 4096, "whole"]
