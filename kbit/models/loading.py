@@ -61,9 +61,15 @@ def load_model(
     device cuda and gpus > 1 the decoder layers are spread over so many GPUs (kbit.models.device_map).
 
     Args:
-        name, dtype, revision, tokenizer, adapter, gguf_file: see ModelConfig.
+        name: a short name (see `kbit models`), a local folder or a hub id.
+        dtype: float32, bfloat16 or float16, in which the model computes.
         device: cpu, cuda or cuda:N.
         gpus: the number of GPUs.
+        revision: a branch, tag or commit of a hub id. None takes the newest.
+        tokenizer: a folder, hub id or short name whose tokenizer is used. None takes the model's own.
+        adapter: a folder or hub id of a PEFT adapter, which is merged into the weights before they are rounded.
+        gguf_file: the name of a GGUF file in the model's folder. None takes the only one of a folder without
+            safetensors.
 
     Raises:
         ValueError: the name or dtype is unknown, weights are not finite or quantized, the tokenizer is of another
