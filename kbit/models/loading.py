@@ -84,10 +84,8 @@ def load_model(
     checkpoint_dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    check_finite(model)
     module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
-    for parameter in module.parameters():  # and no buffer: rotary frequencies stay float32, as in transformers
-        parameter.data = parameter.data.to(checkpoint_dtype).to(getattr(torch, dtype))
+    _round_weights(module, checkpoint_dtype, getattr(torch, dtype))
     module.eval()
     if gpus > 1:
         spread_model(model, gpus)
@@ -97,6 +95,13 @@ def load_model(
     rounded = str(checkpoint_dtype).removeprefix("torch.")
     quantization = "" if source.gguf is None else describe_gguf(source.gguf)
     return LoadedModel(model, _read_tokenizer(source, tokenizer, model), rounded, found, quantization)
+
+
+def _round_weights(model: nn.Module, checkpoint_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Round a model's weights, which must be finite, to 16 bits, and cast them to the dtype in which it computes."""
+    check_finite(model)
+    for parameter in model.parameters():  # and no buffer: rotary frequencies stay float32, as in transformers
+        parameter.data = parameter.data.to(checkpoint_dtype).to(dtype)
 
 
 @dataclass(frozen=True)
