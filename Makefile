@@ -24,9 +24,10 @@ lint: $(VENV)/dev.stamp
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
-# The site, into site/: index.html opens without a server or a network.
+# The site, into site/index.html. Warnings are errors, and so is a page that loads anything from outside.
 docs: $(VENV)/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+	! grep -rE '(src|href)="(https?:)?//[^"]*(\.js|\.css|\.woff2?|shim)"' site --include=*.html
 
 # The example pictures of the site, and the outputs of the notebooks. The study takes several minutes.
 pictures: $(VENV)/dev.stamp

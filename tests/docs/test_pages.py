@@ -13,6 +13,9 @@ import matplotlib.image
 import pytest
 
 import kbit
+from kbit.analysis.figures import emergence, int8, law_table, maps, roofline, tables
+from kbit.analysis.figures.paper import CURVE_FIGURES
+from kbit.analysis.figures.relations import RELATIONS
 from kbit.cli.figures import FIGURE_NAMES
 from kbit.cli.main import make_parser
 from kbit.data.presets import list_presets
@@ -93,11 +96,16 @@ def test_commands_are_there() -> None:
             assert words[0] in ("pip", "python", "eval", ".venv/bin/pip"), words
 
 
-def test_studies_can_be_planned(kbit: Kbit) -> None:
-    asked = [words for words in list_shell_commands() if words[0] == "kbit" and words[1] in KEYS]
-    assert len(asked) > 3
-    for words in asked:
-        done = kbit("plan", *words[2:])
+def test_grids_can_be_planned(kbit: Kbit) -> None:
+    """Ready studies are planned in tests/cli/test_studies.py."""
+    asked = {tuple(words[2:]) for words in list_shell_commands() if words[0] == "kbit" and words[1] in KEYS}
+    names = {name for words in asked for word in words if "sweeps=" in word for name in word.split("=")[1].split(",")}
+    assert names
+    assert {name for name in names if not (ROOT / "sweeps" / f"{name}.yaml").is_file()} == set()
+    grids = [words for words in asked if not any("sweeps=" in word for word in words)]
+    assert grids
+    for words in grids:
+        done = kbit("plan", *words)
         assert done.code == 0, f"{words}\n{done.err}"
 
 
@@ -125,6 +133,15 @@ def test_every_figure_has_a_section_and_a_picture() -> None:
     for section in sections:
         [picture] = re.findall(r"!\[.+?\]\((\S+)\)", section) or [None]
         assert picture or "No example" in section, section.splitlines()[0]
+
+
+def test_claims_are_those_of_the_figures() -> None:
+    own = (CURVE_FIGURES, RELATIONS)
+    claims = [figure.claim for figures in own for figure in figures]
+    claims += [int8.CLAIM, emergence.CLAIM, law_table.CLAIM, roofline.CLAIM, tables.TABLE_1, tables.TABLE_2]
+    claims += [maps.MAP_CLAIM, maps.SENSITIVITY_CLAIM]
+    text = " ".join((DOCS / "reference" / "figures.md").read_text().split())
+    assert [claim for claim in claims if f"*{claim}*" not in text] == []
 
 
 def test_pictures_are_small_and_shown() -> None:
