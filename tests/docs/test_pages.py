@@ -97,7 +97,7 @@ def test_commands_are_there() -> None:
 
 
 def test_grids_can_be_planned(kbit: Kbit) -> None:
-    """Ready studies are planned in tests/cli/test_studies.py."""
+    """tests/cli/hydra/test_compose.py composes the ready studies."""
     asked = {tuple(words[2:]) for words in list_shell_commands() if words[0] == "kbit" and words[1] in KEYS}
     names = {name for words in asked for word in words if "sweeps=" in word for name in word.split("=")[1].split(",")}
     assert names
