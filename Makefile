@@ -29,11 +29,12 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	! grep -rE '(src|href)="(https?:)?//[^"]*(\.js|\.css|\.woff2?|shim)"' site --include=*.html
 
-# The example pictures of the site, and the outputs of the notebooks. The study takes several minutes.
+# The example pictures of the site, and the outputs of the notebooks. The two studies take several minutes.
 pictures: $(VENV)/dev.stamp
 	$(BIN)/kbit run +sweeps=nano/gallery results=results-gallery
 	$(BIN)/python docs/make_pictures.py results-gallery
-	KBIT_RESULTS=$(CURDIR)/results-gallery $(BIN)/python analysis/notebooks/execute.py
+	$(BIN)/kbit run +sweeps=nano/quick
+	KBIT_RESULTS=$(CURDIR)/results $(BIN)/python analysis/notebooks/execute.py
 
 check: lint types test docs
 

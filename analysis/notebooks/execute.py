@@ -1,7 +1,7 @@
 """Runs the notebooks in one kernel and writes their outputs into them: `python analysis/notebooks/execute.py`.
 
 They read the store that quick_study finds: set KBIT_RESULTS to choose it. The outputs that are shipped are of the study
-nano/gallery (`make pictures`).
+that `make demo` runs (`make pictures`).
 """
 
 from __future__ import annotations
