@@ -9,6 +9,8 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit.cli.export import add_tracker, export_results
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -49,7 +51,7 @@ def run_results(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: an option is not one of the action's, or the action cannot be done.
     """
-    if given := [f"--{name}" for name in options.refused if getattr(options, name)]:
+    if given := [f"--{name}" for name in options.refused and (*options.refused, "to") if getattr(options, name)]:
         raise ValueError(f"kbit results {options.action} has no {' '.join(given)}")
     options.act(options)
 
@@ -105,6 +107,7 @@ def _add_listing(parser: argparse.ArgumentParser) -> None:
     _add_condition(parser)
     parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
     parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
+    add_tracker(parser)
     parser.add_argument("--failures", action="store_true", help="show the failed and crashed experiments and why")
     parser.add_argument("--damaged", action="store_true", help="show the records that cannot be read and why")
 
@@ -153,6 +156,9 @@ def _list(options: argparse.Namespace) -> None:
     from kbit.store.tables import write_csv
 
     table = _read(options)
+    if options.to:
+        export_results(options, set(table["key"]))
+        return
     if options.csv or options.parquet:
         for path in (options.csv, options.parquet):
             if path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kbit.analysis.figures.registry import FIGURES
-from kbit.experiments.config import RunConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.store.readers import read_failures, read_results
 from kbit.store.store import Store
@@ -177,14 +175,6 @@ def test_usage_names_every_command(kbit: Kbit, arguments: tuple[str, ...]) -> No
     commands = ("run", "plan", "figures", "report", "results", "outliers", "models", "doctor", "completion")
     assert [name for name in commands if not re.search(rf"^ +{name}\b", done.out, re.MULTILINE)] == []
     assert "kbit run +sweeps=nano/bit_level" in done.out
-
-
-def test_help_of_run_shows_every_key(kbit: Kbit) -> None:
-    done = kbit("run", "--help")
-    assert done.code == 0
-    sections: list[Any] = [RunConfig(), RunConfig().model, RunConfig().quant, RunConfig().eval, RunConfig().ray]
-    keys = {field.name for section in sections for field in dataclasses.fields(section)}
-    assert [key for key in keys if f"{key}:" not in done.out] == []
 
 
 # --- refusing
