@@ -13,7 +13,7 @@ from kbit.experiments.config import RayConfig
 
 _ROOT = Path("/")
 # Seconds of an idle machine of two CPUs until Ray has started, and until a worker has imported what it needs.
-_RAY_SECONDS, _WORKER_SECONDS = 5.0, 7.0
+_RAY_SECONDS, _WORKER_SECONDS = 6.0, 8.0
 
 
 def count_cpus(root: Path = _ROOT) -> int:

@@ -6,11 +6,8 @@ Hydra only composes here. What is asked for is returned as requests, and the wor
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 
 import hydra
@@ -57,13 +54,10 @@ def compose_requests(arguments: Sequence[str], command: str = "run") -> list[Req
         except (ValueError, KbitError, *REFUSALS) as error:  # Hydra would print "Error executing job" as well
             refused.append(error)
 
-    try:
-        with explained():
-            receive()
-            for error in refused:
-                raise error
-    finally:
-        _remove_scratch_folder()
+    with explained():
+        receive()
+        for error in refused:
+            raise error
     return requests
 
 
@@ -101,7 +95,6 @@ def register_schema() -> None:
     make_writable(schema)
     ConfigStore.instance().store(name="run_schema", node=schema)
     forget_basic_launcher()
-    OmegaConf.register_new_resolver("kbit.scratch", _scratch_folder, replace=True)
     OmegaConf.register_new_resolver("kbit.studies", lambda: ", ".join(list_files("sweeps")), replace=True)
     OmegaConf.register_new_resolver("kbit.keys", _describe_keys, replace=True)
     OmegaConf.register_new_resolver("kbit.presets", lambda: ", ".join(list_files("conf/quant")), replace=True)
@@ -119,16 +112,3 @@ def _request_one(config: DictConfig) -> Request:
     if run_config.study != StudyConfig():
         raise KbitError("a study is a multirun: add -m, or `hydra: {mode: MULTIRUN}` to its file")
     return Request((run_config,), engine="process")
-
-
-@functools.cache
-def _scratch_folder() -> str:
-    """Return a temporary folder for the file that Hydra's sweeper insists on writing."""
-    return tempfile.mkdtemp(prefix="kbit-")
-
-
-def _remove_scratch_folder() -> None:
-    """Remove that folder, if there is one."""
-    if _scratch_folder.cache_info().currsize:
-        shutil.rmtree(_scratch_folder(), ignore_errors=True)
-        _scratch_folder.cache_clear()
