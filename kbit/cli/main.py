@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from kbit.checks import KbitError, suggest
-from kbit.cli import completion, doctor, figures, models, results, run
+from kbit.cli import completion, doctor, figures, fit, models, results, run
 from kbit.store.damage import DamagedRecordWarning
 
 # Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
@@ -28,6 +28,7 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     figures.add_report,
     results.add_results,
     run.add_outliers,
+    fit.add_fit,
     models.add_models,
     doctor.add_doctor,
     completion.add_completion,
