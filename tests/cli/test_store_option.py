@@ -14,7 +14,7 @@ import kbit as package
 from kbit.cli.main import make_parser
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
-WITHOUT = {"models", "completion"}  # these have no store
+WITHOUT = {"fit", "models", "completion"}  # these have no store
 READERS = [
     ["results"],
     ["results", "list"],

@@ -22,7 +22,7 @@ from kbit.experiments.config import RunConfig
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _ENTRY: Final = re.compile(r"(\w+): (.*)")
 _PYTHON: Final = {"None": "null", "True": "true", "False": "false"}  # as YAML and Hydra write them
-_COLUMN, _NARROW, _WIDE = 34, 60, 120  # the help's second column, and the widths between which it fits a terminal
+_COLUMN, _NARROW, _WIDE = 34, 72, 120  # the help's second column, and the widths between which it fits a terminal
 
 _PAGE: Final = """\
 # Every key of `kbit run`

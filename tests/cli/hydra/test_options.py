@@ -60,9 +60,9 @@ def test_help_shows_what_is_composed(kbit: Kbit, monkeypatch: pytest.MonkeyPatch
 
 
 def test_help_fits_a_terminal_of_any_width() -> None:
-    for width in (1, 60, 100, 500):
+    for width in (1, 72, 100, 500):
         text = write_help(DEFAULTS, width).splitlines()
-        assert max(map(len, text)) <= max(60, min(width, 120))
+        assert max(map(len, text)) <= max(72, min(width, 120))
 
 
 @pytest.mark.parametrize(
