@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from kbit.store.readers import read_failures as read_failures
     from kbit.store.readers import read_results as read_results
 
+    __version__: str
+
 # Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
     "Experiment": "kbit.experiments.config:Experiment",
@@ -69,6 +71,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes a moment, which the command line need not wait for
+
+        return version("kbit")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
