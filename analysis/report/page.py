@@ -16,12 +16,14 @@ from typing import Any, Final
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import split_families
+from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
 from kbit.analysis.figures.drawing import PaperFigure, count_things
+from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.report.pictures import write_pictures
 from kbit.analysis.report.points import collect_data
 from kbit.analysis.report.tables import write_failures, write_laws, write_provenance, write_verdicts
 from kbit.analysis.statistics.findings import describe_family
+from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.store.filesystem import replace_file
 from kbit.store.readers import read_failures, read_provenance
 
@@ -69,8 +71,8 @@ def build_page(
         summary=html.escape(summarize(results, failures, where)),
         findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in list_findings(results)),
         figures=write_pictures(results, figures),
-        verdicts=write_verdicts(results),
-        laws=write_laws(results),
+        verdicts=write_verdicts(tabulate_verdicts(results)),
+        laws=compare_all_laws(results),
         failures=write_failures(failures),
         provenance=write_provenance(provenance),
         data=embed_json(collect_data(results)),
@@ -91,6 +93,14 @@ def list_findings(results: pd.DataFrame) -> list[str]:
     """Return a sentence for each family: its best precision at equal total bits."""
     families = sorted(results["family"].unique())
     return [describe_family(results[results["family"] == family], str(family)) for family in families]
+
+
+def compare_all_laws(results: pd.DataFrame) -> str:
+    """Return the table of scaling laws as HTML, or the reason why no family allows it."""
+    try:
+        return write_laws(*leave_out_ambiguous(compare_laws, results))
+    except AmbiguousResults as error:
+        return f"<p>{html.escape(f'Not computed: {error}')}</p>"
 
 
 def embed_json(data: Any) -> str:

@@ -8,11 +8,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
 from kbit.analysis.curves.settings import is_missing, name_variant
 from kbit.analysis.curves.units import format_bits
-from kbit.analysis.figures.law_table import compare_laws
-from kbit.analysis.statistics.verdicts import tabulate_verdicts
 
 LAW_HEADS: Final = {
     "family": "family", "law": "law", "panel": "data", "points": "points", "r2": "R²", "rmse": "error",
@@ -29,9 +26,8 @@ PROVENANCE_HEADS: Final = {
 }  # fmt: skip
 
 
-def write_verdicts(results: pd.DataFrame) -> str:
+def write_verdicts(table: pd.DataFrame) -> str:
     """Return the table of verdicts (verdicts.tabulate_verdicts) as HTML."""
-    table = tabulate_verdicts(results)
     is_ambiguous = table["lowest"].isna()  # of which the grade is the reason
     reasons = table.loc[is_ambiguous, "grade"].drop_duplicates()
     rows = [
@@ -57,14 +53,9 @@ def write_verdicts(results: pd.DataFrame) -> str:
     return shown + write_reasons(reasons)
 
 
-def write_laws(results: pd.DataFrame) -> str:
-    """Return the table of scaling laws (law_table.compare_laws) as HTML, and below it what it leaves out."""
-    left_out: list[str] = []
-    try:
-        table, left_out = leave_out_ambiguous(compare_laws, results)
-    except AmbiguousResults as error:
-        return f"<p>{html.escape(f'Not computed: {error}')}</p>"
-    return format_table(rename(table, LAW_HEADS), "No cross entropy was measured.") + write_reasons(left_out)
+def write_laws(laws: pd.DataFrame, left_out: Iterable[str]) -> str:
+    """Return the table of scaling laws (law_table.compare_laws) as HTML, and below it why families are left out."""
+    return format_table(rename(laws, LAW_HEADS), "No cross entropy was measured.") + write_reasons(left_out)
 
 
 def write_failures(failures: pd.DataFrame) -> str:
