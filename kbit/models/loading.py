@@ -90,7 +90,7 @@ def load_model(
     check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
     rounded = str(checkpoint_dtype).removeprefix("torch.")
     quantization = "" if source.gguf is None else describe_gguf(source.gguf)
-    return LoadedModel(model, _read_tokenizer(source, tokenizer, model), rounded, found, quantization)
+    return LoadedModel(model, read_tokenizer(source, tokenizer, model), rounded, found, quantization)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
     return model, hash_folder(Path(location)) if is_local else find_commit(config)
 
 
-def _read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, or another one.
 
     Raises:
