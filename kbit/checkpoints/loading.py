@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from kbit.checkpoints.card import write_card
 from kbit.checkpoints.config import KbitConfig
-from kbit.checkpoints.packing import attach, pack_weights
+from kbit.checkpoints.packing import attach, pack_weights, round_rest
 from kbit.checkpoints.quantizer import KbitQuantizer
 from kbit.methods.config import QuantConfig
 from kbit.methods.report import QuantizationReport
@@ -43,6 +43,19 @@ def pack_model(
     report, _ = pack_weights(model, quant, tokenizer)
     attach(model, KbitQuantizer(KbitConfig.of(QuantConfig.of(quant)), pre_quantized=True))
     return report
+
+
+def pack_loaded(loaded: LoadedModel, quant: QuantSpec) -> tuple[QuantizationReport, str]:
+    """Pack a loaded model, and round everything else to the checkpoint's 16 bits. Return the report and the hash.
+
+    The weights that are not packed are 16-bit values already, so that nothing changes but their memory. The hash is
+    that of the values that the model computes with, see pack_weights.
+    """
+    report, weights_hash = pack_weights(loaded.model, quant, loaded.tokenizer)
+    dtype = getattr(torch, loaded.checkpoint_dtype)
+    round_rest(loaded.model, dtype)
+    attach(loaded.model, KbitQuantizer(KbitConfig.of(QuantConfig.of(quant)), pre_quantized=True))
+    return report, weights_hash
 
 
 def load_model(name: str, **options: Any) -> LoadedModel:
@@ -104,7 +117,13 @@ def find_stored_dtype(folder: str) -> str:
 
 
 def save_packed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, measured: str = "", **options: Any
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    made_of: str = "",
+    measured: str = "",
+    **options: Any,
 ) -> None:
     """Save a packed model with its tokenizer and a model card: what it is, how it was made, what was measured.
 
@@ -112,12 +131,14 @@ def save_packed(
         model: a model that pack_model packed, or that was loaded packed.
         tokenizer: its tokenizer.
         folder: the folder to write.
+        made_of: the name of the model that was packed, for the card. Empty is what transformers knows of it.
         measured: a section of the card, in Markdown, with what was measured.
         options: more arguments of save_pretrained, such as max_shard_size.
     """
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, KbitConfig):
         raise ValueError("the model is not packed: call kbit.pack_model first")
+    config.made_by |= {"model": made_of} if made_of else {}
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
     write_card(Path(folder), config, model.kbit_quantized[1], measured)

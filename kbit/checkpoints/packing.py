@@ -105,6 +105,19 @@ def _report_weight(tensor: TensorReport, weight: PackedWeight) -> TensorReport:
     return TensorReport(tensor.name, weight.layout.shape, in_block, quantized=True, reason="", bits=bits)
 
 
+def find_packed_report(model: nn.Module) -> QuantizationReport | None:
+    """Return the report of a model with packed layers, or None of another model."""
+    done: tuple[QuantConfig, QuantizationReport] | None = getattr(model, "kbit_quantized", None)
+    return done[1] if done is not None and list_packed(model) else None
+
+
+def round_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the parameters that are not packed to a dtype, in place. Buffers, such as rotary frequencies, stay."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def hash_values(model: nn.Module) -> str:
     """Return the hash of a model's weights, packed ones as the values that they stand for: see hash_weights."""
     packed = list_packed(model)

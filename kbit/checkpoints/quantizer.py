@@ -61,6 +61,7 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        model.tie_weights()
         plan = plan_packing(model, config.quant)
         if not self.pre_quantized and plan.coverage < config.quant.min_coverage:
             raise ValueError(describe_low_coverage(plan, config.quant.min_coverage))

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoints.loading import load_model
+from kbit.checkpoints.packing import find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
 from kbit.experiments import identity, provenance
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import check_unchanged, find_key, identify_parts
+from kbit.experiments.requirements import describe_packed
 from kbit.experiments.result import Result, SkippedTensor
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, refuse_quantized, restore_weights
@@ -23,8 +26,7 @@ from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
-from kbit.models.loading import LoadedModel, load_model
-from kbit.models.parameters import hash_weights
+from kbit.models.loading import LoadedModel
 
 
 class Session:
@@ -59,7 +61,9 @@ class Session:
         self._identity = identify_parts(model)
         self._loaded = loaded or load_model(model.name, dtype=model.dtype, device=device, gpus=gpus, **model.parts)
         check_read(model.name, identify_parts(model), self._identity)
-        refuse_quantized(self._loaded.model)
+        self._packed = find_packed_report(self._loaded.model)
+        if self._packed is None:
+            refuse_quantized(self._loaded.model)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._memory = Memory()
         self._lasting = Memory() if lasting is None else lasting
@@ -85,19 +89,22 @@ class Session:
         if not self.holds(experiment.model):
             raise ValueError(f"this session holds {self.config} ({self._identity}), not {experiment.model}")
         model, quant = self._loaded.model, experiment.quant
+        if self._packed is not None and not quant.is_baseline:
+            raise ValueError(describe_packed(experiment.model.name))
         original = copy_weights(model, plan_quantization(model, quant))
         subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
                 return self._quantize_and_measure(experiment, key, subject)
         finally:
-            restore_weights(model, original)
+            if self._packed is None:
+                restore_weights(model, original)
 
     def _quantize_and_measure(self, experiment: Experiment, key: str, subject: Subject) -> Result:
         for measure in MEASURES:
             measure.prepare(subject)
         start = time.perf_counter()
-        report = quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
+        report = self._packed or quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
         quantized = time.perf_counter()
         result = self._measure(experiment, subject, report)
         return dataclasses.replace(
@@ -123,9 +130,9 @@ class Session:
         )
 
     def _measure(self, experiment: Experiment, subject: Subject, report: QuantizationReport) -> Result:
-        weights_hash = hash_weights(subject.model)
+        weights_hash = hash_values(subject.model)
         measured = [measure.run(subject) for measure in MEASURES]
-        if hash_weights(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
+        if hash_values(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         if not any(done.measurements for done in measured):
             raise ValueError("nothing was measured: no task, text or measure gave a number")
