@@ -102,7 +102,11 @@ class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json has: the constructor's arguments."""
         others = {"weight_dtype": self.weight_dtype, "parts": self.parts, "made_by": self.made_by}
-        return {"quant_method": PACKED_METHOD, **self.fields, **{name: value for name, value in others.items() if value}}
+        return {
+            "quant_method": PACKED_METHOD,
+            **self.fields,
+            **{name: value for name, value in others.items() if value},
+        }
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same: every field says how to read the weights."""

@@ -116,7 +116,9 @@ TENSOR_FORMATS: Final = {
     form.name: form
     for form in (
         TensorFormat(bitsandbytes.NAME, bitsandbytes.write, "weight", None, True, _describe_bitsandbytes),
-        TensorFormat(compressed_tensors.NAME, compressed_tensors.write, "", "weight_scale", False, _describe_compressed),
+        TensorFormat(
+            compressed_tensors.NAME, compressed_tensors.write, "", "weight_scale", False, _describe_compressed
+        ),
         TensorFormat(gptq.NAME, gptq.write, "", "scales", False, _describe_gptq),
     )
 }

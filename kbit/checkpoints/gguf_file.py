@@ -163,7 +163,10 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     writer.add_token_types([_CONTROL if number in special else _NORMAL for number in range(max(ids) + 1)])
     merges = content["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    for add, number in ((writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_eos_token_id, tokenizer.eos_token_id)):
+    for add, number in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+    ):
         if number is not None:
             add(number)
     return True

@@ -96,8 +96,10 @@ def load_packed(
     if missing := sorted(info["missing_keys"]):
         raise OSError(f"packed model {name!r} lacks {len(missing)} tensors, such as {missing[0]}")
     if unknown := sorted(info["unexpected_keys"]):
-        raise OSError(f"packed model {name!r} has {len(unknown)} tensors that its config.json has no place for, such "
-                      f"as {unknown[0]}")
+        raise OSError(
+            f"packed model {name!r} has {len(unknown)} tensors that its config.json has no place for, such "
+            f"as {unknown[0]}"
+        )
     model.eval()
     config: KbitConfig = model.config.quantization_config
     return LoadedModel(

@@ -71,7 +71,9 @@ def attach(model: Any, quantizer: Any) -> None:
     for label, layout in layouts.items():
         same_seed = dataclasses.replace(layout, spec=dataclasses.replace(layout.spec, seed=config.quant.seed))
         if same_seed != config.find_layout(label, layout.shape, layout.dtype):
-            raise ValueError(f"{label} is packed as {same_seed}, and {config.weight_dtype} with {config.fields} is asked")
+            raise ValueError(
+                f"{label} is packed as {same_seed}, and {config.weight_dtype} with {config.fields} is asked"
+            )
     quantizer.quantization_config = model.config.quantization_config = config
     model.hf_quantizer, model.quantization_method, model.is_quantized = quantizer, config.quant_method, True
     use_eager_experts(model.config)

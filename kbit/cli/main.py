@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from kbit.checks import KbitError, suggest
-from kbit.cli import completion, doctor, figures, models, pack, results, run
+from kbit.cli import completion, doctor, figures, fit, models, pack, results, run
 from kbit.store.damage import DamagedRecordWarning
 
 # Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
@@ -28,6 +28,7 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     figures.add_report,
     results.add_results,
     run.add_outliers,
+    fit.add_fit,
     pack.add_pack,
     pack.add_export,
     models.add_models,
@@ -147,7 +148,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
     for declare in COMMANDS:
         declare(commands)
-    parser.set_defaults(takes_keys=False, takes_rest=False, multirun=False, first=[], last=[], commands=commands.choices)
+    parser.set_defaults(
+        takes_keys=False, takes_rest=False, multirun=False, first=[], last=[], commands=commands.choices
+    )
     return parser, commands.choices
 
 

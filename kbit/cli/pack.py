@@ -154,7 +154,9 @@ def _pack(experiment: Experiment, device: str, out: Path, result: Result | None)
 
 def _tabulate(result: Result) -> str:
     """Return a result's numbers as a table in Markdown."""
-    rows = [f"| {m.task} | {m.metric} | {m.value:.5g} | {m.low:.5g} to {m.high:.5g} | {m.n} |" for m in result.measurements]
+    rows = [
+        f"| {m.task} | {m.metric} | {m.value:.5g} | {m.low:.5g} to {m.high:.5g} | {m.n} |" for m in result.measurements
+    ]
     head = ["| task | metric | value | 95% interval | n |", "|---|---|---|---|---|"]
     return "\n".join([f"By kbit, experiment {result.key}, with {result.device}:", "", *head, *rows])
 

@@ -1,9 +1,9 @@
 """compressed-tensors' pack-quantized matrices, which vLLM loads: integers with a float16 scale for each group.
 
-    weight_packed       int32 [out, in bits / 32], the integers plus 2^(bits-1), packed along the inputs
-    weight_scale        [out, groups]
-    weight_shape        int64 [2]
-    weight_zero_point   int32 [out bits / 32, groups], of asymmetric matrices
+weight_packed       int32 [out, in bits / 32], the integers plus 2^(bits-1), packed along the inputs
+weight_scale        [out, groups]
+weight_shape        int64 [2]
+weight_zero_point   int32 [out bits / 32, groups], of asymmetric matrices
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def read(parts: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> Quantize
     levels = unpack_words(parts["weight_packed"], bits, inputs)
     half = 2 ** (bits - 1)
     if levels.shape[0] != out or scales.ndim != 2 or scales.shape[0] != out or inputs % scales.shape[1]:
-        raise ValueError(f"codes {list(levels.shape)} and scales {list(scales.shape)} are of no matrix [{out}, {inputs}]")
+        raise ValueError(
+            f"codes {list(levels.shape)} and scales {list(scales.shape)} are of no matrix [{out}, {inputs}]"
+        )
     zeros = None
     if (stored := parts.get("weight_zero_point")) is not None:
         zeros = unpack_words(stored.t().contiguous(), bits, out).T - half

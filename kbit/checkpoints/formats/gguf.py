@@ -107,7 +107,9 @@ def _find_iq4_sign(codebook: NDArray[np.float32]) -> int:
     return 0
 
 
-def _write_parts(tensor: QuantizedTensor, kind: Kind) -> tuple[list[NDArray[np.float16]], UInt8[np.ndarray, "blocks 32"]]:
+def _write_parts(
+    tensor: QuantizedTensor, kind: Kind
+) -> tuple[list[NDArray[np.float16]], UInt8[np.ndarray, "blocks 32"]]:
     """Return the float16 numbers of each block, and its codes."""
     form = f"{NAME} {kind.name}"
     if kind.name.endswith("_0"):

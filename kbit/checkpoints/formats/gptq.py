@@ -1,11 +1,11 @@
 """GPTQ's layout, which AutoGPTQ, GPTQModel and vLLM load: integers with a float16 scale and a zero for each group.
 
-    qweight   int32 [in bits / 32, out], packed along the inputs
-    qzeros    int32 [groups, out bits / 32], the zeros minus 1
-    scales    float16 [groups, out]
-    g_idx     int32 [in], the group of each input
+qweight   int32 [in bits / 32, out], packed along the inputs
+qzeros    int32 [groups, out bits / 32], the zeros minus 1
+scales    float16 [groups, out]
+g_idx     int32 [in], the group of each input
 
-    weight[o, i] = (q[i, o] - zero[g, o]) scales[g, o],  g = g_idx[i]
+weight[o, i] = (q[i, o] - zero[g, o]) scales[g, o],  g = g_idx[i]
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def write(tensor: QuantizedTensor) -> dict[str, Tensor]:
     return parts
 
 
-def read(parts: Mapping[str, Tensor], bits: int, dtype: torch.dtype, *, zeros_minus_one: bool = True) -> QuantizedTensor:
+def read(
+    parts: Mapping[str, Tensor], bits: int, dtype: torch.dtype, *, zeros_minus_one: bool = True
+) -> QuantizedTensor:
     """Return the quantized matrix of GPTQ's tensors.
 
     Args:
@@ -78,5 +80,7 @@ def read(parts: Mapping[str, Tensor], bits: int, dtype: torch.dtype, *, zeros_mi
     zeros = unpack_words(parts["qzeros"], bits, out).T + int(zeros_minus_one)
     half = 2 ** (bits - 1)
     if levels.shape[0] != out or zeros.shape[1] != groups:
-        raise ValueError(f"qweight has {levels.shape[0]} outputs and qzeros {zeros.shape[1]} groups, not {out}, {groups}")
+        raise ValueError(
+            f"qweight has {levels.shape[0]} outputs and qzeros {zeros.shape[1]} groups, not {out}, {groups}"
+        )
     return from_integers(Integers(bits, levels - np.int16(half), scales), dtype, zeros - half)

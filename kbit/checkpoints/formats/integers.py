@@ -187,5 +187,3 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Int16[np.ndarray, "row
     stream = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")[:, : count * bits]
     values = np.packbits(stream.reshape(len(words), count, bits), axis=2, bitorder="little")
     return values[..., 0].astype(np.int16)
-
-
