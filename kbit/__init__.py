@@ -20,10 +20,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
     from kbit.checkpoints.loading import save_packed as save_packed
-    from kbit.checkpoints.quantizer import KbitConfig as KbitConfig
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
@@ -56,7 +56,7 @@ _PUBLIC = {
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
-    "KbitConfig": "kbit.checkpoints.quantizer:KbitConfig",
+    "KbitConfig": "kbit.checkpoints.loading:KbitConfig",
     "list_matrices": "kbit.notebook.quantizers:list_matrices",
     "load_model": "kbit.checkpoints.loading:load_model",
     "pack_model": "kbit.checkpoints.loading:pack_model",

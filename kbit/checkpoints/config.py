@@ -59,6 +59,7 @@ class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.weight_dtype = weight_dtype
         self.parts = {name: dict(part) for name, part in (parts or {}).items()}
         self.made_by = dict(made_by or {})
+        self.round_to: torch.dtype | None = None  # kbit.load_model rounds to 16 bits first, as for every baseline
         check_packable(self.quant)
 
     @staticmethod
@@ -129,6 +130,6 @@ def check_packable(quant: QuantConfig) -> None:
         raise ValueError(f"quant.bits={quant.bits} quantizes nothing: there is nothing to pack")
     if quant.scheme is not None:
         raise ValueError(
-            f"quant.method={quant.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be packed. Use "
-            "quant=int8_rowwise for its codes"
+            f"quant.method={quant.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be packed. "
+            "Use quant=int8_rowwise for its codes"
         )

@@ -18,8 +18,7 @@ from kbit.checkpoints.formats import bitsandbytes, compressed_tensors, gguf, gpt
 from kbit.checkpoints.formats.plain import NotExactError
 from kbit.checkpoints.gguf_file import write_gguf
 from kbit.checkpoints.loading import load_packed
-from kbit.checkpoints.packing import list_codes
-from kbit.checkpoints.skeleton import list_packed
+from kbit.checkpoints.packing import list_codes, list_packed
 from kbit.layers.quantized_linear import QuantizedLinear
 from kbit.models.checkpoint_files import is_packed_by_kbit
 from kbit.numerics.quantized_tensor import QuantizedTensor

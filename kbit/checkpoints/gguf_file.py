@@ -1,4 +1,4 @@
-"""Models as GGUF files, which llama.cpp and transformers read: packed weights as blocks, all others as 16 or 32 bits."""
+"""Models as GGUF files, which llama.cpp and transformers read: packed weights as blocks, others as 16 or 32 bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.checkpoints.formats import gguf as blocks
 from kbit.checkpoints.formats.plain import NotExactError
-from kbit.checkpoints.packing import list_codes
-from kbit.checkpoints.skeleton import list_packed
+from kbit.checkpoints.packing import list_codes, list_packed
 from kbit.models.parameters import as_matrix, owner_of
 
 FILE: Final = "model.gguf"

@@ -1,56 +1,142 @@
-"""Pack a model: its weights become codes, and its layers compute with them."""
+"""Packed layers in a model: put in place, found, counted, hashed, and made plain again."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kbit.checkpoints.config import KbitConfig, check_packable
-from kbit.checkpoints.skeleton import list_packed, plan_packing
-from kbit.layers.pack import use_codes
-from kbit.layers.packed_weight import PackedWeight
+from kbit.checkpoints.config import KbitConfig
+from kbit.layers.packed_weight import PackedLayout, PackedWeight
 from kbit.layers.quantized_experts import QuantizedExperts
 from kbit.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from kbit.methods.config import QuantConfig
-from kbit.methods.quantize_model import quantize_model, refuse_quantized
 from kbit.methods.report import QuantizationReport, TensorReport, plan_quantization
-from kbit.methods.weight import ExpertCodes
-from kbit.models.parameters import distinct_parameters, hash_tensors, hash_weights, owner_of
+from kbit.models.parameters import (
+    as_matrix,
+    distinct_parameters,
+    hash_tensors,
+    hash_weights,
+    is_experts,
+    owner_of,
+    split_matrices,
+)
 from kbit.models.transformers_private import forget_conversions, use_eager_experts
 from kbit.numerics.quantized_tensor import QuantizedTensor
-from kbit.numerics.spec import QuantSpec
 
 
-def pack_weights(
-    model: nn.Module, quant: QuantSpec, tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[QuantizationReport, str]:
-    """Quantize a model and put packed layers in the place of its own. Return the report and the values' hash.
-
-    The hash is that of the same model with dequantized weights, as results of experiments have it.
+def plan_packing(model: nn.Module, quant: QuantConfig) -> QuantizationReport:
+    """Return the plan of a quantization, of which every weight can be packed.
 
     Raises:
-        ValueError: see pack_model.
+        ValueError: a weight that would be quantized has no packed layer, or see plan_quantization.
     """
-    config = QuantConfig.of(quant)
-    check_packable(config)
-    refuse_quantized(model)
-    plan_packing(model, config)
-    report = quantize_model(model, config, tokenizer, keep_codes=True)
-    weights_hash = hash_weights(model)
-    codes: dict[str, Any] = {}
-    for name, made in report.codes.items():
-        codes[name] = list(made.experts) if isinstance(made, ExpertCodes) else made
-    use_codes(model, codes)
-    report = dataclasses.replace(report, codes={})
-    model.kbit_quantized = (config, report)  # type: ignore[assignment]
-    return report, weights_hash
+    plan = plan_quantization(model, quant)
+    for tensor in plan.tensors:
+        if tensor.quantized:
+            check_layer(model, tensor.name)
+    return plan
+
+
+def check_layer(model: nn.Module, tied_names: str) -> None:
+    """Raise ValueError if no packed layer takes the place of the layers of a weight, by its names in the report."""
+    names = tied_names.split(" = ")
+    if len(names) > 1 and type(owner_of(model, find_first(model, names))) is not nn.Embedding:
+        raise ValueError(f"{tied_names} are tied and no embedding is among them: they cannot be packed as one")
+    for name in names:
+        owner = owner_of(model, name)
+        is_layer = name.endswith(".weight") and (isinstance(owner, nn.Linear | Conv1D) or type(owner) is nn.Embedding)
+        if not is_layer and not (is_experts(owner) and owner.get_parameter(name.rpartition(".")[2]).ndim == 3):
+            raise ValueError(
+                f"{name} of {type(owner).__name__} cannot be packed: packed are weights of Linear, Conv1D, Embedding "
+                "and fused experts. Leave it out by quant.exclude, or quantize the model without packing it"
+            )
+
+
+def list_quantized(plan: QuantizationReport) -> list[list[str]]:
+    """Return the names of each weight that a plan quantizes: several if it is tied."""
+    return [tensor.name.split(" = ") for tensor in plan.tensors if tensor.quantized]
+
+
+def label_matrices(model: nn.Module, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the label and the values of what is quantized by itself: a weight, or each expert of a fused one."""
+    owner = owner_of(model, name)
+    parameter = owner.get_parameter(name.rpartition(".")[2])
+    matrices = split_matrices(parameter, owner)
+    for number, matrix in enumerate(matrices):
+        yield (f"{name}[{number}]" if matrix.ndim < parameter.ndim else name), matrix
+
+
+def place_layer(model: nn.Module, names: Sequence[str], layouts: Sequence[PackedLayout]) -> None:
+    """Replace the layer of one weight by a packed one on the meta device. The heads of an embedding are left.
+
+    Args:
+        model: the model.
+        names: the weight's names. An embedding that is tied to a head has several.
+        layouts: the layout of the weight, or of each expert.
+    """
+    name = find_first(model, names)
+    owner, (path, _, attribute) = owner_of(model, name), name.rpartition(".")
+    if is_experts(owner):
+        transposed = as_matrix(owner.get_parameter(attribute), owner).stride(-1) != 1
+        delattr(owner, attribute)
+        owner.add_module(attribute, QuantizedExperts(layouts, is_transposed=transposed, device="meta"))
+        return
+    layer: PackedWeight
+    if isinstance(owner, nn.Embedding):
+        layer = QuantizedEmbedding(layouts[0], owner.padding_idx, device="meta")
+    else:
+        bias: Any = owner.bias
+        layer = QuantizedLinear(layouts[0], bias, is_conv1d=isinstance(owner, Conv1D), device="meta")
+    model.set_submodule(path, layer.train(owner.training))
+
+
+def put_codes(model: nn.Module, names: Sequence[str], codes: Sequence[QuantizedTensor]) -> None:
+    """Put packed layers with these codes in the place of a weight's layers.
+
+    Args:
+        model: the model.
+        names: the weight's names. A tied one has several.
+        codes: the codes of the weight, or of each expert.
+    """
+    first = find_first(model, names)
+    place_layer(model, names, [PackedLayout.of(made) for made in codes])
+    placed = model.get_submodule(first if len(codes) > 1 or first.endswith("]") else first.removesuffix(".weight"))
+    if isinstance(placed, QuantizedExperts):
+        placed.put(codes)
+    elif isinstance(placed, PackedWeight):
+        placed.put(codes[0])
+    tie_heads(model, names)
+
+
+def find_first(model: nn.Module, names: Sequence[str]) -> str:
+    """Return the name under which a tied weight is stored: that of the embedding, or the first."""
+    return min(names, key=lambda name: not isinstance(owner_of(model, name), nn.Embedding | QuantizedEmbedding))
+
+
+def tie_heads(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the heads that are tied to a packed embedding share its tensors."""
+    first = find_first(model, names)
+    embedding = owner_of(model, first)
+    for name in names:
+        if name != first and isinstance(embedding, QuantizedEmbedding):
+            bias: Any = getattr(owner_of(model, name), "bias", None)
+            model.set_submodule(name.rpartition(".")[0], embedding.make_head(bias))
+
+
+def list_packed(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return every packed weight of a model by its module's name. One that is tied is there under its first name."""
+    found: dict[int, tuple[str, PackedWeight]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeight):
+            found.setdefault(id(module.weight), (name, module))
+    return dict(found.values())
 
 
 def attach(model: Any, quantizer: Any) -> None:
@@ -78,7 +164,10 @@ def attach(model: Any, quantizer: Any) -> None:
     model.hf_quantizer, model.quantization_method, model.is_quantized = quantizer, config.quant_method, True
     use_eager_experts(model.config)
     forget_conversions(model)
-    model.kbit_quantized = (config.quant, report_packed(model, config.quant))
+    report = report_packed(model, config.quant)
+    if (before := getattr(model, "kbit_quantized", None)) is not None:
+        report = dataclasses.replace(report, notes=before[1].notes, weight_rmse=before[1].weight_rmse)
+    model.kbit_quantized = (config.quant, report)
 
 
 def _label(name: str, module: PackedWeight) -> str:

@@ -1,4 +1,4 @@
-"""`kbit pack` and `kbit export`: the winner of a study as a checkpoint, of kbit's own or in the formats of other tools."""
+"""`kbit pack` and `kbit export`: a study's winner as a checkpoint, in kbit's own format or in other tools'."""
 
 from __future__ import annotations
 

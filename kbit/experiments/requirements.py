@@ -46,8 +46,8 @@ def check_not_packed(experiments: Iterable[Experiment]) -> None:
 def describe_packed(name: str) -> str:
     """Return the error of a packed model that would be quantized again."""
     return (
-        f"model.name={name} is packed by kbit already, and is not quantized again: quant.bits=16 evaluates it as it is. "
-        "Quantize the model that it was made of"
+        f"model.name={name} is packed by kbit already, and is not quantized again: quant.bits=16 evaluates it as it "
+        "is. Quantize the model that it was made of"
     )
 
 

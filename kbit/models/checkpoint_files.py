@@ -131,6 +131,10 @@ def check_configuration(config: dict[str, Any], where: str) -> None:
         found = part.get("quantization_config") or part.get("compression_config")
         if found:
             method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
+            if method == PACKED_METHOD:
+                raise QuantizedError(
+                    f"{where} is packed by kbit: `kbit run` and kbit.load_model take it, this does not"
+                )
             raise QuantizedError(
                 f"{where} is a quantized checkpoint (quantization_config: {method}), whose weights are no 16-bit "
                 "baseline: measure the model that it was made of"
