@@ -7,7 +7,7 @@ torch multiplies by it: the same bits as with the whole dequantized weight.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from kbit.kernels import cpu_linear
+from kbit.kernels.cpu_linear import Matrix
+from kbit.layers.fused import can_fuse, make_matrix
 from kbit.layers.packed_weight import PackedLayout, PackedWeight
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.tiles import Tiles
+
+FUSED_ROWS: Final = 16  # measured by benchmarks/packed_linear.py: from there on, tiles are as fast
 
 
 class QuantizedLinear(PackedWeight):
@@ -26,6 +31,7 @@ class QuantizedLinear(PackedWeight):
 
     Attributes:
         bias: the layer's bias in its own dtype, or None.
+        fused_rows: up to so many inputs take the fused path, if rows and blocks are multiples of 16. 0 is never.
         is_conv1d: whether it stands for a Conv1D, whose products have the weight stored as [in, out].
     """
 
@@ -40,8 +46,11 @@ class QuantizedLinear(PackedWeight):
         if len(layout.shape) != 2:
             raise ValueError(f"a weight of shape {layout.shape} is no matrix [out, in] of a linear layer")
         self.out_features, self.in_features = layout.shape
-        self.is_conv1d = is_conv1d
+        self.is_conv1d, self.fused_rows = is_conv1d, FUSED_ROWS
         self.register_parameter("bias", bias)
+        self._is_fusible = can_fuse(layout.spec, layout.shape)
+        self._matrix: tuple[tuple[int, ...], Matrix] | None = None
+        self.register_load_state_dict_post_hook(_forget_matrix)
 
     @classmethod
     def from_codes(cls, q: QuantizedTensor, layer: nn.Module) -> QuantizedLinear:
@@ -58,8 +67,41 @@ class QuantizedLinear(PackedWeight):
         y: Tensor = _Product.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
+    def choose_path(self, rows: int) -> str:
+        """Return how the product of so many rows is computed: fused or tile."""
+        is_fused = self._is_fusible and 0 < rows <= self.fused_rows and self.weight.device.type == "cpu"
+        return "fused" if is_fused else "tile"
+
     def multiply(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Return x W^T + bias, without a gradient."""
+        return self._multiply_fused(x) if self.choose_path(len(x)) == "fused" else self._multiply_tiles(x)
+
+    def _multiply_fused(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        matrix, inputs = self._find_matrix(), x.detach().float()
+        q = self.quantized if self.layout.has_input_scales or self.layout.outlier_columns else None
+        if q is not None and q.outlier_columns is not None:  # their codes mean nothing
+            inputs = inputs.index_fill(1, q.outlier_columns, 0.0)
+        if q is not None and q.input_scales is not None:
+            inputs = inputs / q.input_scales.float()
+        y = torch.from_numpy(cpu_linear.multiply(inputs.contiguous().numpy(), matrix, torch.get_num_threads()))
+        if q is not None and q.outlier_columns is not None and q.outlier_values is not None:
+            y += x.detach()[:, q.outlier_columns].float() @ q.outlier_values.float().t()
+        if self.bias is not None:
+            y += self.bias.detach()
+        return y.to(x.dtype)
+
+    def _find_matrix(self) -> Matrix:
+        """Return the weight as the kernels take it, made anew when a tensor has moved."""
+        places = tuple(tensor.data_ptr() for tensor in (self.weight, *self.buffers()))
+        if self._matrix is None or self._matrix[0] != places:
+            self._matrix = places, make_matrix(self.quantized)
+        return self._matrix[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies and pickle, without what is in the same memory as the tensors."""
+        return self.__dict__ | {"_matrix": None}
+
+    def _multiply_tiles(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         for rows, tile in Tiles(self.quantized):
@@ -84,7 +126,13 @@ class QuantizedLinear(PackedWeight):
 
     def extra_repr(self) -> str:
         """Return what the layer is, for print(model)."""
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
+        fused = f"fused up to {self.fused_rows} rows" if self.choose_path(1) == "fused" else "tiles only"
+        return f"{super().extra_repr()}, bias={self.bias is not None}, {fused}"
+
+
+def _forget_matrix(layer: QuantizedLinear, _: Any) -> None:
+    """Forget what was made of tensors that have other values now."""
+    layer.__dict__["_matrix"] = None
 
 
 class _Product(torch.autograd.Function):
