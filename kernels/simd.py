@@ -345,7 +345,7 @@ def look_up(typing, table, codes, bits):
     def generate(context, builder, signature, arguments):
         if isinstance(signature.args[0], types.UniTuple):
             return _permute(builder, cgutils.unpack_tuple(builder, arguments[0]), arguments[1])
-        codes = builder.and_(arguments[1], _every(_I32, 2**k - 1))
+        codes = arguments[1] if k == 8 else builder.and_(arguments[1], _every(_I32, 2**k - 1))
         values = ir.Constant(_vector_of(_F32), ir.Undefined)
         for lane in range(find_isa().lanes):
             place = builder.zext(builder.extract_element(codes, ir.Constant(_I32, lane)), _I64)

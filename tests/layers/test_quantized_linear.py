@@ -70,7 +70,7 @@ def test_both_paths_compute_what_fake_quantization_does(spec: dict[str, Any], op
         packed.fused_rows = 0
         assert packed.choose_path(batch) == "tile"
         assert torch.equal(packed(x), layer(x))
-        packed.fused_rows = 16
+        packed.fused_rows = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,7 +91,7 @@ def test_tiles_have_the_bits_of_the_whole_matrix(dtype: torch.dtype, shape: tupl
 def test_the_gradient_reaches_the_inputs_and_the_bias() -> None:
     torch.manual_seed(0)
     layer, packed = make_layer(SPECS[0], out=300)
-    for rows in (2, 20):  # fused, tiles
+    for packed.fused_rows, rows in ((8, 2), (0, 20)):  # fused, tiles
         x = torch.randn(1, rows, 96, requires_grad=True)
         ours, theirs = (torch.autograd.grad((m(x) ** 2).sum(), [x, m.bias]) for m in (packed, layer))
         for a, b in zip(ours, theirs, strict=True):
