@@ -17,8 +17,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.curves.curves import Measure
-from kbit.analysis.figures.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
-from kbit.analysis.figures.styles import STYLE
+from kbit.analysis.figures.canvas.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
+from kbit.analysis.figures.canvas.styles import STYLE
 from kbit.checks import tabulate_html
 
 CELL: Final = 44  # characters

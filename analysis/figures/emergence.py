@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from kbit.analysis.curves.curves import AmbiguousResults, prefer_baseline
 from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.units import format_count
+from kbit.analysis.figures.canvas.panels import LEGEND_WIDTH, draw_legend, set_log_axis
+from kbit.analysis.figures.canvas.styles import STYLE, style_series
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, set_log_axis
-from kbit.analysis.figures.styles import STYLE, style_series
 
 CLAIM: Final = (
     "Do outlier features (a hidden dimension of magnitude 6 or more in 25% of layers, at 6% of positions) come with "

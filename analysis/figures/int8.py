@@ -15,9 +15,9 @@ from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.settings import is_missing
 from kbit.analysis.curves.units import format_count
+from kbit.analysis.figures.canvas.panels import LEGEND_WIDTH, draw_legend, label_plainly, set_log_axis
+from kbit.analysis.figures.canvas.styles import STYLE, LineStyle, style_series
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly, set_log_axis
-from kbit.analysis.figures.styles import STYLE, LineStyle, style_series
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.grades import NEGLIGIBLE, count_grades, grade_interval, grade_level
 from kbit.layers.int8_schemes import SCHEMES

@@ -28,6 +28,8 @@ from kbit.analysis.curves.curves import (
 )
 from kbit.analysis.curves.selections import has_settings, most_points
 from kbit.analysis.curves.settings import WHOLE, is_missing, make_labels, name_variant, rank_data_type, rank_label
+from kbit.analysis.figures.canvas.panels import CAPTION_SIZE
+from kbit.analysis.figures.canvas.styles import STYLE
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -37,8 +39,6 @@ from kbit.analysis.figures.drawing import (
     describe_sample,
     write_verdict,
 )
-from kbit.analysis.figures.panels import CAPTION_SIZE
-from kbit.analysis.figures.styles import STYLE
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values, mean_interval, weigh_points
 from kbit.analysis.statistics.grades import describe_lead

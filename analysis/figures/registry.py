@@ -27,6 +27,8 @@ from kbit.analysis.curves.curves import (
 )
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
+from kbit.analysis.figures.canvas.panels import draw_panels, extend_caption
+from kbit.analysis.figures.canvas.styles import STYLE, TooManyCurves
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -41,11 +43,9 @@ from kbit.analysis.figures.emergence import draw_features
 from kbit.analysis.figures.int8 import draw_int8_methods
 from kbit.analysis.figures.law_table import draw_laws
 from kbit.analysis.figures.maps import draw_data_types_map, draw_sensitivity
-from kbit.analysis.figures.panels import draw_panels, extend_caption
 from kbit.analysis.figures.paper import CURVE_FIGURES, CurveFigure
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
-from kbit.analysis.figures.styles import STYLE, TooManyCurves
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.statistics.grades import SIGN
 from kbit.checks import suggest

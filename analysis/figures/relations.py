@@ -19,6 +19,8 @@ from scipy import stats
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, pick_rows
 from kbit.analysis.curves.settings import make_labels
+from kbit.analysis.figures.canvas.panels import LEGEND_WIDTH, draw_legend, label_plainly
+from kbit.analysis.figures.canvas.styles import STYLE, style_series
 from kbit.analysis.figures.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -28,8 +30,6 @@ from kbit.analysis.figures.drawing import (
     describe_sample,
     write_verdict,
 )
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly
-from kbit.analysis.figures.styles import STYLE, style_series
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS

@@ -18,9 +18,9 @@ import matplotlib.style
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kbit.analysis.figures.canvas.panels import LEGEND_WIDTH, draw_legend, label_plainly
+from kbit.analysis.figures.canvas.styles import STYLE, style_series
 from kbit.analysis.figures.drawing import PaperFigure, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly
-from kbit.analysis.figures.styles import STYLE, style_series
 
 
 @dataclass(frozen=True)

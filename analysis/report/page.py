@@ -19,8 +19,8 @@ from plotly.offline import get_plotlyjs
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
 from kbit.analysis.curves.settings import is_missing, make_labels
+from kbit.analysis.figures.canvas.styles import LINE_STYLES
 from kbit.analysis.figures.law_table import compare_laws
-from kbit.analysis.figures.styles import LINE_STYLES
 from kbit.analysis.statistics.findings import finding
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.store.filesystem import replace_file

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.figures.styles import STYLE, style_series
+from kbit.analysis.figures.canvas.styles import STYLE, style_series
 from kbit.checks import check_choice
 from kbit.notebook.quantizers import Quantizer, name_quantizers
 

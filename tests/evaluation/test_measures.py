@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import precision_curves
-from kbit.analysis.figures.panels import draw_panels
+from kbit.analysis.figures.canvas.panels import draw_panels
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measure import Memory
 from kbit.evaluation.measurement import Measurement, NonFiniteError, check_own

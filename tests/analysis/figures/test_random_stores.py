@@ -12,9 +12,9 @@ from random_stores import Shape, draw_shapes, make_store
 from sentences import check_sentences
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 from kbit.analysis.figures.registry import FIGURES
-from kbit.analysis.figures.styles import TooManyCurves
 
 FEW = 3  # figures that are drawn of each store
 

@@ -19,10 +19,10 @@ from matplotlib.text import Text
 from sentences import check_sentences
 
 from kbit.analysis.curves.units import format_bits
+from kbit.analysis.figures.canvas.panels import choose_ticks
+from kbit.analysis.figures.canvas.styles import LINE_STYLES, SERIES_STYLES, TooManyCurves, style_series
 from kbit.analysis.figures.drawing import LIMIT, LIMIT_OF_MODELS, MissingResults, PaperFigure
-from kbit.analysis.figures.panels import choose_ticks
 from kbit.analysis.figures.registry import FIGURES, SavedFigure, save_figures
-from kbit.analysis.figures.styles import LINE_STYLES, SERIES_STYLES, TooManyCurves, style_series
 
 PARAMETERS = {"toy-1m": 1_000_000, "toy-4m": 4_000_000, "toy-16m": 16_000_000}
 PRECISIONS = (3, 4, 8, 16)

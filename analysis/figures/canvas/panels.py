@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from kbit.analysis.curves.units import format_bits
-from kbit.analysis.figures.styles import LineStyle, draw_handle, style_series
+from kbit.analysis.figures.canvas.styles import LineStyle, draw_handle, style_series
 
 LEGEND_WIDTH: Final = 1.5  # inches, as all widths here
 AXIS_WIDTH: Final = 0.7  # left of a panel's axis: its tick labels and y label
