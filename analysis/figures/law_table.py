@@ -16,7 +16,6 @@ from kbit.analysis.figures.drawing import (
     describe_lack,
     describe_sample,
     draw_table,
-    write_verdict,
 )
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values
@@ -188,8 +187,8 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
         find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
     ]
     sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
-    write_verdict(fig, "laws", CLAIM, verdict, note, describe_unfitted(data), sample, LIMIT_OF_MODELS)
-    return PaperFigure("laws", fig, data, CLAIM, verdict)
+    notes = tuple(line for line in (note, describe_unfitted(data), sample, LIMIT_OF_MODELS) if line)
+    return PaperFigure("laws", fig, data, CLAIM, verdict, notes, table=shown)
 
 
 def describe_unfitted(data: pd.DataFrame) -> str:

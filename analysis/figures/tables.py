@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.curves.curves import (
@@ -32,7 +31,6 @@ from kbit.analysis.figures.drawing import (
     describe_lack,
     describe_sample,
     draw_table,
-    write_verdict,
 )
 from kbit.analysis.statistics.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.statistics.grades import SIGN, describe_lead, describe_share, grade_interval
@@ -55,12 +53,11 @@ SHOWN: Final = 28  # rows of a table that a page holds
 def finish_table(
     name: str, data: pd.DataFrame, shown: pd.DataFrame, title: str, claim: str, verdict: str, *notes: str
 ) -> PaperFigure:
-    """Draw a table of at most SHOWN rows with claim and verdict below it. All rows are in the data."""
+    """Draw a table of at most SHOWN rows. All rows are in the data and in the files of the table."""
     left = len(shown) - SHOWN
-    fig: Figure = draw_table(shown.head(SHOWN), title)
     more = f"{left} more rows are in the CSV." if left > 0 else ""
-    write_verdict(fig, name, claim, verdict, *notes, more)
-    return PaperFigure(name, fig, data, claim, verdict)
+    kept = tuple(note for note in (*notes, more) if note)
+    return PaperFigure(name, draw_table(shown.head(SHOWN), title), data, claim, verdict, kept, table=shown)
 
 
 def table_1(results: pd.DataFrame) -> PaperFigure:
