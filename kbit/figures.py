@@ -98,6 +98,6 @@ def _make(
     name: str, results: pd.DataFrame | str | Path, page: Page, measure: str | None, lower_is_better: bool
 ) -> PaperFigure:
     table = results if isinstance(results, pd.DataFrame) else read_results(results)
-    table = leave_out_checkpoints(table)
+    table = leave_out_checkpoints(table) if "checkpoint" in table else table
     chosen = choose_measure(table, measure, lower_is_better=lower_is_better) if measure else None
     return draw_figure(name, table, page, chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -23,10 +23,12 @@ from kbit.analysis.figures.drawing import (
     split_keys,
     take_sentence,
 )
-from kbit.analysis.figures.paper import CurveFigure
 from kbit.analysis.statistics.differences import compare_with_best
 from kbit.analysis.statistics.grades import SIGN
 from kbit.checks import suggest
+
+if TYPE_CHECKING:
+    from kbit.analysis.figures.paper import CurveFigure
 
 # in the CSV
 DRAWN: Final = ["family", "bits", "label", "block_size", "model", "exponent_bits", *READING, "key", "panel", "series"]

@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Final, Literal
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -21,6 +20,7 @@ from kbit.analysis.figures.canvas.captions import MARGIN
 from kbit.analysis.figures.canvas.page import (
     FULL_WIDTH,
     get_line_height,
+    get_size,
     get_small_size,
     measure_text,
     wrap_text,
@@ -66,8 +66,8 @@ class PaperFigure:
 
     def write_paragraphs(self, caption: Caption) -> list[str]:
         """Return the paragraphs of a caption: none, claim and verdict in a sentence each, or all that is to be said."""
-        is_paper = self.name.startswith(("figure_", "table_"))
-        who = f"Paper ({self.name.replace('_', ' ')})" if is_paper else "Question"
+        paper = re.match(r"(figure|table)_(\d+)", self.name)
+        who = f"Paper ({paper[1]} {paper[2]})" if paper else "Question"
         if caption == "none":
             return []
         if caption == "short":
@@ -151,7 +151,7 @@ def draw_table(table: pd.DataFrame, title: str) -> Figure:
 
     A column is as wide as its longest cell. Longer cells than CELL inches are wrapped.
     """
-    size, head = get_small_size(), float(matplotlib.rcParams["axes.titlesize"])
+    size, head = get_small_size(), get_size("axes.titlesize")
     line, gap = get_line_height(size), 2 * measure_text("n", size)
     cells = [[wrap_text(str(cell), CELL, size) for cell in row] for row in table.to_numpy()]
     names = [str(name) for name in table]

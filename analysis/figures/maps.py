@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from kbit.analysis.curves.curves import (
     TIE,
@@ -92,10 +93,7 @@ def draw_data_types_map(results: pd.DataFrame, page: Page) -> PaperFigure:
         draw_map(axes, cells.table, shades)
         sheet.write_title(axes, title)
     unit = "" if measure.higher_is_better else " (nats per token)"
-    place = "right" if is_beside(page) else "bottom"
-    bar = sheet.fig.body.colorbar(shades, ax=sheet.fig.axes, extend="max", shrink=0.8, location=place, aspect=30)
-    bar.set_label(f"{measure.name} lost{unit}")
-    sheet.label("block size", "")
+    draw_scale(sheet, shades, f"{measure.name} lost{unit}", "right" if is_beside(page) else "bottom")
     note = f"Numbers: {measure.name} lost against the best cell of each budget, a mean over the budgets; in "
     note += "brackets: bits per parameter. Framed: the cell that loses least. One scale of shades for all panels. "
     note += "Hatched: not measured, or not at two sizes."
@@ -105,6 +103,18 @@ def draw_data_types_map(results: pd.DataFrame, page: Page) -> PaperFigure:
     short = "; ".join(f"{panel}: {name_best(cells)}" for panel, cells in maps.items()) + "."
     data = data.drop(columns="kind")
     return PaperFigure("data_types_map", sheet.fig, data, MAP_CLAIM, verdict, notes, short)
+
+
+def draw_scale(sheet: Sheet, shades: ScalarMappable, label: str, place: Literal["right", "bottom"]) -> None:
+    """Draw the scale of shades beside or below all panels."""
+    share = 0.15 if place == "right" else 0.35 / float(sheet.fig.get_size_inches()[1])
+    panels = sheet.fig.axes
+    bar = sheet.fig.body.colorbar(
+        shades, ax=panels, extend="max", shrink=0.8, location=place, aspect=30, fraction=share, label=label
+    )
+    if place == "bottom":
+        bar.locator = MaxNLocator(3)  # small losses take most of the scale: more labels would touch
+        bar.update_ticks()
 
 
 def check_room(sheet: Sheet, room: tuple[float, float], count: int) -> None:
@@ -229,6 +239,7 @@ def draw_map(axes: Axes, table: pd.DataFrame, shades: ScalarMappable) -> None:
             axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.5, zorder=2))
     axes.set_xticks(range(len(blocks)), ["whole" if block == WHOLE else str(block) for block in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_xlabel("block size")
     axes.grid(visible=False)
 
 

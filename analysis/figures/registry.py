@@ -1,19 +1,20 @@
-"""Every figure and table by name: draw what the results allow, or say what is missing.
+"""Every figure and table by name: draw and save what the results allow, or say what is missing.
 
 The figures are matplotlib.figure.Figure objects: no pyplot, no choice of a backend, no global setting left changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final, Protocol
 
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
-from kbit.analysis.figures.canvas.page import Page, apply_style
+from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.curve_figures import draw_curves
 from kbit.analysis.figures.drawing import PaperFigure
 from kbit.analysis.figures.emergence import draw_features
@@ -23,10 +24,9 @@ from kbit.analysis.figures.maps import draw_data_types_map, draw_sensitivity
 from kbit.analysis.figures.paper import CURVE_FIGURES
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
+from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_figure
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.checks import suggest
-
-OWN_PAGE: Final = Page()  # each figure in its own size
 
 
 class Draw(Protocol):
@@ -109,3 +109,38 @@ def draw_figure(name: str, results: pd.DataFrame, page: Page = OWN_PAGE, measure
     figure, left_out = leave_out_ambiguous(lambda rows: figures[name](rows, page), results)
     notes = [f"Left out: {reason}" for reason in left_out]
     return replace(figure, verdict=" ".join([figure.verdict, *notes]))
+
+
+def save_figures(
+    results: pd.DataFrame,
+    out: Path,
+    names: Sequence[str] | None = None,
+    measure: Measure | None = None,
+    page: Page = OWN_PAGE,
+    files: Files = USUAL_FILES,
+) -> Iterator[SavedFigure]:
+    """Draw figures and write each into a folder. Return an iterator, which draws the next when it is asked for it.
+
+    Each is written when it is drawn, so that one that fails loses no other. A family whose results are ambiguous is
+    left out of the figures that others allow, and their verdicts say so. Each file is replaced in one step. The same
+    results give the same bytes.
+
+    Args:
+        results: long form, one row per experiment and measurement (kbit.read_results).
+        out: the folder, made if it is absent and there is something to write.
+        names: keys of FIGURES, or None for all. A figure that the results do not allow is recorded as skipped,
+            with the reason, and one that raises any other error as failed.
+        measure: what the figures of curves show instead of their own measure. Other figures cannot be named then.
+        page: the page that each is drawn on.
+        files: which files to write.
+
+    Raises:
+        ValueError: a name is not a figure, or not one of curves. Nothing is written then.
+    """
+    figures = list_figures(measure)
+    unknown = [name for name in names or () if name not in figures]
+    if unknown:
+        raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(figures)}")
+    chosen = dict.fromkeys(figures if names is None else names)
+    draws = {name: partial(draw_figure, name, results, page, measure) for name in chosen}
+    return (save_figure(name, draw, out, page, files) for name, draw in draws.items())

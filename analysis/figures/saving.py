@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.curves.curves import AmbiguousResults, Measure
+from kbit.analysis.curves.curves import AmbiguousResults
 from kbit.analysis.figures.canvas.captions import TooSmallPage, write_caption
-from kbit.analysis.figures.canvas.page import Page, apply_style
+from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.canvas.text_tables import write_latex, write_markdown
 from kbit.analysis.figures.drawing import Caption, MissingResults, PaperFigure
-from kbit.analysis.figures.registry import OWN_PAGE, draw_figure, list_figures
 from kbit.store.filesystem import replace_file
 from kbit.store.tables import write_csv
 
@@ -46,6 +44,9 @@ class Files:
     caption: Caption = "short"
 
 
+USUAL_FILES: Final = Files()
+
+
 @dataclass(frozen=True)
 class SavedFigure:
     """A figure on disk, or the reason why there is none.
@@ -66,43 +67,8 @@ class SavedFigure:
     failed: bool = False
 
 
-def save_figures(
-    results: pd.DataFrame,
-    out: Path,
-    names: Sequence[str] | None = None,
-    measure: Measure | None = None,
-    page: Page = OWN_PAGE,
-    files: Files = Files(),
-) -> Iterator[SavedFigure]:
-    """Draw figures and write each into a folder. Return an iterator, which draws the next when it is asked for it.
-
-    Each is written when it is drawn, so that one that fails loses no other. A family whose results are ambiguous is
-    left out of the figures that others allow, and their verdicts say so. Each file is replaced in one step. The same
-    results give the same bytes.
-
-    Args:
-        results: long form, one row per experiment and measurement (kbit.read_results).
-        out: the folder, made if it is absent and there is something to write.
-        names: keys of registry.FIGURES, or None for all. A figure that the results do not allow is recorded as skipped,
-            with the reason, and one that raises any other error as failed.
-        measure: what the figures of curves show instead of their own measure. Other figures cannot be named then.
-        page: the page that each is drawn on.
-        files: which files to write.
-
-    Raises:
-        ValueError: a name is not a figure, or not one of curves. Nothing is written then.
-    """
-    figures = list_figures(measure)
-    unknown = [name for name in names or () if name not in figures]
-    if unknown:
-        raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(figures)}")
-    chosen = dict.fromkeys(figures if names is None else names)
-    draws = {name: partial(draw_figure, name, results, page, measure) for name in chosen}
-    return (save_figure(name, draw, out, page, files) for name, draw in draws.items())
-
-
 def save_figure(
-    name: str, draw: Callable[[], PaperFigure], out: Path, page: Page = OWN_PAGE, files: Files = Files()
+    name: str, draw: Callable[[], PaperFigure], out: Path, page: Page = OWN_PAGE, files: Files = USUAL_FILES
 ) -> SavedFigure:
     """Draw and write one figure, or return the reason why there is none, whatever was raised."""
     try:
@@ -117,7 +83,7 @@ def save_figure(
         return SavedFigure(name, (), "", "", skipped=reason, failed=True)
 
 
-def write_figure(figure: PaperFigure, out: Path, page: Page = OWN_PAGE, files: Files = Files()) -> SavedFigure:
+def write_figure(figure: PaperFigure, out: Path, page: Page = OWN_PAGE, files: Files = USUAL_FILES) -> SavedFigure:
     """Write one figure into a folder that is made if it is absent."""
     with apply_style(page):
         write_caption(figure.fig, figure.write_paragraphs(files.caption), page)

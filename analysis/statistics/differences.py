@@ -12,6 +12,9 @@ from kbit.analysis.statistics.frontier import draw_values, weigh_curve
 
 DIFFERENCE: Final = ["panel", "series", "total_bits", "difference", "low", "high", "reference"]
 
+# A curve is extended by so much in the logarithm of bits: codebooks of a model's own differ in size by less.
+EDGE: Final = 0.02
+
 
 def compare_with_best(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None) -> pd.DataFrame:
     """Return the difference of each point to its panel's best curve at the point's bits, with its paired interval.
@@ -28,8 +31,8 @@ def compare_with_best(curves: pd.DataFrame, measure: Measure, results: pd.DataFr
 
     Returns:
         Columns DIFFERENCE in the measure's own unit and direction (a loss above 0 is worse). reference is the best
-        curve's series. Points outside its range are left out, and so are panels whose curves never meet. There are no
-        rows if the store lacks the items, since unpaired intervals would be too wide.
+        curve's series. Points beyond its ends by more than EDGE are left out, as are panels whose curves never meet.
+        There are no rows if the store lacks the items, since unpaired intervals would be too wide.
     """
     parts = [pd.DataFrame(columns=DIFFERENCE)]
     for panel, points in curves.groupby("panel", sort=False):
@@ -51,10 +54,20 @@ def compare_with_best(curves: pd.DataFrame, measure: Measure, results: pd.DataFr
 
 
 def subtract_curve(points: pd.DataFrame, series: str) -> Floats:
-    """Return the weights [points, points] of each point's difference to a curve at its bits. NaN outside the curve."""
+    """Return the weights [points, points] of each point's difference to a curve at its bits.
+
+    They are NaN where the curve, extended by EDGE, does not reach.
+    """
     sizes = points["total_bits"].to_numpy(dtype=np.float64)
     own = np.flatnonzero((points["series"] == series).to_numpy())
     own = own[np.argsort(sizes[own])]
+    weights = weigh_curve(sizes[own], sizes)
+    for ends in (own[:2], own[-1:-3:-1]):  # the curve's first and last point, each with its neighbour
+        start, step = np.log(sizes[ends[0]]), np.log(sizes[ends[1]] / sizes[ends[0]])
+        beyond = (np.log(sizes) - start) / step
+        near = np.isnan(weights).any(axis=1) & (np.abs(np.log(sizes) - start) <= EDGE)
+        weights[near] = 0.0
+        weights[np.ix_(near, np.searchsorted(sizes[own], sizes[ends]))] = np.stack([1 - beyond, beyond], axis=1)[near]
     rows = np.eye(len(points))
-    rows[:, own] -= weigh_curve(sizes[own], sizes)
+    rows[:, own] -= weights
     return rows

@@ -65,7 +65,7 @@ def draw_figures(options: argparse.Namespace) -> None:
         ValueError, OSError: there is no store, or an argument is wrong.
     """
     from kbit.analysis.figures.curve_figures import choose_measure
-    from kbit.analysis.figures.saving import save_figures
+    from kbit.analysis.figures.registry import save_figures
     from kbit.analysis.statistics.findings import finding
     from kbit.store.readers import leave_out_checkpoints, read_results
 

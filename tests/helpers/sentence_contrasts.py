@@ -34,7 +34,7 @@ KINDS: Final[dict[str, Callable[[pd.DataFrame], Any]]] = {
     "GPTQ": lambda d: d["series"].str.contains("gptq"),
     "GPTQ with its default options": lambda d: d["series"] == "gptq",
     "rounding to nearest": lambda d: d["series"] == "rtn",
-    "float in blocks of 64": lambda d: d["series"] == "float block 64",
+    "float in blocks of 64": lambda d: d["series"].str.match(r"float\d-e\dm\d block 64"),
     "outliers in 16 bit": lambda d: d["series"].str.contains("outliers"),
     "the same precision without": lambda d: ~d["series"].str.contains("with"),
     "4-bit without": lambda d: d["series"] == "4-bit",
@@ -127,8 +127,10 @@ def check_figure_4(verdict: str, data: pd.DataFrame) -> None:
 
 def check_figure_5(verdict: str, data: pd.DataFrame) -> None:
     """Check a sentence for each panel of figure 5."""
-    sentences = re.split(r"(?<=\.) (?=[A-Z])(?!Mean)", verdict)
+    sentences = re.findall(r"\[(\d)-bit: GPTQ (\w+)\] (.+?)(?= \[|$)", verdict)
     panels = list(data.groupby("panel", sort=False))
     assert len(sentences) == len(panels)
-    for sentence, (_, points) in zip(sentences, panels, strict=True):
-        check_contrasts(sentence, points, "worse" if (points["bits"] == 3).all() else "level")
+    for (bits, expected, sentence), (_, points) in zip(sentences, panels, strict=True):
+        assert set(points["bits"]) == {int(bits)}
+        assert expected == ("worse" if bits == "3" else "level")
+        check_contrasts(sentence, points, expected)

@@ -78,11 +78,13 @@ def check_frontier(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> Non
 
 
 def check_laws(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> None:
-    wide = data.pivot(index="family", columns="law", values="rmse").reindex(columns=["power", "offset"]).dropna()
+    fitted = data[data["rmse"].notna()]
+    wide = fitted.pivot(index=["family", "panel"], columns="law", values="rmse")
+    wide = wide.reindex(columns=["power", "offset"]).dropna()
     assert verdict.startswith("Not tested") == wide.empty
     if len(wide):
         means = f"RMSE {wide['power'].mean():.4f} against {wide['offset'].mean():.4f} nats"
-        assert verdict.startswith(f"In {(wide['power'] > wide['offset']).sum()} of {len(wide)} families")
+        assert verdict.startswith(f"In {(wide['power'] > wide['offset']).sum()} of {len(wide)} variants")
         assert means in verdict
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, Locator, NullFormatter, NullLocator
 
 from kbit.analysis.curves.units import format_bits
-from kbit.analysis.figures.canvas.page import measure_text
+from kbit.analysis.figures.canvas.page import get_size, measure_text
 
 TICK_STEPS: Final = (
     (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
@@ -30,7 +29,7 @@ class RoundLocator(Locator):
     def __init__(self, format_value: Callable[[float], str]) -> None:
         super().__init__()
         self._format = format_value
-        self._size = float(matplotlib.rcParams["xtick.labelsize"])
+        self._size = get_size("xtick.labelsize")
 
     def __call__(self) -> Sequence[float]:
         axis: Any = self.axis

@@ -74,6 +74,9 @@ class Page:
         return FONT_SIZE if self.width is None else min(max(SMALLEST, FONT_SIZE * self.width / FULL_WIDTH), FONT_SIZE)
 
 
+OWN_PAGE: Final = Page()  # each figure in its own size
+
+
 def parse_length(text: str) -> float:
     """Return a length such as 3.3in, 8.4cm, 84mm or 240pt in inches.
 
@@ -115,6 +118,11 @@ def apply_style(page: Page) -> Iterator[None]:
         ours = STYLE | scaled | {"font.size": base}
         params.update({name: value for name, value in ours.items() if name not in chosen} | FIXED)
         yield
+
+
+def get_size(name: str) -> float:
+    """Return one of matplotlib's sizes of text in points, such as axes.titlesize, which may be a word ("large")."""
+    return float(FontProperties(size=matplotlib.rcParams[name]).get_size_in_points())
 
 
 def get_small_size() -> float:

@@ -24,7 +24,8 @@ PANEL: Final = (3.9, 3.1)  # inches, where the page leaves it open; of a figure 
 SINGLE: Final = (6.6, 4.5)
 STRIP_HEIGHT: Final = 1.4  # inches more for a panel with a strip
 LEAST_WITH_STRIP: Final = 1.85  # inches: a lower panel has no room for a strip
-IN_STRIP: Final = 0.8  # the share of the differences for which a strip's y axis is made
+IN_STRIP: Final = 0.8  # the share of the differences for which a strip's y axis is made, if all need one FAR as long
+FAR: Final = 4.0
 ABREAST: Final = 0.35  # the distance of curves that stand side by side, in sizes of the font
 Offsets = dict[str, float]  # points to the right, by series
 
@@ -185,10 +186,10 @@ def draw_strip(
         draw_curve(axes, curve.sort_values("total_bits"), "difference", name, styles[name], offsets.get(name, 0.0))
     axes.axhline(0, color=styles[reference].color, linewidth=0.8 * float(matplotlib.rcParams["lines.linewidth"]))
     ends = differences.loc[differences["series"] != reference, ["low", "high"]].to_numpy(dtype=np.float64)
-    low, high = (
-        min(0.0, float(np.quantile(ends[:, 0], 1 - IN_STRIP))),
-        max(0.0, float(np.quantile(ends[:, 1], IN_STRIP))),
-    )
+    low, high = min(0.0, float(ends[:, 0].min())), max(0.0, float(ends[:, 1].max()))
+    inner = min(0.0, float(np.quantile(ends[:, 0], 1 - IN_STRIP))), max(0.0, float(np.quantile(ends[:, 1], IN_STRIP)))
+    if high - low > FAR * (inner[1] - inner[0]):  # collapsed points would press all others flat
+        low, high = inner
     pad = 0.1 * (high - low) or 0.01
     axes.set_ylim(low - pad, high + pad)
     size = get_small_size()

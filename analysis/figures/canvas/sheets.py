@@ -13,7 +13,15 @@ from matplotlib.figure import SubFigure
 from matplotlib.lines import Line2D
 
 from kbit.analysis.figures.canvas.captions import CaptionedFigure, TooSmallPage
-from kbit.analysis.figures.canvas.page import FONT_SIZE, FULL_WIDTH, Page, get_line_height, measure_text, wrap_text
+from kbit.analysis.figures.canvas.page import (
+    FONT_SIZE,
+    FULL_WIDTH,
+    Page,
+    get_line_height,
+    get_size,
+    measure_text,
+    wrap_text,
+)
 from kbit.analysis.figures.canvas.styles import LineStyle, draw_handle
 
 LEAST_PANEL: Final = (0.85, 0.7)  # inches: a panel that small has room for two ticks
@@ -59,19 +67,19 @@ class Sheet:
 
     def label(self, x_label: str, y_label: str) -> None:
         """Name the axes that all panels share, wrapped to the sheet's size."""
-        size = float(matplotlib.rcParams["axes.labelsize"])
-        width, height = self.columns * self.panel_width, self.rows * self.panel_height
+        size = get_size("axes.labelsize")
+        width, height = self.fig.get_size_inches()
         weight = matplotlib.rcParams["axes.labelweight"]
         for write, text, room in (
             (self.fig.body.supxlabel, x_label, width),
             (self.fig.body.supylabel, y_label, height),
         ):
             if text:
-                write("\n".join(wrap_text(text, 0.95 * room, size)), fontsize=size, weight=weight)
+                write("\n".join(wrap_text(text, 0.9 * room, size)), fontsize=size, weight=weight)
 
     def write_title(self, axes: Axes, title: str, pad: float | None = None) -> None:
         """Write a panel's title, wrapped to the panel's width."""
-        size = float(matplotlib.rcParams["axes.titlesize"])
+        size = get_size("axes.titlesize")
         room = self.panel_width - measure_text("0.000", size) - 2 * get_line_height(size) / self.columns
         axes.set_title("\n".join(wrap_text(title, max(room, 0.6), size)), pad=pad)
 
@@ -140,7 +148,7 @@ def measure_legend(legend: Mapping[str, LineStyle], page: Page) -> tuple[float, 
     """Return the width that a legend takes from the panels, and its height, inches."""
     if not legend:
         return 0.0, 0.0
-    size = float(matplotlib.rcParams["legend.fontsize"])
+    size = get_size("legend.fontsize")
     line = 1.5 * size / 72
     if is_beside(page):
         return measure_entry(legend), (len(legend) + 1) * line
@@ -149,7 +157,7 @@ def measure_legend(legend: Mapping[str, LineStyle], page: Page) -> tuple[float, 
 
 def measure_entry(legend: Mapping[str, LineStyle]) -> float:
     """Return the width of the legend's longest entry, inches."""
-    size = float(matplotlib.rcParams["legend.fontsize"])
+    size = get_size("legend.fontsize")
     return max(measure_text(name, size) for name in legend) + (HANDLE + BESIDE_TEXT) * size / 72
 
 

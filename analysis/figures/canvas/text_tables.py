@@ -23,7 +23,7 @@ def write_latex(path: Path, paragraphs: Sequence[str], table: pd.DataFrame) -> N
 
 def write_markdown(path: Path, name: str, paragraphs: Sequence[str], table: pd.DataFrame | None) -> None:
     """Write paragraphs below a heading, and a table if there is one."""
-    parts = [f"# {name}", *paragraphs]
+    parts = [f"# {name}", *map(escape_markup, paragraphs)]
     if table is not None:
         head = [str(column) for column in table]
         rows = [head, ["---"] * len(head), *table.astype(str).to_numpy().tolist()]
@@ -33,4 +33,9 @@ def write_markdown(path: Path, name: str, paragraphs: Sequence[str], table: pd.D
 
 def escape_cell(cell: str) -> str:
     """Return a cell whose bars do not end it."""
-    return " ".join(cell.replace("|", "\\|").split())
+    return escape_markup(cell).replace("|", "\\|")
+
+
+def escape_markup(text: str) -> str:
+    """Return a text on one line that opens no element of HTML."""
+    return " ".join(text.replace("<", "&lt;").split())

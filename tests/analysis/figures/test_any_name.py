@@ -12,7 +12,8 @@ import pytest
 from matplotlib.text import Text
 
 from kbit.analysis.figures.drawing import PaperFigure
-from kbit.analysis.figures.registry import FIGURES, write_figure
+from kbit.analysis.figures.registry import FIGURES
+from kbit.analysis.figures.saving import write_figure
 from kbit.analysis.report.page import build_page, collect_columns
 from kbit.store.tables import write_csv
 

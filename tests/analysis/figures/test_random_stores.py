@@ -39,7 +39,7 @@ def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, ch
     for name in random.Random(chance).sample(list(FIGURES), FEW):
         figure = draw(name, store)
         if figure is not None:
-            caption = " ".join(figure.fig.texts[0].get_text().split())
+            caption = " ".join(figure.write_paragraphs("full"))
             check_sentences(name, figure.verdict, caption, figure.data, store)
             texts = [text for text in figure.fig.findobj(Text) if isinstance(text, Text)]
             assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())

@@ -54,7 +54,7 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     quantized = rows.assign(value=0.0, bits=3, key=rows["model"] + "-3")
     both = table_2(pd.concat([quantized, rows.assign(value=values)], ignore_index=True))
     assert both.verdict == figure.verdict  # the 16-bit experiment stands for its model
-    assert "Data: 3 experiments on 3 models of toy." in both.fig.texts[0].get_text()
+    assert "Data: 3 experiments on 3 models of toy." in " ".join(both.notes)
 
 
 def test_published_values_are_the_transcribed_ones() -> None:
@@ -81,8 +81,8 @@ def test_published_circles_are_drawn_and_their_source_named(planted: pd.DataFram
     names = {"opt-1m": "opt-125m", "opt-4m": "opt-350m", "opt-16m": "opt-1.3b"}
     rows = planted[planted["metric"] == "cross_entropy"].replace({"model": names}).assign(task="wikitext2")
     figure = FIGURES["figure_13"](rows)
-    assert "Circles: published values; GPTQ" in figure.fig.texts[0].get_text()
-    assert figure.fig.legends[0].get_texts()[-1].get_text() == "published"
+    assert "Circles: published values; GPTQ" in " ".join(figure.write_paragraphs("full"))
+    assert figure.fig.subfigs[0].legends[0].get_texts()[-1].get_text() == "published"
 
 
 def test_anchors_say_whether_published_values_are_met(planted: pd.DataFrame) -> None:
@@ -289,7 +289,7 @@ def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
     assert figure.data["loss"].to_numpy() == pytest.approx([0.25, 0.35, 0.45])
     assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, 4-bit nf block 64"]
-    assert "Left out: 4 experiments" in " ".join(figure.fig.texts[0].get_text().split())
+    assert "Left out: 4 experiments" in " ".join(figure.write_paragraphs("full"))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_methods_compete_for_a_budget(planted: pd.DataFrame) -> None:
     rows = rows[rows["bits"].isin([3, 4]) & (rows["family"] == "opt")]
     figure = FIGURES["frontier"](rows)
     assert set(figure.data["choice"]) == {"4-bit int gptq block 64"}
-    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in figure.fig.texts[0].get_text()
+    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in " ".join(figure.write_paragraphs("full"))
 
 
 def test_a_frontier_of_one_small_model_is_still_shown(planted: pd.DataFrame) -> None:
@@ -343,6 +343,6 @@ def test_a_precision_against_16_bits_alone_is_no_contest(planted: pd.DataFrame) 
     assert figure.data.loc[alone, "bits"].isna().all()
     counted = int((~alone).sum())
     assert f"of {counted} variants" in figure.verdict
-    caption = " ".join(figure.fig.texts[0].get_text().split())
+    caption = " ".join(figure.write_paragraphs("full"))
     assert f"Not counted: {int(alone.sum())} with one quantized precision" in caption
     assert (figure.data["lowest"] < figure.data["highest"]).all()
