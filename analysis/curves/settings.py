@@ -33,6 +33,8 @@ SETTINGS: Final = (
     ("exclude", None, "without {}"),
 )
 
+# what captions say of the label "float", which is one for all precisions
+FLOATS: Final = "float: with the paper's exponent bits, 1 at 2 bits, 2 at 3 bits and 3 at more."
 SETTING_COLUMNS: Final = ["exponent_bits", *(column for column, _, _ in SETTINGS)]
 DECIDED: Final = ("layout", "scale_format")  # by a method that multiplies in int8, so that its label leaves them out
 # Of settings with equally many points the first of these is shown: the paper's own before later ones. Others follow.

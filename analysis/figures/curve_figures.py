@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from kbit.analysis.curves.curves import READING, ZERO_SHOT, Measure, find_cross_entropy, precision_curves
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
+from kbit.analysis.curves.settings import FLOATS
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.panels import draw_panels, find_offsets
 from kbit.analysis.figures.drawing import (
@@ -108,6 +109,8 @@ def describe_panels(curves: pd.DataFrame, differences: pd.DataFrame, fig: Figure
         sentences.append("Points at equal bits stand side by side.")
     if curves["family"].nunique() > 1:
         sentences.append("Panels of one family share their axes, those of two families do not.")
+    if ((curves["varied"] == "bits") & (curves["label"] == "float")).any():
+        sentences.append(FLOATS)
     return " ".join(sentences)
 
 

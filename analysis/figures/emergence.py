@@ -10,7 +10,7 @@ import pandas as pd
 from kbit.analysis.curves.curves import AmbiguousResults, prefer_baseline
 from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.units import format_count
-from kbit.analysis.figures.canvas.axes import set_log_axis
+from kbit.analysis.figures.canvas.axes import set_log_axis, set_value_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import style_series
@@ -58,7 +58,7 @@ def draw_features(results: pd.DataFrame, page: Page) -> PaperFigure:
                 style = styles[f"{what}{' (paper)' if is_paper else ''}"]
                 axes.plot(rows[x], rows[column], linestyle="none", marker=style.marker, color=style.color)
         set_log_axis(axes, data[x], format_count)
-        axes.set_ylim(-0.04, 1.04)
+        set_value_axis(axes, -0.04, 1.04)
         axes.set_xlabel("perplexity (per token)" if x == "perplexity" else x)
     sheet.label("", "share affected")
     draw_legend(sheet.fig.body, styles, page, lines=False)

@@ -349,7 +349,10 @@ def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFram
     if table.empty:
         return pd.DataFrame()
     names = [
-        f"{name} {name_block(block)}" for name, block in zip(name_quantizers(table), table["block_size"], strict=True)
+        f"{name} {name_block(block)}"
+        for name, block in zip(
+            name_quantizers(table.assign(include=None, exclude=None)), table["block_size"], strict=True
+        )
     ]
     table = table.assign(quantizer=names, kind=table["data_type"])
     table = table[table.groupby(["model", "quantizer"])["part"].transform("size") >= 2]

@@ -17,7 +17,7 @@ from typing import Final
 import matplotlib
 import pandas as pd
 
-from kbit.analysis.figures.canvas.axes import label_plainly
+from kbit.analysis.figures.canvas.axes import label_plainly, set_value_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import style_precisions
@@ -109,7 +109,7 @@ def draw_roofline(results: pd.DataFrame, page: Page, devices: tuple[Device, ...]
             axes.plot(curve["batch"], curve["speedup"], color=style.color, marker=style.marker, linestyle=style.dashes)
         axes.set_xscale("log", base=2)
         label_plainly(axes.xaxis)
-        axes.set_ylim(0, 1.05 * table["speedup"].max())
+        set_value_axis(axes, 0, 1.05 * table["speedup"].max())
         axes.axvline(PAPER_BATCH, color="0.6", linewidth=0.5 * float(matplotlib.rcParams["lines.linewidth"]))
         sheet.write_title(axes, device.name)
     sheet.label("batch", "speedup over 16 bit")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.ticker import FuncFormatter, Locator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, Locator, MaxNLocator, NullFormatter, NullLocator
 
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.canvas.page import get_size, measure_text
@@ -57,6 +57,12 @@ def choose_ticks(left: float, right: float, gap: float) -> list[float]:
             return [float(tick) for tick in ticks]
     # Only decades are left, and there are too many of them: every second, third, ...
     return [float(tick) for tick in ticks[:: int(np.ceil(gap * np.log10(right / left)))]]
+
+
+def set_value_axis(axes: Axes, bottom: float, top: float) -> None:
+    """Make the y axis a linear one between two ends. A very low axis has one tick."""
+    axes.set_ylim(bottom, top)
+    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
 
 
 def set_bits_axis(axes: Axes, left: float, right: float) -> None:

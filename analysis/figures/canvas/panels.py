@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
-from kbit.analysis.figures.canvas.axes import set_bits_axis
+from kbit.analysis.figures.canvas.axes import set_bits_axis, set_value_axis
 from kbit.analysis.figures.canvas.page import Page, get_line_height, get_small_size, wrap_text
 from kbit.analysis.figures.canvas.sheets import Sheet, draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_curves
@@ -117,7 +117,7 @@ def draw_panel(
         name = str(series)
         draw_curve(axes, curve.sort_values("total_bits"), "value", name, styles[name], offsets.get(name, 0.0))
     left, right, bottom, top = limits
-    axes.set_ylim(bottom, top)
+    set_value_axis(axes, bottom, top)
     aside = (right / left) ** (max(offsets.values(), default=0.0) / 72 / (0.7 * sheet.panel_width))
     set_bits_axis(axes, left / aside, right * aside)
     title_pad = None
@@ -191,7 +191,7 @@ def draw_strip(
     if high - low > FAR * (inner[1] - inner[0]):  # collapsed points would press all others flat
         low, high = inner
     pad = 0.1 * (high - low) or 0.01
-    axes.set_ylim(low - pad, high + pad)
+    set_value_axis(axes, low - pad, high + pad)
     size = get_small_size()
     title = wrap_text(f"difference to {reference}", 0.75 * sheet.panel_width, size)
     axes.set_title("\n".join(title), fontsize=size)

@@ -80,7 +80,7 @@ class Sheet:
     def write_title(self, axes: Axes, title: str, pad: float | None = None) -> None:
         """Write a panel's title, wrapped to the panel's width."""
         size = get_size("axes.titlesize")
-        room = self.panel_width - measure_text("0.000", size) - 2 * get_line_height(size) / self.columns
+        room = 0.9 * self.panel_width - measure_text("0.000", size) - 2 * get_line_height(size) / self.columns
         axes.set_title("\n".join(wrap_text(title, max(room, 0.6), size)), pad=pad)
 
 

