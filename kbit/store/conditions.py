@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from kbit.checks import suggest
+from kbit.checks import ask_for_nearest
 from kbit.store.rows import SETTING_COLUMNS
 
 _COMPARE: Final[dict[type[ast.cmpop], Callable[[Any, Any], Any]]] = {
@@ -107,7 +107,8 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> Any:
         if node.id not in self._table.columns:
-            raise ValueError(f"no column {node.id!r}; {suggest(node.id, self._table.columns)}")
+            near = ask_for_nearest(node.id, self._table.columns)
+            raise ValueError(f"no column {node.id!r}; {near or f'a value that is text is quoted: {node.id!r}'}")
         column = self._table[node.id]
         return column.astype(_TRUTH) if pd.api.types.is_bool_dtype(column.dtype) or _holds_truth(column) else column
 
