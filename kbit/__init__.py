@@ -10,6 +10,7 @@ model? kbit quantizes tensors and models, evaluates them, and reads the results 
     kbit.evaluate(loaded.model, loaded.tokenizer, ["nano_cloze"])
     kbit.read_results("results")
     kbit.compare("nano-neox-98k", ["nf4", "int4", "mxfp4"])
+    kbit.figures.draw("figure_2", "results", width="3.3in")
 
 Names are imported on first use, so that `import kbit` and the command line start at once.
 """
@@ -20,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit import figures as figures
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
+# Each public name, and the module that defines it, or that it is. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
     "Experiment": "kbit.experiments.config:Experiment",
     "QuantConfig": "kbit.methods.config:QuantConfig",
@@ -57,6 +59,7 @@ _PUBLIC = {
     "dequantize": "kbit.numerics.quantizer:dequantize",
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
+    "figures": "kbit.figures:",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
     "KbitConfig": "kbit.checkpoints.loading:KbitConfig",
     "list_matrices": "kbit.notebook.quantizers:list_matrices",
@@ -84,7 +87,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute)
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:
