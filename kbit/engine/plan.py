@@ -11,7 +11,13 @@ from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.engine.machine import count_cpus, count_gpus, count_workers
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
-from kbit.experiments.requirements import check_download_space, check_lengths, check_model_files, check_tasks
+from kbit.experiments.requirements import (
+    check_download_space,
+    check_lengths,
+    check_model_files,
+    check_not_packed,
+    check_tasks,
+)
 from kbit.experiments.result import FAILED
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
@@ -104,6 +110,7 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     _check_settings(configs)
     _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
+    check_not_packed(experiments)
     for experiment in {(e.model, e.eval, e.quant.calibration, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):

@@ -19,11 +19,23 @@ from kbit.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """One point of a study: a model, a quantizer, and the measurements to make."""
+    """One point of a study: a model, a quantizer, and the measurements to make.
+
+    Attributes:
+        model, quant, eval: see their classes.
+        packed: whether the model is evaluated through packed layers (kbit.checkpoints), quantized while it is loaded.
+            Its numbers are the same and so is its key. What is measured against the 16-bit model is left out.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    packed: bool = False
+
+    @property
+    def packed_as(self) -> QuantConfig | None:
+        """The quantizer of packed layers, or None of a model that computes with plain weights."""
+        return self.quant if self.packed and not self.quant.is_baseline else None
 
     @property
     def identity_fields(self) -> dict[str, dict[str, Any]]:
@@ -152,4 +164,4 @@ class RunConfig(Experiment):
     @property
     def experiment(self) -> Experiment:
         """The experiment alone."""
-        return Experiment(self.model, self.quant, self.eval)
+        return Experiment(self.model, self.quant, self.eval, self.packed)

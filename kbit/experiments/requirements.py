@@ -16,7 +16,7 @@ from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks,
 from kbit.data.texts import locate_text, read_documents
 from kbit.experiments.config import Experiment
 from kbit.models.catalog import locate_model, locate_tokenizer
-from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
+from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template, is_packed_by_kbit
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import find_cached_folder, find_context, find_size
 
@@ -59,6 +59,21 @@ def check_download_space(models: Iterable[ModelConfig]) -> None:
             f"{', '.join(sizes)}: to be downloaded are {needed / 1e9:.1f} GB at least, and {free / 1e9:.1f} GB are "
             f"free at {there}; HF_HOME names another place"
         )
+
+
+def check_not_packed(experiments: Iterable[Experiment]) -> None:
+    """Raise ValueError if a packed model would be quantized again."""
+    for name in {experiment.model.name for experiment in experiments if not experiment.quant.is_baseline}:
+        if is_packed_by_kbit(Path(name)):
+            raise ValueError(describe_packed(name))
+
+
+def describe_packed(name: str) -> str:
+    """Return the error of a packed model that would be quantized again."""
+    return (
+        f"model.name={name} is packed by kbit already, and is not quantized again: quant.bits=16 evaluates it as it "
+        "is. Quantize the model that it was made of"
+    )
 
 
 def check_tasks(experiment: Experiment) -> None:

@@ -19,7 +19,8 @@ from kbit.cli.figures import FIGURE_NAMES
 from kbit.cli.main import make_parser
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
-COMMANDS = ["run", "plan", "figures", "report", "results", "outliers", "fit", "models", "doctor", "completion"]
+COMMANDS = ["run", "plan", "figures", "report", "results", "outliers", "fit", "pack", "export", "models", "doctor"]
+COMMANDS += ["completion"]
 ASK = """
 eval "$(kbit completion bash)"
 COMP_LINE="$1" COMP_POINT=${#1} COMP_WORDS=($1) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
