@@ -35,14 +35,16 @@ if TYPE_CHECKING:
     from kbit.notebook.quantizers import error_table as error_table
     from kbit.notebook.quantizers import list_matrices as list_matrices
     from kbit.notebook.quantizers import presets as presets
-    from kbit.numerics.data_types import make_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
     from kbit.numerics.quantizer import dequantize as dequantize
     from kbit.numerics.quantizer import fake_quantize as fake_quantize
+    from kbit.numerics.quantizer import find_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantizer import quantize as quantize
     from kbit.numerics.spec import QuantSpec as QuantSpec
     from kbit.store.readers import read_failures as read_failures
     from kbit.store.readers import read_results as read_results
+
+    __version__: str
 
 # Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
@@ -51,7 +53,7 @@ _PUBLIC = {
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
     "compare": "kbit.notebook.comparison:compare",
-    "codebook": "kbit.numerics.data_types:make_codebook",
+    "codebook": "kbit.numerics.quantizer:find_codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
@@ -75,6 +77,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes a moment, which the command line need not wait for
+
+        return version("kbit")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

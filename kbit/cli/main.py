@@ -36,6 +36,7 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     completion.add_completion,
 )
 
+_QUOTES: Final = "'\""  # in which Hydra's values may stand
 _SHOWN: Final = 10  # records that cannot be read and are named
 
 _EXAMPLES: Final = """\
@@ -123,6 +124,8 @@ def run_command(arguments: Sequence[str]) -> None:
         arguments = ["--help"]
     if arguments[0] not in (*commands, "-h", "--help", "--version"):
         raise KbitError(f"unknown command {arguments[0]!r}; {suggest(arguments[0], commands)}")
+    if (command := commands.get(arguments[0])) and not command.get_default("takes_keys"):
+        arguments = [_as_option(argument) for argument in arguments]
     options, rest = parser.parse_known_args(arguments)
     options.rest = rest
     if options.takes_keys:
@@ -138,8 +141,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
 
     A command sets these defaults: `run` is its function of the parsed options, and `words_offered` are the words that
     the shell offers for its arguments. A command with the arguments of `kbit run` sets `takes_keys` instead, `multirun`
-    if it is always one, and the arguments that come `first` and `last`. It sets `takes_rest` if its function takes
-    arguments that its parser does not know, as `rest`.
+    if it is always one, and the arguments that come `first` and `last`. It has `--results`, which is the key results. A
+    command sets `takes_rest` if its function takes arguments that its parser does not know, as `rest`.
     """
     parser = argparse.ArgumentParser(
         "kbit", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -154,10 +157,18 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     return parser, commands.choices
 
 
+def _as_option(argument: str) -> str:
+    """Return an argument with the store as every command of kbit takes it: results=X is --results=X."""
+    key, is_given, value = argument.partition("=")
+    return f"--results={value.strip(_QUOTES)}" if is_given and key == "results" else argument
+
+
 def _run_composed(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run a command whose arguments are keys and values, which Hydra composes to experiments."""
-    from kbit.cli.hydra.app import as_multirun, compose_requests
+    from kbit.cli.hydra.app import as_multirun, compose_requests, quote_value
 
+    if options.results is not None:
+        rest = [*rest, f"results={quote_value(options.results)}"]
     given = [*options.first, *(as_multirun(rest) if options.multirun else rest), *options.last]
     for request in compose_requests(given, options.command):
         if request.examine_only:
