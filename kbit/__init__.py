@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit.checkpoints.foreign import read_quantized as read_quantized
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
@@ -68,6 +69,7 @@ _PUBLIC = {
     "quantize": "kbit.numerics.quantizer:quantize",
     "quantize_model": "kbit.methods.quantize_model:quantize_model",
     "read_failures": "kbit.store:read_failures",
+    "read_quantized": "kbit.checkpoints.foreign:read_quantized",
     "read_results": "kbit.store:read_results",
     "save_packed": "kbit.checkpoints.saving:save_packed",
     "run_experiment": "kbit.experiments.session:run_experiment",
