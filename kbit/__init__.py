@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbit import figures as figures
+    from kbit.checkpoints.foreign import read_quantized as read_quantized
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
-    from kbit.checkpoints.loading import save_packed as save_packed
+    from kbit.checkpoints.saving import save_packed as save_packed
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
@@ -71,8 +72,9 @@ _PUBLIC = {
     "quantize": "kbit.numerics.quantizer:quantize",
     "quantize_model": "kbit.methods.quantize_model:quantize_model",
     "read_failures": "kbit.store:read_failures",
+    "read_quantized": "kbit.checkpoints.foreign:read_quantized",
     "read_results": "kbit.store:read_results",
-    "save_packed": "kbit.checkpoints.loading:save_packed",
+    "save_packed": "kbit.checkpoints.saving:save_packed",
     "run_experiment": "kbit.experiments.session:run_experiment",
 }
 
