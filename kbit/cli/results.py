@@ -139,7 +139,7 @@ def _list(options: argparse.Namespace) -> None:
     elif options.failures:
         print(show_failures(table, shutil.get_terminal_size().columns))
     else:
-        print(table.mask(table.eq("none")).to_string(index=False, na_rep="-"))
+        print(table.replace("none", "-").to_string(index=False, na_rep="-"))
 
 
 def _delete(options: argparse.Namespace) -> None:
