@@ -20,12 +20,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit.checkpoints.loading import KbitConfig as KbitConfig
+    from kbit.checkpoints.loading import load_model as load_model
+    from kbit.checkpoints.loading import pack_model as pack_model
+    from kbit.checkpoints.loading import save_packed as save_packed
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
     from kbit.methods.config import QuantConfig as QuantConfig
     from kbit.methods.quantize_model import quantize_model as quantize_model
-    from kbit.models.loading import load_model as load_model
     from kbit.notebook.comparison import compare as compare
     from kbit.notebook.drawing import plot as plot
     from kbit.notebook.drawing import plot_codebooks as plot_codebooks
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from kbit.store.readers import read_failures as read_failures
     from kbit.store.readers import read_results as read_results
 
+    __version__: str
+
 # Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
     "Experiment": "kbit.experiments.config:Experiment",
@@ -53,8 +58,10 @@ _PUBLIC = {
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
+    "KbitConfig": "kbit.checkpoints.loading:KbitConfig",
     "list_matrices": "kbit.notebook.quantizers:list_matrices",
-    "load_model": "kbit.models.loading:load_model",
+    "load_model": "kbit.checkpoints.loading:load_model",
+    "pack_model": "kbit.checkpoints.loading:pack_model",
     "plot": "kbit.notebook.drawing:plot",
     "plot_codebooks": "kbit.notebook.drawing:plot_codebooks",
     "presets": "kbit.notebook.quantizers:presets",
@@ -62,6 +69,7 @@ _PUBLIC = {
     "quantize_model": "kbit.methods.quantize_model:quantize_model",
     "read_failures": "kbit.store:read_failures",
     "read_results": "kbit.store:read_results",
+    "save_packed": "kbit.checkpoints.loading:save_packed",
     "run_experiment": "kbit.experiments.session:run_experiment",
 }
 
@@ -69,6 +77,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes a moment, which the command line need not wait for
+
+        return version("kbit")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

@@ -1,186 +1,355 @@
-// The report's own script: filters, hover, Pareto frontier. The view is kept in the address (#data_type=nf&pareto=1), so that
-// a link shows what its sender saw.
+// The page's controls and its table. The view is kept in the address (#data_type=nf&frontier=1), so that a link shows what
+// its sender saw, and a selected experiment is a link.
 "use strict";
+
 const data = JSON.parse(document.getElementById("data").textContent);
-const points = data.points;
-const count = points.key.length;
-const FILTERS = { family: "family", method: "method", data_type: "data type", block_size: "block size", bits: "bits" };
-const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A1F", "#5D3A9B", "#000000"];
-const SYMBOLS = ["circle", "triangle-down", "triangle-up", "diamond", "square", "cross", "x", "pentagon", "star", "hexagon"];
-const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
-const MANY = 3000; // more points than this are drawn by WebGL
-
+const FILTERS = { family: "family", bits: "bits", data_type: "data type", block_size: "block size", method: "method" };
+const ROWS = 100; // of the table at a time
 const byId = (id) => document.getElementById(id);
-const asText = (value) => String(value);
-const inOrder = (a, b) => (isNaN(a) || isNaN(b) ? (isNaN(a) - isNaN(b)) || (a < b ? -1 : 1) : a - b);
+const chart = new Chart(byId("chart"));
+const view = { sort: "total_bits", descending: false, first: 0, key: null };
+let measure = null;
+let shown = []; // the points that pass the filters, in the table's order
 
-function distinct(column) {
-  return [...new Set(points[column].map(asText))].sort(inOrder);
+// What the table shows of a point: its head, the cell to sort by, and the text, where it is another.
+const COLUMNS = {
+  model: { title: "model", cell: (p) => nameOf(data, measure, "model", p) },
+  family: { title: "family", cell: (p) => nameOf(data, measure, "family", p) },
+  bits: { title: "bits", cell: (p) => Number(nameOf(data, measure, "bits", p)), isNumber: true },
+  data_type: { title: "data type", cell: (p) => nameOf(data, measure, "data_type", p) },
+  block_size: { title: "block size", cell: (p) => asNumber(nameOf(data, measure, "block_size", p)) },
+  method: { title: "method", cell: (p) => nameOf(data, measure, "method", p) },
+  total_bits: {
+    title: "total bits", cell: (p) => data.experiments.total_bits[measure.point[p]], isNumber: true,
+    text: (bits) => `${formatCount(bits, " ")}bit`,
+  },
+  bits_per_param: {
+    title: "bits per parameter", cell: (p) => data.experiments.bits_per_param[measure.point[p]], isNumber: true,
+    text: (bits) => (bits === null ? "-" : bits.toFixed(3)),
+  },
+  value: { title: "value", cell: (p) => measure.value[p], isNumber: true, text: formatValue },
+  low: {
+    title: "95% interval", cell: (p) => measure.low[p], isNumber: true,
+    text: (low, p) => (low === null ? "-" : `${formatValue(low)} to ${formatValue(measure.high[p])}`),
+  },
+  evaluation: { title: "evaluation", cell: (p) => measure.evaluations[measure.evaluation[p]] },
+  key: { title: "experiment", cell: (p) => data.experiments.key[measure.point[p]] },
+};
+
+function asNumber(name) {
+  return name !== "" && !isNaN(name) ? Number(name) : name;
 }
 
-function makeFilters() {
+function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function makeControls() {
+  for (const group of ["main", "other"]) {
+    const members = data.measures.filter((each) => each.group === group);
+    const options = members.map((each) => new Option(each.label, each.label));
+    if (members.length) byId("measure").append(make("optgroup", { label: group }, ...options));
+  }
   for (const [column, title] of Object.entries(FILTERS)) {
-    const box = document.createElement("fieldset");
-    const legend = document.createElement("legend");
-    legend.textContent = title;
-    box.append(legend);
-    for (const value of distinct(column)) {
-      const label = document.createElement("label");
-      const input = document.createElement("input");
-      Object.assign(input, { type: "checkbox", checked: true, name: column, value });
-      label.append(input, ` ${value}`);
-      box.append(label);
+    byId("hue").append(new Option(title, column));
+    const setAll = (checked) => () => {
+      for (const input of document.getElementsByName(column)) input.checked = checked;
+      change();
+    };
+    const legend = make("legend", {}, `${title} `);
+    for (const [label, checked] of [["all", true], ["none", false]]) {
+      const button = make("button", { type: "button", textContent: label, onclick: setAll(checked) });
+      button.setAttribute("aria-label", `${label} of ${title}`);
+      legend.append(button);
+    }
+    const box = make("fieldset", {}, legend);
+    for (const value of data.experiments[column].names) {
+      if (OF_QUANTIZERS.includes(column) && value === UNQUANTIZED) continue;
+      const input = make("input", { type: "checkbox", checked: true, name: column, value });
+      box.append(make("label", {}, input, ` ${value}`));
     }
     byId("filters").append(box);
   }
-  for (const measure of data.measures) byId("measure").append(new Option(measure.label, measure.label));
+  byId("hue").value = "bits";
+  if (window.innerWidth <= 900) byId("filterbox").open = false;
+}
+
+// Of a measure's evaluations the one with the most experiments is first, and shown unless another is asked for.
+function listEvaluations(wanted) {
+  const counts = measure.evaluations.map(() => 0);
+  for (const code of measure.evaluation) counts[code]++;
+  const count = (number) => `${number.toLocaleString("en")} experiment${number === 1 ? "" : "s"}`;
+  const options = measure.evaluations.map((name, code) => new Option(`${name} (${count(counts[code])})`, name));
+  if (options.length > 1) options.push(new Option(`all ${options.length}, which do not compare`, ""));
+  byId("evaluation").replaceChildren(...options);
+  byId("evaluation").value = measure.evaluations.includes(wanted) || (wanted === "" && options.length > 1) ? wanted : options[0].value;
 }
 
 function readView() {
-  const view = new URLSearchParams(location.hash.slice(1));
+  const asked = new URLSearchParams(location.hash.slice(1));
   for (const column of Object.keys(FILTERS)) {
-    const wanted = view.getAll(column);
-    for (const input of document.getElementsByName(column)) input.checked = !wanted.length || wanted.includes(input.value);
-  }
-  if (view.has("measure")) byId("measure").value = view.get("measure");
-  if (view.has("hue")) byId("hue").value = view.get("hue");
-  byId("pareto").checked = view.get("pareto") === "1";
-}
-
-function writeView() {
-  const view = new URLSearchParams({ measure: byId("measure").value, hue: byId("hue").value });
-  if (byId("pareto").checked) view.set("pareto", "1");
-  for (const column of Object.keys(FILTERS)) {
-    const inputs = [...document.getElementsByName(column)];
-    if (inputs.some((input) => !input.checked)) {
-      for (const input of inputs) if (input.checked) view.append(column, input.value);
+    const [on, off] = [asked.getAll(column), asked.getAll(`no_${column}`)];
+    for (const input of document.getElementsByName(column)) {
+      input.checked = on.length ? on.includes(input.value) : !off.includes(input.value);
     }
   }
-  history.replaceState(null, "", `#${view}`);
+  const find = (name, options, otherwise) => (options.includes(asked.get(name)) ? asked.get(name) : otherwise);
+  byId("measure").value = find("measure", data.measures.map((each) => each.label), data.measures[0].label);
+  byId("hue").value = find("hue", Object.keys(FILTERS), "bits");
+  byId("frontier").checked = asked.get("frontier") === "1";
+  byId("intervals").checked = asked.get("intervals") !== "0";
+  byId("curves").checked = asked.get("curves") !== "0";
+  view.sort = find("sort", Object.keys(COLUMNS), "total_bits");
+  view.descending = asked.get("descending") === "1";
+  view.key = asked.get("experiment");
+  measure = data.measures.find((each) => each.label === byId("measure").value);
+  listEvaluations(asked.get("evaluation"));
 }
 
-const OF_QUANTIZERS = ["method", "data_type", "block_size"];
-
-// Indices of the points that pass every filter. An unquantized model belongs to every data type, block size and method.
-function choose() {
-  const allowed = {};
+function writeView(key = view.key) {
+  const now = new URLSearchParams({ measure: byId("measure").value, hue: byId("hue").value });
+  if (byId("evaluation").selectedIndex > 0) now.set("evaluation", byId("evaluation").value);
+  if (byId("frontier").checked) now.set("frontier", "1");
+  if (!byId("intervals").checked) now.set("intervals", "0");
+  if (!byId("curves").checked) now.set("curves", "0");
+  if (view.sort !== "total_bits") now.set("sort", view.sort);
+  if (view.descending) now.set("descending", "1");
   for (const column of Object.keys(FILTERS)) {
-    allowed[column] = new Set([...document.getElementsByName(column)].filter((i) => i.checked).map((i) => i.value));
+    const inputs = [...document.getElementsByName(column)];
+    const [on, off] = [true, false].map((state) => inputs.filter((input) => input.checked === state));
+    if (!on.length) now.append(column, "");
+    else if (off.length) for (const input of on.length < off.length ? on : off) now.append(input.checked ? column : `no_${column}`, input.value);
   }
-  const measure = byId("measure").value;
-  const chosen = [];
-  for (let i = 0; i < count; i++) {
-    if (points.measure[i] !== measure || points.value[i] === null) continue;
-    const asked = Object.keys(FILTERS).filter((column) => points.bits[i] !== 16 || !OF_QUANTIZERS.includes(column));
-    if (asked.every((column) => allowed[column].has(asText(points[column][i])))) chosen.push(i);
+  if (key !== null) now.set("experiment", key);
+  return `#${now}`;
+}
+
+function choose() {
+  const on = {};
+  for (const column of Object.keys(FILTERS)) {
+    const { names } = data.experiments[column];
+    const codes = new Map(names.map((name, code) => [name, code]));
+    on[column] = [...document.getElementsByName(column)].filter((i) => i.checked).map((i) => codes.get(i.value));
   }
-  return chosen;
+  const evaluation = byId("evaluation").value;
+  return choosePoints(data, measure, on, evaluation === "" ? null : measure.evaluations.indexOf(evaluation));
 }
 
-// Plotly reads texts as a kind of HTML: names are escaped.
-const escapeText = (text) =>
-  String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/"/g, "&quot;");
-
-function describe(i) {
-  const interval = points.low[i] === null ? "" : ` (${points.low[i].toFixed(4)} to ${points.high[i].toFixed(4)})`;
-  const block = points.bits[i] === 16 ? "" : `, block ${points.block_size[i]}, method ${escapeText(points.method[i])}`;
-  return [
-    `<b>${escapeText(points.model[i])}</b> ${points.bits[i]}-bit ${escapeText(points.data_type[i])}${block}`,
-    `${points.value[i].toFixed(4)}${interval}`,
-    `${(points.total_bits[i] / 1e6).toPrecision(4)} Mbit, ${points.bits_per_param[i].toFixed(3)} bits per quantized parameter`,
-    `experiment ${escapeText(points.key[i])}; ${points.evaluation ? escapeText(points.evaluation[i]) : ""}`,
-  ].join("<br>");
+function lookOf(point) {
+  const { codes, looks } = data.experiments[byId("hue").value];
+  return looks[codes[measure.point[point]]];
 }
 
-// What a point's value compares with: models of the same family, measured in the same way.
-const nameField = (i) => [points.family[i], ...(points.evaluation ? [points.evaluation[i]] : [])].join(", ");
-
-function groupBy(members, name) {
-  const groups = new Map();
-  for (const i of members) {
-    if (!groups.has(name(i))) groups.set(name(i), []);
-    groups.get(name(i)).push(i);
-  }
-  return groups;
-}
-
-// Points of one field that no other beats: no more bits and at least as good.
-function frontier(chosen, lower) {
-  const sign = lower ? -1 : 1;
-  const ordered = [...chosen].sort((a, b) => points.total_bits[a] - points.total_bits[b] || sign * (points.value[b] - points.value[a]));
-  let best = -Infinity;
-  return ordered.filter((i) => sign * points.value[i] > best && ((best = sign * points.value[i]), true));
-}
-
-function makeTrace(name, members, place, hue) {
-  const style = (hue === "bits" && data.styles[name]) || {
-    color: COLORS[place % COLORS.length],
-    symbol: SYMBOLS[place % SYMBOLS.length],
-  };
-  const known = members.every((i) => points.low[i] !== null);
-  return {
-    type: members.length > MANY ? "scattergl" : "scatter",
-    mode: "markers",
-    name: hue === "bits" ? `${name}-bit` : escapeText(name),
-    x: members.map((i) => points.total_bits[i]),
-    y: members.map((i) => points.value[i]),
-    text: members.map(describe),
-    hoverinfo: "text",
-    marker: { size: 9, color: style.color, symbol: style.symbol, line: { width: 0.5, color: "white" } },
-    error_y: {
-      visible: known && byId("intervals").checked,
-      type: "data",
-      symmetric: false,
-      array: members.map((i) => points.high[i] - points.value[i]),
-      arrayminus: members.map((i) => points.value[i] - points.low[i]),
-      thickness: 0.8,
-      width: 0,
-    },
-  };
+function findPoint(key) {
+  return shown.find((point) => data.experiments.key[measure.point[point]] === key) ?? null;
 }
 
 function draw() {
-  const measure = data.measures.find((m) => m.label === byId("measure").value);
-  const hue = byId("hue").value;
-  const chosen = choose();
-  const groups = groupBy(chosen, (i) => asText(points[hue][i]));
-  const names = [...groups.keys()].sort(inOrder);
-  const traces = names.map((name, place) => makeTrace(name, groups.get(name), place, hue));
-  if (byId("pareto").checked) {
-    const fields = [...groupBy(chosen, nameField)].sort(([a], [b]) => inOrder(a, b));
-    fields.forEach(([field, members], place) => {
-      const best = frontier(members, measure.lower);
-      traces.push({
-        type: "scatter", mode: "lines", name: `Pareto frontier: ${escapeText(field)}`, hoverinfo: "skip",
-        line: { color: "#444", width: 2, shape: "hv", dash: DASHES[place % DASHES.length] },
-        x: best.map((i) => points.total_bits[i]), y: best.map((i) => points.value[i]),
-      });
-    });
-  }
-  const layout = {
-    xaxis: { title: { text: "total model bits" }, type: "log", dtick: "D2", exponentformat: "SI" },
-    yaxis: { title: { text: `${escapeText(measure.label)} (${measure.lower ? "lower" : "higher"} is better)` } },
-    font: { size: 14 }, margin: { t: 20, r: 20 }, hovermode: "closest", legend: { title: { text: byId("hue").selectedOptions[0].text } },
+  const background = document.documentElement.dataset.background;
+  const hue = data.experiments[byId("hue").value];
+  const groups = [...groupBy(shown, (p) => hue.codes[measure.point[p]])].sort(([a], [b]) => a - b);
+  const curves = byId("curves").checked ? listCurves(data, measure, shown) : [];
+  const frontiers = byId("frontier").checked ? listFrontiers(data, measure, shown) : [];
+  chart.draw({
+    background, frontiers,
+    groups: groups.map(([code, points]) => ({ look: hue.looks[code], points })),
+    curves: curves.filter(({ line }) => line.length > 1).map(({ first, line }) => ({ look: lookOf(first), line })),
+    x: (p) => data.experiments.total_bits[measure.point[p]],
+    y: (p) => measure.value[p], low: (p) => measure.low[p], high: (p) => measure.high[p],
+    xTitle: "total model bits",
+    yTitle: measure.axis + (measure.lower === null ? "" : measure.lower ? ", lower is better" : ", higher is better"),
+    intervals: byId("intervals").checked, selected: findPoint(view.key),
+  });
+  const of = byId("evaluation").value === "" ? measure.point.length : measure.evaluation.filter((c) => measure.evaluations[c] === byId("evaluation").value).length;
+  const count = `${shown.length.toLocaleString("en")} of ${of.toLocaleString("en")} experiments shown`;
+  byId("count").textContent = count;
+  byId("chart").setAttribute("aria-label", `${measure.label} against total model bits: ${count}, ${curves.length} curves, ${frontiers.length} frontiers. The table below has the numbers.`);
+  drawLegend(groups.map(([code]) => [hue.names[code], hue.looks[code]]), frontiers, background);
+  byId("unzoom").hidden = chart.zoom === null;
+}
+
+function drawLegend(entries, frontiers, background) {
+  const svg = (inner) => {
+    const holder = make("span", { className: "mark" });
+    holder.innerHTML = `<svg viewBox="-12 -6 24 12" width="24" height="12" aria-hidden="true">${inner}</svg>`;
+    return holder;
   };
-  Plotly.react("plot", traces, layout, { responsive: true, displaylogo: false });
-  const total = points.measure.filter((m) => m === measure.label).length;
-  byId("count").textContent = `${chosen.length} of ${total} experiments shown`;
+  const unit = byId("hue").value === "bits" ? "-bit" : "";
+  const marks = entries.map(([name, look]) =>
+    make("li", {}, svg(`<path transform="scale(4.5)" fill="${adaptColor(look.color, background)}" d="${MARKERS[look.marker]}"/>`), `${name}${unit}`));
+  const lines = frontiers.map(({ family, evaluation }, place) => {
+    const line = svg(`<path d="M-12,0H12" stroke="currentColor" stroke-width="2" stroke-dasharray="${DASHES[place % DASHES.length]}"/>`);
+    return make("li", {}, line, `Pareto frontier: ${family}${byId("evaluation").value === "" ? `, ${evaluation}` : ""}`);
+  });
+  byId("legend").replaceChildren(...marks, ...lines);
+}
+
+function drawTable() {
+  const points = shown.slice(view.first, view.first + ROWS);
+  const head = Object.entries(COLUMNS).map(([name, { title, isNumber }]) => {
+    const arrow = view.sort === name ? (view.descending ? " ▼" : " ▲") : "";
+    const button = make("button", { type: "button", textContent: title + arrow, onclick: () => sortBy(name) });
+    const cell = make("th", { scope: "col", className: isNumber ? "number" : "" }, button);
+    if (arrow) cell.setAttribute("aria-sort", view.descending ? "descending" : "ascending");
+    return cell;
+  });
+  const rows = points.map((point) => {
+    const key = data.experiments.key[measure.point[point]];
+    const cells = Object.entries(COLUMNS).map(([name, { cell, text, isNumber }]) => {
+      const own = text ? text(cell(point), point) : String(cell(point));
+      const content = name === "key" ? make("a", { href: writeView(key), textContent: own, onclick: showChart }) : own;
+      return make("td", { className: isNumber ? "number" : "" }, content);
+    });
+    const row = make("tr", {}, ...cells);
+    row.dataset.key = key;
+    if (key === view.key) row.setAttribute("aria-current", "true");
+    return row;
+  });
+  byId("experiments").replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
+  const last = Math.min(view.first + ROWS, shown.length);
+  byId("rows").textContent = shown.length ? `rows ${(view.first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${shown.length.toLocaleString("en")}` : "no rows: no experiment passes the filters";
+  byId("before").disabled = view.first === 0;
+  byId("after").disabled = last >= shown.length;
+}
+
+function describe(point) {
+  const [low, high] = [measure.low[point], measure.high[point]];
+  const text = (name) => COLUMNS[name].text(COLUMNS[name].cell(point), point);
+  const quantizer = ["bits", "data_type", "block_size"].map((name) => nameOf(data, measure, name, point));
+  const method = nameOf(data, measure, "method", point);
+  return [
+    nameOf(data, measure, "model", point),
+    quantizer[1] === UNQUANTIZED ? "16 bits, not quantized" : `${quantizer[0]}-bit ${quantizer[1]}, ${nameBlock(quantizer[2])}, ${method}`,
+    `${measure.axis}: ${formatValue(measure.value[point])}${low === null ? "" : ` (${formatValue(low)} to ${formatValue(high)})`}`,
+    `${text("total_bits")}, ${text("bits_per_param")} bits per quantized parameter`,
+  ];
+}
+
+function nameBlock(name) {
+  return isNaN(name) ? name : `block ${name}`;
+}
+
+function hover(point, x, y) {
+  const tip = byId("tip");
+  tip.hidden = point === null;
+  if (point === null) return;
+  const [first, ...others] = describe(point);
+  tip.replaceChildren(make("b", { textContent: first }), ...others.map((line) => make("div", { textContent: line })));
+  const most = byId("chart").clientWidth - tip.offsetWidth;
+  tip.style.left = `${Math.max(0, Math.min(x + 14, most))}px`;
+  tip.style.top = `${y > byId("chart").clientHeight / 2 ? y - tip.offsetHeight - 10 : y + 14}px`;
+}
+
+// Say below the chart which experiment is selected, and turn the table to its row.
+function showSelected() {
+  const point = view.key === null ? null : findPoint(view.key);
+  const line = byId("selected");
+  line.hidden = view.key === null;
+  if (view.key === null) return;
+  const clear = make("a", { href: writeView(null), textContent: "select none" });
+  if (point === null) {
+    line.replaceChildren(`Experiment ${view.key} is not among those shown. `, clear);
+    return;
+  }
+  const link = make("button", { type: "button", textContent: "its row", onclick: () => findRow()?.scrollIntoView({ block: "center" }) });
+  line.replaceChildren(`${describe(point).join("; ")}. `, link, " ", clear);
+}
+
+function showChart() {
+  byId("chart").scrollIntoView({ block: "nearest" });
+}
+
+function findRow() {
+  return byId("experiments").querySelector('[aria-current="true"]');
+}
+
+function turnToSelected() {
+  const place = view.key === null ? -1 : shown.indexOf(findPoint(view.key));
+  view.first = place < 0 ? 0 : Math.floor(place / ROWS) * ROWS;
+}
+
+// Scrolls the table alone: the page stays where it is, with the chart in sight.
+function scrollToRow() {
+  const row = findRow();
+  const frame = byId("table");
+  if (row) frame.scrollTop = row.offsetTop - frame.clientHeight / 2;
 }
 
 function update() {
-  writeView();
+  shown = sortPoints(choose(), (point) => COLUMNS[view.sort].cell(point), view.descending);
+  turnToSelected();
   draw();
+  drawTable();
+  scrollToRow();
+  showSelected();
 }
 
-makeFilters();
-readView();
-draw();
-document.body.addEventListener("change", update);
-byId("reset").addEventListener("click", () => {
-  for (const column of Object.keys(FILTERS)) for (const input of document.getElementsByName(column)) input.checked = true;
+function changeValues() {
+  chart.zoom = null;
+  change();
+}
+
+function change() {
+  history.replaceState(null, "", writeView());
   update();
-});
-window.addEventListener("hashchange", () => {
-  readView();
-  draw();
-});
+}
+
+function sortBy(name) {
+  view.descending = view.sort === name && !view.descending;
+  view.sort = name;
+  change();
+}
+
+function turn(rows) {
+  view.first += rows;
+  drawTable();
+}
+
+// A link of a row leads to its point, and a click on a point to its row: both change the address, and "back" leads back.
+function select(key) {
+  if (key !== view.key) location.hash = writeView(key);
+}
+
+function setTheme() {
+  const theme = byId("theme").value;
+  document.documentElement.style.colorScheme = theme === "system" ? "light dark" : theme;
+  const isDark = theme === "dark" || (theme === "system" && matchMedia("(prefers-color-scheme: dark)").matches);
+  document.documentElement.dataset.background = isDark ? "#16181d" : "#ffffff";
+}
+
+function listen() {
+  for (const id of ["hue", "intervals", "curves", "frontier", "filters"]) byId(id).addEventListener("change", change);
+  byId("measure").addEventListener("change", () => {
+    measure = data.measures.find((each) => each.label === byId("measure").value);
+    listEvaluations(null);
+    changeValues();
+  });
+  byId("evaluation").addEventListener("change", changeValues);
+  byId("reset").addEventListener("click", () => {
+    for (const input of byId("filters").querySelectorAll("input")) input.checked = true;
+    change();
+  });
+  byId("unzoom").addEventListener("click", () => {
+    chart.zoom = null;
+    draw();
+  });
+  byId("before").addEventListener("click", () => turn(-ROWS));
+  byId("after").addEventListener("click", () => turn(ROWS));
+  byId("theme").addEventListener("change", () => (setTheme(), draw()));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => (setTheme(), draw()));
+  window.addEventListener("hashchange", () => (readView(), update()));
+  new ResizeObserver(() => draw()).observe(byId("chart"));
+  chart.listen({
+    hovered: hover,
+    clicked: (point) => point !== null && select(data.experiments.key[measure.point[point]]),
+    zoomed: draw,
+  });
+}
+
+makeControls();
+setTheme();
+readView();
+listen();
+update();

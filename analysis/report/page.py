@@ -1,158 +1,108 @@
-"""One self-contained page with every experiment of a store: filters, hover, Pareto frontier, verdicts, failures.
+"""One self-contained page with every experiment of a store: chart, table, filters, key figures, verdicts, failures.
 
-The page opens from the file system without a network: plotly's script, the data and the page's own script
-(page.js) are inside it.
+The page opens from the file system without a network: the data, the pictures and the page's own scripts are inside it.
+points.js chooses and orders, chart.js draws on a canvas, page.js joins both to the document.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any, Final
 
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
-from kbit.analysis.curves.settings import is_missing, make_labels
+from kbit.analysis.figures.drawing import PaperFigure, count_things
 from kbit.analysis.figures.law_table import compare_laws
-from kbit.analysis.figures.styles import LINE_STYLES
-from kbit.analysis.statistics.findings import finding
+from kbit.analysis.report.pictures import write_pictures
+from kbit.analysis.report.points import collect_data
+from kbit.analysis.report.tables import write_failures, write_laws, write_provenance, write_verdicts
+from kbit.analysis.statistics.findings import describe_family
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.store.filesystem import replace_file
-from kbit.store.readers import leave_out_checkpoints, read_failures, read_provenance, read_results
+from kbit.store.readers import read_failures, read_provenance
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
-# Which measurements can be shown, in the order of the menu. Higher is better for all but the last two.
-METRICS: Final = ("acc", "top1_agreement", "cross_entropy", "kl_divergence")
-LOSSES: Final = METRICS[2:]
-
-# plotly's names of the markers of styles.LINE_STYLES
-SYMBOLS: Final = {
-    "P": "cross", "v": "triangle-down", "o": "circle", "^": "triangle-up", "D": "diamond", "X": "x", "s": "square",
-    "*": "star",
-}  # fmt: skip
+Figures = Mapping[str, Callable[[pd.DataFrame], PaperFigure]]
+SCRIPTS: Final = ("points.js", "chart.js", "page.js")
 
 
-def write_report(store: str | Path, out: Path) -> None:
-    """Write the report of a store to one HTML file, which is replaced in one step.
+def write_report(
+    results: pd.DataFrame, store: str | Path, out: Path, figures: Figures, where: str | None = None
+) -> None:
+    """Write the report to one HTML file, which is replaced in one step.
+
+    Args:
+        results: the store's results (kbit.read_results), or a choice of them.
+        store: the store, for its failures and the origins of its results.
+        out: the page.
+        figures: the functions that draw, by the figures' names (registry.FIGURES). It draws the key figures.
+        where: the condition that chose the results, which the page names.
 
     Raises:
-        FileNotFoundError: there is no store.
-        ValueError: the store has no result.
+        ValueError: there is no result.
     """
-    results = leave_out_checkpoints(read_results(store))
     if results.empty:
         raise ValueError(f"{Path(store).absolute()} has no finished experiment: nothing to report")
-    page = build_page(results, read_failures(store), read_provenance(store))
+    page = build_page(results, read_failures(store), read_provenance(store), figures, where)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, lambda path: path.write_text(page, encoding="utf-8"))
 
 
-def build_page(results: pd.DataFrame, failures: pd.DataFrame, provenance: pd.DataFrame) -> str:
+def build_page(
+    results: pd.DataFrame, failures: pd.DataFrame, provenance: pd.DataFrame, figures: Figures, where: str | None = None
+) -> str:
     """Return the page's HTML.
 
     Args:
         results, failures, provenance: from kbit.store's read_results, read_failures, read_provenance.
+        figures: see write_report.
+        where: the condition that chose the results.
     """
     results = split_families(results)
-    data = {"measures": list_measures(results), "points": collect_columns(results), "styles": list_styles()}
     template = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        finding=html.escape(finding(results)),
-        experiments=results["key"].nunique(),
-        failed=len(failures),
-        verdicts=format_table(drop_keys(tabulate_verdicts(results)), "No two precisions meet at equal total bits."),
-        laws=format_made(compare_laws, results, "No cross entropy was measured."),
-        failures=format_table(failures, "None: every experiment that was run has a result."),
-        provenance=format_table(provenance, "-"),
-        data=embed_json(data),
-        plotly=get_plotlyjs(),
-        script=(FOLDER / "page.js").read_text(encoding="utf-8"),
+        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        summary=html.escape(summarize(results, failures, where)),
+        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in list_findings(results)),
+        figures=write_pictures(results, figures),
+        verdicts=write_verdicts(tabulate_verdicts(results)),
+        laws=compare_all_laws(results),
+        failures=write_failures(failures),
+        provenance=write_provenance(provenance),
+        data=embed_json(collect_data(results)),
+        script="\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS),
     )
+
+
+def summarize(results: pd.DataFrame, failures: pd.DataFrame, where: str | None) -> str:
+    """Return the page's first sentence: how much it shows."""
+    experiments = count_things(results["key"].nunique(), "experiment") + (f" with {where}" if where else "")
+    families = results["family"].nunique()
+    named = "1 family" if families == 1 else f"{families:,} families"
+    count = f"{experiments} on {count_things(results['model'].nunique(), 'model')} of {named}"
+    return f"{count}, {len(failures):,} failed{' in the whole store' if where else ''}."
+
+
+def list_findings(results: pd.DataFrame) -> list[str]:
+    """Return a sentence for each family: its best precision at equal total bits."""
+    families = sorted(results["family"].unique())
+    return [describe_family(results[results["family"] == family], str(family)) for family in families]
+
+
+def compare_all_laws(results: pd.DataFrame) -> str:
+    """Return the table of scaling laws as HTML, or the reason why no family allows it."""
+    try:
+        return write_laws(*leave_out_ambiguous(compare_laws, results))
+    except AmbiguousResults as error:
+        return f"<p>{html.escape(f'Not computed: {error}')}</p>"
 
 
 def embed_json(data: Any) -> str:
     """Return JSON that may stand inside a script element: without "<", no text in it ends or opens an element."""
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def drop_keys(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table without the experiments' keys, which are long."""
-    return table.drop(columns="keys", errors="ignore")
-
-
-def format_made(make: Callable[[pd.DataFrame], pd.DataFrame], results: pd.DataFrame, empty: str) -> str:
-    """Return a table of the analysis as HTML, and below it which families it leaves out, and why."""
-    try:
-        table, left_out = leave_out_ambiguous(make, results)
-    except AmbiguousResults as error:
-        table, left_out = pd.DataFrame({"not computed": [str(error)]}), []
-    notes = "".join(f"<p>{html.escape(f'Left out: {reason}')}</p>" for reason in left_out)
-    return format_table(drop_keys(table), empty) + notes
-
-
-def list_measures(results: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the measurements that can be shown: metric, task, label, lower (whether lower is better)."""
-    distinct = results[["metric", "task"]].drop_duplicates()
-    pairs = zip(distinct["metric"].astype(str), distinct["task"].astype(str), strict=True)
-    shown = [pair for pair in pairs if pair[0] in METRICS]
-    ordered = sorted(shown, key=lambda pair: (METRICS.index(pair[0]), pair[1] != "mean_zero_shot", pair[1]))
-    return [
-        {"metric": metric, "task": task, "label": f"{metric}: {task}", "lower": metric in LOSSES}
-        for metric, task in ordered
-    ]
-
-
-def collect_columns(results: pd.DataFrame) -> dict[str, list[Any]]:
-    """Return the measurements to show, a list for each column: what hovering, filters and axes need."""
-    rows = results[results["metric"].isin(METRICS)]
-    labels = make_labels(rows)
-    table = pd.DataFrame(
-        {
-            "measure": rows["metric"] + ": " + rows["task"],
-            **{name: rows[name] for name in ("family", "model", "key", "evaluation") if name in rows},
-            "bits": rows["bits"].astype(int),
-            "data_type": [str(label) if not is_missing(label) else "unquantized" for label in labels],
-            "block_size": [name_block_size(*pair) for pair in zip(rows["block_size"], rows["bits"], strict=True)],
-            "method": rows["method"].astype("string").fillna("none"),
-            **{name: rows[name].astype(float) for name in ("total_bits", "bits_per_param", "value", "low", "high")},
-        }
-    )
-    columns = {str(name): cells for name, cells in table.to_dict("list").items()}
-    return {name: [None if is_missing(cell) else cell for cell in cells] for name, cells in columns.items()}
-
-
-def name_block_size(block_size: Any, bits: int) -> str:
-    """Return the block size as the filter shows it."""
-    if bits == 16:
-        return "unquantized"
-    return "whole tensor" if is_missing(block_size) else str(block_size)
-
-
-def list_styles() -> dict[str, dict[str, str]]:
-    """Return colour and symbol of each precision: the same as in the figures."""
-    return {str(bits): {"color": s.color, "symbol": SYMBOLS[s.marker]} for bits, s in LINE_STYLES.items()}
-
-
-def format_table(table: pd.DataFrame, empty: str) -> str:
-    """Return an HTML table of escaped text, with numbers to four significant digits, or `empty` if it has no rows."""
-    if table.empty:
-        return f"<p>{html.escape(empty)}</p>"
-    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in table)
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(format_cell(cell))}</td>' for cell in row)}</tr>"
-        for row in table.itertuples(index=False)
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def format_cell(cell: Any) -> str:
-    """Return a cell as text, a missing one as a dash."""
-    if is_missing(cell):
-        return "-"
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -44,6 +44,7 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Write one page with every experiment of a store.",
     )
     parser.add_argument("--results", default="results", help="folder of the store (default: results)")
+    parser.add_argument("--where", help="show these rows only: a condition, such as \"data_type == 'nf'\"")
     parser.add_argument("--out", default="report.html", type=Path, help="the page (default: report.html)")
     parser.set_defaults(run=make_report)
 
@@ -99,7 +100,12 @@ def _select(results: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
 
 def make_report(options: argparse.Namespace) -> None:
     """Write the report of a store."""
+    from kbit.analysis.figures.registry import FIGURES
     from kbit.analysis.report.page import write_report
+    from kbit.store.readers import leave_out_checkpoints, read_results
 
-    write_report(options.results, options.out)
+    results = leave_out_checkpoints(read_results(options.results))
+    if options.where:
+        results = _select(results, options)
+    write_report(results, options.results, options.out, FIGURES, options.where)
     print(f"{options.out.absolute()}: open it in a browser, no network is needed")

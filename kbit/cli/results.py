@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kbit.cli.export import add_tracker, export_results
 from kbit.cli.listing import QUANTIZER, add_arrangement, arrange, show_failures
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run_results(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: an option is not one of the action's, or the action cannot be done.
     """
-    if given := [f"--{name}" for name in options.refused if getattr(options, name)]:
+    if given := [f"--{name}" for name in options.refused and (*options.refused, "to") if getattr(options, name)]:
         raise ValueError(f"kbit results {options.action} has no {' '.join(given)}")
     options.act(options)
 
@@ -100,6 +101,7 @@ def _add_listing(parser: argparse.ArgumentParser) -> None:
     add_arrangement(parser)
     parser.add_argument("--csv", type=Path, help="write the rows, with all columns unless --columns, to this file")
     parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
+    add_tracker(parser)
     parser.add_argument("--failures", action="store_true", help="show the failed and crashed experiments and why")
     parser.add_argument("--damaged", action="store_true", help="show the records that cannot be read and why")
 
@@ -123,6 +125,9 @@ def _list(options: argparse.Namespace) -> None:
     if options.failures and (given := [f"--{name}" for name in _ARRANGEMENT if getattr(options, name)]):
         raise ValueError(f"--failures goes without {' '.join(given)}")
     table = _read(options)
+    if options.to:
+        export_results(options, set(table["key"]))
+        return
     if not (options.failures or table.empty):
         table = arrange(table, options, is_file=bool(options.csv or options.parquet))
     if options.csv or options.parquet:

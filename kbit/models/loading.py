@@ -92,7 +92,7 @@ def load_model(
     check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
     quantization = "" if source.gguf is None else describe_gguf(source.gguf)
     checkpoint_dtype = str(rounded).removeprefix("torch.")
-    return LoadedModel(model, _read_tokenizer(source, tokenizer, model), checkpoint_dtype, found, quantization)
+    return LoadedModel(model, read_tokenizer(source, tokenizer, model), checkpoint_dtype, found, quantization)
 
 
 def _round_weights(model: nn.Module, checkpoint_dtype: torch.dtype, dtype: torch.dtype) -> None:
@@ -176,7 +176,7 @@ def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
     return model, hash_folder(Path(location)) if is_local else find_commit(config)
 
 
-def _read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, or another one.
 
     Raises:

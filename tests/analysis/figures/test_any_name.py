@@ -13,7 +13,8 @@ from matplotlib.text import Text
 
 from kbit.analysis.figures.drawing import PaperFigure
 from kbit.analysis.figures.registry import FIGURES, write_figure
-from kbit.analysis.report.page import build_page, collect_columns
+from kbit.analysis.report.page import build_page
+from kbit.analysis.report.points import collect_data
 from kbit.store.tables import write_csv
 
 SHOW_METHODS = ("methods", "frontier", "verdicts", "error_loss")
@@ -93,15 +94,14 @@ def test_a_method_has_its_curve_beside_rounding_to_nearest(figures: dict[str, Pa
 
 
 def test_the_report_shows_both_as_text(store: pd.DataFrame) -> None:
-    points = collect_columns(store)
-    assert {MINE, "rtn", "none"} == set(points["method"])
-    assert {OWN, "int", f"int {MINE}", "nf", "unquantized"} == set(points["data_type"])
+    experiments = collect_data(store)["experiments"]
+    assert {MINE, "rtn", "unquantized"} == set(experiments["method"]["names"])
+    assert {OWN, "int", f"int {MINE}", "nf", "unquantized"} == set(experiments["data_type"]["names"])
     one = store[store["parameters"] == 10**6]  # without curves, whose verdicts take their time
-    points = collect_columns(one)
-    page = build_page(one, pd.DataFrame({"data_type": [OWN, MINE]}), pd.DataFrame())
+    page = build_page(one, pd.DataFrame({"data_type": [OWN, MINE]}), pd.DataFrame(), {})
     assert f"<td>{html.escape(MINE)}</td>" in page
     assert f"<td>{html.escape(OWN)}</td>" in page
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     assert found is not None
-    assert json.loads(found[1])["points"] == points
+    assert json.loads(found[1]) == collect_data(one)
     assert OWN not in page

@@ -1,0 +1,167 @@
+"""The data of the page's chart and table: experiments as columns, and the measurements of each measure.
+
+A column with few distinct names has each name once, with a code and a look for it. Values have seven digits. 35,000
+experiments with seven measures then take 9 MB.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Final
+
+import pandas as pd
+
+from kbit.analysis.curves.curves import ZERO_SHOT
+from kbit.analysis.curves.settings import is_missing, make_labels, rank_data_type, rank_label
+from kbit.analysis.figures.styles import LINE_STYLES, SERIES_STYLES, LineStyle
+from kbit.numerics.spec import BASELINE_BITS
+
+UNQUANTIZED: Final = "unquantized"
+# The study's measures, in the order of the menu: metric, its words, its unit.
+METRICS: Final = {
+    "acc": ("accuracy", ""),
+    "top1_agreement": ("top-1 agreement with 16 bits", ""),
+    "cross_entropy": ("cross entropy", "nats per token"),
+    "kl_divergence": ("KL divergence to 16 bits", "nats per token"),
+    "perplexity": ("perplexity", ""),
+}
+LOSSES: Final = (
+    "cross_entropy", "perplexity", "kl_divergence", "bits_per_byte", "word_cross_entropy", "word_perplexity",
+    "byte_perplexity",
+)  # fmt: skip
+GAINS: Final = ("acc", "acc_norm", "exact_match", "top1_agreement")  # metrics that are better if they are higher
+DIGITS: Final = ".7g"
+
+
+def collect_data(results: pd.DataFrame) -> dict[str, Any]:
+    """Return what page.js reads: the experiments' columns, and a list of measures, the study's first.
+
+    Args:
+        results: long form, one row per experiment and measurement (kbit.read_results), with families of one
+            architecture each (curves.split_families).
+    """
+    rows = results[results["value"].notna()]
+    experiments = rows.drop_duplicates("key").reset_index(drop=True)
+    places = pd.Series(experiments.index, index=experiments["key"])
+    return {"experiments": collect_experiments(experiments), "measures": collect_measures(rows, places)}
+
+
+def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
+    """Return the columns of experiments, one row each: the named ones with codes and looks, the others as lists."""
+    bits = experiments["bits"].astype(int)
+    types = experiments["data_type"].astype(object)
+    labels = make_labels(experiments)
+    named = labels.where(labels.notna(), UNQUANTIZED).astype(str)
+    sizes = pd.Series(
+        [name_block_size(*pair) for pair in zip(experiments["block_size"], bits, strict=True)], dtype=object
+    )
+    methods = experiments["method"].astype(object).where(types.notna(), UNQUANTIZED).fillna("none").astype(str)
+    curves = pd.DataFrame({"family": experiments["family"].astype(str), "label": named, "size": sizes, "bits": bits})
+    return {
+        "family": encode(experiments["family"].astype(str), sort_names(experiments["family"])),
+        "model": encode(experiments["model"].astype(str), sort_names(experiments["model"])),
+        "bits": encode(bits.astype(str), sort_names(bits), LINE_STYLES_BY_NAME),
+        "data_type": encode(named, *style_labels(named, types)),
+        "block_size": encode(sizes, sort_names(sizes)),
+        "method": encode(methods, sort_names(methods)),
+        "curve": curves.groupby(list(curves), sort=False).ngroup().tolist(),
+        "key": experiments["key"].astype(str).tolist(),
+        "total_bits": experiments["total_bits"].astype(int).tolist(),
+        "bits_per_param": shorten(experiments["bits_per_param"]),
+    }
+
+
+def encode(column: pd.Series[Any], names: Sequence[str], looks: dict[str, LineStyle] | None = None) -> dict[str, Any]:
+    """Return a column as its names in order, a code for each row, and a look for each name."""
+    known = looks or {}
+    free = itertools.cycle(SERIES_STYLES)
+    styles = [known[name] if name in known else BASELINE if name == UNQUANTIZED else next(free) for name in names]
+    places = {name: place for place, name in enumerate(names)}
+    return {
+        "names": list(names),
+        "codes": column.map(places).astype(int).tolist(),
+        "looks": [{"color": style.color, "marker": style.marker} for style in styles],
+    }
+
+
+BASELINE: Final = LINE_STYLES[BASELINE_BITS]
+LINE_STYLES_BY_NAME: Final = {str(bits): style for bits, style in LINE_STYLES.items()}
+
+
+def sort_names(column: pd.Series[Any]) -> list[str]:
+    """Return the distinct names of a column: numbers by size, then texts, then what is not quantized."""
+    names = {str(name) for name in column}
+    return sorted(
+        names, key=lambda name: (name == UNQUANTIZED, not name.isdigit(), int(name) if name.isdigit() else 0, name)
+    )
+
+
+def style_labels(labels: pd.Series[str], types: pd.Series[Any]) -> tuple[list[str], dict[str, LineStyle]]:
+    """Return the labels in order, data type by data type, and each one's look.
+
+    Labels of one data type share its colour and differ in their markers.
+    """
+    pairs = {label: None if is_missing(kind) else str(kind) for label, kind in zip(labels, types, strict=True)}
+    names = sorted(pairs, key=lambda name: (pairs[name] is None, rank_data_type(pairs[name]), rank_label(name)))
+    kinds = list(dict.fromkeys(kind for kind in (pairs[name] for name in names) if kind is not None))
+    looks: dict[str, LineStyle] = {}
+    for place, kind in enumerate(kinds):
+        first = SERIES_STYLES[place % len(SERIES_STYLES)]
+        own = [name for name in names if pairs[name] == kind]
+        for name, other in zip(own, itertools.cycle(SERIES_STYLES), strict=False):
+            looks[name] = LineStyle(first.color, first.marker if name == own[0] else other.marker, first.dashes)
+    return names, looks
+
+
+def name_block_size(block_size: Any, bits: int) -> str:
+    """Return the block size as the filter shows it."""
+    if bits == BASELINE_BITS:
+        return UNQUANTIZED
+    return "whole tensor" if is_missing(block_size) else str(block_size)
+
+
+def collect_measures(rows: pd.DataFrame, places: pd.Series[int]) -> list[dict[str, Any]]:
+    """Return the measures of the menu, each with its measurements, the study's own first.
+
+    Args:
+        rows: measurements that have a value.
+        places: the place of each experiment, by its key.
+    """
+    groups = [(str(metric), str(task), own) for (metric, task), own in rows.groupby(["metric", "task"], sort=True)]
+    order = list(METRICS)
+    groups.sort(key=lambda g: (order.index(g[0]) if g[0] in order else len(order), g[1] != ZERO_SHOT.task, g[1], g[0]))
+    return [name_measure(metric, task) | collect_values(own, places) for metric, task, own in groups]
+
+
+def name_measure(metric: str, task: str) -> dict[str, Any]:
+    """Return how a measure is called: label and axis, its group in the menu, and whether lower values are better.
+
+    lower is None if kbit does not know it, as of a measure of the user's own.
+    """
+    name, unit = METRICS.get(metric, (metric.replace("_", " "), ""))
+    label = ZERO_SHOT.name if (metric, task) == (ZERO_SHOT.metric, ZERO_SHOT.task) else f"{name}: {task}"
+    lower = True if metric in LOSSES else False if metric in GAINS else None
+    axis = f"{label} ({unit})" if unit else label
+    return {"label": label, "axis": axis, "group": "main" if metric in METRICS else "other", "lower": lower}
+
+
+def collect_values(rows: pd.DataFrame, places: pd.Series[int]) -> dict[str, Any]:
+    """Return the measurements of one measure: experiments' places, evaluations, values and intervals.
+
+    The evaluations are sorted by how many experiments have them, the largest number first.
+    """
+    rows = rows.drop_duplicates("key")
+    ways = rows["evaluation"].astype(str) if "evaluation" in rows else pd.Series("not recorded", rows.index)
+    names = ways.value_counts().sort_index().sort_values(ascending=False, kind="stable").index.tolist()
+    return {
+        "evaluations": names,
+        "evaluation": ways.map({name: code for code, name in enumerate(names)}).astype(int).tolist(),
+        "point": places.loc[rows["key"]].astype(int).tolist(),
+        **{name: shorten(rows[name]) for name in ("value", "low", "high")},
+    }
+
+
+def shorten(column: pd.Series[Any]) -> list[float | None]:
+    """Return numbers with seven digits, a missing one as None."""
+    return [None if is_missing(cell) else float(format(cell, DIGITS)) for cell in column.astype(object)]
