@@ -108,6 +108,7 @@ def test_wide_has_a_row_for_each_experiment(kbit: Kbit, store: Store) -> None:
         (["delete", "--where", "bits == 4", "--yes"], "kbit results delete has no --wide"),
         (["compact"], "kbit results compact has no --wide"),
         (["--failures"], "--failures goes without --wide"),
+        (["--to", "wandb"], "--to goes without --wide"),
         (["--damaged"], "--damaged goes without --wide"),
     ],
 )
