@@ -18,7 +18,7 @@ from kbit.analysis.figures.drawing import MissingResults
 
 PICTURES: Final = Path(__file__).resolve().parent / "pictures"
 DPI: Final = 75  # at the figures' own sizes this is about the width of a page
-COLOURS: Final = 64  # a picture of lines needs no more, and has a third of the bytes
+COLOURS: Final = 256  # a palette has a third of the bytes
 TYPES: Final = ("int4", "float4", "dynamic4", "nf4")
 
 

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from kbit.notebook.quantizers import list_matrices as list_matrices
     from kbit.notebook.quantizers import presets as presets
     from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
+    from kbit.numerics.quantizer import codebook as codebook
     from kbit.numerics.quantizer import dequantize as dequantize
     from kbit.numerics.quantizer import fake_quantize as fake_quantize
-    from kbit.numerics.quantizer import find_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantizer import quantize as quantize
     from kbit.numerics.spec import QuantSpec as QuantSpec
     from kbit.store.readers import read_failures as read_failures
@@ -56,7 +56,7 @@ _PUBLIC = {
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
     "compare": "kbit.notebook.comparison:compare",
-    "codebook": "kbit.numerics.quantizer:find_codebook",
+    "codebook": "kbit.numerics.quantizer:codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",

@@ -90,5 +90,5 @@ def plot_codebooks(quantizers: Iterable[Quantizer], tensor: Any = None) -> Figur
 
 def _find_codebook(spec: QuantSpec, tensor: Any) -> Codebook:
     if spec.data_type in ADAPTIVE and tensor is not None:
-        return quantize(tensor, spec).codebook
+        return np.asarray(quantize(tensor, spec).codebook.cpu().numpy())
     return spec.make_codebook()
