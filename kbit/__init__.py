@@ -20,26 +20,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit.checkpoints.loading import KbitConfig as KbitConfig
+    from kbit.checkpoints.loading import load_model as load_model
+    from kbit.checkpoints.loading import pack_model as pack_model
+    from kbit.checkpoints.loading import save_packed as save_packed
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
     from kbit.methods.config import QuantConfig as QuantConfig
     from kbit.methods.quantize_model import quantize_model as quantize_model
-    from kbit.models.loading import load_model as load_model
     from kbit.notebook.comparison import compare as compare
     from kbit.notebook.drawing import plot as plot
     from kbit.notebook.drawing import plot_codebooks as plot_codebooks
     from kbit.notebook.quantizers import error_table as error_table
     from kbit.notebook.quantizers import list_matrices as list_matrices
     from kbit.notebook.quantizers import presets as presets
-    from kbit.numerics.data_types import make_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
     from kbit.numerics.quantizer import dequantize as dequantize
     from kbit.numerics.quantizer import fake_quantize as fake_quantize
+    from kbit.numerics.quantizer import find_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantizer import quantize as quantize
     from kbit.numerics.spec import QuantSpec as QuantSpec
     from kbit.store.readers import read_failures as read_failures
     from kbit.store.readers import read_results as read_results
+
+    __version__: str
 
 # Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
@@ -48,13 +53,15 @@ _PUBLIC = {
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
     "compare": "kbit.notebook.comparison:compare",
-    "codebook": "kbit.numerics.data_types:make_codebook",
+    "codebook": "kbit.numerics.quantizer:find_codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
+    "KbitConfig": "kbit.checkpoints.loading:KbitConfig",
     "list_matrices": "kbit.notebook.quantizers:list_matrices",
-    "load_model": "kbit.models.loading:load_model",
+    "load_model": "kbit.checkpoints.loading:load_model",
+    "pack_model": "kbit.checkpoints.loading:pack_model",
     "plot": "kbit.notebook.drawing:plot",
     "plot_codebooks": "kbit.notebook.drawing:plot_codebooks",
     "presets": "kbit.notebook.quantizers:presets",
@@ -62,6 +69,7 @@ _PUBLIC = {
     "quantize_model": "kbit.methods.quantize_model:quantize_model",
     "read_failures": "kbit.store:read_failures",
     "read_results": "kbit.store:read_results",
+    "save_packed": "kbit.checkpoints.loading:save_packed",
     "run_experiment": "kbit.experiments.session:run_experiment",
 }
 
@@ -69,6 +77,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # takes a moment, which the command line need not wait for
+
+        return version("kbit")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

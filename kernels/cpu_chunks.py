@@ -27,11 +27,11 @@ _1, _8, _16, _32 = (np.uint64(i) for i in (1, 8, 16, 32))
 _BYTES, _HALVES, _LOWER = (np.uint64(i) for i in (0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF))
 
 
-def jit(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
+def jit(parallel: bool = False, nogil: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Compile, keep on disk, and let x / 0 be IEEE's (an exception would keep loops from being vectorised)."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        kernel: Any = njit(function, parallel=parallel, cache=True, error_model="numpy")
+        kernel: Any = njit(function, parallel=parallel, nogil=nogil, cache=True, error_model="numpy")
         # What is on disk holds the code of the functions called, too, which numba looks for in the kernel's file alone.
         kernel._cache._cache_file._source_stamp = _hash_sources()
         return kernel
@@ -43,7 +43,7 @@ def jit(parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
 def _hash_sources() -> str:
     """Return a hash of all files with CPU kernels."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("cpu*.py")):
+    for path in sorted([*Path(__file__).parent.glob("cpu*.py"), Path(__file__).with_name("simd.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

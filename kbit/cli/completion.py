@@ -62,8 +62,8 @@ examples:
   kbit completion fish | source        in ~/.config/fish/config.fish
 """
 
-# Hydra's options that are worth a word. `kbit run --hydra-help` lists all.
-_FLAGS: Final = ("--multirun", "--help", "--hydra-help", "--cfg", "--info", "--config-dir")
+# Options that are worth a word, all but the first Hydra's. `kbit run --hydra-help` lists all.
+_FLAGS: Final = ("--results", "--multirun", "--help", "--hydra-help", "--cfg", "--info", "--config-dir")
 
 
 def add_completion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -127,6 +127,8 @@ def _find_keys(given: Sequence[str], word: str) -> list[str]:
     """Return the keys, groups and values that complete a word of the arguments of `kbit run`."""
     if word.startswith("-"):
         return _select(_FLAGS, word)
+    if given and given[-1] in ("--results", "--config-dir"):
+        return []  # the shell completes a folder
     key, is_value, beginning = word.rpartition("=")
     if is_value and key.endswith("model.name"):
         from kbit.models.catalog import STUDIED

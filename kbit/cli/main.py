@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from kbit.checks import KbitError, suggest
-from kbit.cli import completion, doctor, figures, models, results, run
+from kbit.cli import completion, doctor, figures, fit, models, pack, results, run
 from kbit.store.damage import DamagedRecordWarning
 
 # Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
@@ -28,11 +28,15 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     figures.add_report,
     results.add_results,
     run.add_outliers,
+    fit.add_fit,
+    pack.add_pack,
+    pack.add_export,
     models.add_models,
     doctor.add_doctor,
     completion.add_completion,
 )
 
+_QUOTES: Final = "'\""  # in which Hydra's values may stand
 _SHOWN: Final = 10  # records that cannot be read and are named
 
 _EXAMPLES: Final = """\
@@ -120,10 +124,13 @@ def run_command(arguments: Sequence[str]) -> None:
         arguments = ["--help"]
     if arguments[0] not in (*commands, "-h", "--help", "--version"):
         raise KbitError(f"unknown command {arguments[0]!r}; {suggest(arguments[0], commands)}")
+    if (command := commands.get(arguments[0])) and not command.get_default("takes_keys"):
+        arguments = [_as_option(argument) for argument in arguments]
     options, rest = parser.parse_known_args(arguments)
+    options.rest = rest
     if options.takes_keys:
         _run_composed(options, rest)
-    elif rest:
+    elif rest and not options.takes_rest:
         commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     else:
         options.run(options)
@@ -134,7 +141,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
 
     A command sets these defaults: `run` is its function of the parsed options, and `words_offered` are the words that
     the shell offers for its arguments. A command with the arguments of `kbit run` sets `takes_keys` instead, `multirun`
-    if it is always one, and the arguments that come `first` and `last`.
+    if it is always one, and the arguments that come `first` and `last`. It has `--results`, which is the key results. A
+    command sets `takes_rest` if its function takes arguments that its parser does not know, as `rest`.
     """
     parser = argparse.ArgumentParser(
         "kbit", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -143,14 +151,24 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
     for declare in COMMANDS:
         declare(commands)
-    parser.set_defaults(takes_keys=False, multirun=False, first=[], last=[], commands=commands.choices)
+    parser.set_defaults(
+        takes_keys=False, takes_rest=False, multirun=False, first=[], last=[], commands=commands.choices
+    )
     return parser, commands.choices
+
+
+def _as_option(argument: str) -> str:
+    """Return an argument with the store as every command of kbit takes it: results=X is --results=X."""
+    key, is_given, value = argument.partition("=")
+    return f"--results={value.strip(_QUOTES)}" if is_given and key == "results" else argument
 
 
 def _run_composed(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run a command whose arguments are keys and values, which Hydra composes to experiments."""
-    from kbit.cli.hydra.app import as_multirun, compose_requests
+    from kbit.cli.hydra.app import as_multirun, compose_requests, quote_value
 
+    if options.results is not None:
+        rest = [*rest, f"results={quote_value(options.results)}"]
     given = [*options.first, *(as_multirun(rest) if options.multirun else rest), *options.last]
     for request in compose_requests(given, options.command):
         if request.examine_only:

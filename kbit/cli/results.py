@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kbit.cli.export import add_tracker, export_results
+from kbit.cli.listing import QUANTIZER, add_arrangement, arrange, show_failures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,15 +17,8 @@ if TYPE_CHECKING:
     from kbit.store.damage import DamagedRecord
     from kbit.store.store import Store
 
-_QUANTIZER = ["model", "bits", "data_type", "block_size"]
-_MEASURED = ["total_bits", "task", "metric", "value", "low", "high", "n"]
-
-# Settings that are shown where the quantized models differ in them.
-_SETTINGS = [
-    "dtype", "exponent_bits", "float_bias", "table", "layout", "normalization", "centering", "scale_format", "rounding",
-    "seed", "method", "method_options", "outlier_fraction", "outlier_selection", "outlier_zscore",
-    "activation_threshold", "include", "exclude",
-]  # fmt: skip
+# The options that say how a listing looks, which no other action has.
+_ARRANGEMENT = ("wide", "sort", "columns")
 
 
 def add_results(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +44,7 @@ def run_results(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: an option is not one of the action's, or the action cannot be done.
     """
-    if given := [f"--{name}" for name in options.refused if getattr(options, name)]:
+    if given := [f"--{name}" for name in options.refused and (*options.refused, "to") if getattr(options, name)]:
         raise ValueError(f"kbit results {options.action} has no {' '.join(given)}")
     options.act(options)
 
@@ -74,7 +69,7 @@ def _declare_delete(actions: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--failures", action="store_true", help="forget failed experiments instead")
     parser.add_argument("--damaged", action="store_true", help="remove the records that cannot be read instead")
     parser.add_argument("--yes", action="store_true", default=False, help="do not ask")
-    parser.set_defaults(act=_delete, refused=("csv", "parquet"))
+    parser.set_defaults(act=_delete, refused=("csv", "parquet", *_ARRANGEMENT))
 
 
 def _declare_compact(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -85,7 +80,7 @@ def _declare_compact(actions: argparse._SubParsersAction[argparse.ArgumentParser
         argument_default=argparse.SUPPRESS,
     )
     _add_store(parser)
-    parser.set_defaults(act=_compact, refused=("where", "failures", "damaged", "csv", "parquet"))
+    parser.set_defaults(act=_compact, refused=("where", "failures", "damaged", "csv", "parquet", *_ARRANGEMENT))
 
 
 def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -97,14 +92,16 @@ def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("others", nargs="+", metavar="OTHER", help="a store to copy from, which stays as it is")
     parser.add_argument("--results", help="the store to copy to (default: results)")
-    parser.set_defaults(act=_merge, refused=("where", "failures", "damaged", "csv", "parquet"))
+    parser.set_defaults(act=_merge, refused=("where", "failures", "damaged", "csv", "parquet", *_ARRANGEMENT))
 
 
 def _add_listing(parser: argparse.ArgumentParser) -> None:
     _add_store(parser)
     _add_condition(parser)
-    parser.add_argument("--csv", type=Path, help="write the rows, with all columns, to this file")
+    add_arrangement(parser)
+    parser.add_argument("--csv", type=Path, help="write the rows, with all columns unless --columns, to this file")
     parser.add_argument("--parquet", type=Path, help="the same, as Parquet")
+    add_tracker(parser)
     parser.add_argument("--failures", action="store_true", help="show the failed and crashed experiments and why")
     parser.add_argument("--damaged", action="store_true", help="show the records that cannot be read and why")
 
@@ -118,41 +115,21 @@ def _add_condition(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--where", help=text)
 
 
-def choose_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns that tell the rows of a table of results apart, and those that say what was measured.
-
-    The exponent bits of floats, for example, are shown if there are several. That other data types have none is no
-    difference.
-    """
-    quantized = table[table["data_type"].notna()]
-    of_types = ("exponent_bits", "float_bias", "table")
-    settings = [name for name in _SETTINGS if quantized[name].nunique(dropna=name in of_types) > 1]
-    ways = table.groupby(["task", "metric"])["evaluation"].nunique()
-    evaluation = ["evaluation"] if (ways > 1).any() else []
-    return [*_QUANTIZER, *settings, *evaluation, *_MEASURED]
-
-
-def show_failures(failures: pd.DataFrame, width: int) -> str:
-    """Return failed experiments as text for a terminal of this width. Below each experiment stands its reason."""
-    blocks = []
-    rows: Any = failures.itertuples()
-    for row in rows:
-        head = f"{row.key}  {row.state:<7}  {row.label}  {row.finished}"
-        reason = textwrap.fill(
-            str(row.reason), max(width, 40), initial_indent="    ", subsequent_indent="    ", break_long_words=False
-        )
-        blocks.append(f"{head}\n{reason}")
-    return "\n".join(blocks)
-
-
 def _list(options: argparse.Namespace) -> None:
     """Print the results or the failures of a store, or write them to files."""
     if options.damaged:
         _list_damaged(options)
         return
-    from kbit.store.tables import write_csv
+    from kbit.store.tables import write_csv, write_parquet
 
+    if options.failures and (given := [f"--{name}" for name in _ARRANGEMENT if getattr(options, name)]):
+        raise ValueError(f"--failures goes without {' '.join(given)}")
     table = _read(options)
+    if options.to:
+        export_results(options, set(table["key"]))
+        return
+    if not (options.failures or table.empty):
+        table = arrange(table, options, is_file=bool(options.csv or options.parquet))
     if options.csv or options.parquet:
         for path in (options.csv, options.parquet):
             if path:
@@ -160,14 +137,14 @@ def _list(options: argparse.Namespace) -> None:
         if options.csv:
             write_csv(table, options.csv)
         if options.parquet:
-            table.to_parquet(options.parquet, index=False)
+            write_parquet(table, options.parquet)
         print(f"{len(table)} rows written to {' and '.join(str(p) for p in (options.csv, options.parquet) if p)}")
     elif table.empty:
         print(_describe_emptiness(options))
     elif options.failures:
         print(show_failures(table, shutil.get_terminal_size().columns))
     else:
-        print(table[choose_columns(table)].to_string(index=False, na_rep="-"))
+        print(table.mask(table.eq("none")).to_string(index=False, na_rep="-"))
 
 
 def _delete(options: argparse.Namespace) -> None:
@@ -189,7 +166,7 @@ def _delete(options: argparse.Namespace) -> None:
         print(_describe_emptiness(options))
         return
     what = f"{len(keys)} {'failed ' if options.failures else ''}experiment{'s' if len(keys) > 1 else ''}"
-    shown = table.drop_duplicates("key")[["key", *_QUANTIZER]]
+    shown = table.drop_duplicates("key")[["key", *QUANTIZER]]
     print(shown.to_string(index=False, na_rep="-", max_rows=20))
     if not options.yes and not _ask(f"delete {what} of {options.results}?"):
         raise ValueError("nothing was deleted")
@@ -206,7 +183,9 @@ def _list_damaged(options: argparse.Namespace) -> list[DamagedRecord]:
     """
     from kbit.store.results import find_damaged
 
-    if given := [f"--{name}" for name in ("where", "failures", "csv", "parquet") if getattr(options, name)]:
+    if given := [
+        f"--{name}" for name in ("where", "failures", "csv", "parquet", *_ARRANGEMENT) if getattr(options, name)
+    ]:
         raise ValueError(f"--damaged goes without {' '.join(given)}")
     damaged = find_damaged(options.results)
     print("\n".join(map(str, damaged)) or f"every record of {options.results} can be read")

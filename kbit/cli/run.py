@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from kbit.cli.hydra.compose import Request
-    from kbit.engine.estimate import Estimator
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
+    from kbit.engine.progress import Progress
     from kbit.experiments.config import Experiment, RunConfig
     from kbit.store.store import Store
 
@@ -46,6 +46,7 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Declare `kbit run`, whose arguments and help are Hydra's."""
     text = "quantize and evaluate one model, or with -m / +sweeps=... a grid"
     parser = commands.add_parser("run", help=text, add_help=False, allow_abbrev=False)
+    add_store(parser)
     parser.set_defaults(takes_keys=True)
 
 
@@ -53,6 +54,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Declare `kbit plan`."""
     text = "say what the same arguments would run, and run nothing"
     parser = commands.add_parser("plan", help=text, add_help=False, allow_abbrev=False)
+    add_store(parser)
     parser.set_defaults(takes_keys=True, multirun=True, last=["hydra.launcher.plan_only=true"])
 
 
@@ -67,7 +69,13 @@ def add_outliers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_store(parser)
     parser.set_defaults(takes_keys=True, first=["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true"])
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Let a command whose arguments are keys take the key results as an option, as the other commands do."""
+    parser.add_argument("--results", metavar="STORE", help="the same as results=STORE (default: results)")
 
 
 def run_request(request: Request) -> None:
@@ -79,6 +87,7 @@ def run_request(request: Request) -> None:
     """
     from kbit.engine.estimate import Estimator
     from kbit.engine.plan import plan_sweep
+    from kbit.engine.progress import Progress
     from kbit.store.filesystem import check_space, check_writable
 
     settings = request.configs[0]
@@ -92,13 +101,17 @@ def run_request(request: Request) -> None:
         check_space(settings.results, len(plan.to_run))
         store = _open_store(settings.results, request.engine)
     print(plan.describe())
-    estimator = Estimator(settings.device)
+    estimator, expected = Estimator(settings.device), ""
     if plan.to_run and (request.plan_only or len(request.configs) > 1):
-        print(_estimate(plan, estimator, settings, request.engine))
+        workers, start = _predict_workers(plan, settings, request.engine)
+        estimator.learn_stored(settings.results, plan.to_run, _count_threads(settings, request.engine))
+        print(estimator.describe(plan.to_run, workers, start))
+        left = Counter(map(estimator.classify, plan.to_run))
+        expected = estimator.predict_time(left, workers or 1, start=start)
     if store is None:
         return
     if plan.to_run:
-        _carry_out(plan, estimator, settings, request.engine, store)
+        _carry_out(plan, Progress(plan.to_run, estimator, store, expected), settings, request.engine, store)
     _report_results(plan, settings, store)
 
 
@@ -128,13 +141,12 @@ def _open_store(path: str, engine: str) -> Store:
     return store
 
 
-def _carry_out(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, store: Store) -> None:
+def _carry_out(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store: Store) -> None:
     """Run a plan and show its progress. The generator is closed at the end, so that Ray ends at once."""
-    from kbit.engine.progress import Progress, compact_quietly
+    from kbit.engine.progress import compact_quietly
 
-    outcomes = _start(plan, estimator, settings, engine, store.root)
     try:
-        with closing(outcomes), closing(Progress(plan.to_run, estimator, store)) as progress:
+        with closing(progress), closing(_start(plan, progress, settings, engine, store.root)) as outcomes:
             for outcome in outcomes:
                 progress.take(outcome)
                 if outcome.error and settings.fail_fast:
@@ -145,7 +157,7 @@ def _carry_out(plan: Plan, estimator: Estimator, settings: RunConfig, engine: st
     compact_quietly(store)
 
 
-def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, store_path: str) -> Generator[Outcome]:
+def _start(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store_path: str) -> Generator[Outcome]:
     """Return a generator of a plan's outcomes. The work begins when the first one is asked for."""
     from kbit.engine.ray_cluster import run_on_ray
     from kbit.engine.worker import RayWorker, run_in_process
@@ -158,29 +170,33 @@ def _start(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str, s
         store_path,
         settings.device,
         settings.ray,
-        cost=estimator.cost_of,
-        worker_bytes=estimator.predict_memory(plan.to_run),
-        announce=print,
-        notify=functools.partial(print, file=sys.stderr),
+        cost=progress.estimator.cost_of,
+        worker_bytes=progress.estimator.predict_memory(plan.to_run),
+        announce=progress.say,
+        notify=progress.show,
     )
 
 
-def _estimate(plan: Plan, estimator: Estimator, settings: RunConfig, engine: str) -> str:
-    """Return what a plan will take, as far as the store's results and the models' sizes tell."""
-    from kbit.engine.machine import count_cpus
+def _count_threads(settings: RunConfig, engine: str) -> int:
+    """Return the number of threads of each worker."""
+    if engine != "process":
+        return settings.ray.cpus_per_worker
+    import torch  # takes a second, and a run needs it anyway
+
+    return torch.get_num_threads()
+
+
+def _predict_workers(plan: Plan, settings: RunConfig, engine: str) -> tuple[int | None, float]:
+    """Return how many workers a plan will have, and the seconds until they begin. None: only the cluster tells."""
+    from kbit.engine.machine import count_cpus, predict_start
 
     workers: int | None = 1
-    threads = settings.ray.cpus_per_worker
-    if engine == "process":
-        import torch  # takes a second, and a run needs it anyway
-
-        threads = torch.get_num_threads()
-    elif settings.device == "cpu" and settings.ray.address == "local":
-        workers = settings.ray.num_workers or max(1, count_cpus() // threads)
-    else:
-        workers = settings.ray.num_workers  # only a running cluster tells how many fit
-    estimator.learn_stored(settings.results, plan.to_run, threads)
-    return estimator.describe(plan.to_run, None if workers is None else min(workers, len(plan.to_run)))
+    local = settings.ray.address == "local"
+    if engine != "process":
+        fitting = max(1, count_cpus() // settings.ray.cpus_per_worker) if settings.device == "cpu" and local else None
+        workers = settings.ray.num_workers or fitting
+    workers = None if workers is None else min(workers, len(plan.to_run))
+    return workers, predict_start(engine, workers or 1, local=local)
 
 
 def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import lm_eval.api.task
 import tqdm
-from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._index import Entry as Entry
+from lm_eval.tasks._index import Kind as Kind
+from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 

@@ -7,16 +7,22 @@ definitions. Both stand for their tasks, and a group with aggregate_metric_list 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from lm_eval.config.group import GroupConfig
 
-from kbit.data.lm_eval_private import read_definition
+from kbit.data.lm_eval_private import Entry, Kind, read_definition
 from kbit.data.task_files import list_members
 
+_SOURCES: Final = (
+    "dataset_path",
+    "custom_dataset",
+    "class",
+    "include",
+)  # where a definition of a task within a group has its data
 _GROUP_FIELDS: Final = ("group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include")
 
 
@@ -55,18 +61,21 @@ class Member:
 
 @dataclass
 class LocalGroups:
-    """The user's own groups and tags.
+    """The user's own groups and tags, which may name lm-eval's tasks, groups and tags.
 
     Attributes:
         paths: the YAML of each group by name.
         tags: the tasks' names of each tag by name.
-        tasks: the names of all tasks that there are, lm-eval's included if they are known.
+        tasks: the names of the local tasks.
+        read_index: a function that returns lm-eval's own tasks, groups and tags by name. It takes seconds, and is
+            called for a name that is not local.
         metrics: see TaskGroup: the metrics of each group that was expanded.
     """
 
     paths: Mapping[str, Path]
     tags: Mapping[str, list[str]]
     tasks: set[str]
+    read_index: Callable[[], Mapping[str, Entry]]
     metrics: dict[str, tuple[tuple[str, bool], ...]] = field(default_factory=dict)
 
     def expand(self, name: str) -> list[Member]:
@@ -85,6 +94,21 @@ class LocalGroups:
             yield from self._expand_definition(name, read_definition(path)[0], changes, groups, path.parent)
         elif name in self.tags:
             yield from (Member(task, changes, (*groups, name)) for task in self.tags[name])
+        elif name in self.tasks:
+            yield Member(name, changes, groups)
+        else:
+            yield from self._expand_foreign(name, changes, groups)
+
+    def _expand_foreign(self, name: str, changes: Mapping[str, Any], groups: tuple[str, ...]) -> Iterator[Member]:
+        """Yield the tasks of a name of lm-eval's own."""
+        entry = self.read_index().get(name)
+        if entry is None:
+            raise ValueError(f"group {groups[-1]!r} names {name!r}, which is no task")
+        if entry.kind is Kind.TAG:
+            yield from (Member(task, changes, (*groups, name)) for task in sorted(entry.tags))
+        elif entry.kind is Kind.GROUP and entry.yaml_path is not None:
+            definition = read_definition(entry.yaml_path)[0]
+            yield from self._expand_definition(name, definition, changes, groups, entry.yaml_path.parent)
         else:
             yield Member(name, changes, groups)
 
@@ -108,10 +132,17 @@ class LocalGroups:
             else:
                 asked = str(member.get("group", member.get("task", "")))
                 mine = changes | {key: value for key, value in member.items() if key not in ("group", "task")}
-                if asked in self.paths or asked in self.tags or asked in self.tasks:
+                if self._is_defined(asked, mine):
                     yield from self._expand(asked, mine, inside)
-                else:
+                elif mine.keys() & set(_SOURCES):
                     yield Member(f"{name}::{asked}", mine, inside, folder)
+                else:
+                    raise ValueError(f"group {name!r} names {asked!r}, which is no task and has no dataset_path")
+
+    def _is_defined(self, name: str, changes: Mapping[str, Any]) -> bool:
+        """Return whether a name within a group is one of elsewhere with changes, and no definition of a new task."""
+        is_local = name in self.paths or name in self.tags or name in self.tasks
+        return is_local or (not changes.keys() & set(_SOURCES) and name in self.read_index())
 
 
 def list_group_metrics(definition: Mapping[str, Any]) -> tuple[tuple[str, bool], ...]:

@@ -27,7 +27,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from kbit.data.data_files import find_files
-from kbit.data.lm_eval_private import hide_progress, read_definition
+from kbit.data.lm_eval_private import Entry, hide_progress, read_definition
 from kbit.data.task_data import TaskData
 from kbit.data.task_files import (
     EMBEDDED_TASKS,
@@ -35,6 +35,7 @@ from kbit.data.task_files import (
     find_local_groups,
     find_local_tags,
     find_local_tasks,
+    find_mentioned,
     list_task_files,
 )
 from kbit.data.task_groups import LocalGroups, Member, TaskGroup, gather_groups, list_group_metrics
@@ -89,11 +90,11 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
     """
     hide_progress()
     local = find_local_tasks(task_path)
-    groups = LocalGroups(find_local_groups(task_path), find_local_tags(task_path), set(local))
+    groups = LocalGroups(find_local_groups(task_path), find_local_tags(task_path), set(local), _read_index)
     unknown = [name for name in names if name not in local and name not in groups.paths and name not in groups.tags]
-    manager = _make_manager(include_defaults=True) if unknown else None
+    mentioned = find_mentioned(unknown)
     for name in unknown:
-        if manager is not None and name not in manager.all_tasks:
+        if name not in mentioned or name not in _make_manager(include_defaults=True).all_tasks:
             here = ", ".join(sorted({*local, *groups.paths, *groups.tags}))
             raise ValueError(
                 f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own"
@@ -117,6 +118,12 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
 def _make_manager(*, include_defaults: bool) -> TaskManager:
     """Index lm-eval's 14,000 definitions. It takes seconds, so it is done once, and only if one is asked for."""
     return TaskManager(include_defaults=include_defaults)
+
+
+def _read_index() -> Mapping[str, Entry]:
+    """Return lm-eval's own tasks, groups and tags by name."""
+    index: Mapping[str, Entry] = _make_manager(include_defaults=True).task_index
+    return index
 
 
 def complete_definition(config: Mapping[str, Any], data: TaskData | None) -> dict[str, Any]:
@@ -165,11 +172,9 @@ def _load_member(member: Member, groups: LocalGroups, local: Mapping[str, Path],
         return _make_task(member.name, dict(member.changes), {path}, path, task_path)
     if member.name in local:
         return _load_local(member.name, local[member.name], task_path, member.changes)
-    manager = _make_manager(include_defaults=True)
-    entry = manager.task_index.get(member.name)
-    if entry is None or entry.yaml_path is None:
-        raise ValueError(f"group {member.groups[-1]!r} names {member.name!r}, which is no task")
-    [loaded] = _load_hub(member.name, manager, read_definition(entry.yaml_path)[0] | dict(member.changes))
+    entry = _read_index()[member.name]
+    definition = read_definition(entry.yaml_path)[0] if entry.yaml_path is not None else entry.cfg or {}
+    [loaded] = _load_hub(member.name, _make_manager(include_defaults=True), definition | dict(member.changes))
     return loaded
 
 

@@ -191,7 +191,11 @@ class Estimator:
         return ratios[nearest] * statistics.median(self._seconds[nearest])
 
     def predict_time(
-        self, left: Counter[CostClass], workers: int, running: Sequence[tuple[CostClass, float]] = ()
+        self,
+        left: Counter[CostClass],
+        workers: int,
+        running: Sequence[tuple[CostClass, float]] = (),
+        start: float = 0.0,
     ) -> str:
         """Return how long workers take for experiments, such as 'about 12 min', or '' if that is unknown.
 
@@ -199,6 +203,7 @@ class Estimator:
             left: the number of experiments of each class that have not ended.
             workers: the number of workers that share them.
             running: the class of each experiment of `left` that a worker is at, and the seconds since it began.
+            start: the seconds until the first experiment begins.
         """
         waiting = left - Counter(alike for alike, _ in running)
         parts = [(alike, count, 0.0) for alike, count in waiting.items()]
@@ -212,24 +217,26 @@ class Estimator:
             longest = max(longest, remaining)
         if not total:
             return ""
-        return f"{'at least' if unknown else 'about'} {format_seconds(max(total / workers, longest))}"
+        return f"{'at least' if unknown else 'about'} {format_seconds(start + max(total / workers, longest))}"
 
-    def describe(self, experiments: Sequence[Experiment], workers: int | None) -> str:
+    def describe(self, experiments: Sequence[Experiment], workers: int | None, start: float = 0.0) -> str:
         """Return what experiments will take, as one line.
 
         Args:
             experiments: the experiments to run.
             workers: the number of workers that share them, or None if it is not known yet.
+            start: the seconds until the first experiment begins.
         """
         left = Counter(map(self.classify, experiments))
         counts = {alike: self.count_tokens(alike) for alike in left}
         tokens = "unknown until the first result"
         if None not in counts.values():
             tokens = f"about {format_count(sum(left[a] * (count or 0) for a, count in counts.items()))}"
-        time = self.predict_time(left, workers or 1) or "unknown until the first result"
+        time = self.predict_time(left, workers or 1, start=start) or "unknown until the first result"
         if self.learned:
             on = f"{workers or 1} worker{'s' if workers and workers > 1 else ''}"
-            time = f"{time} on {on}, by {self.learned} stored result{'s' if self.learned > 1 else ''}"
+            begun = f", {format_seconds(start)} of it to start" if start else ""
+            time = f"{time} on {on}{begun}, by {self.learned} stored result{'s' if self.learned > 1 else ''}"
         memory = self.predict_memory(experiments)
         space = f"about {memory / 1e9:.1f} GB a worker, by parameters and batch size" if memory else "unknown"
         return f"tokens to score: {tokens}; time: {time}; memory: {space}"

@@ -12,6 +12,8 @@ from pathlib import Path
 from kbit.experiments.config import RayConfig
 
 _ROOT = Path("/")
+# Seconds of an idle machine of two CPUs until Ray has started, and until a worker has imported what it needs.
+_RAY_SECONDS, _WORKER_SECONDS = 6.0, 8.0
 
 
 def count_cpus(root: Path = _ROOT) -> int:
@@ -66,6 +68,20 @@ def has_driver(visible: str | None) -> bool:
             ctypes.CDLL(library)
             return True
     return False
+
+
+def predict_start(engine: str, workers: int, *, local: bool = True) -> float:
+    """Return the seconds until the first experiment begins, when these workers start beside the machine's other work.
+
+    Args:
+        engine: "ray" or "process", see kbit.cli.hydra.compose.Request.
+        workers: the number of workers.
+        local: whether Ray and the workers start on this machine, and not on a running cluster.
+    """
+    if engine == "process" or not local:
+        return _WORKER_SECONDS
+    sharing = (os.getloadavg()[0] + workers) / (os.cpu_count() or 1)
+    return (_RAY_SECONDS + _WORKER_SECONDS) * max(1.0, sharing)
 
 
 def count_workers(config: RayConfig, nodes: Sequence[Mapping[str, float]]) -> int:

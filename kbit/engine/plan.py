@@ -6,12 +6,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kbit.data.task_files import expand_names, find_local_tasks, list_task_files
+from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_definitions
 from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.engine.machine import count_cpus, count_gpus, count_workers
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
-from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
+from kbit.experiments.requirements import (
+    check_download_space,
+    check_lengths,
+    check_model_files,
+    check_not_packed,
+    check_tasks,
+)
 from kbit.experiments.result import FAILED
 from kbit.models.size import find_size
 from kbit.store.readers import list_keys
@@ -104,12 +110,16 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     _check_settings(configs)
     _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
-    for experiment in {(e.model, e.eval, e.quant.calibration.length, *e.texts): e for e in experiments}.values():
+    check_not_packed(experiments)
+    for experiment in {(e.model, e.eval, e.quant.calibration, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned
             read_documents(text)  # not UTF-8, no text, a record without a "text", ...
-    return make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+    plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
+    if not plan_only:
+        check_download_space(experiment.model for experiment in plan.to_run)
+    return plan
 
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
@@ -120,10 +130,15 @@ def _check_settings(configs: Sequence[RunConfig]) -> None:
 
 
 def list_own_code(configs: Sequence[RunConfig]) -> list[str]:
-    """Return the YAML files of users' own tasks that run Python code of their own."""
-    folders = {config.eval.task_path for config in configs if config.eval.tasks and config.eval.task_path}
-    files = (path for folder in sorted(folders) for path in list_task_files(folder))
-    return [str(path) for path in files if path.suffix == ".yaml" and b"!function" in path.read_bytes()]
+    """Return the YAML files of the users' own tasks asked for that run Python code of their own.
+
+    Raises:
+        ValueError, FileNotFoundError: see list_definitions.
+    """
+    asked = {(config.eval.tasks, config.eval.task_path) for config in configs if config.eval.task_path}
+    files = {path for names, folder in asked for path in list_definitions(names, folder)}
+    own = (path for path in sorted(files) if EMBEDDED_TASKS not in path.parents)
+    return [str(path) for path in own if b"!function" in path.read_bytes()]
 
 
 def _check_device(settings: RunConfig, engine: str, *, plan_only: bool) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING, Final
 
 from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 from kbit.experiments.names import find_varied, name_experiment
 from kbit.store.store import MANY_FILES, Store
@@ -19,29 +22,75 @@ if TYPE_CHECKING:
     from kbit.experiments.config import Experiment
 
 
+_TICK: Final = 1.0  # seconds between two looks at the clock, as long as nothing else moves the bar
+
+
 class Progress:
     """Shows the outcomes of a sweep: as one bar on a terminal, as one line for each experiment in a log file.
+
+    The bar's clock runs while nothing ends, as when Ray starts. Whatever Python code prints meanwhile stands above it.
 
     Args:
         experiments: the experiments of the sweep.
         estimator: the estimator of the time left, which learns from each outcome.
         store: the store, which is compacted now and then.
+        expected: the time that the whole sweep will take, such as "about 12 min", or "" if it is unknown.
+
+    Attributes:
+        estimator: the estimator.
     """
 
-    def __init__(self, experiments: Sequence[Experiment], estimator: Estimator, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        experiments: Sequence[Experiment],
+        estimator: Estimator,
+        store: Store | None = None,
+        expected: str = "",
+    ) -> None:
         self._total = len(experiments)
         self._left = Counter(map(estimator.classify, experiments))
         self._varied = find_varied(experiments)
-        self._estimator = estimator
+        self.estimator = estimator
         self._store = store
         self._start = time.monotonic()  # which no change of the clock moves
         self._shown: float | None = None
         self._began: dict[Experiment, float] = {}
         self._failed = 0
+        self._expected = expected
+        self._stream = sys.stderr
         self._bar = tqdm(
-            total=self._total, unit="exp", disable=None, mininterval=1.0, dynamic_ncols=True,
+            total=self._total, unit="exp", disable=None, mininterval=1.0, dynamic_ncols=True, file=self._stream,
             bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",  # tqdm's time left counts
         )  # fmt: skip
+        self._until_closed = ExitStack()
+        if not self._bar.disable:
+            self._until_closed.enter_context(redirect_stdout(DummyTqdmFile(sys.stdout)))
+            self._until_closed.enter_context(redirect_stderr(DummyTqdmFile(self._stream)))
+            self._tick()
+
+    def _tick(self) -> None:
+        """Let a thread draw the bar anew every second until the end."""
+        ended = threading.Event()
+
+        def draw() -> None:
+            while not ended.wait(_TICK):
+                self._bar.refresh()
+
+        thread = threading.Thread(target=draw, daemon=True)
+        self._until_closed.callback(thread.join)
+        self._until_closed.callback(ended.set)
+        thread.start()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(line, file=self._stream)
+
+    def show(self, state: str) -> None:
+        """Show what goes on before the first experiment ends: in the bar, or as a line of a log file."""
+        if self._bar.disable:
+            self.say(state)
+        else:
+            self._bar.set_postfix_str(", ".join(filter(None, (self._expected, state))))
 
     def take(self, outcome: Outcome) -> None:
         """Show that an experiment ended, what the other workers do, and how long the rest will take.
@@ -52,15 +101,15 @@ class Progress:
         if not outcome.stored:
             raise OSError(outcome.error)
         done = self._total - self._left.total() + 1
-        self._left[self._estimator.classify(outcome.experiment)] -= 1
+        self._left[self.estimator.classify(outcome.experiment)] -= 1
         if outcome.seconds and not outcome.error:
-            self._estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
+            self.estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
         time_left = self._predict_time(outcome)
         label = self._name(outcome.experiment)
         self._failed += bool(outcome.error)
         if outcome.error or self._bar.disable:
             how = outcome.error or ("done, " + time_left).removesuffix(", ")
-            tqdm.write(f"[{done}/{self._total}] {label}: {how}", file=sys.stderr)
+            self.say(f"[{done}/{self._total}] {label}: {how}")
         speed = 60 * done / (time.monotonic() - self._start)
         doing = f"now: {' | '.join(map(self._name, outcome.working))}" if outcome.working else f"last: {label}"
         self._bar.set_postfix_str(f"{time_left}{self._failed} failed, {speed:.1f}/min, {doing}", refresh=False)
@@ -70,6 +119,7 @@ class Progress:
 
     def close(self) -> None:
         """Leave the bar as it is."""
+        self._until_closed.close()
         self._bar.close()
 
     def _predict_time(self, outcome: Outcome) -> str:
@@ -81,8 +131,8 @@ class Progress:
         began = now - outcome.seconds if self._shown is None else self._shown  # workers start before the first one
         self._began = {experiment: self._began.get(experiment, began) for experiment in outcome.working}
         self._shown = now
-        running = [(self._estimator.classify(experiment), now - start) for experiment, start in self._began.items()]
-        time_left = self._estimator.predict_time(self._left, len(outcome.working) + 1, running)
+        running = [(self.estimator.classify(experiment), now - start) for experiment, start in self._began.items()]
+        time_left = self.estimator.predict_time(self._left, len(outcome.working) + 1, running)
         return f"{time_left} left, " if time_left else ""
 
     def _name(self, experiment: Experiment) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # and the next run tries it again.
 WORKER_TRIES: Final = 2
 GPU_SHARE: Final = 0.9  # share of a GPU's memory to fill by estimate, which leaves something out
+_NICENESS: Final = "RAY_worker_niceness"  # Ray reads the environment of whoever starts it, and takes 15 by itself
 _PROBE_GPUS: Final = 0.001  # share of a GPU that the question for its size asks for
 _PROBE_SECONDS: Final = 60  # time limit of that question, importing torch included
 
@@ -52,8 +53,8 @@ def run_on_ray(
         config: the resources that a worker asks for. On a GPU, worker_bytes decides gpus_per_worker if it is None.
         cost: a function that returns the cost of an experiment (see Schedule).
         worker_bytes: the estimated memory of a worker, or None if it is not known.
-        announce: a function that tells the user which cluster was joined.
-        notify: a function that tells the user what happens meanwhile.
+        announce: a function that tells the user a fact in a line, such as which cluster was joined.
+        notify: a function that shows the user what goes on until the first experiment ends.
 
     Raises:
         ValueError: the cluster does not have the resources that the workers ask for, or a worker cannot be set up.
@@ -61,11 +62,11 @@ def run_on_ray(
     """
     import ray
 
-    notify("starting Ray ..." if config.address == "local" else f"joining Ray at {config.address} ...")
+    notify("starting Ray" if config.address == "local" else f"joining Ray at {config.address}")
     start_ray(config, announce)
     try:
         if config.gpus_per_worker is None:
-            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes, notify))
+            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes, announce))
         count = min(count_workers(config, list_nodes()), len(plan.to_run))
         remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
@@ -73,6 +74,8 @@ def run_on_ray(
             max_restarts=0,
             runtime_env={"env_vars": {"NUMBA_NUM_THREADS": str(config.cpus_per_worker)}},
         )
+
+        notify(f"starting {count} worker{'s' if count > 1 else ''}")
 
         def start_worker() -> Any:
             return remote.remote(store_path, device, config)
@@ -162,6 +165,7 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
     # Workers must not send this process' output twice, and Ray's usage pings have no place in an offline study.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ[_NICENESS] = str(config.niceness)
     local = config.address == "local"
     if ":" in config.address and "://" not in config.address:
         _check_reachable(config.address)
@@ -208,7 +212,7 @@ def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
 
 
-def _choose_gpus(device: str, worker_bytes: int | None, notify: Callable[[str], None]) -> float:
+def _choose_gpus(device: str, worker_bytes: int | None, announce: Callable[[str], None]) -> float:
     """Return the GPUs of a worker by the memory that it needs and that of the smallest GPU. On a CPU it has none.
 
     Raises:
@@ -222,7 +226,7 @@ def _choose_gpus(device: str, worker_bytes: int | None, notify: Callable[[str], 
     if not sizes:
         raise ValueError(f"device={device}: no node of the cluster has a GPU that Ray knows of")
     gpus = choose_gpus(worker_bytes, min(sizes))
-    notify(
+    announce(
         f"ray.gpus_per_worker={gpus:.3g}: a worker takes about {worker_bytes / 1e9:.1f} GB, a GPU has "
         f"{min(sizes) / 1e9:.1f} GB (estimated from parameters, dtype and batch size)"
     )

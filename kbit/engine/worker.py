@@ -41,6 +41,7 @@ class Worker:
         self._store = Store(store_path)
         silence_libraries()
         # The imports take seconds. They are done here, because the first experiment's time predicts the next ones'.
+        from kbit.checkpoints.loading import load_model
         from kbit.evaluation.measure import Memory
         from kbit.experiments.session import Session
 
@@ -49,7 +50,7 @@ class Worker:
 
             torch.set_num_threads(threads)  # the kernels follow (kbit.numerics.backend.torch_threads_kept)
         self._own_process = own_process
-        self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus)
+        self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus, load=load_model)
         self._session: Session | None = None
 
     def run(self, experiment: Experiment, key: str) -> Outcome:
@@ -75,9 +76,9 @@ class Worker:
         from kbit.evaluation.token_budget import is_out_of_memory  # imports torch, as the session did
 
         try:
-            if self._session is None or not self._session.holds(experiment.model):
+            if self._session is None or not self._session.holds(experiment.model, experiment.packed_as):
                 self._session = None  # free the old model before loading the next
-                self._session = self._open_session(experiment.model)
+                self._session = self._open_session(experiment.model, packed_as=experiment.packed_as)
             return self._session.run(experiment, key), ("", "", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             if self._own_process:

@@ -75,6 +75,8 @@ class Subject:
         quantized: names of the parameters that are quantized between prepare() and run().
         memory: what measures keep as long as the model is loaded.
         lasting: what measures keep from one model to the next.
+        sees_original: whether prepare() sees the 16-bit model. A packed model is quantized from the beginning, and what
+            compares it with the 16-bit model is left out.
     """
 
     model: Any
@@ -86,6 +88,7 @@ class Subject:
     quantized: frozenset[str] = frozenset()
     memory: Memory = field(default_factory=Memory)
     lasting: Memory = field(default_factory=Memory)
+    sees_original: bool = True
 
     def make_windows(self) -> Windows:
         """Return the windows of eval.perplexity, which are made once for all variants of the model.

@@ -109,7 +109,12 @@ class Perplexity(Measure):
         kept = subject.memory.recall(KeptStates)
         kept.reference = None
         config = subject.config
-        if config.perplexity is None or config.perplexity_kind != "windows" or subject.scorer.path == "hflm":
+        if (
+            not subject.sees_original
+            or config.perplexity is None
+            or config.perplexity_kind != "windows"
+            or subject.scorer.path == "hflm"
+        ):
             return
         windows = subject.make_windows()
         if kept.hidden is None or kept.windows is not windows:

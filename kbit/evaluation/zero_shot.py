@@ -150,7 +150,8 @@ def evaluate(
         batch_size: see EvalConfig.
         limit: the number of items of each task, counted from its first item.
         task_path: a folder with the user's own task YAMLs.
-        num_fewshot, apply_chat_template: see EvalConfig.
+        num_fewshot: the number of examples before each question. None asks as the task says, else without.
+        apply_chat_template: whether prompts go through the chat template of the tokenizer, as in lm-eval.
 
     Raises:
         ValueError, FileNotFoundError: see load_tasks and prepare_task.

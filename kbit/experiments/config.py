@@ -19,11 +19,23 @@ from kbit.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Experiment:
-    """One point of a study: a model, a quantizer, and the measurements to make."""
+    """One point of a study: a model, a quantizer, and the measurements to make.
+
+    Attributes:
+        model, quant, eval: see their classes.
+        packed: whether the model is evaluated through packed layers (kbit.checkpoints), quantized while it is loaded.
+            Its numbers are the same and so is its key. What is measured against the 16-bit model is left out.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    packed: bool = False
+
+    @property
+    def packed_as(self) -> QuantConfig | None:
+        """The quantizer of packed layers, or None of a model that computes with plain weights."""
+        return self.quant if self.packed and not self.quant.is_baseline else None
 
     @property
     def identity_fields(self) -> dict[str, dict[str, Any]]:
@@ -86,12 +98,15 @@ class RayConfig:
         gpus_per_worker: GPUs of each worker. With a fraction several workers share a GPU, with several GPUs a worker
             holds a model that is larger than one GPU. None chooses by the memory of the largest model
             (kbit.models.size) with device=cuda, and no GPU otherwise.
+        niceness: niceness of the workers, 0..19, at which the system prefers other work. Ray's own default is 15. It
+            concerns Ray on this machine. A running cluster has what RAY_worker_niceness was where it was started.
     """
 
     address: str = "local"
     num_workers: int | None = None
     cpus_per_worker: int = 1
     gpus_per_worker: float | None = None
+    niceness: int = 0
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 1:
@@ -101,6 +116,8 @@ class RayConfig:
         gpus = self.gpus_per_worker
         if gpus is not None and not (0 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):  # Ray shares one GPU, not several
             raise ValueError(f"ray.gpus_per_worker={gpus:g} is not >= 0, and whole above 1 (null: by the model's size)")
+        if not 0 <= self.niceness <= 19:
+            raise ValueError(f"ray.niceness={self.niceness} is not in 0..19")
 
 
 @dataclass(frozen=True)
@@ -147,4 +164,4 @@ class RunConfig(Experiment):
     @property
     def experiment(self) -> Experiment:
         """The experiment alone."""
-        return Experiment(self.model, self.quant, self.eval)
+        return Experiment(self.model, self.quant, self.eval, self.packed)

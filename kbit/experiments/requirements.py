@@ -6,7 +6,8 @@ Nothing here loads torch, so that a study is looked through while it is planned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +15,14 @@ from kbit.data.data_files import check_files
 from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_task_files, read_plainly
 from kbit.data.texts import locate_text, read_documents
 from kbit.experiments.config import Experiment
-from kbit.models.catalog import locate_tokenizer
-from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
+from kbit.models.catalog import locate_model, locate_tokenizer
+from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template, is_packed_by_kbit
 from kbit.models.config import MAX_WINDOW, ModelConfig
-from kbit.models.size import find_context
+from kbit.models.size import find_cached_folder, find_context, find_size
 
 # No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
 _LONG_TOKEN: Final = 32
+_WEIGHT_BYTES: Final = 2  # of a 16-bit weight: a file has as many or more
 
 
 def check_model_files(model: ModelConfig) -> None:
@@ -34,6 +36,44 @@ def check_model_files(model: ModelConfig) -> None:
         locate_tokenizer(model.tokenizer)
     if model.adapter is not None:
         check_adapter(model.adapter)
+
+
+def check_download_space(models: Iterable[ModelConfig]) -> None:
+    """Raise OSError if the disk of the hub's cache is too full for the models that are still to be downloaded.
+
+    A model has two bytes a parameter at least. One of unknown size counts as nothing.
+    """
+    from huggingface_hub import constants
+
+    sizes = {}
+    for model in dict.fromkeys(models):
+        place = locate_model(model.name)
+        if not Path(place).is_dir() and find_cached_folder(place, model.revision) is None:
+            size = find_size(model.name, model.size)
+            sizes[model.name] = _WEIGHT_BYTES * size.parameters if size else 0
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free, needed = shutil.disk_usage(there).free, sum(sizes.values())
+    if needed > free:
+        raise OSError(
+            f"{', '.join(sizes)}: to be downloaded are {needed / 1e9:.1f} GB at least, and {free / 1e9:.1f} GB are "
+            f"free at {there}; HF_HOME names another place"
+        )
+
+
+def check_not_packed(experiments: Iterable[Experiment]) -> None:
+    """Raise ValueError if a packed model would be quantized again."""
+    for name in {experiment.model.name for experiment in experiments if not experiment.quant.is_baseline}:
+        if is_packed_by_kbit(Path(name)):
+            raise ValueError(describe_packed(name))
+
+
+def describe_packed(name: str) -> str:
+    """Return the error of a packed model that would be quantized again."""
+    return (
+        f"model.name={name} is packed by kbit already, and is not quantized again: quant.bits=16 evaluates it as it "
+        "is. Quantize the model that it was made of"
+    )
 
 
 def check_tasks(experiment: Experiment) -> None:
@@ -69,7 +109,8 @@ def check_lengths(experiment: Experiment) -> None:
     """Compare the texts with the windows that are cut from them, and calibration windows with the model's context.
 
     Raises:
-        ValueError: a calibration window is longer than the model's context, or a text is shorter than one window.
+        ValueError: a calibration window is longer than the model's context, or a text is shorter than one window, or
+            than all windows that are drawn from it.
     """
     context = find_context(experiment.model.name)
     calibration, quant = experiment.quant.calibration, experiment.quant
@@ -78,24 +119,32 @@ def check_lengths(experiment: Experiment) -> None:
             raise ValueError(
                 f"quant.calibration.length={calibration.length} is beyond the model's context of {context} tokens"
             )
-        _check_text(calibration.text, calibration.length or min(context or 1, MAX_WINDOW), experiment.model)
+        length = calibration.length or min(context or 1, MAX_WINDOW)
+        _check_text(calibration.text, length, experiment.model, calibration.samples)
     if experiment.eval.perplexity is not None and experiment.eval.perplexity_kind == "windows":
         _check_text(experiment.eval.perplexity, min(context or 1, MAX_WINDOW), experiment.model)
 
 
-def _check_text(name: str, window: int, model: ModelConfig) -> None:
-    """Raise ValueError if a local text has fewer tokens than one window."""
+def _check_text(name: str, window: int, model: ModelConfig, windows: int = 1) -> None:
+    """Raise ValueError if a local text has fewer tokens than so many windows."""
     if locate_text(name) is None:
         return
     documents, _ = read_documents(name)
-    if sum(len(document.encode()) for document in documents) >= _LONG_TOKEN * window:
+    if sum(len(document.encode()) for document in documents) >= _LONG_TOKEN * window * windows:
         return
-    count = _count_tokens(documents, locate_tokenizer(model.tokenizer or model.name))
-    if count is not None and count < window:
+    count = _count_tokens(tuple(documents), locate_tokenizer(model.tokenizer or model.name))
+    if count is None or count >= window * windows:
+        return
+    if count < window:
         raise ValueError(f"text {name!r} has {count} tokens, less than one window of {window}")
+    raise ValueError(
+        f"quant.calibration.text={name!r} has {count // window} windows of {window} tokens, less than "
+        f"quant.calibration.samples={windows}"
+    )
 
 
-def _count_tokens(documents: Sequence[str], place: str) -> int | None:
+@functools.lru_cache(maxsize=16)
+def _count_tokens(documents: tuple[str, ...], place: str) -> int | None:
     """Return the most tokens that documents have, one more for each. None: the tokenizer is not in a file here."""
     file = Path(place) / "tokenizer.json"
     if not file.is_file():

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from kbit.checkpoints.packing import find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
 from kbit.experiments import identity, provenance
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import check_unchanged, find_key, identify_parts
+from kbit.experiments.requirements import describe_packed
 from kbit.experiments.result import Result, SkippedTensor
+from kbit.methods.config import QuantConfig
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, refuse_quantized, restore_weights
 from kbit.methods.report import QuantizationReport, plan_quantization
@@ -24,7 +27,6 @@ from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel, load_model
-from kbit.models.parameters import hash_weights
 
 
 class Session:
@@ -39,6 +41,8 @@ class Session:
         lasting: what measures kept in earlier sessions, to render and tokenize the same tasks once.
         gpus: see load_model.
         loaded: the model, if it is loaded already. The configuration then only says what results call it.
+        load: a function with load_model's arguments. That of kbit.checkpoints.loading loads packed models, too.
+        packed_as: the quantizer by which weights are packed while the model is loaded, or None. See Experiment.packed.
 
     Raises:
         ValueError: the model's folder was changed while it was read, or see load_model.
@@ -53,20 +57,27 @@ class Session:
         gpus: int = 1,
         *,
         loaded: LoadedModel | None = None,
+        load: Callable[..., LoadedModel] = load_model,
+        packed_as: QuantConfig | None = None,
     ) -> None:
         self.config = model
         self.device = device
         self._identity = identify_parts(model)
-        self._loaded = loaded or load_model(model.name, dtype=model.dtype, device=device, gpus=gpus, **model.parts)
+        packing = {} if packed_as is None else {"packed_as": packed_as}
+        options = {"dtype": model.dtype, "device": device, "gpus": gpus, **model.parts, **packing}
+        self._loaded = loaded or load(model.name, **options)
+        self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
-        refuse_quantized(self._loaded.model)
+        self._packed = find_packed_report(self._loaded.model)
+        if self._packed is None:
+            refuse_quantized(self._loaded.model)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._memory = Memory()
         self._lasting = Memory() if lasting is None else lasting
 
-    def holds(self, model: ModelConfig) -> bool:
-        """Whether this session holds that model, as its files are now."""
-        return model == self.config and identify_parts(model) == self._identity
+    def holds(self, model: ModelConfig, packed_as: QuantConfig | None = None) -> bool:
+        """Whether this session holds that model, as its files are now, and packed by that quantizer if any."""
+        return model == self.config and packed_as == self._packed_as and identify_parts(model) == self._identity
 
     def run(self, experiment: Experiment, key: str | None = None) -> Result:
         """Let measures prepare, quantize, run the measures, restore the weights, and return the result.
@@ -82,22 +93,28 @@ class Session:
         """
         key = find_key(experiment) if key is None else key
         fields = check_unchanged(experiment, key)
-        if not self.holds(experiment.model):
-            raise ValueError(f"this session holds {self.config} ({self._identity}), not {experiment.model}")
+        if not self.holds(experiment.model, experiment.packed_as):
+            raise ValueError(
+                f"this session holds {self.config} ({self._identity}, packed as {self._packed_as}), not "
+                f"{experiment.model} packed as {experiment.packed_as}"
+            )
         model, quant = self._loaded.model, experiment.quant
-        original = copy_weights(model, plan_quantization(model, quant))
+        if self._packed is not None and self._packed_as is None and not quant.is_baseline:
+            raise ValueError(describe_packed(experiment.model.name))
+        original = {} if self._packed else copy_weights(model, plan_quantization(model, quant))
         subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
                 return self._quantize_and_measure(experiment, key, subject)
         finally:
-            restore_weights(model, original)
+            if self._packed is None:
+                restore_weights(model, original)
 
     def _quantize_and_measure(self, experiment: Experiment, key: str, subject: Subject) -> Result:
         for measure in MEASURES:
             measure.prepare(subject)
         start = time.perf_counter()
-        report = quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
+        report = self._packed or quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
         quantized = time.perf_counter()
         result = self._measure(experiment, subject, report)
         return dataclasses.replace(
@@ -120,12 +137,13 @@ class Session:
             quantized,
             self._memory,
             self._lasting,
+            sees_original=self._packed is None,
         )
 
     def _measure(self, experiment: Experiment, subject: Subject, report: QuantizationReport) -> Result:
-        weights_hash = hash_weights(subject.model)
+        weights_hash = hash_values(subject.model)
         measured = [measure.run(subject) for measure in MEASURES]
-        if hash_weights(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
+        if hash_values(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         if not any(done.measurements for done in measured):
             raise ValueError("nothing was measured: no task, text or measure gave a number")

@@ -134,9 +134,10 @@ class QuantConfig(QuantSpec):
 
     Attributes:
         method: rtn (round to nearest), mse (scales searched for the least squared error), hqq (half-quadratic scales
-            and offsets), awq (input channels scaled by their activations), gptq, or an int8 method of
-            kbit.layers.int8_schemes. An int8 method needs bits=8 and decides the quantizer: no other field of QuantSpec
-            means anything to it.
+            and offsets), awq (input channels scaled by their activations), gptq, or a method that multiplies int8 by
+            int8 (absmax, zeropoint, rowwise, vectorwise, zeropoint_vectorwise, rowwise_decomposition, llm_int8,
+            zeropoint_llm_int8). An int8 method needs bits=8 and decides the quantizer: data type, block size and
+            scale format mean nothing to it.
         calibration: the text that awq and gptq see.
         gptq: options that only gptq has.
         outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1, where 0 is none. It

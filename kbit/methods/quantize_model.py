@@ -174,18 +174,28 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
     for name in names:
         parameter = parameters[name].detach()
         for number, values in enumerate(split_matrices(parameter, owner_of(model, name))):
-            weight = Weight(name, values, report.spec, expert=number if values.ndim < parameter.ndim else None)
-            try:
-                report.spec.scale_type.check_range(_find_largest(values))
-            except ValueError as error:
-                raise ValueError(f"{weight.label}: {error}") from error
-            # weights of one model must not share their random numbers
-            seed = (report.spec.seed + zlib.crc32(weight.label.encode())) % 2**63
-            weight.spec = dataclasses.replace(report.spec, seed=seed)
+            weight = make_weight(name, values, report.spec, number if values.ndim < parameter.ndim else None)
             if name in outliers:
                 weight.outlier_columns = outliers[name][number]
             weights.append(weight)
     return weights
+
+
+def make_weight(name: str, values: torch.Tensor, spec: QuantSpec, expert: int | None = None) -> Weight:
+    """Return a weight with random numbers of its own, checked for the range of scale_format.
+
+    Raises:
+        ValueError: a value is beyond the range. The message names the weight.
+    """
+    weight = Weight(name, values, spec, expert=expert)
+    try:
+        spec.scale_type.check_range(_find_largest(values))
+    except ValueError as error:
+        raise ValueError(f"{weight.label}: {error}") from error
+    # weights of one model must not share their random numbers
+    seed = (spec.seed + zlib.crc32(weight.label.encode())) % 2**63
+    weight.spec = dataclasses.replace(spec, seed=seed)
+    return weight
 
 
 def _find_largest(values: torch.Tensor) -> float:

@@ -15,6 +15,8 @@ from kbit.models.catalog import locate_model
 # Dtypes of safetensors that hold weights as they are. Anything else is a code that something else has to explain.
 PLAIN_DTYPES: Final = ("F16", "BF16", "F32", "F64")
 
+PACKED_METHOD: Final = "kbit"  # quant_method of a checkpoint whose weights kbit has packed
+
 _ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 
 # What checkpoints hold beside their weights: buffers of attention masks and positions that code computes today, towers
@@ -94,16 +96,26 @@ def check_folder(folder: Path, *, is_gguf: bool = False) -> None:
         return
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no folder of a model")
-    check_configuration(read_json(folder / "config.json"), str(folder))
+    is_packed = is_packed_by_kbit(folder)
+    if not is_packed:
+        check_configuration(read_json(folder / "config.json"), str(folder))
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
         raise FileNotFoundError(f"{folder} has no weights as model*.safetensors, the only format that is loaded")
-    for name, dtype in (pair for path in weights for pair in _list_dtypes(path)):
+    for name, dtype in (pair for path in weights for pair in _list_dtypes(path) if not is_packed):
         if dtype not in PLAIN_DTYPES and not is_harmless(name):
             raise ValueError(
                 f"{folder}: the tensor {name} is stored as {dtype}, not as one of {', '.join(PLAIN_DTYPES)}: it holds "
                 "codes of a quantized checkpoint, to which scales belong; measure the model that it was made of"
             )
+
+
+def is_packed_by_kbit(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that `kbit pack` or kbit.pack_model made."""
+    if not (folder / "config.json").is_file():
+        return False
+    found = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == PACKED_METHOD
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -119,6 +131,10 @@ def check_configuration(config: dict[str, Any], where: str) -> None:
         found = part.get("quantization_config") or part.get("compression_config")
         if found:
             method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
+            if method == PACKED_METHOD:
+                raise QuantizedError(
+                    f"{where} is packed by kbit: `kbit run` and kbit.load_model take it, this does not"
+                )
             raise QuantizedError(
                 f"{where} is a quantized checkpoint (quantization_config: {method}), whose weights are no 16-bit "
                 "baseline: measure the model that it was made of"

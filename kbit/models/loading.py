@@ -57,13 +57,17 @@ def load_model(
     """Load a model by short name, local folder or hub id, from safetensors or GGUF only and without remote code.
 
     The weights are first rounded to 16 bits, since the baseline of every curve is the 16-bit model: to the checkpoint's
-    dtype if it has 16 bits, to float16 if it is float32. Then they are cast to dtype, in which the model computes. With
-    device cuda and gpus > 1 the decoder layers are spread over so many GPUs (kbit.models.device_map).
+    dtype if it has 16 bits, to float16 if it is float32. Then they are cast to dtype.
 
     Args:
-        name, dtype, revision, tokenizer, adapter, gguf_file: see ModelConfig.
+        name: a short name (see `kbit models`), a local folder or a hub id.
+        dtype: float32, bfloat16 or float16, in which the model computes.
         device: cpu, cuda or cuda:N.
-        gpus: the number of GPUs.
+        gpus: the number of GPUs of a model that is spread over several (kbit.models.device_map).
+        revision: a branch, tag or commit of a hub id. None takes the newest.
+        tokenizer: a folder, hub id or short name whose tokenizer is used. None takes the model's own.
+        adapter: a folder or hub id of a PEFT adapter, merged into the weights before they are rounded.
+        gguf_file: a GGUF file's name in the folder. None takes the only one of a folder without safetensors.
 
     Raises:
         ValueError: the name or dtype is unknown, weights are not finite or quantized, the tokenizer is of another
@@ -75,22 +79,27 @@ def load_model(
     silence_libraries()
     source = find_source(name, revision, gguf_file)
     model, found = _read_model(source)
-    checkpoint_dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
+    rounded = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     if adapter is not None:
         model = merge_adapter(model, adapter)
-    check_finite(model)
     module: nn.Module = model  # whose .to() transformers wraps in a way that type checkers misread
-    for parameter in module.parameters():  # and no buffer: rotary frequencies stay float32, as in transformers
-        parameter.data = parameter.data.to(checkpoint_dtype).to(getattr(torch, dtype))
+    _round_weights(module, rounded, getattr(torch, dtype))
     module.eval()
     if gpus > 1:
         spread_model(model, gpus)
     else:
         module.to(device=device)
     check_finite(model)  # a float32 weight beyond 65504 is infinite as float16
-    rounded = str(checkpoint_dtype).removeprefix("torch.")
     quantization = "" if source.gguf is None else describe_gguf(source.gguf)
-    return LoadedModel(model, _read_tokenizer(source, tokenizer, model), rounded, found, quantization)
+    checkpoint_dtype = str(rounded).removeprefix("torch.")
+    return LoadedModel(model, read_tokenizer(source, tokenizer, model), checkpoint_dtype, found, quantization)
+
+
+def _round_weights(model: nn.Module, checkpoint_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """Round a model's weights, which must be finite, to 16 bits, and cast them to the dtype in which it computes."""
+    check_finite(model)
+    for parameter in model.parameters():  # and no buffer: rotary frequencies stay float32, as in transformers
+        parameter.data = parameter.data.to(checkpoint_dtype).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
     return model, hash_folder(Path(location)) if is_local else find_commit(config)
 
 
-def _read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a checkpoint, or another one.
 
     Raises:

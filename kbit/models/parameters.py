@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -21,10 +21,15 @@ _TRANSPOSED_EXPERTS: Final = ("Llama4TextExperts",)  # classes that store [exper
 
 def hash_weights(model: nn.Module) -> str:
     """Return one hash of every parameter's name, dtype and bytes. Two equal hashes mean two equal models."""
+    return hash_tensors(distinct_parameters(model))
+
+
+def hash_tensors(tensors: Iterable[tuple[list[str], torch.Tensor]]) -> str:
+    """Return one hash of tensors, each with its names."""
     digest = hashlib.blake2b(digest_size=16)
-    for names, parameter in distinct_parameters(model):
-        digest.update(f"{names} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        data = parameter.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    for names, tensor in tensors:
+        digest.update(f"{names} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         digest.update(data.numpy().tobytes())
     return digest.hexdigest()
 

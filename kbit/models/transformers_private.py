@@ -43,3 +43,13 @@ def experts_one_by_one(model: Any) -> Iterator[None]:
         yield
     finally:
         config._experts_implementation = before
+
+
+def use_eager_experts(config: Any) -> None:
+    """Let transformers multiply each fused expert by itself, from now on: packed experts are dequantized one by one."""
+    config._experts_implementation = "eager"
+
+
+def forget_conversions(model: Any) -> None:
+    """Let transformers save a model's tensors under the names that they have now."""
+    model._weight_conversions = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import matplotlib.style
 import numpy as np
@@ -12,7 +12,11 @@ from matplotlib.figure import Figure
 
 from kbit.analysis.figures.styles import STYLE, style_series
 from kbit.checks import check_choice
+from kbit.notebook.display import show_figures
 from kbit.notebook.quantizers import Quantizer, name_quantizers
+from kbit.numerics.codebooks import ADAPTIVE, Codebook
+from kbit.numerics.quantizer import quantize
+from kbit.numerics.spec import QuantSpec
 
 ROW_HEIGHT: Final = 0.32  # inches
 PRETTY: Final = {
@@ -38,6 +42,7 @@ def plot(comparison: pd.DataFrame, measure: str | None = None) -> Figure:
     measures = [name for name in measures if not name.endswith("_difference")]
     measure = measures[0] if measure is None else measure
     check_choice("measure", measure, tuple(measures))
+    show_figures()
     table = comparison.iloc[::-1]  # matplotlib counts from below
     columns = [(measure, PRETTY.get(measure, measure))]
     if f"{measure}_difference" in comparison:
@@ -58,14 +63,19 @@ def plot(comparison: pd.DataFrame, measure: str | None = None) -> Figure:
         return fig
 
 
-def plot_codebooks(quantizers: Iterable[Quantizer]) -> Figure:
+def plot_codebooks(quantizers: Iterable[Quantizer], tensor: Any = None) -> Figure:
     """Draw the values of codebooks, one row a quantizer, in units of a block's scale.
 
+    Args:
+        quantizers: names of presets, or QuantSpecs.
+        tensor: an array or torch tensor, which codebooks of quantile and learned are fitted to.
+
     Raises:
-        ValueError: an unknown quantizer, or one whose codebook is fitted to a tensor.
+        ValueError: an unknown quantizer, or one whose codebook is fitted to a tensor, without one.
     """
-    tables = {name: config.spec.make_codebook() for name, config in name_quantizers(quantizers).items()}
+    tables = {name: _find_codebook(config.spec, tensor) for name, config in name_quantizers(quantizers).items()}
     styles = style_series(tables)
+    show_figures()
     with matplotlib.style.context(["default", STYLE]):
         fig = Figure(figsize=(7, 1 + ROW_HEIGHT * len(tables)), layout="constrained")
         axis = fig.subplots()
@@ -74,3 +84,9 @@ def plot_codebooks(quantizers: Iterable[Quantizer]) -> Figure:
         axis.set_yticks(np.arange(len(tables)), list(reversed(tables)))
         axis.set_xlabel("value in units of the block's scale")
         return fig
+
+
+def _find_codebook(spec: QuantSpec, tensor: Any) -> Codebook:
+    if spec.data_type in ADAPTIVE and tensor is not None:
+        return quantize(tensor, spec).codebook
+    return spec.make_codebook()

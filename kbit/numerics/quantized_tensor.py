@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kbit.numerics.backend import Backend, DeviceArray, choose_backend, torch_threads_kept
 from kbit.numerics.codebooks import ADAPTIVE
-from kbit.numerics.scale_formats import Stored, name_dtype
+from kbit.numerics.scale_formats import Scales, Stored, name_dtype
 from kbit.numerics.spec import BASELINE_BITS, CODEBOOK_VALUE_BITS, QuantSpec
 
 if TYPE_CHECKING:
@@ -121,17 +121,28 @@ class QuantizedTensor:
         dtype = find_computed_dtype(self.dtype) if self.input_scales is None else torch.float32
         result = backend.allocate(self.shape, dtype)
         self._decode_into(result.view(-1), backend)
+        return self.finish_rows(result, slice(None))
+
+    def finish_rows(
+        self, values: Float[Tensor, "*batch rows in"], rows: slice | Tensor
+    ) -> Float[Tensor, "*batch rows in"]:
+        """Return decoded rows in the original dtype, divided by input scales and with their outlier columns."""
         if self.input_scales is not None:
-            result /= self.input_scales.to(result.device).float().unsqueeze(-2)
-        result = result.to(self.dtype)
+            values /= self.input_scales.to(values.device).float().unsqueeze(-2)
+        values = values.to(self.dtype)
         if self.outlier_columns is not None and self.outlier_values is not None:
-            result[..., self.outlier_columns.to(result.device)] = self.outlier_values.to(result.device)
-        return result
+            outliers = self.outlier_values if values.ndim == 1 else self.outlier_values[..., rows, :]
+            values[..., self.outlier_columns.to(values.device)] = outliers.to(values.device)
+        return values
+
+    def decode_constants(self) -> tuple[Scales, Scales]:
+        """Return the scale and the offset of each block."""
+        scales = self.spec.decode_scales(_to_arrays(self.scales))
+        return scales, self.spec.decode_offsets(_to_arrays(self.offsets), self.center.cpu().numpy(), scales)
 
     def _decode_into(self, flat: Tensor, backend: Backend) -> None:
         """Fill a flat tensor with codebook[code] * scale + offset."""
-        scales = self.spec.decode_scales(_to_arrays(self.scales))
-        offsets = self.spec.decode_offsets(_to_arrays(self.offsets), self.center.cpu().numpy(), scales)
+        scales, offsets = self.decode_constants()
         with torch_threads_kept():
             backend.kernels.dequantize(
                 backend.view(self.codes.to(backend.device)), backend.put(scales), backend.put(offsets),

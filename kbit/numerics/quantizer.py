@@ -6,6 +6,7 @@ the two may differ).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from kbit.numerics.backend import Backend, choose_backend, torch_threads_kept
-from kbit.numerics.codebooks import ADAPTIVE
+from kbit.numerics.codebooks import ADAPTIVE, Codebook
+from kbit.numerics.data_types import make_codebook
 from kbit.numerics.grid import Values, make_grid
 from kbit.numerics.quantized_tensor import QuantizedTensor, combine, find_computed_dtype
 from kbit.numerics.spec import QuantSpec
@@ -83,6 +85,44 @@ def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     else:
         x.detach().copy_(fake_quantize(x, spec))
     return x
+
+
+def find_codebook(
+    data_type: str,
+    bits: int,
+    *,
+    exponent_bits: int | None = None,
+    float_bias: str = "ieee",
+    block_size: int | None = None,
+    table: Sequence[float] | None = None,
+    tensor: torch.Tensor | NDArray[Any] | None = None,
+    seed: int = 0,
+) -> Codebook:
+    """Return the codebook of a data type: sorted float32 values within [-1, 1], which is public as kbit.codebook.
+
+    Args:
+        data_type: int, float, dynamic, quantile, nf, af, learned, table, or a registered one.
+        bits: bits of a code, 2..8.
+        exponent_bits: exponent bits of float, 1..bits-1. None is the paper's choice (PAPER_EXPONENT_BITS).
+        float_bias: where the subnormals of float lie: ieee, bnb or paper. See make_codebook.
+        block_size: the block size that the code of af is optimal for, and that the tensor of a learned one is
+            normalised with. None makes the whole tensor one block.
+        table: the user's values, for data type table.
+        tensor: the tensor that a quantile or learned codebook is fitted to. It is normalised here, as quantize does, so
+            that the codebook is that of quantize(tensor, QuantSpec(bits, data_type, block_size)).
+        seed: seed of the sample that k-means sees, for learned.
+
+    Raises:
+        TypeError, ValueError: as make_codebook and quantize.
+    """
+    if data_type in ADAPTIVE and tensor is not None:
+        spec = QuantSpec(bits=bits, data_type=data_type, block_size=block_size, seed=seed)
+        values = _flatten(_as_tensor(tensor), spec)
+        return make_grid(values, torch.Size(tensor.shape), spec, choose_backend(values.device)).codebook
+    return make_codebook(
+        data_type, bits, exponent_bits=exponent_bits, float_bias=float_bias, block_size=block_size, table=table,
+        tensor=tensor, seed=seed,
+    )  # fmt: skip
 
 
 def _fake_quantize_into(result: torch.Tensor, values: Values, spec: QuantSpec) -> None:

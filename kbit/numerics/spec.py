@@ -288,4 +288,5 @@ def find_preset(name: str) -> dict[str, Any]:
         ValueError: there is no such name.
     """
     check_choice("quant", name, tuple(list_presets()))
-    return read_preset(name)
+    fields = read_preset(name)
+    return fields | ({"table": tuple(fields["table"])} if fields.get("table") else {})  # YAML has lists

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from kbit.checks import suggest
+from kbit.checks import ask_for_nearest
 
 _COMPARE: Final[dict[type[ast.cmpop], Callable[[Any, Any], Any]]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -95,7 +95,8 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> Any:
         if node.id not in self._table.columns:
-            raise ValueError(f"no column {node.id!r}; {suggest(node.id, self._table.columns)}")
+            near = ask_for_nearest(node.id, self._table.columns)
+            raise ValueError(f"no column {node.id!r}; {near or f'a value that is text is quoted: {node.id!r}'}")
         column = self._table[node.id]
         return column.astype(_TRUTH) if pd.api.types.is_bool_dtype(column.dtype) or _holds_truth(column) else column
 

@@ -17,8 +17,8 @@ from kbit.experiments.names import find_varied, name_experiment
 from kbit.store.filesystem import open_files
 from kbit.store.records import list_finished, open_existing, read_as, retry
 from kbit.store.results import load_failures, read_parts
-from kbit.store.rows import ROW_SCHEMA, SETTING_COLUMNS, drop_repeated, list_measurements
-from kbit.store.wide import widen
+from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
+from kbit.store.wide import widen, write_words
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
 
@@ -85,19 +85,12 @@ def read_results(path: str | Path = "results", *, words: bool = False, wide: boo
     rows = retry(files, lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
     table: pd.DataFrame = list_measurements(drop_repeated(rows).sort_by("key")).to_pandas()
     table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
-    if words or wide:
-        table = _write_words(table)
     if wide:
         table = widen(table, path)
+    elif words:
+        table = write_words(table)
     table.attrs["store"] = str(path)
     return table
-
-
-def _write_words(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table in which the settings that a quantizer does not have are words."""
-    whole = table["block_size"].isna() & table["data_type"].notna()
-    named = {name: table[name].astype(object).where(table[name].notna(), "none") for name in SETTING_COLUMNS}
-    return table.assign(**named | {"block_size": named["block_size"].mask(whole, "whole")})
 
 
 def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,12 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
     without_formulas(table).to_csv(path, index=False)
 
 
+def write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as Parquet. A column that has numbers and words, as in a wide table, becomes texts."""
+    mixed = [name for name in table.columns if pd.api.types.infer_dtype(table[name]).startswith("mixed")]
+    table.astype(dict.fromkeys(mixed, str)).to_parquet(path, index=False)
+
+
 def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table whose texts are no formulas: one that begins like a formula gets a ' in front.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,7 +12,9 @@ import pandas as pd
 from kbit.experiments.config import Experiment
 from kbit.experiments.names import find_varied, name_experiment
 from kbit.store.records import read_as
+from kbit.store.rows import SETTING_COLUMNS
 
+_ORDER: Final = ("family", "parameters", "model", "bits", "data_type", "block_size")
 _MEASURED: Final = ["task", "metric", "value", "low", "high", "n", "evaluation"]
 
 
@@ -28,16 +31,42 @@ class _Cost:
 
 
 def widen(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
-    """Return one row for each experiment of a table of measurements.
+    """Return one row for each experiment of a table of measurements, with words in place of missing settings.
 
     Args:
-        rows: the table of read_results, with words in place of missing settings.
+        rows: the table of read_results, or a part of it.
         path: the store that it is from.
     """
-    experiments = rows.drop(columns=_MEASURED).drop_duplicates("key").set_index("key")
-    wide = _read_costs(path).join(experiments, how="right").join(_spread(rows))
-    order = wide[["family", "parameters", "bits", "data_type", "block_size"]].astype({"block_size": str})
-    return wide.loc[order.sort_values(list(order.columns)).index].reset_index()
+    experiments = write_words(rows.drop(columns=_MEASURED).drop_duplicates("key")).set_index("key")
+    wide = _read_costs(path, set(experiments.index)).join(experiments, how="right").join(_spread(rows))
+    return sort_experiments(wide.reset_index())
+
+
+def write_words(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table of read_results in which the settings that a quantizer does not have are words."""
+    whole = table["block_size"].isna() & table["data_type"].notna()
+    named = {name: table[name].astype(object).where(table[name].notna(), "none") for name in SETTING_COLUMNS}
+    return table.assign(**named | {"block_size": named["block_size"].mask(whole, "whole")})
+
+
+def sort_experiments(table: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return a table of read_results in order: by these columns, or by model, bits, data type and block size.
+
+    Models are in the order of their family and size. What is no number stands behind the numbers of its column, such as
+    the whole tensor behind all other block sizes. A column with a - before its name falls. Equal rows keep their order.
+    """
+    names = columns or _ORDER
+    falls = [name.startswith("-") and name not in table for name in names]
+    keys = []
+    for name, is_falling in zip(names, falls, strict=True):
+        values = table[name.removeprefix("-") if is_falling else name].astype(object)
+        numbers = pd.to_numeric(values, errors="coerce").astype(float)
+        keys += [numbers, values.where(numbers.isna() & values.notna(), "").astype(str)]
+    order = pd.concat(keys, axis="columns", keys=range(len(keys)))
+    rising = [not is_falling for is_falling in falls for _ in range(2)]
+    return table.loc[order.sort_values(list(order.columns), ascending=rising, kind="stable").index].reset_index(
+        drop=True
+    )
 
 
 def _spread(rows: pd.DataFrame) -> pd.DataFrame:
@@ -51,9 +80,9 @@ def _spread(rows: pd.DataFrame) -> pd.DataFrame:
     return spread[[name + suffix for name in dict.fromkeys(names) for suffix in ("", " low", " high")]]
 
 
-def _read_costs(path: str | Path) -> pd.DataFrame:
-    """Return the label, seconds, peak memory and time of the end of each experiment, by key."""
-    costs = list(read_as(_Cost, path))
+def _read_costs(path: str | Path, keys: Collection[str]) -> pd.DataFrame:
+    """Return the label, seconds, peak memory and time of the end of each of these experiments, by key."""
+    costs = list(read_as(_Cost, path, keys=keys))
     varied = find_varied(cost.experiment for cost in costs)
     rows = [
         {"key": cost.key, "label": name_experiment(cost.experiment, varied)}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 
 from kbit.analysis.figures.registry import FIGURES
@@ -18,7 +19,8 @@ from kbit.cli.figures import FIGURE_NAMES
 from kbit.cli.main import make_parser
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
-COMMANDS = ["run", "plan", "figures", "report", "results", "outliers", "models", "doctor", "completion"]
+COMMANDS = ["run", "plan", "figures", "report", "results", "outliers", "fit", "pack", "export", "models", "doctor"]
+COMMANDS += ["completion"]
 ASK = """
 eval "$(kbit completion bash)"
 COMP_LINE="$1" COMP_POINT=${#1} COMP_WORDS=($1) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
@@ -41,6 +43,8 @@ printf '[%s]\\n' "${COMPREPLY[@]}"
         ("kbit results merge --", ["--results"]),
         ("kbit completion ", ["bash", "zsh", "fish"]),
         ("kbit run --c", ["--cfg", "--config-dir"]),
+        ("kbit plan --r", ["--results"]),
+        ("kbit run --results ", []),  # the shell completes folders
         ("kbit run model.name=nano-gpt2", [f"model.name=nano-gpt2-{size}" for size in ("98k", "332k", "1m")]),
         ("kbit plan -m +sweeps=nano/bit", ["+sweeps=nano/bit_level"]),
     ],
@@ -84,6 +88,28 @@ def test_bash_completes(line: str, replies: str) -> None:
         ["bash", "-c", ASK, "bash", line], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
     assert (done.stdout.strip(), done.stderr) == (replies, "")
+
+
+def test_zsh_completes(tmp_path: Path) -> None:
+    """In a terminal of its own: after <TAB>, Ctrl-G prints the line as zsh has it."""
+    if shutil.which("zsh") is None:
+        pytest.skip("needs zsh")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    show = "show() { BUFFER=\"print -r -- '[$BUFFER]'\"; zle accept-line; }; zle -N show; bindkey '^G' show"
+    (tmp_path / ".zshrc").write_text(f"autoload -U compinit; compinit -u -D\n{show}\nPS1='ready> '\n")
+    zsh = pexpect.spawn(
+        "zsh", ["-i"], env=os.environ | {"PATH": path, "ZDOTDIR": str(tmp_path), "TERM": "dumb"}, encoding="utf-8",
+        timeout=120, dimensions=(24, 200),
+    )  # fmt: skip
+    zsh.expect_exact("ready> ")
+    zsh.sendline('eval "$(kbit completion zsh)"; print loa""ded')
+    zsh.expect_exact("loaded")
+    for line, whole in [("kbit res", "kbit results "), ("kbit run quant=nf4_", "kbit run quant=nf4_dq ")]:
+        zsh.expect_exact("ready> ")
+        zsh.send(f"{line}\t\x07")
+        zsh.expect(r"\n\[(.*)\]\r")
+        assert zsh.match.group(1) == whole
+    zsh.close(force=True)
 
 
 def test_completion_loads_no_torch() -> None:

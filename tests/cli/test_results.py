@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from toy_results import fill, make_result
 
-from kbit.cli.results import choose_columns, show_failures
+from kbit.cli.listing import choose_columns, show_failures
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
@@ -35,8 +35,82 @@ def store(tmp_path: Path) -> Store:
 def test_results_are_exported_as_parquet(kbit: Kbit, store: Store, tmp_path: Path) -> None:
     done = kbit("results", "--where", "metric == 'acc'", "--parquet", "out.parquet", "--csv", "out.csv")
     assert (done.code, done.out) == (0, "4 rows written to out.csv and out.parquet\n")
-    expected = read_results("results").query("metric == 'acc'").reset_index(drop=True)
+    expected = read_results("results").query("metric == 'acc'").sort_values("model").reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_parquet("out.parquet"), expected)
+
+
+def test_rows_are_in_the_order_of_size_bits_type_and_block(kbit: Kbit, store: Store) -> None:
+    same = make_result(0)
+    for block_size in (None, 1024, 64):
+        for data_type in ("nf", "int"):
+            experiment = dataclasses.replace(
+                same.experiment, quant=QuantConfig(data_type=data_type, block_size=block_size)
+            )
+            for name, parameters in (("toy-9", 2000), ("toy-10", 500)):
+                own = dataclasses.replace(experiment, model=ModelConfig(name))
+                store.write(dataclasses.replace(same, key=find_key(own), experiment=own, parameters=parameters))
+    shown = kbit("results", "--where", "metric == 'acc' and model in ['toy-9', 'toy-10']").out.splitlines()[1:]
+    found = [tuple(line.split()[:4]) for line in shown]
+    blocks = [("4", data_type, block) for data_type in ("int", "nf") for block in ("64", "1024", "whole")]
+    assert found == [(model, *block) for model in ("toy-10", "toy-9") for block in blocks]
+    kbit("results", "--where", "metric == 'acc'", "--sort=-parameters,data_type", "--csv", "out.csv")
+    rows = pd.read_csv("out.csv")
+    assert rows["parameters"].tolist() == [2000] * 6 + [1000] * 4 + [500] * 6
+    assert rows["data_type"].dropna().tolist() == [
+        *["int"] * 3,
+        *["nf"] * 3,
+        "float",
+        "int",
+        "nf",
+        *["int"] * 3,
+        *["nf"] * 3,
+    ]
+
+
+def test_columns_are_those_asked_for(kbit: Kbit, store: Store) -> None:
+    done = kbit("results", "--columns", "value, model", "--where", "metric == 'acc' and bits == 4")
+    assert done.out.split() == ["value", "model", "0.5", "toy-2", "0.5", "toy-3"]
+    kbit("results", "--columns", "model,bits", "--csv", "out.csv")
+    assert list(pd.read_csv("out.csv").columns) == ["model", "bits"]
+    for option in ("--columns", "--sort"):
+        refused = kbit("results", f"{option}=model,bit")
+        assert (refused.code, f"{option}='bit' is not one of" in refused.err, "did you mean bits?" in refused.err) == (
+            1,
+            True,
+            True,
+        )
+
+
+def test_wide_has_a_row_for_each_experiment(kbit: Kbit, store: Store) -> None:
+    lines = kbit("results", "--wide").out.splitlines()
+    head = "label bits_per_param total_bits nano_cloze acc nano_held_out cross_entropy seconds"
+    assert " ".join(lines[0].split()) == head
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["toy-0", "16-bit"], ["toy-1", "float3-e2m0"], ["toy-2", "nf4"], ["toy-3", "int4"],
+    ]  # fmt: skip
+    assert [line.split()[-3:] for line in lines[1:]] == [["0.5", f"{value}.0", "0.3"] for value in (3, 4, 5, 6)]
+    done = kbit("results", "--wide", "--where", "task == 'nano_cloze' and bits < 16", "--parquet", "out.parquet")
+    assert done.out == "3 rows written to out.parquet\n"
+    table = pd.read_parquet("out.parquet")
+    assert table["block_size"].tolist() == ["64", "whole", "64"]
+    assert [name for name in table if "nano" in name] == ["nano_cloze acc", "nano_cloze acc low", "nano_cloze acc high"]
+    chosen = kbit("results", "--wide", "--columns", "finished,nano_cloze acc low", "--sort", "label").out.split("\n")
+    assert chosen[1].split() == ["2026-01-01T00:00:00+00:00", "0.4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["delete", "--where", "bits == 4", "--yes"], "kbit results delete has no --wide"),
+        (["compact"], "kbit results compact has no --wide"),
+        (["--failures"], "--failures goes without --wide"),
+        (["--damaged"], "--damaged goes without --wide"),
+    ],
+)
+def test_only_a_listing_of_results_is_arranged(kbit: Kbit, store: Store, arguments: list[str], message: str) -> None:
+    done = kbit("results", "--wide", *arguments)
+    assert (done.code, message in done.err) == (1, True)
+    assert len(store.finished_keys()) == 4
 
 
 @pytest.mark.parametrize("where", ["bits", "bits + 1", "3", "bits ===", "bitz == 4", "'nf'", "value.sum() > 3"])

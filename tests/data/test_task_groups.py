@@ -47,6 +47,7 @@ aggregate_metric_list: [{metric: acc}]
 """
 SIZES = {"cats": 6, "dogs": 3, "birds": 4}
 NAMES = tuple(SIZES)
+SUBJECTS = ("anatomy", "astronomy", "marketing", "philosophy", "sociology", "world_religions")  # of MMLU
 WORDS = ("the", "a small", "mouse", "in the old house", "ran", "away from", "it")
 
 
@@ -138,15 +139,14 @@ def test_a_wrong_group_is_named(folder: Path, change: tuple[str, str], names: li
         load_tasks(names, str(folder))
 
 
-def test_lm_evals_group_mmlu_is_asked_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loaded: LoadedModel
-) -> None:
-    """lm-eval's own definitions of six subjects of MMLU, on a few rows of ours instead of the hub's."""
-    subjects = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
-    chosen = ("anatomy", "astronomy", "marketing", "philosophy", "sociology", "world_religions")
-    for path in (*subjects.glob("_*"), *(subjects / f"mmlu_{name}.yaml" for name in chosen)):
-        shutil.copy(path, tmp_path)
-    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+@pytest.fixture
+def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with lm-eval's own definitions of six subjects of MMLU, on a few rows of ours instead of the hub's."""
+    folder = tmp_path / "subjects"
+    folder.mkdir()
+    default = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    for path in (*default.glob("_*"), *(default / f"mmlu_{name}.yaml" for name in SUBJECTS)):
+        shutil.copy(path, folder)
 
     def load_rows(path: str, name: str, **_: Any) -> datasets.DatasetDict:
         assert path == "cais/mmlu"
@@ -157,13 +157,47 @@ def test_lm_evals_group_mmlu_is_asked_by_its_name(
         return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("test", "dev")})
 
     monkeypatch.setattr(datasets, "load_dataset", load_rows)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     monkeypatch.setattr(kbit.data.tasks, "_make_manager", lambda **_: manager)
+    return folder
+
+
+def test_lm_evals_group_mmlu_is_asked_by_its_name(subjects: Path, loaded: LoadedModel) -> None:
     mine = evaluate(loaded.model, loaded.tokenizer, "mmlu", num_fewshot=1, limit=2)
+    manager = TaskManager(include_path=str(subjects), include_defaults=False)
     theirs = ask_lm_eval(loaded, manager, ["mmlu"], num_fewshot=1, limit=2)
     values = accuracies(mine)
-    assert len(values) == len(theirs) == len(chosen) + 5
+    assert len(values) == len(theirs) == len(SUBJECTS) + 5
     assert values == pytest.approx({name: theirs[name]["acc,none"] for name in values})
     assert not any(m.task == "mean_zero_shot" for m in mine)  # one accuracy was asked for
+
+
+def test_a_group_of_ones_own_changes_and_names_what_is_lm_evals(subjects: Path, tmp_path: Path) -> None:
+    """A task with changes, a group (with a group within it) and a tag, which the group's own change reaches, too."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "group.yaml").write_text(
+        "group: mine\nnum_fewshot: 2\ntask:\n- {task: mmlu_anatomy, num_fewshot: 1}\n- mmlu_social_sciences\n"
+        "- {task: mmlu_humanities_tasks, description: 'Think.'}\n"
+    )
+    loaded = {task.name: task for task in load_tasks(["mine"], str(tmp_path / "mine"))}
+    human = ("mmlu_philosophy", "mmlu_world_religions")
+    assert set(loaded) == {"mmlu_anatomy", "mmlu_sociology", *human}
+    assert {name: task.task.config.num_fewshot for name, task in loaded.items()} == dict.fromkeys(loaded, 2) | {
+        "mmlu_anatomy": 1
+    }
+    assert {name for name, task in loaded.items() if task.task.config.description == "Think."} == set(human)
+    assert {name: [group.name for group in task.groups] for name, task in loaded.items()} == {
+        "mmlu_anatomy": ["mine"],
+        "mmlu_sociology": ["mine", "mmlu_social_sciences", "mmlu_social_sciences_tasks"],
+    } | {name: ["mine", "mmlu_humanities_tasks"] for name in human}
+
+
+@pytest.mark.parametrize("member", ["mmlu_anatomie", "{task: mmlu_anatomie, num_fewshot: 1}"])
+def test_what_a_group_names_and_lm_eval_has_not_is_named(subjects: Path, tmp_path: Path, member: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "group.yaml").write_text(f"group: mine\ntask: [{member}]\n")
+    with pytest.raises(ValueError, match=r"group\.yaml: group 'mine' names 'mmlu_anatomie', which is no task"):
+        load_tasks(["mine"], str(tmp_path / "mine"))
 
 
 def test_groups_that_name_each_other_are_named_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lm_eval.api.task import ConfigurableTask
 
 import kbit.data.tasks
 from kbit.data.lm_eval_private import read_definition
-from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
+from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks, find_mentioned
 from kbit.data.tasks import LoadedTask, load_tasks
 from kbit.data.text_files import parse_json_lines, read_bytes
 from kbit.evaluation.zero_shot import prepare_task
@@ -244,6 +244,19 @@ def test_a_task_that_cannot_be_had_is_a_clear_error(
     monkeypatch.setattr(kbit.data.tasks, "_make_manager", lambda **_: FewTasks())
     with pytest.raises(error, match=message):
         load_tasks([name], folder)
+
+
+def test_a_name_that_lm_eval_never_mentions_is_refused_without_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Any) -> None:
+        raise AssertionError("it takes 18 seconds")
+
+    tags_and_tasks = {"arc_challenge", "mmlu", "mmlu_stem_tasks", "ai2_arc"}
+    found = find_mentioned({*tags_and_tasks, "arc_chalenge", "mmlu_ste"})
+    assert found == tags_and_tasks
+    monkeypatch.setattr(kbit.data.tasks, "find_mentioned", found.intersection)
+    monkeypatch.setattr(kbit.data.tasks, "_make_manager", fail)
+    with pytest.raises(ValueError, match="unknown task 'arc_chalenge'"):
+        load_tasks(["arc_chalenge"])
 
 
 # ---- a user's definition

@@ -110,6 +110,7 @@ def test_a_method_that_was_not_measured_makes_it_at_least() -> None:
     estimator.learn(make_experiment(method="gptq"), 600)
     assert estimator.predict_time(both, 1) == "about 12 min"
     assert estimator.predict_time(both, 2) == "about 10 min"  # one worker has the longer
+    assert estimator.predict_time(both, 2, start=120.0) == "about 12 min"
 
 
 @given(st.lists(st.sampled_from(["98k", "332k", "1m"]), min_size=1, max_size=30), st.integers(1, 8))
@@ -146,6 +147,9 @@ def test_stored_results_are_a_basis(tmp_path: Path) -> None:
     estimator.learn_stored(str(tmp_path), [make_experiment()], threads=1)
     assert estimator.describe([make_experiment(bits=3)] * 20, workers=2).startswith(
         "tokens to score: about 100 thousand; time: about 2 min on 2 workers, by 1 stored result; "
+    )
+    assert "; time: about 4 min on 2 workers, 2 min of it to start, by 1 stored result; " in estimator.describe(
+        [make_experiment(bits=3)] * 20, workers=2, start=120.0
     )
 
 

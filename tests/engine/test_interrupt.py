@@ -55,7 +55,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 # What a command does before its first job, in order: a name in a module, and how often it is called until it ends.
 PHASES = {
     "arguments": ("kbit.cli.hydra.app.refuse_arguments", 1),
-    "Hydra's scratch folder": ("kbit.cli.hydra.compose.list_combinations", 1),
+    "Hydra's sweeper": ("kbit.cli.hydra.compose.list_combinations", 1),
     "composition": ("kbit.cli.hydra.compose.build_config", 3),
     "requests": ("kbit.cli.run._list_notes", 1),
     "device": ("kbit.engine.plan.count_workers", 1),

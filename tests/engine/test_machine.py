@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kbit.engine.machine import count_cpus, has_driver
+from kbit.engine.machine import count_cpus, has_driver, predict_start
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -90,3 +90,13 @@ def test_a_missing_gpu_is_refused_before_torch_and_ray_are_imported(tmp_path: Pa
     assert "ray.gpus_per_worker=1 do not fit" in workers
     assert loaded == "[]"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_takes_longer_beside_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    seconds = {}
+    for load in (0.0, 2.0, 10.0):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        seconds[load] = predict_start("ray", 2)
+        assert predict_start("process", 1) == predict_start("ray", 2, local=False) < seconds[load]
+    assert seconds[0.0] == seconds[2.0] == seconds[10.0] / 3  # 12 want to run on 4 CPUs

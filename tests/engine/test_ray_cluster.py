@@ -31,6 +31,7 @@ from kbit.store.readers import list_keys, read_failures
 from kbit.store.store import Store
 
 GB = 10**9
+NICENESS = 3  # neither Ray's default nor kbit's
 
 
 def make_experiment(bits: int) -> Experiment:
@@ -40,14 +41,24 @@ def make_experiment(bits: int) -> Experiment:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Ray with two CPUs and no GPU."""
+    """Ray as a sweep starts it, with two CPUs and no GPU."""
     import ray
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kbit.engine.ray_cluster.count_cpus", lambda: 2)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        start_ray(RayConfig(niceness=NICENESS), announce=print)
+        yield ray
+        ray.shutdown()
+
+
+def test_workers_have_the_niceness_asked_for(cluster: Any) -> None:
+    """Ray's own default is 15, which leaves a worker a third of the time beside other work."""
+
+    def ask() -> int:  # in a function, as above
+        return os.nice(0)
+
+    assert cluster.get(cluster.remote(ask).remote()) - os.nice(0) == NICENESS
 
 
 def make_fragile_actor(ray: Any, poisoned: str) -> Any:

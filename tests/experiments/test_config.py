@@ -75,6 +75,7 @@ BAD_VALUES: list[tuple[Callable[[], object], list[str]]] = [
     (lambda: RunConfig(device="cuda:x"), ["device='cuda:x'", "cpu, cuda, cuda:N"]),
     (lambda: RayConfig(num_workers=0), ["ray.num_workers=0", ">= 1"]),
     (lambda: RayConfig(cpus_per_worker=0), ["ray.cpus_per_worker=0", ">= 1"]),
+    (lambda: RayConfig(niceness=20), ["ray.niceness=20", "0..19"]),
     (lambda: RayConfig(gpus_per_worker=-0.5), ["ray.gpus_per_worker=-0.5", ">= 0"]),
     (lambda: RayConfig(gpus_per_worker=1.5), ["ray.gpus_per_worker=1.5", "whole above 1"]),
     (lambda: RayConfig(gpus_per_worker=float("nan")), ["ray.gpus_per_worker=nan", ">= 0"]),

@@ -13,7 +13,7 @@ import pytest
 
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
-from kbit.experiments.requirements import check_lengths, check_model_files, check_tasks
+from kbit.experiments.requirements import check_download_space, check_lengths, check_model_files, check_tasks
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.models.config import ModelConfig
@@ -102,3 +102,26 @@ def test_a_calibration_window_beyond_the_context_is_refused() -> None:
 def test_parts_of_a_model_are_looked_for(fields: dict[str, str], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check_model_files(ModelConfig(**fields))
+
+
+def test_a_text_with_too_few_calibration_windows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("a b " * 1000)  # 2,000 tokens and one for the document
+    calibration = CalibrationConfig(text=str(path), length=100, samples=20)
+    quant = QuantConfig(bits=4, data_type="int", method="gptq", calibration=calibration)
+    check_lengths(Experiment(quant=quant))
+    more = dataclasses.replace(quant, calibration=dataclasses.replace(calibration, samples=21))
+    with pytest.raises(ValueError, match=r"short\.txt' has 20 windows of 100 tokens, less than .*samples=21"):
+        check_lengths(Experiment(quant=more))
+
+
+def test_a_download_larger_than_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none" / "hub"))
+    usage = shutil.disk_usage(tmp_path)._replace(free=30 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    here, small, large = ModelConfig("nano-neox-98k"), ModelConfig("pythia-1.4b-v0"), ModelConfig("opt-13b")
+    check_download_space([here, small, small, ModelConfig("org/unknown")])
+    usage = usage._replace(free=28 * 10**9)
+    with pytest.raises(OSError, match=r"pythia-1\.4b-v0, opt-13b: .* are 28\.8 GB at least, and 28\.0 GB are free at"):
+        check_download_space([here, small, large, large])
+    check_download_space([here, large])

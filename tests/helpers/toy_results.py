@@ -39,6 +39,11 @@ def make_result(number: int, value: float = 0.5) -> Result:
     )  # fmt: skip
 
 
+def path_of(store: Store, number: int, kind: str = "experiments") -> Path:
+    """Return the file of an invented result."""
+    return store.path / kind / f"{make_result(number).key}.json"
+
+
 def fill(path: Path, numbers: range) -> Store:
     """Write the results of these numbers and return their store."""
     store = Store(path)

@@ -13,7 +13,7 @@ from import_graph import ROOT, find_longest_chain, find_modules, read_imports
 FLOORS = [
     {"nano", "hydra_plugins"},
     {"cli", "notebook"},
-    {"engine", "analysis"},
+    {"engine", "analysis", "costs"},
     {"store"},
     {"experiments"},
     {"checkpoints", "lmeval"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kbit.methods.config import QuantConfig
+from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.report import plan_quantization
 from kbit.methods.weight import ExpertCodes
@@ -76,6 +77,47 @@ def test_the_result_is_that_of_the_unfused_model_bit_for_bit(
             assert torch.equal(values.T if is_transposed else values, layer.weight)
             if layer.bias is not None:
                 assert torch.equal(experts.get_parameter(f"{name}_bias")[number], layer.bias)
+
+
+class Layers(nn.ModuleList):
+    """A layer for each expert, whose weights stand where a model's code looks for the fused parameter's experts."""
+
+    def __init__(self, fused: torch.Tensor, *, transposed: bool) -> None:
+        super().__init__()
+        self.transposed, self.device = transposed, fused.device
+        for values in fused.detach():
+            layer = nn.Linear(*(values.shape if transposed else values.T.shape), bias=False)
+            layer.weight.data = (values.T if transposed else values).clone().contiguous()
+            self.append(layer)
+
+    def __getitem__(self, expert: Any) -> Any:
+        weight: Any = super().__getitem__(int(expert)).weight  # type: ignore[union-attr]
+        return weight.T if self.transposed else weight
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("fields", [{"method": "gptq"}, {"method": "awq"}, {"method": "gptq", "layout": "row"}])
+def test_calibrated_experts_are_those_of_the_unfused_model_bit_for_bit(
+    build_tiny: Build, tokenizer: Any, architecture: str, fields: dict[str, Any]
+) -> None:
+    """The model's own code routes tokens to layers of their own, so that each sees what its expert sees."""
+    model, transposed = build_tiny(architecture, vocab_size=1024, num_hidden_layers=1), "gpt" in architecture
+    model.config._experts_implementation = "eager"  # the others take the whole parameter
+    unfused = copy.deepcopy(model)
+    experts = unfused.model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        layers = Layers(experts.get_parameter(name), transposed=transposed)
+        delattr(experts, name)
+        experts.add_module(name, layers)
+    config = QuantConfig(
+        bits=3, block_size=16, calibration=CalibrationConfig(samples=8, length=32, unseen="rtn"), **fields
+    )
+    quantize_model(model, config, tokenizer)
+    quantize_model(unfused, config, tokenizer)
+    for name in ("gate_up_proj", "down_proj"):
+        fused = model.get_parameter(f"model.layers.0.mlp.experts.{name}")
+        for number, values in enumerate(fused.detach()):
+            assert torch.equal(values, getattr(experts, name)[number])
 
 
 def test_a_large_expert_leaves_the_others_as_they_are() -> None:

@@ -59,3 +59,11 @@ def test_codebooks_are_drawn_value_by_value() -> None:
     np.testing.assert_array_equal(drawn[1], make_codebook("nf", 4))
     np.testing.assert_array_equal(drawn[0], make_codebook("int", 3))
     assert [label.get_text() for label in axis.get_yticklabels()] == ["int3", "nf4"]
+
+
+def test_a_codebook_that_is_fitted_is_drawn_of_a_tensor() -> None:
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    [line] = kbit.plot_codebooks(["quantile4"], tensor=x).axes[0].get_lines()
+    np.testing.assert_array_equal(np.asarray(line.get_xdata()), make_codebook("quantile", 4, tensor=x))
+    with pytest.raises(ValueError, match="'quantile' needs tensor="):
+        kbit.plot_codebooks(["quantile4"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import kbit
 from kbit.numerics.data_types import make_codebook
 from kbit.numerics.quantizer import fake_quantize, quantize
 from kbit.numerics.spec import QuantSpec
@@ -110,3 +111,23 @@ def test_codebooks_are_fitted_to_torch_tensors_too(data_type: str) -> None:
     x = torch.nn.Parameter(torch.randn(300, generator=torch.Generator().manual_seed(0)))
     expected = make_codebook(data_type, 4, tensor=x.detach().numpy())
     np.testing.assert_array_equal(make_codebook(data_type, 4, tensor=x), expected)
+
+
+@pytest.mark.parametrize("data_type", ["quantile", "learned"])
+@pytest.mark.parametrize("block_size", [None, 64])
+def test_a_public_codebook_normalises_its_tensor(data_type: str, block_size: int | None) -> None:
+    x = 20 * torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    codebook = kbit.codebook(data_type, 4, tensor=x, block_size=block_size)
+    blocks = x.view(-1) if block_size is None else x
+    scales = blocks.abs().amax(-1, keepdim=True).half().float()
+    values = (blocks / scales).numpy() if data_type == "learned" else x.numpy()
+    np.testing.assert_array_equal(codebook, make_codebook(data_type, 4, tensor=values))
+    spec = kbit.QuantSpec(bits=4, data_type=data_type, block_size=block_size)
+    np.testing.assert_array_equal(codebook, kbit.quantize(x, spec).codebook)
+    np.testing.assert_array_equal(codebook, kbit.codebook(data_type, 4, tensor=x.numpy(), block_size=block_size))
+
+
+def test_a_public_codebook_refuses_what_it_cannot_be_fitted_to() -> None:
+    for tensor, message in ((None, "needs tensor="), (np.array([np.nan, 1.0]), "1 of 2 values are NaN or Inf")):
+        with pytest.raises(ValueError, match=message):
+            kbit.codebook("learned", 4, tensor=tensor)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from toy_results import fill
+from toy_results import fill, make_result
 
+from kbit.experiments.identity import find_key
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
 from kbit.store.readers import read_results
+from kbit.store.store import Store
 
 
 @pytest.fixture
@@ -45,6 +50,17 @@ def test_label_and_cost_are_columns(table: pd.DataFrame) -> None:
     assert set(table["finished"]) == {"2026-01-01T00:00:00+00:00"}
 
 
-def test_rows_are_in_the_order_of_bits_type_and_block(table: pd.DataFrame) -> None:
-    assert table["bits"].tolist() == [3, 3, 4, 4, 4, 4, 16, 16]
-    assert table["data_type"].tolist() == ["float", "float", "int", "int", "nf", "nf", "none", "none"]
+def test_rows_are_in_the_order_of_model_bits_type_and_block(tmp_path: Path) -> None:
+    store, same = Store(tmp_path), make_result(0)
+    quants = [QuantConfig(bits=16)]
+    quants += [QuantConfig(bits=4, data_type="nf", block_size=size) for size in (1024, None, 64, 4096, 128)]
+    quants += [QuantConfig(bits=3, data_type=data_type, block_size=64) for data_type in ("nf", "int")]
+    for name, parameters in (("toy-9", 2000), ("toy-10", 500)):
+        for quant in quants:
+            experiment = dataclasses.replace(same.experiment, model=ModelConfig(name), quant=quant)
+            result = dataclasses.replace(same, key=find_key(experiment), experiment=experiment, parameters=parameters)
+            store.write(result)
+    table = read_results(tmp_path, wide=True)
+    rows = [(3, "int", 64), (3, "nf", 64), *((4, "nf", size) for size in (64, 128, 1024, 4096, "whole"))]
+    expected = [(name, *row) for name in ("toy-10", "toy-9") for row in [*rows, (16, "none", "none")]]
+    assert list(zip(*(table[name] for name in ("model", "bits", "data_type", "block_size")), strict=True)) == expected

@@ -5,11 +5,9 @@ Hydra only composes here. What is asked for is returned as requests, and the wor
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 
 import hydra
@@ -17,8 +15,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.checks import KbitError
+from kbit.cli.hydra.arguments import find_launchers, refuse_arguments
 from kbit.cli.hydra.compose import Request, build_config, read_values
-from kbit.cli.hydra.explain import REFUSALS, explained, find_launchers, list_files, refuse_arguments
+from kbit.cli.hydra.explain import REFUSALS, explained, list_files
+from kbit.cli.hydra.options import write_help
 from kbit.cli.hydra.private import forget_basic_launcher, make_writable
 from kbit.experiments.config import RunConfig, StudyConfig
 
@@ -54,13 +54,10 @@ def compose_requests(arguments: Sequence[str], command: str = "run") -> list[Req
         except (ValueError, KbitError, *REFUSALS) as error:  # Hydra would print "Error executing job" as well
             refused.append(error)
 
-    try:
-        with explained():
-            receive()
-            for error in refused:
-                raise error
-    finally:
-        _remove_scratch_folder()
+    with explained():
+        receive()
+        for error in refused:
+            raise error
     return requests
 
 
@@ -84,15 +81,29 @@ def as_multirun(arguments: Sequence[str]) -> list[str]:
     return [*([] if {"-m", "--multirun"} & set(arguments) else ["-m"]), *arguments]
 
 
+def quote_value(text: str) -> str:
+    """Return a text as a value on Hydra's command line, where some signs and words stand for something else."""
+    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", text) and text.lower() not in ("null", "true", "false", "inf", "nan"):
+        return text
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), text)
+    return f"'{escaped}'"
+
+
 def register_schema() -> None:
     """Give Hydra the schema of every key and value, and the resolvers that the files of conf/ use."""
     schema = OmegaConf.structured(RunConfig)
     make_writable(schema)
     ConfigStore.instance().store(name="run_schema", node=schema)
     forget_basic_launcher()
-    OmegaConf.register_new_resolver("kbit.scratch", _scratch_folder, replace=True)
     OmegaConf.register_new_resolver("kbit.studies", lambda: ", ".join(list_files("sweeps")), replace=True)
+    OmegaConf.register_new_resolver("kbit.keys", _describe_keys, replace=True)
     OmegaConf.register_new_resolver("kbit.presets", lambda: ", ".join(list_files("conf/quant")), replace=True)
+
+
+def _describe_keys(*, _root_: DictConfig) -> str:
+    """Return every key with its value in a composed configuration, as text of a template in which $ is special."""
+    values = {field.name: _root_[field.name] for field in dataclasses.fields(RunConfig)}
+    return write_help(OmegaConf.to_container(OmegaConf.create(values), resolve=True)).replace("$", "$$")
 
 
 def _request_one(config: DictConfig) -> Request:
@@ -101,16 +112,3 @@ def _request_one(config: DictConfig) -> Request:
     if run_config.study != StudyConfig():
         raise KbitError("a study is a multirun: add -m, or `hydra: {mode: MULTIRUN}` to its file")
     return Request((run_config,), engine="process")
-
-
-@functools.cache
-def _scratch_folder() -> str:
-    """Return a temporary folder for the file that Hydra's sweeper insists on writing."""
-    return tempfile.mkdtemp(prefix="kbit-")
-
-
-def _remove_scratch_folder() -> None:
-    """Remove that folder, if there is one."""
-    if _scratch_folder.cache_info().currsize:
-        shutil.rmtree(_scratch_folder(), ignore_errors=True)
-        _scratch_folder.cache_clear()

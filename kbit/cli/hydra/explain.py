@@ -6,9 +6,8 @@ import dataclasses
 import errno
 import os
 import re
-import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -18,98 +17,15 @@ import yaml
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from kbit.checks import KbitError, suggest
+from kbit.checks import KbitError, ask_for_nearest, suggest
+from kbit.cli.hydra.options import describe_kind
+from kbit.data.task_files import find_local_tasks
 from kbit.experiments.config import RunConfig
+from kbit.methods.config import METHODS
+from kbit.numerics.data_types import DATA_TYPES
 
-_WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_GROUPS: Final = ("quant", "eval", "hydra/launcher", "hydra/sweeper", "hydra/help")
-_NAME: Final = r"[A-Za-z_./][\w./-]*"
-_NAMES: Final = re.compile(
-    rf"(glob|choice|sort|shuffle|tag)\(.*\)|{_NAME}(\s*,\s*{_NAME})*|\[{_NAME}(\s*,\s*{_NAME})*\]"
-)
+_WRITING: Final = "values are written a,b or [a,b], special characters in quotes"
 STUDY_HINT: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
-
-
-def refuse_arguments(arguments: Sequence[str]) -> None:
-    """Check command-line arguments before Hydra sees them. Hydra's own advice for an unknown key is to add it.
-
-    Raises:
-        KbitError: a key is unknown, or Hydra would ignore one of several studies.
-    """
-    hints = [refuse_several_studies(arguments)]
-    folders = find_config_folders(arguments)
-    for argument in arguments:
-        key, is_override, _ = argument.partition("=")
-        name = key.lstrip("+~")
-        if key == "sweeps":
-            hints.append(f"{key}: a ready study is added, not set: +{argument}")
-        elif is_override and not key.startswith("-") and not name.startswith("sweeps") and "@" not in name:
-            is_known = name.startswith("hydra") or any((folder / name).is_dir() for folder in folders)
-            hints.append("" if is_known else find_unknown_key(name))
-            hints.append(_refuse_no_name(name, argument))
-    if any(hints):
-        raise KbitError(*filter(None, hints))
-
-
-def _refuse_no_name(key: str, argument: str) -> str:
-    """Return which names there are if an argument chooses a file of a group by anything but names, else ""."""
-    value = argument.partition("=")[2].strip("'\"")
-    if key not in _GROUPS or (_NAMES.fullmatch(value) and value.lower() not in ("null", "true", "false")):
-        return ""
-    return f"{argument:.80}: {key} is given by name; {suggest(value, list_files(f'conf/{key}'))}"
-
-
-def find_config_folders(arguments: Sequence[str]) -> list[Path]:
-    """Return the user's own folders of configurations, which --config-dir names."""
-    folders = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        option, is_joined, value = argument.partition("=")
-        if option in ("--config-dir", "-cd"):
-            folders.append(Path(value if is_joined else following))
-    return folders
-
-
-def find_launchers(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the launcher that each chosen study (or other file that is added with +GROUP=NAME) asks for, by file.
-
-    kbit's own choice of a launcher stands in the first file that Hydra reads, and of several choices Hydra takes the
-    first. A study's `override /hydra/launcher: NAME` would have no effect.
-
-    Raises:
-        KbitError: a file asks for another sweeper.
-    """
-    folders = [*find_config_folders(arguments), Path(str(files("kbit")))]
-    chosen = [match for a in arguments if (match := re.fullmatch(r"\+{1,2}([^=@]+)(?:@\w+)?=([\w/,.-]+)", a))]
-    waiting = [(match[1], name) for match in chosen for name in match[2].split(",")]
-    found: dict[str, str] = {}
-    seen = set()
-    while waiting:
-        group, name = waiting.pop()
-        path = next((p for folder in folders if (p := folder / group / f"{name}.yaml").is_file()), None)
-        if path is None or path in seen:
-            continue  # Hydra names what is not there
-        seen.add(path)
-        with path.open(encoding="utf-8-sig") as file:  # a stream has the name that an error of its content tells
-            content = yaml.safe_load(file)
-        study = content.get("study") if isinstance(content, dict) else None
-        if isinstance(study, dict) and isinstance(study.get("unite"), list):
-            waiting += [("sweeps", str(other)) for other in study["unite"]]
-        for key, choice in _list_overrides(content):
-            if key == "hydra/sweeper" and choice != "kbit":
-                raise KbitError(
-                    f"{path}: override /hydra/sweeper: {choice} has no effect: kbit has a sweeper of its own"
-                )
-            found |= {str(path): choice} if key == "hydra/launcher" else {}
-    return found
-
-
-def _list_overrides(content: Any) -> Iterator[tuple[str, str]]:
-    """Yield each group that a file's defaults list overrides, and the choice."""
-    defaults = content.get("defaults") if isinstance(content, dict) else None
-    for entry in defaults if isinstance(defaults, list) else ():
-        for key, choice in entry.items() if isinstance(entry, dict) else ():
-            if match := re.fullmatch(r"override\s+/?(.*)", str(key)):
-                yield match[1], str(choice)
 
 
 def find_unknown_key(key: str, schema: Any = RunConfig) -> str:
@@ -120,18 +36,37 @@ def find_unknown_key(key: str, schema: Any = RunConfig) -> str:
             return ""  # the key lies below a free value, such as an exclusion
         hints = typing.get_type_hints(node)
         if part not in hints:
-            return f"{key}: no key {part!r}; {suggest(part, hints)}"
+            places = _find_places(key.rpartition(".")[2], schema, hints)
+            meant = f"did you mean {' or '.join(places)}? allowed are {', '.join(hints)}" if places else ""
+            return f"{key}: no key {part!r}; {meant or suggest(part, hints)}"
         node = hints[part]
     return ""
 
 
-def refuse_several_studies(arguments: Sequence[str]) -> str:
-    """Return how to give several studies if the arguments give them so that Hydra keeps only the last, else ""."""
-    named = [a.partition("=")[2] for a in arguments if re.match(r"\+{1,2}sweeps(@\w*)?=", a)]
-    if len(named) < 2 and not any("[" in name for name in named):
-        return ""
-    studies = ",".join(name.strip("[]").replace(" ", "") for name in named)
-    return f"{' '.join(a for a in arguments if 'sweeps' in a)}: several studies are given as +sweeps={studies}"
+def find_node(key: str, schema: Any = RunConfig) -> Any:
+    """Return the type of the value of a dotted key, or None if there is no such key."""
+    node: Any = schema
+    for part in key.split("."):
+        node = typing.get_type_hints(node).get(part) if dataclasses.is_dataclass(node) else None
+    return node
+
+
+def _find_places(name: str, schema: Any, beside: Iterable[str]) -> list[str]:
+    """Return the keys that end in a name, such as quant.bits for bits, or in one like it if none beside it is."""
+    keys = [key for key in _list_keys(schema) if "." in key]
+    if exact := [key for key in keys if key.rpartition(".")[2] == name]:
+        return exact
+    near = "" if ask_for_nearest(name, beside) else ask_for_nearest(name, (key.rpartition(".")[2] for key in keys))
+    return [key for key in keys if near == f"did you mean {key.rpartition('.')[2]}?"]
+
+
+def _list_keys(schema: Any, within: str = "") -> Iterator[str]:
+    """Yield the dotted name of every key of a configuration that takes a value."""
+    for part, node in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(node):
+            yield from _list_keys(node, f"{within}{part}.")
+        else:
+            yield within + part
 
 
 @contextmanager
@@ -193,7 +128,9 @@ def _explain_override(text: str) -> str:
         near = re.search(r"(?:extraneous|mismatched) input '(.*?)' expecting|(?:at|near:?) '(.*?)'", match[2])
         place = near and (near[1] or near[2] or "").replace("<EOF>", "")
         reason = f"cannot be read at {place!r}" if place else "cannot be read"
-        return f"{match[1]}: {reason}; values are written a,b or [a,b], special characters in quotes"
+        return f"{match[1]}: {reason}; {_WRITING}"
+    if match := re.match(r"LexerNoViableAltException: (.*)|no viable alternative at input '(.*)'", text):
+        return f"{match[1] or match[2]}: cannot be read; {_WRITING}"
     return ""
 
 
@@ -206,33 +143,41 @@ def _explain_value(text: str, key: str, reason: str, cause: Any, schema: Any) ->
     if "merge DictConfig with ListConfig" in reason or "ListConfig with DictConfig" in reason:
         return f"{reason}; {STUDY_HINT}"
     given = re.match(r"Error merging override (.*)", text)
+    if given and "is not a ListConfig" in reason:
+        return f"{given[1]}: {key} is a list: {key}=[{given[1].partition('=')[2]}]"
     allowed = _describe_type(key, schema)
     return f"{given.group(1) if given else key}: {reason}{f'; {key} is {allowed}' if allowed else ''}"
 
 
 def _describe_type(key: str, schema: Any) -> str:
     """Return which values a key takes, or "" if there is no such key."""
-    node: Any = schema
-    for part in key.split("."):
-        node = typing.get_type_hints(node).get(part) if dataclasses.is_dataclass(node) else None
-    if node is None:
-        return ""
-    kinds = typing.get_args(node) if isinstance(node, types.UnionType) else (node,)
-    if any(typing.get_origin(kind) in (tuple, list) for kind in kinds):
-        words = ["a list, such as [a,b]"]
-    else:
-        words = [_WORDS[kind] for kind in kinds if kind in _WORDS]
-    return " or ".join([*words, *(["null"] if types.NoneType in kinds else [])])
+    node = find_node(key, schema)
+    return "" if node is None else describe_kind(node)
 
 
 def _explain_missing(error: MissingConfigException) -> str:
     """Return the message about a missing file of a group, with the files that the group has."""
     match = re.search(r"Could not find '([^']*)'", str(error))
-    group, _, name = (match.group(1) if match else str(error.missing_cfg_file)).partition("/")
+    whole = match.group(1) if match else str(error.missing_cfg_file)
+    group, _, name = whole.rpartition("/") if whole.startswith("hydra/") else whole.partition("/")
     there = sorted({*(error.options or ()), *list_files(group if group == "sweeps" else f"conf/{group}")})
     if not there:
         return str(error).splitlines()[0]
-    return f"{group}={name}: there is no {group}/{name}; {suggest(name, there)}"
+    return f"{group}={name}: there is no {group}/{name}; {_find_meant(group, name, there) or suggest(name, there)}"
+
+
+def _find_meant(group: str, name: str, there: Sequence[str]) -> str:
+    """Return what may be meant by a name that is of no file of a group, but of a value, else ""."""
+    meant = []
+    if group == "quant":
+        meant += [f"quant={name}4 (with 4 bits)"] if f"{name}4" in there else []
+        meant += [f"quant.data_type={name}"] if name in DATA_TYPES else []
+        meant += [f"quant.method={name}"] if name in METHODS else []
+    elif group == "eval" and name in find_local_tasks():
+        meant = [f"eval.tasks=[{name}]"]
+    elif (group, name) == ("hydra/launcher", "ray"):
+        meant = ["hydra/launcher=kbit (Ray workers, the default)"]
+    return f"did you mean {' or '.join(meant)}? allowed are {', '.join(there)}" if meant else ""
 
 
 def list_files(folder: str) -> list[str]:

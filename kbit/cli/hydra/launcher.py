@@ -6,9 +6,11 @@ top.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -19,7 +21,7 @@ from kbit.cli.hydra.private import find_basic_sweeper
 
 
 class SweepSweeper(find_basic_sweeper()):  # type: ignore[misc]
-    """Hydra's sweeper without its composition of every job's configuration, which the launcher repeats.
+    """Hydra's sweeper without its file of the sweep, and without its composition of every job, which the launcher has.
 
     Args:
         max_batch_size: the number of jobs of a request. None makes one request of all.
@@ -35,8 +37,13 @@ class SweepSweeper(find_basic_sweeper()):  # type: ignore[misc]
             raise KbitError(f"hydra.sweeper.max_batch_size={max_batch_size} is not a whole number above 0, or null")
         super().__init__(max_batch_size, params)
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Leave the check to the launcher, which composes all configurations before any work."""
+    def sweep(self, arguments: Sequence[str]) -> list[Sequence[JobReturn]]:
+        """Hand the jobs to the launcher, batch by batch."""
+        given = [f"{key}={value}" for key, value in (self.params or {}).items()]
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        batches = self.split_arguments(parser.parse_overrides([*given, *arguments]), self.max_batch_size)
+        firsts = itertools.accumulate(map(len, batches), initial=0)
+        return [self.launcher.launch(batch, first) for batch, first in zip(batches, firsts, strict=False)]
 
 
 class SweepLauncher(Launcher):

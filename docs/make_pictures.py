@@ -1,0 +1,46 @@
+"""Draws the example pictures of docs/reference from a store: `python docs/make_pictures.py STORE`.
+
+The pictures that are committed are of the study nano/gallery (`make pictures`).
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Final
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+import kbit
+from kbit.analysis.figures.drawing import MissingResults
+from kbit.analysis.figures.registry import FIGURES
+
+PICTURES: Final = Path(__file__).resolve().parent / "pictures"
+DPI: Final = 75  # at the figures' own sizes this is about the width of a page
+COLOURS: Final = 64  # a picture of lines needs no more, and has a third of the bytes
+TYPES: Final = ("int4", "float4", "dynamic4", "nf4")
+
+
+def save(figure: Figure, name: str) -> None:
+    """Write a figure as a small PNG."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(PICTURES / f"{name}.png", optimize=True)
+
+
+def main(store: str) -> None:
+    """Draw all pictures, and print which figures the store does not allow."""
+    PICTURES.mkdir(exist_ok=True)
+    save(kbit.plot_codebooks(TYPES), "codebooks")
+    results = kbit.read_results(store)
+    for name, draw in FIGURES.items():
+        try:
+            save(draw(results).fig, name)
+        except MissingResults as reason:
+            print(f"{name}: {reason}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,135 @@
+"""KbitConfig: how a checkpoint is quantized, as transformers takes it and as config.json has it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from kbit.checks import non_defaults, suggest
+from kbit.layers.packed_weight import PackedLayout
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.models.checkpoint_files import PACKED_METHOD
+from kbit.numerics.scale_formats import name_dtype
+
+_FIELDS: Final = tuple(field.name for field in dataclasses.fields(QuantConfig))
+
+
+@register_quantization_config(PACKED_METHOD)
+class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How a model is quantized when it is loaded, and how a packed checkpoint is.
+
+        AutoModelForCausalLM.from_pretrained(name, quantization_config=KbitConfig(bits=3, data_type="nf"))
+
+    Args:
+        fields: the fields of kbit.QuantConfig, such as bits=3, data_type="nf", method="gptq". Groups such as
+            calibration may be dictionaries.
+        weight_dtype: the dtype of the weights that were quantized, in which codes are decoded. None: not known yet.
+        parts: what single weights store beyond codes and scales: {name: {"input_scales": True, "outlier_columns": 3}}.
+        quant_method: always "kbit".
+        made_by: the version of kbit that packed the checkpoint, and the model that it was made of.
+
+    Raises:
+        ValueError: a field is unknown or has a wrong value, or nothing would be packed (16 bits, an int8 method).
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_dtype: str | None = None,
+        parts: Mapping[str, Mapping[str, Any]] | None = None,
+        quant_method: str = PACKED_METHOD,
+        made_by: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> None:
+        if unknown := [name for name in fields if name not in _FIELDS]:
+            raise ValueError(f"KbitConfig has no field {unknown[0]!r}; {suggest(unknown[0], _FIELDS)}")
+        if quant_method != PACKED_METHOD:
+            raise ValueError(f"quant_method={quant_method!r} is not {PACKED_METHOD!r}")
+        if weight_dtype is not None and not isinstance(getattr(torch, weight_dtype, None), torch.dtype):
+            raise ValueError(f"weight_dtype={weight_dtype!r} is no dtype of torch")
+        self.quant_method = PACKED_METHOD
+        self.quant = _read_quant(fields)
+        self.weight_dtype = weight_dtype
+        self.parts = {name: dict(part) for name, part in (parts or {}).items()}
+        self.made_by = dict(made_by or {})
+        self.round_to: torch.dtype | None = None  # kbit.load_model rounds to 16 bits first, as for every baseline
+        check_packable(self.quant)
+
+    @staticmethod
+    def of(quant: QuantConfig, **more: Any) -> KbitConfig:
+        """Return the configuration of a quantizer."""
+        return KbitConfig(**{name: getattr(quant, name) for name in _FIELDS}, **more)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The quantizer's fields that are not at their default, fit for JSON, and the bits and the data type."""
+        plain: dict[str, Any] = json.loads(json.dumps(non_defaults(self.quant, QuantConfig())))
+        return {"bits": self.quant.bits, "data_type": self.quant.data_type} | plain
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what decides how codes are decoded. Weight files carry it, so that config.json cannot disagree."""
+        spec = self.quant.spec.canonical()
+        content = json.dumps([dataclasses.asdict(spec), self.weight_dtype, self.parts], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def find_layout(self, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedLayout:
+        """Return the layout of a weight, by its name (NAME[3] for an expert), shape [.., out, in] and own dtype."""
+        part = self.parts.get(label, {})
+        return PackedLayout(
+            self.quant.spec,
+            shape,
+            dtype if self.weight_dtype is None else getattr(torch, self.weight_dtype),
+            int(part.get("outlier_columns", 0)),
+            bool(part.get("input_scales", False)),
+        )
+
+    def note_layouts(self, layouts: Mapping[str, PackedLayout]) -> None:
+        """Keep the dtype of the weights, and what single weights store beyond codes and scales."""
+        self.parts = {}
+        for label, layout in layouts.items():
+            self.weight_dtype = self.weight_dtype or name_dtype(layout.dtype)
+            part: dict[str, Any] = {"outlier_columns": layout.outlier_columns} if layout.outlier_columns else {}
+            part |= {"input_scales": True} if layout.has_input_scales else {}
+            self.parts |= {label: part} if part else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json has: the constructor's arguments."""
+        others = {"weight_dtype": self.weight_dtype, "parts": self.parts, "made_by": self.made_by}
+        return {
+            "quant_method": PACKED_METHOD,
+            **self.fields,
+            **{name: value for name, value in others.items() if value},
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the same: every field says how to read the weights."""
+        return self.to_dict()
+
+
+def _read_quant(fields: Mapping[str, Any]) -> QuantConfig:
+    values = dict(fields)
+    for group, make in OPTION_GROUPS.items():
+        if isinstance(values.get(group), Mapping):
+            values[group] = make(**values[group])
+    if values.get("table") is not None:
+        values["table"] = tuple(values["table"])  # JSON has lists
+    return QuantConfig(**values)
+
+
+def check_packable(quant: QuantConfig) -> None:
+    """Raise ValueError if a quantizer gives no k-bit codes to pack."""
+    if quant.is_baseline:
+        raise ValueError(f"quant.bits={quant.bits} quantizes nothing: there is nothing to pack")
+    if quant.scheme is not None:
+        raise ValueError(
+            f"quant.method={quant.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be packed. "
+            "Use quant=int8_rowwise for its codes"
+        )

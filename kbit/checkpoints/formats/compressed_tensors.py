@@ -1,0 +1,72 @@
+"""compressed-tensors' pack-quantized matrices, which vLLM loads: integers with a float16 scale for each group.
+
+weight_packed       int32 [out, in bits / 32], the integers plus 2^(bits-1), packed along the inputs
+weight_scale        [out, groups]
+weight_shape        int64 [2]
+weight_zero_point   int32 [out bits / 32, groups], of asymmetric matrices
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kbit.checkpoints.formats.integers import Integers, as_integers, from_integers, pack_words, unpack_words
+from kbit.checkpoints.formats.plain import NotExactError, require_same
+from kbit.numerics.quantized_tensor import QuantizedTensor
+
+NAME: Final = "compressed-tensors"
+BITS: Final = (4, 8)  # those of its pack-quantized layers in vLLM
+ADVICE: Final = "use quant=int4_grid or int8_grid"
+
+
+def write(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """Return the tensors that compressed-tensors stores for a quantized matrix, by what follows the layer's name.
+
+    Raises:
+        NotExactError: see as_integers. Or the bits are none that the format has.
+    """
+    if tensor.spec.bits not in BITS:
+        raise NotExactError(f"{NAME} has {', '.join(map(str, BITS))} bits, not quant.bits={tensor.spec.bits}; {ADVICE}")
+    integers = as_integers(tensor, NAME, ADVICE)
+    half = 2 ** (integers.bits - 1)
+    parts = {
+        "weight_packed": torch.from_numpy(pack_words(integers.levels + half, integers.bits)),
+        "weight_scale": torch.from_numpy(integers.scales),
+        "weight_shape": torch.tensor(tensor.shape),
+    }
+    require_same(tensor, read(parts, integers.bits, tensor.dtype), NAME)
+    return parts
+
+
+def read(parts: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> QuantizedTensor:
+    """Return the quantized matrix of compressed-tensors' parts.
+
+    Args:
+        parts: weight_packed, weight_scale, weight_shape, and weight_zero_point if there is one.
+        bits: bits of an integer.
+        dtype: the dtype of the decoded weights.
+
+    Raises:
+        ValueError: a part is missing or has not the shape that weight_shape asks for, or a scale is no float16 number.
+    """
+    if missing := {"weight_packed", "weight_scale", "weight_shape"} - parts.keys():
+        raise ValueError(f"a compressed-tensors matrix lacks {', '.join(sorted(missing))}")
+    out, inputs = (int(size) for size in parts["weight_shape"])
+    scales = parts["weight_scale"].to(torch.float16)
+    if not torch.equal(scales.float(), parts["weight_scale"].float()):
+        raise ValueError(f"weight_scale is {parts['weight_scale'].dtype} and holds no float16 numbers")
+    levels = unpack_words(parts["weight_packed"], bits, inputs)
+    half = 2 ** (bits - 1)
+    if levels.shape[0] != out or scales.ndim != 2 or scales.shape[0] != out or inputs % scales.shape[1]:
+        raise ValueError(
+            f"codes {list(levels.shape)} and scales {list(scales.shape)} are of no matrix [{out}, {inputs}]"
+        )
+    zeros = None
+    if (stored := parts.get("weight_zero_point")) is not None:
+        zeros = unpack_words(stored.t().contiguous(), bits, out).T - half
+    return from_integers(Integers(bits, levels - np.int16(half), scales.numpy()), dtype, zeros)

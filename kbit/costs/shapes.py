@@ -1,0 +1,146 @@
+"""Shapes of models: what of them decides memory. Published ones are in a table, others are built without weights."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from kbit.checks import suggest
+from kbit.methods.config import QuantConfig
+from kbit.models.catalog import STUDIED, locate_model
+from kbit.models.size import find_cached_folder
+from kbit.numerics.spec import BASELINE_BITS
+
+CATALOGUE: Final = Path(str(files("kbit"))) / "assets" / "architectures.csv"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model that decide how much memory it takes.
+
+    Attributes:
+        name: the model's name.
+        parameters: the number of parameters, where tied ones count once.
+        layers: the number of decoder layers.
+        hidden: the size of the residual stream.
+        heads: the number of attention heads.
+        kv_heads: the number of heads whose keys and values are cached.
+        head_dim: the size of a head.
+        vocabulary: the number of rows of the embedding.
+        context: the number of tokens that the model takes at once.
+        matrices: how many weight matrices in the transformer blocks have each shape [out, in].
+    """
+
+    name: str
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    matrices: Mapping[tuple[int, int], int]
+
+    def count_weight_bits(self, quant: QuantConfig) -> int:
+        """Return the bits of all weights: quantized matrices with their scales, everything else at 16 bits."""
+        if quant.is_baseline:
+            return BASELINE_BITS * self.parameters
+        rest = self.parameters - sum(math.prod(shape) * count for shape, count in self.matrices.items())
+        quantized = sum(quant.count_bits(shape) * count for shape, count in self.matrices.items())
+        return BASELINE_BITS * rest + quantized
+
+    def count_adapter_parameters(self, rank: int) -> int:
+        """Return the parameters of LoRA adapters of this rank on every weight matrix of the blocks."""
+        return sum(rank * (out + inputs) * count for (out, inputs), count in self.matrices.items())
+
+
+@functools.cache
+def read_catalogue() -> dict[str, ModelShape]:
+    """Return the shapes of the published models that have a short name."""
+    with CATALOGUE.open(newline="") as file:
+        return {row["name"]: _read_row(row) for row in csv.DictReader(file)}
+
+
+def _read_row(row: dict[str, str]) -> ModelShape:
+    numbers = {name: int(value) for name, value in row.items() if name not in ("name", "matrices")}
+    matrices: dict[tuple[int, int], int] = {}
+    for entry in row["matrices"].split():
+        count, out, inputs = map(int, entry.split("x"))
+        matrices[out, inputs] = count
+    return ModelShape(name=row["name"], matrices=matrices, **numbers)
+
+
+def find_shape(name: str) -> ModelShape:
+    """Return the shape of a model: of its folder here, else of the table.
+
+    Args:
+        name: a short name, a local folder, or the hub id of a model whose configuration is in the hub's cache.
+
+    Raises:
+        ValueError: the model is neither in the table nor here.
+    """
+    listed = read_catalogue().get(_find_first(name))
+    if listed is not None:
+        return ModelShape(**{**vars(listed), "name": name})
+    place = Path(locate_model(name))
+    folder = place if place.is_dir() else find_cached_folder(str(place))
+    if folder is None:
+        raise ValueError(
+            f"the shape of model.name={name!r} is not known here: give a local folder. {suggest(name, STUDIED)}"
+        )
+    return measure_shape(name, _read_config(folder))
+
+
+def _find_first(name: str) -> str:
+    """Return the name of the first published model of this shape: bloom-3b for bloomz-3b."""
+    if name.startswith("bloomz"):
+        return name.replace("bloomz", "bloom", 1)
+    return name.removesuffix("-v0") if name.startswith("pythia-") else name
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def measure_shape(name: str, config: Any) -> ModelShape:
+    """Return the shape of the model that transformers builds of a configuration. It is built without any weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kbit.methods.report import plan_quantization
+    from kbit.models.parameters import owner_of, split_matrices
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model.tie_weights()
+    report = plan_quantization(model, QuantConfig(bits=8))
+    matrices: Counter[tuple[int, int]] = Counter()
+    for tensor in report.tensors:
+        if tensor.quantized:
+            parameter = tensor.name.split(" = ")[0]
+            for matrix in split_matrices(model.get_parameter(parameter), owner_of(model, parameter)):
+                matrices[matrix.shape[-2], matrix.shape[-1]] += 1
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelShape(
+        name,
+        parameters=report.parameters,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        context=getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", 2048),
+        matrices=dict(matrices),
+    )

@@ -1,0 +1,49 @@
+"""Fused experts whose weights are packed: one expert is dequantized at a time, when the model asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kbit.layers.packed_weight import PackedLayout, PackedWeight
+from kbit.numerics.quantized_tensor import QuantizedTensor
+
+
+class QuantizedExperts(nn.ModuleList):
+    """The weight of fused experts, [experts, out, in] or transposed, in the place of the module's parameter.
+
+    The model's own eager forward takes one expert's matrix by its number (Mixtral, GPT-OSS, Qwen-MoE). The other
+    implementations that transformers has for experts take the whole parameter, which there is none of.
+
+    Attributes:
+        is_transposed: whether the module has its matrices as [in, out], as GPT-OSS does.
+    """
+
+    def __init__(
+        self, layouts: Sequence[PackedLayout], *, is_transposed: bool, device: torch.device | str | None = None
+    ) -> None:
+        """Make a weight whose tensors are still to be filled, by `put` or from a state_dict."""
+        super().__init__(PackedWeight(layout, device) for layout in layouts)
+        self.is_transposed = is_transposed
+
+    @classmethod
+    def from_codes(cls, experts: Sequence[QuantizedTensor], *, is_transposed: bool) -> QuantizedExperts:
+        """Return the weight that these codes of the experts, in order, stand for."""
+        layouts = [PackedLayout.of(q) for q in experts]
+        return cls(layouts, is_transposed=is_transposed, device="meta").put(experts)
+
+    def put(self, experts: Sequence[QuantizedTensor]) -> Self:
+        """Take over the tensors of the experts' codes, without a copy."""
+        for weight, q in zip(self.children(), experts, strict=True):
+            assert isinstance(weight, PackedWeight)
+            weight.put(q)
+        return self
+
+    def __getitem__(self, number: int | Tensor) -> Tensor:  # type: ignore[override]
+        """Return the matrix of one expert, dequantized, as the module has it."""
+        weight = super().__getitem__(int(number))
+        matrix: Tensor = weight.dequantize()
+        return matrix.t().contiguous() if self.is_transposed else matrix

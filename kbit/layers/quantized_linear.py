@@ -1,0 +1,184 @@
+"""Linear layers and embeddings that compute with packed k-bit weights.
+
+A product takes one of two paths. For a few rows of inputs (tokens), a fused kernel decodes the codes on the way, and
+no dequantized weight exists. For more rows, a tile of the weight's rows is dequantized, which stays in the cache, and
+torch multiplies by it: the same bits as with the whole dequantized weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from kbit.kernels import cpu_linear
+from kbit.kernels.cpu_linear import Matrix
+from kbit.layers.fused import can_fuse, make_matrix
+from kbit.layers.packed_weight import PackedLayout, PackedWeight
+from kbit.numerics.quantized_tensor import QuantizedTensor
+from kbit.numerics.tiles import Tiles
+
+FUSED_ROWS: Final = 16  # measured by benchmarks/packed_linear.py: from there on, tiles are as fast
+
+
+class QuantizedLinear(PackedWeight):
+    """A linear layer, or a Conv1D, whose weight [out, in] is packed: y = x W^T + bias in x's dtype.
+
+    Attributes:
+        bias: the layer's bias in its own dtype, or None.
+        fused_rows: up to so many inputs take the fused path, if rows and blocks are multiples of 16. 0 is never.
+        is_conv1d: whether it stands for a Conv1D, whose products have the weight stored as [in, out].
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, layout: PackedLayout, bias: nn.Parameter | None = None, *, is_conv1d: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        """Make a layer whose weight is still to be filled, by `put` or from a state_dict."""
+        super().__init__(layout, device)
+        if len(layout.shape) != 2:
+            raise ValueError(f"a weight of shape {layout.shape} is no matrix [out, in] of a linear layer")
+        self.out_features, self.in_features = layout.shape
+        self.is_conv1d, self.fused_rows = is_conv1d, FUSED_ROWS
+        self.register_parameter("bias", bias)
+        self._is_fusible = can_fuse(layout.spec, layout.shape)
+        self._matrix: tuple[tuple[int, ...], Matrix] | None = None
+        self.register_load_state_dict_post_hook(_forget_matrix)
+
+    @classmethod
+    def from_codes(cls, q: QuantizedTensor, layer: nn.Module) -> QuantizedLinear:
+        """Return the layer that takes the place of nn.Linear or Conv1D, with its bias and the codes of its weight."""
+        bias: Any = getattr(layer, "bias", None)
+        made = cls(PackedLayout.of(q), bias, is_conv1d=isinstance(layer, Conv1D), device="meta").put(q)
+        return made.train(layer.training)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Return x W^T + bias."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"inputs of shape {tuple(x.shape)} do not end in the layer's {self.in_features} inputs")
+        rows = x.reshape(-1, self.in_features)
+        y: Tensor = _Product.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def choose_path(self, rows: int) -> str:
+        """Return how the product of so many rows is computed: fused or tile."""
+        is_fused = self._is_fusible and 0 < rows <= self.fused_rows and self.weight.device.type == "cpu"
+        return "fused" if is_fused else "tile"
+
+    def multiply(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        """Return x W^T + bias, without a gradient."""
+        return self._multiply_fused(x) if self.choose_path(len(x)) == "fused" else self._multiply_tiles(x)
+
+    def _multiply_fused(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        matrix, inputs = self._find_matrix(), x.detach().float()
+        q = self.quantized if self.layout.has_input_scales or self.layout.outlier_columns else None
+        if q is not None and q.outlier_columns is not None:  # their codes mean nothing
+            inputs = inputs.index_fill(1, q.outlier_columns, 0.0)
+        if q is not None and q.input_scales is not None:
+            inputs = inputs / q.input_scales.float()
+        y = torch.from_numpy(cpu_linear.multiply(inputs.contiguous().numpy(), matrix, torch.get_num_threads()))
+        if q is not None and q.outlier_columns is not None and q.outlier_values is not None:
+            y += x.detach()[:, q.outlier_columns].float() @ q.outlier_values.float().t()
+        if self.bias is not None:
+            y += self.bias.detach()
+        return y.to(x.dtype)
+
+    def _find_matrix(self) -> Matrix:
+        """Return the weight as the kernels take it, made anew when a tensor has moved."""
+        places = tuple(tensor.data_ptr() for tensor in (self.weight, *self.buffers()))
+        if self._matrix is None or self._matrix[0] != places:
+            self._matrix = places, make_matrix(self.quantized)
+        return self._matrix[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for copies and pickle, without what is in the same memory as the tensors."""
+        return self.__dict__ | {"_matrix": None}
+
+    def _multiply_tiles(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
+        y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
+        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
+        for rows, tile in Tiles(self.quantized):
+            values = tile.to(x.dtype)
+            part = None if bias is None else bias[rows]
+            y[:, rows] = self._multiply_tile(x, values, part)
+        return y
+
+    def multiply_gradient(self, gradient: Float[Tensor, "rows out"]) -> Float[Tensor, "rows in"]:
+        """Return gradient W, which is the gradient with respect to x."""
+        total = torch.zeros(len(gradient), self.in_features, dtype=gradient.dtype, device=gradient.device)
+        for rows, tile in Tiles(self.quantized):
+            total += gradient[:, rows] @ tile.to(gradient.dtype)
+        return total
+
+    def _multiply_tile(
+        self, x: Float[Tensor, "rows in"], tile: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "rows out"]:
+        if not self.is_conv1d or bias is None:
+            return F.linear(x, tile, bias)
+        return torch.addmm(bias, x, tile.t().contiguous())  # as Conv1D: for few rows, its last digits differ
+
+    def extra_repr(self) -> str:
+        """Return what the layer is, for print(model)."""
+        fused = f"fused up to {self.fused_rows} rows" if self.choose_path(1) == "fused" else "tiles only"
+        return f"{super().extra_repr()}, bias={self.bias is not None}, {fused}"
+
+
+def _forget_matrix(layer: QuantizedLinear, _: Any) -> None:
+    """Forget what was made of tensors that have other values now."""
+    layer.__dict__["_matrix"] = None
+
+
+class _Product(torch.autograd.Function):
+    """A quantized layer's product, with gradients to the inputs and the bias. The weight has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return layer.multiply(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        wants_x, wants_bias, _ = ctx.needs_input_grad
+        of_x = ctx.layer.multiply_gradient(gradient) if wants_x else None
+        return of_x, gradient.sum(0) if wants_bias else None, None
+
+
+class QuantizedEmbedding(PackedWeight):
+    """An embedding whose rows are packed. Only the rows that are asked for are dequantized."""
+
+    def __init__(
+        self, layout: PackedLayout, padding_idx: int | None = None, *, device: torch.device | str | None = None
+    ) -> None:
+        """Make an embedding whose weight is still to be filled, by `put` or from a state_dict."""
+        super().__init__(layout, device)
+        self.num_embeddings, self.embedding_dim = layout.shape
+        self.padding_idx = padding_idx
+
+    @classmethod
+    def from_codes(cls, q: QuantizedTensor, embedding: nn.Module) -> QuantizedEmbedding:
+        """Return the embedding that takes the place of nn.Embedding."""
+        padding: Any = getattr(embedding, "padding_idx", None)
+        return cls(PackedLayout.of(q), padding, device="meta").put(q).train(embedding.training)
+
+    def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
+        """Return the rows of these tokens in the weight's dtype before."""
+        flat = tokens.reshape(-1).long()
+        if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
+            raise IndexError(f"a token is not in 0..{self.num_embeddings - 1}")
+        return Tiles(self.quantized).gather(flat).view(*tokens.shape, self.embedding_dim)
+
+    def make_head(self, bias: nn.Parameter | None = None) -> QuantizedLinear:
+        """Return the output layer that is tied to this embedding: its tensors are the same."""
+        head = QuantizedLinear(self.layout, bias, device="meta")
+        head.weight = self.weight
+        for name, tensor in self.named_buffers():
+            head.register_buffer(name, tensor)
+        return head

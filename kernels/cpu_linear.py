@@ -1,0 +1,268 @@
+"""Products of a few inputs with a matrix of packed codes, on the CPU: codes are decoded in registers on the way.
+
+    y[m, r] = sum over blocks b of row r:  scale_b sum_i codebook[code_i] x[m, i]  +  offset_b sum_i x[m, i]
+
+A chunk of 16, 32 or 64 codes lies in one block. Sums are in float32, lane by lane. A kernel is compiled for each number
+of bits, batch and length of a chunk. Constants of blocks stay as they are stored and are decoded a row at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from numba.extending import overload
+
+from kbit.kernels import simd
+from kbit.kernels.cpu_chunks import BFLOAT16, FLOAT16, FLOAT32, copy_bytes, jit
+
+CODED, ABSENT = 3, 4  # kinds of stored constants beside those of cpu_chunks
+BATCHES: Final = (1, 2, 4, 8)  # inputs that a kernel takes at once
+SECOND_BLOCK: Final = 256  # coded constants that share one of `second`
+_TASK: Final = 2**20  # codes that are worth a thread: a fifth of a millisecond
+_NOTHING: Final = np.empty(0, np.float32)
+
+
+class Constants(NamedTuple):
+    """The scales or the offsets of all blocks, as they are stored.
+
+    Attributes:
+        kind: FLOAT32, FLOAT16 or BFLOAT16 for numbers, CODED for a byte each, ABSENT for 0 each.
+        stored: their bytes.
+        least: smaller ones are this.
+        added: is added to each afterwards.
+        values: what each byte stands for, if CODED.
+        second: a factor for each SECOND_BLOCK coded constants, or empty. Where it has a minus sign, `zero` means 0.
+        mean: is added to values times second.
+        zero: the byte that may mean 0.
+    """
+
+    kind: int
+    stored: UInt8[np.ndarray, " bytes"]
+    least: float = -math.inf
+    added: float = 0.0
+    values: Float32[np.ndarray, " 256"] = _NOTHING
+    second: Float32[np.ndarray, " blocks"] = _NOTHING
+    mean: float = 0.0
+    zero: int = 0
+
+
+class Blocks(NamedTuple):
+    """How blocks lie in a matrix.
+
+    Attributes:
+        columns: codes of a row.
+        per_row: blocks of a row. 0 means that blocks run on over the ends of rows.
+        block_size: codes of a block.
+    """
+
+    columns: int
+    per_row: int
+    block_size: int
+
+
+class Matrix(NamedTuple):
+    """A matrix of codes in natural order, row after row, and what they mean.
+
+    Attributes:
+        codes: the packed codes (kbit.numerics.reference.pack).
+        bits: bits of a code, 2..8.
+        codebook: the values, padded to 256.
+        scales: the scales of the blocks.
+        offsets: the offsets of the blocks.
+        rows: how many rows there are.
+        blocks: how long they are, and where their blocks begin.
+    """
+
+    codes: UInt8[np.ndarray, " bytes"]
+    bits: int
+    codebook: Float32[np.ndarray, " 256"]
+    scales: Constants
+    offsets: Constants
+    rows: int
+    blocks: Blocks
+
+
+def find_chunk(columns: int, block_size: int) -> int:
+    """Return how many codes a chunk has, or 0 if the kernels do not take such rows and blocks."""
+    chunk = math.gcd(columns, block_size, 64)
+    return chunk if chunk % 16 == 0 else 0
+
+
+def multiply(x: Float32[np.ndarray, "batch in"], matrix: Matrix, threads: int = 1) -> Float32[np.ndarray, "batch out"]:
+    """Return x W^T, computed on so many threads.
+
+    See find_chunk for what W may be. Of more inputs than the largest of BATCHES, as many are taken after one another.
+    """
+    out = np.empty((len(x), matrix.rows), np.float32)
+    for start in range(0, len(x), BATCHES[-1]):
+        part = x[start : start + BATCHES[-1]]
+        batch = next(size for size in BATCHES if size >= len(part))
+        if batch == len(part):
+            _multiply_batch(np.ascontiguousarray(part), matrix, out[start : start + batch], threads)
+        else:
+            padded = np.zeros((batch, x.shape[1]), np.float32)
+            padded[: len(part)] = part
+            results = np.empty((batch, matrix.rows), np.float32)
+            _multiply_batch(padded, matrix, results, threads)
+            out[start:] = results[: len(part)]
+    return out
+
+
+def _multiply_batch(
+    x: Float32[np.ndarray, "batch in"], matrix: Matrix, out: Float32[np.ndarray, "batch out"], threads: int
+) -> None:
+    chunk = find_chunk(matrix.blocks.columns, matrix.blocks.block_size)
+    has_offsets = matrix.offsets.kind != ABSENT or matrix.offsets.added != 0
+    sums = x.reshape(-1, chunk).sum(1) if has_offsets else _NOTHING
+    run = functools.partial(_make_kernel(matrix.bits, len(x), chunk), matrix, x.reshape(-1), sums, out)
+    tasks = min(threads, matrix.rows * matrix.blocks.columns // _TASK)
+    if tasks < 2:
+        run(0, matrix.rows)
+    else:
+        ends = [matrix.rows * i // tasks for i in range(tasks + 1)]
+        for done in [_start_threads(tasks).submit(run, *part) for part in itertools.pairwise(ends)]:
+            done.result()
+
+
+@functools.cache
+def _start_threads(count: int) -> ThreadPoolExecutor:
+    """Return threads for the kernels, which run without Python's lock. OpenMP's would double the time to compile."""
+    return ThreadPoolExecutor(count, "kbit")
+
+
+@functools.cache
+def _make_kernel(bits: int, batch: int, chunk: int) -> Callable[..., None]:
+    @jit(nogil=True)
+    def multiply_part(matrix, x, sums, out, first, last):
+        codes, row_bytes = matrix.codes, matrix.blocks.columns * bits // 8
+        # A vector's codes are read with the bytes after them, so the last rows are copied to where such bytes are.
+        safe = max(first, min(last, (codes.size - simd.OVERREAD) // row_bytes))
+        start = np.int64(0)  # no literal, which would be a type of its own
+        multiply_rows(codes, start, matrix, x, sums, out, first, safe, bits, batch, chunk)
+        start, size = safe * row_bytes, (last - safe) * row_bytes
+        rest = np.empty(size + simd.OVERREAD, np.uint8)
+        copy_bytes(codes, start, rest, 0, size)
+        multiply_rows(rest, start, matrix, x, sums, out, safe, last, bits, batch, chunk)
+
+    kernel: Callable[..., None] = multiply_part
+    return kernel
+
+
+def multiply_rows(*arguments: Any) -> None:
+    """Fill out[:, first:last]. _multiply_rows_of compiles it per bits, batch and chunk."""
+    raise NotImplementedError
+
+
+@overload(multiply_rows, inline="never", prefer_literal=True)
+def _multiply_rows_of(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk):
+    k, m, codes_of_chunk = bits.literal_value, batch.literal_value, chunk.literal_value
+    vectors, lanes = codes_of_chunk // simd.find_isa().lanes, simd.find_isa().lanes
+    vector_bytes, lanes_of_x = np.uint64(lanes * k // 8), np.uint64(lanes)
+
+    def fill_rows(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk):
+        columns, block_size = matrix.blocks.columns, matrix.blocks.block_size
+        table = simd.load_table(matrix.codebook, k)
+        constants = np.empty(columns // codes_of_chunk + 2, np.float32)
+        stride = np.uint64(columns)
+        for r in range(first, last):
+            block, left, count = find_blocks(r, matrix.blocks)
+            decode_constants(matrix.scales, block, count, constants)
+            place = np.uint64(r * columns * k // 8 - start)
+            totals = simd.zeros(m)
+            column, b, until = np.uint64(0), np.uint64(0), left
+            for _ in range(columns // codes_of_chunk):
+                if m == 1:
+                    part = simd.zeros(m)
+                    for _ in range(vectors):
+                        values = simd.look_up(table, simd.load_codes(codes, place, k), k)
+                        part = simd.multiply_add(values, x, column, stride, part)
+                        place, column = place + vector_bytes, column + lanes_of_x
+                    totals = simd.scale_add(part, constants[b], totals)
+                else:
+                    scale = simd.splat(constants[b])
+                    for _ in range(vectors):
+                        values = simd.multiply(simd.look_up(table, simd.load_codes(codes, place, k), k), scale)
+                        totals = simd.multiply_add(values, x, column, stride, totals)
+                        place, column = place + vector_bytes, column + lanes_of_x
+                until -= codes_of_chunk
+                if until == 0:
+                    b, until = b + np.uint64(1), block_size
+            found = simd.add_lanes(totals)
+            for i in range(m):
+                out[i, r] = found[i]
+            if sums.size:
+                decode_constants(matrix.offsets, block, count, constants)
+                add_offsets(constants, sums, left, block_size, codes_of_chunk, out, r)
+
+    return fill_rows
+
+
+@jit()
+def find_blocks(r, blocks):
+    """Return the first block of row r, how many codes of it are in the row, and how many blocks are."""
+    columns, block_size = blocks.columns, blocks.block_size
+    if blocks.per_row:
+        return r * blocks.per_row, block_size, blocks.per_row
+    block = r * columns // block_size
+    count = ((r + 1) * columns - 1) // block_size - block + 1
+    return block, (block + 1) * block_size - r * columns, count
+
+
+@jit()
+def add_offsets(constants, sums, left, block_size, chunk, out, r):
+    """Add offset_b sum x of each block to the row's results."""
+    chunks = sums.size // out.shape[0]
+    for i in range(out.shape[0]):
+        total, b, until = np.float32(0), np.uint64(0), left
+        for c in range(chunks):
+            total += constants[b] * sums[i * chunks + c]
+            until -= chunk
+            if until == 0:
+                b, until = b + np.uint64(1), block_size
+        out[i, r] += total
+
+
+@jit()
+def decode_constants(constants, first, count, buffer):
+    """Fill the buffer with `count` constants from block `first` on, as numbers."""
+    kind, stored, n, start = constants.kind, constants.stored, np.uint64(count), np.uint64(first)
+    if kind == FLOAT32:
+        for i in range(n):
+            buffer[i] = np.uint32(simd.read_word(stored, start + i, 32)).view(np.float32)
+    elif kind == FLOAT16:
+        for i in range(n):  # as in cpu_chunks.load, for finite numbers
+            word = np.uint32(simd.read_word(stored, start + i, 16))
+            magnitude = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
+            buffer[i] = -magnitude if word & np.uint32(0x8000) else magnitude
+    elif kind == BFLOAT16:
+        for i in range(n):
+            buffer[i] = np.uint32(simd.read_word(stored, start + i, 16) << np.uint32(16)).view(np.float32)
+    elif kind == CODED:
+        _decode_coded(constants, start, n, buffer)
+    else:
+        for i in range(n):
+            buffer[i] = np.float32(0)
+    least, added = np.float32(constants.least), np.float32(constants.added)
+    for i in range(n):
+        buffer[i] = max(buffer[i], least) + added
+
+
+@jit()
+def _decode_coded(constants, start, n, buffer):
+    values, stored, second = constants.values, constants.stored, constants.second
+    for i in range(n):
+        code = stored[start + i]
+        value = values[code]
+        if second.size:
+            factor = second[(start + i) // np.uint64(SECOND_BLOCK)]
+            value = value * abs(factor) + np.float32(constants.mean)
+            if code == constants.zero and np.float32(factor).view(np.uint32) >> np.uint32(31):
+                value = np.float32(0)
+        buffer[i] = value

@@ -1,0 +1,116 @@
+"""A program that tests the kernels of packed products on one kind of CPU: python packed_cases.py NAME.
+
+NAME is what numba compiles for (NUMBA_CPU_NAME), so it is set before numba is imported. For avx512-emulated, the AVX-512
+instructions are replaced by what Intel's manual says that they do, and LLVM splits the vectors for a CPU without them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+NAMES = {"generic": "x86-64", "avx2": "haswell", "avx512-emulated": "haswell", "avx512": None}
+# Each takes seconds to compile: those that look up in different ways (memory, one and more permutations, blends).
+BITS = {"generic": (3, 8), "avx2": (2, 3, 4, 5, 8), "avx512-emulated": range(2, 8), "avx512": range(2, 9)}
+KIND = sys.argv[1]
+if NAMES[KIND]:
+    os.environ |= {"NUMBA_CPU_NAME": NAMES[KIND], "NUMBA_CPU_FEATURES": ""}
+if "emulated" in KIND:  # numba keeps kernels by the CPU's name, which is that of avx2
+    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()
+
+from llvmlite import ir  # noqa: E402
+
+from kbit.kernels import simd  # noqa: E402
+from kbit.kernels.cpu_chunks import FLOAT16, FLOAT32  # noqa: E402
+from kbit.kernels.cpu_linear import ABSENT, BATCHES, Blocks, Constants, Matrix, multiply  # noqa: E402
+from kbit.numerics import reference  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+
+
+def emulate_avx512() -> None:
+    """Let the kernels be compiled for AVX-512, with its instructions lane by lane."""
+    simd.find_isa = lambda: simd.AVX512  # type: ignore[assignment]
+    compiled = simd.call_target
+
+    def call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: Any) -> ir.Value:
+        if "avx512" not in name:
+            return compiled(builder, name, result, arguments)
+        i32 = ir.IntType(32)
+
+        def take(vector: ir.Value, lane: ir.Value) -> ir.Value:
+            return builder.extract_element(vector, lane)
+
+        def number(value: int) -> ir.Constant:
+            return ir.Constant(i32, value)
+
+        found = ir.Constant(result, ir.Undefined)
+        for lane in range(result.count):
+            if "pshuf.b" in name:  # byte b & 15 of the same 16 bytes, 0 where bit 7 of b is set
+                codes, places = arguments
+                place = builder.zext(take(places, number(lane)), i32)
+                inside = builder.add(builder.and_(place, number(15)), number(lane // 16 * 16))
+                is_zero = builder.icmp_unsigned(">=", place, number(128))
+                value = builder.select(is_zero, ir.Constant(ir.IntType(8), 0), take(codes, inside))
+            elif "permvar" in name:  # lane i of the table, i the low 4 bits
+                table, places = arguments
+                value = take(table, builder.and_(take(places, number(lane)), number(15)))
+            else:  # vpermi2var: the low 4 bits choose the lane, bit 4 the table
+                low, places, high = arguments
+                place = take(places, number(lane))
+                inside, bit = builder.and_(place, number(15)), builder.and_(place, number(16))
+                is_low = builder.icmp_unsigned("==", bit, number(0))
+                value = builder.select(is_low, take(low, inside), take(high, inside))
+            found = builder.insert_element(found, value, number(lane))
+        return found
+
+    simd.call_target = call
+
+
+def check(bits: int, batch: int, rows: int, blocks: Blocks, *, is_offset: bool, sixteen: bool) -> None:
+    """Compare the kernel with the NumPy twin's dequantized matrix, multiplied in float64."""
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, rows * blocks.columns).astype(np.uint8)
+    codebook = np.full(256, 1, np.float32)
+    codebook[: 2**bits] = np.sort(rng.uniform(-1, 1, 2**bits))
+    row = blocks.columns if blocks.per_row else codes.size
+    size = min(row, blocks.block_size)
+    count = codes.size // row * -(-row // size)
+    scales, offsets = (rng.uniform(0.5, 2, count).astype(np.float16 if sixteen else np.float32) for _ in range(2))
+    kind = FLOAT16 if sixteen else FLOAT32
+    absent = Constants(ABSENT, np.empty(0, np.uint8))
+    matrix = Matrix(
+        reference.pack(codes, bits), bits, codebook, Constants(kind, scales.view(np.uint8)),
+        Constants(kind, offsets.view(np.uint8)) if is_offset else absent, rows, blocks,
+    )  # fmt: skip
+    numbers = scales.astype(np.float32), (offsets if is_offset else 0 * offsets).astype(np.float32)
+    w = reference.dequantize(codes, *numbers, codebook, row, size).reshape(rows, -1).astype(np.float64)
+    x = rng.standard_normal((batch, blocks.columns)).astype(np.float32)
+    y, expected = multiply(x, matrix), x.astype(np.float64) @ w.T
+    error = np.abs(y - expected).max() / np.linalg.norm(w, axis=1).max()  # the deviation of y
+    assert error < 2e-6, (KIND, bits, batch, rows, blocks, error)
+
+
+def main() -> None:
+    if KIND == "avx512-emulated":
+        emulate_avx512()
+    assert simd.find_isa().name == KIND.removesuffix("-emulated"), simd.find_isa()
+    for bits in BITS[KIND]:
+        # one chunk length a width, so that each is compiled once: 64, and 16 with blocks across the ends of rows
+        check(bits, 1, 7, Blocks(192, 0, 64), is_offset=False, sixteen=True)
+        check(bits, 1, 1, Blocks(64, 0, 64), is_offset=True, sixteen=True)
+        check(bits, 1, 3, Blocks(320, 3, 128), is_offset=True, sixteen=False)  # a row's last block is short
+        check(bits, 1, 5, Blocks(448, 0, 256), is_offset=True, sixteen=True)  # blocks of two rows
+        check(bits, 1, 5, Blocks(128, 0, 640), is_offset=True, sixteen=True)  # one block
+    assert BATCHES[-1] == 8
+    for batch in (7, 9):
+        check(3, batch, 5, Blocks(192, 0, 64), is_offset=True, sixteen=True)
+    check(3, 1, 37, Blocks(48, 0, 16), is_offset=True, sixteen=True)
+    print("equal")
+
+
+main()
