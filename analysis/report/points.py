@@ -107,10 +107,11 @@ def style_labels(labels: pd.Series[str], types: pd.Series[Any]) -> tuple[list[st
     kinds = list(dict.fromkeys(kind for kind in (pairs[name] for name in names) if kind is not None))
     looks: dict[str, LineStyle] = {}
     for place, kind in enumerate(kinds):
-        first = SERIES_STYLES[place % len(SERIES_STYLES)]
+        color = SERIES_STYLES[place % len(SERIES_STYLES)].color
         own = [name for name in names if pairs[name] == kind]
-        for name, other in zip(own, itertools.cycle(SERIES_STYLES), strict=False):
-            looks[name] = LineStyle(first.color, first.marker if name == own[0] else other.marker, first.dashes)
+        for step, name in enumerate(own):
+            other = SERIES_STYLES[(place + step) % len(SERIES_STYLES)]
+            looks[name] = LineStyle(color, other.marker, other.dashes)
     return names, looks
 
 
