@@ -106,11 +106,12 @@ def style_labels(labels: pd.Series[str], types: pd.Series[Any]) -> tuple[list[st
     names = sorted(pairs, key=lambda name: (pairs[name] is None, rank_data_type(pairs[name]), rank_label(name)))
     kinds = list(dict.fromkeys(kind for kind in (pairs[name] for name in names) if kind is not None))
     looks: dict[str, LineStyle] = {}
-    for kind in kinds:
-        first = style_data_type(kind, 4)
+    for place, kind in enumerate(kinds):
+        color = style_data_type(kind, 4).color
         own = [name for name in names if pairs[name] == kind]
-        for name, other in zip(own, itertools.cycle(SERIES_STYLES), strict=False):
-            looks[name] = LineStyle(first.color, first.marker if name == own[0] else other.marker, first.dashes)
+        for step, name in enumerate(own):
+            other = SERIES_STYLES[(place + step) % len(SERIES_STYLES)]
+            looks[name] = LineStyle(color, other.marker, other.dashes)
     return names, looks
 
 
