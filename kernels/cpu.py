@@ -334,7 +334,7 @@ def _fill_of(packed, start, end, grid, buffer, bits):
     step, vector_bytes = np.uint64(lanes), np.uint64(lanes * k // 8)
 
     def fill_blocks(packed, start, end, grid, buffer, bits):
-        table = simd.load_table(grid.codebook, k)
+        table = simd.load_table(grid.codebook, np.float32(0), k)
         b, row_end, block_end = first_block(start, grid.row, grid.block_size)
         i, place, j = start, np.uint64(start * k // 8), np.uint64(0)
         while i < end:

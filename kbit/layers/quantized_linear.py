@@ -25,9 +25,9 @@ from kbit.layers.packed_weight import PackedLayout, PackedWeight
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.tiles import Tiles
 
-# Up to so many rows the fused path is the faster one: of float32, and of 16-bit inputs, whose products by tiles are fast
-# where the CPU has instructions for bfloat16 and slow where it has not. Measured (benchmarks/packed_linear.py, FINDINGS).
-FUSED_ROWS: Final = {"avx512": (32, 8), "avx2": (64, 128), "generic": (8, 8)}
+# Up to so many rows of inputs, in float32 and in 16 bits, the fused path is faster than tiles (FINDINGS.md).
+# Without instructions for bfloat16, torch's 16-bit products are slow, and no end was found up to 256 rows.
+FUSED_ROWS: Final = {"avx512": (32, 8), "avx2": (64, 256), "generic": (8, 8)}
 
 
 class QuantizedLinear(PackedWeight):
@@ -35,8 +35,8 @@ class QuantizedLinear(PackedWeight):
 
     Attributes:
         bias: the layer's bias in its own dtype, or None.
-        fused_rows: up to so many rows of inputs take the fused path, if the weight's rows and blocks are multiples of 16.
-            0 is never. None is what was measured (FUSED_ROWS).
+        fused_rows: up to so many rows of inputs take the fused path, if the weight's rows and blocks are multiples of
+            16. 0 is never. None is what was measured (FUSED_ROWS).
         is_conv1d: whether it stands for a Conv1D, whose products have the weight stored as [in, out].
     """
 
