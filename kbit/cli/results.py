@@ -125,7 +125,7 @@ def _list(options: argparse.Namespace) -> None:
     if options.failures and (given := [f"--{name}" for name in _ARRANGEMENT if getattr(options, name)]):
         raise ValueError(f"--failures goes without {' '.join(given)}")
     table = _read(options)
-    if options.to:
+    if options.to or options.project:
         export_results(options, set(table["key"]))
         return
     if not (options.failures or table.empty):
