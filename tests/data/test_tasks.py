@@ -232,7 +232,7 @@ class FewTasks:
         (
             "piqqa",
             ValueError,
-            r"unknown task 'piqqa'; did you mean piqa\? local tasks are hellaswag, lambada_openai, my_task, nano_choice",
+            r"unknown task 'piqqa'; did you mean piqa\? local tasks are hellaswag, lambada_openai, my_task, nano",
         ),
         (
             "arc_easy",
