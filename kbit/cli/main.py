@@ -151,6 +151,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
     for declare in COMMANDS:
         declare(commands)
+    for command in commands.choices.values():
+        if command.get_default("takes_keys"):  # the others have declared it
+            command.add_argument("--results", metavar="STORE", help="the same as results=STORE (default: results)")
     parser.set_defaults(
         takes_keys=False, takes_rest=False, multirun=False, first=[], last=[], commands=commands.choices
     )
