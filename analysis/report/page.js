@@ -178,7 +178,7 @@ function drawLegend(entries, frontiers, background) {
   };
   const unit = byId("hue").value === "bits" ? "-bit" : "";
   const marks = entries.map(([name, look]) =>
-    make("li", {}, svg(`<path transform="scale(4.5)" fill="${adaptColor(look.color, background)}" d="${MARKERS[look.marker]}"/>`), `${name}${unit}`));
+    make("li", {}, svg(`<path transform="scale(4.5)" fill="${adaptColor(look.color, background)}" d="M${MARKERS[look.marker].join("L")}Z"/>`), `${name}${unit}`));
   const lines = frontiers.map(({ family, evaluation }, place) => {
     const line = svg(`<path d="M-12,0H12" stroke="currentColor" stroke-width="2" stroke-dasharray="${DASHES[place % DASHES.length]}"/>`);
     return make("li", {}, line, `Pareto frontier: ${family}${byId("evaluation").value === "" ? `, ${evaluation}` : ""}`);
