@@ -40,6 +40,8 @@ from kbit.kernels.cpu_chunks import (
     typed_words,
     unpack_codes,
 )
+from kbit.kernels.cpu_decode import decode_vectors, is_fast
+from kbit.kernels.simd import OVERREAD
 
 Values = Float[np.ndarray, " n"]
 Codes = UInt8[np.ndarray, " n"]
@@ -114,7 +116,8 @@ def dequantize(
 ) -> Values:
     """Fill out with codebook[code] * scale + offset. See kbit.numerics.reference.dequantize."""
     words, kind = typed_words(out)
-    _decode(codes, bits, Grid(scales, offsets, _pad(codebook), row, block_size), _pairs(codebook, bits), words, kind)
+    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
+    _decode(codes, bits, grid, _pairs(codebook, bits), is_fast(bits, row, block_size), words, kind)
     return out
 
 
@@ -264,15 +267,25 @@ def _round_to_codes(buffer, start, count, codebook, table, rounding, codes):
 
 
 @jit(parallel=True)
-def _decode(packed, bits, grid, pairs, words, kind):
+def _decode(packed, bits, grid, pairs, fast, words, kind):
     n = np.int64(words.size)
     for c in prange((n + CHUNK - 1) // CHUNK):
-        _decode_chunk(packed, bits, grid, pairs, words, kind, c * CHUNK, min(n, (c + 1) * CHUNK))
+        _decode_chunk(packed, bits, grid, pairs, fast, words, kind, c * CHUNK, min(n, (c + 1) * CHUNK))
 
 
 @jit()
-def _decode_chunk(packed, bits, grid, pairs, words, kind, start, end):
-    buffer, codes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
+def _decode_chunk(packed, bits, grid, pairs, fast, words, kind, start, end):
+    buffer = np.empty(CHUNK, np.float32)
+    if fast and end * bits // 8 + OVERREAD <= packed.size:
+        decode_vectors(packed, start, end, bits, grid, buffer)
+    else:
+        _decode_codes(packed, bits, grid, pairs, start, end, buffer)
+    store(buffer, end - start, words, kind, start)
+
+
+@jit()
+def _decode_codes(packed, bits, grid, pairs, start, end, buffer):
+    codes = np.empty(CHUNK, np.uint8)
     if bits <= 4:  # two codes of k bits are one of 2k: half of the work
         count = (end - start + 1) // 2
         unpack_codes(packed, start * bits // 8, count, 2 * bits, codes)
@@ -281,7 +294,6 @@ def _decode_chunk(packed, bits, grid, pairs, words, kind, start, end):
         unpack_codes(packed, start * bits // 8, end - start, bits, codes)
         look_up(codes, end - start, grid.codebook, buffer)
     denormalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
-    store(buffer, end - start, words, kind, start)
 
 
 @jit(parallel=True)

@@ -8,12 +8,12 @@ import io
 from collections.abc import Callable, Mapping
 from typing import Final
 
-import matplotlib.style
 import pandas as pd
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.figures.canvas.page import OWN_PAGE, apply_style
+from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
-from kbit.analysis.figures.styles import STYLE, TooManyCurves
 
 # Precisions, data types, block sizes and methods at equal total bits. Laws and verdicts are tables of the page.
 KEY_FIGURES: Final = ("figure_2", "figure_13", "figure_3", "figure_14", "figure_15", "methods", "data_types_map")
@@ -51,13 +51,14 @@ def write_pictures(results: pd.DataFrame, figures: Mapping[str, Callable[[pd.Dat
 def write_picture(figure: PaperFigure, left_out: list[str]) -> str:
     """Return a figure as HTML: a picture within it, and its caption as text."""
     picture = io.BytesIO()
-    with matplotlib.style.context(["default", STYLE]):
+    with apply_style(OWN_PAGE):
         figure.fig.savefig(picture, format="webp", dpi=RESOLUTION, pil_kwargs=LOSSLESS)
     source = base64.b64encode(picture.getvalue()).decode("ascii")
     title = figure.name.replace("_", " ").capitalize()
     caption = [
         f"{title}: {figure.claim}",
         f"These results: {figure.verdict}",
+        *figure.notes,
         *(f"Left out: {why}" for why in left_out),
     ]
     text = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in caption)

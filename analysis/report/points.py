@@ -14,7 +14,7 @@ import pandas as pd
 
 from kbit.analysis.curves.curves import ZERO_SHOT
 from kbit.analysis.curves.settings import is_missing, make_labels, rank_data_type, rank_label
-from kbit.analysis.figures.styles import LINE_STYLES, SERIES_STYLES, LineStyle
+from kbit.analysis.figures.canvas.styles import LINE_STYLES, SERIES_STYLES, LineStyle
 from kbit.numerics.spec import BASELINE_BITS
 
 UNQUANTIZED: Final = "unquantized"
@@ -100,14 +100,14 @@ def sort_names(column: pd.Series[Any]) -> list[str]:
 def style_labels(labels: pd.Series[str], types: pd.Series[Any]) -> tuple[list[str], dict[str, LineStyle]]:
     """Return the labels in order, data type by data type, and each one's look.
 
-    Labels of one data type share its colour and differ in their markers.
+    Labels of one data type have its colour in the figures, a float's that of E3M0, and differ in their markers.
     """
     pairs = {label: None if is_missing(kind) else str(kind) for label, kind in zip(labels, types, strict=True)}
     names = sorted(pairs, key=lambda name: (pairs[name] is None, rank_data_type(pairs[name]), rank_label(name)))
     kinds = list(dict.fromkeys(kind for kind in (pairs[name] for name in names) if kind is not None))
     looks: dict[str, LineStyle] = {}
     for place, kind in enumerate(kinds):
-        color = SERIES_STYLES[place % len(SERIES_STYLES)].color
+        color = style_data_type(kind, 4).color
         own = [name for name in names if pairs[name] == kind]
         for step, name in enumerate(own):
             other = SERIES_STYLES[(place + step) % len(SERIES_STYLES)]

@@ -89,6 +89,7 @@ class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             dtype if self.weight_dtype is None else getattr(torch, self.weight_dtype),
             int(part.get("outlier_columns", 0)),
             bool(part.get("input_scales", False)),
+            getattr(torch, part["column_dtype"]) if "column_dtype" in part else None,
         )
 
     def note_layouts(self, layouts: Mapping[str, PackedLayout]) -> None:
@@ -98,6 +99,7 @@ class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.weight_dtype = self.weight_dtype or name_dtype(layout.dtype)
             part: dict[str, Any] = {"outlier_columns": layout.outlier_columns} if layout.outlier_columns else {}
             part |= {"input_scales": True} if layout.has_input_scales else {}
+            part |= {"column_dtype": name_dtype(layout.column_dtype)} if layout.column_dtype else {}
             self.parts |= {label: part} if part else {}
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Methods that see a text, or choose outliers by other weights, need the whole mod
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from kbit.checkpoints.card import write_card
 from kbit.checkpoints.config import KbitConfig as KbitConfig
 from kbit.checkpoints.config import check_packable
 from kbit.checkpoints.packing import (
     attach,
+    check_complete,
     find_first,
     label_matrices,
     list_packed,
@@ -32,13 +34,15 @@ from kbit.checkpoints.packing import (
     put_codes,
     restore_layers,
     round_rest,
+    round_through,
+    round_values,
     tie_heads,
 )
 from kbit.layers.packed_weight import PackedLayout, PackedWeight
 from kbit.methods.config import QuantConfig
 from kbit.methods.quantize_model import METHOD_FUNCTIONS, make_weight, quantize_model, refuse_quantized
 from kbit.methods.report import QuantizationReport, describe_low_coverage
-from kbit.methods.weight import ExpertCodes, Job
+from kbit.methods.weight import ExpertCodes, Job, sum_squares
 from kbit.models import loading
 from kbit.models.checkpoint_files import PACKED_METHOD, check_configuration, is_packed_by_kbit, read_json
 from kbit.models.loading import LoadedModel, check_device, find_source, hash_folder, read_tokenizer
@@ -62,6 +66,7 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: KbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.names: dict[str, list[str]] = {}  # of each weight to pack, by the first
+        self.lost = self.norm = 0.0  # sums over the weights that were quantized while loading
         self.loaded_whole = not self.pre_quantized and needs_whole_model(quantization_config.quant)
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -101,10 +106,12 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
         """Quantize a tensor, put a packed layer in its place, and return that layer's tensors by their full names."""
         quant, owner = self.quantization_config.quant, owner_of(model, name)
         values = (
-            values if self.quantization_config.round_to is None else _round(values, self.quantization_config.round_to)
+            values
+            if self.quantization_config.round_to is None
+            else round_through(values, self.quantization_config.round_to)
         )
         codes = [
-            quantize_alone(model, name, matrix, quant, number if matrix.ndim < values.ndim else None)
+            self._quantize(model, name, matrix, quant, number if matrix.ndim < values.ndim else None)
             for number, matrix in enumerate(split_matrices(values, owner))
         ]
         place_layer(model, self.names[name], [PackedLayout.of(made) for made in codes])
@@ -114,6 +121,15 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
             filled = PackedWeight(PackedLayout.of(made), "meta").put(made)
             tensors |= {f"{prefix}.{part}": tensor.detach() for part, tensor in filled.state_dict().items()}
         return tensors
+
+    def _quantize(
+        self, model: Any, name: str, values: Tensor, quant: QuantConfig, expert: int | None
+    ) -> QuantizedTensor:
+        """Return the codes of a weight, and add up its error."""
+        codes = quantize_alone(model, name, values, quant, expert)
+        self.norm += sum_squares(values)
+        self.lost += sum_squares(codes.dequantize().float().sub_(values))
+        return codes
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.loaded_whole:
@@ -126,6 +142,10 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
             for names in self.names.values():
                 tie_heads(model, names)
         attach(model, self)
+        if self.norm:
+            config, report = model.kbit_quantized
+            rmse = math.sqrt(self.lost / self.norm)
+            model.kbit_quantized = (config, dataclasses.replace(report, weight_rmse=rmse))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,20 +218,19 @@ def check_fingerprint(config: KbitConfig, files: Sequence[str]) -> None:
             )
 
 
-def check_complete(model: Any) -> None:
-    """Raise ValueError if a packed layer has no tensors, or tensors of another size than its shape asks for."""
-    for name, module in list_packed(model).items():
-        if module.weight.is_meta:
-            raise ValueError(f"the checkpoint has no codes for {name}: its config.json and its weights disagree")
-        module.quantized  # noqa: B018 (checks each tensor's type and length)
-
-
 def pack_weights(
-    model: nn.Module, quant: QuantSpec, tokenizer: PreTrainedTokenizerBase | None = None
+    model: nn.Module,
+    quant: QuantSpec,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    column_dtype: torch.dtype | None = None,
 ) -> tuple[QuantizationReport, str]:
     """Quantize a model and put packed layers in the place of its own. Return the report and the values' hash.
 
     The hash is that of the same model with dequantized weights, as results of experiments have it.
+
+    Args:
+        model, quant, tokenizer: see pack_model.
+        column_dtype: the 16-bit dtype in which outlier columns are kept. None is the weights' own.
 
     Raises:
         ValueError: see pack_model.
@@ -224,8 +243,15 @@ def pack_weights(
     weights_hash = hash_weights(model)
     for names in list_quantized(plan):
         made: Any = report.codes.pop(names[0])
-        put_codes(model, names, list(made.experts) if isinstance(made, ExpertCodes) else [made])
+        codes = list(made.experts) if isinstance(made, ExpertCodes) else [made]
+        put_codes(model, names, [_round_columns(part, column_dtype) for part in codes])
     return report, weights_hash
+
+
+def _round_columns(codes: QuantizedTensor, dtype: torch.dtype | None) -> QuantizedTensor:
+    if dtype is None or codes.outlier_values is None:
+        return codes
+    return dataclasses.replace(codes, outlier_values=codes.outlier_values.to(dtype))
 
 
 def pack_model(
@@ -257,8 +283,8 @@ def pack_loaded(loaded: LoadedModel, quant: QuantSpec) -> tuple[QuantizationRepo
     The weights that are not packed are 16-bit values already, so that nothing changes but their memory. The hash is
     that of the values that the model computes with, see pack_weights.
     """
-    report, weights_hash = pack_weights(loaded.model, quant, loaded.tokenizer)
     dtype = getattr(torch, loaded.checkpoint_dtype)
+    report, weights_hash = pack_weights(loaded.model, quant, loaded.tokenizer, dtype)
     round_rest(loaded.model, dtype)
     attach(loaded.model, KbitQuantizer(KbitConfig.of(QuantConfig.of(quant)), pre_quantized=True))
     return report, weights_hash
@@ -366,45 +392,6 @@ def load_as_packed(
     return LoadedModel(model, read_tokenizer(source, tokenizer, model), name_dtype(rounded), found)
 
 
-def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values if values.dtype == dtype else values.to(dtype).to(values.dtype)
-
-
-def round_values(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters that are not packed to the values of a 16-bit dtype, in their own dtype."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = _round(parameter.data, dtype)
-
-
 def find_stored_dtype(folder: str) -> str:
     """Return the dtype of the tensors of a packed checkpoint that are not packed."""
     return str(read_json(Path(folder) / "config.json").get("dtype", "float16"))
-
-
-def save_packed(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    *,
-    made_of: str = "",
-    measured: str = "",
-    **options: Any,
-) -> None:
-    """Save a packed model with its tokenizer and a model card: what it is, how it was made, what was measured.
-
-    Args:
-        model: a model that pack_model packed, or that was loaded packed.
-        tokenizer: its tokenizer.
-        folder: the folder to write.
-        made_of: the name of the model that was packed, for the card. Empty is what transformers knows of it.
-        measured: a section of the card, in Markdown, with what was measured.
-        options: more arguments of save_pretrained, such as max_shard_size.
-    """
-    config = getattr(model.config, "quantization_config", None)
-    if not isinstance(config, KbitConfig):
-        raise ValueError("the model is not packed: call kbit.pack_model first")
-    config.made_by |= {"model": made_of} if made_of else {}
-    model.save_pretrained(folder, **options)
-    tokenizer.save_pretrained(folder)
-    write_card(Path(folder), config, model.kbit_quantized[1], measured)

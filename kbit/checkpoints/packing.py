@@ -202,11 +202,46 @@ def find_packed_report(model: nn.Module) -> QuantizationReport | None:
     return done[1] if done is not None and list_packed(model) else None
 
 
+def compute_exactly(model: Any) -> None:
+    """Let a packed model compute what the plain model with dequantized weights computes, to the last bit.
+
+    Its layers take the path of tiles. Its head, if that is packed, becomes a plain one, as measures use its matrix.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.fused_rows = 0
+    head = model.get_output_embeddings()
+    if isinstance(head, QuantizedLinear):
+        plain = _make_plain(head, nn.Parameter(restore_matrix(head), requires_grad=False))
+        name = next(name for name, module in model.named_modules() if module is head)
+        model.set_submodule(name, plain)
+
+
 def round_rest(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the parameters that are not packed to a dtype, in place. Buffers, such as rotary frequencies, stay."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def check_complete(model: Any) -> None:
+    """Raise ValueError if a packed layer has no tensors, or tensors of another size than its shape asks for."""
+    for name, module in list_packed(model).items():
+        if module.weight.is_meta:
+            raise ValueError(f"the checkpoint has no codes for {name}: its config.json and its weights disagree")
+        module.quantized  # noqa: B018 (checks each tensor's type and length)
+
+
+def round_through(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values rounded to a dtype, in their own dtype."""
+    return values if values.dtype == dtype else values.to(dtype).to(values.dtype)
+
+
+def round_values(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the parameters that are not packed to the values of a 16-bit dtype, in their own dtype."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = round_through(parameter.data, dtype)
 
 
 def hash_values(model: nn.Module) -> str:

@@ -129,7 +129,8 @@ def _read_result(source: str) -> Result:
 
 def _pack(experiment: Experiment, device: str, out: Path, result: Result | None) -> str:
     """Pack the model of an experiment into a folder, and return what there is to say."""
-    from kbit.checkpoints.loading import load_model, pack_loaded, save_packed
+    from kbit.checkpoints.loading import load_model, pack_loaded
+    from kbit.checkpoints.saving import save_packed
     from kbit.experiments.requirements import check_model_files, check_not_packed
 
     check_model_files(experiment.model)

@@ -46,7 +46,6 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Declare `kbit run`, whose arguments and help are Hydra's."""
     text = "quantize and evaluate one model, or with -m / +sweeps=... a grid"
     parser = commands.add_parser("run", help=text, add_help=False, allow_abbrev=False)
-    add_store(parser)
     parser.set_defaults(takes_keys=True)
 
 
@@ -54,7 +53,6 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Declare `kbit plan`."""
     text = "say what the same arguments would run, and run nothing"
     parser = commands.add_parser("plan", help=text, add_help=False, allow_abbrev=False)
-    add_store(parser)
     parser.set_defaults(takes_keys=True, multirun=True, last=["hydra.launcher.plan_only=true"])
 
 
@@ -69,13 +67,7 @@ def add_outliers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_store(parser)
     parser.set_defaults(takes_keys=True, first=["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true"])
-
-
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """Let a command whose arguments are keys take the key results as an option, as the other commands do."""
-    parser.add_argument("--results", metavar="STORE", help="the same as results=STORE (default: results)")
 
 
 def run_request(request: Request) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kbit.checkpoints.packing import find_packed_report, hash_values
+from kbit.checkpoints.packing import compute_exactly, find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
@@ -71,6 +71,8 @@ class Session:
         self._packed = find_packed_report(self._loaded.model)
         if self._packed is None:
             refuse_quantized(self._loaded.model)
+        else:
+            compute_exactly(self._loaded.model)
         self._scorer = Scorer(self._loaded.model, self._loaded.tokenizer)
         self._memory = Memory()
         self._lasting = Memory() if lasting is None else lasting

@@ -30,6 +30,7 @@ class PackedLayout:
         dtype: the weight's dtype before.
         outlier_columns: how many columns keep their 16-bit values.
         has_input_scales: whether each column is divided by a scale.
+        column_dtype: the dtype of the columns that keep their values. None is the weight's.
     """
 
     spec: QuantSpec
@@ -37,12 +38,15 @@ class PackedLayout:
     dtype: torch.dtype
     outlier_columns: int = 0
     has_input_scales: bool = False
+    column_dtype: torch.dtype | None = None
 
     @staticmethod
     def of(q: QuantizedTensor) -> PackedLayout:
         """Return the layout of a quantized tensor."""
         columns = 0 if q.outlier_columns is None else len(q.outlier_columns)
-        return PackedLayout(q.spec, q.shape, q.dtype, columns, q.input_scales is not None)
+        kind = None if q.outlier_values is None or not columns else q.outlier_values.dtype
+        column_dtype = None if kind == q.dtype else kind
+        return PackedLayout(q.spec, q.shape, q.dtype, columns, q.input_scales is not None, column_dtype)
 
     def list_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the type and the shape of each tensor, by its name in the module's state. `weight` holds the codes."""
@@ -59,7 +63,7 @@ class PackedLayout:
             found["input_scales"] = (torch.float16, (*self.shape[:-2], self.shape[-1]))
         if self.outlier_columns:
             found["outlier_columns"] = (torch.int64, (self.outlier_columns,))
-            found["outlier_values"] = (self.dtype, (*self.shape[:-1], self.outlier_columns))
+            found["outlier_values"] = (self.column_dtype or self.dtype, (*self.shape[:-1], self.outlier_columns))
         return found
 
 

@@ -7,6 +7,7 @@ torch multiplies by it: the same bits as with the whole dequantized weight.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from kbit.kernels import cpu_linear
-from kbit.kernels.cpu_linear import Matrix
+from kbit.kernels.cpu_linear import BATCHES, Matrix
 from kbit.layers.fused import can_fuse, make_matrix
 from kbit.layers.packed_weight import PackedLayout, PackedWeight
 from kbit.numerics.quantized_tensor import QuantizedTensor
@@ -69,7 +70,8 @@ class QuantizedLinear(PackedWeight):
 
     def choose_path(self, rows: int) -> str:
         """Return how the product of so many rows is computed: fused or tile."""
-        is_fused = self._is_fusible and 0 < rows <= self.fused_rows and self.weight.device.type == "cpu"
+        most = self.fused_rows if self.weight.device.type == "cpu" else min(self.fused_rows, BATCHES[-1])
+        is_fused = self._is_fusible and 0 < rows <= most
         return "fused" if is_fused else "tile"
 
     def multiply(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
@@ -83,7 +85,7 @@ class QuantizedLinear(PackedWeight):
             inputs = inputs.index_fill(1, q.outlier_columns, 0.0)
         if q is not None and q.input_scales is not None:
             inputs = inputs / q.input_scales.float()
-        y = torch.from_numpy(cpu_linear.multiply(inputs.contiguous().numpy(), matrix, torch.get_num_threads()))
+        y = _multiply_on_device(inputs.contiguous(), matrix)
         if q is not None and q.outlier_columns is not None and q.outlier_values is not None:
             y += x.detach()[:, q.outlier_columns].float() @ q.outlier_values.float().t()
         if self.bias is not None:
@@ -133,6 +135,17 @@ class QuantizedLinear(PackedWeight):
 def _forget_matrix(layer: QuantizedLinear, _: Any) -> None:
     """Forget what was made of tensors that have other values now."""
     layer.__dict__["_matrix"] = None
+
+
+def _multiply_on_device(x: Float[Tensor, "rows in"], matrix: Matrix) -> Float[Tensor, "rows out"]:
+    """Return x W^T by the kernels of x's device."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(cpu_linear.multiply(x.numpy(), matrix, torch.get_num_threads()))
+    cuda_linear = import_module("kbit.kernels.cuda_linear")  # on first use: it needs the extra kbit[cuda]
+    batch = next(size for size in BATCHES if size >= len(x))
+    padded = F.pad(x, (0, 0, 0, batch - len(x)))
+    products: Tensor = cuda_linear.multiply(padded.view(-1), matrix)
+    return products.view(batch, matrix.rows)[: len(x)]
 
 
 class _Product(torch.autograd.Function):

@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kbit.models.parameters import as_matrix, owner_of
+from kbit.models.parameters import as_matrix, count_embedded, owner_of
 
 _ROWS_AT_ONCE: Final = 256  # so many rows are squared at once: 4 MiB of 4,096 float32 columns
 # A function from a configuration to the row of the values for each unit of attention's output. None: each has its own.
@@ -226,7 +226,7 @@ def _find_readers_after(model: Any) -> list[str]:
 
 def check_ids(model: Any, tokenizer: Any, largest: int) -> None:
     """Raise ValueError if a text's largest token id is beyond the model's embedding, such as that of an added token."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = count_embedded(model)
     if largest >= rows:
         raise ValueError(
             f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} of id {largest}, and the model's "

@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from kbit.models.parameters import count_embedded
+
 _PROBE: Final = 8  # tokens
 # Shares of the largest logit. A later token changes the logits of bidirectional models by 3e-3 (random ones of two
 # layers) and more. Causal models move by 2e-7, where experts are multiplied in other groups.
@@ -35,7 +37,7 @@ def check_causal(model: Any) -> None:
 
     The log-likelihoods of such a model are no log-likelihoods of a text: each token has seen what it predicts.
     """
-    vocabulary = len(model.get_input_embeddings().weight)
+    vocabulary = count_embedded(model)
     tokens = (torch.arange(_PROBE, device=model.device) % vocabulary).repeat(2, 1)
     half = _PROBE // 2
     tokens[1, half:] = (tokens[1, half:] + vocabulary // 2) % vocabulary

@@ -17,7 +17,7 @@ from kbit.models.catalog import locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import QuantizedError, check_configuration, check_folder, check_model, is_harmless
 from kbit.models.config import DTYPES
 from kbit.models.device_map import spread_model
-from kbit.models.parameters import check_finite
+from kbit.models.parameters import check_finite, count_embedded
 from kbit.models.size import find_cached_folder
 from kbit.models.transformers_private import describe_gguf, find_commit
 from kbit.silence import silence_libraries
@@ -192,8 +192,7 @@ def read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) ->
         raise OSError(f"the tokenizer of model {source.name!r} cannot be loaded from {where}: {error}") from error
     if not tokenizer("a b")["input_ids"]:  # transformers makes an empty one of a folder without tokenizer files
         raise OSError(f"model {source.name!r} at {where} has no usable tokenizer: its tokenizer files are missing")
-    embedding: Any = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = count_embedded(model)
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f"the tokenizer at {where} has {tokenizer.vocab_size} tokens, and the embedding of model {source.name!r} "

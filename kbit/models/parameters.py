@@ -63,6 +63,13 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
 
 
+def count_embedded(model: Any) -> int:
+    """Return the number of tokens that a model's embedding has rows for. That of a packed one is no matrix."""
+    embedding = model.get_input_embeddings()
+    rows: int | None = getattr(embedding, "num_embeddings", None)
+    return embedding.weight.shape[0] if rows is None else rows
+
+
 def find_towers(model: nn.Module) -> list[str]:
     """Return the names of the modules of a multimodal model that read images or sounds, not text.
 

@@ -43,7 +43,7 @@ class QuantizedTensor:
         spec: how the tensor was quantized.
         input_scales: float16 [..., in], by which the decoded columns are divided, or None.
         outlier_columns: places in the last dimension of the columns that are not quantized, or None.
-        outlier_values: [..., out, columns], the values of these columns in the original dtype.
+        outlier_values: [..., out, columns], the values of these columns in the original dtype, or in 16 bits.
 
     Raises:
         ValueError: a tensor has not the type or length that spec and shape ask for.
@@ -75,7 +75,9 @@ class QuantizedTensor:
         if self.outlier_columns is not None and self.outlier_values is not None:
             _check_tensor("outlier_columns", self.outlier_columns, "int64", [len(self.outlier_columns)])
             shape = [*self.shape[:-1], len(self.outlier_columns)]
-            _check_tensor("outlier_values", self.outlier_values, name_dtype(self.dtype), shape)
+            kind = self.outlier_values.dtype
+            kind = kind if kind in (torch.float16, torch.bfloat16) else self.dtype
+            _check_tensor("outlier_values", self.outlier_values, name_dtype(kind), shape)
 
     def keep_columns(
         self, columns: Int64[Tensor, " columns"], values: Float[Tensor, "*batch out columns"]

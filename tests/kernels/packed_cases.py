@@ -1,7 +1,8 @@
 """A program that tests the kernels of packed products on one kind of CPU: python packed_cases.py NAME.
 
-NAME is what numba compiles for (NUMBA_CPU_NAME), so it is set before numba is imported. For avx512-emulated, the AVX-512
-instructions are replaced by what Intel's manual says that they do, and LLVM splits the vectors for a CPU without them.
+NAME is what numba compiles for (NUMBA_CPU_NAME), so it is set before numba is imported. For avx512-emulated, the
+AVX-512 instructions are replaced by what Intel's manual says that they do, and LLVM splits the vectors for a CPU
+without them.
 """
 
 from __future__ import annotations

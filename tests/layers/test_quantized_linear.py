@@ -100,7 +100,7 @@ def test_the_gradient_reaches_the_inputs_and_the_bias() -> None:
 
 
 def test_copies_and_dtypes_keep_every_bit() -> None:
-    layer, packed = make_layer(SPECS[5], outliers=True, input_scales=True)
+    _, packed = make_layer(SPECS[5], outliers=True, input_scales=True)
     x = torch.randn(2, 96)
     before = packed(x)  # so that the kernels' view of the weight exists
     for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):

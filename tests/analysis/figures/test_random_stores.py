@@ -12,9 +12,9 @@ from random_stores import Shape, draw_shapes, make_store
 from sentences import check_sentences
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 from kbit.analysis.figures.registry import FIGURES
-from kbit.analysis.figures.styles import TooManyCurves
 
 FEW = 3  # figures that are drawn of each store
 
@@ -39,7 +39,7 @@ def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, ch
     for name in random.Random(chance).sample(list(FIGURES), FEW):
         figure = draw(name, store)
         if figure is not None:
-            caption = " ".join(figure.fig.texts[0].get_text().split())
+            caption = " ".join(figure.write_paragraphs("full"))
             check_sentences(name, figure.verdict, caption, figure.data, store)
             texts = [text for text in figure.fig.findobj(Text) if isinstance(text, Text)]
             assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())

@@ -54,7 +54,7 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     quantized = rows.assign(value=0.0, bits=3, key=rows["model"] + "-3")
     both = table_2(pd.concat([quantized, rows.assign(value=values)], ignore_index=True))
     assert both.verdict == figure.verdict  # the 16-bit experiment stands for its model
-    assert "Data: 3 experiments on 3 models of toy." in both.fig.texts[0].get_text()
+    assert "Data: 3 experiments on 3 models of toy." in " ".join(both.notes)
 
 
 def test_published_values_are_the_transcribed_ones() -> None:
@@ -81,8 +81,8 @@ def test_published_circles_are_drawn_and_their_source_named(planted: pd.DataFram
     names = {"opt-1m": "opt-125m", "opt-4m": "opt-350m", "opt-16m": "opt-1.3b"}
     rows = planted[planted["metric"] == "cross_entropy"].replace({"model": names}).assign(task="wikitext2")
     figure = FIGURES["figure_13"](rows)
-    assert "Circles: published values; GPTQ" in figure.fig.texts[0].get_text()
-    assert figure.fig.legends[0].get_texts()[-1].get_text() == "published"
+    assert "Circles: published values; GPTQ" in " ".join(figure.write_paragraphs("full"))
+    assert figure.fig.subfigs[0].legends[0].get_texts()[-1].get_text() == "published"
 
 
 def test_anchors_say_whether_published_values_are_met(planted: pd.DataFrame) -> None:
@@ -193,7 +193,7 @@ def test_the_map_finds_the_best_cell_and_counts_scales(draw_planted: Callable[[s
     four = figure.data[figure.data["panel"] == "opt, 4-bit"]
     assert len(four) == 18  # five data types by three block sizes, float by a fourth, and two more exponents at 64
     assert four["loss"].min() == 0
-    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile"
+    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile4"
     assert four.set_index("block_size")["bits_per_param"].to_dict() == {
         64: 4.25,
         128: 4.125,
@@ -247,7 +247,7 @@ def test_the_map_says_how_sure_its_best_cell_is(draw_planted: Callable[[str], Pa
     figure = draw_planted("data_types_map")
     four = figure.data[figure.data["panel"] == "opt, 4-bit"].sort_values("loss")
     found = re.search(
-        r"opt, 4-bit: best is quantile block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
+        r"opt, 4-bit: best is quantile4 block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
     )
     assert found is not None
     assert float(found[2]) == pytest.approx(four["loss"].iloc[1], abs=6e-5)
@@ -263,7 +263,7 @@ def test_sensitivity_is_the_loss_of_one_part(planted: pd.DataFrame) -> None:
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True))
     assert figure.data["part"].tolist() == ["layer 0", "layer 1", "layer 10"]
     assert figure.data["loss"].to_numpy() == pytest.approx([0.1, 0.3, 0.2])
-    assert "opt-1m: layer 1 (+0.300, 3-bit nf none whole tensor)" in figure.verdict
+    assert "opt-1m: layer 1 (+0.300, nf3 none whole tensor)" in figure.verdict
     with pytest.raises(MissingResults, match=r"kbit run \+sweeps=nano/sensitivity"):
         FIGURES["sensitivity"](pd.concat(rows[:2], ignore_index=True))
     other = base.assign(key="0other", value=base["value"] - 1, evaluation="float32, 8 windows")
@@ -288,8 +288,8 @@ def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
             rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=loss, **about))
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
     assert figure.data["loss"].to_numpy() == pytest.approx([0.25, 0.35, 0.45])
-    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, 4-bit nf block 64"]
-    assert "Left out: 4 experiments" in " ".join(figure.fig.texts[0].get_text().split())
+    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, nf4 block 64"]
+    assert "Left out: 4 experiments" in " ".join(figure.write_paragraphs("full"))
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,8 @@ def test_methods_compete_for_a_budget(planted: pd.DataFrame) -> None:
     rows = planted[(planted["data_type"] == "int") & (planted["block_size"] == 64) | (planted["bits"] == 16)]
     rows = rows[rows["bits"].isin([3, 4]) & (rows["family"] == "opt")]
     figure = FIGURES["frontier"](rows)
-    assert set(figure.data["choice"]) == {"4-bit int gptq block 64"}
-    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in figure.fig.texts[0].get_text()
+    assert set(figure.data["choice"]) == {"int4 gptq block 64"}
+    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in " ".join(figure.write_paragraphs("full"))
 
 
 def test_a_frontier_of_one_small_model_is_still_shown(planted: pd.DataFrame) -> None:
@@ -343,6 +343,6 @@ def test_a_precision_against_16_bits_alone_is_no_contest(planted: pd.DataFrame) 
     assert figure.data.loc[alone, "bits"].isna().all()
     counted = int((~alone).sum())
     assert f"of {counted} variants" in figure.verdict
-    caption = " ".join(figure.fig.texts[0].get_text().split())
+    caption = " ".join(figure.write_paragraphs("full"))
     assert f"Not counted: {int(alone.sum())} with one quantized precision" in caption
     assert (figure.data["lowest"] < figure.data["highest"]).all()

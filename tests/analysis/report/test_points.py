@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import split_families
-from kbit.analysis.figures.styles import LINE_STYLES
+from kbit.analysis.figures.canvas.styles import LINE_STYLES
 from kbit.analysis.report.points import collect_data, name_block_size, name_measure
 
 

@@ -1,9 +1,11 @@
-"""The model card of a packed checkpoint: README.md as the Hugging Face hub shows it."""
+"""Save a packed model with its tokenizer and its model card, README.md as the Hugging Face hub shows it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.checkpoints.config import KbitConfig
 from kbit.methods.report import QuantizationReport
@@ -63,3 +65,31 @@ def write_card(folder: Path, config: KbitConfig, report: QuantizationReport, mea
         measured=f"\n## Measured\n\n{measured}\n" if measured else "",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def save_packed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    made_of: str = "",
+    measured: str = "",
+    **options: Any,
+) -> None:
+    """Save a packed model with its tokenizer and a model card: what it is, how it was made, what was measured.
+
+    Args:
+        model: a model that pack_model packed, or that was loaded packed.
+        tokenizer: its tokenizer.
+        folder: the folder to write.
+        made_of: the name of the model that was packed, for the card. Empty is what transformers knows of it.
+        measured: a section of the card, in Markdown, with what was measured.
+        options: more arguments of save_pretrained, such as max_shard_size.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, KbitConfig):
+        raise ValueError("the model is not packed: call kbit.pack_model first")
+    config.made_by |= {"model": made_of} if made_of else {}
+    model.save_pretrained(folder, **options)
+    tokenizer.save_pretrained(folder)
+    write_card(Path(folder), config, model.kbit_quantized[1], measured)
