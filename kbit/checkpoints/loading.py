@@ -25,7 +25,7 @@ from kbit.checkpoints.config import check_packable
 from kbit.checkpoints.packing import (
     attach,
     check_complete,
-    find_first,
+    group_tied,
     label_matrices,
     list_packed,
     list_quantized,
@@ -78,11 +78,10 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        model.tie_weights()
         plan = plan_packing(model, config.quant)
         if not self.pre_quantized and plan.coverage < config.quant.min_coverage:
             raise ValueError(describe_low_coverage(plan, config.quant.min_coverage))
-        self.names = {find_first(model, names): names for names in list_quantized(plan)}
+        self.names = group_tied(model, list_quantized(plan))
         if not self.pre_quantized:
             return
         check_fingerprint(config, checkpoint_files or ())
