@@ -316,7 +316,7 @@ def _make_plain(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Paramet
         layer = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
     elif module.is_conv1d:
         with torch.device("meta"):
-            layer = Conv1D(module.out_features, module.in_features)
+            layer = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
         layer.bias = module.bias
     else:
         layer = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")

@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 from kbit.checkpoints.config import KbitConfig
 from kbit.checkpoints.export import export_checkpoint
 from kbit.checkpoints.loading import load_model, load_packed, pack_loaded, pack_model
-from kbit.checkpoints.packing import compute_exactly, hash_values, list_packed
+from kbit.checkpoints.packing import compute_exactly, find_packed_report, hash_values, list_packed
 from kbit.checkpoints.saving import save_packed
 from kbit.layers.quantized_linear import QuantizedLinear
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model
-from kbit.models.loading import QuantizedError
+from kbit.methods.report import QuantizationReport
+from kbit.models.checkpoint_files import QuantizedError
 from kbit.models.loading import load_model as load_plain
 from kbit.models.parameters import hash_weights
 from kbit.numerics.codebooks import ADAPTIVE
@@ -55,6 +56,13 @@ def compute(model: Any) -> torch.Tensor:
     return logits
 
 
+def read_report(model: Any) -> QuantizationReport:
+    """The count of bits of a packed model."""
+    report = find_packed_report(model)
+    assert report is not None
+    return report
+
+
 def count_uncounted(q: QuantizedTensor) -> float:
     """Bytes that are stored and not counted: codes and places of outlier columns, half of each value of a codebook."""
     codebook = 2 * 2**q.spec.bits if q.spec.data_type in ADAPTIVE else 0
@@ -80,14 +88,14 @@ def test_a_packed_model_is_the_fake_quantized_one_wherever_it_goes(
     report = quantize_model(fake.model, quant, fake.tokenizer)
     expected = compute(fake.model)
     made, weights_hash = pack_loaded(loaded, quant)
-    assert (made, made.total_bits) == (report, loaded.model.kbit_quantized[1].total_bits)
+    assert (made, made.total_bits) == (report, read_report(loaded.model).total_bits)
     assert weights_hash == hash_weights(fake.model)
 
     save_packed(loaded.model, loaded.tokenizer, tmp_path, max_shard_size="200KB")
     again = load_model(str(tmp_path))
     assert torch.equal(compute(again.model), expected)
     assert hash_values(again.model) == weights_hash
-    assert again.model.kbit_quantized[1].total_bits == report.total_bits
+    assert read_report(again.model).total_bits == report.total_bits
     stored = sum(tensor.nbytes for path in tmp_path.glob("*.safetensors") for tensor in load_file(path).values())
     counted = report.total_bits / 8 + sum(count_uncounted(m.quantized) for m in list_packed(again.model).values())
     assert stored == pytest.approx(counted, rel=0.005)
@@ -95,11 +103,11 @@ def test_a_packed_model_is_the_fake_quantized_one_wherever_it_goes(
     asked = load_model(name, packed_as=quant)
     assert torch.equal(compute(asked.model), expected)
     assert hash_values(asked.model) == weights_hash
-    assert asked.model.kbit_quantized[1].weight_rmse == pytest.approx(report.weight_rmse, rel=1e-5)
+    assert read_report(asked.model).weight_rmse == pytest.approx(report.weight_rmse, rel=1e-5)
 
     compute_exactly(asked.model)
     assert torch.equal(compute(asked.model), expected)
-    again.model.dequantize()
+    again.model.dequantize()  # type: ignore[no-untyped-call]
     assert torch.equal(compute(again.model), expected)
 
 
