@@ -7,14 +7,21 @@ experiments with seven measures then take 11 MB.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import pandas as pd
 
 from kbit.analysis.curves.curves import LOSSES, ZERO_SHOT
-from kbit.analysis.curves.settings import SETTING_COLUMNS, is_missing, list_settings, rank_data_type, rank_label
+from kbit.analysis.curves.settings import (
+    SETTING_COLUMNS,
+    is_missing,
+    list_settings,
+    name_quantizer,
+    rank_data_type,
+    rank_label,
+)
 from kbit.analysis.figures.canvas.styles import (
     LINE_STYLES,
     SERIES_STYLES,
@@ -55,7 +62,9 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of experiments, one row each: the named ones with codes and looks, the others as lists."""
     bits = experiments["bits"].astype(int)
     types = experiments["data_type"].astype(object)
-    named, looks = name_types(experiments)
+    named = name_settings(experiments, name_type)
+    looks = style_types(experiments, named)
+    quantizers = name_settings(experiments, name_quantized)
     sizes = pd.Series(
         [name_block_size(*pair) for pair in zip(experiments["block_size"], bits, strict=True)], dtype=object
     )
@@ -66,6 +75,7 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
         "model": encode(experiments["model"].astype(str), sort_names(experiments["model"])),
         "bits": encode(bits.astype(str), sort_names(bits), {str(k): style_precision(k) for k in LINE_STYLES}),
         "data_type": encode(named, list(looks), looks),
+        "quantizer": encode(quantizers, sort_names(quantizers)),
         "block_size": encode(sizes, sort_names(sizes)),
         "method": encode(methods, sort_names(methods)),
         "curve": curves.groupby(list(curves), sort=False).ngroup().tolist(),
@@ -100,22 +110,24 @@ def sort_names(column: pd.Series[Any]) -> list[str]:
     )
 
 
-def name_types(experiments: pd.DataFrame) -> tuple[pd.Series[str], dict[str, LineStyle]]:
-    """Return the data type of each experiment with its settings, such as "float e2" or "nf gptq", and each name's look.
-
-    The names are sorted, data type by data type. Names of one data type have its colour, as in the figures, and differ
-    in their markers.
-    """
+def name_settings(experiments: pd.DataFrame, name: Callable[[dict[Any, Any]], str]) -> pd.Series[str]:
+    """Return a name for each experiment's quantizer, worked out once for each distinct one."""
     columns = experiments.columns.intersection(["bits", "data_type", *SETTING_COLUMNS]).tolist()
     group = experiments.groupby(columns, dropna=False, sort=False, observed=True).ngroup()
-    firsts = dict(zip(group.unique(), experiments[~group.duplicated()].to_dict("records"), strict=True))
-    names = {number: name_type(row) for number, row in firsts.items()}
-    rows = {names[number]: row for number, row in firsts.items()}
-    order = sorted(
-        rows, key=lambda name: (name == UNQUANTIZED, rank_data_type(rows[name]["data_type"]), rank_label(name))
-    )
+    firsts = experiments[~group.duplicated()].to_dict("records")
+    return group.map(dict(zip(group.unique(), map(name, firsts), strict=True)))
+
+
+def style_types(experiments: pd.DataFrame, names: pd.Series[str]) -> dict[str, LineStyle]:
+    """Return the look of each name of name_type, sorted data type by data type.
+
+    Names of one data type have its colour, as in the figures, and differ in their markers.
+    """
+    is_first = ~names.duplicated()
+    rows = dict(zip(names[is_first], experiments[is_first].to_dict("records"), strict=True))
+    ranks = {name: (rank_data_type(row["data_type"]), rank_label(name)) for name, row in rows.items()}
     looks: dict[str, LineStyle] = {}
-    for name in order:
+    for name in sorted(rows, key=lambda name: (name == UNQUANTIZED, ranks[name])):
         row = rows[name]
         look = BASELINE
         if name != UNQUANTIZED:
@@ -123,7 +135,7 @@ def name_types(experiments: pd.DataFrame) -> tuple[pd.Series[str], dict[str, Lin
         taken = {other.marker for other in looks.values() if other.color == look.color}
         free = [marker for marker in (look.marker, *MARKERS) if marker not in taken]
         looks[name] = replace(look, marker=free[0] if free else look.marker)
-    return group.map(names), looks
+    return looks
 
 
 def name_type(row: dict[Any, Any]) -> str:
@@ -135,6 +147,11 @@ def name_type(row: dict[Any, Any]) -> str:
         exponent = PAPER_EXPONENT_BITS[row["bits"]] if is_missing(row["exponent_bits"]) else row["exponent_bits"]
         name = f"float e{exponent}"
     return " ".join([name, *list_settings(row)])
+
+
+def name_quantized(row: dict[Any, Any]) -> str:
+    """Return the name of one experiment's quantizer at its bits, such as "float4-e2m1" or "int3 gptq"."""
+    return UNQUANTIZED if is_missing(row["data_type"]) else name_quantizer(row)
 
 
 def name_block_size(block_size: Any, bits: int) -> str:

@@ -41,6 +41,7 @@ def test_an_experiment_has_its_names(data: dict[str, Any], planted: pd.DataFrame
     wanted = {"family": "opt", "model": "opt-1m", "bits": str(row["bits"]), "block_size": str(row["block_size"])}
     assert {name: names[name] for name in wanted} == wanted
     assert names["data_type"].split()[0] == row["data_type"]
+    assert {"nf4", "float4-e3m0", "int3 gptq", "unquantized"} <= set(experiments["quantizer"]["names"])
     assert {"float e1", "float e2", "float e3", "int", "int gptq", "nf"} <= set(experiments["data_type"]["names"])
     assert names["method"] == row["method"]
     assert experiments["total_bits"][place] == row["total_bits"]
