@@ -14,7 +14,7 @@ import pandas as pd
 
 from kbit.analysis.curves.curves import ZERO_SHOT
 from kbit.analysis.curves.settings import is_missing, make_labels, rank_data_type, rank_label
-from kbit.analysis.figures.canvas.styles import LINE_STYLES, SERIES_STYLES, LineStyle
+from kbit.analysis.figures.canvas.styles import LINE_STYLES, SERIES_STYLES, LineStyle, style_data_type
 from kbit.numerics.spec import BASELINE_BITS
 
 UNQUANTIZED: Final = "unquantized"
