@@ -77,11 +77,16 @@ class Sheet:
             if text:
                 write("\n".join(wrap_text(text, 0.9 * room, size)), fontsize=size, weight=weight)
 
-    def write_title(self, axes: Axes, title: str, pad: float | None = None) -> None:
+    def write_title(self, axes: Axes, title: str, pad: float | None = None, size: float | None = None) -> None:
         """Write a panel's title, wrapped to the panel's width."""
+        size = size or get_size("axes.titlesize")
+        axes.set_title("\n".join(wrap_text(title, self.measure_room(), size)), pad=pad, fontsize=size)
+
+    def measure_room(self) -> float:
+        """Return the width that text above a panel has, inches, beside the labels of the y axis."""
         size = get_size("axes.titlesize")
-        room = 0.9 * self.panel_width - measure_text("0.000", size) - 2 * get_line_height(size) / self.columns
-        axes.set_title("\n".join(wrap_text(title, max(room, 0.6), size)), pad=pad)
+        labels = measure_text("0.000", size) + 2 * get_line_height(size) / self.columns
+        return max(0.9 * self.panel_width - labels, 0.6)
 
 
 def make_sheet(
