@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import matplotlib
 import numpy as np
@@ -187,7 +187,7 @@ def draw_legend(
     handles = [draw_handle(name, style) for name, style in legend.items()]
     for handle in handles if not lines else ():
         handle.set_linestyle("none")
-    place = {"loc": "outside right upper"}
+    place: dict[str, Any] = {"loc": "outside right upper"}
     if not is_beside(page):
         place = {"loc": "outside upper center", "ncols": count_columns(legend, page), "columnspacing": 0.8}
     body.legend(handles=[*handles, *more], handlelength=HANDLE if lines else 1.0, handletextpad=0.6, **place)
