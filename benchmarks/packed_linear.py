@@ -20,6 +20,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,11 +77,14 @@ def list_torch(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Callable[[to
         yield f"torch {str(dtype).removeprefix('torch.')}", dtype, bind
 
 
-def list_kbit(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Callable[[torch.Tensor], Call], QuantizedLinear]]:
+def list_kbit(
+    w: torch.Tensor, fused_rows: int | None
+) -> Iterator[tuple[str, torch.dtype, Callable[[torch.Tensor], Call], QuantizedLinear]]:
     for dtype in (torch.bfloat16, torch.float32):
         for name, spec in SPECS.items():
             q = quantize(w.to(dtype), spec)
             layer = QuantizedLinear.from_codes(q, torch.nn.Linear(1, 1, bias=False))
+            layer.fused_rows = fused_rows
             layers = copy_weights(layer, q.nbytes)
 
             def bind(x: torch.Tensor, layers: list[QuantizedLinear] = layers) -> Call:
@@ -123,7 +127,7 @@ def measure_batch(layers: list[tuple[Any, ...]], batch: int, rounds: int) -> Ite
     for name, dtype, _, layer, _ in layers:
         if layer is None:
             continue
-        paths[name] = layer.choose_path(batch)
+        paths[name] = layer.choose_path(batch, dtype)
         if dtype == torch.float32:
             exact = x.double() @ layer.dequantize().double().t()
             errors[name] = float((layer(x) - exact).abs().max() / exact.std())
@@ -148,15 +152,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", default=list(SPECS), choices=list(SPECS))
+    parser.add_argument("--fused-rows", type=int, help="0 measures tiles, and a large number the fused path")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")  # what bitsandbytes advises
     for name in set(SPECS) - set(options.only):
         del SPECS[name]
     w = 0.02 * torch.randn(options.size, options.size, generator=torch.Generator().manual_seed(0))
     layers = [(*case, None, options.size) for case in (*list_torch(w), *list_bitsandbytes(w))]
-    layers += [(*case, options.size) for case in list_kbit(w)]
+    layers += [(*case, options.size) for case in list_kbit(w, options.fused_rows)]
     rows = [row for batch in options.batches for row in measure_batch(layers, batch, options.rounds)]
     for row in rows:
         error = "" if row.error is None else f"error {row.error:.1e}"

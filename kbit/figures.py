@@ -45,8 +45,8 @@ def draw(
     Args:
         name: one of names().
         results: kbit.read_results' table, or parts of it, or the folder of a store.
-        width: such as "3.3in", "84mm", or inches. None: as wide as the panels need. Tables keep their own size.
-        height: of the whole figure, with its caption. None: it follows from the width.
+        width: the width, such as "3.3in", "84mm", or inches. None: what the panels need. Tables keep their own size.
+        height: the height of the whole figure, with its caption. None: it follows from the width.
         caption: what is written below: "none", "short" (claim and verdict) or "full".
         style: a style of matplotlib, by its name or as a file. Where it says nothing, matplotlibrc and kbit do.
         measure: TASK/METRIC, what a figure of curves shows instead of its own measure.

@@ -124,7 +124,8 @@ def run_command(arguments: Sequence[str]) -> None:
         arguments = ["--help"]
     if arguments[0] not in (*commands, "-h", "--help", "--version"):
         raise KbitError(f"unknown command {arguments[0]!r}; {suggest(arguments[0], commands)}")
-    if (command := commands.get(arguments[0])) and not command.get_default("takes_keys"):
+    command = commands.get(arguments[0])
+    if command and not command.get_default("takes_keys") and "--results" in command.format_usage():
         arguments = [_as_option(argument) for argument in arguments]
     options, rest = parser.parse_known_args(arguments)
     options.rest = rest

@@ -126,7 +126,7 @@ def _list(options: argparse.Namespace) -> None:
     if given and (options.failures or options.to):
         raise ValueError(f"{'--failures' if options.failures else '--to'} goes without {' '.join(given)}")
     table = _read(options)
-    if options.to:
+    if options.to or options.project:
         export_results(options, set(table["key"]))
         return
     if not (options.failures or table.empty):

@@ -114,3 +114,18 @@ def test_settings_as_words_lose_no_row_in_a_pivot_table(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert table["key"].nunique() == 8
     assert read_results(tmp_path).dtypes["exponent_bits"] == pd.Int64Dtype()
+
+
+@pytest.mark.parametrize(
+    ("where", "hint"),
+    [
+        ("data_type == nf", "no column 'nf'; a value that is text is quoted: 'nf'; did you mean n?"),
+        ("nf == data_type", "a value that is text is quoted: 'nf'"),
+        ("data_type in [int]", "no column 'int'; a value that is text is quoted: 'int'"),
+        ("bitz == 4", "did you mean bits?"),
+    ],
+)
+def test_a_text_without_quotes_is_told_from_a_column(table: pd.DataFrame, where: str, hint: str) -> None:
+    with pytest.raises(ValueError, match="no column") as refused:
+        select_rows(table, where)
+    assert hint in str(refused.value)
