@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.figures.canvas.captions import write_caption
+from kbit.analysis.figures.canvas.notebooks import show_figures
 from kbit.analysis.figures.canvas.page import Page, apply_style, parse_length
 from kbit.analysis.figures.curve_figures import choose_measure
 from kbit.analysis.figures.drawing import CAPTIONS, Caption, PaperFigure
@@ -61,6 +62,7 @@ def draw(
     figure = _make(name, results, page, measure, lower_is_better)
     with apply_style(page):
         write_caption(figure.fig, figure.write_paragraphs(caption), page)
+    show_figures()
     return figure.fig
 
 
@@ -78,6 +80,7 @@ def make(
 
     The arguments and errors are those of draw.
     """
+    show_figures()
     return _make(name, results, make_page(width, height, style), measure, lower_is_better)
 
 
@@ -87,11 +90,13 @@ def make_page(width: Length | None, height: Length | None, style: str | Path | N
     Raises:
         ValueError: a size is no length.
     """
-    sizes = [
-        size if size is None else parse_length(f"{size}in" if isinstance(size, int | float) else size)
-        for size in (width, height)
-    ]
-    return Page(*sizes, style=None if style is None else str(style))
+    return Page(_read_length(width), _read_length(height), None if style is None else str(style))
+
+
+def _read_length(length: Length | None) -> float | None:
+    if length is None:
+        return None
+    return parse_length(length if isinstance(length, str) else f"{length}in")
 
 
 def _make(
