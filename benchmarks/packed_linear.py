@@ -20,6 +20,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,6 +67,12 @@ def copy_weights(weight: Any, nbytes: int) -> list[Any]:
     return [copy.deepcopy(weight) for _ in range(max(2, math.ceil(3 * find_cache() / nbytes)))]
 
 
+def start(layers: list[Any], dtype: torch.dtype) -> None:
+    """Call each layer once: the first call of a layer prepares its weight."""
+    for layer in layers:
+        layer(torch.zeros(1, layer.in_features, dtype=dtype))
+
+
 def list_torch(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Callable[[torch.Tensor], Call]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         weights = copy_weights(w.to(dtype), w.numel() * dtype.itemsize)
@@ -76,12 +83,16 @@ def list_torch(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Callable[[to
         yield f"torch {str(dtype).removeprefix('torch.')}", dtype, bind
 
 
-def list_kbit(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Callable[[torch.Tensor], Call], QuantizedLinear]]:
+def list_kbit(
+    w: torch.Tensor, fused_rows: int | None
+) -> Iterator[tuple[str, torch.dtype, Callable[[torch.Tensor], Call], QuantizedLinear]]:
     for dtype in (torch.bfloat16, torch.float32):
         for name, spec in SPECS.items():
             q = quantize(w.to(dtype), spec)
             layer = QuantizedLinear.from_codes(q, torch.nn.Linear(1, 1, bias=False))
+            layer.fused_rows = fused_rows
             layers = copy_weights(layer, q.nbytes)
+            start(layers, dtype)
 
             def bind(x: torch.Tensor, layers: list[QuantizedLinear] = layers) -> Call:
                 return lambda i: layers[i % len(layers)](x)
@@ -98,6 +109,7 @@ def list_bitsandbytes(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Calla
     made = bnb.nn.Linear4bit(w.shape[1], w.shape[0], False, torch.bfloat16, quant_type="nf4", compress_statistics=False)
     made.weight = bnb.nn.Params4bit(w.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=False)
     layers = copy_weights(made.to("cpu").eval(), w.numel() // 2 + w.numel() // 16)
+    start(layers, torch.bfloat16)
 
     def bind(x: torch.Tensor) -> Call:
         return lambda i: layers[i % len(layers)](x)
@@ -123,7 +135,7 @@ def measure_batch(layers: list[tuple[Any, ...]], batch: int, rounds: int) -> Ite
     for name, dtype, _, layer, _ in layers:
         if layer is None:
             continue
-        paths[name] = layer.choose_path(batch)
+        paths[name] = layer.choose_path(batch, dtype)
         if dtype == torch.float32:
             exact = x.double() @ layer.dequantize().double().t()
             errors[name] = float((layer(x) - exact).abs().max() / exact.std())
@@ -148,15 +160,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", default=list(SPECS), choices=list(SPECS))
+    parser.add_argument("--fused-rows", type=int, help="0 measures tiles, and a large number the fused path")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    warnings.simplefilter("ignore")  # what bitsandbytes advises
     for name in set(SPECS) - set(options.only):
         del SPECS[name]
     w = 0.02 * torch.randn(options.size, options.size, generator=torch.Generator().manual_seed(0))
     layers = [(*case, None, options.size) for case in (*list_torch(w), *list_bitsandbytes(w))]
-    layers += [(*case, options.size) for case in list_kbit(w)]
+    layers += [(*case, options.size) for case in list_kbit(w, options.fused_rows)]
     rows = [row for batch in options.batches for row in measure_batch(layers, batch, options.rounds)]
     for row in rows:
         error = "" if row.error is None else f"error {row.error:.1e}"

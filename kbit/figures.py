@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.figures.canvas.captions import write_caption
+from kbit.analysis.figures.canvas.notebooks import show_figures
 from kbit.analysis.figures.canvas.page import Page, apply_style, parse_length
 from kbit.analysis.figures.curve_figures import choose_measure
 from kbit.analysis.figures.drawing import CAPTIONS, Caption, PaperFigure
@@ -44,8 +45,8 @@ def draw(
     Args:
         name: one of names().
         results: kbit.read_results' table, or parts of it, or the folder of a store.
-        width: such as "3.3in", "84mm", or inches. None: as wide as the panels need. Tables keep their own size.
-        height: of the whole figure, with its caption. None: it follows from the width.
+        width: the width, such as "3.3in", "84mm", or inches. None: what the panels need. Tables keep their own size.
+        height: the height of the whole figure, with its caption. None: it follows from the width.
         caption: what is written below: "none", "short" (claim and verdict) or "full".
         style: a style of matplotlib, by its name or as a file. Where it says nothing, matplotlibrc and kbit do.
         measure: TASK/METRIC, what a figure of curves shows instead of its own measure.
@@ -61,6 +62,7 @@ def draw(
     figure = _make(name, results, page, measure, lower_is_better)
     with apply_style(page):
         write_caption(figure.fig, figure.write_paragraphs(caption), page)
+    show_figures()
     return figure.fig
 
 
@@ -78,6 +80,7 @@ def make(
 
     The arguments and errors are those of draw.
     """
+    show_figures()
     return _make(name, results, make_page(width, height, style), measure, lower_is_better)
 
 
@@ -87,11 +90,13 @@ def make_page(width: Length | None, height: Length | None, style: str | Path | N
     Raises:
         ValueError: a size is no length.
     """
-    sizes = [
-        size if size is None else parse_length(f"{size}in" if isinstance(size, int | float) else size)
-        for size in (width, height)
-    ]
-    return Page(*sizes, style=None if style is None else str(style))
+    return Page(_read_length(width), _read_length(height), None if style is None else str(style))
+
+
+def _read_length(length: Length | None) -> float | None:
+    if length is None:
+        return None
+    return parse_length(length if isinstance(length, str) else f"{length}in")
 
 
 def _make(

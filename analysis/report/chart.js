@@ -126,7 +126,7 @@ class Chart {
     pen.save();
     pen.translate(12, (top + height - bottom) / 2);
     pen.rotate(-Math.PI / 2);
-    pen.fillText(this.scene.yTitle, 0, 0);
+    pen.fillText(this.scene.yTitle, 0, 0, height - top - bottom);
     pen.restore();
   }
 

@@ -44,7 +44,8 @@ def make_matrix(q: QuantizedTensor) -> Matrix:
     offsets = _describe(spec.offset_type, q.offsets) if q.offsets else Constants(ABSENT, _view(q.codes[:0]))
     offsets = offsets._replace(added=float(q.center[0]) if len(q.center) else 0.0)
     per_row = math.ceil(columns / block_size) if row == columns else 0
-    return Matrix(_view(q.codes), spec.bits, codebook, scales, offsets, rows, Blocks(columns, per_row, block_size))
+    blocks, step = Blocks(columns, per_row, block_size), _find_step(codebook[: len(q.codebook)])
+    return Matrix(_view(q.codes), spec.bits, codebook, scales, offsets, rows, blocks, step)
 
 
 def _describe(scale_format: ScaleFormat, stored: Mapping[str, Tensor]) -> Constants:
@@ -63,6 +64,14 @@ def _describe(scale_format: ScaleFormat, stored: Mapping[str, Tensor]) -> Consta
         )  # fmt: skip
     numbers = scale_format.decode({name: tensor.cpu().numpy() for name, tensor in stored.items()})
     return Constants(FLOAT32, _view(torch.from_numpy(numbers).to(codes.device).view(torch.uint8)))
+
+
+def _find_step(codebook: NDArray[np.float32]) -> float:
+    """Return the distance of neighbours in a codebook whose values are as far apart to within rounding, else 0."""
+    values = codebook.astype(np.float64)
+    step = (values[-1] - values[0]) / max(1, len(values) - 1)
+    line = values[0] + step * np.arange(len(values))
+    return float(step) if np.abs(values - line).max() <= 2.0**-24 * np.abs(values).max() else 0.0
 
 
 def _view(tensor: Tensor) -> Any:

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from kbit.analysis.figures.canvas.notebooks import show_figures
 from kbit.analysis.figures.canvas.page import Page, apply_style
 from kbit.analysis.figures.canvas.styles import style_data_type, style_series
 from kbit.checks import check_choice
-from kbit.notebook.display import show_figures
 from kbit.notebook.quantizers import Quantizer, name_quantizers
 from kbit.numerics.codebooks import ADAPTIVE, Codebook
 from kbit.numerics.quantizer import quantize

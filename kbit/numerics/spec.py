@@ -310,4 +310,4 @@ def find_preset(name: str) -> dict[str, Any]:
     """
     check_choice("quant", name, tuple(list_presets()))
     fields = read_preset(name)
-    return fields | ({"table": tuple(fields["table"])} if fields.get("table") else {})  # YAML has lists
+    return fields | ({"table": tuple(map(float, fields["table"]))} if fields.get("table") else {})  # YAML has lists

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pandas as pd
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
+
+
+QUOTE_FEW: Final = 0  # csv.QUOTE_MINIMAL, as pandas' types want it
+QUOTE_TEXTS: Final = 2  # csv.QUOTE_NONNUMERIC
 
 
 def write_csv(table: pd.DataFrame, path: Path, notes: Sequence[str] = ()) -> None:
@@ -23,7 +26,7 @@ def write_csv(table: pd.DataFrame, path: Path, notes: Sequence[str] = ()) -> Non
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         file.writelines(f"# {' '.join(note.split())}\n" for note in notes)
-        quoting = csv.QUOTE_NONNUMERIC if notes else csv.QUOTE_MINIMAL
+        quoting: Literal[0, 2] = QUOTE_TEXTS if notes else QUOTE_FEW
         without_formulas(table).to_csv(file, index=False, quoting=quoting, lineterminator="\n")
 
 

@@ -135,8 +135,9 @@ def check_relation(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> Non
 
 
 def check_sensitivity(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> None:
-    for model, rows in data.groupby("model"):
-        found = re.search(rf"(?:of|;) {re.escape(str(model))}: (.+?) \(({NUMBER}), ", verdict)
+    for (model, quantizer), rows in data.groupby(["model", "quantizer"]):
+        who, how = re.escape(str(model)), re.escape(str(quantizer))
+        found = re.search(rf"(?:of|;) {who}: ([^;]+?) \(({NUMBER}), {how}\)", verdict)
         assert found is not None
         assert set(found[1].split(" and ")) == set(rows.loc[rows["loss"] >= rows["loss"].max() - 1e-9, "part"])
         assert abs(float(found[2]) - rows["loss"].max()) < 5.1e-4

@@ -96,19 +96,22 @@ def read_style(style: str) -> dict[str, Any]:
     Raises:
         ValueError: there is neither.
     """
-    if style in matplotlib.style.library:
-        return dict(matplotlib.style.library[style])
+    known: Any = matplotlib.style.library
+    if style in known:
+        return dict(known[style])
     if not Path(style).is_file():
         raise ValueError(f"style {style!r} is no file, and matplotlib knows no style of this name")
-    return dict(matplotlib.rc_params_from_file(style, use_default_template=False))
+    settings: Any = matplotlib.rc_params_from_file(style, use_default_template=False)
+    return dict(settings)
 
 
 @contextmanager
 def apply_style(page: Page) -> Iterator[None]:
     """Draw and write with kbit's settings wherever the user's own, or the page's style, say nothing."""
-    params = matplotlib.rcParams
+    params: Any = matplotlib.rcParams
+    defaults: Any = matplotlib.rcParamsDefault
     with matplotlib.rc_context():
-        chosen = {name for name in params if params[name] != matplotlib.rcParamsDefault[name]}
+        chosen = {name for name in params if params[name] != defaults[name]}
         if page.style is not None:
             settings = read_style(page.style)
             chosen |= set(settings)
@@ -122,7 +125,8 @@ def apply_style(page: Page) -> Iterator[None]:
 
 def get_size(name: str) -> float:
     """Return one of matplotlib's sizes of text in points, such as axes.titlesize, which may be a word ("large")."""
-    return float(FontProperties(size=matplotlib.rcParams[name]).get_size_in_points())
+    params: Any = matplotlib.rcParams
+    return float(FontProperties(size=params[name]).get_size_in_points())
 
 
 def get_small_size() -> float:

@@ -62,7 +62,7 @@ def test_options_and_settings_with_blanks_are_no_words_of_a_label() -> None:
 
 def test_data_types_of_any_name_are_curves() -> None:
     points = make_points({}, {"data_type": "mine"}, {"data_type": "mine", "layout": "row"}, bits=(4,))
-    assert list(dict.fromkeys(select_data_types(points, bits=4)["series"])) == ["mine", "nf"]
+    assert list(dict.fromkeys(select_data_types(points, bits=4)["series"])) == ["mine4", "nf4"]
 
 
 def test_exponents_are_those_of_floats_without_other_settings() -> None:
