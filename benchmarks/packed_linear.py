@@ -67,6 +67,12 @@ def copy_weights(weight: Any, nbytes: int) -> list[Any]:
     return [copy.deepcopy(weight) for _ in range(max(2, math.ceil(3 * find_cache() / nbytes)))]
 
 
+def start(layers: list[Any], dtype: torch.dtype) -> None:
+    """Call each layer once: the first call of a layer prepares its weight."""
+    for layer in layers:
+        layer(torch.zeros(1, layer.in_features, dtype=dtype))
+
+
 def list_torch(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Callable[[torch.Tensor], Call]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         weights = copy_weights(w.to(dtype), w.numel() * dtype.itemsize)
@@ -86,6 +92,7 @@ def list_kbit(
             layer = QuantizedLinear.from_codes(q, torch.nn.Linear(1, 1, bias=False))
             layer.fused_rows = fused_rows
             layers = copy_weights(layer, q.nbytes)
+            start(layers, dtype)
 
             def bind(x: torch.Tensor, layers: list[QuantizedLinear] = layers) -> Call:
                 return lambda i: layers[i % len(layers)](x)
@@ -102,6 +109,7 @@ def list_bitsandbytes(w: torch.Tensor) -> Iterator[tuple[str, torch.dtype, Calla
     made = bnb.nn.Linear4bit(w.shape[1], w.shape[0], False, torch.bfloat16, quant_type="nf4", compress_statistics=False)
     made.weight = bnb.nn.Params4bit(w.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=False)
     layers = copy_weights(made.to("cpu").eval(), w.numel() // 2 + w.numel() // 16)
+    start(layers, torch.bfloat16)
 
     def bind(x: torch.Tensor) -> Call:
         return lambda i: layers[i % len(layers)](x)

@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         files = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
         rows = []
         for way in (PACKED, RELOADED, PLAIN):
-            arguments = [way, str(plain), str(packed), str(options.bits)]
+            arguments: list[Any] = [way, str(plain), str(packed), options.bits]
             done = subprocess.run(
                 [sys.executable, __file__, "--load", json.dumps(arguments)], capture_output=True, text=True,
                 check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},

@@ -90,11 +90,13 @@ def make_page(width: Length | None, height: Length | None, style: str | Path | N
     Raises:
         ValueError: a size is no length.
     """
-    sizes = [
-        size if size is None else parse_length(f"{size}in" if isinstance(size, int | float) else size)
-        for size in (width, height)
-    ]
-    return Page(*sizes, style=None if style is None else str(style))
+    return Page(_read_length(width), _read_length(height), None if style is None else str(style))
+
+
+def _read_length(length: Length | None) -> float | None:
+    if length is None:
+        return None
+    return parse_length(length if isinstance(length, str) else f"{length}in")
 
 
 def _make(

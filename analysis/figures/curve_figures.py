@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.curves.curves import READING, ZERO_SHOT, Measure, find_cross_entropy, precision_curves
+from kbit.analysis.curves.curves import LOSSES, READING, ZERO_SHOT, Measure, find_cross_entropy, precision_curves
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
 from kbit.analysis.curves.settings import FLOATS
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 # in the CSV
 DRAWN: Final = ["family", "bits", "label", "block_size", "model", "exponent_bits", *READING, "key", "panel", "series"]
-# kbit's own metrics that are better if they are lower
-LOSSES: Final = (
-    "cross_entropy", "perplexity", "kl_divergence", "bits_per_byte", "word_cross_entropy", "word_perplexity",
-    "byte_perplexity",
-)  # fmt: skip
 
 
 def draw_curves(

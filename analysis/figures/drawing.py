@@ -155,9 +155,10 @@ def draw_table(table: pd.DataFrame, title: str) -> Figure:
     line, gap = get_line_height(size), 2 * measure_text("n", size)
     cells = [[wrap_text(str(cell), CELL, size) for cell in row] for row in table.to_numpy()]
     names = [str(name) for name in table]
+    columns = [[words for row in cells for words in row[column]] for column in range(len(names))]
     widths = [
-        max(1.15 * measure_text(name, size), *(measure_text(words, size) for row in cells for words in row[column]))
-        for column, name in enumerate(names)
+        1.03 * max(1.15 * measure_text(name, size), *(measure_text(words, size) for words in column))  # room to round
+        for name, column in zip(names, columns, strict=True)
     ]
     starts = [MARGIN + sum(widths[:column]) + column * gap for column in range(len(widths))]
     width = max(starts[-1] + widths[-1] + MARGIN, FULL_WIDTH)

@@ -221,7 +221,7 @@ def describe_unfitted(data: pd.DataFrame) -> str:
     ]
     unfitted = unfitted.assign(reason=short)
     parts = [
-        f"{' and '.join(rows['law'])} of {family} ({reason})"
+        f"{' and '.join(dict.fromkeys(rows['law']))} of {family} ({reason})"
         for (family, reason), rows in unfitted.groupby(["family", "reason"], sort=False)
     ]
     return f"Not fitted: {join_parts(parts[:NAMED], len(parts))}." if parts else ""

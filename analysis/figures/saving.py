@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from matplotlib.figure import Figure
 
@@ -22,7 +22,7 @@ from kbit.store.tables import write_csv
 
 QUICKLY: Final = {"compress_level": 2}  # of 9: files 3% larger than at 6, Pillow's own choice, in a seventh less time
 # Without a date: the same results give the same bytes.
-WRITTEN_AS: Final[dict[str, dict[str, object]]] = {
+WRITTEN_AS: Final[dict[str, dict[str, Any]]] = {
     "png": {"pil_kwargs": QUICKLY},
     "svg": {"metadata": {"Date": None}},
     "pdf": {"metadata": {"CreationDate": None}},

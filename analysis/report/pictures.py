@@ -18,11 +18,8 @@ from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 # Precisions, data types, block sizes and methods at equal total bits. Laws and verdicts are tables of the page.
 KEY_FIGURES: Final = ("figure_2", "figure_13", "figure_3", "figure_14", "figure_15", "methods", "data_types_map")
 RESOLUTION: Final = 110  # dots per inch: a figure of 13 inches is as wide as the page
-LOSSLESS: Final = {
-    "lossless": True,
-    "quality": 40,
-    "method": 2,
-}  # WebP: half of a PNG's bytes in a second for a large one
+# WebP: half of a PNG's bytes, in a second for a large figure
+LOSSLESS: Final = {"lossless": True, "quality": 40, "method": 2}
 
 
 def write_pictures(results: pd.DataFrame, figures: Mapping[str, Callable[[pd.DataFrame], PaperFigure]]) -> str:
@@ -55,12 +52,7 @@ def write_picture(figure: PaperFigure, left_out: list[str]) -> str:
         figure.fig.savefig(picture, format="webp", dpi=RESOLUTION, pil_kwargs=LOSSLESS)
     source = base64.b64encode(picture.getvalue()).decode("ascii")
     title = figure.name.replace("_", " ").capitalize()
-    caption = [
-        f"{title}: {figure.claim}",
-        f"These results: {figure.verdict}",
-        *figure.notes,
-        *(f"Left out: {why}" for why in left_out),
-    ]
+    caption = [*figure.write_paragraphs("full"), *(f"Left out: {reason}" for reason in left_out)]
     text = "".join(f"<p>{html.escape(paragraph)}</p>" for paragraph in caption)
     image = f'<img src="data:image/webp;base64,{source}" alt="{html.escape(title)}" loading="lazy">'
     return f'<figure id="{html.escape(figure.name)}">{image}<figcaption>{text}</figcaption></figure>'

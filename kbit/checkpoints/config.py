@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
-from transformers.quantizers import register_quantization_config
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbit.checks import non_defaults, suggest
@@ -22,7 +22,7 @@ _FIELDS: Final = tuple(field.name for field in dataclasses.fields(QuantConfig))
 
 
 @register_quantization_config(PACKED_METHOD)
-class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class KbitConfig(QuantizationConfigMixin):
     """How a model is quantized when it is loaded, and how a packed checkpoint is.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=KbitConfig(bits=3, data_type="nf"))
@@ -54,7 +54,7 @@ class KbitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(f"quant_method={quant_method!r} is not {PACKED_METHOD!r}")
         if weight_dtype is not None and not isinstance(getattr(torch, weight_dtype, None), torch.dtype):
             raise ValueError(f"weight_dtype={weight_dtype!r} is no dtype of torch")
-        self.quant_method = PACKED_METHOD
+        self.quant_method = PACKED_METHOD  # type: ignore[assignment]  # transformers' own methods are an enumeration
         self.quant = _read_quant(fields)
         self.weight_dtype = weight_dtype
         self.parts = {name: dict(part) for name, part in (parts or {}).items()}

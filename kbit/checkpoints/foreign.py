@@ -70,7 +70,7 @@ def _read_weight(
 
 def _group_parts(folder: Path, mark: str, separator: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the name and the parts of each packed layer."""
-    files = {path: safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))}
+    files: dict[Path, Any] = {path: safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))}
     where = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118 (no mapping)
     for marked in sorted(name for name in where if name.endswith(mark)):
         layer = marked.removesuffix(mark)

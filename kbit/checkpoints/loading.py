@@ -18,14 +18,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
 
 from kbit.checkpoints.config import KbitConfig as KbitConfig
 from kbit.checkpoints.config import check_packable
 from kbit.checkpoints.packing import (
     attach,
     check_complete,
-    find_first,
+    group_tied,
     label_matrices,
     list_packed,
     list_quantized,
@@ -57,7 +58,7 @@ FINGERPRINT: Final = "kbit"  # in the metadata of weight files
 
 
 @register_quantizer(PACKED_METHOD)
-class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
+class KbitQuantizer(HfQuantizer):
     """Quantizes and packs weights as they are loaded, or makes place for those of a packed checkpoint."""
 
     requires_calibration = False
@@ -78,11 +79,10 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        model.tie_weights()
         plan = plan_packing(model, config.quant)
         if not self.pre_quantized and plan.coverage < config.quant.min_coverage:
             raise ValueError(describe_low_coverage(plan, config.quant.min_coverage))
-        self.names = {find_first(model, names): names for names in list_quantized(plan)}
+        self.names = group_tied(model, list_quantized(plan))
         if not self.pre_quantized:
             return
         check_fingerprint(config, checkpoint_files or ())
@@ -172,13 +172,13 @@ class KbitQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
+class QuantizeOnLoad(ConversionOps):
     """Quantizes the tensors of a checkpoint that were just read."""
 
     def __init__(self, quantizer: KbitQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # transformers' own operations differ in the same way
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Return the tensors of packed layers in place of the weights that were read."""
@@ -243,7 +243,7 @@ def pack_weights(
     weights_hash = hash_weights(model)
     for names in list_quantized(plan):
         made: Any = report.codes.pop(names[0])
-        codes = list(made.experts) if isinstance(made, ExpertCodes) else [made]
+        codes: list[Any] = list(made.experts) if isinstance(made, ExpertCodes) else [made]
         put_codes(model, names, [_round_columns(part, column_dtype) for part in codes])
     return report, weights_hash
 
@@ -327,12 +327,13 @@ def load_packed(
     silence_libraries()
     source = find_source(name)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=getattr(torch, dtype), device_map=device, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:  # sizes that disagree, damaged files
         raise OSError(f"packed model {name!r} cannot be loaded: {error}") from error
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise OSError(f"packed model {name!r} lacks {len(missing)} tensors, such as {missing[0]}")
     if unknown := sorted(info["unexpected_keys"]):
@@ -378,10 +379,11 @@ def load_as_packed(
     rounded = torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float16
     asked = KbitConfig.of(quant)
     asked.round_to = rounded
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.location, quantization_config=asked, dtype=getattr(torch, dtype), device_map=device,
         use_safetensors=True, output_loading_info=True, **source.options,
     )  # fmt: skip
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise OSError(f"model {name!r} at {source.location} lacks {len(missing)} tensors, such as {missing[0]}")
     round_values(model, rounded)

@@ -120,6 +120,16 @@ def find_first(model: nn.Module, names: Sequence[str]) -> str:
     return min(names, key=lambda name: not isinstance(owner_of(model, name), nn.Embedding | QuantizedEmbedding))
 
 
+def group_tied(model: Any, weights: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Return the names of each of these weights by the one that is stored. Before loading, ties are only names."""
+    tied: Mapping[str, str] = model.all_tied_weights_keys
+    groups = {}
+    for name in (name for names in weights for name in names):
+        source = tied.get(name, name)
+        groups[source] = [source, *(target for target, found in tied.items() if found == source)]
+    return groups
+
+
 def tie_heads(model: nn.Module, names: Sequence[str]) -> None:
     """Let the heads that are tied to a packed embedding share its tensors."""
     first = find_first(model, names)
@@ -306,7 +316,7 @@ def _make_plain(module: QuantizedLinear | QuantizedEmbedding, weight: nn.Paramet
         layer = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
     elif module.is_conv1d:
         with torch.device("meta"):
-            layer = Conv1D(module.out_features, module.in_features)
+            layer = Conv1D(module.out_features, module.in_features)  # type: ignore[no-untyped-call]
         layer.bias = module.bias
     else:
         layer = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")

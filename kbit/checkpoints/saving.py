@@ -8,6 +8,7 @@ from typing import Any, Final
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.checkpoints.config import KbitConfig
+from kbit.checkpoints.packing import find_packed_report
 from kbit.methods.report import QuantizationReport
 
 _CARD: Final = """\
@@ -92,4 +93,6 @@ def save_packed(
     config.made_by |= {"model": made_of} if made_of else {}
     model.save_pretrained(folder, **options)
     tokenizer.save_pretrained(folder)
-    write_card(Path(folder), config, model.kbit_quantized[1], measured)
+    report = find_packed_report(model)
+    assert report is not None  # as it is packed
+    write_card(Path(folder), config, report, measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -206,7 +207,8 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
             print(_describe_results(store.root, next(iter(distinct))))
         print(f"{len(distinct)} of {len(distinct)} asked results are in {store.root}")
         if len(distinct) > 1:
-            print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
+            place = shlex.quote(settings.results)
+            print(f"see them: kbit figures --results {place}, kbit results --results {place}")
         return
     failures = read_failures(store.root).set_index("key")
     reasons = {str(key): (str(row["state"]), str(row["reason"])) for key, row in failures.iterrows()}

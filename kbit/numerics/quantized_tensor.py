@@ -134,7 +134,7 @@ class QuantizedTensor:
         values = values.to(self.dtype)
         if self.outlier_columns is not None and self.outlier_values is not None:
             outliers = self.outlier_values if values.ndim == 1 else self.outlier_values[..., rows, :]
-            values[..., self.outlier_columns.to(values.device)] = outliers.to(values.device)
+            values[..., self.outlier_columns.to(values.device)] = outliers.to(values.device, values.dtype)
         return values
 
     def decode_constants(self) -> tuple[Scales, Scales]:

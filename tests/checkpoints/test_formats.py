@@ -89,6 +89,7 @@ def test_any_gguf_block_is_read_as_gguf_decodes_it(name: str, seed: int) -> None
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 256, (6, kind.block_bytes), np.uint8)
     halves = random.normal(size=(6, 1 + kind.has_offset)).astype(np.float16)
+    halves[:, :1] = np.abs(halves[:, :1]) if kind.has_offset else halves[:, :1]  # else max < min
     blocks[:, : 2 * halves.shape[1]] = halves.view(np.uint8)
     rows = blocks.reshape(2, -1)
     expected = library.quants.dequantize(rows, library.GGMLQuantizationType[name])
@@ -147,6 +148,7 @@ def test_gptqs_layout_is_that_of_its_definition(bits: int) -> None:
 
 def test_gptqs_own_zeros_become_offsets() -> None:
     parts = gptq.write(make("int4_grid", torch.float16))
+    parts["scales"] = parts["scales"].abs()
     parts["qzeros"] = torch.from_numpy(pack_words(np.random.default_rng(0).integers(0, 15, (8, 96)), 4))
     small = {"qweight": parts["qweight"][:, :4], "scales": parts["scales"][:, :4], "g_idx": parts["g_idx"]}
     zeros = unpack_words(parts["qzeros"], 4, 96)[:, :4]
@@ -227,5 +229,9 @@ def test_damaged_parts_are_refused() -> None:
     other = compressed_tensors.write(make("int4_grid"))
     with pytest.raises(ValueError, match="packed codes are"):
         compressed_tensors.read(other | {"weight_shape": torch.tensor([96, 512])}, 4, torch.float16)
+    blocks = np.full((1, 20), 0xFF, np.uint8)
+    blocks[0, :4] = np.array([-1, 0], np.float16).view(np.uint8)
+    with pytest.raises(ValueError, match="below 0 beside an offset"):
+        gguf.read(blocks, gguf.KINDS["Q4_1"])
     with pytest.raises(ValueError, match="no whole blocks"):
         gguf.read(np.zeros((2, 17), np.uint8), gguf.KINDS["Q4_0"])

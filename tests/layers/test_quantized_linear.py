@@ -62,7 +62,7 @@ def test_both_paths_compute_what_fake_quantization_does(spec: dict[str, Any], op
     torch.manual_seed(0)
     layer, packed = make_layer(spec, **options)
     fused = spec["block_size"] != 24
-    for batch in (1, 3):
+    for batch in (1, 3) if spec is SPECS[0] else (1,):  # each kernel takes a second or more to compile
         x = torch.randn(batch, 96)
         assert packed.choose_path(batch) == ("fused" if fused else "tile")
         y, expected = packed(x), layer.double()(x.double())
@@ -92,7 +92,7 @@ def test_tiles_have_the_bits_of_the_whole_matrix(dtype: torch.dtype, shape: tupl
 def test_the_gradient_reaches_the_inputs_and_the_bias() -> None:
     torch.manual_seed(0)
     layer, packed = make_layer(SPECS[0], out=300)
-    for packed.fused_rows, rows in ((8, 2), (0, 20)):  # fused, tiles
+    for packed.fused_rows, rows in ((8, 4), (0, 20)):  # fused, tiles
         x = torch.randn(1, rows, 96, requires_grad=True)
         ours, theirs = (torch.autograd.grad((m(x) ** 2).sum(), [x, m.bias]) for m in (packed, layer))
         for a, b in zip(ours, theirs, strict=True):
@@ -102,7 +102,7 @@ def test_the_gradient_reaches_the_inputs_and_the_bias() -> None:
 
 def test_copies_and_dtypes_keep_every_bit() -> None:
     _, packed = make_layer(SPECS[5], outliers=True, input_scales=True)
-    x = torch.randn(2, 96)
+    x = torch.randn(3, 96)
     before = packed(x)  # so that the kernels' view of the weight exists
     for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.equal(copied(x), before)
@@ -152,7 +152,7 @@ def test_an_embedding_gives_rows_and_is_one_tensor_with_its_head() -> None:
         head = packed.make_head()
         assert head.weight is packed.weight
         assert head.scales.data_ptr() == packed.scales.data_ptr()
-        x = torch.randn(20, size[1])
+        head.fused_rows, x = 0, torch.randn(20, size[1])
         assert torch.equal(head(x), F.linear(x, q.dequantize()))
 
 

@@ -126,7 +126,7 @@ def draw_panel(
         worst = hidden.groupby("series", sort=False)["value"].max()
         notes = ", ".join(f"{series} up to {value:.2f}" for series, value in worst.items())
         size = get_small_size()
-        lines = wrap_text(f"above the axis: {notes}", 0.75 * sheet.panel_width, size)
+        lines = wrap_text(f"above the axis: {notes}", sheet.measure_room(), size)
         # It stands above the panel, where no curve runs, and the title above it.
         axes.annotate("\n".join(lines), (0, 1), (0, 3), "axes fraction", "offset points", fontsize=size, va="bottom")
         title_pad = float(matplotlib.rcParams["axes.titlepad"]) + 72 * get_line_height(size) * len(lines)
@@ -192,9 +192,7 @@ def draw_strip(
         low, high = inner
     pad = 0.1 * (high - low) or 0.01
     set_value_axis(axes, low - pad, high + pad)
-    size = get_small_size()
-    title = wrap_text(f"difference to {reference}", 0.75 * sheet.panel_width, size)
-    axes.set_title("\n".join(title), fontsize=size)
+    sheet.write_title(axes, f"difference to {reference}", size=get_small_size())
 
 
 def draw_published(axes: Axes, points: pd.DataFrame) -> None:

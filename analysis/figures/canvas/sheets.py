@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import matplotlib
 import numpy as np
@@ -77,11 +77,16 @@ class Sheet:
             if text:
                 write("\n".join(wrap_text(text, 0.9 * room, size)), fontsize=size, weight=weight)
 
-    def write_title(self, axes: Axes, title: str, pad: float | None = None) -> None:
+    def write_title(self, axes: Axes, title: str, pad: float | None = None, size: float | None = None) -> None:
         """Write a panel's title, wrapped to the panel's width."""
+        size = size or get_size("axes.titlesize")
+        axes.set_title("\n".join(wrap_text(title, self.measure_room(), size)), pad=pad, fontsize=size)
+
+    def measure_room(self) -> float:
+        """Return the width that text above a panel has, inches, beside the labels of the y axis."""
         size = get_size("axes.titlesize")
-        room = 0.9 * self.panel_width - measure_text("0.000", size) - 2 * get_line_height(size) / self.columns
-        axes.set_title("\n".join(wrap_text(title, max(room, 0.6), size)), pad=pad)
+        labels = measure_text("0.000", size) + 2 * get_line_height(size) / self.columns
+        return max(0.9 * self.panel_width - labels, 0.6)
 
 
 def make_sheet(
@@ -182,7 +187,7 @@ def draw_legend(
     handles = [draw_handle(name, style) for name, style in legend.items()]
     for handle in handles if not lines else ():
         handle.set_linestyle("none")
-    place = {"loc": "outside right upper"}
+    place: dict[str, Any] = {"loc": "outside right upper"}
     if not is_beside(page):
         place = {"loc": "outside upper center", "ncols": count_columns(legend, page), "columnspacing": 0.8}
     body.legend(handles=[*handles, *more], handlelength=HANDLE if lines else 1.0, handletextpad=0.6, **place)

@@ -164,4 +164,5 @@ def _unpack(packed: UInt8[np.ndarray, "blocks bytes"], bits: int) -> UInt8[np.nd
     codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=1)
     if bits == 4:
         return codes
-    return codes | np.unpackbits(np.ascontiguousarray(packed[:, :4]), axis=1, bitorder="little") << 4
+    fifth: UInt8[np.ndarray, "blocks 32"] = np.unpackbits(packed[:, :4], axis=1, bitorder="little")
+    return codes | fifth << np.uint8(4)

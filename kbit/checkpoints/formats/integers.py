@@ -137,7 +137,12 @@ def assemble(
     """Return the tensor of codes into a table, with a scale (and an offset) for each block of a row.
 
     Scales and offsets that are float16 numbers are stored so, and others as float32.
+
+    Raises:
+        ValueError: a scale is below 0 beside an offset, which no quantizer of kbit has.
     """
+    if offsets is not None and (scales < 0).any():
+        raise ValueError(f"{int((scales < 0).sum())} scales are below 0 beside an offset")
     small = all(_fits_float16(part) for part in (scales, offsets) if part is not None)
     kind = torch.float16 if small else torch.float32
     spec = QuantSpec(

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
+from matplotlib.transforms import Bbox, BboxBase
 from toy_curves import make_results
 from toy_items import add_items
 
@@ -73,9 +73,9 @@ def find_overlaps(fig: Figure) -> list[tuple[str, str]]:
     return wrong + [(name, "figure") for name, box in (boxes | legends).items() if not is_within(box, fig.bbox)]
 
 
-def is_within(box: Bbox, whole: Bbox) -> bool:
+def is_within(box: BboxBase, whole: BboxBase) -> bool:
     ends = box.x0 - whole.x0, whole.x1 - box.x1, box.y0 - whole.y0, whole.y1 - box.y1
-    return min(ends) >= -1  # pixel
+    return bool(min(ends) >= -1)  # pixel
 
 
 def touch(one: Bbox, other: Bbox) -> bool:
@@ -127,7 +127,7 @@ def test_strips_show_the_paired_difference_to_the_best(results: pd.DataFrame) ->
     strip = figure.fig.axes[1]
     [best] = set(figure.data.loc[figure.data["panel"] == "nano-neox, 4-bit block 64", "best"])
     assert strip.get_title(loc="left") == f"difference to {best}"
-    drawn = {(float(x), float(y)) for c in strip.containers for x, y in zip(*c[0].get_data(), strict=True)}  # type: ignore[union-attr]
+    drawn = {(float(x), float(y)) for c in strip.containers for x, y in zip(*c[0].get_data(), strict=True)}
     own = figure.data[(figure.data["panel"] == "nano-neox, 4-bit block 64") & (figure.data["series"] != best)]
     assert drawn == set(zip(own["total_bits"].astype(float), own["difference"], strict=True))
     widths = own["difference_high"] - own["difference_low"], own["high"] - own["low"]
@@ -144,7 +144,7 @@ def test_points_at_equal_bits_stand_side_by_side(results: pd.DataFrame) -> None:
     figure = FIGURES["figure_14"](results)
     figure.fig.draw_without_rendering()
     axes: Axes = figure.fig.axes[0]
-    lines = [container[0] for container in axes.containers]  # type: ignore[index]
+    lines = [container[0] for container in axes.containers]
     first = [line.get_transform().transform(line.get_xydata())[0, 0] for line in lines]
     assert len({line.get_xdata()[0] for line in lines}) == 1
     assert min(b - a for a, b in itertools.pairwise(sorted(first))) > 3  # pixels
@@ -165,8 +165,8 @@ def test_a_users_settings_beat_ours_and_a_style_beats_both(results: pd.DataFrame
     assert own.get_xgridlines()[0].get_color() == styled.get_xgridlines()[0].get_color() == "red"
     assert styled.spines["top"].get_visible()
     assert not own.spines["top"].get_visible()
-    assert find_title(own).get_fontsize() == pytest.approx(1.1 * 7)  # type: ignore[attr-defined]
-    assert find_title(styled).get_fontsize() == pytest.approx(1.1 * 10)  # type: ignore[attr-defined]
+    assert find_title(own).get_fontsize() == pytest.approx(1.1 * 7)
+    assert find_title(styled).get_fontsize() == pytest.approx(1.1 * 10)
     assert other.get_color() == "#123456"
     with pytest.raises(ValueError, match=r"style 'none\.mplstyle' is no file"):
         FIGURES["figure_16"](results, Page(style="none.mplstyle"))

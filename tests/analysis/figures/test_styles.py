@@ -22,7 +22,7 @@ from kbit.numerics.data_types import DATA_TYPES
 
 
 def find_colors(figure: PaperFigure) -> dict[str, str]:
-    return {str(c.get_label()): c[0].get_color() for axes in figure.fig.axes for c in axes.containers}  # type: ignore[index, union-attr]
+    return {str(c.get_label()): c[0].get_color() for axes in figure.fig.axes for c in axes.containers}
 
 
 def test_every_data_type_has_a_color_of_its_own() -> None:

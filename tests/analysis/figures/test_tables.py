@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
+from toy_curves import make_results
 
 from kbit.analysis.curves.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy
 from kbit.analysis.curves.published import compare_anchors, match_published, read_published
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, draw_table
+from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.figures.maps import choose_ink, name_part
 from kbit.analysis.figures.registry import FIGURES
 from kbit.analysis.figures.relations import correlate, read_loss, read_lost, read_weight_error, resample_groups
@@ -290,6 +292,44 @@ def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
     assert figure.data["loss"].to_numpy() == pytest.approx([0.25, 0.35, 0.45])
     assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, nf4 block 64"]
     assert "Left out: 4 experiments" in " ".join(figure.write_paragraphs("full"))
+
+
+def test_sensitivity_shows_all_data_types_that_tie_side_by_side(planted: pd.DataFrame) -> None:
+    base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")]
+    rows = [base]
+    for kind, loss in (("nf", 0.1), ("int", 0.2)):
+        for part in range(2):
+            about: dict[str, Any] = {"key": f"{kind}{part}", "bits": 4, "data_type": kind, "block_size": 64}
+            value = base["value"] + loss + 0.1 * part
+            rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=value, method="rtn", **about))
+    figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
+    assert figure.verdict.endswith(
+        "of opt-1m: layer 1 (+0.300, int4 block 64); opt-1m: layer 1 (+0.200, nf4 block 64)."
+    )
+    (axes,), [body] = figure.fig.axes, figure.fig.subfigs
+    bars = {(round(bar.get_y(), 6), round(bar.get_width(), 6)): bar.get_facecolor() for bar in axes.patches}  # type: ignore[attr-defined]
+    assert sorted(width for _, width in bars) == pytest.approx([0.1, 0.2, 0.2, 0.3])
+    assert len({y for y, _ in bars}) == 4
+    named = {text.get_text(): patch.get_facecolor() for text, patch in zip(*read_legend(body), strict=True)}
+    assert set(named) == {"int4 block 64", "nf4 block 64"}
+    assert set(named.values()) == set(bars.values())
+
+
+def read_legend(body: Any) -> tuple[list[Any], list[Any]]:
+    [legend] = body.legends
+    return legend.get_texts(), legend.get_patches()
+
+
+def test_laws_are_fitted_to_all_data_types_that_tie() -> None:
+    table = compare_laws(make_results(("int", "nf")))
+    fitted = table[table["rmse"].notna()].groupby("law")["panel"].agg(list).to_dict()
+    assert fitted["power"] == fitted["offset"] == fitted["kumar"] == ["toy, int block 64", "toy, nf block 64"]
+    alone = compare_laws(make_results(("nf",)))
+    same = ["law", "points", "rmse", "parameters"]
+    pd.testing.assert_frame_equal(
+        table[table["panel"] == "toy, nf block 64"][same].reset_index(drop=True),
+        alone[alone["panel"] == "toy, nf block 64"][same].reset_index(drop=True),
+    )
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_the_command_takes_a_condition_and_keeps_baselines(kbit: Callable[..., A
     fill(tmp_path / "store", range(8))  # of each quantizer two: none, float, nf, int
     done = kbit("report", "--results", "store", "--where", "data_type == 'nf'", "--out", "new/page.html")
     assert done.code == 0
-    assert "--where keeps 8 of 16 rows, 4 of them of 16-bit baselines" in done.out
+    assert "--where keeps 8 rows, 4 of them of 16-bit baselines, and drops 8" in done.out
     page = (tmp_path / "new" / "page.html").read_text()
     assert html.escape("4 experiments with data_type == 'nf' on 4 models of 1 family") in page
     names = read_data(page)["experiments"]["data_type"]["names"]

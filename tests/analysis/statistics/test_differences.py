@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,7 @@ def test_a_difference_is_paired_and_at_equal_bits(
     results.attrs["store"] = str(tmp_path)
     found = compare_with_best(points, LOSS, results)
     assert set(found["reference"]) == {"good"}
-    rows = found.set_index(["series", "total_bits"])
+    rows: Any = found.set_index(["series", "total_bits"])
     assert rows.loc["good", ["difference", "low", "high"]].abs().to_numpy().max() < 1e-6
     for size in SIZES["bad"]:
         best = scores["good-10"] / 2 + scores["good-1000"] / 2 if size == 100 else scores[f"good-{size}"]
