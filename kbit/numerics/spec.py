@@ -150,7 +150,7 @@ class QuantSpec:
         Raises:
             ValueError: there is no such name.
         """
-        return QuantSpec(**find_preset(name))
+        return QuantSpec.from_json(find_preset(name))  # default also names its method, round to nearest
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:
