@@ -122,7 +122,7 @@ def main() -> None:
             print(f"{name}: {reason}")
         print(f"{name:22} {seconds[name]} s", flush=True)
     start, start_wall = time.process_time(), time.perf_counter()
-    save_figures(results, options.out)
+    list(save_figures(results, options.out))
     whole, wall = round(time.process_time() - start, 1), round(time.perf_counter() - start_wall, 1)
     slowest = max((value, name) for name, value in seconds.items() if value is not None)
     print(f"slowest: {slowest[1]} {slowest[0]} s; all, with PNG, SVG and CSV: {whole} s ({wall} s on the clock)")

@@ -31,6 +31,9 @@ from numba.cuda import compiler
 
 from kbit.kernels import cuda as kernels
 from kbit.kernels import cuda_arrays as arrays
+from kbit.kernels import cuda_linear
+from kbit.kernels.cpu_chunks import FLOAT16, FLOAT32
+from kbit.kernels.cpu_linear import ABSENT, BATCHES, CODED, Blocks, Constants, Matrix
 from kbit.numerics.codebooks import decision_thresholds
 from kbit.numerics.data_types import make_codebook
 
@@ -98,6 +101,7 @@ def list_launches(variant: Variant) -> list[Launch]:
     with (
         patch.multiple(arrays, SIMULATED=True, launch=record, thread_count=lambda: arrays.THREADS_PER_BLOCK),
         patch.object(kernels, "launch", record),
+        patch.multiple(cuda_linear, launch=record, thread_count=lambda: arrays.THREADS_PER_BLOCK),
     ):
         _call_all(variant)
     return recorded
@@ -117,7 +121,21 @@ def _call_all(variant: Variant) -> None:
     kernels.fake_quantize(x, ones, ones, *tables, *shape, 1, x)
     kernels.fake_quantize_absmax(x, *tables, *shape, "fp16", x, np.zeros(1, np.uint8))
     kernels.fake_quantize_absmax(x, *tables, x.size, kernels.MAX_FUSED_BLOCK + 1, "fp16", x, np.zeros(1, np.uint8))
-    kernels.unpack(kernels.pack(codes, variant.bits), variant.bits, x.size)
+    packed = kernels.pack(codes, variant.bits)
+    kernels.unpack(packed, variant.bits, x.size)
+    _multiply(packed, codebook, variant)
+
+
+def _multiply(packed: Any, codebook: Any, variant: Variant) -> None:
+    """Multiply the largest batch by a matrix, whose constants are of every kind among the variants."""
+    columns, padded = variant.block_size, np.ones(256, np.float32)
+    padded[: codebook.size] = codebook
+    stored = np.zeros(16, np.uint8)
+    coded = Constants(CODED, stored, values=padded, second=padded if variant.unaligned else padded[:0])
+    scales = Constants(FLOAT16, stored) if variant.dtype == "float32" else coded
+    offsets = Constants(FLOAT32 if variant.dtype == "bfloat16" else ABSENT, stored)
+    matrix = Matrix(packed, variant.bits, padded, scales, offsets, 3, Blocks(columns, 0, columns))
+    cuda_linear.multiply(np.zeros(BATCHES[-1] * columns, np.float32), matrix)
 
 
 @contextmanager

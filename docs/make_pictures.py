@@ -15,11 +15,10 @@ from PIL import Image
 
 import kbit
 from kbit.analysis.figures.drawing import MissingResults
-from kbit.analysis.figures.registry import FIGURES
 
 PICTURES: Final = Path(__file__).resolve().parent / "pictures"
 DPI: Final = 75  # at the figures' own sizes this is about the width of a page
-COLOURS: Final = 64  # a picture of lines needs no more, and has a third of the bytes
+COLOURS: Final = 256  # a palette has a third of the bytes
 TYPES: Final = ("int4", "float4", "dynamic4", "nf4")
 
 
@@ -35,9 +34,9 @@ def main(store: str) -> None:
     PICTURES.mkdir(exist_ok=True)
     save(kbit.plot_codebooks(TYPES), "codebooks")
     results = kbit.read_results(store)
-    for name, draw in FIGURES.items():
+    for name in kbit.figures.names():
         try:
-            save(draw(results).fig, name)
+            save(kbit.figures.draw(name, results, caption="short"), name)
         except MissingResults as reason:
             print(f"{name}: {reason}")
 

@@ -10,6 +10,7 @@ model? kbit quantizes tensors and models, evaluates them, and reads the results 
     kbit.evaluate(loaded.model, loaded.tokenizer, ["nano_cloze"])
     kbit.read_results("results")
     kbit.compare("nano-neox-98k", ["nf4", "int4", "mxfp4"])
+    kbit.figures.draw("figure_2", "results", width="3.3in")
 
 Names are imported on first use, so that `import kbit` and the command line start at once.
 """
@@ -20,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kbit import figures as figures
     from kbit.checkpoints.foreign import read_quantized as read_quantized
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
     from kbit.notebook.quantizers import list_matrices as list_matrices
     from kbit.notebook.quantizers import presets as presets
     from kbit.numerics.quantized_tensor import QuantizedTensor as QuantizedTensor
+    from kbit.numerics.quantizer import codebook as codebook
     from kbit.numerics.quantizer import dequantize as dequantize
     from kbit.numerics.quantizer import fake_quantize as fake_quantize
-    from kbit.numerics.quantizer import find_codebook as codebook  # noqa: F401 (public under this name)
     from kbit.numerics.quantizer import quantize as quantize
     from kbit.numerics.spec import QuantSpec as QuantSpec
     from kbit.store.readers import read_failures as read_failures
@@ -47,17 +49,18 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Each public name, and the module that defines it. `kbit.quantize` and `kbit.evaluate` are functions.
+# Each public name, and the module that defines it, or that it is. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
     "Experiment": "kbit.experiments.config:Experiment",
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
     "compare": "kbit.notebook.comparison:compare",
-    "codebook": "kbit.numerics.quantizer:find_codebook",
+    "codebook": "kbit.numerics.quantizer:codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
     "error_table": "kbit.notebook.quantizers:error_table",
     "evaluate": "kbit.evaluation.zero_shot:evaluate",
+    "figures": "kbit.figures:",
     "fake_quantize": "kbit.numerics.quantizer:fake_quantize",
     "KbitConfig": "kbit.checkpoints.loading:KbitConfig",
     "list_matrices": "kbit.notebook.quantizers:list_matrices",
@@ -86,7 +89,8 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute)
+    found = import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

@@ -13,12 +13,14 @@ the same for every data type.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8, UInt64
 from numba import prange
+from numba.extending import overload
 
+from kbit.kernels import simd
 from kbit.kernels.cpu_chunks import (
     CHUNK,
     block_start,
@@ -114,7 +116,8 @@ def dequantize(
 ) -> Values:
     """Fill out with codebook[code] * scale + offset. See kbit.numerics.reference.dequantize."""
     words, kind = typed_words(out)
-    _decode(codes, bits, Grid(scales, offsets, _pad(codebook), row, block_size), _pairs(codebook, bits), words, kind)
+    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
+    _decode(codes, bits, grid, _pairs(codebook, bits), _is_fast(bits, row, block_size), words, kind)
     return out
 
 
@@ -149,6 +152,11 @@ def unpack(packed: Packed, bits: int, n: int) -> Codes:
     codes = np.empty(n, np.uint8)
     _unpack(packed, bits, codes)
     return codes
+
+
+def _is_fast(bits: int, row: int, block_size: int) -> bool:
+    """Whether _decode_vectors takes such codes: few bits, and rows and blocks of whole vectors on every CPU."""
+    return bits <= simd.find_isa().permuted_bits and row % 16 == 0 and block_size % 16 == 0
 
 
 def _pad(codebook: Codebook) -> Codebook:
@@ -264,15 +272,25 @@ def _round_to_codes(buffer, start, count, codebook, table, rounding, codes):
 
 
 @jit(parallel=True)
-def _decode(packed, bits, grid, pairs, words, kind):
+def _decode(packed, bits, grid, pairs, fast, words, kind):
     n = np.int64(words.size)
     for c in prange((n + CHUNK - 1) // CHUNK):
-        _decode_chunk(packed, bits, grid, pairs, words, kind, c * CHUNK, min(n, (c + 1) * CHUNK))
+        _decode_chunk(packed, bits, grid, pairs, fast, words, kind, c * CHUNK, min(n, (c + 1) * CHUNK))
 
 
 @jit()
-def _decode_chunk(packed, bits, grid, pairs, words, kind, start, end):
-    buffer, codes = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
+def _decode_chunk(packed, bits, grid, pairs, fast, words, kind, start, end):
+    buffer = np.empty(CHUNK, np.float32)
+    if fast and end * bits // 8 + simd.OVERREAD <= packed.size:
+        _decode_vectors(packed, start, end, bits, grid, buffer)
+    else:
+        _decode_codes(packed, bits, grid, pairs, start, end, buffer)
+    store(buffer, end - start, words, kind, start)
+
+
+@jit()
+def _decode_codes(packed, bits, grid, pairs, start, end, buffer):
+    codes = np.empty(CHUNK, np.uint8)
     if bits <= 4:  # two codes of k bits are one of 2k: half of the work
         count = (end - start + 1) // 2
         unpack_codes(packed, start * bits // 8, count, 2 * bits, codes)
@@ -281,7 +299,55 @@ def _decode_chunk(packed, bits, grid, pairs, words, kind, start, end):
         unpack_codes(packed, start * bits // 8, end - start, bits, codes)
         look_up(codes, end - start, grid.codebook, buffer)
     denormalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
-    store(buffer, end - start, words, kind, start)
+
+
+@jit()
+def _decode_vectors(packed, start, end, bits, grid, buffer):
+    """Fill the buffer with codebook[code] * scale + offset of codes start .. end - 1.
+
+    It reads simd.OVERREAD bytes after the first code of the last vector.
+    """
+    if bits == 2:
+        _fill(packed, start, end, grid, buffer, 2)
+    elif bits == 3:
+        _fill(packed, start, end, grid, buffer, 3)
+    elif bits == 4:
+        _fill(packed, start, end, grid, buffer, 4)
+    elif bits == 5:
+        _fill(packed, start, end, grid, buffer, 5)
+    elif bits == 6:
+        _fill(packed, start, end, grid, buffer, 6)
+    else:
+        _fill(packed, start, end, grid, buffer, 7)
+
+
+def _fill(*arguments: Any) -> None:
+    """Fill the buffer. _fill_of compiles it per number of bits."""
+    raise NotImplementedError
+
+
+@overload(_fill, inline="never", prefer_literal=True)
+def _fill_of(packed, start, end, grid, buffer, bits):
+    k, lanes = bits.literal_value, simd.find_isa().lanes
+    if k > simd.find_isa().permuted_bits:
+        return lambda packed, start, end, grid, buffer, bits: None  # _is_fast says that nobody calls it
+    step, vector_bytes = np.uint64(lanes), np.uint64(lanes * k // 8)
+
+    def fill_blocks(packed, start, end, grid, buffer, bits):
+        table = simd.load_table(grid.codebook, np.float32(0), k)
+        b, row_end, block_end = first_block(start, grid.row, grid.block_size)
+        i, place, j = start, np.uint64(start * k // 8), np.uint64(0)
+        while i < end:
+            stop = min(block_end, end)
+            scale, offset = simd.splat(grid.scales[b]), simd.splat(grid.offsets[b])
+            for _ in range(np.uint64(stop - i) // step):
+                values = simd.look_up(table, simd.load_codes(packed, place, k), k)
+                simd.store(buffer, j, simd.add(simd.multiply(values, scale), offset))
+                place, j = place + vector_bytes, j + step
+            i = stop
+            b, row_end, block_end = next_block(b, row_end, block_end, grid.row, grid.block_size)
+
+    return fill_blocks
 
 
 @jit(parallel=True)

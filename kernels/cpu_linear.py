@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
@@ -26,6 +27,7 @@ CODED, ABSENT = 3, 4  # kinds of stored constants beside those of cpu_chunks
 BATCHES: Final = (1, 2, 4, 8)  # inputs that a kernel takes at once
 SECOND_BLOCK: Final = 256  # coded constants that share one of `second`
 _TASK: Final = 2**20  # codes that are worth a thread: a fifth of a millisecond
+_LOOKED_UP: Final = 4  # codes of more bits are cheaper to compute with than to look up, where the codebook is linear
 _NOTHING: Final = np.empty(0, np.float32)
 
 
@@ -78,6 +80,7 @@ class Matrix(NamedTuple):
         offsets: the offsets of the blocks.
         rows: how many rows there are.
         blocks: how long they are, and where their blocks begin.
+        step: the difference of neighbours in the codebook, if all are as far apart, or 0.
     """
 
     codes: UInt8[np.ndarray, " bytes"]
@@ -87,6 +90,7 @@ class Matrix(NamedTuple):
     offsets: Constants
     rows: int
     blocks: Blocks
+    step: float = 0.0
 
 
 def find_chunk(columns: int, block_size: int) -> int:
@@ -119,9 +123,12 @@ def _multiply_batch(
     x: Float32[np.ndarray, "batch in"], matrix: Matrix, out: Float32[np.ndarray, "batch out"], threads: int
 ) -> None:
     chunk = find_chunk(matrix.blocks.columns, matrix.blocks.block_size)
+    is_linear = matrix.step != 0 and matrix.bits > _LOOKED_UP
+    if simd.find_isa() == simd.AVX2 and matrix.bits in (5, 6) and not is_linear:
+        chunk = 16  # in a longer one, the registers do not hold the table: 1.3 times slower
     has_offsets = matrix.offsets.kind != ABSENT or matrix.offsets.added != 0
     sums = x.reshape(-1, chunk).sum(1) if has_offsets else _NOTHING
-    run = functools.partial(_make_kernel(matrix.bits, len(x), chunk), matrix, x.reshape(-1), sums, out)
+    run = functools.partial(_make_kernel(matrix.bits, len(x), chunk, int(is_linear)), matrix, x.reshape(-1), sums, out)
     tasks = min(threads, matrix.rows * matrix.blocks.columns // _TASK)
     if tasks < 2:
         run(0, matrix.rows)
@@ -137,19 +144,22 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "kbit")
 
 
+os.register_at_fork(after_in_child=_start_threads.cache_clear)  # a forked process has none of them
+
+
 @functools.cache
-def _make_kernel(bits: int, batch: int, chunk: int) -> Callable[..., None]:
+def _make_kernel(bits: int, batch: int, chunk: int, linear: int) -> Callable[..., None]:
     @jit(nogil=True)
     def multiply_part(matrix, x, sums, out, first, last):
         codes, row_bytes = matrix.codes, matrix.blocks.columns * bits // 8
         # A vector's codes are read with the bytes after them, so the last rows are copied to where such bytes are.
         safe = max(first, min(last, (codes.size - simd.OVERREAD) // row_bytes))
         start = np.int64(0)  # no literal, which would be a type of its own
-        multiply_rows(codes, start, matrix, x, sums, out, first, safe, bits, batch, chunk)
+        multiply_rows(codes, start, matrix, x, sums, out, first, safe, bits, batch, chunk, linear)
         start, size = safe * row_bytes, (last - safe) * row_bytes
         rest = np.empty(size + simd.OVERREAD, np.uint8)
         copy_bytes(codes, start, rest, 0, size)
-        multiply_rows(rest, start, matrix, x, sums, out, safe, last, bits, batch, chunk)
+        multiply_rows(rest, start, matrix, x, sums, out, safe, last, bits, batch, chunk, linear)
 
     kernel: Callable[..., None] = multiply_part
     return kernel
@@ -161,14 +171,15 @@ def multiply_rows(*arguments: Any) -> None:
 
 
 @overload(multiply_rows, inline="never", prefer_literal=True)
-def _multiply_rows_of(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk):
+def _multiply_rows_of(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk, linear):
     k, m, codes_of_chunk = bits.literal_value, batch.literal_value, chunk.literal_value
     vectors, lanes = codes_of_chunk // simd.find_isa().lanes, simd.find_isa().lanes
+    load, find = (simd.load_line, simd.compute) if linear.literal_value else (simd.load_table, simd.look_up)
     vector_bytes, lanes_of_x = np.uint64(lanes * k // 8), np.uint64(lanes)
 
-    def fill_rows(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk):
+    def fill_rows(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk, linear):
         columns, block_size = matrix.blocks.columns, matrix.blocks.block_size
-        table = simd.load_table(matrix.codebook, k)
+        table = load(matrix.codebook, np.float32(matrix.step), k)
         constants = np.empty(columns // codes_of_chunk + 2, np.float32)
         stride = np.uint64(columns)
         for r in range(first, last):
@@ -181,14 +192,14 @@ def _multiply_rows_of(codes, start, matrix, x, sums, out, first, last, bits, bat
                 if m == 1:
                     part = simd.zeros(m)
                     for _ in range(vectors):
-                        values = simd.look_up(table, simd.load_codes(codes, place, k), k)
+                        values = find(table, simd.load_codes(codes, place, k), k)
                         part = simd.multiply_add(values, x, column, stride, part)
                         place, column = place + vector_bytes, column + lanes_of_x
                     totals = simd.scale_add(part, constants[b], totals)
                 else:
                     scale = simd.splat(constants[b])
                     for _ in range(vectors):
-                        values = simd.multiply(simd.look_up(table, simd.load_codes(codes, place, k), k), scale)
+                        values = simd.multiply(find(table, simd.load_codes(codes, place, k), k), scale)
                         totals = simd.multiply_add(values, x, column, stride, totals)
                         place, column = place + vector_bytes, column + lanes_of_x
                 until -= codes_of_chunk

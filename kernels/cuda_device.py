@@ -22,9 +22,12 @@ from numba.cuda import libdevice
 SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])  # numba reads NUMBA_ENABLE_CUDASIM when it is imported
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+CODED, ABSENT, DOUBLED = 3, 4, 5  # kinds of stored constants: a byte each, none, a byte times a factor
+SECOND_BLOCK = 256  # DOUBLED constants that share a factor
 MOST_THREADS = 1024  # of a thread block, by the hardware
 
 _NAN = np.float32(np.nan)
+INFINITE = np.float32(np.inf)
 _NAN_WORD = np.uint64(0xFFFFFFFFFFFFFFFF)  # NaN in each of the formats
 ALL_BITS = np.uint32(0xFFFFFFFF)
 _SIGN_BIT = np.uint32(0x80000000)
@@ -61,6 +64,11 @@ def _multiply(a, b):
 @primitive(lambda a, b: np.float32(a) / np.float32(b))
 def _divide(a, b):
     return libdevice.fdiv_rn(a, b)
+
+
+@primitive(lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c)))
+def multiply_add(a, b, c):
+    return libdevice.fmaf_rn(a, b, c)
 
 
 @primitive(lambda bits: np.uint32(bits).view(np.float32))
@@ -162,6 +170,23 @@ def decode_word(codes, scale, offset, table, kind, lanes, steps):
         value = _add(_multiply(table[np.uint32((1 << steps) + np.uint32(code))], scale), offset)
         word |= _to_bits(value, kind) << np.uint64((32 if kind == FLOAT32 else 16) * lane)
     return word if scale == scale else _NAN_WORD
+
+
+@compile_device
+def get_constant(stored, b, kind, values, second, mean, zero, least):
+    """Return the scale or the offset of block b, as kbit.kernels.cpu_linear.Constants describes them."""
+    if kind == ABSENT:
+        constant = np.float32(0)
+    elif kind <= BFLOAT16:
+        constant = get_value(np.uint64(stored[b]), 0, kind)
+    else:
+        constant = values[256 + np.int64(stored[b])]  # kbit.kernels.cuda_arrays.place_table
+        if kind == DOUBLED:
+            factor = as_bits(second[b // SECOND_BLOCK])
+            magnitude = as_float(np.uint32(factor & np.uint32(0x7FFFFFFF)))
+            is_zero = stored[b] == zero and factor >= _SIGN_BIT
+            constant = np.float32(0) if is_zero else _add(_multiply(constant, magnitude), mean)
+    return max(constant, least)
 
 
 @compile_device

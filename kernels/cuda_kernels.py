@@ -15,6 +15,7 @@ from numba import cuda, types
 
 from kbit.kernels.cuda_device import (
     ALL_BITS,
+    INFINITE,
     MOST_THREADS,
     SIMULATED,
     as_bits,
@@ -23,7 +24,9 @@ from kbit.kernels.cuda_device import (
     decode_word,
     encode_word,
     from_ordered,
+    get_constant,
     get_value,
+    multiply_add,
     primitive,
     round_scale,
     to_ordered,
@@ -86,6 +89,16 @@ def group_max(value, group):
         for warp in range(group // 32):
             value = max(value, of_warps[warp])
         cuda.syncthreads()
+    return value
+
+
+@compile_device
+def group_sum(value, group):
+    """The sum of a group of up to 32 threads, to each of them. All threads of the thread block must call it."""
+    distance = group // 2
+    while distance > 0:
+        value = value + as_float(_shuffle(as_bits(value), distance))
+        distance //= 2
     return value
 
 
@@ -232,6 +245,51 @@ def make_absmax_scales() -> Any:
                 refused[0] = 1
 
     return absmax_scales
+
+
+@functools.cache
+def make_multiply(bits: int, steps: int, batch: int, group: int, scale_kind: int, offset_kind: int) -> Any:
+    """Products of a few inputs with a matrix of codes: a group of threads takes a row, and a thread 8 codes at a time.
+
+    Eight codes are whole bytes and lie in one block. The codes' values are never stored.
+    """
+    size = 2 << steps
+
+    @cuda.jit
+    def multiply(
+        codes, tables, scales, offsets, values, second, mean, zero, least, added, x, n, row, columns, block, shift, out
+    ):
+        table = cuda.shared.array(size, types.float32)
+        load_table(tables, table)
+        sums = cuda.local.array(batch, types.float32)  # the loops over it are unrolled, so it is registers
+        member, groups = cuda.threadIdx.x % group, cuda.blockDim.x // group
+        first, rows = cuda.blockIdx.x * groups, n // columns
+        while first < rows:  # the same for all threads, as the shuffles in it need
+            r = first + cuda.threadIdx.x // group
+            for m in range(batch):
+                sums[m] = np.float32(0)
+            i = 8 * member if r < rows else columns
+            while i < columns:
+                start = r * columns + i
+                b = block_of(start, row, block, shift)
+                scale = get_constant(scales, b, scale_kind, values, second, mean, zero, least)
+                offset = get_constant(offsets, b, offset_kind, values, second, mean, zero, -INFINITE) + added
+                stream = np.uint64(0)
+                for j in range(bits):
+                    stream = (stream << np.uint64(8)) | np.uint64(codes[start // 8 * bits + j])
+                for j in range(8):
+                    code = (stream >> np.uint64(bits * (7 - j))) & np.uint64((1 << bits) - 1)
+                    value = multiply_add(table[np.uint32((1 << steps) + np.uint32(code))], scale, offset)
+                    for m in range(batch):
+                        sums[m] = multiply_add(value, x[m * columns + i + j], sums[m])
+                i += 8 * group
+            for m in range(batch):
+                total = group_sum(sums[m], group)
+                if member == 0 and r < rows:
+                    out[m * rows + r] = total
+            first += cuda.gridDim.x * groups
+
+    return multiply
 
 
 @functools.cache

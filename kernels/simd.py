@@ -15,7 +15,7 @@ code to the lower end. The bits above the code are those of its neighbours.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import llvmlite.binding as llvm
@@ -47,7 +47,7 @@ class Isa(NamedTuple):
     permuted_bits: int
 
 
-AVX512: Final = Isa("avx512", 16, 7)
+AVX512: Final = Isa("avx512", 16, 8)
 AVX2: Final = Isa("avx2", 8, 5)
 GENERIC: Final = Isa("generic", 8, 0)
 
@@ -74,7 +74,7 @@ def find_isa() -> Isa:
     return by_sums.get(assembly.count("vpaddb"), GENERIC) if "vfmadd" in assembly else GENERIC
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """As many float32 ("float") or int32 ("int") as the CPU's registers hold."""
 
     def __init__(self, kind: str) -> None:
@@ -88,7 +88,7 @@ def _vector(kind: str) -> Vector:
 
 
 @register_model(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Vector) -> None:
         super().__init__(manager, fe_type, _vector_of(_F32 if fe_type.kind == "float" else _I32))
 
@@ -134,7 +134,7 @@ def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = 0) -> ir.Value:
     return _shuffle(builder, first, [0] * first.type.count)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(typing, array, place):
     """Return the float32 vector at array[place]."""
 
@@ -145,7 +145,7 @@ def load(typing, array, place):
     return _vector("float")(array, place), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(typing, array, place, vector):
     """Write a float32 vector to array[place]."""
 
@@ -157,7 +157,7 @@ def store(typing, array, place, vector):
     return types.void(array, place, vector), generate
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def read_word(typing, stored, place, bits):
     """Return word number `place`, of so many bits, of an array of bytes, as uint32."""
 
@@ -170,7 +170,7 @@ def read_word(typing, stored, place, bits):
     return types.uint32(stored, types.uint64, bits), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def splat(typing, value):
     """Return a vector with a float32 in each lane."""
 
@@ -180,19 +180,19 @@ def splat(typing, value):
     return _vector("float")(types.float32), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply(typing, a, b):
     """Return a b, lane by lane."""
     return a(a, b), lambda context, builder, signature, arguments: builder.fmul(*arguments)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add(typing, a, b):
     """Return a + b, lane by lane."""
     return a(a, b), lambda context, builder, signature, arguments: builder.fadd(*arguments)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def zeros(typing, count):
     """Return a tuple of so many vectors of zeros."""
     result = types.UniTuple(_vector("float"), count.literal_value)
@@ -203,7 +203,7 @@ def zeros(typing, count):
     return result(count), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def multiply_add(typing, values, x, place, stride, sums):
     """Return sums[m] + values x[place + m stride ...] for each m, rounded once."""
 
@@ -219,7 +219,7 @@ def multiply_add(typing, values, x, place, stride, sums):
     return sums(values, x, types.uint64, types.uint64, sums), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def scale_add(typing, values, scale, sums):
     """Return sums[m] + values[m] scale for each m, rounded once."""
 
@@ -238,7 +238,7 @@ def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) 
     return call_target(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def add_lanes(typing, vectors):
     """Return the sum of the lanes of each vector of a tuple."""
     result = types.UniTuple(types.float32, vectors.count)
@@ -257,14 +257,15 @@ def _add_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def load_codes(typing, packed, place, bits):
     """Return a vector of the codes from byte packed[place] on. It reads OVERREAD bytes at most."""
     k = bits.literal_value
 
     def generate(context, builder, signature, arguments):
         def read(kind: ir.Type) -> ir.Value:
-            return _load(builder, _point(context, builder, signature.args[0], *arguments[:2], kind), 1)
+            array, place = arguments[:2]
+            return _load(builder, _point(context, builder, signature.args[0], array, place, kind), 1)
 
         lanes = find_isa().lanes
         if k == 8:
@@ -313,12 +314,15 @@ def _shuffle_bytes(builder: ir.IRBuilder, read: Callable[[ir.Type], ir.Value], b
     return builder.bitcast(found, _vector_of(_I32))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def load_table(typing, codebook, bits):
-    """Return what look_up takes for a codebook of 256 values: registers for few bits, else the codebook itself."""
+@intrinsic(prefer_literal=True)
+def load_table(typing, codebook, step, bits):
+    """Return what look_up takes for a codebook of 256 values: registers for few bits, else the codebook itself.
+
+    A step means nothing here: load_line takes the same arguments.
+    """
     isa = find_isa()
     if bits.literal_value > isa.permuted_bits:
-        return codebook(codebook, bits), _return_first
+        return codebook(codebook, step, bits), _return_first
     registers = max(1, 2**bits.literal_value // isa.lanes)
     result = types.UniTuple(_vector("float"), registers)
 
@@ -329,7 +333,7 @@ def load_table(typing, codebook, bits):
             vectors = [_shuffle(builder, vectors[0], [lane % values for lane in range(isa.lanes)])]
         return context.make_tuple(builder, result, vectors)
 
-    return result(codebook, bits), generate
+    return result(codebook, step, bits), generate
 
 
 def _return_first(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
@@ -337,7 +341,7 @@ def _return_first(context: Any, builder: ir.IRBuilder, signature: Any, arguments
     return arguments[0]
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def look_up(typing, table, codes, bits):
     """Return the codebook's value of each code. The bits above a code are ignored."""
     k = bits.literal_value
@@ -347,13 +351,46 @@ def look_up(typing, table, codes, bits):
             return _permute(builder, cgutils.unpack_tuple(builder, arguments[0]), arguments[1])
         codes = builder.and_(arguments[1], _every(_I32, 2**k - 1))
         values = ir.Constant(_vector_of(_F32), ir.Undefined)
-        for lane in range(find_isa().lanes):
-            place = builder.zext(builder.extract_element(codes, ir.Constant(_I32, lane)), _I64)
+        for lane, place in enumerate(_list_lanes(builder, codes)):
             value = builder.load(_point(context, builder, signature.args[0], arguments[0], place, _F32))
             values = builder.insert_element(values, value, ir.Constant(_I32, lane))
         return values
 
     return _vector("float")(table, codes, bits), generate
+
+
+@intrinsic
+def load_line(typing, codebook, step, bits):
+    """Return what compute takes for a codebook of evenly spaced values: the first one and their distance."""
+    result = types.UniTuple(_vector("float"), 2)
+
+    def generate(context, builder, signature, arguments):
+        first = builder.load(context.make_array(signature.args[0])(context, builder, arguments[0]).data)
+        return context.make_tuple(builder, result, [_splat(builder, first), _splat(builder, arguments[1])])
+
+    return result(codebook, types.float32, bits), generate
+
+
+@intrinsic(prefer_literal=True)
+def compute(typing, line, codes, bits):
+    """Return first + step code, rounded once: look_up for a codebook of evenly spaced values."""
+    most = 2**bits.literal_value - 1
+
+    def generate(context, builder, signature, arguments):
+        first, step = cgutils.unpack_tuple(builder, arguments[0])
+        numbers = builder.sitofp(builder.and_(arguments[1], _every(_I32, most)), first.type)
+        return _multiply_add(builder, numbers, step, first)
+
+    return _vector("float")(line, codes, bits), generate
+
+
+def _list_lanes(builder: ir.IRBuilder, codes: ir.Value) -> Iterator[ir.Value]:
+    """Yield the lanes as 64-bit integers. Two are taken out at once, since that costs more than a shift."""
+    pairs = builder.bitcast(codes, _vector_of(_I64, codes.type.count // 2))
+    for place in range(pairs.type.count):
+        pair = builder.extract_element(pairs, ir.Constant(_I32, place))
+        yield builder.and_(pair, ir.Constant(_I64, 2**32 - 1))
+        yield builder.lshr(pair, ir.Constant(_I64, 32))
 
 
 def _permute(builder: ir.IRBuilder, table: Sequence[ir.Value], codes: ir.Value) -> ir.Value:

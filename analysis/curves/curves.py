@@ -69,6 +69,11 @@ class Measure:
 
 
 ZERO_SHOT: Final = Measure("mean zero-shot accuracy", "acc", "mean_zero_shot", higher_is_better=True)
+# kbit's own metrics that are better if they are lower
+LOSSES: Final = (
+    "cross_entropy", "perplexity", "kl_divergence", "bits_per_byte", "word_cross_entropy", "word_perplexity",
+    "byte_perplexity",
+)  # fmt: skip
 
 
 def find_cross_entropy(results: pd.DataFrame) -> Measure | None:

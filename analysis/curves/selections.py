@@ -20,8 +20,10 @@ from kbit.analysis.curves.curves import VARIANT
 from kbit.analysis.curves.settings import (
     USUAL_BLOCK,
     WHOLE,
+    is_missing,
     make_labels,
     name_block,
+    name_quantizer,
     name_variant,
     rank_block,
     rank_data_type,
@@ -42,6 +44,7 @@ RANKS: Final[dict[str, Callable[[Any], tuple[Any, ...]]]] = {
     "block_size": rank_block,
 }
 
+ROUNDED: Final = {"method": "rtn", "method_options": ""}  # what a panel of methods leaves out of its name
 Row = Mapping[Any, Any]
 
 
@@ -173,7 +176,7 @@ def select_block_sizes(points: pd.DataFrame, bits: int, *, tied: bool = True) ->
     shown = most_points(points, ["data_type"], has_curves(points, ["family", "data_type"], ["block_size"]), tied=tied)
     marked = mark(
         shown.assign(_place=shown["block_size"].fillna(WHOLE)),
-        lambda row: f"{row['family']}, {bits}-bit {row['data_type']}",
+        lambda row: f"{row['family']}, {name_quantizer(row)}",
         lambda row: name_block(row["block_size"]),
         ["_place"],
         "block_size",
@@ -182,16 +185,21 @@ def select_block_sizes(points: pd.DataFrame, bits: int, *, tied: bool = True) ->
 
 
 def select_data_types(points: pd.DataFrame, bits: int) -> pd.DataFrame:
-    """Return a panel per family and a curve per data type, at one precision, for the block size measured most."""
-    points = points[(points["bits"] == bits) & ~has_settings(points)]
-    shown = most_points(points, ["block_size"], has_curves(points, ["family", "block_size"], ["data_type"]))
-    return mark(
+    """Return a panel per family and a curve per data type, at one precision, for the block size measured most.
+
+    A float with other exponent bits is another data type: float4-e2m1 stands beside float4-e3m0.
+    """
+    points = points[(points["bits"] == bits) & ~has_settings(points, but_exponents=True)]
+    points = points.assign(_name=[name_quantizer(row) for row in points.to_dict("records")])
+    shown = most_points(points, ["block_size"], has_curves(points, ["family", "block_size"], ["_name"]))
+    marked = mark(
         shown,
         lambda row: f"{row['family']}, {bits}-bit {name_block(row['block_size'])}",
-        lambda row: str(row["data_type"]),
-        ["data_type"],
+        lambda row: str(row["_name"]),
+        ["data_type", "_name"],
         "data_type",
     )
+    return marked.drop(columns="_name")
 
 
 def select_exponents(points: pd.DataFrame) -> pd.DataFrame:
@@ -232,12 +240,19 @@ def select_outliers(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     chosen = most_points(points[(points["_kept"] > 0) & (points["bits"] == bits)], panel[1:], drawable, tied=True)
     marked = mark(
         points.merge(chosen[panel].drop_duplicates(), on=panel),
-        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row['block_size'])}",
+        lambda row: f"{row['family']}, {name_without_outliers(row, bits)} {name_block(row['block_size'])}",
         name_outliers,
         ["bits", "_kept"],
         "outlier_fraction",
     )
     return marked.drop(columns=["_base", "_kept"])
+
+
+def name_without_outliers(row: Row, bits: int) -> str:
+    """Return the name of a row's quantizer at a panel's bits, where no outliers stay at 16 bits."""
+    is_usual = row["exponent_bits"] == PAPER_EXPONENT_BITS.get(row["bits"])
+    own = {"exponent_bits": None} if is_missing(row["exponent_bits"]) or is_usual else {}
+    return name_quantizer(row, but={"bits": bits, "outlier_fraction": 0.0, "outlier_selection": PROXY} | own)
 
 
 def rank_selections(points: pd.DataFrame) -> pd.Series[int]:
@@ -266,9 +281,9 @@ def select_gptq(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     return mark(
         points[(is_gptq | is_float) & has_gptq],
         lambda row: f"{row['family']}, {bits}-bit",
-        lambda row: name_variant(row["label"], row["block_size"]),
+        lambda row: f"{name_quantizer(row)} {name_block(row['block_size'])}",
         ["series"],
-        "method",
+        "data_type",
     )
 
 
@@ -286,7 +301,7 @@ def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     chosen = most_points(points[points["method"] != "rtn"], quantizer[1:], drawable, tied=True)
     marked = mark(
         points.merge(chosen[quantizer].drop_duplicates(), on=quantizer),
-        lambda row: f"{row['family']}, {bits}-bit {row['_base']} {name_block(row['block_size'])}",
+        lambda row: f"{row['family']}, {name_quantizer(row, but=ROUNDED)} {name_block(row['block_size'])}",
         lambda row: str(row["_method"]),
         ["_method"],
         "method",

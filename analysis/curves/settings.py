@@ -12,7 +12,7 @@ from typing import Any, Final
 import pandas as pd
 
 from kbit.layers.int8_schemes import SCHEMES
-from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
+from kbit.numerics.codebooks import PAPER_EXPONENT_BITS, data_type_label
 
 # Settings that make a variant of a data type: column, default, how the label says it.
 SETTINGS: Final = (
@@ -33,6 +33,8 @@ SETTINGS: Final = (
     ("exclude", None, "without {}"),
 )
 
+# what captions say of the label "float", which is one for all precisions
+FLOATS: Final = "float: with the paper's exponent bits, 1 at 2 bits, 2 at 3 bits and 3 at more."
 SETTING_COLUMNS: Final = ["exponent_bits", *(column for column, _, _ in SETTINGS)]
 DECIDED: Final = ("layout", "scale_format")  # by a method that multiplies in int8, so that its label leaves them out
 # Of settings with equally many points the first of these is shown: the paper's own before later ones. Others follow.
@@ -78,12 +80,34 @@ def make_label(row: Mapping[Any, Any]) -> str | None:
     is_float = row["data_type"] == "float" and not is_missing(exponent_bits)
     if is_float and exponent_bits != PAPER_EXPONENT_BITS[row["bits"]]:
         parts.append(f"E{exponent_bits}")
+    return " ".join([*parts, *list_settings(row)])
+
+
+def list_settings(row: Mapping[Any, Any]) -> list[str]:
+    """Return the words for every setting that is not the default, but for a float's exponent bits."""
+    parts = []
     decided = DECIDED if row.get("method") in SCHEMES else ()
     for column, default, words in SETTINGS:
         value = default if column in decided else row.get(column, default)
         if not is_missing(value) and value != default:
             parts.append(words.format(value))
-    return " ".join(parts)
+    return parts
+
+
+def name_quantizers(rows: pd.DataFrame) -> list[str]:
+    """Return the name of each quantized row at its bits, such as "nf4", "float4-e2m1", "int3 gptq".
+
+    Unlike a label, which is one for all precisions of a variant, it tells a float's exponent bits.
+    """
+    return [name_quantizer(row) for row in rows.to_dict("records")]
+
+
+def name_quantizer(row: Mapping[Any, Any], *, but: Mapping[str, object] | None = None) -> str:
+    """Return the name of a quantizer at its bits, where `but` replaces some settings."""
+    row = dict(row) | dict(but or {})
+    exponent_bits = None if is_missing(row.get("exponent_bits")) else int(row["exponent_bits"])
+    name = data_type_label(str(row["data_type"]), int(row["bits"]), exponent_bits)
+    return " ".join([name, *list_settings(row)])
 
 
 def name_variant(label: object, block_size: object) -> str:

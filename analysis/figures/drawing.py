@@ -5,23 +5,31 @@ from __future__ import annotations
 import base64
 import html
 import io
-import textwrap
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
-import matplotlib.style
 import pandas as pd
 from matplotlib.figure import Figure
 
 from kbit.analysis.curves.curves import Measure
-from kbit.analysis.figures.panels import CAPTION_SIZE, CHARACTER_WIDTH, LINE_HEIGHT, MARGIN, write_caption
-from kbit.analysis.figures.styles import STYLE
+from kbit.analysis.figures.canvas.captions import MARGIN
+from kbit.analysis.figures.canvas.page import (
+    FULL_WIDTH,
+    get_line_height,
+    get_size,
+    get_small_size,
+    measure_text,
+    wrap_text,
+)
 from kbit.checks import tabulate_html
 
-CELL: Final = 44  # characters
+CELL: Final = 3.1  # inches
+Caption = Literal["none", "short", "full"]
+CAPTIONS: Final[tuple[Caption, ...]] = ("none", "short", "full")
 NAMED_FAMILIES: Final = 6
 # What intervals leave out: those of values and differences, and those of correlations and laws.
 LIMIT: Final = "Intervals are about these items alone: not about other texts, tasks or trainings of the models."
@@ -38,10 +46,13 @@ class PaperFigure:
 
     Attributes:
         name: its name, for example "figure_2".
-        fig: the drawing.
+        fig: the drawing, without a caption.
         data: exactly what is drawn, a tidy table.
-        claim: what the paper says, one sentence. Figures that are not the paper's have a question instead.
-        verdict: what these results say about the claim, computed.
+        claim: what the paper says. Figures that are not the paper's have a question instead.
+        verdict: what these results say about the claim, computed, with leads and intervals.
+        notes: the rest of the full caption: what is drawn, how much data it rests on, what was left out.
+        short: the verdict in one sentence. Empty: the verdict's first one.
+        table: a table's cells as they are read, for figures that are tables.
     """
 
     name: str
@@ -49,6 +60,20 @@ class PaperFigure:
     data: pd.DataFrame
     claim: str
     verdict: str
+    notes: tuple[str, ...] = ()
+    short: str = ""
+    table: pd.DataFrame | None = None
+
+    def write_paragraphs(self, caption: Caption) -> list[str]:
+        """Return the paragraphs of a caption: none, claim and verdict in a sentence each, or all that is to be said."""
+        paper = re.match(r"(figure|table)_(\d+)", self.name)
+        who = f"Paper ({paper[1]} {paper[2]})" if paper else "Question"
+        if caption == "none":
+            return []
+        if caption == "short":
+            short = self.short or take_sentence(self.verdict)
+            return [f"{who}: {take_sentence(self.claim)} These results: {short}"]
+        return [f"{who}: {self.claim}", f"These results: {self.verdict}", *self.notes]
 
     def _repr_html_(self) -> str:
         """Return the picture with its claim and verdict, for notebooks."""
@@ -59,6 +84,12 @@ class PaperFigure:
         return f'<img src="data:image/png;base64,{image}" alt="{alt}">' + tabulate_html(
             {"claim": self.claim, "verdict": self.verdict}
         )
+
+
+def take_sentence(text: str) -> str:
+    """Return the first sentence of a claim or a verdict, which has no name of a family or a model in it."""
+    found = re.match(r".*?[.?](?= )", text)
+    return found[0] if found else text
 
 
 def describe_lack(name: str, needs: str, studies: Sequence[str]) -> str:
@@ -115,41 +146,37 @@ def describe_size(rows: pd.DataFrame) -> str:
     return size + (f" ({'; '.join(ways)})" if ways else "")
 
 
-def write_verdict(fig: Figure, name: str, claim: str, verdict: str, *notes: str) -> None:
-    """Write below a drawing what the paper claims (or the question), what these results say, and notes."""
-    is_paper = name.startswith(("figure_", "table_"))
-    head = f"Paper ({name.replace('_', ' ')}): {claim}" if is_paper else f"Question: {claim}"
-    write_caption(fig, [head, f"These results: {verdict}", *(note for note in notes if note)])
-
-
 def draw_table(table: pd.DataFrame, title: str) -> Figure:
     """Draw a table of strings: a header, a line below it, and the rows.
 
-    A column is as wide as its longest cell. Cells longer than CELL characters are wrapped.
+    A column is as wide as its longest cell. Longer cells than CELL inches are wrapped.
     """
-    cells = [[textwrap.wrap(str(cell), CELL) or [""] for cell in row] for row in table.to_numpy()]
+    size, head = get_small_size(), get_size("axes.titlesize")
+    line, gap = get_line_height(size), 2 * measure_text("n", size)
+    cells = [[wrap_text(str(cell), CELL, size) for cell in row] for row in table.to_numpy()]
+    names = [str(name) for name in table]
+    columns = [[words for row in cells for words in row[column]] for column in range(len(names))]
     widths = [
-        max(1.15 * len(str(name)), *(len(line) for row in cells for line in row[column])) + 2
-        for column, name in enumerate(table)
+        1.03 * max(1.15 * measure_text(name, size), *(measure_text(words, size) for words in column))  # room to round
+        for name, column in zip(names, columns, strict=True)
     ]
-    starts = [MARGIN + sum(widths[:column]) * CHARACTER_WIDTH for column in range(len(widths))]
-    width = max(starts[-1] + widths[-1] * CHARACTER_WIDTH, 6.6)
+    starts = [MARGIN + sum(widths[:column]) + column * gap for column in range(len(widths))]
+    width = max(starts[-1] + widths[-1] + MARGIN, FULL_WIDTH)
     counts = [max(map(len, row)) for row in cells]
-    height = (sum(counts) + 0.25 * len(counts) + 4) * LINE_HEIGHT + MARGIN
-    with matplotlib.style.context(["default", STYLE]):
-        fig = Figure(figsize=(width, height))
-        axes = fig.add_axes((0.0, 0.0, 1.0, 1.0))
-        axes.set_axis_off()
-        axes.set_xlim(0, width)
-        axes.set_ylim(height, 0)
-        axes.text(MARGIN, MARGIN + LINE_HEIGHT, title, fontsize=11)
-        place = MARGIN + 2.8 * LINE_HEIGHT
-        for start, name in zip(starts, table, strict=True):
-            axes.text(start, place, str(name), fontsize=CAPTION_SIZE, weight="bold")
-        axes.plot([MARGIN, width - MARGIN], [place + 0.4 * LINE_HEIGHT] * 2, color="0.3", linewidth=0.8)
-        for row, count in zip(cells, counts, strict=True):
-            for start, lines in zip(starts, row, strict=True):
-                for number, line in enumerate(lines, start=1):
-                    axes.text(start, place + (number + 0.3) * LINE_HEIGHT, line, fontsize=CAPTION_SIZE)
-            place += (count + 0.25) * LINE_HEIGHT
+    height = (sum(counts) + 0.25 * len(counts) + 4) * line + MARGIN
+    fig = Figure(figsize=(width, height))
+    axes = fig.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.text(MARGIN, MARGIN + line, title, fontsize=head)
+    place = MARGIN + 2.8 * line
+    for start, name in zip(starts, names, strict=True):
+        axes.text(start, place, name, fontsize=size, weight="bold")
+    axes.plot([MARGIN, width - MARGIN], [place + 0.4 * line] * 2, color="0.3", linewidth=0.8)
+    for row, count in zip(cells, counts, strict=True):
+        for start, lines in zip(starts, row, strict=True):
+            for number, words in enumerate(lines, start=1):
+                axes.text(start, place + (number + 0.3) * line, words, fontsize=size)
+        place += (count + 0.25) * line
     return fig

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Final
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from kbit.analysis.curves.curves import AmbiguousResults, prefer_baseline
 from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.units import format_count
-from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, set_log_axis
-from kbit.analysis.figures.styles import STYLE, style_series
+from kbit.analysis.figures.canvas.axes import set_log_axis, set_value_axis
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
+from kbit.analysis.figures.canvas.styles import style_series
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
 
 CLAIM: Final = (
     "Do outlier features (a hidden dimension of magnitude 6 or more in 25% of layers, at 6% of positions) come with "
@@ -37,7 +37,7 @@ METRICS: Final = {
 }
 
 
-def draw_features(results: pd.DataFrame) -> PaperFigure:
+def draw_features(results: pd.DataFrame, page: Page) -> PaperFigure:
     """Draw the shares of layers and positions that outliers affect, the paper's models beside ours.
 
     Raises:
@@ -49,31 +49,26 @@ def draw_features(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("features", needs, ("nano/features", "paper/table_2")))
     data = pd.concat([ours, read_published("features")], ignore_index=True)
     verdict = name_criteria(ours) + judge_features(ours)
-    with matplotlib.style.context(["default", STYLE]):
-        fig = Figure(figsize=(8.2 + LEGEND_WIDTH, 3.6), layout="constrained")
-        names = [f"{what}{source}" for source in ("", " (paper)") for what in SHARES.values()]
-        styles = style_series(names)
-        for place, (x, label) in enumerate([("parameters", "parameters"), ("perplexity", "perplexity (per token)")]):
-            axes = fig.add_subplot(1, 2, place + 1)
-            for is_paper, rows in data.groupby(data["source"] != "this store"):
-                for column, what in SHARES.items():
-                    style = styles[f"{what}{' (paper)' if is_paper else ''}"]
-                    axes.plot(rows[x], rows[column], linestyle="none", marker=style.marker, color=style.color)
-            set_log_axis(axes, data[x], format_count)
-            axes.set_ylim(-0.04, 1.04)
-            axes.set_xlabel(label)
-            axes.set_ylabel("" if place else "share affected")
-            axes.grid(color="0.9", linewidth=0.6)
-            axes.set_axisbelow(True)
-        draw_legend(fig, styles, lines=False)
-        note = (
-            "Shares are of the most frequent dimension. The paper's perplexities are on C4, ours on our text: compare "
-            "within a source."
-        )
-        families, ways = (", ".join(sorted(set(ours[name]))) for name in ("family", "evaluation"))
-        sample = f"Data: {count_things(len(ours), 'experiment')}, one of each model, of {families} ({ways})."
-        write_verdict(fig, "features", CLAIM, verdict, note, sample)
-    return PaperFigure("features", fig, data, CLAIM, verdict)
+    names = [f"{what}{source}" for source in ("", " (paper)") for what in SHARES.values()]
+    styles = style_series(names)
+    sheet = make_sheet(page, 2, (4.1, 3.6), 2, styles)
+    for axes, x in zip(sheet.add_axes(2), ("parameters", "perplexity"), strict=True):
+        for is_paper, rows in data.groupby(data["source"] != "this store"):
+            for column, what in SHARES.items():
+                style = styles[f"{what}{' (paper)' if is_paper else ''}"]
+                axes.plot(rows[x], rows[column], linestyle="none", marker=style.marker, color=style.color)
+        set_log_axis(axes, data[x], format_count)
+        set_value_axis(axes, -0.04, 1.04)
+        axes.set_xlabel("perplexity (per token)" if x == "perplexity" else x)
+    sheet.label("", "share affected")
+    draw_legend(sheet.fig.body, styles, page, lines=False)
+    note = (
+        "Shares are of the most frequent dimension. The paper's perplexities are on C4, ours on our text: compare "
+        "within a source."
+    )
+    families, ways = (", ".join(sorted(set(ours[name]))) for name in ("family", "evaluation"))
+    sample = f"Data: {count_things(len(ours), 'experiment')}, one of each model, of {families} ({ways})."
+    return PaperFigure("features", sheet.fig, data, CLAIM, verdict, (note, sample))
 
 
 def tabulate_features(results: pd.DataFrame) -> pd.DataFrame:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.settings import is_missing
 from kbit.analysis.curves.units import format_count
-from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack, describe_sample, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly, set_log_axis
-from kbit.analysis.figures.styles import STYLE, LineStyle, style_series
+from kbit.analysis.figures.canvas.axes import label_plainly, set_log_axis
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
+from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_series
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack, describe_sample
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.grades import NEGLIGIBLE, count_grades, grade_interval, grade_level
 from kbit.layers.int8_schemes import SCHEMES
@@ -36,7 +37,7 @@ LINEAR_TO: Final = 1e-3
 COLUMNS: Final = ["panel", "method", "model", "parameters", "perplexity", "added", "low", "high", "key", "source"]
 
 
-def draw_int8_methods(results: pd.DataFrame) -> PaperFigure:
+def draw_int8_methods(results: pd.DataFrame, page: Page) -> PaperFigure:
     """Draw the cross entropy that each int8 method adds to the 16-bit model's, a panel per family and the paper's own.
 
     Raises:
@@ -47,20 +48,34 @@ def draw_int8_methods(results: pd.DataFrame) -> PaperFigure:
         needs = "a model's cross entropy by int8 methods (quant.method=llm_int8, absmax, ...) and at 16 bits"
         raise MissingResults(describe_lack("int8_methods", needs, ("nano/int8", "paper/llm_int8_table_1")))
     data = pd.concat([ours, read_paper()], ignore_index=True)
-    with matplotlib.style.context(["default", STYLE]):
-        names = list(dict.fromkeys(data["panel"]))
-        fig = Figure(figsize=(3.9 * len(names) + LEGEND_WIDTH, 3.9), layout="constrained")
-        styles = style_series(data["method"])
-        for place, name in enumerate(names):
-            axes = fig.add_subplot(1, len(names), place + 1)
-            draw_methods(axes, data[data["panel"] == name], styles)
-            axes.set_title(name, loc="left")
-            axes.set_ylabel("" if place else "cross entropy added (nats per token)")
-        draw_legend(fig, styles)
-        verdict = judge_methods(ours)
-        bars = "Bars: 95% intervals, windows paired with the 16-bit model's."
-        write_verdict(fig, "int8_methods", CLAIM, verdict, bars, describe_used(results, ours))
-    return PaperFigure("int8_methods", fig, data, CLAIM, verdict)
+    names = list(dict.fromkeys(data["panel"]))
+    styles = style_series(data["method"])
+    sheet = make_sheet(page, len(names), (3.9, 3.9), 3, styles)
+    panels = sheet.add_axes(len(names))
+    for axes, name in zip(panels, names, strict=True):
+        draw_methods(axes, data[data["panel"] == name], styles)
+        sheet.write_title(axes, name)
+    share_losses(panels, data)
+    sheet.label("parameters", "cross entropy added (nats per token)")
+    draw_legend(sheet.fig.body, styles, page)
+    notes = (
+        "Bars: 95% intervals, windows paired with the 16-bit model's. All panels have the same y axis.",
+        describe_used(results, ours),
+    )
+    return PaperFigure("int8_methods", sheet.fig, data, CLAIM, judge_methods(ours), notes)
+
+
+def share_losses(panels: list[Axes], data: pd.DataFrame) -> None:
+    """Give all panels one y axis, which is linear around zero and logarithmic beyond."""
+    ends = data[["added", "low", "high"]].to_numpy(dtype=np.float64)
+    low, high = min(0.0, float(np.nanmin(ends))), max(0.0, float(np.nanmax(ends)))
+    is_log = max(-low, high) > 10 * LINEAR_TO
+    for axes in panels:
+        if is_log:
+            axes.set_yscale("symlog", linthresh=LINEAR_TO)
+            label_plainly(axes.yaxis)
+        pad = 1.3 if is_log else 1.05
+        axes.set_ylim(pad * low - 0.05 * LINEAR_TO, pad * high + 0.05 * LINEAR_TO)
 
 
 def describe_used(results: pd.DataFrame, ours: pd.DataFrame) -> str:
@@ -74,6 +89,7 @@ def describe_used(results: pd.DataFrame, ours: pd.DataFrame) -> str:
 
 def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> None:
     """Draw a line per method against the model's size."""
+    width = 0.5 * float(matplotlib.rcParams["lines.linewidth"])
     for method, line in rows.groupby("method", sort=False):
         line = line.sort_values("parameters")
         style = styles[str(method)]
@@ -81,18 +97,12 @@ def draw_methods(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -
             "color": style.color,
             "marker": style.marker,
             "linestyle": style.dashes,
-            "markersize": 6,
+            "markersize": scale_marker(style),
         }
         error = np.nan_to_num(np.maximum([line["added"] - line["low"], line["high"] - line["added"]], 0))
-        axes.errorbar(line["parameters"], line["added"], yerr=error, capsize=2, elinewidth=0.8, **looks)
+        axes.errorbar(line["parameters"], line["added"], yerr=error, capsize=2, elinewidth=width, **looks)
     axes.axhline(0, color="0.3", linewidth=0.8)
     set_log_axis(axes, rows["parameters"], format_count)
-    if rows["added"].abs().max() > 10 * LINEAR_TO:
-        axes.set_yscale("symlog", linthresh=LINEAR_TO)
-        label_plainly(axes.yaxis)
-    axes.set_xlabel("parameters")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def tabulate_int8_methods(results: pd.DataFrame) -> pd.DataFrame:

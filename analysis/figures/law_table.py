@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,6 @@ from kbit.analysis.figures.drawing import (
     describe_lack,
     describe_sample,
     draw_table,
-    write_verdict,
 )
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values
@@ -67,6 +67,24 @@ def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     }
 
 
+def collect_tied(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield each law with its points, see collect_points, for every data type that was measured as often as the first.
+
+    The arguments are those of collect_points.
+    """
+    precisions, blocks = (
+        list(dict.fromkeys(shown.loc[shown["bits"] < BASELINE_BITS, "data_type"]))
+        for shown in (select_precisions(curves), select_block_sizes(curves, BLOCK_LAW_BITS))
+    )
+    if not precisions or not blocks:  # what is missing has a row with the reason
+        first = collect_points(curves, measure, results)
+        yield from ((law, first[law]) for law in first if not (blocks if law == "block" else precisions))
+    for data_type in dict.fromkeys([*precisions, *blocks]):
+        for law, points in collect_points(curves[curves["data_type"] == data_type], measure, results).items():
+            if data_type in (blocks if law == "block" else precisions):
+                yield law, points
+
+
 def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
     """Return the 16-bit points and the chosen ones with y = L, or none where either kind is missing."""
     if base.empty or chosen.empty:
@@ -87,6 +105,8 @@ def subtract_base(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, re
 def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row per family and law: how well it fits, what it predicts of the largest model, its parameters.
 
+    Each data type that was measured as often as the first has rows of its own.
+
     Returns:
         Columns family, law, panel (the family's variant that is fitted), points, r2, rmse, worst (the largest residual,
         nats), held_out (the model), held_out_rmse, inside, naive_rmse, parameters (text with 95% intervals), keys (of
@@ -101,7 +121,7 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
         assert measure is not None  # the rows have it
         losses = of_family[of_family["task"] == measure.task]
         curves = precision_curves(losses, measure.metric, measure.task)
-        for law, points in collect_points(curves, measure, losses).items():
+        for law, points in collect_tied(curves, measure, losses):
             row: dict[str, Any] = {"family": family, "law": law}
             try:
                 if points.empty:
@@ -188,8 +208,8 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
         find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
     ]
     sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
-    write_verdict(fig, "laws", CLAIM, verdict, note, describe_unfitted(data), sample, LIMIT_OF_MODELS)
-    return PaperFigure("laws", fig, data, CLAIM, verdict)
+    notes = tuple(line for line in (note, describe_unfitted(data), sample, LIMIT_OF_MODELS) if line)
+    return PaperFigure("laws", fig, data, CLAIM, verdict, notes, table=shown)
 
 
 def describe_unfitted(data: pd.DataFrame) -> str:
@@ -201,7 +221,7 @@ def describe_unfitted(data: pd.DataFrame) -> str:
     ]
     unfitted = unfitted.assign(reason=short)
     parts = [
-        f"{' and '.join(rows['law'])} of {family} ({reason})"
+        f"{' and '.join(dict.fromkeys(rows['law']))} of {family} ({reason})"
         for (family, reason), rows in unfitted.groupby(["family", "reason"], sort=False)
     ]
     return f"Not fitted: {join_parts(parts[:NAMED], len(parts))}." if parts else ""
@@ -209,12 +229,13 @@ def describe_unfitted(data: pd.DataFrame) -> str:
 
 def judge_laws(fitted: pd.DataFrame) -> str:
     """Say how much worse the power law fits than a base curve with offsets, without a verdict for want of intervals."""
-    wide = fitted.pivot(index="family", columns="law", values="rmse").reindex(columns=["power", "offset"]).dropna()
+    wide = fitted.pivot(index=["family", "panel"], columns="law", values="rmse")
+    wide = wide.reindex(columns=["power", "offset"]).dropna()
     if wide.empty:
         return "Not tested: power law and offsets were not both fitted."
     ratio = wide["power"] / wide["offset"]
     worse = int((ratio > 1).sum())
     return (
-        f"In {worse} of {len(ratio)} families the bivariate power law leaves larger residuals than a base "
+        f"In {worse} of {len(ratio)} variants the bivariate power law leaves larger residuals than a base "
         f"curve with offsets (RMSE {wide['power'].mean():.4f} against {wide['offset'].mean():.4f} nats)."
     )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from kbit.analysis.curves.curves import (
     TIE,
@@ -27,7 +27,20 @@ from kbit.analysis.curves.curves import (
     tabulate_curves,
 )
 from kbit.analysis.curves.selections import has_settings, most_points
-from kbit.analysis.curves.settings import WHOLE, is_missing, make_labels, name_variant, rank_data_type, rank_label
+from kbit.analysis.curves.settings import (
+    WHOLE,
+    is_missing,
+    make_labels,
+    name_block,
+    name_quantizers,
+    name_variant,
+    rank_data_type,
+    rank_label,
+)
+from kbit.analysis.figures.canvas.captions import CaptionedFigure, TooSmallPage
+from kbit.analysis.figures.canvas.page import Page, get_line_height, get_small_size, measure_text
+from kbit.analysis.figures.canvas.sheets import Sheet, is_beside, make_sheet
+from kbit.analysis.figures.canvas.styles import style_data_type, style_series
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -35,10 +48,7 @@ from kbit.analysis.figures.drawing import (
     describe_choice,
     describe_lack,
     describe_sample,
-    write_verdict,
 )
-from kbit.analysis.figures.panels import CAPTION_SIZE
-from kbit.analysis.figures.styles import STYLE
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.analysis.statistics.frontier import draw_values, mean_interval, weigh_points
 from kbit.analysis.statistics.grades import describe_lead
@@ -53,7 +63,7 @@ QUANTIZER: Final = ["bits", "data_type", "label", "block_size"]
 SENSITIVITY_CLAIM: Final = "Which layer suffers most from being quantized, alone?"
 
 
-def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
+def draw_data_types_map(results: pd.DataFrame, page: Page) -> PaperFigure:
     """Draw, for each family and precision, what each data type and block size loses at equal total bits.
 
     A cell is the mean over the shared budgets of the distance to the best cell there. Smaller blocks pay for their
@@ -71,28 +81,55 @@ def draw_data_types_map(results: pd.DataFrame) -> PaperFigure:
     measure = measures[-1]
     data = pd.concat([cells.table for cells in maps.values()], ignore_index=True)
     verdict = "; ".join(describe_winner(panel, cells, measure, results) for panel, cells in maps.items()) + "."
-    with matplotlib.style.context(["default", STYLE]):
-        columns = min(len(maps), 2)
-        rows = -(-len(maps) // columns)
-        widest = max(cells.table["block_size"].nunique(dropna=False) for cells in maps.values())
-        tallest = max(cells.table["data_type"].nunique() for cells in maps.values())  # with a float's exponent bits
-        fig = Figure(
-            figsize=(columns * (1.4 + 0.95 * widest) + BAR_WIDTH, rows * (1.3 + 0.55 * tallest)), layout="constrained"
-        )
-        shades = ScalarMappable(PowerNorm(0.5, 0, scale_top(data["loss"])), SHADES)
-        for place, (title, cells) in enumerate(maps.items()):
-            draw_map(fig.add_subplot(rows, columns, place + 1), cells.table, title, shades)
-        unit = "" if measure.higher_is_better else " (nats per token)"
-        fig.colorbar(shades, ax=fig.axes, extend="max", shrink=0.8, label=f"{measure.name} lost{unit}")
-        note = f"Numbers: {measure.name} lost against the best cell of each budget, a mean over the budgets; in "
-        note += "brackets: bits per parameter. Framed: the cell that loses least. One scale of shades for all panels. "
-        note += "Hatched: not measured, or not at two sizes."
-        points = precision_curves(results, measure.metric, measure.task)
-        left = describe_choice(points[points["bits"] < BASELINE_BITS], data.rename(columns={"keys": "key"}))
-        sample = describe_sample(results, data["keys"], measure)
-        write_verdict(fig, "data_types_map", MAP_CLAIM, verdict, note, f"{sample} {LIMIT}", *left)
+    widest = max(cells.table["block_size"].nunique(dropna=False) for cells in maps.values())
+    tallest = max(cells.table["data_type"].nunique() for cells in maps.values())  # with a float's exponent bits
+    size = get_small_size()
+    room = (widest + 2.5) * measure_text("[0.000]", size), (tallest + 2.5) * 2 * get_line_height(size)
+    panel = (1.4 + 0.95 * widest + BAR_WIDTH / 2, 1.3 + 0.55 * tallest)
+    sheet = make_sheet(page, len(maps), panel, 2, least_width=room[0])
+    check_room(sheet, room, len(maps))
+    shades = ScalarMappable(PowerNorm(0.5, 0, scale_top(data["loss"])), SHADES)
+    for axes, (title, cells) in zip(sheet.add_axes(len(maps)), maps.items(), strict=True):
+        draw_map(axes, cells.table, shades)
+        sheet.write_title(axes, title)
+    unit = "" if measure.higher_is_better else " (nats per token)"
+    draw_scale(sheet, shades, f"{measure.name} lost{unit}", "right" if is_beside(page) else "bottom")
+    note = f"Numbers: {measure.name} lost against the best cell of each budget, a mean over the budgets; in "
+    note += "brackets: bits per parameter. Framed: the cell that loses least. One scale of shades for all panels. "
+    note += "Hatched: not measured, or not at two sizes."
+    points = precision_curves(results, measure.metric, measure.task)
+    left = describe_choice(points[points["bits"] < BASELINE_BITS], data.rename(columns={"keys": "key"}))
+    notes = (note, f"{describe_sample(results, data['keys'], measure)} {LIMIT}", *left)
+    short = "; ".join(f"{panel}: {name_best(cells)}" for panel, cells in maps.items()) + "."
     data = data.drop(columns="kind")
-    return PaperFigure("data_types_map", fig, data, MAP_CLAIM, verdict)
+    return PaperFigure("data_types_map", sheet.fig, data, MAP_CLAIM, verdict, notes, short)
+
+
+def draw_scale(sheet: Sheet, shades: ScalarMappable, label: str, place: Literal["right", "bottom"]) -> None:
+    """Draw the scale of shades beside or below all panels."""
+    share = 0.15 if place == "right" else 0.35 / float(sheet.fig.get_size_inches()[1])
+    panels = sheet.fig.axes
+    bar = sheet.fig.body.colorbar(
+        shades, ax=panels, extend="max", shrink=0.8, location=place, aspect=30, fraction=share, label=label
+    )
+    if place == "bottom":
+        bar.locator = MaxNLocator(3)  # small losses take most of the scale: more labels would touch
+        bar.update_ticks()
+
+
+def check_room(sheet: Sheet, room: tuple[float, float], count: int) -> None:
+    """Raise TooSmallPage if a panel is too small for the words of its cells, which need so many inches."""
+    if sheet.panel_width < room[0] or sheet.panel_height < room[1]:
+        raise TooSmallPage(
+            f"each of {count} maps needs {room[0]:.1f} x {room[1]:.1f} inches for its words: give a larger --width or "
+            "--height, or draw fewer with --where"
+        )
+
+
+def name_best(cells: Cells) -> str:
+    """Return "best is nf4 block 64 [4.25]", or the cells that tie."""
+    best = [name_cell(row) for _, row in cells.table[find_least(cells.table["loss"])].iterrows()]
+    return f"best is {best[0]}" if len(best) == 1 else f"best are {' and '.join(best)}, which are level"
 
 
 @dataclass(frozen=True)
@@ -123,7 +160,7 @@ def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
     per_param = results.drop_duplicates("key").set_index("key")["bits_per_param"]
     maps = {}
     for (family, bits), group in curves.groupby(["family", "bits"]):
-        group = group.assign(kind=group["data_type"], data_type=group["label"])
+        group = group.assign(kind=group["data_type"], data_type=name_quantizers(group))
         cells = compare_cells(group, measure)
         if cells is None:
             continue
@@ -158,10 +195,8 @@ def compare_cells(curves: pd.DataFrame, measure: Measure) -> Cells | None:
 
 def describe_winner(panel: str, cells: Cells, measure: Measure, results: pd.DataFrame) -> str:
     """Return the best cell of a map with its lead over the next and the lead's interval, or the cells that tie."""
-    is_best = find_least(cells.table["loss"])
-    if is_best.sum() > 1:
-        level = " and ".join(name_cell(row) for _, row in cells.table[is_best].iterrows())
-        return f"{panel}: best are {level}, which are level"
+    if find_least(cells.table["loss"]).sum() > 1:
+        return f"{panel}: {name_best(cells)}"
     best, second, *_ = cells.table.sort_values("loss", kind="stable").index
     points = cells.points[cells.points["cell"].isin([best, second])].reset_index(drop=True)
     weights = weigh_points(points, cells.budgets, "cell")
@@ -169,8 +204,7 @@ def describe_winner(panel: str, cells: Cells, measure: Measure, results: pd.Data
     row = sign * np.mean(weights[best] - weights[second], axis=0)
     low, high = mean_interval(draw_values(points, measure, results), row)
     lead = describe_lead(float(points["value"].to_numpy(dtype=np.float64) @ row), low, high, measure)
-    winner, rival = (name_cell(cells.table.loc[cell]) for cell in (best, second))
-    return f"{panel}: best is {winner}, its lead over {rival} {lead}"
+    return f"{panel}: {name_best(cells)}, its lead over {name_cell(cells.table.loc[second])} {lead}"
 
 
 def find_least(losses: pd.Series[float]) -> pd.Series[bool]:
@@ -183,7 +217,7 @@ def name_cell(cell: pd.Series[Any]) -> str:
     return f"{name_variant(cell['data_type'], cell['block_size'])} [{cell['bits_per_param']:.2f}]"
 
 
-def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable) -> None:
+def draw_map(axes: Axes, table: pd.DataFrame, shades: ScalarMappable) -> None:
     """Draw one map: darker cells lose more, the best (all that tie) has a frame, those not measured are hatched."""
     names = zip(table["data_type"].astype(str), table["kind"], strict=True)
     ranks = {label: (rank_data_type(kind), rank_label(label)) for label, kind in names}
@@ -199,14 +233,14 @@ def draw_map(axes: Axes, table: pd.DataFrame, title: str, shades: ScalarMappable
         shade = shades.to_rgba(np.array([row.loss]))[0]
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
         words = f"{row.loss:.3f}\n[{row.bits_per_param:.2f}]"
-        axes.text(x, y, words, ha="center", va="center", fontsize=CAPTION_SIZE, color=choose_ink(shade))
+        axes.text(x, y, words, ha="center", va="center", fontsize=get_small_size(), color=choose_ink(shade))
         if is_best:
             corner = (x - 0.46, y - 0.46)
             axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="#D55E00", linewidth=2.5, zorder=2))
     axes.set_xticks(range(len(blocks)), ["whole" if block == WHOLE else str(block) for block in blocks])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xlabel("block size")
-    axes.set_title(title, loc="left")
+    axes.grid(visible=False)
 
 
 def choose_ink(shade: Sequence[float] | Floats) -> str:
@@ -221,7 +255,7 @@ def choose_ink(shade: Sequence[float] | Floats) -> str:
     return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
-def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
+def draw_sensitivity(results: pd.DataFrame, page: Page) -> PaperFigure:
     """Draw what the model loses when one layer, or one kind of matrix, is quantized and all others stay at 16 bits.
 
     Such an experiment excludes all but one: quant.exclude='layers\\.(?!3\\.)' (see sweeps/nano/sensitivity.yaml).
@@ -235,41 +269,72 @@ def draw_sensitivity(results: pd.DataFrame) -> PaperFigure:
         needs = "experiments that quantize one layer each, and the 16-bit model"
         raise MissingResults(describe_lack("sensitivity", needs, ("nano/sensitivity",)))
     parts = []
-    for model, group in data.groupby("model", sort=False):
+    for (model, quantizer), group in data.groupby(["model", "quantizer"], sort=False):
         worst = group[group["loss"] >= group["loss"].max() - TIE]
-        first = worst.iloc[0]
-        quantizer = f"{first['bits']}-bit {name_variant(first['data_type'], first['block_size'])}"
-        parts.append(f"{model}: {' and '.join(worst['part'])} ({first['loss']:+.3f}, {quantizer})")
+        parts.append(f"{model}: {' and '.join(worst['part'])} ({worst['loss'].iloc[0]:+.3f}, {quantizer})")
     verdict = f"The part that loses most when it alone is quantized is, of {'; '.join(parts)}."
-    with matplotlib.style.context(["default", STYLE]):
-        groups = list(data.groupby("model", sort=False))
-        height = sum(0.28 * len(group) + 0.7 for _, group in groups)
-        fig = Figure(figsize=(6.6, height + 0.6), layout="constrained")
-        ratios = [len(group) + 2 for _, group in groups]
-        grid = fig.add_gridspec(len(groups), 1, height_ratios=ratios)
-        for place, (model, group) in enumerate(groups):
-            axes = fig.add_subplot(grid[place])
-            error = np.nan_to_num(np.maximum([group["loss"] - group["low"], group["high"] - group["loss"]], 0))
-            axes.barh(group["part"], group["loss"], xerr=error, color="#56B4E9", edgecolor="0.2", height=0.7)
-            axes.invert_yaxis()
-            axes.axvline(0, color="0.3", linewidth=0.8)
-            first = group.iloc[0]
-            quantizer = name_variant(first["data_type"], first["block_size"])
-            axes.set_title(f"{model}, {first['bits']}-bit {quantizer}", loc="left")
-        axes.set_xlabel(f"{measure.name} lost")
-        bars = f"Bars: 95% intervals ({'; '.join(sorted(data['source'].unique()))})."
-        left = data["left_out"].iloc[0]
-        bars += f" Left out: {left} experiments with other quantizers (choose with --where)." if left else ""
-        sample = describe_sample(results, data["key"], measure)
-        write_verdict(fig, "sensitivity", SENSITIVITY_CLAIM, verdict, bars, f"{sample} {LIMIT}")
-    return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict)
+    fig = draw_bars(data, f"{measure.name} lost", page)
+    bars = f"Bars: 95% intervals ({'; '.join(sorted(data['source'].unique()))}). All panels have the same axis."
+    left = data["left_out"].iloc[0]
+    bars += f" Left out: {left} experiments with other quantizers (choose with --where)." if left else ""
+    notes = (bars, f"{describe_sample(results, data['key'], measure)} {LIMIT}")
+    return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict, notes, verdict)
+
+
+def draw_bars(data: pd.DataFrame, label: str, page: Page) -> Figure:
+    """Draw a panel for each model: a bar for each part, and those of several quantizers side by side."""
+    first = data.drop_duplicates("quantizer")
+    known = {
+        str(name): style_data_type(str(kind), int(bits), exponent_bits)
+        for name, kind, bits, exponent_bits in zip(
+            first["quantizer"], first["kind"], first["bits"], first["exponent_bits"], strict=True
+        )
+    }
+    styles = style_series(known, known)
+    groups = list(data.groupby("model", sort=False))
+    size = get_small_size()
+    line = max(1.0, 0.8 * len(styles)) * 1.6 * get_line_height(size)
+    needed = sum(line * group["part"].nunique() + 5 * get_line_height(size) for _, group in groups) + 0.5
+    if page.height is not None and page.height < 0.75 * needed:
+        raise TooSmallPage(f"{len(groups)} panels with {len(data)} bars need a --height of {0.75 * needed:.1f}in")
+    width, height = page.width or 6.6, page.height or needed
+    sheet = Sheet(CaptionedFigure(width, height), len(groups), 1, width, height / len(groups))
+    grid = sheet.fig.body.add_gridspec(
+        len(groups), 1, height_ratios=[group["part"].nunique() + 2 for _, group in groups]
+    )
+    for place, (model, group) in enumerate(groups):
+        axes = sheet.fig.body.add_subplot(grid[place], sharex=sheet.fig.axes[0] if place else None)
+        draw_parts(axes, group, {name: style.color for name, style in styles.items()})
+        sheet.write_title(axes, f"{model}, {first['quantizer'].iloc[0]}" if len(styles) == 1 else str(model))
+    sheet.label(label, "")
+    if len(styles) > 1:
+        handles = [Patch(facecolor=style.color, edgecolor="0.2", label=name) for name, style in styles.items()]
+        sheet.fig.body.legend(handles=handles, loc="outside upper right", ncols=min(len(handles), 3))
+    return sheet.fig
+
+
+def draw_parts(axes: Axes, rows: pd.DataFrame, colors: dict[str, str]) -> None:
+    """Draw the bars of one model, downwards: those of one part side by side."""
+    parts = {part: place for place, part in enumerate(dict.fromkeys(rows["part"]))}
+    height = 0.8 / len(colors)
+    for number, (quantizer, color) in enumerate(colors.items()):
+        own = rows[rows["quantizer"] == quantizer]
+        error = np.nan_to_num(np.maximum([own["loss"] - own["low"], own["high"] - own["loss"]], 0))
+        y = own["part"].map(parts).to_numpy(dtype=np.float64) + (number - (len(colors) - 1) / 2) * height
+        looks: dict[str, Any] = {"color": color, "edgecolor": "0.2", "height": height, "error_kw": {"elinewidth": 0.8}}
+        axes.barh(y, own["loss"], xerr=error, **looks)
+    axes.set_yticks(list(parts.values()), list(parts))
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.axvline(0, color="0.3", linewidth=0.8)
 
 
 def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """Return a row per model and part quantized alone, with the one quantizer by which each family has the most.
 
-    Columns: key, family, model, bits, data_type (the label, with settings), block_size, part, quantized_parameters,
-    loss, low, high, source, left_out (how many such experiments have other quantizers).
+    Quantizers of other data types that have as many are kept, too. Columns: key, family, model, bits, data_type (the
+    label, with settings), block_size, quantizer (its name), kind (the data type alone), exponent_bits, part,
+    quantized_parameters, loss, low, high, source, left_out (how many such experiments have other quantizers).
     """
     part = results["exclude"].map(name_part, na_action="ignore")
     rows = results.assign(part=part)[part.notna() | (results["bits"] == BASELINE_BITS)]
@@ -279,17 +344,24 @@ def tabulate_sensitivity(results: pd.DataFrame, measure: Measure) -> pd.DataFram
         return pd.DataFrame()
     labels = make_labels(alone.assign(include=None, exclude=None))
     alone = alone.assign(label=labels, block_size=alone["block_size"].astype("Int64"))
-    chosen = most_points(alone, QUANTIZER).drop_duplicates(["model", "part"])
+    chosen = most_points(alone, QUANTIZER, tied=True).drop_duplicates(["model", "part", "data_type"])
     table = measure_lost(pd.concat([rows[rows["part"].isna()], chosen], ignore_index=True), measure, results)
     if table.empty:
         return pd.DataFrame()
-    table = table[table.groupby("model")["part"].transform("size") >= 2]
-    columns = ["key", "family", "model", "bits", "label", "block_size", "part", "quantized_parameters"]
+    names = [
+        f"{name} {name_block(block)}"
+        for name, block in zip(
+            name_quantizers(table.assign(include=None, exclude=None)), table["block_size"], strict=True
+        )
+    ]
+    table = table.assign(quantizer=names, kind=table["data_type"])
+    table = table[table.groupby(["model", "quantizer"])["part"].transform("size") >= 2]
+    columns = ["key", "family", "model", "bits", "label", "block_size", "quantizer", "kind", "exponent_bits", "part"]
     order = table["part"].str.extract(r"(\d+)")[0].astype(float)
     ordered = table.assign(_order=order, loss=table["lost"], left_out=len(alone) - len(chosen))
-    ordered = ordered.sort_values(["model", "_order"], kind="stable", ignore_index=True)
-    ordered = ordered[[*columns, "loss", "low", "high", "source", "left_out"]]
-    return ordered.rename(columns={"label": "data_type"})
+    ordered = ordered.sort_values(["model", "quantizer", "_order"], kind="stable", ignore_index=True)
+    ordered = ordered[[*columns, "quantized_parameters", "loss", "low", "high", "source", "left_out"]]
+    return ordered.drop(columns="data_type", errors="ignore").rename(columns={"label": "data_type"})
 
 
 def name_part(exclude: str) -> str | None:

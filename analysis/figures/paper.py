@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import pandas as pd
 
@@ -31,7 +31,15 @@ from kbit.analysis.curves.settings import WHOLE
 from kbit.analysis.statistics.claims import Comparison, Expectation, Groups, judge_contrasts
 from kbit.analysis.statistics.verdicts import judge_four_bit
 
-Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], str]
+
+class Part(NamedTuple):
+    """A part of a verdict: what it is about, perhaps nothing, and what the results say, in short at first."""
+
+    about: str
+    said: str
+
+
+Judge = Callable[[pd.DataFrame, Measure, pd.DataFrame], list[Part]]
 STRONG_TYPES: Final = ("quantile", "float")  # "quantile and float are better than integer and dynamic exponent"
 WEAK_TYPES: Final = ("int", "dynamic")
 
@@ -44,7 +52,7 @@ class CurveFigure:
         name: its name, for example "figure_2".
         claim: what the paper says, one sentence.
         select: points of all curves -> the points drawn, with the columns that selections.mark adds.
-        judge: (points drawn, measure, results) -> what these results say of the claim.
+        judge: (points drawn, measure, results) -> what these results say of each part of the claim.
         needs: what the results must hold, for the message where they do not.
         studies: ready studies that measure it.
         loss: whether it shows cross entropy instead of mean zero-shot accuracy.
@@ -89,8 +97,8 @@ def split_block_sizes(points: pd.DataFrame) -> Groups:
 
 
 def split_data_types(points: pd.DataFrame) -> Groups:
-    """Compare the paper's strong data types with its weak ones."""
-    strong, weak = (points["data_type"].isin(types) for types in (STRONG_TYPES, WEAK_TYPES))
+    """Compare the paper's strong data types, of floats those with the paper's exponent bits, with its weak ones."""
+    strong, weak = (points["label"].isin(types) for types in (STRONG_TYPES, WEAK_TYPES))
     return list_series(points, strong), list_series(points, weak)
 
 
@@ -153,26 +161,31 @@ GPTQ_AND_FLOAT: Final = Comparison(split_gptq_and_float, "GPTQ", "float in block
 GPTQ: Final = Comparison(split_gptq, "GPTQ with its default options", "rounding to nearest")
 
 
-def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Part]:
     """Test both parts of figure 3: the panels of block sizes and those of data types."""
     is_block = curves["varied"] == "block_size"
     parts = [
-        ("Block size", curves[is_block], BLOCK_SIZES),
-        ("Data type", curves[~is_block], DATA_TYPES),
+        ("Block size: ", curves[is_block], BLOCK_SIZES),
+        ("Data type: ", curves[~is_block], DATA_TYPES),
     ]
-    return " ".join(
-        f"{what}: {judge_contrasts(points, comparison, 'better', measure, results)}"
-        for what, points, comparison in parts
+    return [
+        Part(about, judge_contrasts(points, comparison, "better", measure, results))
+        for about, points, comparison in parts
         if len(points)
-    )
+    ]
 
 
 def judge_by(comparison: Comparison, expected: Expectation) -> Judge:
     """Return a judge that compares two groups of curves in each panel, see claims.judge_contrasts."""
-    return lambda curves, measure, results: judge_contrasts(curves, comparison, expected, measure, results)
+    return lambda curves, measure, results: [Part("", judge_contrasts(curves, comparison, expected, measure, results))]
 
 
-def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+def judge_precisions(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Part]:
+    """Test that 4-bit is best at equal total bits."""
+    return [Part("", judge_four_bit(curves, measure, results))]
+
+
+def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Part]:
     """Test all parts of figure 4: outliers help at 3 bits, not enough to reach 4 bits, and not at 4 bits.
 
     Where as many dimensions were selected in another way, one more part says whether the proxy's are worth more.
@@ -189,11 +202,11 @@ def judge_outliers(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         what = f"outliers by proxy gain more than {selection} dimensions"
         control = Comparison(partial(split_control, selection), "outliers by proxy", f"{selection} dimensions")
         parts.append((what, among, control, "better"))
-    return " ".join(
-        f"[{what}] {judge_contrasts(points, comparison, expected, measure, results)}"
+    return [
+        Part(f"[{what}] ", judge_contrasts(points, comparison, expected, measure, results))
         for what, points, comparison, expected in parts
         if len(points)
-    )
+    ]
 
 
 def list_controls(curves: pd.DataFrame) -> list[str]:
@@ -202,13 +215,15 @@ def list_controls(curves: pd.DataFrame) -> list[str]:
     return [*(name for name in CONTROLS if name in found), *sorted(found - set(CONTROLS))]
 
 
-def judge_gptq(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
+def judge_gptq(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Part]:
     """Test both parts of figure 5: at 3 bits GPTQ without blocks loses to blocked float, at 4 bits they are level."""
     parts = []
     for _, group in curves.groupby("panel", sort=False):
-        expected: Expectation = "worse" if (group["bits"] == 3).all() else "level"
-        parts.append(judge_contrasts(group, GPTQ_AND_FLOAT, expected, measure, results))
-    return " ".join(parts)
+        bits = int(group["bits"].iloc[0])
+        expected: Expectation = "worse" if bits == 3 else "level"
+        said = judge_contrasts(group, GPTQ_AND_FLOAT, expected, measure, results)
+        parts.append(Part(f"[{bits}-bit: GPTQ {expected}] ", said))
+    return parts
 
 
 def join(*selects: Callable[[pd.DataFrame], pd.DataFrame]) -> Callable[[pd.DataFrame], pd.DataFrame]:
@@ -230,7 +245,7 @@ CURVE_FIGURES: Final = (
         "figure_1",
         "For OPT, accuracy at equal total bits rises from 16 to 8 to 4 bits and falls again at 3 bits.",
         of_family("opt", partial(select_precisions, bits=(3, 4, 8, 16))),
-        judge_four_bit,
+        judge_precisions,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_1"),
     ),
@@ -238,7 +253,7 @@ CURVE_FIGURES: Final = (
         "figure_2",
         "At a fixed number of total model bits, 4-bit is best for almost all sizes and families.",
         select_precisions,
-        judge_four_bit,
+        judge_precisions,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_2"),
     ),
@@ -328,7 +343,7 @@ CURVE_FIGURES: Final = (
         "figure_13",
         "By cross entropy, too, 4-bit is best at a fixed number of total model bits.",
         select_precisions,
-        judge_four_bit,
+        judge_precisions,
         _PRECISIONS,
         ("nano/bit_level", "paper/figure_13"),
         loss=True,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import matplotlib.style
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -19,6 +19,10 @@ from scipy import stats
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, pick_rows
 from kbit.analysis.curves.settings import make_labels
+from kbit.analysis.figures.canvas.axes import set_log_axis
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
+from kbit.analysis.figures.canvas.styles import scale_marker, style_precisions
 from kbit.analysis.figures.drawing import (
     LIMIT,
     LIMIT_OF_MODELS,
@@ -26,10 +30,7 @@ from kbit.analysis.figures.drawing import (
     PaperFigure,
     describe_lack,
     describe_sample,
-    write_verdict,
 )
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly
-from kbit.analysis.figures.styles import STYLE, style_series
 from kbit.analysis.statistics.degradation import measure_lost
 from kbit.layers.int8_schemes import SCHEMES
 from kbit.numerics.spec import BASELINE_BITS
@@ -244,7 +245,7 @@ def resample_groups(points: pd.DataFrame, codes: npt.NDArray[np.intp], rng: np.r
     return np.where(varied, np.clip((xy - sx * sy / n) / np.sqrt(product), -1, 1), np.nan)  # rounding can exceed 1
 
 
-def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
+def draw_relation(relation: Relation, results: pd.DataFrame, page: Page) -> PaperFigure:
     """Draw one relation: a marker per experiment by precision, the correlation below.
 
     Raises:
@@ -269,9 +270,9 @@ def draw_relation(relation: Relation, results: pd.DataFrame) -> PaperFigure:
     if relation.lost and len(points) <= MOST_BARS:
         points, source = add_intervals(points, measure, results)
         notes.append(f"Bars: 95% intervals ({source}). {LIMIT}")
-    fig = scatter(points, relation)
-    write_verdict(fig, relation.name, relation.claim, verdict + ".", *notes)
-    return PaperFigure(relation.name, fig, points, relation.claim, verdict + ".")
+    fig = scatter(points, relation, page)
+    short = f"{letter} = {r:.2f} (95% interval {low:.2f} to {high:.2f}) over {len(points)} experiments."
+    return PaperFigure(relation.name, fig, points, relation.claim, verdict + ".", tuple(notes), short)
 
 
 def describe_range(values: Sequence[float]) -> str:
@@ -295,36 +296,31 @@ def is_varied(points: pd.DataFrame) -> bool:
     return len(points) >= MIN_POINTS and points["x"].nunique() > 1 and points["y"].nunique() > 1
 
 
-def scatter(points: pd.DataFrame, relation: Relation) -> Figure:
+def scatter(points: pd.DataFrame, relation: Relation, page: Page) -> Figure:
     """Draw the points, a style per precision."""
-    with matplotlib.style.context(["default", STYLE]):
-        fig = Figure(figsize=(6.0 + LEGEND_WIDTH, 4.3), layout="constrained")
-        axes = fig.add_subplot()
-        styles = style_series(f"{bits}-bit" for bits in sorted(points["bits"].unique()))
-        alpha = float(np.clip(60 / len(points), 0.25, 0.9))  # dense clouds show their density
-        for bits, group in points.groupby("bits"):
-            style = styles[f"{bits}-bit"]
-            size = 9 if style.marker == "*" else 6
-            if "low" in group:
-                axes.vlines(group["x"], group["low"], group["high"], color=style.color, linewidth=0.8, alpha=0.45)
-            axes.plot(
-                group["x"],
-                group["y"],
-                linestyle="none",
-                marker=style.marker,
-                color=style.color,
-                markersize=size,
-                markeredgecolor="white",
-                markeredgewidth=0.4,
-                alpha=alpha,
-                rasterized=len(points) > 2000,
-            )
-        if relation.log_x:
-            axes.set_xscale("log")
-            label_plainly(axes.xaxis)
-        axes.set_xlabel(relation.x_label)
-        axes.set_ylabel(relation.y_label)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        draw_legend(fig, styles, lines=False)
-    return fig
+    styles = style_precisions(sorted(points["bits"].unique()))
+    sheet = make_sheet(page, 1, (6.0, 4.3), 1, styles)
+    [axes] = sheet.add_axes(1)
+    alpha = float(np.clip(60 / len(points), 0.25, 0.9))  # dense clouds show their density
+    width = 0.5 * float(matplotlib.rcParams["lines.linewidth"])
+    for bits, group in points.groupby("bits"):
+        style = styles[f"{bits}-bit"]
+        if "low" in group:
+            axes.vlines(group["x"], group["low"], group["high"], color=style.color, linewidth=width, alpha=0.45)
+        axes.plot(
+            group["x"],
+            group["y"],
+            linestyle="none",
+            marker=style.marker,
+            color=style.color,
+            markersize=scale_marker(style),
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            alpha=alpha,
+            rasterized=len(points) > 2000,
+        )
+    if relation.log_x:
+        set_log_axis(axes, points["x"], "{:g}".format)
+    sheet.label(relation.x_label, relation.y_label)
+    draw_legend(sheet.fig.body, styles, page, lines=False)
+    return sheet.fig

@@ -14,13 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-import matplotlib.style
+import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure
 
-from kbit.analysis.figures.drawing import PaperFigure, write_verdict
-from kbit.analysis.figures.panels import LEGEND_WIDTH, draw_legend, label_plainly
-from kbit.analysis.figures.styles import STYLE, style_series
+from kbit.analysis.figures.canvas.axes import label_plainly, set_value_axis
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
+from kbit.analysis.figures.canvas.styles import style_precisions
+from kbit.analysis.figures.drawing import PaperFigure
 
 
 @dataclass(frozen=True)
@@ -90,40 +91,34 @@ def tabulate_roofline(devices: tuple[Device, ...] = DEVICES) -> pd.DataFrame:
     return table.assign(speedup=base / table["seconds"])
 
 
-def draw_roofline(results: pd.DataFrame, devices: tuple[Device, ...] = DEVICES) -> PaperFigure:
+def draw_roofline(results: pd.DataFrame, page: Page, devices: tuple[Device, ...] = DEVICES) -> PaperFigure:
     """Draw the roofline speedup of k-bit weights against the batch, a panel per device.
 
     Args:
         results: not used, as the figure follows from the devices.
+        page: the page to draw on.
         devices: the devices to draw.
     """
     table = tabulate_roofline(devices)
     verdict = judge_roofline(table, devices)
-    with matplotlib.style.context(["default", STYLE]):
-        columns = min(len(devices), 2)
-        rows = -(-len(devices) // columns)
-        fig = Figure(figsize=(3.9 * columns + LEGEND_WIDTH, 2.8 * rows), layout="constrained")
-        styles = style_series(f"{bits}-bit" for bits in PRECISIONS)
-        for place, device in enumerate(devices):
-            axes = fig.add_subplot(rows, columns, place + 1)
-            for bits, curve in table[table["device"] == device.name].groupby("bits"):
-                style = styles[f"{bits}-bit"]
-                axes.plot(
-                    curve["batch"], curve["speedup"], color=style.color, marker=style.marker, linestyle=style.dashes
-                )
-            axes.set_xscale("log", base=2)
-            label_plainly(axes.xaxis)
-            axes.axvline(PAPER_BATCH, color="0.6", linewidth=0.8)
-            axes.set_title(device.name, loc="left")
-            axes.set_ylabel("speedup over 16 bit" if place % columns == 0 else "")
-            axes.set_xlabel("batch" if place + columns >= len(devices) else "")
-            axes.grid(color="0.9", linewidth=0.6)
-        draw_legend(fig, styles)
-        note = (
-            f"Computed, not measured: {ROWS} x {COLUMNS} weights, data sheets' bandwidth and peak. Grey line: batch 16."
-        )
-        write_verdict(fig, "figure_16", CLAIM, verdict, note)
-    return PaperFigure("figure_16", fig, table, CLAIM, verdict)
+    styles = style_precisions(PRECISIONS)
+    sheet = make_sheet(page, len(devices), (3.9, 2.8), 2, styles)
+    for axes, device in zip(sheet.add_axes(len(devices)), devices, strict=True):
+        for bits, curve in table[table["device"] == device.name].groupby("bits"):
+            style = styles[f"{bits}-bit"]
+            axes.plot(curve["batch"], curve["speedup"], color=style.color, marker=style.marker, linestyle=style.dashes)
+        axes.set_xscale("log", base=2)
+        label_plainly(axes.xaxis)
+        set_value_axis(axes, 0, 1.05 * table["speedup"].max())
+        axes.axvline(PAPER_BATCH, color="0.6", linewidth=0.5 * float(matplotlib.rcParams["lines.linewidth"]))
+        sheet.write_title(axes, device.name)
+    sheet.label("batch", "speedup over 16 bit")
+    draw_legend(sheet.fig.body, styles, page)
+    note = (
+        f"Computed, not measured: {ROWS} x {COLUMNS} weights, data sheets' bandwidth and peak. Grey line: batch 16. "
+        "All panels have the same axes."
+    )
+    return PaperFigure("figure_16", sheet.fig, table, CLAIM, verdict, (note,))
 
 
 def judge_roofline(table: pd.DataFrame, devices: tuple[Device, ...]) -> str:

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.curves.curves import (
@@ -22,7 +21,7 @@ from kbit.analysis.curves.curves import (
 )
 from kbit.analysis.curves.published import TOLERANCE, compare_anchors, read_published
 from kbit.analysis.curves.selections import has_settings
-from kbit.analysis.curves.settings import is_missing, name_variant
+from kbit.analysis.curves.settings import FLOATS, is_missing, name_block, name_quantizer, name_variant
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.drawing import (
     LIMIT,
@@ -32,11 +31,11 @@ from kbit.analysis.figures.drawing import (
     describe_lack,
     describe_sample,
     draw_table,
-    write_verdict,
 )
 from kbit.analysis.statistics.frontier import choose_precision, draw_values, find_pareto_frontier, mean_interval
 from kbit.analysis.statistics.grades import SIGN, describe_lead, describe_share, grade_interval
 from kbit.analysis.statistics.verdicts import MOST_VARIANTS, NO_CONTEST, NOT_TRIED, TIED, name_range, tabulate_verdicts
+from kbit.numerics.spec import BASELINE_BITS
 
 TABLE_1: Final = (
     "With blocks, 2-bit GPTQ has a lower perplexity than 3-bit float at every block size (OPT-175B, WikiText-2)."
@@ -49,18 +48,18 @@ TABLE_2: Final = (
 
 TABLE_2_METRIC: Final = "spearman_weight_std"  # measurements with this metric, task "proxy/<relation>"
 BUDGET_STEPS: Final = 5  # budgets that the frontier lists of each family and measure, fewer if they fill a page
+CHOICE: Final = ["bits", "label", "block_size"]  # what tells the curves of a family
 SHOWN: Final = 28  # rows of a table that a page holds
 
 
 def finish_table(
     name: str, data: pd.DataFrame, shown: pd.DataFrame, title: str, claim: str, verdict: str, *notes: str
 ) -> PaperFigure:
-    """Draw a table of at most SHOWN rows with claim and verdict below it. All rows are in the data."""
+    """Draw a table of at most SHOWN rows. All rows are in the data and in the files of the table."""
     left = len(shown) - SHOWN
-    fig: Figure = draw_table(shown.head(SHOWN), title)
     more = f"{left} more rows are in the CSV." if left > 0 else ""
-    write_verdict(fig, name, claim, verdict, *notes, more)
-    return PaperFigure(name, fig, data, claim, verdict)
+    kept = tuple(note for note in (*notes, more) if note)
+    return PaperFigure(name, draw_table(shown.head(SHOWN), title), data, claim, verdict, kept, table=shown)
 
 
 def table_1(results: pd.DataFrame) -> PaperFigure:
@@ -188,7 +187,8 @@ def draw_verdicts(results: pd.DataFrame) -> PaperFigure:
     sources = sorted(set(table["source"].dropna()) - {""})
     note = f" Uncertainty: {'; '.join(sources)}." if sources else ""
     measures = [measure for family, measure in list_family_measures(results) if family in set(tried["family"])]
-    notes = [SIGN + note, more, alone, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
+    floats = FLOATS if (tried["data_type"] == "float").any() else ""
+    notes = [SIGN + note, more, alone, floats, describe_sample(results, tried["keys"], *dict.fromkeys(measures)), LIMIT]
     return finish_table("verdicts", data, show_verdicts(table), "k-bit is optimal: which k?", claim, verdict, *notes)
 
 
@@ -309,14 +309,12 @@ def tabulate_frontier(
     if last <= starts.max():  # one of the smallest models beats all others: no second curve reaches such budgets
         last = curves["total_bits"].max()
     budgets = np.geomspace(first, last, steps + 2)[1:-1]
+    known = name_choices(curves)
     rows = []
     for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:
             continue
-        names = [
-            f"{bits}-bit" + ("" if bits == 16 else f" {name_variant(label, block)}")
-            for bits, label, block in zip(choices["bits"], choices["label"], choices["block_size"], strict=True)
-        ]
+        names = [known[choice] for choice in zip(*(choices[name].astype(str) for name in CHOICE), strict=True)]
         first = choices.iloc[0]
         is_best = ((choices["value"] - first["value"]).abs() <= TIE).to_numpy()  # equal values are all shown
         others = np.flatnonzero(~is_best)
@@ -331,6 +329,17 @@ def tabulate_frontier(
             | rival
         )
     return pd.DataFrame(rows)
+
+
+def name_choices(curves: pd.DataFrame) -> dict[tuple[str, ...], str]:
+    """Return the names of curves, such as "nf4 block 64" or "16-bit", by what CHOICE tells of them."""
+    first = curves.drop_duplicates(CHOICE)
+    keys = zip(*(first[name].astype(str) for name in CHOICE), strict=True)
+    names = [
+        "16-bit" if row["bits"] == BASELINE_BITS else f"{name_quantizer(row)} {name_block(row['block_size'])}"
+        for row in first.to_dict("records")
+    ]
+    return dict(zip(keys, names, strict=True))
 
 
 def draw_anchors(results: pd.DataFrame) -> PaperFigure:

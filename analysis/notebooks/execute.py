@@ -13,14 +13,16 @@ import nbclient
 import nbformat
 
 FOLDER: Final = Path(__file__).resolve().parent
+FORMAT: Final[Any] = nbformat  # has no types
 
 
 def execute_notebooks() -> dict[str, Any]:
     """Return the notebooks by name, executed one after the other. Each starts without variables."""
-    notebooks = {path.stem: nbformat.read(path, as_version=4) for path in sorted(FOLDER.glob("*.ipynb"))}
-    whole = nbformat.v4.new_notebook()
+    paths = sorted(FOLDER.glob("*.ipynb"))
+    notebooks: dict[str, Any] = {path.stem: FORMAT.read(path, as_version=4) for path in paths}
+    whole = FORMAT.v4.new_notebook()
     for notebook in notebooks.values():
-        whole.cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]
+        whole.cells += [FORMAT.v4.new_code_cell("%reset -f"), *notebook.cells]
     nbclient.NotebookClient(whole, timeout=400, resources={"metadata": {"path": str(FOLDER)}}).execute()
     for notebook in notebooks.values():
         for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), 1):
@@ -39,5 +41,5 @@ def _clean(output: Any, number: int) -> Any:
 
 if __name__ == "__main__":
     for name, notebook in execute_notebooks().items():
-        nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+        FORMAT.write(notebook, FOLDER / f"{name}.ipynb")
         print(f"{name}: {sum(len(cell.get('outputs', ())) for cell in notebook.cells)} outputs")

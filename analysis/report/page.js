@@ -16,7 +16,7 @@ const COLUMNS = {
   model: { title: "model", cell: (p) => nameOf(data, measure, "model", p) },
   family: { title: "family", cell: (p) => nameOf(data, measure, "family", p) },
   bits: { title: "bits", cell: (p) => Number(nameOf(data, measure, "bits", p)), isNumber: true },
-  data_type: { title: "data type", cell: (p) => nameOf(data, measure, "data_type", p) },
+  quantizer: { title: "quantizer", cell: (p) => nameOf(data, measure, "quantizer", p) },
   block_size: { title: "block size", cell: (p) => asNumber(nameOf(data, measure, "block_size", p)) },
   method: { title: "method", cell: (p) => nameOf(data, measure, "method", p) },
   total_bits: {
@@ -178,7 +178,7 @@ function drawLegend(entries, frontiers, background) {
   };
   const unit = byId("hue").value === "bits" ? "-bit" : "";
   const marks = entries.map(([name, look]) =>
-    make("li", {}, svg(`<path transform="scale(4.5)" fill="${adaptColor(look.color, background)}" d="${MARKERS[look.marker]}"/>`), `${name}${unit}`));
+    make("li", {}, svg(`<path transform="scale(4.5)" fill="${adaptColor(look.color, background)}" d="M${MARKERS[look.marker].join("L")}Z"/>`), `${name}${unit}`));
   const lines = frontiers.map(({ family, evaluation }, place) => {
     const line = svg(`<path d="M-12,0H12" stroke="currentColor" stroke-width="2" stroke-dasharray="${DASHES[place % DASHES.length]}"/>`);
     return make("li", {}, line, `Pareto frontier: ${family}${byId("evaluation").value === "" ? `, ${evaluation}` : ""}`);
@@ -217,11 +217,10 @@ function drawTable() {
 function describe(point) {
   const [low, high] = [measure.low[point], measure.high[point]];
   const text = (name) => COLUMNS[name].text(COLUMNS[name].cell(point), point);
-  const quantizer = ["bits", "data_type", "block_size"].map((name) => nameOf(data, measure, name, point));
-  const method = nameOf(data, measure, "method", point);
+  const [quantizer, block, method] = ["quantizer", "block_size", "method"].map((name) => nameOf(data, measure, name, point));
   return [
     nameOf(data, measure, "model", point),
-    quantizer[1] === UNQUANTIZED ? "16 bits, not quantized" : `${quantizer[0]}-bit ${quantizer[1]}, ${nameBlock(quantizer[2])}, ${method}`,
+    quantizer === UNQUANTIZED ? "16 bits, not quantized" : `${quantizer}, ${nameBlock(block)}, ${method}`,
     `${measure.axis}: ${formatValue(measure.value[point])}${low === null ? "" : ` (${formatValue(low)} to ${formatValue(high)})`}`,
     `${text("total_bits")}, ${text("bits_per_param")} bits per quantized parameter`,
   ];

@@ -94,10 +94,10 @@ function sortPoints(points, cellOf, descending) {
   });
 }
 
-// Places on an axis, at most so many: 1, 2 and 5 times powers of ten, or steps that are so.
+// Places on an axis, at most so many: 1, 2 and 5 times powers of ten, or more digits, or equal steps.
 function listTicks(low, high, most, isLog) {
-  if (isLog) {
-    const ticks = listLogTicks(low, high, most);
+  for (const digits of isLog ? [[1, 2, 5], [1, 1.5, 2, 3, 4, 5, 6, 8]] : []) {
+    const ticks = listLogTicks(low, high, most, digits);
     if (ticks.length >= 3) return ticks;
   }
   const rough = (high - low) / Math.max(most, 1);
@@ -108,10 +108,10 @@ function listTicks(low, high, most, isLog) {
   return ticks;
 }
 
-function listLogTicks(low, high, most) {
+function listLogTicks(low, high, most, digits) {
   const ticks = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
-    for (const digit of [1, 2, 5]) ticks.push({ digit, tick: Number(`${digit}e${power}`) });
+    for (const digit of digits) ticks.push({ digit, tick: Number(`${digit}e${power}`) });
   }
   const inside = ticks.filter(({ tick }) => tick >= low && tick <= high);
   const powers = inside.filter(({ digit }) => digit === 1);

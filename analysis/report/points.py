@@ -1,20 +1,35 @@
 """The data of the page's chart and table: experiments as columns, and the measurements of each measure.
 
 A column with few distinct names has each name once, with a code and a look for it. Values have seven digits. 35,000
-experiments with seven measures then take 9 MB.
+experiments with seven measures then take 11 MB.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import ZERO_SHOT
-from kbit.analysis.curves.settings import is_missing, make_labels, rank_data_type, rank_label
-from kbit.analysis.figures.styles import LINE_STYLES, SERIES_STYLES, LineStyle
+from kbit.analysis.curves.curves import LOSSES, ZERO_SHOT
+from kbit.analysis.curves.settings import (
+    SETTING_COLUMNS,
+    is_missing,
+    list_settings,
+    name_quantizer,
+    rank_data_type,
+    rank_label,
+)
+from kbit.analysis.figures.canvas.styles import (
+    LINE_STYLES,
+    SERIES_STYLES,
+    LineStyle,
+    style_data_type,
+    style_precision,
+)
+from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
 from kbit.numerics.spec import BASELINE_BITS
 
 UNQUANTIZED: Final = "unquantized"
@@ -26,10 +41,6 @@ METRICS: Final = {
     "kl_divergence": ("KL divergence to 16 bits", "nats per token"),
     "perplexity": ("perplexity", ""),
 }
-LOSSES: Final = (
-    "cross_entropy", "perplexity", "kl_divergence", "bits_per_byte", "word_cross_entropy", "word_perplexity",
-    "byte_perplexity",
-)  # fmt: skip
 GAINS: Final = ("acc", "acc_norm", "exact_match", "top1_agreement")  # metrics that are better if they are higher
 DIGITS: Final = ".7g"
 
@@ -51,8 +62,9 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of experiments, one row each: the named ones with codes and looks, the others as lists."""
     bits = experiments["bits"].astype(int)
     types = experiments["data_type"].astype(object)
-    labels = make_labels(experiments)
-    named = labels.where(labels.notna(), UNQUANTIZED).astype(str)
+    named = name_settings(experiments, name_type)
+    looks = style_types(experiments, named)
+    quantizers = name_settings(experiments, name_quantized)
     sizes = pd.Series(
         [name_block_size(*pair) for pair in zip(experiments["block_size"], bits, strict=True)], dtype=object
     )
@@ -61,8 +73,9 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
     return {
         "family": encode(experiments["family"].astype(str), sort_names(experiments["family"])),
         "model": encode(experiments["model"].astype(str), sort_names(experiments["model"])),
-        "bits": encode(bits.astype(str), sort_names(bits), LINE_STYLES_BY_NAME),
-        "data_type": encode(named, *style_labels(named, types)),
+        "bits": encode(bits.astype(str), sort_names(bits), {str(k): style_precision(k) for k in LINE_STYLES}),
+        "data_type": encode(named, list(looks), looks),
+        "quantizer": encode(quantizers, sort_names(quantizers)),
         "block_size": encode(sizes, sort_names(sizes)),
         "method": encode(methods, sort_names(methods)),
         "curve": curves.groupby(list(curves), sort=False).ngroup().tolist(),
@@ -86,7 +99,7 @@ def encode(column: pd.Series[Any], names: Sequence[str], looks: dict[str, LineSt
 
 
 BASELINE: Final = LINE_STYLES[BASELINE_BITS]
-LINE_STYLES_BY_NAME: Final = {str(bits): style for bits, style in LINE_STYLES.items()}
+MARKERS: Final = [style.marker for style in SERIES_STYLES]
 
 
 def sort_names(column: pd.Series[Any]) -> list[str]:
@@ -97,21 +110,48 @@ def sort_names(column: pd.Series[Any]) -> list[str]:
     )
 
 
-def style_labels(labels: pd.Series[str], types: pd.Series[Any]) -> tuple[list[str], dict[str, LineStyle]]:
-    """Return the labels in order, data type by data type, and each one's look.
+def name_settings(experiments: pd.DataFrame, name: Callable[[dict[Any, Any]], str]) -> pd.Series[str]:
+    """Return a name for each experiment's quantizer, worked out once for each distinct one."""
+    columns = experiments.columns.intersection(["bits", "data_type", *SETTING_COLUMNS]).tolist()
+    group = experiments.groupby(columns, dropna=False, sort=False, observed=True).ngroup()
+    firsts = experiments[~group.duplicated()].to_dict("records")
+    return group.map(dict(zip(group.unique(), map(name, firsts), strict=True)))
 
-    Labels of one data type share its colour and differ in their markers.
+
+def style_types(experiments: pd.DataFrame, names: pd.Series[str]) -> dict[str, LineStyle]:
+    """Return the look of each name of name_type, sorted data type by data type.
+
+    Names of one data type have its colour, as in the figures, and differ in their markers.
     """
-    pairs = {label: None if is_missing(kind) else str(kind) for label, kind in zip(labels, types, strict=True)}
-    names = sorted(pairs, key=lambda name: (pairs[name] is None, rank_data_type(pairs[name]), rank_label(name)))
-    kinds = list(dict.fromkeys(kind for kind in (pairs[name] for name in names) if kind is not None))
+    is_first = ~names.duplicated()
+    rows = dict(zip(names[is_first], experiments[is_first].to_dict("records"), strict=True))
+    ranks = {name: (rank_data_type(row["data_type"]), rank_label(name)) for name, row in rows.items()}
     looks: dict[str, LineStyle] = {}
-    for place, kind in enumerate(kinds):
-        first = SERIES_STYLES[place % len(SERIES_STYLES)]
-        own = [name for name in names if pairs[name] == kind]
-        for name, other in zip(own, itertools.cycle(SERIES_STYLES), strict=False):
-            looks[name] = LineStyle(first.color, first.marker if name == own[0] else other.marker, first.dashes)
-    return names, looks
+    for name in sorted(rows, key=lambda name: (name == UNQUANTIZED, ranks[name])):
+        row = rows[name]
+        look = BASELINE
+        if name != UNQUANTIZED:
+            look = style_data_type(str(row["data_type"]), int(row["bits"]), row["exponent_bits"])
+        taken = {other.marker for other in looks.values() if other.color == look.color}
+        free = [marker for marker in (look.marker, *MARKERS) if marker not in taken]
+        looks[name] = replace(look, marker=free[0] if free else look.marker)
+    return looks
+
+
+def name_type(row: dict[Any, Any]) -> str:
+    """Return the name of one experiment's data type with its settings. A float has its exponent bits in it."""
+    if is_missing(row["data_type"]):
+        return UNQUANTIZED
+    name = str(row["data_type"])
+    if name == "float":
+        exponent = PAPER_EXPONENT_BITS[row["bits"]] if is_missing(row["exponent_bits"]) else row["exponent_bits"]
+        name = f"float e{exponent}"
+    return " ".join([name, *list_settings(row)])
+
+
+def name_quantized(row: dict[Any, Any]) -> str:
+    """Return the name of one experiment's quantizer at its bits, such as "float4-e2m1" or "int3 gptq"."""
+    return UNQUANTIZED if is_missing(row["data_type"]) else name_quantizer(row)
 
 
 def name_block_size(block_size: Any, bits: int) -> str:

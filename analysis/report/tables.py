@@ -10,6 +10,7 @@ import pandas as pd
 
 from kbit.analysis.curves.settings import is_missing, name_variant
 from kbit.analysis.curves.units import format_bits
+from kbit.analysis.statistics.verdicts import NOT_TRIED
 
 LAW_HEADS: Final = {
     "family": "family", "law": "law", "panel": "data", "points": "points", "r2": "R²", "rmse": "error",
@@ -27,7 +28,8 @@ PROVENANCE_HEADS: Final = {
 
 
 def write_verdicts(table: pd.DataFrame) -> str:
-    """Return the table of verdicts (verdicts.tabulate_verdicts) as HTML."""
+    """Return the table of verdicts (verdicts.tabulate_verdicts) as HTML, and below it what it leaves out."""
+    is_tried = table["grade"] != NOT_TRIED
     is_ambiguous = table["lowest"].isna()  # of which the grade is the reason
     reasons = table.loc[is_ambiguous, "grade"].drop_duplicates()
     rows = [
@@ -47,10 +49,11 @@ def write_verdicts(table: pd.DataFrame) -> str:
             "budgets": f"{format_bits(row['lowest'])} to {format_bits(row['highest'])}",
             "intervals": row["source"],
         }
-        for row in table[~is_ambiguous].to_dict("records")
+        for row in table[is_tried & ~is_ambiguous].to_dict("records")
     ]
     shown = format_table(pd.DataFrame(rows, dtype=object), "No two precisions meet at equal total bits.")
-    return shown + write_reasons(reasons)
+    untried = f"{(~is_tried).sum():,} rows of {len(table):,} were {NOT_TRIED}"
+    return shown + write_reasons([*reasons, *([] if is_tried.all() else [untried])])
 
 
 def write_laws(laws: pd.DataFrame, left_out: Iterable[str]) -> str:
@@ -69,7 +72,7 @@ def write_provenance(provenance: pd.DataFrame) -> str:
 
 
 def write_reasons(reasons: Iterable[str]) -> str:
-    """Return why families are left out as HTML, below a table."""
+    """Return what is left out of a table as HTML, a paragraph for each reason."""
     return "".join(f"<p>{html.escape(f'Left out: {reason}')}</p>" for reason in reasons)
 
 

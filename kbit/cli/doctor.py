@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from kbit.checks import KbitError
-from kbit.cli.run import add_store
 
 if TYPE_CHECKING:
     from kbit.cli.hydra.compose import Request
@@ -63,7 +62,6 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_store(parser)
     parser.set_defaults(takes_keys=True, multirun=True, last=["hydra.launcher.examine_only=true"])
 
 

@@ -73,6 +73,8 @@ def export_results(options: argparse.Namespace, keys: Collection[str]) -> None:
 
     from kbit.store.results import load_results
 
+    if options.to is None:
+        raise ValueError(f"--project {options.project} goes with --to TRACKER")
     tracker, project = options.to, options.project or "kbit"
     if given := [f"--{name}" for name in ("failures", "csv", "parquet") if getattr(options, name)]:
         raise ValueError(f"--to goes without {' '.join(given)}")

@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from kbit.checks import KbitError
+from kbit.checks import KbitError, check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from kbit.analysis.figures.canvas.page import Page
+    from kbit.analysis.figures.saving import Files
 
 # The names of kbit.analysis.figures.registry.FIGURES for the shell, which cannot wait for matplotlib. A test compares.
 FIGURE_NAMES: Final = (
@@ -32,7 +35,13 @@ def add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--where", help="draw these rows only: a condition, such as \"data_type == 'nf'\"")
     parser.add_argument("--measure", metavar="TASK/METRIC", help="what curves show, such as nano_cloze/acc")
     parser.add_argument("--lower-is-better", action="store_true", help="of --measure, as of a loss")
-    parser.add_argument("--out", default="figures", type=Path, help="folder for PNG, SVG and CSV (default: figures)")
+    parser.add_argument("--out", default="figures", type=Path, help="folder for the files (default: figures)")
+    parser.add_argument("--format", default="png,svg", metavar="png,svg,pdf", help="pictures (default: png,svg)")
+    parser.add_argument("--width", metavar="3.3in", help="width, in in, cm, mm or pt (tables keep theirs)")
+    parser.add_argument("--height", metavar="2.5in", help="height, with the caption (default: it follows)")
+    parser.add_argument("--dpi", default=150, type=float, help="dots per inch of a PNG (default: 150)")
+    parser.add_argument("--caption", default="short", help="none, short (claim and verdict) or full (default: short)")
+    parser.add_argument("--style", metavar="FILE", help="a style of matplotlib, by file or name; it beats kbit's own")
     parser.set_defaults(run=draw_figures, words_offered=FIGURE_NAMES)
 
 
@@ -50,16 +59,18 @@ def add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def draw_figures(options: argparse.Namespace) -> None:
-    """Draw figures from a store, and print where each is or why there is none.
+    """Draw figures from a store, and print where each is or why there is none, as soon as that is known.
 
     Raises:
         KbitError: the results allow no figure or not all of those that were named, or a figure failed.
         ValueError, OSError: there is no store, or an argument is wrong.
     """
-    from kbit.analysis.figures.registry import choose_measure, save_figures
+    from kbit.analysis.figures.curve_figures import choose_measure
+    from kbit.analysis.figures.registry import save_figures
     from kbit.analysis.statistics.findings import finding
     from kbit.store.readers import leave_out_checkpoints, read_results
 
+    page, files = _read_page(options), _read_files(options)
     results = leave_out_checkpoints(read_results(options.results))
     if options.where:
         results = _select(results, options)
@@ -69,18 +80,54 @@ def draw_figures(options: argparse.Namespace) -> None:
     if options.measure:
         measure = choose_measure(results, options.measure, lower_is_better=options.lower_is_better)
         print(f"{options.measure}: {'higher' if measure.higher_is_better else 'lower'} values are better")
-    figures = save_figures(results, options.out, options.names or None, measure)
-    for figure in figures:
+    figures = []
+    for figure in save_figures(results, options.out, options.names or None, measure, page, files):
+        figures.append(figure)
         shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"
-        print(f"{figure.name}: {shown}")
+        print(f"{figure.name}: {shown}", flush=True)
     if not any(figure.paths for figure in figures):
         which = f"none of the figures {' '.join(options.names)}" if options.names else "no figure"
         raise KbitError(f"these results allow {which}")
-    print(f"the same as SVG, and what is drawn as CSV, in {options.out.absolute()}")
+    print(
+        f"{options.out.absolute()} has each as {', '.join(files.formats)}, what is drawn as CSV, its whole caption as"
+    )
+    print("Markdown, and tables as LaTeX")
     print(f"\n{finding(results)}")
     missing = [figure.name for figure in figures if figure.failed or (options.names and figure.skipped)]
     if missing:
         raise KbitError(f"not drawn: {' '.join(missing)}")
+
+
+def _read_page(options: argparse.Namespace) -> Page:
+    """Return the page that the arguments describe.
+
+    Raises:
+        ValueError: a length or a style is wrong.
+    """
+    from kbit.analysis.figures.canvas.page import Page, parse_length, read_style
+
+    sizes = [size and parse_length(size) for size in (options.width, options.height)]
+    if options.style is not None:
+        read_style(options.style)  # refused before anything is drawn
+    return Page(*sizes, style=options.style)
+
+
+def _read_files(options: argparse.Namespace) -> Files:
+    """Return which files the arguments ask for.
+
+    Raises:
+        ValueError: a format, a caption or a resolution is wrong.
+    """
+    from kbit.analysis.figures.drawing import CAPTIONS
+    from kbit.analysis.figures.saving import WRITTEN_AS, Files
+
+    formats = tuple(dict.fromkeys(name.strip() for name in options.format.split(",")))
+    for name in formats:
+        check_choice("--format", name, tuple(WRITTEN_AS))
+    check_choice("--caption", options.caption, CAPTIONS)
+    if not 10 <= options.dpi <= 2400:
+        raise ValueError(f"--dpi {options.dpi:g} is not between 10 and 2400")
+    return Files(formats, options.dpi, options.caption)
 
 
 def _select(results: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
@@ -94,7 +141,8 @@ def _select(results: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
     if select_rows(results, options.where).empty:
         raise ValueError(f"--where {options.where!r} finds none of the rows of {options.results}")
     kept = select_rows(results, options.where, keep_baseline=True)
-    print(f"--where keeps {len(kept)} of {len(results)} rows, {is_baseline(kept).sum()} of them of 16-bit baselines")
+    baselines, dropped = is_baseline(kept).sum(), len(results) - len(kept)
+    print(f"--where keeps {len(kept)} rows, {baselines} of them of 16-bit baselines, and drops {dropped}")
     return kept
 
 

@@ -124,7 +124,8 @@ def run_command(arguments: Sequence[str]) -> None:
         arguments = ["--help"]
     if arguments[0] not in (*commands, "-h", "--help", "--version"):
         raise KbitError(f"unknown command {arguments[0]!r}; {suggest(arguments[0], commands)}")
-    if (command := commands.get(arguments[0])) and not command.get_default("takes_keys"):
+    command = commands.get(arguments[0])
+    if command and not command.get_default("takes_keys") and "--results" in command.format_usage():
         arguments = [_as_option(argument) for argument in arguments]
     options, rest = parser.parse_known_args(arguments)
     options.rest = rest
@@ -141,8 +142,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
 
     A command sets these defaults: `run` is its function of the parsed options, and `words_offered` are the words that
     the shell offers for its arguments. A command with the arguments of `kbit run` sets `takes_keys` instead, `multirun`
-    if it is always one, and the arguments that come `first` and `last`. It has `--results`, which is the key results. A
-    command sets `takes_rest` if its function takes arguments that its parser does not know, as `rest`.
+    if it is always one, and the arguments that come `first` and `last`. It gets `--results`, the key results. A command
+    sets `takes_rest` if its function takes arguments that its parser does not know, as `rest`.
     """
     parser = argparse.ArgumentParser(
         "kbit", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -151,6 +152,9 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     commands = parser.add_subparsers(title="commands", metavar="<command>", dest="command", required=True)
     for declare in COMMANDS:
         declare(commands)
+    for command in commands.choices.values():
+        if command.get_default("takes_keys"):
+            command.add_argument("--results", metavar="STORE", help="the same as results=STORE (default: results)")
     parser.set_defaults(
         takes_keys=False, takes_rest=False, multirun=False, first=[], last=[], commands=commands.choices
     )

@@ -122,10 +122,11 @@ def _list(options: argparse.Namespace) -> None:
         return
     from kbit.store.tables import write_csv, write_parquet
 
-    if options.failures and (given := [f"--{name}" for name in _ARRANGEMENT if getattr(options, name)]):
-        raise ValueError(f"--failures goes without {' '.join(given)}")
+    given = [f"--{name}" for name in _ARRANGEMENT if getattr(options, name)]
+    if given and (options.failures or options.to):
+        raise ValueError(f"{'--failures' if options.failures else '--to'} goes without {' '.join(given)}")
     table = _read(options)
-    if options.to:
+    if options.to or options.project:
         export_results(options, set(table["key"]))
         return
     if not (options.failures or table.empty):
@@ -144,7 +145,7 @@ def _list(options: argparse.Namespace) -> None:
     elif options.failures:
         print(show_failures(table, shutil.get_terminal_size().columns))
     else:
-        print(table.mask(table.eq("none")).to_string(index=False, na_rep="-"))
+        print(table.replace("none", "-").to_string(index=False, na_rep="-"))
 
 
 def _delete(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -46,7 +47,6 @@ def add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Declare `kbit run`, whose arguments and help are Hydra's."""
     text = "quantize and evaluate one model, or with -m / +sweeps=... a grid"
     parser = commands.add_parser("run", help=text, add_help=False, allow_abbrev=False)
-    add_store(parser)
     parser.set_defaults(takes_keys=True)
 
 
@@ -54,7 +54,6 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Declare `kbit plan`."""
     text = "say what the same arguments would run, and run nothing"
     parser = commands.add_parser("plan", help=text, add_help=False, allow_abbrev=False)
-    add_store(parser)
     parser.set_defaults(takes_keys=True, multirun=True, last=["hydra.launcher.plan_only=true"])
 
 
@@ -69,13 +68,7 @@ def add_outliers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_store(parser)
     parser.set_defaults(takes_keys=True, first=["quant.bits=16", "eval.tasks=[]", "eval.features.measure=true"])
-
-
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """Let a command whose arguments are keys take the key results as an option, as the other commands do."""
-    parser.add_argument("--results", metavar="STORE", help="the same as results=STORE (default: results)")
 
 
 def run_request(request: Request) -> None:
@@ -214,7 +207,8 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
             print(_describe_results(store.root, next(iter(distinct))))
         print(f"{len(distinct)} of {len(distinct)} asked results are in {store.root}")
         if len(distinct) > 1:
-            print(f"see them: kbit figures --results {settings.results}, kbit results --results {settings.results}")
+            place = shlex.quote(settings.results)
+            print(f"see them: kbit figures --results {place}, kbit results --results {place}")
         return
     failures = read_failures(store.root).set_index("key")
     reasons = {str(key): (str(row["state"]), str(row["reason"])) for key, row in failures.iterrows()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import os
@@ -95,10 +96,11 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
     mentioned = find_mentioned(unknown)
     for name in unknown:
         if name not in mentioned or name not in _make_manager(include_defaults=True).all_tasks:
-            here = ", ".join(sorted({*local, *groups.paths, *groups.tags}))
+            here = sorted({*local, *groups.paths, *groups.tags})
+            near = [f" did you mean {meant}?" for meant in difflib.get_close_matches(name, here, 1)]
             raise ValueError(
-                f"unknown task {name!r}; local tasks are {here}; `lm_eval ls tasks` lists lm-eval's own"
-                + "".join(f"; {broken}" for broken in find_broken_files(task_path))
+                f"unknown task {name!r};{''.join(near)} local tasks are {', '.join(here)}; `lm_eval ls tasks` "
+                "lists lm-eval's own" + "".join(f"; {broken}" for broken in find_broken_files(task_path))
             )
     loaded: list[LoadedTask] = []
     for name in names:

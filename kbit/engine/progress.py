@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
@@ -64,8 +64,10 @@ class Progress:
         )  # fmt: skip
         self._until_closed = ExitStack()
         if not self._bar.disable:
-            self._until_closed.enter_context(redirect_stdout(DummyTqdmFile(sys.stdout)))
-            self._until_closed.enter_context(redirect_stderr(DummyTqdmFile(self._stream)))
+            out: Any = DummyTqdmFile(sys.stdout)
+            err: Any = DummyTqdmFile(self._stream)
+            self._until_closed.enter_context(redirect_stdout(out))
+            self._until_closed.enter_context(redirect_stderr(err))
             self._tick()
 
     def _tick(self) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kbit.kernels import cpu_linear
 from kbit.kernels.cpu_chunks import BFLOAT16, FLOAT16, FLOAT32
@@ -18,8 +20,6 @@ from kbit.numerics.spec import QuantSpec
 
 _KINDS: Final = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
 _DOUBLE_ZERO: Final = 126  # kbit.numerics.scale_formats: the code that stands for 0 where the block's float32 says so
-
-Stored = Mapping[str, NDArray[Any]]
 
 
 def can_fuse(spec: QuantSpec, shape: tuple[int, ...]) -> bool:
@@ -34,36 +34,52 @@ def find_chunk(spec: QuantSpec, shape: tuple[int, ...]) -> int:
 
 
 def make_matrix(q: QuantizedTensor) -> Matrix:
-    """Return a quantized matrix, for which can_fuse is true, as the fused kernels take it, in the same memory."""
+    """Return a matrix for which can_fuse is true as the kernels of its device take it, in the same memory."""
     spec, (rows, columns) = q.spec, q.shape
     row, block_size = spec.find_block_shape(q.shape)
     codebook = np.full(256, q.codebook[-1].item(), np.float32)
-    codebook[: len(q.codebook)] = q.codebook.numpy()
+    codebook[: len(q.codebook)] = q.codebook.cpu().numpy()
     least = -math.inf if spec.normalization == "signed_absmax" else 0.0
-    scales = _describe(spec.scale_type, {name: t.numpy() for name, t in q.scales.items()})._replace(least=least)
-    offsets = Constants(ABSENT, np.empty(0, np.uint8))
-    if q.offsets:
-        offsets = _describe(spec.offset_type, {name: t.numpy() for name, t in q.offsets.items()})
+    scales = _describe(spec.scale_type, q.scales)._replace(least=least)
+    offsets = _describe(spec.offset_type, q.offsets) if q.offsets else Constants(ABSENT, _view(q.codes[:0]))
     offsets = offsets._replace(added=float(q.center[0]) if len(q.center) else 0.0)
     per_row = math.ceil(columns / block_size) if row == columns else 0
-    return Matrix(q.codes.numpy(), spec.bits, codebook, scales, offsets, rows, Blocks(columns, per_row, block_size))
+    blocks, step = Blocks(columns, per_row, block_size), _find_step(codebook[: len(q.codebook)])
+    return Matrix(_view(q.codes), spec.bits, codebook, scales, offsets, rows, blocks, step)
 
 
-def _describe(scale_format: ScaleFormat, stored: Stored) -> Constants:
+def _describe(scale_format: ScaleFormat, stored: Mapping[str, Tensor]) -> Constants:
     """Return how the kernels decode what a format stores. A format that they do not know is decoded here."""
+    codes = stored.get("scales", torch.empty(0))
     if scale_format.name in _KINDS:
-        return Constants(_KINDS[scale_format.name], _as_bytes(stored["scales"]))
+        return Constants(_KINDS[scale_format.name], _view(codes.view(torch.uint8)))
+    others = {name: tensor.cpu().numpy() for name, tensor in stored.items() if name != "scales"}
     if isinstance(scale_format, PowerScales | Float8Scales):
-        return Constants(CODED, stored["scales"], values=_list_values(scale_format, stored))
+        return Constants(CODED, _view(codes), values=_list_values(scale_format, others))
     if isinstance(scale_format, DoubleScales):
         one = {"second_scales": np.ones(1, np.float32), "mean": np.zeros(1, np.float32)}
-        values, mean = _list_values(scale_format, one), float(stored["mean"][0])
-        second = stored["second_scales"]
-        return Constants(CODED, stored["scales"], values=values, second=second, mean=mean, zero=_DOUBLE_ZERO)
-    return Constants(FLOAT32, _as_bytes(scale_format.decode(stored)))
+        return Constants(
+            CODED, _view(codes), values=_list_values(scale_format, one), second=_view(stored["second_scales"]),
+            mean=float(others["mean"][0]), zero=_DOUBLE_ZERO,
+        )  # fmt: skip
+    numbers = scale_format.decode({name: tensor.cpu().numpy() for name, tensor in stored.items()})
+    return Constants(FLOAT32, _view(torch.from_numpy(numbers).to(codes.device).view(torch.uint8)))
 
 
-def _list_values(scale_format: ScaleFormat, others: Stored) -> NDArray[np.float32]:
+def _find_step(codebook: NDArray[np.float32]) -> float:
+    """Return the distance of neighbours in a codebook whose values are as far apart to within rounding, else 0."""
+    values = codebook.astype(np.float64)
+    step = (values[-1] - values[0]) / max(1, len(values) - 1)
+    line = values[0] + step * np.arange(len(values))
+    return float(step) if np.abs(values - line).max() <= 2.0**-24 * np.abs(values).max() else 0.0
+
+
+def _view(tensor: Tensor) -> Any:
+    """Return a tensor as its device's kernels take it."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _list_values(scale_format: ScaleFormat, others: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """Return what each byte of `scales` stands for. A byte that is no number in the format stands for 0."""
     codes = np.arange(256, dtype=np.uint8)
     if isinstance(scale_format, Float8Scales):
@@ -72,7 +88,3 @@ def _list_values(scale_format: ScaleFormat, others: Stored) -> NDArray[np.float3
         codes[0xFF] = 0
     values: NDArray[np.float32] = scale_format.decode({**others, "scales": codes})
     return values
-
-
-def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(array).view(np.uint8)

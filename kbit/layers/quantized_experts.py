@@ -29,12 +29,6 @@ class QuantizedExperts(nn.ModuleList):
         super().__init__(PackedWeight(layout, device) for layout in layouts)
         self.is_transposed = is_transposed
 
-    @classmethod
-    def from_codes(cls, experts: Sequence[QuantizedTensor], *, is_transposed: bool) -> QuantizedExperts:
-        """Return the weight that these codes of the experts, in order, stand for."""
-        layouts = [PackedLayout.of(q) for q in experts]
-        return cls(layouts, is_transposed=is_transposed, device="meta").put(experts)
-
     def put(self, experts: Sequence[QuantizedTensor]) -> Self:
         """Take over the tensors of the experts' codes, without a copy."""
         for weight, q in zip(self.children(), experts, strict=True):

@@ -7,6 +7,7 @@ torch multiplies by it: the same bits as with the whole dequantized weight.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -17,13 +18,16 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from kbit.kernels import cpu_linear
-from kbit.kernels.cpu_linear import Matrix
+from kbit.kernels.cpu_linear import BATCHES, Matrix
+from kbit.kernels.simd import find_isa
 from kbit.layers.fused import can_fuse, make_matrix
 from kbit.layers.packed_weight import PackedLayout, PackedWeight
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.tiles import Tiles
 
-FUSED_ROWS: Final = 16  # measured by benchmarks/packed_linear.py: from there on, tiles are as fast
+# Up to so many rows of inputs, in float32 and in 16 bits, the fused path is faster than tiles (FINDINGS.md).
+# Without instructions for bfloat16, torch's 16-bit products are slow, and no end was found up to 256 rows.
+FUSED_ROWS: Final = {"avx512": (32, 8), "avx2": (64, 256), "generic": (8, 8)}
 
 
 class QuantizedLinear(PackedWeight):
@@ -31,7 +35,8 @@ class QuantizedLinear(PackedWeight):
 
     Attributes:
         bias: the layer's bias in its own dtype, or None.
-        fused_rows: up to so many inputs take the fused path, if rows and blocks are multiples of 16. 0 is never.
+        fused_rows: up to so many rows of inputs take the fused path, if the weight's rows and blocks are multiples of
+            16. 0 is never. None is what was measured (FUSED_ROWS).
         is_conv1d: whether it stands for a Conv1D, whose products have the weight stored as [in, out].
     """
 
@@ -46,7 +51,8 @@ class QuantizedLinear(PackedWeight):
         if len(layout.shape) != 2:
             raise ValueError(f"a weight of shape {layout.shape} is no matrix [out, in] of a linear layer")
         self.out_features, self.in_features = layout.shape
-        self.is_conv1d, self.fused_rows = is_conv1d, FUSED_ROWS
+        self.is_conv1d = is_conv1d
+        self.fused_rows: int | None = None
         self.register_parameter("bias", bias)
         self._is_fusible = can_fuse(layout.spec, layout.shape)
         self._matrix: tuple[tuple[int, ...], Matrix] | None = None
@@ -67,14 +73,16 @@ class QuantizedLinear(PackedWeight):
         y: Tensor = _Product.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
-    def choose_path(self, rows: int) -> str:
-        """Return how the product of so many rows is computed: fused or tile."""
-        is_fused = self._is_fusible and 0 < rows <= self.fused_rows and self.weight.device.type == "cpu"
-        return "fused" if is_fused else "tile"
+    def choose_path(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
+        """Return how the product of so many rows of inputs of this dtype is computed: fused or tile."""
+        most = find_fused_rows(dtype) if self.fused_rows is None else self.fused_rows
+        if self.weight.device.type != "cpu":
+            most = min(most, BATCHES[-1])
+        return "fused" if self._is_fusible and 0 < rows <= most else "tile"
 
     def multiply(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Return x W^T + bias, without a gradient."""
-        return self._multiply_fused(x) if self.choose_path(len(x)) == "fused" else self._multiply_tiles(x)
+        return self._multiply_fused(x) if self.choose_path(len(x), x.dtype) == "fused" else self._multiply_tiles(x)
 
     def _multiply_fused(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         matrix, inputs = self._find_matrix(), x.detach().float()
@@ -83,7 +91,7 @@ class QuantizedLinear(PackedWeight):
             inputs = inputs.index_fill(1, q.outlier_columns, 0.0)
         if q is not None and q.input_scales is not None:
             inputs = inputs / q.input_scales.float()
-        y = torch.from_numpy(cpu_linear.multiply(inputs.contiguous().numpy(), matrix, torch.get_num_threads()))
+        y = _multiply_on_device(inputs.contiguous(), matrix)
         if q is not None and q.outlier_columns is not None and q.outlier_values is not None:
             y += x.detach()[:, q.outlier_columns].float() @ q.outlier_values.float().t()
         if self.bias is not None:
@@ -126,13 +134,30 @@ class QuantizedLinear(PackedWeight):
 
     def extra_repr(self) -> str:
         """Return what the layer is, for print(model)."""
-        fused = f"fused up to {self.fused_rows} rows" if self.choose_path(1) == "fused" else "tiles only"
+        most = find_fused_rows(torch.float32) if self.fused_rows is None else self.fused_rows
+        fused = f"fused up to {most} rows" if self._is_fusible and most else "tiles only"
         return f"{super().extra_repr()}, bias={self.bias is not None}, {fused}"
+
+
+def find_fused_rows(dtype: torch.dtype) -> int:
+    """Return up to how many rows of inputs of this dtype the fused path is the faster one on this CPU."""
+    return FUSED_ROWS[find_isa().name][0 if dtype == torch.float32 else 1]
 
 
 def _forget_matrix(layer: QuantizedLinear, _: Any) -> None:
     """Forget what was made of tensors that have other values now."""
     layer.__dict__["_matrix"] = None
+
+
+def _multiply_on_device(x: Float[Tensor, "rows in"], matrix: Matrix) -> Float[Tensor, "rows out"]:
+    """Return x W^T by the kernels of x's device."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(cpu_linear.multiply(x.numpy(), matrix, torch.get_num_threads()))
+    cuda_linear = import_module("kbit.kernels.cuda_linear")  # on first use: it needs the extra kbit[cuda]
+    batch = next(size for size in BATCHES if size >= len(x))
+    padded = F.pad(x, (0, 0, 0, batch - len(x)))
+    products: Tensor = cuda_linear.multiply(padded.view(-1), matrix)
+    return products.view(batch, matrix.rows)[: len(x)]
 
 
 class _Product(torch.autograd.Function):

@@ -167,6 +167,8 @@ class QuantConfig(QuantSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("quant.method", self.method, tuple(METHODS))
+        if not self.signed:
+            raise ValueError("quant.signed=false has no values below 0, and a model's weights have")
         self._check_outliers()
         self._check_method()
         if not 0 <= self.min_coverage <= 1:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Final
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.figures.styles import STYLE, style_series
+from kbit.analysis.figures.canvas.notebooks import show_figures
+from kbit.analysis.figures.canvas.page import Page, apply_style
+from kbit.analysis.figures.canvas.styles import style_data_type, style_series
 from kbit.checks import check_choice
-from kbit.notebook.display import show_figures
 from kbit.notebook.quantizers import Quantizer, name_quantizers
 from kbit.numerics.codebooks import ADAPTIVE, Codebook
 from kbit.numerics.quantizer import quantize
@@ -47,7 +47,7 @@ def plot(comparison: pd.DataFrame, measure: str | None = None) -> Figure:
     columns = [(measure, PRETTY.get(measure, measure))]
     if f"{measure}_difference" in comparison:
         columns.append((f"{measure}_difference", f"difference to {comparison.attrs.get('reference', 'the reference')}"))
-    with matplotlib.style.context(["default", STYLE]):
+    with apply_style(Page()):
         fig = Figure(figsize=(4 * len(columns) + 2, 1 + ROW_HEIGHT * len(table)), layout="constrained")
         axes = fig.subplots(1, len(columns), sharey=True, squeeze=False)[0]
         for axis, (column, title) in zip(axes, columns, strict=True):
@@ -73,10 +73,12 @@ def plot_codebooks(quantizers: Iterable[Quantizer], tensor: Any = None) -> Figur
     Raises:
         ValueError: an unknown quantizer, or one whose codebook is fitted to a tensor, without one.
     """
-    tables = {name: _find_codebook(config.spec, tensor) for name, config in name_quantizers(quantizers).items()}
-    styles = style_series(tables)
+    specs = {name: config.spec for name, config in name_quantizers(quantizers).items()}
+    tables = {name: _find_codebook(spec, tensor) for name, spec in specs.items()}
+    known = {name: style_data_type(spec.data_type, spec.bits, spec.exponent_bits) for name, spec in specs.items()}
+    styles = style_series(tables, known)
     show_figures()
-    with matplotlib.style.context(["default", STYLE]):
+    with apply_style(Page()):
         fig = Figure(figsize=(7, 1 + ROW_HEIGHT * len(tables)), layout="constrained")
         axis = fig.subplots()
         for place, (name, values) in enumerate(reversed(tables.items())):
@@ -88,5 +90,5 @@ def plot_codebooks(quantizers: Iterable[Quantizer], tensor: Any = None) -> Figur
 
 def _find_codebook(spec: QuantSpec, tensor: Any) -> Codebook:
     if spec.data_type in ADAPTIVE and tensor is not None:
-        return quantize(tensor, spec).codebook
+        return np.asarray(quantize(tensor, spec).codebook.cpu().numpy())
     return spec.make_codebook()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 Codebook = Float32[np.ndarray, " values"]
 ADAPTIVE: Final = ("quantile", "learned")  # made for each tensor and stored with it
+UNSIGNED: Final = ("int", "dynamic", "table")  # have a table for values that are never below 0
 FLOAT_BIASES: Final = ("ieee", "bnb", "paper")
 MIN_BITS: Final = 2
 MAX_BITS: Final = 8
@@ -39,9 +40,15 @@ _NF4: Final = (
 )  # fmt: skip
 
 
-def int_codebook(bits: int) -> Codebook:
-    """Symmetric integers i / (2^(k-1) - 1), |i| <= 2^(k-1) - 1: 2^k - 1 levels (paper, Appendix A)."""
-    return as_codebook(grid_values("int", bits))
+def int_codebook(bits: int, *, signed: bool = True, zero: bool = True) -> Codebook:
+    """Symmetric integers i / (2^(k-1) - 1), |i| <= 2^(k-1) - 1: 2^k - 1 levels (paper, Appendix A).
+
+    Unsigned ones are i / (2^k - 1), or without 0 (i + 1) / 2^k (Li et al. 2023, "Memory efficient optimizers with 4-bit
+    states"), for i = 0 .. 2^k - 1.
+    """
+    if signed:
+        return as_codebook(grid_values("int", bits))
+    return as_codebook(unsigned_grid_values(bits, zero=zero))
 
 
 def float_codebook(bits: int, exponent_bits: int, float_bias: str = "ieee") -> Codebook:
@@ -74,23 +81,32 @@ def grid_values(
     return values
 
 
-def dynamic_codebook(bits: int) -> Codebook:
+def unsigned_grid_values(bits: int, *, zero: bool) -> NDArray[np.float64]:
+    """Return the sorted values of unsigned int in float64, see int_codebook."""
+    values: NDArray[np.float64] = np.arange(2**bits) / (2**bits - 1) if zero else np.arange(1, 2**bits + 1) / 2**bits
+    return values
+
+
+def dynamic_codebook(bits: int, *, signed: bool = True, zero: bool = True) -> Codebook:
     """Dynamic exponent: sign, leading zeros = decimal exponent, indicator one, linear fraction (paper, Appendix A).
 
     For i = 0 .. k-2 the values are +-10^(i-(k-2)) times the midpoints of 2^i equal bins of [0.1, 1]. The table also has
     0 and +1. The most negative value is above -1 (-0.8875 at 4 bits), so a negative block maximum is clipped, as in the
     original. The original computes in float32, and so is this: each edge is rounded once (torch.linspace with fused
     multiply-adds), then its midpoint, then its product.
+
+    Unsigned, the sign's bit is one more bit of the fraction: 2^(i+1) bins, and no value below 0 (Dettmers et al. 2022,
+    "8-bit Optimizers via Block-wise Quantization", for Adam's second moment). It may also lack the 0.
     """
-    values = [np.array([0, 1], np.float32)]
+    values = [np.array([0, 1] if zero else [1], np.float32)]
     start, one = np.float32(0.1), np.float32(1)
     for i in range(bits - 1):
-        bins = 2**i
+        bins = 2**i if signed else 2 ** (i + 1)
         number, step = np.arange(bins + 1), np.float64((one - start) / np.float32(bins))
         is_lower = number < (bins + 1) // 2  # the upper half is counted down from the end
         edges = np.where(is_lower, start + step * number, one - step * (bins - number)).astype(np.float32)
         magnitudes = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (i - (bits - 2)))
-        values += [magnitudes, -magnitudes]
+        values += [magnitudes, -magnitudes] if signed else [magnitudes]
     return as_codebook(np.concatenate(values))
 
 
@@ -110,12 +126,14 @@ def nf_codebook(bits: int) -> Codebook:
     return as_codebook(values / np.abs(values).max())
 
 
-def table_codebook(bits: int, table: Sequence[float]) -> Codebook:
-    """A user's own values, sorted: at most 2^k of them, within [-1, 1], at least two distinct."""
-    values = np.array(table, np.float64)
-    if not np.isfinite(values).all() or np.abs(values).max(initial=0) > 1:
-        raise ValueError(f"table={list(table)} has values outside [-1, 1]")
+def table_codebook(bits: int, table: Sequence[float], *, signed: bool = True, zero: bool = True) -> Codebook:
+    """A user's own values, sorted: 2 to 2^k distinct ones, within [-1, 1], or [0, 1] if unsigned."""
+    values, least = np.array(table, np.float64), -1 if signed else 0
+    if not np.isfinite(values).all() or values.max(initial=0) > 1 or values.min(initial=0) < least:
+        raise ValueError(f"table={list(table)} has values outside [{least}, 1]")
     codebook = as_codebook(values)
+    if not zero and 0 in codebook:
+        raise ValueError(f"table={list(table)} has a 0, which zero=false leaves out")
     if not 2 <= codebook.size <= 2**bits:
         raise ValueError(f"table has {codebook.size} distinct values; bits={bits} allows 2..{2**bits}")
     return codebook
@@ -185,8 +203,12 @@ def largest_exponent(data_type: str, bits: int, exponent_bits: int | None = None
     return int(2 ** (exponent_bits - 1))
 
 
-def data_type_label(data_type: str, bits: int, exponent_bits: int | None = None) -> str:
-    """Return the short name used in tables and plots, such as int4, nf3 or float4-e3m0."""
+def data_type_label(
+    data_type: str, bits: int, exponent_bits: int | None = None, *, signed: bool = True, zero: bool = True
+) -> str:
+    """Return the short name used in tables and plots, such as int4, nf3, float4-e3m0, udynamic8 or uint4-nonzero."""
+    if not signed:
+        return f"u{data_type}{bits}{'' if zero else '-nonzero'}"
     if data_type != "float":
         return f"{data_type}{bits}"
     exponent_bits = PAPER_EXPONENT_BITS[bits] if exponent_bits is None else exponent_bits

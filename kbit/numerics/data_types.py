@@ -14,6 +14,7 @@ from kbit.numerics import fitted_codebooks
 from kbit.numerics.codebooks import (
     FLOAT_BIASES,
     PAPER_EXPONENT_BITS,
+    UNSIGNED,
     Codebook,
     as_codebook,
     check_bits,
@@ -38,6 +39,8 @@ class Wanted:
     table: Sequence[float] | None = None
     tensor: Any = None
     seed: int = 0
+    signed: bool = True
+    zero: bool = True
 
 
 def make_codebook(
@@ -50,6 +53,8 @@ def make_codebook(
     table: Sequence[float] | None = None,
     tensor: Any = None,
     seed: int = 0,
+    signed: bool = True,
+    zero: bool = True,
 ) -> Codebook:
     """Return the codebook of a data type: sorted float32 values within [-1, 1].
 
@@ -63,6 +68,8 @@ def make_codebook(
         table: the user's values, for data type table.
         tensor: the tensor of a quantile codebook, or the normalised values of a learned one (array or torch tensor).
         seed: seed of the sample that k-means sees, for learned.
+        signed: whether there are values below 0. False: int, dynamic and table alone.
+        zero: whether 0 is a value. False: only if unsigned.
 
     Raises:
         ValueError: a value outside its allowed set, or an argument that the data type needs and does not get, or
@@ -70,11 +77,20 @@ def make_codebook(
     """
     check_choice("data_type", data_type, tuple(DATA_TYPES))
     check_bits(bits)
-    wanted = Wanted(bits, exponent_bits, float_bias, block_size, table, tensor, seed)
+    check_signs(data_type, signed=signed, zero=zero)
+    wanted = Wanted(bits, exponent_bits, float_bias, block_size, table, tensor, seed, signed, zero)
     codebook = DATA_TYPES[data_type](wanted)
     if not 1 <= len(codebook) <= 2**bits or (np.diff(codebook) <= 0).any() or np.abs(codebook).max() > 1:
         raise ValueError(f"data_type {data_type!r} gives no table of 1..{2**bits} rising values within [-1, 1]")
     return codebook
+
+
+def check_signs(data_type: str, *, signed: bool, zero: bool) -> None:
+    """Raise ValueError if the data type has no table without negative values, or without 0."""
+    if not signed and data_type not in UNSIGNED:
+        raise ValueError(f"signed=false is for {', '.join(UNSIGNED)}: data_type={data_type} has values below 0")
+    if signed and not zero:
+        raise ValueError("zero=false is for tables without values below 0: it needs signed=false")
 
 
 def register_data_type(name: str, make: Callable[[Wanted], Codebook]) -> None:
@@ -110,16 +126,21 @@ def _make_learned(wanted: Wanted) -> Codebook:
     return as_codebook(fitted_codebooks.learned_values(wanted.bits, values, wanted.seed))
 
 
+def _make_table(wanted: Wanted) -> Codebook:
+    values = _needed("table", table=wanted.table)
+    return table_codebook(wanted.bits, values, signed=wanted.signed, zero=wanted.zero)
+
+
 # Name in quant.data_type -> how its codebook is made
 DATA_TYPES: Final[dict[str, Callable[[Wanted], Codebook]]] = {
-    "int": lambda wanted: int_codebook(wanted.bits),
+    "int": lambda wanted: int_codebook(wanted.bits, signed=wanted.signed, zero=wanted.zero),
     "float": _make_float,
-    "dynamic": lambda wanted: dynamic_codebook(wanted.bits),
+    "dynamic": lambda wanted: dynamic_codebook(wanted.bits, signed=wanted.signed, zero=wanted.zero),
     "quantile": _make_quantile,
     "nf": lambda wanted: nf_codebook(wanted.bits),
     "af": _make_af,
     "learned": _make_learned,
-    "table": lambda wanted: table_codebook(wanted.bits, _needed("table", table=wanted.table)),
+    "table": _make_table,
 }
 
 

@@ -69,6 +69,10 @@ def make_grid(values: Values, shape: torch.Size, spec: QuantSpec, backend: Backe
     """Choose and round the scales and offsets, and make the codebook."""
     row, block_size = spec.find_block_shape(shape)
     low, high = _find_extremes(values, row, block_size, backend)
+    if not spec.signed and (low < 0).any():
+        raise ValueError(
+            f"{int((values < 0).sum())} of {values.numel()} values are below 0, which signed=false has not"
+        )
     center = np.empty(0, np.float16)
     if spec.centering:
         center = _round_center(_mean(values))

@@ -87,7 +87,7 @@ def fake_quantize_(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return x
 
 
-def find_codebook(
+def codebook(
     data_type: str,
     bits: int,
     *,

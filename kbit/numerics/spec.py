@@ -17,7 +17,7 @@ from kbit.checks import check_choice, non_defaults, tabulate_html
 from kbit.data.presets import list_presets, read_preset
 from kbit.numerics import codebooks
 from kbit.numerics.codebooks import Codebook, check_bits, check_exponent_bits, decision_thresholds
-from kbit.numerics.data_types import DATA_TYPES, make_codebook
+from kbit.numerics.data_types import DATA_TYPES, check_signs, make_codebook
 from kbit.numerics.scale_formats import SCALE_FORMATS, ScaleFormat, Scales, Stored
 
 BASELINE_BITS: Final = 16  # the unquantized 16-bit model: the paper's reference point on every curve
@@ -59,6 +59,10 @@ class QuantSpec:
             the scale, so weights go towards the block's offset, which with minmax and centering need not be 0.
         seed: seed of stochastic rounding and of data_type=learned. quantize_model adds to it a hash of each tensor's
             name, so that tensors do not share their random numbers.
+        signed: whether values may be below 0. Without, int, dynamic and table have no code for a sign, and a tensor
+            with a negative value is refused. It is for optimizers' second moments.
+        zero: whether the table has a 0. False needs signed=false. A second moment of 0 makes Adam's step as large as
+            its momentum allows. A block whose values are all 0 stays 0.
 
     Raises:
         ValueError: a value outside its allowed set, named with what is allowed.
@@ -76,6 +80,8 @@ class QuantSpec:
     scale_format: str = "fp16"
     rounding: str = "nearest"
     seed: int = 0
+    signed: bool = True
+    zero: bool = True
 
     def __post_init__(self) -> None:
         self._convert_types()
@@ -104,8 +110,9 @@ class QuantSpec:
             if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
                 raise ValueError(f"{name}={value!r} is not an integer")
             object.__setattr__(self, name, operator.index(value))
-        if not isinstance(self.centering, bool):
-            raise ValueError(f"centering={self.centering!r} is not one of: False, True")
+        for name in ("centering", "signed", "zero"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of: False, True")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is not in 0..2^63 - 1")
         if self.table is not None:
@@ -115,12 +122,19 @@ class QuantSpec:
                 raise ValueError(f"table={self.table!r} is not a list of numbers") from None
 
     def _check_combinations(self) -> None:
+        check_signs(self.data_type, signed=self.signed, zero=self.zero)
+        if not self.signed and (self.normalization != "absmax" or self.centering or self.scale_type.holds_only_powers):
+            raise ValueError(
+                f"signed=false divides each block by its largest value: normalization={self.normalization}, centering="
+                f"{self.centering}, scale_format={self.scale_format} do not go with it; allowed are normalization="
+                "absmax, centering=false and a scale_format with a fraction"
+            )
         if self.data_type == "float" and self.exponent_bits is not None:
             check_exponent_bits(self.bits, self.exponent_bits)
         if self.data_type == "table":
             if self.table is None:
                 raise ValueError("data_type=table needs quant.table, such as [-1, 0.3, 0.5, 1]")
-            codebooks.table_codebook(self.bits, self.table)
+            codebooks.table_codebook(self.bits, self.table, signed=self.signed, zero=self.zero)
         if self.data_type == "af" and self.block_size is None:
             raise ValueError("data_type=af is made for a block size: block_size=null has none")
         if self.scale_type.holds_only_powers and self.normalization != "absmax":
@@ -211,6 +225,8 @@ class QuantSpec:
             table=self.table,
             tensor=tensor,
             seed=self.seed,
+            signed=self.signed,
+            zero=self.zero,
         )
         return np.asarray(codebook * np.float32(self._find_peak()), np.float32)
 
@@ -222,9 +238,13 @@ class QuantSpec:
         if self.rounding == "stochastic":
             return decision_thresholds(codebook, "floor")
         if self.rounding == "nearest_even" and self.data_type in ("int", "float"):
-            exact = codebooks.grid_values(self.data_type, self.bits, self.exponent_bits, self.float_bias)
-            return decision_thresholds(exact * self._find_peak(), self.rounding)
+            return decision_thresholds(self._make_exact_grid() * self._find_peak(), self.rounding)
         return decision_thresholds(codebook, self.rounding)
+
+    def _make_exact_grid(self) -> NDArray[np.float64]:
+        if not self.signed:
+            return codebooks.unsigned_grid_values(self.bits, zero=self.zero)
+        return codebooks.grid_values(self.data_type, self.bits, self.exponent_bits, self.float_bias)
 
     def _find_peak(self) -> float:
         """Return the codebook's largest value where it is a grid, 1 unless scales are powers of two."""
@@ -273,7 +293,8 @@ class QuantSpec:
         """Return the short name used in tables and plots, such as nf4, float4-e3m0, or 16-bit for the baseline."""
         if self.is_baseline:
             return "16-bit"
-        return codebooks.data_type_label(self.data_type, self.bits, self.exponent_bits)
+        signs = {"signed": self.signed, "zero": self.zero}
+        return codebooks.data_type_label(self.data_type, self.bits, self.exponent_bits, **signs)
 
 
 def write_table(values: Iterable[float]) -> str:
@@ -289,4 +310,4 @@ def find_preset(name: str) -> dict[str, Any]:
     """
     check_choice("quant", name, tuple(list_presets()))
     fields = read_preset(name)
-    return fields | ({"table": tuple(fields["table"])} if fields.get("table") else {})  # YAML has lists
+    return fields | ({"table": tuple(map(float, fields["table"]))} if fields.get("table") else {})  # YAML has lists

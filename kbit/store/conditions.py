@@ -19,6 +19,7 @@ from typing import Any, Final
 import pandas as pd
 
 from kbit.checks import ask_for_nearest
+from kbit.store.rows import SETTING_COLUMNS
 
 _COMPARE: Final[dict[type[ast.cmpop], Callable[[Any, Any], Any]]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -28,6 +29,7 @@ _COMBINE: Final[dict[type[ast.operator], Callable[[Any, Any], Any]]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
 }  # fmt: skip
+QUANTIZER_COLUMNS: Final = ("bits", "bits_per_param", *SETTING_COLUMNS)  # of which a 16-bit baseline has none to choose
 _WORDS: Final = {"&": "and", "|": "or", "~": "not"}  # pandas' own query takes these too
 _GRAMMAR: Final = "columns, values, == != < <= > >= in, and or not, + - * / // % and parentheses are allowed"
 _TRUTH: Final = "boolean"  # the dtype of what is true, false or neither
@@ -39,16 +41,26 @@ def select_rows(table: pd.DataFrame, where: str, *, keep_baseline: bool = False)
     Args:
         table: the table.
         where: the condition.
-        keep_baseline: whether to keep a row of a 16-bit baseline, too, that the condition asks for a quantizer's
-            setting, of which it has none. A figure needs the baseline whatever the quantizers to draw.
+        keep_baseline: whether a condition on a quantizer's settings, bits among them, says nothing of 16-bit baselines,
+            which are then kept if the rest of the condition does not exclude them. A figure needs them whatever the
+            quantizers to draw.
 
     Raises:
         ValueError: the text is not a condition, or names no column.
     """
     holds = _evaluate(table, where)
     if keep_baseline and {"bits", "data_type"} <= set(table.columns):
-        holds = holds.mask(holds.isna() & is_baseline(table), True)
+        found = _evaluate(_without_settings(table[is_baseline(table)]), where)
+        holds = holds.mask(is_baseline(table), found.fillna(True).reindex(table.index))
     return table[holds.fillna(False).astype(bool)]
+
+
+def _without_settings(baseline: pd.DataFrame) -> pd.DataFrame:
+    """Return a baseline's rows with every setting of a quantizer missing."""
+    settings = [name for name in QUANTIZER_COLUMNS if name in baseline]
+    truths = {name for name in settings if pd.api.types.is_bool_dtype(baseline[name].dtype)}
+    missing = {name: pd.Series(pd.NA, baseline.index, _TRUTH if name in truths else object) for name in settings}
+    return baseline.assign(**missing)
 
 
 def count_undecided(table: pd.DataFrame, where: str) -> int:
@@ -95,8 +107,8 @@ class _Reader(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> Any:
         if node.id not in self._table.columns:
-            near = ask_for_nearest(node.id, self._table.columns)
-            raise ValueError(f"no column {node.id!r}; {near or f'a value that is text is quoted: {node.id!r}'}")
+            meant = [f"a value that is text is quoted: {node.id!r}", ask_for_nearest(node.id, self._table.columns)]
+            raise ValueError(f"no column {node.id!r}; {'; '.join(filter(None, meant))}")
         column = self._table[node.id]
         return column.astype(_TRUTH) if pd.api.types.is_bool_dtype(column.dtype) or _holds_truth(column) else column
 

@@ -92,7 +92,8 @@ def make_row(result: Result) -> dict[str, Any]:
     row |= {"family": _find_family(result), "checkpoint": result.checkpoint_quantization or None}
     spec = quant.spec.canonical()
     if not spec.is_baseline:
-        row |= dataclasses.asdict(spec) | {name: getattr(quant, name) for name in ("method", "include", "exclude")}
+        row |= {name: value for name, value in dataclasses.asdict(spec).items() if name in EXPERIMENT_COLUMNS}
+        row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pandas as pd
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV whose texts a spreadsheet does not run, see without_formulas."""
-    without_formulas(table).to_csv(path, index=False)
+QUOTE_FEW: Final = 0  # csv.QUOTE_MINIMAL, as pandas' types want it
+QUOTE_TEXTS: Final = 2  # csv.QUOTE_NONNUMERIC
+
+
+def write_csv(table: pd.DataFrame, path: Path, notes: Sequence[str] = ()) -> None:
+    """Write a table as CSV whose texts a spreadsheet does not run, see without_formulas.
+
+    Args:
+        table: the table.
+        path: the file.
+        notes: lines in front, each behind "# ". Texts are then quoted, so that pandas.read_csv(path, comment="#") reads
+            all of a text that has a # in it.
+    """
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(f"# {' '.join(note.split())}\n" for note in notes)
+        quoting: Literal[0, 2] = QUOTE_TEXTS if notes else QUOTE_FEW
+        without_formulas(table).to_csv(file, index=False, quoting=quoting, lineterminator="\n")
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> None:

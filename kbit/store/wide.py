@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -57,16 +57,16 @@ def sort_experiments(table: pd.DataFrame, columns: Sequence[str] = ()) -> pd.Dat
     """
     names = columns or _ORDER
     falls = [name.startswith("-") and name not in table for name in names]
-    keys = []
+    keys: list[pd.Series[Any]] = []
     for name, is_falling in zip(names, falls, strict=True):
         values = table[name.removeprefix("-") if is_falling else name].astype(object)
         numbers = pd.to_numeric(values, errors="coerce").astype(float)
         keys += [numbers, values.where(numbers.isna() & values.notna(), "").astype(str)]
-    order = pd.concat(keys, axis="columns", keys=range(len(keys)))
+    order = pd.concat(dict(enumerate(keys)), axis="columns")
     rising = [not is_falling for is_falling in falls for _ in range(2)]
-    return table.loc[order.sort_values(list(order.columns), ascending=rising, kind="stable").index].reset_index(
-        drop=True
-    )
+    places = order.sort_values(list(order.columns), ascending=rising, kind="stable").index
+    ordered: pd.DataFrame = table.loc[places].reset_index(drop=True)
+    return ordered
 
 
 def _spread(rows: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-import matplotlib
 import pandas as pd
 import pytest
 
@@ -118,9 +117,8 @@ def draw_planted(planted: pd.DataFrame) -> Callable[[str], PaperFigure]:
 
     @cache
     def draw(name: str) -> PaperFigure:
-        with matplotlib.rc_context({"font.size": 4}):  # a caller's own settings do not matter
-            figure = FIGURES[name](planted)
-            figure.fig.draw_without_rendering()
+        figure = FIGURES[name](planted)
+        figure.fig.draw_without_rendering()
         return figure
 
     return draw

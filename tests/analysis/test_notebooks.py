@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from toy_results import fill
 
 FOLDER: Final = Path(__file__).resolve().parents[2] / "analysis" / "notebooks"
 # How many pictures and tables each one shows. Of the last, the pictures of a store with cross entropies alone.
@@ -104,10 +105,9 @@ def test_a_store_that_is_asked_for_and_not_there_is_an_error(
 
 
 def test_a_store_may_be_a_url(quick_study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fsspec = pytest.importorskip("fsspec")
-    fsspec.filesystem("memory").makedirs("/of_notebooks/experiments", exist_ok=True)
+    fill("memory://of_notebooks", range(1))
     monkeypatch.setenv("KBIT_RESULTS", "memory://of_notebooks")
-    assert "of_notebooks" in quick_study.find_store()
+    assert quick_study.find_store() == "memory://of_notebooks"
 
 
 @pytest.fixture(scope="module")

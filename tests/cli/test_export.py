@@ -124,6 +124,7 @@ def test_what_a_tracker_refuses_is_named(kbit: Kbit, store: Store, monkeypatch: 
     [
         (["results", "--to", "wandb", "--csv", "x.csv"], "--to goes without --csv"),
         (["results", "--to", "wandb", "--failures"], "--to goes without --failures"),
+        (["results", "--project", "mine"], "--project mine goes with --to TRACKER"),
         (["results", "--to", "wandb", "compact"], "kbit results compact has no --to"),
     ],
     ids=" ".join,

@@ -345,7 +345,7 @@ def test_of_figures_asked_for_those_that_can_be_are_drawn_and_the_others_named(
 def test_a_figure_that_fails_is_named_and_the_others_are_written(
     kbit: Kbit, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(results: object) -> None:
+    def fail(results: object, page: object) -> None:
         raise TypeError("'<' not supported")
 
     two = {"verdicts": fail, "figure_16": FIGURES["figure_16"]}

@@ -93,7 +93,11 @@ def test_wide_has_a_row_for_each_experiment(kbit: Kbit, store: Store) -> None:
     assert done.out == "3 rows written to out.parquet\n"
     table = pd.read_parquet("out.parquet")
     assert table["block_size"].tolist() == ["64", "whole", "64"]
-    assert [name for name in table if "nano" in name] == ["nano_cloze acc", "nano_cloze acc low", "nano_cloze acc high"]
+    assert [name for name in table if "nano" in str(name)] == [
+        "nano_cloze acc",
+        "nano_cloze acc low",
+        "nano_cloze acc high",
+    ]
     chosen = kbit("results", "--wide", "--columns", "finished,nano_cloze acc low", "--sort", "label").out.split("\n")
     assert chosen[1].split() == ["2026-01-01T00:00:00+00:00", "0.4"]
 
@@ -104,6 +108,7 @@ def test_wide_has_a_row_for_each_experiment(kbit: Kbit, store: Store) -> None:
         (["delete", "--where", "bits == 4", "--yes"], "kbit results delete has no --wide"),
         (["compact"], "kbit results compact has no --wide"),
         (["--failures"], "--failures goes without --wide"),
+        (["--to", "wandb"], "--to goes without --wide"),
         (["--damaged"], "--damaged goes without --wide"),
     ],
 )

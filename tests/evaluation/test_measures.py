@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import precision_curves
-from kbit.analysis.figures.panels import draw_panels
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.panels import draw_panels
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measure import Memory
 from kbit.evaluation.measurement import Measurement, NonFiniteError, check_own
@@ -105,9 +106,8 @@ def test_a_measure_from_a_file_is_run_stored_and_drawn(
     assert curve["bits"].tolist() == [3, 16]
     assert curve["value"].tolist() == [low["value"], 1]
     published = pd.DataFrame(columns=["panel", "total_bits", "value"])  # none
-    figure = draw_panels(
-        curve.assign(panel=curve["family"], series=curve["data_type"]), "equal tokens", True, published
-    )
+    shown = curve.assign(panel=curve["family"], series=curve["data_type"], varied="method")
+    figure = draw_panels(shown, "equal tokens", True, published, pd.DataFrame(), Page())
     lines: Any = figure.axes[0].get_lines()
     drawn = [line.get_ydata() for line in lines if len(line.get_xdata()) == 2]
     assert drawn == [pytest.approx(curve["value"])]

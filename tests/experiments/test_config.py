@@ -111,7 +111,12 @@ def test_label_names_model_quantizer_and_block() -> None:
     )
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(QuantConfig)])
+def test_every_field_of_a_quantizer_of_weights_can_differ() -> None:
+    only_of_states = {"signed", "zero"}  # a QuantConfig refuses to have no signs
+    assert DISTINCT.keys() == {field.name for field in dataclasses.fields(QuantConfig)} - only_of_states
+
+
+@pytest.mark.parametrize("name", DISTINCT)
 def test_no_two_quantizers_have_one_label(name: str) -> None:
     other = DISTINCT[name]
     values: dict[str, Any] = {"data_type": "float"} | other[0]

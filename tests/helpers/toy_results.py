@@ -44,7 +44,7 @@ def path_of(store: Store, number: int, kind: str = "experiments") -> Path:
     return store.path / kind / f"{make_result(number).key}.json"
 
 
-def fill(path: Path, numbers: range) -> Store:
+def fill(path: Path | str, numbers: range) -> Store:
     """Write the results of these numbers and return their store."""
     store = Store(path)
     for number in numbers:

@@ -12,7 +12,7 @@ from import_graph import ROOT, find_longest_chain, find_modules, read_imports
 # From the top down; what stands on one line does not import each other.
 FLOORS = [
     {"nano", "hydra_plugins"},
-    {"cli", "notebook"},
+    {"cli", "notebook", "figures"},
     {"engine", "analysis", "costs"},
     {"store"},
     {"experiments"},

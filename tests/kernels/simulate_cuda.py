@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import cuda_cases
+import cuda_products
 import numba
 import numpy as np
 import torch
@@ -121,6 +122,7 @@ def main() -> None:
     results["pack"] = cuda_cases.check_pack(np.array, np.asarray)
     results["special"] = cuda_cases.check_special_values(np.array, np.asarray)
     results["tiny"] = cuda_cases.check_tiny_scales(np.array, np.asarray)
+    results["products"] = cuda_products.find_wrong_products(np.array, np.asarray)
     print(json.dumps({"kernels": results, "public": check_public_functions()}))
 
 

@@ -57,6 +57,20 @@ def test_packed_codes_go_through_the_kernels_without_an_array_of_codes(bits: int
     np.testing.assert_array_equal(packed_result, unpacked_result)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_dequantize_on_vectors_equals_reference(bits: int) -> None:
+    """Whole chunks and their ends, blocks across chunks, short blocks at rows' ends, the last codes of an array."""
+    rng = np.random.default_rng(bits)
+    codebook = np.sort(rng.uniform(-1, 1, 2**bits)).astype(np.float32)
+    for n, row, block in ((8256, 8256, 64), (5120, 1024, 96), (16, 16, 16), (12_288, 12_288, 5008), (4100, 4100, 64)):
+        codes = rng.integers(0, 2**bits, n).astype(np.uint8)
+        scales, offsets = (rng.uniform(-2, 2, n // row * -(-row // block)).astype(np.float32) for _ in range(2))
+        arguments = (scales, offsets, codebook, row, block)
+        result = cpu.dequantize(reference.pack(codes, bits), *arguments, np.empty(n, np.float32), bits)
+        expected = reference.dequantize(codes, *arguments)
+        np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32))
+
+
 def as_kernels_see(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
     """Return x in a 16- or 32-bit type as the kernels take it, and as float32."""
     tensor = torch.from_numpy(x).to(dtype)

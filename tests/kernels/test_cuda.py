@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_cases
+import cuda_products
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,7 @@ from kbit.numerics.spec import QuantSpec
 numba_cuda: Any = importlib.import_module("numba.cuda")  # Any: it and torch.cuda are only partly annotated
 torch_cuda: Any = torch.cuda
 
-SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny"]
+SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny", "products"]
 
 
 # ---- the simulator ----
@@ -146,6 +147,7 @@ def test_packing_and_special_values_on_gpu(gpu: torch.device) -> None:
     assert cuda_cases.check_pack(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_cases.check_special_values(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_cases.check_tiny_scales(put, lambda tensor: tensor.cpu().numpy()) == []
+    assert cuda_products.find_wrong_products(put, lambda tensor: tensor.cpu().numpy()) == []
 
 
 @pytest.mark.gpu

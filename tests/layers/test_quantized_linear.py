@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.layers.pack import use_codes
+from kbit.checkpoints.packing import put_codes
 from kbit.layers.packed_weight import PackedLayout
 from kbit.layers.quantized_experts import QuantizedExperts
 from kbit.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
@@ -35,6 +35,7 @@ SPECS: list[dict[str, Any]] = [
     {"bits": 4, "data_type": "nf", "block_size": 64, "scale_format": "dq8", "normalization": "signed_absmax"},
     {"bits": 3, "data_type": "int", "block_size": None, "scale_format": "dq8", "normalization": "minmax"},
     {"bits": 3, "data_type": "int", "block_size": 64, "layout": "row"},
+    {"bits": 8, "data_type": "int", "block_size": 32, "normalization": "minmax"},  # computed, not looked up
     {"bits": 4, "data_type": "int", "block_size": 24},  # tiles alone
 ]
 
@@ -61,7 +62,7 @@ def test_both_paths_compute_what_fake_quantization_does(spec: dict[str, Any], op
     torch.manual_seed(0)
     layer, packed = make_layer(spec, **options)
     fused = spec["block_size"] != 24
-    for batch in (1, 3):
+    for batch in (1, 3) if spec is SPECS[0] else (1,):  # each kernel takes a second or more to compile
         x = torch.randn(batch, 96)
         assert packed.choose_path(batch) == ("fused" if fused else "tile")
         y, expected = packed(x), layer.double()(x.double())
@@ -70,7 +71,7 @@ def test_both_paths_compute_what_fake_quantization_does(spec: dict[str, Any], op
         packed.fused_rows = 0
         assert packed.choose_path(batch) == "tile"
         assert torch.equal(packed(x), layer(x))
-        packed.fused_rows = 16
+        packed.fused_rows = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,7 +92,7 @@ def test_tiles_have_the_bits_of_the_whole_matrix(dtype: torch.dtype, shape: tupl
 def test_the_gradient_reaches_the_inputs_and_the_bias() -> None:
     torch.manual_seed(0)
     layer, packed = make_layer(SPECS[0], out=300)
-    for rows in (2, 20):  # fused, tiles
+    for packed.fused_rows, rows in ((8, 4), (0, 20)):  # fused, tiles
         x = torch.randn(1, rows, 96, requires_grad=True)
         ours, theirs = (torch.autograd.grad((m(x) ** 2).sum(), [x, m.bias]) for m in (packed, layer))
         for a, b in zip(ours, theirs, strict=True):
@@ -100,8 +101,8 @@ def test_the_gradient_reaches_the_inputs_and_the_bias() -> None:
 
 
 def test_copies_and_dtypes_keep_every_bit() -> None:
-    layer, packed = make_layer(SPECS[5], outliers=True, input_scales=True)
-    x = torch.randn(2, 96)
+    _, packed = make_layer(SPECS[5], outliers=True, input_scales=True)
+    x = torch.randn(3, 96)
     before = packed(x)  # so that the kernels' view of the weight exists
     for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.equal(copied(x), before)
@@ -151,7 +152,7 @@ def test_an_embedding_gives_rows_and_is_one_tensor_with_its_head() -> None:
         head = packed.make_head()
         assert head.weight is packed.weight
         assert head.scales.data_ptr() == packed.scales.data_ptr()
-        x = torch.randn(20, size[1])
+        head.fused_rows, x = 0, torch.randn(20, size[1])
         assert torch.equal(head(x), F.linear(x, q.dequantize()))
 
 
@@ -173,7 +174,11 @@ def test_logits_of_a_packed_model_are_those_of_fake_quantization(
     report = quantize_model(model, config, tokenizer, keep_codes=True)
     del model.kbit_quantized
     packed = copy.deepcopy(model)
-    use_codes(packed, {n: c.experts if isinstance(c, ExpertCodes) else c for n, c in report.codes.items()})
+    for tensor in report.tensors:
+        if tensor.quantized:
+            names, codes = tensor.name.split(" = "), report.codes[tensor.name.split(" = ")[0]]
+            parts: Any = codes.experts if isinstance(codes, ExpertCodes) else (codes,)
+            put_codes(packed, names, parts)
     kinds = {type(module) for module in packed.modules()}
     assert QuantizedLinear in kinds
     assert not kinds & {nn.Linear, Conv1D} or method != "rtn"
@@ -188,14 +193,3 @@ def test_logits_of_a_packed_model_are_those_of_fake_quantization(
             if isinstance(module, QuantizedLinear):
                 module.fused_rows = 0
         assert torch.equal(packed(tokens).logits, expected)
-
-
-def test_layers_that_cannot_be_packed_are_refused() -> None:
-    model = nn.ModuleDict({"norm": nn.LayerNorm(16), "linear": nn.Linear(16, 16)})
-    q = quantize(torch.randn(16), QuantSpec(bits=4))
-    with pytest.raises(ValueError, match=r"norm\.weight of LayerNorm cannot be packed"):
-        use_codes(model, {"norm.weight": q})
-    with pytest.raises(ValueError, match=r"linear\.bias of Linear cannot be packed: it is no layer's weight"):
-        use_codes(model, {"linear.bias": q})
-    with pytest.raises(ValueError, match=r"the model has no parameter head\.weight"):
-        use_codes(model, {"head.weight": q})

@@ -64,7 +64,16 @@ def test_a_filter_on_quantizers_keeps_the_baseline_of_a_figure(table: pd.DataFra
         assert len(rows) == kept
         assert set(rows["bits"]) == {4, 16}
         assert count_undecided(table, where) == kept / 2
-    assert set(select_rows(table, "bits == 4", keep_baseline=True)["bits"]) == {4}  # its own value says no
+    for where in ("bits == 4", "bits < 16", "bits == 4 and method == 'rtn'", "bits_per_param < 5 and layout == 'flat'"):
+        rows = select_rows(table, where, keep_baseline=True)  # its own bits and method are not what is asked for
+        assert set(rows["bits"]) >= {4, 16}
+        assert (rows["bits"] == 16).sum() == (table["bits"] == 16).sum()
+    for where in (
+        "bits == 4 and task == 'no such'",
+        "model == 'no such' and bits == 4",
+        "not (bits == 4 or value > -9)",
+    ):
+        assert select_rows(table, where, keep_baseline=True).empty  # what is no setting of a quantizer counts
 
 
 @pytest.mark.parametrize(
@@ -105,3 +114,18 @@ def test_settings_as_words_lose_no_row_in_a_pivot_table(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert table["key"].nunique() == 8
     assert read_results(tmp_path).dtypes["exponent_bits"] == pd.Int64Dtype()
+
+
+@pytest.mark.parametrize(
+    ("where", "hint"),
+    [
+        ("data_type == nf", "no column 'nf'; a value that is text is quoted: 'nf'; did you mean n?"),
+        ("nf == data_type", "a value that is text is quoted: 'nf'"),
+        ("data_type in [int]", "no column 'int'; a value that is text is quoted: 'int'"),
+        ("bitz == 4", "did you mean bits?"),
+    ],
+)
+def test_a_text_without_quotes_is_told_from_a_column(table: pd.DataFrame, where: str, hint: str) -> None:
+    with pytest.raises(ValueError, match="no column") as refused:
+        select_rows(table, where)
+    assert hint in str(refused.value)

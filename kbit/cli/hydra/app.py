@@ -9,6 +9,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -102,8 +103,9 @@ def register_schema() -> None:
 
 def _describe_keys(*, _root_: DictConfig) -> str:
     """Return every key with its value in a composed configuration, as text of a template in which $ is special."""
-    values = {field.name: _root_[field.name] for field in dataclasses.fields(RunConfig)}
-    return write_help(OmegaConf.to_container(OmegaConf.create(values), resolve=True)).replace("$", "$$")
+    keys = OmegaConf.create({field.name: _root_[field.name] for field in dataclasses.fields(RunConfig)})
+    values: Any = OmegaConf.to_container(keys, resolve=True)
+    return write_help(values).replace("$", "$$")
 
 
 def _request_one(config: DictConfig) -> Request:

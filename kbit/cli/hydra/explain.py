@@ -143,9 +143,9 @@ def _explain_value(text: str, key: str, reason: str, cause: Any, schema: Any) ->
     if "merge DictConfig with ListConfig" in reason or "ListConfig with DictConfig" in reason:
         return f"{reason}; {STUDY_HINT}"
     given = re.match(r"Error merging override (.*)", text)
-    if given and "is not a ListConfig" in reason:
-        return f"{given[1]}: {key} is a list: {key}=[{given[1].partition('=')[2]}]"
     allowed = _describe_type(key, schema)
+    if given and "is not a ListConfig" in reason:
+        return f"{given[1]}: {key} is {allowed}; did you mean {key}=[{given[1].partition('=')[2]}]?"
     return f"{given.group(1) if given else key}: {reason}{f'; {key} is {allowed}' if allowed else ''}"
 
 

@@ -41,7 +41,7 @@ def test_methods_of_the_quantizer_with_the_most_are_curves_with_their_options() 
     settings += [{"method": "mse"}, {"method": "mine"}, {"data_type": "int", "layout": "row", "method": "gptq"}]
     settings += [{"data_type": "int", "layout": "row"}, {"scale_format": "e8m0"}]
     shown = select_methods(make_points(*settings), bits=2)
-    assert set(shown["panel"]) == {"toy, 2-bit nf block 64"}
+    assert set(shown["panel"]) == {"toy, nf2 block 64"}
     assert set(shown["series"]) == {"rtn", "gptq", "gptq search_scales=True", "mse", "mine"}
     assert len(shown) == 10
 
@@ -62,7 +62,7 @@ def test_options_and_settings_with_blanks_are_no_words_of_a_label() -> None:
 
 def test_data_types_of_any_name_are_curves() -> None:
     points = make_points({}, {"data_type": "mine"}, {"data_type": "mine", "layout": "row"}, bits=(4,))
-    assert list(dict.fromkeys(select_data_types(points, bits=4)["series"])) == ["mine", "nf"]
+    assert list(dict.fromkeys(select_data_types(points, bits=4)["series"])) == ["mine4", "nf4"]
 
 
 def test_exponents_are_those_of_floats_without_other_settings() -> None:
@@ -83,7 +83,7 @@ def plant_outliers(family: str, models: int, data_type: str = "nf", share: float
 def test_a_family_that_cannot_be_drawn_is_not_preferred() -> None:
     points = pd.concat([plant_outliers("nano-opt", 1), plant_outliers("other", 2)], ignore_index=True)
     shown = of_family("opt", *(partial(select_outliers, bits=bits) for bits in (3, 4)))(points)
-    assert set(shown["panel"]) == {"other, 3-bit nf block 64", "other, 4-bit nf block 64"}
+    assert set(shown["panel"]) == {"other, nf3 block 64", "other, nf4 block 64"}
     points = pd.concat([points, plant_outliers("opt", 2)], ignore_index=True)
     assert set(of_family("opt", partial(select_outliers, bits=3))(points)["family"]) == {"opt"}
 
@@ -91,7 +91,7 @@ def test_a_family_that_cannot_be_drawn_is_not_preferred() -> None:
 def test_a_setting_that_cannot_be_drawn_is_not_chosen_however_many_points_it_has() -> None:
     small = [plant_outliers("toy", 1, share=share) for share in (0.02, 0.1, 0.3)]
     points = pd.concat([*small, plant_outliers("toy", 2, "int")], ignore_index=True).drop_duplicates()
-    assert set(select_outliers(points, 4)["panel"]) == {"toy, 4-bit int block 64"}
+    assert set(select_outliers(points, 4)["panel"]) == {"toy, int4 block 64"}
     parts = [make_points({"block_size": size}, bits=(4,), models=1) for size in (32, 64, 128, 256, 512)]
     parts += [make_points({"data_type": "int", "block_size": size}, bits=(4,)) for size in (64, 128)]
     assert set(select_block_sizes(pd.concat(parts, ignore_index=True), 4)["data_type"]) == {"int"}

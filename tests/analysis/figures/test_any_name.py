@@ -12,7 +12,8 @@ import pytest
 from matplotlib.text import Text
 
 from kbit.analysis.figures.drawing import PaperFigure
-from kbit.analysis.figures.registry import FIGURES, write_figure
+from kbit.analysis.figures.registry import FIGURES
+from kbit.analysis.figures.saving import write_figure
 from kbit.analysis.report.page import build_page
 from kbit.analysis.report.points import collect_data
 from kbit.store.tables import write_csv
@@ -66,7 +67,7 @@ def folder(figures: dict[str, PaperFigure], tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize(("name", "word"), [*((f, MINE) for f in SHOW_METHODS), *((f, OWN) for f in SHOW_DATA_TYPES)])
 def test_a_figure_shows_it(name: str, word: str, figures: dict[str, PaperFigure], folder: Path) -> None:
-    cells = pd.read_csv(folder / f"{name}.csv").select_dtypes(["object", "string"]).fillna("")
+    cells = pd.read_csv(folder / f"{name}.csv", comment="#").select_dtypes(["object", "string"]).fillna("")
     texts = {str(cell) for column in cells for cell in cells[column]}
     assert any(word in text for text in texts)
     assert not any(text.startswith(("=", "+", "-", "@")) for text in texts - {"-"})  # a spreadsheet would run them

@@ -95,11 +95,9 @@ def test_figure_4_shows_the_controls_beside_the_proxy(
     kept = planted[planted["outlier_fraction"] == 0.02]
     control = kept.assign(outlier_selection="random", key=kept["key"] + "random")
     figure = FIGURES["figure_4"](pd.concat([planted.assign(outlier_selection="proxy"), control], ignore_index=True))
-    three = figure.data[figure.data["panel"] == "opt, 3-bit nf block 64"]
+    three = figure.data[figure.data["panel"] == "opt, nf3 block 64"]
     assert list(dict.fromkeys(three["series"])) == ["3-bit", "3-bit with 2% outliers", "3-bit with 2% random", "4-bit"]
     # the claims are about the proxy; one more part compares it with the control, whose loss is planted as the same
     head, _, part = figure.verdict.partition(" [outliers by proxy gain more than random dimensions] ")
     assert head == draw_planted("figure_4").verdict
-    assert part.startswith(
-        "Of 2 panels: undecided in 2. Mean lead: opt, 3-bit nf block 64, 3-bit with 2% outliers over"
-    )
+    assert part.startswith("Of 2 panels: undecided in 2. Mean lead: opt, nf3 block 64, 3-bit with 2% outliers over")

@@ -9,12 +9,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from random_stores import Shape, draw_shapes, make_store
+from sentence_races import check_finding
 from sentences import check_sentences
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 from kbit.analysis.figures.registry import FIGURES
-from kbit.analysis.figures.styles import TooManyCurves
+from kbit.analysis.statistics.findings import finding
 
 FEW = 3  # figures that are drawn of each store
 
@@ -36,10 +38,12 @@ def draw(name: str, store: pd.DataFrame) -> PaperFigure | None:
 @given(shape=draw_shapes(), chance=st.integers(0, 2**16))
 def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, chance: int) -> None:
     store = make_store(shape)
+    if len(store):
+        check_finding(finding(store), store)
     for name in random.Random(chance).sample(list(FIGURES), FEW):
         figure = draw(name, store)
         if figure is not None:
-            caption = " ".join(figure.fig.texts[0].get_text().split())
+            caption = " ".join(figure.write_paragraphs("full"))
             check_sentences(name, figure.verdict, caption, figure.data, store)
             texts = [text for text in figure.fig.findobj(Text) if isinstance(text, Text)]
             assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())

@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
+from toy_curves import make_results
 
 from kbit.analysis.curves.curves import ZERO_SHOT, AmbiguousResults, Measure, find_cross_entropy
 from kbit.analysis.curves.published import compare_anchors, match_published, read_published
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, draw_table
+from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.figures.maps import choose_ink, name_part
 from kbit.analysis.figures.registry import FIGURES
 from kbit.analysis.figures.relations import correlate, read_loss, read_lost, read_weight_error, resample_groups
@@ -54,7 +56,7 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     quantized = rows.assign(value=0.0, bits=3, key=rows["model"] + "-3")
     both = table_2(pd.concat([quantized, rows.assign(value=values)], ignore_index=True))
     assert both.verdict == figure.verdict  # the 16-bit experiment stands for its model
-    assert "Data: 3 experiments on 3 models of toy." in both.fig.texts[0].get_text()
+    assert "Data: 3 experiments on 3 models of toy." in " ".join(both.notes)
 
 
 def test_published_values_are_the_transcribed_ones() -> None:
@@ -81,8 +83,8 @@ def test_published_circles_are_drawn_and_their_source_named(planted: pd.DataFram
     names = {"opt-1m": "opt-125m", "opt-4m": "opt-350m", "opt-16m": "opt-1.3b"}
     rows = planted[planted["metric"] == "cross_entropy"].replace({"model": names}).assign(task="wikitext2")
     figure = FIGURES["figure_13"](rows)
-    assert "Circles: published values; GPTQ" in figure.fig.texts[0].get_text()
-    assert figure.fig.legends[0].get_texts()[-1].get_text() == "published"
+    assert "Circles: published values; GPTQ" in " ".join(figure.write_paragraphs("full"))
+    assert figure.fig.subfigs[0].legends[0].get_texts()[-1].get_text() == "published"
 
 
 def test_anchors_say_whether_published_values_are_met(planted: pd.DataFrame) -> None:
@@ -193,7 +195,7 @@ def test_the_map_finds_the_best_cell_and_counts_scales(draw_planted: Callable[[s
     four = figure.data[figure.data["panel"] == "opt, 4-bit"]
     assert len(four) == 18  # five data types by three block sizes, float by a fourth, and two more exponents at 64
     assert four["loss"].min() == 0
-    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile"
+    assert four.sort_values("loss")["data_type"].iloc[0] == "quantile4"
     assert four.set_index("block_size")["bits_per_param"].to_dict() == {
         64: 4.25,
         128: 4.125,
@@ -247,7 +249,7 @@ def test_the_map_says_how_sure_its_best_cell_is(draw_planted: Callable[[str], Pa
     figure = draw_planted("data_types_map")
     four = figure.data[figure.data["panel"] == "opt, 4-bit"].sort_values("loss")
     found = re.search(
-        r"opt, 4-bit: best is quantile block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
+        r"opt, 4-bit: best is quantile4 block 64 \[4\.25\], its lead over (.+?) (\S+) nats \(95%", figure.verdict
     )
     assert found is not None
     assert float(found[2]) == pytest.approx(four["loss"].iloc[1], abs=6e-5)
@@ -263,7 +265,7 @@ def test_sensitivity_is_the_loss_of_one_part(planted: pd.DataFrame) -> None:
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True))
     assert figure.data["part"].tolist() == ["layer 0", "layer 1", "layer 10"]
     assert figure.data["loss"].to_numpy() == pytest.approx([0.1, 0.3, 0.2])
-    assert "opt-1m: layer 1 (+0.300, 3-bit nf none whole tensor)" in figure.verdict
+    assert "opt-1m: layer 1 (+0.300, nf3 none whole tensor)" in figure.verdict
     with pytest.raises(MissingResults, match=r"kbit run \+sweeps=nano/sensitivity"):
         FIGURES["sensitivity"](pd.concat(rows[:2], ignore_index=True))
     other = base.assign(key="0other", value=base["value"] - 1, evaluation="float32, 8 windows")
@@ -288,8 +290,46 @@ def test_sensitivity_is_by_one_quantizer(planted: pd.DataFrame) -> None:
             rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=loss, **about))
     figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
     assert figure.data["loss"].to_numpy() == pytest.approx([0.25, 0.35, 0.45])
-    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, 4-bit nf block 64"]
-    assert "Left out: 4 experiments" in " ".join(figure.fig.texts[0].get_text().split())
+    assert [axes.get_title(loc="left") for axes in figure.fig.axes] == ["opt-1m, nf4 block 64"]
+    assert "Left out: 4 experiments" in " ".join(figure.write_paragraphs("full"))
+
+
+def test_sensitivity_shows_all_data_types_that_tie_side_by_side(planted: pd.DataFrame) -> None:
+    base = planted[(planted["bits"] == 16) & (planted["model"] == "opt-1m")]
+    rows = [base]
+    for kind, loss in (("nf", 0.1), ("int", 0.2)):
+        for part in range(2):
+            about: dict[str, Any] = {"key": f"{kind}{part}", "bits": 4, "data_type": kind, "block_size": 64}
+            value = base["value"] + loss + 0.1 * part
+            rows.append(base.assign(exclude=rf"layers\.(?!{part}\.)", value=value, method="rtn", **about))
+    figure = FIGURES["sensitivity"](pd.concat(rows, ignore_index=True).astype({"block_size": "Int64"}))
+    assert figure.verdict.endswith(
+        "of opt-1m: layer 1 (+0.300, int4 block 64); opt-1m: layer 1 (+0.200, nf4 block 64)."
+    )
+    (axes,), [body] = figure.fig.axes, figure.fig.subfigs
+    bars = {(round(bar.get_y(), 6), round(bar.get_width(), 6)): bar.get_facecolor() for bar in axes.patches}  # type: ignore[attr-defined]
+    assert sorted(width for _, width in bars) == pytest.approx([0.1, 0.2, 0.2, 0.3])
+    assert len({y for y, _ in bars}) == 4
+    named = {text.get_text(): patch.get_facecolor() for text, patch in zip(*read_legend(body), strict=True)}
+    assert set(named) == {"int4 block 64", "nf4 block 64"}
+    assert set(named.values()) == set(bars.values())
+
+
+def read_legend(body: Any) -> tuple[list[Any], list[Any]]:
+    [legend] = body.legends
+    return legend.get_texts(), legend.get_patches()
+
+
+def test_laws_are_fitted_to_all_data_types_that_tie() -> None:
+    table = compare_laws(make_results(("int", "nf")))
+    fitted = table[table["rmse"].notna()].groupby("law")["panel"].agg(list).to_dict()
+    assert fitted["power"] == fitted["offset"] == fitted["kumar"] == ["toy, int block 64", "toy, nf block 64"]
+    alone = compare_laws(make_results(("nf",)))
+    same = ["law", "points", "rmse", "parameters"]
+    pd.testing.assert_frame_equal(
+        table[table["panel"] == "toy, nf block 64"][same].reset_index(drop=True),
+        alone[alone["panel"] == "toy, nf block 64"][same].reset_index(drop=True),
+    )
 
 
 @pytest.mark.parametrize(
@@ -321,8 +361,8 @@ def test_methods_compete_for_a_budget(planted: pd.DataFrame) -> None:
     rows = planted[(planted["data_type"] == "int") & (planted["block_size"] == 64) | (planted["bits"] == 16)]
     rows = rows[rows["bits"].isin([3, 4]) & (rows["family"] == "opt")]
     figure = FIGURES["frontier"](rows)
-    assert set(figure.data["choice"]) == {"4-bit int gptq block 64"}
-    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in figure.fig.texts[0].get_text()
+    assert set(figure.data["choice"]) == {"int4 gptq block 64"}
+    assert f"Data: {rows['key'].nunique()} experiments on 3 models of opt." in " ".join(figure.write_paragraphs("full"))
 
 
 def test_a_frontier_of_one_small_model_is_still_shown(planted: pd.DataFrame) -> None:
@@ -343,6 +383,6 @@ def test_a_precision_against_16_bits_alone_is_no_contest(planted: pd.DataFrame) 
     assert figure.data.loc[alone, "bits"].isna().all()
     counted = int((~alone).sum())
     assert f"of {counted} variants" in figure.verdict
-    caption = " ".join(figure.fig.texts[0].get_text().split())
+    caption = " ".join(figure.write_paragraphs("full"))
     assert f"Not counted: {int(alone.sum())} with one quantized precision" in caption
     assert (figure.data["lowest"] < figure.data["highest"]).all()

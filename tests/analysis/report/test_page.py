@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
+from toy_results import fill
 
+from kbit.analysis.figures.drawing import PaperFigure
 from kbit.analysis.figures.registry import FIGURES
 from kbit.analysis.report.page import build_page, compare_all_laws, summarize, write_report
+from kbit.analysis.report.pictures import write_pictures
 from kbit.analysis.report.points import collect_data
 from kbit.analysis.report.tables import format_interval, format_share, format_table, write_verdicts
-from kbit.analysis.statistics.verdicts import tabulate_verdicts
+from kbit.analysis.statistics.verdicts import NOT_TRIED, tabulate_verdicts
 
 FAILURES = pd.DataFrame(
     {
@@ -70,13 +76,23 @@ def test_a_failure_is_a_reason_and_no_point(page: str) -> None:
 
 def test_key_figures_are_in_the_page_with_their_captions(page: str, small: pd.DataFrame) -> None:
     figure = FIGURES["figure_2"](small)
-    found = re.search(r'<figure id="figure_2"><img src="data:image/png;base64,([^"]+)".*?</figure>', page, re.DOTALL)
+    found = re.search(r'<figure id="figure_2"><img src="data:image/webp;base64,([^"]+)".*?</figure>', page, re.DOTALL)
     assert found is not None
-    assert base64.b64decode(found[1]).startswith(b"\x89PNG")
+    width, height = Image.open(io.BytesIO(base64.b64decode(found[1]))).size
+    assert min(width, height) > 300
     assert html.escape(figure.claim) in found[0]
     assert html.escape(figure.verdict) in found[0]
-    assert "key figures need other results" in page  # no method but rounding to nearest was measured
+    assert "key figures are not drawn" in page  # no method but rounding to nearest was measured
     assert html.escape("run: kbit run +sweeps=nano/methods") in page
+
+
+def test_a_figure_that_fails_does_not_lose_the_page(small: pd.DataFrame) -> None:
+    def fail(results: pd.DataFrame) -> PaperFigure:
+        raise RuntimeError("a < b")
+
+    shown = write_pictures(small, {"figure_2": fail})
+    assert "1 of 1 key figures are not drawn" in shown
+    assert html.escape("figure_2 failed: RuntimeError: a < b") in shown
 
 
 def test_text_is_escaped() -> None:
@@ -94,6 +110,15 @@ def test_verdicts_have_readable_heads_and_numbers(page: str) -> None:
     assert "<td>nf block 64</td>" in table
     assert re.search(r"<td>[+-][\d.]+ to [+-][\d.]+</td>", table)
     assert re.search(r"<td>[\d.]+ Mbit to [\d.]+ Mbit</td>", table)
+
+
+def test_verdicts_that_were_not_tried_are_a_number(small: pd.DataFrame) -> None:
+    table = tabulate_verdicts(small)
+    assert len(table) >= 2
+    untried = table.assign(grade=[NOT_TRIED, *table["grade"][1:]])
+    shown = write_verdicts(untried)
+    assert shown.count("<tr>") == len(table)  # the head, and one row less
+    assert html.escape(f"Left out: 1 rows of {len(table)} were {NOT_TRIED}") in shown
 
 
 def test_shares_say_what_is_certain() -> None:
@@ -124,3 +149,18 @@ def test_a_store_without_results_is_refused(tmp_path: Path, small: pd.DataFrame)
     with pytest.raises(ValueError, match="no finished experiment"):
         write_report(small[:0], tmp_path / "store", tmp_path / "report.html", FIGURES)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_takes_a_condition_and_keeps_baselines(kbit: Callable[..., Any], tmp_path: Path) -> None:
+    fill(tmp_path / "store", range(8))  # of each quantizer two: none, float, nf, int
+    done = kbit("report", "--results", "store", "--where", "data_type == 'nf'", "--out", "new/page.html")
+    assert done.code == 0
+    assert "--where keeps 8 rows, 4 of them of 16-bit baselines, and drops 8" in done.out
+    page = (tmp_path / "new" / "page.html").read_text()
+    assert html.escape("4 experiments with data_type == 'nf' on 4 models of 1 family") in page
+    names = read_data(page)["experiments"]["data_type"]["names"]
+    assert [name.split()[0] for name in names] == ["nf", "unquantized"]
+    wrong = kbit("report", "--results", "store", "--where", "data_type == 'nff'", "--out", "wrong.html")
+    assert wrong.code == 1
+    assert "finds none of the rows" in wrong.err
+    assert not (tmp_path / "wrong.html").exists()

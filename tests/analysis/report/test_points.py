@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import split_families
-from kbit.analysis.figures.styles import LINE_STYLES
+from kbit.analysis.figures.canvas.styles import LINE_STYLES, style_data_type
 from kbit.analysis.report.points import collect_data, name_block_size, name_measure
 
 
@@ -41,6 +41,8 @@ def test_an_experiment_has_its_names(data: dict[str, Any], planted: pd.DataFrame
     wanted = {"family": "opt", "model": "opt-1m", "bits": str(row["bits"]), "block_size": str(row["block_size"])}
     assert {name: names[name] for name in wanted} == wanted
     assert names["data_type"].split()[0] == row["data_type"]
+    assert {"nf4", "float4-e3m0", "int3 gptq", "unquantized"} <= set(experiments["quantizer"]["names"])
+    assert {"float e1", "float e2", "float e3", "int", "int gptq", "nf"} <= set(experiments["data_type"]["names"])
     assert names["method"] == row["method"]
     assert experiments["total_bits"][place] == row["total_bits"]
     baseline = experiments["key"].index(planted.loc[planted["bits"] == 16, "key"].iloc[0])
@@ -52,7 +54,7 @@ def test_names_are_in_a_readers_order(data: dict[str, Any]) -> None:
     experiments = data["experiments"]
     assert experiments["bits"]["names"] == ["2", "3", "4", "5", "6", "7", "8", "16"]
     assert experiments["block_size"]["names"] == ["64", "128", "256", "1024", "unquantized"]
-    assert experiments["data_type"]["names"][0] == "float"
+    assert experiments["data_type"]["names"][0] == "float e1"
     assert experiments["data_type"]["names"][-1] == "unquantized"
 
 
@@ -66,7 +68,10 @@ def test_one_data_type_has_one_colour(data: dict[str, Any]) -> None:
     column = data["experiments"]["data_type"]
     colors = {name: look["color"] for name, look in zip(column["names"], column["looks"], strict=True)}
     assert colors["int"] == colors["int gptq"]
-    assert len({colors[name] for name in ("float", "int", "nf", "quantile", "dynamic", "unquantized")}) == 6
+    assert len({colors[name] for name in ("float e2", "int", "nf", "quantile", "dynamic", "unquantized")}) == 6
+    for name in ("int", "nf", "quantile", "dynamic"):
+        assert colors[name] == style_data_type(name, 4).color
+    assert colors["float e2"] == style_data_type("float", 4, 2).color != colors["float e3"]
     assert len({(look["color"], look["marker"]) for look in column["looks"]}) == len(column["names"])
 
 

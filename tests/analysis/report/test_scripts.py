@@ -158,6 +158,7 @@ def test_sorting_puts_numbers_first_and_missing_ones_last(racer: MiniRacer) -> N
         (1.9e6, 2.7e8, 20, [2e6, 5e6, 1e7, 2e7, 5e7, 1e8, 2e8]),
         (1.9e6, 2.7e8, 5, [2e6, 1e7, 5e7, 2e8]),
         (1e6, 1e12, 9, [10.0**power for power in range(6, 13)]),
+        (2.2e6, 8.8e6, 12, [3e6, 4e6, 5e6, 6e6, 8e6]),
         (2.2e6, 3.3e6, 6, [2.2e6, 2.4e6, 2.6e6, 2.8e6, 3e6, 3.2e6]),
     ],
 )

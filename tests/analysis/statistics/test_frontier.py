@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from toy_items import write_items
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Measure, interpolate, shared_budgets
 from kbit.analysis.statistics.frontier import (
@@ -103,19 +102,6 @@ def test_a_curve_is_never_best_by_a_draw_that_is_unknown(make_points: Build) -> 
     draws = draw_values(points, ZERO_SHOT)
     draws.values[:, 3] = np.nan
     assert (best_chances(points, draws, higher_is_better=True)[4] == 1).all()
-
-
-def write_items(folder: Path, scores: dict[str, dict[str, Any]], metric: str = "acc") -> None:
-    """A store that holds nothing but items: {key: {task: scores}}."""
-    (folder / "experiments").mkdir(parents=True, exist_ok=True)
-    for key, tasks in scores.items():
-        items = [
-            {"task": task, "metric": metric, "n": len(values), "encoding": "float32"}
-            | {"data": base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()}
-            for task, values in tasks.items()
-        ]
-        record = {"key": key, "schema_version": 1, "items": items}
-        (folder / "experiments" / f"{key}.json").write_text(json.dumps(record))
 
 
 def make_paired(make_points: Build, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -75,7 +75,7 @@ def test_what_hydra_understands_is_left_to_it(arguments: list[str]) -> None:
         ("eval=piqa", "eval=piqa: there is no eval/piqa; did you mean eval.tasks=[piqa]?"),
         ("hydra/launcher=ray", "hydra/launcher=ray: there is no hydra/launcher/ray; did you mean hydra/launcher=kbit"),
         ("quant.bits=3;4", "quant.bits=3;4: cannot be read; values are written a,b or [a,b]"),
-        ("eval.tasks=piqa", "eval.tasks=piqa: eval.tasks is a list: eval.tasks=[piqa]"),
+        ("eval.tasks=piqa", "eval.tasks=piqa: eval.tasks is a list, such as [a,b]; did you mean eval.tasks=[piqa]?"),
     ],
 )
 def test_what_hydra_refuses_is_explained(kbit: Kbit, argument: str, message: str) -> None:
