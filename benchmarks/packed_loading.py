@@ -52,7 +52,7 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._ended.wait(0.002):
+        while not self._ended.wait(0.01):
             self.peak = max(self.peak, read_anonymous() - self._before)
 
 
