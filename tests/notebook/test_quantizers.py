@@ -24,6 +24,7 @@ def test_every_preset_is_there_by_its_name() -> None:
     assert list(presets) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
     assert presets["nf4_dq"].scale_format == "dq8"
     assert kbit.QuantSpec.from_name("nf4") == kbit.QuantSpec() == presets["default"].spec
+    assert kbit.QuantSpec.from_name("default") == kbit.QuantSpec()
 
 
 @pytest.mark.parametrize("name", ["default", "nf4_dq", "mxfp4", "int8_rowwise", "fp4_bnb"])
