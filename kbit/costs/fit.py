@@ -33,7 +33,7 @@ def parse_precisions(text: str) -> dict[str, QuantConfig]:
 
 def tabulate_memory(
     shapes: Iterable[ModelShape],
-    precisions: Sequence[QuantConfig],
+    precisions: Mapping[str, QuantConfig],
     hardware: Sequence[Hardware],
     use: Use,
     overhead: float,
@@ -67,7 +67,7 @@ def tabulate_memory(
 
 def tabulate_largest(
     shapes: Sequence[ModelShape],
-    precisions: Sequence[QuantConfig],
+    precisions: Mapping[str, QuantConfig],
     hardware: Sequence[Hardware],
     use: Use,
     overhead: float,

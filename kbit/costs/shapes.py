@@ -141,6 +141,6 @@ def measure_shape(name: str, config: Any) -> ModelShape:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        context=getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", 2048),
+        context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", 2048)),
         matrices=dict(matrices),
     )

@@ -51,7 +51,8 @@ class PackedLayout:
     def list_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return the type and the shape of each tensor, by its name in the module's state. `weight` holds the codes."""
         spec, blocks = self.spec, self.spec.count_blocks(self.shape)
-        found = {"weight": (torch.uint8, (math.ceil(math.prod(self.shape) * spec.bits / 8),))}
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        found["weight"] = (torch.uint8, (math.ceil(math.prod(self.shape) * spec.bits / 8),))
         found |= dict(_list_constants("scales", spec.scale_type.list_arrays(blocks)))
         if spec.normalization == "minmax":
             found |= dict(_list_constants("offsets", spec.offset_type.list_arrays(blocks)))

@@ -97,6 +97,8 @@ def codebook(
     table: Sequence[float] | None = None,
     tensor: torch.Tensor | NDArray[Any] | None = None,
     seed: int = 0,
+    signed: bool = True,
+    zero: bool = True,
 ) -> Codebook:
     """Return the codebook of a data type: sorted float32 values within [-1, 1], which is public as kbit.codebook.
 
@@ -111,17 +113,18 @@ def codebook(
         tensor: the tensor that a quantile or learned codebook is fitted to. It is normalised here, as quantize does, so
             that the codebook is that of quantize(tensor, QuantSpec(bits, data_type, block_size)).
         seed: seed of the sample that k-means sees, for learned.
+        signed, zero: whether there are values below 0, and whether 0 is one. See QuantSpec.
 
     Raises:
         TypeError, ValueError: as make_codebook and quantize.
     """
     if data_type in ADAPTIVE and tensor is not None:
-        spec = QuantSpec(bits=bits, data_type=data_type, block_size=block_size, seed=seed)
+        spec = QuantSpec(bits=bits, data_type=data_type, block_size=block_size, seed=seed, signed=signed, zero=zero)
         values = _flatten(_as_tensor(tensor), spec)
         return make_grid(values, torch.Size(tensor.shape), spec, choose_backend(values.device)).codebook
     return make_codebook(
         data_type, bits, exponent_bits=exponent_bits, float_bias=float_bias, block_size=block_size, table=table,
-        tensor=tensor, seed=seed,
+        tensor=tensor, seed=seed, signed=signed, zero=zero,
     )  # fmt: skip
 
 

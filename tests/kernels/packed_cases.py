@@ -18,8 +18,8 @@ NAMES = {"generic": "x86-64", "avx2": "haswell", "avx512-emulated": "haswell", "
 # Each takes seconds to compile: those that look up in different ways (memory, one and more permutations, blends).
 BITS = {"generic": (3, 8), "avx2": (2, 3, 4, 5, 8), "avx512-emulated": range(2, 9), "avx512": range(2, 9)}
 KIND = sys.argv[1]
-if NAMES[KIND]:
-    os.environ |= {"NUMBA_CPU_NAME": NAMES[KIND], "NUMBA_CPU_FEATURES": ""}
+if (cpu := NAMES[KIND]) is not None:
+    os.environ |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
 if "emulated" in KIND:  # numba keeps kernels by the CPU's name, which is that of avx2
     os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()
 

@@ -86,12 +86,13 @@ class Layers(nn.ModuleList):
         super().__init__()
         self.transposed, self.device = transposed, fused.device
         for values in fused.detach():
-            layer = nn.Linear(*(values.shape if transposed else values.T.shape), bias=False)
-            layer.weight.data = (values.T if transposed else values).clone().contiguous()
+            matrix = (values.T if transposed else values).clone().contiguous()
+            layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+            layer.weight.data = matrix
             self.append(layer)
 
     def __getitem__(self, expert: Any) -> Any:
-        weight: Any = super().__getitem__(int(expert)).weight  # type: ignore[union-attr]
+        weight: Any = super().__getitem__(int(expert)).weight
         return weight.T if self.transposed else weight
 
 

@@ -80,5 +80,5 @@ def test_kinds_are_said_in_words(kind: Any, words: str) -> None:
 
 
 def test_values_are_written_as_on_the_command_line() -> None:
-    values = (None, True, 0.5, "nf", ("a", "b"), [])
+    values: tuple[Any, ...] = (None, True, 0.5, "nf", ("a", "b"), [])
     assert [write_value(value) for value in values] == ["null", "true", "0.5", "nf", "[a,b]", "[]"]
