@@ -52,7 +52,7 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._ended.wait(0.002):
+        while not self._ended.wait(0.01):
             self.peak = max(self.peak, read_anonymous() - self._before)
 
 
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             arguments: list[Any] = [way, str(plain), str(packed), options.bits]
             done = subprocess.run(
                 [sys.executable, __file__, "--load", json.dumps(arguments)], capture_output=True, text=True,
-                check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+                check=False, env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "warning"},
             )  # fmt: skip
             if done.returncode:
                 raise RuntimeError(done.stderr)

@@ -82,11 +82,6 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({kind}, {find_isa().name})")
 
 
-@functools.cache
-def _vector(kind: str) -> Vector:
-    return Vector(kind)
-
-
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Vector) -> None:
@@ -142,7 +137,7 @@ def load(typing, array, place):
         pointer = _point(context, builder, signature.args[0], *arguments, _vector_of(_F32))
         return _load(builder, pointer, 4)
 
-    return _vector("float")(array, place), generate
+    return Vector("float")(array, place), generate
 
 
 @intrinsic
@@ -173,11 +168,7 @@ def read_word(typing, stored, place, bits):
 @intrinsic
 def splat(typing, value):
     """Return a vector with a float32 in each lane."""
-
-    def generate(context, builder, signature, arguments):
-        return _splat(builder, arguments[0])
-
-    return _vector("float")(types.float32), generate
+    return Vector("float")(types.float32), lambda context, builder, signature, arguments: _splat(builder, *arguments)
 
 
 @intrinsic
@@ -195,7 +186,7 @@ def add(typing, a, b):
 @intrinsic(prefer_literal=True)
 def zeros(typing, count):
     """Return a tuple of so many vectors of zeros."""
-    result = types.UniTuple(_vector("float"), count.literal_value)
+    result = types.UniTuple(Vector("float"), count.literal_value)
 
     def generate(context, builder, signature, arguments):
         return context.make_tuple(builder, result, [_every(_F32, 0.0)] * result.count)
@@ -276,7 +267,7 @@ def load_codes(typing, packed, place, bits):
         words = _shuffle_bytes(builder, read, k)
         return builder.lshr(words, _constant(_I32, [shift for _, shift in _list_places(k)[:lanes]]))
 
-    return _vector("int")(packed, place, bits), generate
+    return Vector("int")(packed, place, bits), generate
 
 
 def _list_places(bits: int) -> list[tuple[int, int]]:
@@ -324,7 +315,7 @@ def load_table(typing, codebook, step, bits):
     if bits.literal_value > isa.permuted_bits:
         return codebook(codebook, step, bits), _return_first
     registers = max(1, 2**bits.literal_value // isa.lanes)
-    result = types.UniTuple(_vector("float"), registers)
+    result = types.UniTuple(Vector("float"), registers)
 
     def generate(context, builder, signature, arguments):
         pointer = _point(context, builder, signature.args[0], arguments[0], ir.Constant(_I64, 0), _vector_of(_F32))
@@ -356,13 +347,13 @@ def look_up(typing, table, codes, bits):
             values = builder.insert_element(values, value, ir.Constant(_I32, lane))
         return values
 
-    return _vector("float")(table, codes, bits), generate
+    return Vector("float")(table, codes, bits), generate
 
 
 @intrinsic
 def load_line(typing, codebook, step, bits):
     """Return what compute takes for a codebook of evenly spaced values: the first one and their distance."""
-    result = types.UniTuple(_vector("float"), 2)
+    result = types.UniTuple(Vector("float"), 2)
 
     def generate(context, builder, signature, arguments):
         first = builder.load(context.make_array(signature.args[0])(context, builder, arguments[0]).data)
@@ -381,7 +372,7 @@ def compute(typing, line, codes, bits):
         numbers = builder.sitofp(builder.and_(arguments[1], _every(_I32, most)), first.type)
         return _multiply_add(builder, numbers, step, first)
 
-    return _vector("float")(line, codes, bits), generate
+    return Vector("float")(line, codes, bits), generate
 
 
 def _list_lanes(builder: ir.IRBuilder, codes: ir.Value) -> Iterator[ir.Value]:

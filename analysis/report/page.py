@@ -45,9 +45,9 @@ def write_report(
         where: the condition that chose the results, which the page names.
 
     Raises:
-        ValueError: there is no result.
+        ValueError: there is no result with a value.
     """
-    if results.empty:
+    if results["value"].isna().all():
         raise ValueError(f"{Path(store).absolute()} has no finished experiment: nothing to report")
     page = build_page(results, read_failures(store), read_provenance(store), figures, where)
     out.parent.mkdir(parents=True, exist_ok=True)

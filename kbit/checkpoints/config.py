@@ -75,9 +75,8 @@ class KbitConfig(QuantizationConfigMixin):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what decides how codes are decoded. Weight files carry it, so that config.json cannot disagree."""
-        spec = self.quant.spec.canonical()
-        content = json.dumps([dataclasses.asdict(spec), self.weight_dtype, self.parts], sort_keys=True)
+        """A hash of how the weights were packed. Weight files carry it, so that config.json cannot disagree."""
+        content = json.dumps([self.fields, self.weight_dtype, self.parts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def find_layout(self, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedLayout:

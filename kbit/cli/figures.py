@@ -106,10 +106,10 @@ def _read_page(options: argparse.Namespace) -> Page:
     """
     from kbit.analysis.figures.canvas.page import Page, parse_length, read_style
 
-    sizes = [size and parse_length(size) for size in (options.width, options.height)]
+    width, height = (size and parse_length(size) for size in (options.width, options.height))
     if options.style is not None:
         read_style(options.style)  # refused before anything is drawn
-    return Page(*sizes, style=options.style)
+    return Page(width, height, options.style)
 
 
 def _read_files(options: argparse.Namespace) -> Files:

@@ -135,7 +135,8 @@ def _pack(experiment: Experiment, device: str, out: Path, result: Result | None)
 
     check_model_files(experiment.model)
     check_not_packed([experiment])
-    loaded = load_model(experiment.model.name, dtype=experiment.model.dtype, device=device, **experiment.model.parts)
+    options: dict[str, Any] = {"dtype": experiment.model.dtype, "device": device, **experiment.model.parts}
+    loaded = load_model(experiment.model.name, **options)
     report, weights_hash = pack_loaded(loaded, experiment.quant)
     if result is not None and weights_hash != result.weights_hash:
         raise KbitError(

@@ -37,7 +37,8 @@ def test_bitsandbytes_loads_what_was_exported(name: str, preset: str, tmp_path: 
     bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     codes = pack(name, QuantConfig.from_name(preset), tmp_path / "packed")
     export_checkpoint(tmp_path / "packed", "bitsandbytes", tmp_path / "out")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = loaded
     assert not any(info.values())
     layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert {f"{name}.weight" for name in layers} == codes.keys()
@@ -53,7 +54,8 @@ def test_compressed_tensors_loads_what_was_exported(preset: str, tmp_path: Path)
     pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
     codes = pack("nano-neox-98k", QuantConfig.from_name(preset), tmp_path / "packed")
     export_checkpoint(tmp_path / "packed", "compressed-tensors", tmp_path / "out")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = loaded
     assert not any(info.values())
     with torch.no_grad():
         model(torch.arange(9)[None])  # on the CPU it decompresses at the first call

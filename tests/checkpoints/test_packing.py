@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+from transformers.quantizers import auto
 
 from kbit.checkpoints.config import KbitConfig
 from kbit.checkpoints.export import export_checkpoint
@@ -133,7 +132,7 @@ def test_fused_experts_are_packed_each_by_itself(
     assert torch.equal(compute(asked), expected)
     asked.save_pretrained(tmp_path / "again")
     assert torch.equal(compute(load_as_it_is(tmp_path / "again")), expected)
-    again.dequantize()
+    again.dequantize()  # type: ignore[no-untyped-call]
     assert torch.equal(compute(again), expected)
 
 
@@ -146,14 +145,16 @@ def test_transformers_copies_casts_and_generates(folder: Path) -> None:
     expected = compute(loaded.model)
     assert torch.equal(compute(copy.deepcopy(loaded.model)), expected)
     assert torch.equal(compute(pickle.loads(pickle.dumps(loaded.model))), expected)
-    there = loaded.model.to(torch.bfloat16).to(torch.float32)  # the packed bytes are no numbers to round
+    there: Any = loaded.model
+    there = there.to(torch.bfloat16).to(torch.float32)  # the packed bytes are no numbers to round
     for name, module in list_packed(load_model(str(folder)).model).items():
         assert torch.equal(there.get_submodule(name).dequantize(), module.dequantize())
     plain = load_plain(NEOX)
     quantize_model(plain.model, QuantConfig(bits=4))
-    asked = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    asked = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
+    generate: Any = pipeline
     texts = [
-        pipeline("text-generation", model=model, tokenizer=plain.tokenizer)("Once upon a", generation_config=asked)
+        generate("text-generation", model=model, tokenizer=plain.tokenizer)("Once upon a", generation_config=asked)
         for model in (load_model(str(folder)).model, plain.model)
     ]
     assert texts[0] == texts[1]
@@ -238,7 +239,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda f: edit_config(f, lambda c: c["quantization_config"].update(weight_dtype="float16")), "another way"),
         (
             lambda f: edit_config(f, lambda c: c["quantization_config"].update(exclude="mlp")),
-            "lacks|has no place|tensors",
+            "another way",
         ),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-99]), "cannot be"),
     ],
@@ -253,14 +254,12 @@ def test_a_damaged_or_lying_checkpoint_is_refused(
         load_packed(str(tmp_path))
 
 
-def test_without_kbit_transformers_gives_no_random_weights(folder: Path) -> None:
-    code = (
-        "import sys; from transformers import AutoModelForCausalLM\n"
-        "try: AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "except Exception as error: print('refused', type(error).__name__)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
-    assert done.stdout.startswith("refused")
+def test_without_kbit_transformers_gives_no_random_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if kbit was not imported: transformers warns of an unknown kind and would fill what it does not find."""
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "kbit")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "kbit")
+    with pytest.raises(RuntimeError, match="mismatched"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_only_a_packed_checkpoint_is_exported(folder: Path, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ BAD_RUNS: list[tuple[list[str], list[str]]] = [
     (["results=/proc/kbit"], ["results=/proc/kbit", "cannot write"]),
     (["+sweeps=nowhere"], ["sweeps/nowhere"]),
     (["-m", "quant.bits=3,9", BASIC], ["bits=9", "2..8"]),
-    (["-m", "hydra/launcher=slurm"], ["slurm", "basic", "kbit"]),
+    (["-m", "hydra/launcher=slurm"], ["hydra/launcher=slurm: kbit runs on Slurm by Ray workers", "docs/slurm.md"]),
     (["-m", "ray.address=nonsense"], ["nonsense"]),
     (["-m", "device=cuda", "ray.gpus_per_worker=0"], ["device=cuda", "ray.gpus_per_worker > 0"]),
     (["-m", "device=cuda:1"], ["device=cuda:1", "use device=cuda"]),

@@ -20,7 +20,6 @@ READERS = [
     ["results", "list"],
     ["results", "compact"],
     ["results", "delete", "--yes", "--where", "bits == 99"],
-    ["results", "merge", "other"],
     ["figures", "figure_16"],
     ["report"],
 ]
@@ -40,6 +39,13 @@ def test_a_command_reads_the_named_store(kbit: Kbit, tmp_path: Path, command: li
     done = kbit(*command, *store)
     assert done.code == 1
     assert f"kbit: error: no results at {tmp_path / 'a b'}: start with `kbit run`" in done.err
+
+
+@pytest.mark.parametrize("store", [["results=a b"], ["--results", "a b"]], ids=str)
+def test_merge_writes_to_the_named_store(kbit: Kbit, tmp_path: Path, store: list[str]) -> None:
+    fill(tmp_path / "other", range(1))
+    assert kbit("results", "merge", "other", *store).out.startswith("other: 1 experiments copied to a b, ")
+    assert (tmp_path / "a b" / "experiments").is_dir()
 
 
 def test_a_word_of_another_option_is_left_alone(kbit: Kbit, tmp_path: Path) -> None:

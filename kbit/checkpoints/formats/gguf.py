@@ -165,4 +165,5 @@ def _unpack(packed: UInt8[np.ndarray, "blocks bytes"], bits: int) -> UInt8[np.nd
     if bits == 4:
         return codes
     fifth: UInt8[np.ndarray, "blocks 32"] = np.unpackbits(packed[:, :4], axis=1, bitorder="little")
-    return codes | fifth << np.uint8(4)
+    whole: UInt8[np.ndarray, "blocks 32"] = codes | fifth << np.uint8(4)
+    return whole

@@ -323,7 +323,8 @@ def read_legend(body: Any) -> tuple[list[Any], list[Any]]:
 def test_laws_are_fitted_to_all_data_types_that_tie() -> None:
     table = compare_laws(make_results(("int", "nf")))
     fitted = table[table["rmse"].notna()].groupby("law")["panel"].agg(list).to_dict()
-    assert fitted["power"] == fitted["offset"] == fitted["kumar"] == ["toy, int block 64", "toy, nf block 64"]
+    assert "power" in fitted
+    assert all(panels == ["toy, int block 64", "toy, nf block 64"] for panels in fitted.values())
     alone = compare_laws(make_results(("nf",)))
     same = ["law", "points", "rmse", "parameters"]
     pd.testing.assert_frame_equal(

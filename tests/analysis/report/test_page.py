@@ -146,8 +146,9 @@ def test_a_chosen_part_says_so(small: pd.DataFrame) -> None:
 
 
 def test_a_store_without_results_is_refused(tmp_path: Path, small: pd.DataFrame) -> None:
-    with pytest.raises(ValueError, match="no finished experiment"):
-        write_report(small[:0], tmp_path / "store", tmp_path / "report.html", FIGURES)
+    for nothing in (small[:0], small[:2].assign(value=float("nan"))):
+        with pytest.raises(ValueError, match="no finished experiment"):
+            write_report(nothing, tmp_path / "store", tmp_path / "report.html", FIGURES)
     assert not (tmp_path / "report.html").exists()
 
 

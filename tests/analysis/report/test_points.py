@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from random_stores import Shape, make_store
 
 from kbit.analysis.curves.curves import split_families
 from kbit.analysis.figures.canvas.styles import LINE_STYLES, style_data_type
+from kbit.analysis.report.page import embed_json
 from kbit.analysis.report.points import collect_data, name_block_size, name_measure
+
+MARKERS_OF_THE_PAGE = set("ov^<>sDdphH8*PX+x")  # those that chart.js draws
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +99,28 @@ def test_measures_have_words_and_a_direction() -> None:
     assert name_measure("acc", "piqa")["lower"] is False
     own = name_measure("share", "repetition")
     assert (own["label"], own["lower"], own["group"]) == ("share: repetition", None, "other")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape((2, 2), (3, 4), (0, 8, 9, 13), 0.5, 0.5, 0.02, 0.0, 1, True, 1),  # no baseline, no intervals
+        Shape((1, 1, 1), (3, 16), (5, 10, 14, 17, 18, 19, 20), 0.1, 0.1, 0.1, 0.9, 2, False, 2),
+        Shape((2,), (4, 8), (21, 22, 23, 24, 25), 0.0, 0.0, 0.0, 1.0, 6, False, 3),  # int8 products, single layers
+    ],
+)
+def test_any_store_can_be_shown(shape: Shape) -> None:
+    store = make_store(shape)
+    measured = store[store["value"].notna()]
+    found = json.loads(embed_json(collect_data(store)))
+    assert sum(len(measure["value"]) for measure in found["measures"]) == len(measured)
+    experiments = found["experiments"]
+    assert len({len(column.get("codes", ())) for column in experiments.values() if isinstance(column, dict)}) == 1
+    for column in experiments.values():
+        if isinstance(column, dict):
+            assert len(column["names"]) == len(set(column["names"])) == len(column["looks"])
+            assert all(0 <= code < len(column["names"]) for code in column["codes"])
+            assert {look["marker"] for look in column["looks"]} <= MARKERS_OF_THE_PAGE
 
 
 def test_block_sizes_are_named() -> None:

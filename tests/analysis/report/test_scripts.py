@@ -129,7 +129,7 @@ def test_no_point_beats_one_of_the_frontier(call: Call, pairs: list[tuple[int, i
 def test_curves_join_one_variant_in_one_evaluation(call: Call, data: dict[str, Any], table: pd.DataFrame) -> None:
     found = call("listCurves", data, data["measures"][0], table.index.tolist())
     wanted = [
-        [[int(size), value] for size, value in rows.groupby("total_bits")["value"].mean().items()]
+        [[int(str(size)), value] for size, value in rows.groupby("total_bits")["value"].mean().items()]
         for _, rows in table.groupby(["curve", "way"])
     ]
     assert sorted(curve["line"] for curve in found) == sorted(wanted)
