@@ -15,6 +15,7 @@ from typing import Any, Final
 from kbit.checks import suggest
 from kbit.methods.config import QuantConfig
 from kbit.models.catalog import STUDIED, locate_model
+from kbit.models.config import MAX_WINDOW
 from kbit.models.size import find_cached_folder
 from kbit.numerics.spec import BASELINE_BITS
 
@@ -141,6 +142,6 @@ def measure_shape(name: str, config: Any) -> ModelShape:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        context=int(getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", 2048)),
+        context=getattr(text, "max_position_embeddings", MAX_WINDOW),
         matrices=dict(matrices),
     )

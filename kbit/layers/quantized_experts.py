@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,6 @@ class QuantizedExperts(nn.ModuleList):
 
     def __getitem__(self, number: int | Tensor) -> Tensor:  # type: ignore[override]
         """Return the matrix of one expert, dequantized, as the module has it."""
-        weight = super().__getitem__(int(number))
+        weight: Any = super().__getitem__(int(number))
         matrix: Tensor = weight.dequantize()
         return matrix.t().contiguous() if self.is_transposed else matrix

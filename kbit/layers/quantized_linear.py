@@ -56,7 +56,7 @@ class QuantizedLinear(PackedWeight):
         self.register_parameter("bias", bias)
         self._is_fusible = can_fuse(layout.spec, layout.shape)
         self._matrix: tuple[tuple[int, ...], Matrix] | None = None
-        self.register_load_state_dict_post_hook(_forget_matrix)
+        self.register_load_state_dict_post_hook(_forget_matrix)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_codes(cls, q: QuantizedTensor, layer: nn.Module) -> QuantizedLinear:
@@ -164,13 +164,13 @@ class _Product(torch.autograd.Function):
     """A quantized layer's product, with gradients to the inputs and the bias. The weight has none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         return layer.multiply(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         wants_x, wants_bias, _ = ctx.needs_input_grad
         of_x = ctx.layer.multiply_gradient(gradient) if wants_x else None
         return of_x, gradient.sum(0) if wants_bias else None, None

@@ -114,7 +114,7 @@ def test_what_a_tracker_refuses_is_named(kbit: Kbit, store: Store, monkeypatch: 
     def refuse(*_: object) -> int:
         raise RuntimeError("no such project")
 
-    monkeypatch.setitem(TRACKERS, "wandb", refuse)  # type: ignore[arg-type]
+    monkeypatch.setitem(TRACKERS, "wandb", refuse)
     monkeypatch.setitem(__import__("sys").modules, "wandb", object())
     assert kbit("results", "--to", "wandb").err == "kbit: error: --to wandb: RuntimeError: no such project\n"
 
