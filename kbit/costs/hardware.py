@@ -10,7 +10,7 @@ from kbit.checks import suggest
 
 GB: Final = 10**9
 
-# Memory of one card in GB, as its vendor states it. A vendor's GB has 2^30 bytes for most cards. Here it has 10^9, so up
+# Memory of one card in GB, as its vendor states it. A vendor's GB has 2^30 bytes for most cards. Here it has 10^9: up
 # to 7% of a card stay free. Cards that come in two sizes have the size in their name.
 CARDS: Final = {
     "p100": 16, "v100-16gb": 16, "v100-32gb": 32, "t4": 16, "rtx2080ti": 11, "rtx3060": 12, "rtx3080": 10,
