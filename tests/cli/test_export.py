@@ -120,7 +120,7 @@ class FakeMlflow:
         self.batches = 0
         self.entities = SimpleNamespace(Param=lambda *of: of, Metric=lambda *of: of)
 
-    def MlflowClient(self) -> FakeMlflow:  # noqa: N802 (MLflow's name)
+    def MlflowClient(self) -> FakeMlflow:
         return self
 
     def get_experiment_by_name(self, name: str) -> SimpleNamespace:
@@ -171,9 +171,7 @@ def test_what_the_store_refuses_is_not_the_trackers_error(
     assert kbit("results", "--to", "mlflow").err.endswith("kbit: error: the disk is gone\n")
 
 
-def test_what_cannot_be_read_is_not_said_to_be_there(
-    kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_is_not_said_to_be_there(kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kbit.store.results.load_results", lambda *_: iter([make_result(0)]))
     monkeypatch.setitem(__import__("sys").modules, "mlflow", FakeMlflow())
     done = kbit("results", "--to", "mlflow")
