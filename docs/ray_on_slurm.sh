@@ -16,7 +16,10 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN   # only this job's processes may join
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 on_one=(srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist)
-ip=$("${on_one[@]}" "${nodes[0]}" hostname --ip-address | tr ' ' '\n' | grep -m1 '[.]')
+ip=$("${on_one[@]}" "${nodes[0]}" hostname --ip-address | tr ' ' '\n' | awk '/[.]/ && !/^127[.]/ && !n++; END {exit !n}') || {
+  echo "${nodes[0]} knows no address of itself that other nodes reach: set ip= in this script" >&2
+  exit 1
+}
 address=$ip:$((20000 + SLURM_JOB_ID % 10000))   # jobs may share a node
 log=ray-$SLURM_JOB_ID.log
 # Each node has the CPUs and GPUs that Slurm gave, not all that it has. kbit keeps nothing in Ray's object store.

@@ -14,11 +14,11 @@ import logging
 import math
 import posixpath
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kbit.checks import KbitError
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _KEY: Final = "kbit.key"  # the tag by which a run of MLflow is found again
 _COSTS: Final = ("total_bits", "bits_per_param", "parameters", "weight_rmse", "seconds_quantize", "seconds_evaluate")
 _PARAM_LENGTH: Final = 6000  # MLflow's limit
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Run:
     ended: float
 
 
+Writer = Callable[[Run], bool]  # writes a run and returns True, or False for one that the tracker has already
+
+
 def add_tracker(parser: argparse.ArgumentParser) -> None:
     """Let a command take the name of a tracker to export to."""
     text = "write one run for each experiment that has a row to this tracker (pip install 'kbit[NAME]')"
@@ -68,6 +72,7 @@ def export_results(options: argparse.Namespace, keys: Collection[str]) -> None:
     Raises:
         ValueError: another option asks for something else.
         KbitError: the tracker is not installed, or refuses the runs.
+        FileNotFoundError: there is no store.
     """
     from tqdm import tqdm
 
@@ -82,13 +87,26 @@ def export_results(options: argparse.Namespace, keys: Collection[str]) -> None:
         library = import_module(tracker)
     except ImportError as error:
         raise KbitError(f"--to {tracker}: {error}; pip install 'kbit[{tracker}]' brings it") from None
-    runs = map(describe_run, load_results(options.results, keys))
+    write = _ask(tracker, TRACKERS[tracker], library, project)
+    count, written = 0, 0
+    for result in tqdm(load_results(options.results, keys), total=len(keys), unit="run", disable=None):
+        count += 1
+        written += _ask(tracker, write, describe_run(result))
+    there = f", which has the other {count - written} already" if written < count else ""
+    left = f"; {len(keys) - count} cannot be read" if count < len(keys) else ""
+    print(f"{written} experiments written to the {tracker} project {project!r}{there}{left}")
+
+
+def _ask(tracker: str, function: Callable[..., _Answer], *arguments: Any) -> _Answer:
+    """Return what a function of a tracker returns.
+
+    Raises:
+        KbitError: the tracker refuses.
+    """
     try:
-        written = TRACKERS[tracker](library, project, tqdm(runs, total=len(keys), unit="run", disable=None))
+        return function(*arguments)
     except Exception as error:  # each tracker has errors of its own
         raise KbitError(f"--to {tracker}: {type(error).__name__}: {str(error).strip()}") from error
-    there = f", which has the other {len(keys) - written} already" if written < len(keys) else ""
-    print(f"{written} experiments written to the {tracker} project {project!r}{there}")
 
 
 def describe_run(result: Result) -> Run:
@@ -117,38 +135,41 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def _write_to_wandb(wandb: Any, project: str, runs: Iterable[Run]) -> int:
+def _open_wandb(wandb: Any, project: str) -> Writer:
     """Write runs whose id is the experiment's key: a run that is there is resumed, and step 0 is written once."""
-    written = 0
     about: Any = {"project": project, "resume": "allow", "settings": wandb.Settings(silent=True, console="off")}
-    for run in runs:
+
+    def write(run: Run) -> bool:
         config = {**run.config, "key": run.key}
         made = wandb.init(id=run.key, name=run.name, group=run.group, config=config, **about)
         made.log(dict(run.numbers), step=0)
         made.finish()
-        written += 1
-    return written
+        return True
+
+    return write
 
 
-def _write_to_mlflow(mlflow: Any, project: str, runs: Iterable[Run]) -> int:
-    """Write runs that MLflow's experiment of this name lacks."""
+def _open_mlflow(mlflow: Any, project: str) -> Writer:
+    """Write runs that MLflow's experiment of this name lacks. A run of an export that was interrupted is completed."""
     for name in ("mlflow", "alembic"):  # which tell of every table that they make
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = mlflow.MlflowClient()
+    client, entities = mlflow.MlflowClient(), mlflow.entities
     found = client.get_experiment_by_name(project)
     place = found.experiment_id if found else client.create_experiment(project)
-    entities, written = mlflow.entities, 0
-    for run in runs:
-        if client.search_runs([place], filter_string=f"tags.`{_KEY}` = '{run.key}'", max_results=1):
-            continue
-        ended = round(1000 * run.ended)
-        made = client.create_run(place, start_time=ended, run_name=run.name, tags={_KEY: run.key, "family": run.group})
+
+    def write(run: Run) -> bool:
+        there = client.search_runs([place], filter_string=f"tags.`{_KEY}` = '{run.key}'")
+        if any(one.info.status == "FINISHED" for one in there):
+            return False
+        ended, tags = round(1000 * run.ended), {_KEY: run.key, "family": run.group}
+        made = there[0] if there else client.create_run(place, start_time=ended, run_name=run.name, tags=tags)
         params = [entities.Param(name, str(value)[:_PARAM_LENGTH]) for name, value in flatten(run.config)]
         numbers = [entities.Metric(name_metric(name), value, ended, 0) for name, value in run.numbers.items()]
         client.log_batch(made.info.run_id, metrics=numbers, params=params)
         client.set_terminated(made.info.run_id, end_time=ended)
-        written += 1
-    return written
+        return True
+
+    return write
 
 
 def name_metric(name: str) -> str:
@@ -156,28 +177,30 @@ def name_metric(name: str) -> str:
     return posixpath.normpath(re.sub(r"[^\w.\- :/]", "_", name)).lstrip("./")
 
 
-def _write_to_trackio(trackio: Any, project: str, runs: Iterable[Run]) -> int:
-    """Write runs that trackio's project lacks."""
-    written = 0
-    with contextlib.redirect_stdout(io.StringIO()):  # several lines for each run
-        there = set()
-        with contextlib.suppress(ValueError):  # there is no such project yet
-            there = {run.name for run in trackio.Api().runs(project)}
-        for run in runs:
-            name = f"{run.name} ({run.key})"
-            if name in there:
-                continue
+def _open_trackio(trackio: Any, project: str) -> Writer:
+    """Write runs that trackio's project lacks. It lists a run when the run's numbers, which come at once, are there."""
+    there = set()
+    with contextlib.suppress(ValueError):  # there is no such project yet
+        there = {run.name for run in trackio.Api().runs(project)}
+    still = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+
+    def write(run: Run) -> bool:
+        name = f"{run.name} ({run.key})"
+        if name in there:
+            return False
+        with contextlib.redirect_stdout(io.StringIO()):  # several lines for each run
             config = {**run.config, "key": run.key}
-            still = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
             trackio.init(project, name, run.group, config=config, resume="allow", **still)
             trackio.log(dict(run.numbers))
             trackio.finish()
-            written += 1
-    return written
+        return True
+
+    return write
 
 
-TRACKERS: Final[Mapping[str, Callable[[Any, str, Any], int]]] = {
-    "wandb": _write_to_wandb,
-    "mlflow": _write_to_mlflow,
-    "trackio": _write_to_trackio,
+# What opens a project of each tracker, by the tracker's name.
+TRACKERS: Final[Mapping[str, Callable[[Any, str], Writer]]] = {
+    "wandb": _open_wandb,
+    "mlflow": _open_mlflow,
+    "trackio": _open_trackio,
 }

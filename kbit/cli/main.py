@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -126,7 +127,7 @@ def run_command(arguments: Sequence[str]) -> None:
         raise KbitError(f"unknown command {arguments[0]!r}; {suggest(arguments[0], commands)}")
     command = commands.get(arguments[0])
     if command and not command.get_default("takes_keys") and "--results" in command.format_usage():
-        arguments = [_as_option(argument) for argument in arguments]
+        arguments = _name_store(arguments, command.format_usage())
     options, rest = parser.parse_known_args(arguments)
     options.rest = rest
     if options.takes_keys:
@@ -161,10 +162,18 @@ def make_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argume
     return parser, commands.choices
 
 
-def _as_option(argument: str) -> str:
-    """Return an argument with the store as every command of kbit takes it: results=X is --results=X."""
-    key, is_given, value = argument.partition("=")
-    return f"--results={value.strip(_QUOTES)}" if is_given and key == "results" else argument
+def _name_store(arguments: Sequence[str], usage: str) -> list[str]:
+    """Return arguments with the store as every command of kbit takes it: results=X is --results=X.
+
+    The value of another option stays as it is. The command's usage tells which options take one: [--out OUT].
+    """
+    with_value = set(re.findall(r"(--[\w-]+)\s+[^\s\]|]", usage))
+    named = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        key, is_given, value = argument.partition("=")
+        is_store = is_given and key == "results" and before not in with_value
+        named.append(f"--results={value.strip(_QUOTES)}" if is_store else argument)
+    return named
 
 
 def _run_composed(options: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from kbit.store.damage import DamagedRecord
     from kbit.store.store import Store
 
-# The options that say how a listing looks, which no other action has.
+# The options that say how a listing looks, and where else it goes, which no other action has.
 _ARRANGEMENT = ("wide", "sort", "columns")
+_LISTING = ("csv", "parquet", "to", "project", *_ARRANGEMENT)
 
 
 def add_results(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +45,7 @@ def run_results(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: an option is not one of the action's, or the action cannot be done.
     """
-    if given := [f"--{name}" for name in options.refused and (*options.refused, "to") if getattr(options, name)]:
+    if given := [f"--{name}" for name in options.refused if getattr(options, name)]:
         raise ValueError(f"kbit results {options.action} has no {' '.join(given)}")
     options.act(options)
 
@@ -69,7 +70,7 @@ def _declare_delete(actions: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--failures", action="store_true", help="forget failed experiments instead")
     parser.add_argument("--damaged", action="store_true", help="remove the records that cannot be read instead")
     parser.add_argument("--yes", action="store_true", default=False, help="do not ask")
-    parser.set_defaults(act=_delete, refused=("csv", "parquet", *_ARRANGEMENT))
+    parser.set_defaults(act=_delete, refused=_LISTING)
 
 
 def _declare_compact(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -80,7 +81,7 @@ def _declare_compact(actions: argparse._SubParsersAction[argparse.ArgumentParser
         argument_default=argparse.SUPPRESS,
     )
     _add_store(parser)
-    parser.set_defaults(act=_compact, refused=("where", "failures", "damaged", "csv", "parquet", *_ARRANGEMENT))
+    parser.set_defaults(act=_compact, refused=("where", "failures", "damaged", *_LISTING))
 
 
 def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,7 +93,7 @@ def _declare_merge(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     parser.add_argument("others", nargs="+", metavar="OTHER", help="a store to copy from, which stays as it is")
     parser.add_argument("--results", help="the store to copy to (default: results)")
-    parser.set_defaults(act=_merge, refused=("where", "failures", "damaged", "csv", "parquet", *_ARRANGEMENT))
+    parser.set_defaults(act=_merge, refused=("where", "failures", "damaged", *_LISTING))
 
 
 def _add_listing(parser: argparse.ArgumentParser) -> None:
@@ -184,9 +185,7 @@ def _list_damaged(options: argparse.Namespace) -> list[DamagedRecord]:
     """
     from kbit.store.results import find_damaged
 
-    if given := [
-        f"--{name}" for name in ("where", "failures", "csv", "parquet", *_ARRANGEMENT) if getattr(options, name)
-    ]:
+    if given := [f"--{name}" for name in ("where", "failures", *_LISTING) if getattr(options, name)]:
         raise ValueError(f"--damaged goes without {' '.join(given)}")
     damaged = find_damaged(options.results)
     print("\n".join(map(str, damaged)) or f"every record of {options.results} can be read")

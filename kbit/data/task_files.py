@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -106,8 +106,7 @@ def list_definitions(names: Iterable[str], task_path: str | None) -> list[Path]:
         if path is None or path in found:
             continue
         found.add(path)
-        members = list_members(read_plainly(path)) if name in groups else ()
-        waiting += [member if isinstance(member, str) else str(member.get("task", "")) for member in members]
+        waiting += list_member_names(read_plainly(path), groups) if name in groups else ()
     for path in list(found):
         read_plainly(path, found)
     return sorted(found)
@@ -164,6 +163,37 @@ def list_members(definition: Mapping[str, Any]) -> list[str | dict[str, Any]]:
     return members
 
 
+def list_member_names(definition: Mapping[str, Any], groups: Collection[str]) -> list[str]:
+    """Return the names of elsewhere that a group's definition refers to, those of groups defined within it, too.
+
+    Args:
+        definition: the group's definition.
+        groups: the names of the groups that have a file. A member with another `group` defines one.
+
+    Raises:
+        ValueError: see list_members.
+    """
+    names = []
+    for member in list_members(definition):
+        if isinstance(member, str):
+            names.append(member)
+        elif defines_group(member, groups):
+            names += list_member_names(member, groups)
+        else:
+            names.append(name_member(member))
+    return names
+
+
+def defines_group(member: Mapping[str, Any], groups: Collection[str]) -> bool:
+    """Return whether a member of a group is a definition of a group, and no reference to one that has a file."""
+    return "group" in member and member["group"] not in groups
+
+
+def name_member(member: Mapping[str, Any]) -> str:
+    """Return the name of the task, group or tag that a member of a group changes, or of the task that it defines."""
+    return str(member.get("group", member.get("task", "")))
+
+
 def expand_names(names: Iterable[str], task_path: str | None, within: tuple[str, ...] = ()) -> list[str]:
     """Return names with local groups and tags replaced by their tasks' names, nested ones too, each once.
 
@@ -182,11 +212,10 @@ def expand_names(names: Iterable[str], task_path: str | None, within: tuple[str,
             if name in within:
                 raise ValueError(f"{groups[name]}: the group {name!r} contains itself: {' > '.join((*within, name))}")
             try:
-                members = list_members(read_plainly(groups[name]))
+                inner = list_member_names(read_plainly(groups[name]), groups)
             except ValueError as error:
                 raise ValueError(f"{groups[name]}: {error}") from error
-            inner = [member if isinstance(member, str) else str(member.get("task", "")) for member in members]
-            others = [one for one in inner if one and one != name]
+            others = [one for one in inner if one != name]
             expanded |= dict.fromkeys(expand_names(others, task_path, (*within, name)))
         else:
             expanded |= dict.fromkeys(tags.get(name, [name]))

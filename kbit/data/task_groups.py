@@ -15,7 +15,7 @@ from typing import Any, Final
 from lm_eval.config.group import GroupConfig
 
 from kbit.data.lm_eval_private import Entry, Kind, read_definition
-from kbit.data.task_files import list_members
+from kbit.data.task_files import defines_group, list_members, name_member
 
 _SOURCES: Final = (
     "dataset_path",
@@ -127,10 +127,10 @@ class LocalGroups:
         for member in list_members(definition):
             if isinstance(member, str):
                 yield from self._expand(member, changes, inside)
-            elif "group" in member and member["group"] not in self.paths:
+            elif defines_group(member, self.paths):
                 yield from self._expand_definition(f"{name}::{member['group']}", member, changes, inside, folder)
             else:
-                asked = str(member.get("group", member.get("task", "")))
+                asked = name_member(member)
                 mine = changes | {key: value for key, value in member.items() if key not in ("group", "task")}
                 if self._is_defined(asked, mine):
                     yield from self._expand(asked, mine, inside)

@@ -117,7 +117,7 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned
             read_documents(text)  # not UTF-8, no text, a record without a "text", ...
     plan = make_plan(experiments, settings.results, retry_failed=settings.retry_failed)
-    if not plan_only:
+    if not plan_only and (engine == "process" or settings.ray.address == "local"):  # a cluster has other disks
         check_download_space(experiment.model for experiment in plan.to_run)
     return plan
 

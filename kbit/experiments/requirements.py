@@ -15,7 +15,7 @@ from kbit.data.data_files import check_files
 from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_task_files, read_plainly
 from kbit.data.texts import locate_text, read_documents
 from kbit.experiments.config import Experiment
-from kbit.models.catalog import locate_model, locate_tokenizer
+from kbit.models.catalog import STUDIED, locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template, is_packed_by_kbit
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import find_cached_folder, find_context, find_size
@@ -41,15 +41,17 @@ def check_model_files(model: ModelConfig) -> None:
 def check_download_space(models: Iterable[ModelConfig]) -> None:
     """Raise OSError if the disk of the hub's cache is too full for the models that are still to be downloaded.
 
-    A model has two bytes a parameter at least. One of unknown size counts as nothing.
+    A studied model has two bytes a parameter at least. Any other one counts as nothing, as it may be stored in fewer
+    bits than its name tells of.
     """
     from huggingface_hub import constants
 
     sizes = {}
+    studied = {*STUDIED, *(model.hub_id for model in STUDIED.values())}
     for model in dict.fromkeys(models):
         place = locate_model(model.name)
         if not Path(place).is_dir() and find_cached_folder(place, model.revision) is None:
-            size = find_size(model.name, model.size)
+            size = find_size(model.name) if model.name in studied else None
             sizes[model.name] = _WEIGHT_BYTES * size.parameters if size else 0
     cache = Path(constants.HF_HUB_CACHE).absolute()
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())

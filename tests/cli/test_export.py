@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from toy_results import fill, make_result
 
 from kbit.cli.export import TRACKERS, describe_run, flatten, name_metric
+from kbit.experiments.result import Result
 from kbit.store.store import Store
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
@@ -110,8 +112,74 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
     assert done.err.endswith(f"; pip install 'kbit[{tracker}]' brings it\n")
 
 
+class FakeMlflow:
+    """What kbit uses of MLflow. The second batch of numbers is lost on its way."""
+
+    def __init__(self) -> None:
+        self.runs: list[SimpleNamespace] = []
+        self.batches = 0
+        self.entities = SimpleNamespace(Param=lambda *of: of, Metric=lambda *of: of)
+
+    def MlflowClient(self) -> FakeMlflow:
+        return self
+
+    def get_experiment_by_name(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(experiment_id=name)
+
+    def search_runs(self, places: list[str], filter_string: str) -> list[SimpleNamespace]:
+        return [run for run in self.runs if filter_string == f"tags.`kbit.key` = '{run.tags['kbit.key']}'"]
+
+    def create_run(self, place: str, start_time: int, run_name: str, tags: dict[str, str]) -> SimpleNamespace:
+        info = SimpleNamespace(run_id=len(self.runs), status="RUNNING")
+        self.runs.append(SimpleNamespace(info=info, tags=tags, numbers={}))
+        return self.runs[-1]
+
+    def log_batch(self, run_id: int, metrics: list[tuple[Any, ...]], params: list[tuple[Any, ...]]) -> None:
+        self.batches += 1
+        if self.batches == 2:
+            raise ConnectionError("reset by peer")
+        self.runs[run_id].numbers |= {name: value for name, value, *_ in metrics}
+
+    def set_terminated(self, run_id: int, end_time: int) -> None:
+        self.runs[run_id].info.status = "FINISHED"
+
+
+def test_an_interrupted_export_is_completed_by_the_next(
+    kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = FakeMlflow()
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", there)
+    assert kbit("results", "--to", "mlflow").err.endswith("--to mlflow: ConnectionError: reset by peer\n")
+    done = kbit("results", "--to", "mlflow")
+    assert done.out == "3 experiments written to the mlflow project 'kbit', which has the other 1 already\n"
+    assert {run.tags["kbit.key"]: run.numbers for run in there.runs} == {
+        run.key: run.numbers for run in (describe_run(make_result(number)) for number in range(4))
+    }
+    assert (len(there.runs), {run.info.status for run in there.runs}) == (4, {"FINISHED"})
+    assert kbit("results", "--to", "mlflow").out.startswith("0 experiments written to")
+
+
+def test_what_the_store_refuses_is_not_the_trackers_error(
+    kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Iterator[Result]:
+        yield make_result(0)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("kbit.store.results.load_results", refuse)
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", FakeMlflow())
+    assert kbit("results", "--to", "mlflow").err.endswith("kbit: error: the disk is gone\n")
+
+
+def test_what_cannot_be_read_is_not_said_to_be_there(kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbit.store.results.load_results", lambda *_: iter([make_result(0)]))
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", FakeMlflow())
+    done = kbit("results", "--to", "mlflow")
+    assert done.out == "1 experiments written to the mlflow project 'kbit'; 3 cannot be read\n"
+
+
 def test_what_a_tracker_refuses_is_named(kbit: Kbit, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object) -> None:
         raise RuntimeError("no such project")
 
     monkeypatch.setitem(TRACKERS, "wandb", refuse)
@@ -126,6 +194,12 @@ def test_what_a_tracker_refuses_is_named(kbit: Kbit, store: Store, monkeypatch: 
         (["results", "--to", "wandb", "--failures"], "--to goes without --failures"),
         (["results", "--project", "mine"], "--project mine goes with --to TRACKER"),
         (["results", "--to", "wandb", "compact"], "kbit results compact has no --to"),
+        (["results", "--project", "mine", "compact"], "kbit results compact has no --project"),
+        (["results", "--to", "wandb", "--damaged"], "--damaged goes without --to"),
+        (["results", "--damaged", "--project", "mine"], "--damaged goes without --project"),
+        (["results", "--to", "wandb", "delete", "--where", "bits == 99"], "kbit results delete has no --to"),
+        (["results", "--project", "mine", "delete", "--damaged"], "kbit results delete has no --project"),
+        (["results", "--project", "mine", "merge", "other"], "kbit results merge has no --project"),
     ],
     ids=" ".join,
 )

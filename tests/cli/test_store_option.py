@@ -50,8 +50,11 @@ def test_merge_writes_to_the_named_store(kbit: Kbit, tmp_path: Path, store: list
 
 def test_a_word_of_another_option_is_left_alone(kbit: Kbit, tmp_path: Path) -> None:
     fill(tmp_path / "results", range(1))
-    assert "1 of" not in kbit("results", "--csv", "out.csv").err
-    assert (tmp_path / "out.csv").is_file()
+    assert kbit("results", "--csv", "results=x").out == "2 rows written to results=x\n"
+    assert (tmp_path / "results=x").is_file()
+    done = kbit("figures", "figure_16", "--out", "results=f", "results=none")
+    assert f"no results at {tmp_path / 'none'}" in done.err
+    assert "no results at" in kbit("results", "--failures", "results=none").err  # an option without a value
 
 
 @pytest.mark.parametrize("store", [["results=/proc/a"], ["--results", "/proc/a"], ["--results=/proc/a"]], ids=str)

@@ -120,6 +120,7 @@ def test_groups_are_in_the_key_and_known_without_lm_eval(folder: Path) -> None:
     after = identify_tasks(["all_mine", "pets", "piqa"], str(folder))
     assert [a == b for a, b in zip(after, before, strict=True)] == [False, False, True]
     assert expand_names(["pets", "piqa"], str(folder)) == ["birds", "cats", "dogs", "piqa"]
+    assert expand_names(["all_mine"], str(folder)) == ["birds", "cats", "dogs"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ def test_code_of_ones_own_is_told_of_the_tasks_asked_for(tmp_path: Path) -> None
         "base.yaml": OWN_CODE,
         "group.yaml": "group: ours\ntask: [{task: asked, num_fewshot: 1}, nano_cloze, piqa]\n",
         "inner.yaml": f"group: outer\ntask: [ours, {{task: new, dataset_path: json}}]\n{OWN_CODE}",
+        "by_group.yaml": "group: far\ntask: [{group: ours, num_fewshot: 1}]\n",
+        "within.yaml": "group: nest\ntask:\n- {group: new, task: [plain, {group: newer, task: [{task: asked}]}]}\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -33,6 +35,8 @@ def test_code_of_ones_own_is_told_of_the_tasks_asked_for(tmp_path: Path) -> None
     assert told("plain") == told("mine") == ["base.yaml"]
     assert told("ours") == ["asked.yaml"]
     assert told("outer") == ["asked.yaml", "inner.yaml"]
+    assert told("far") == ["asked.yaml"]
+    assert told("nest") == ["asked.yaml", "base.yaml"]
     assert list_own_code([RunConfig()]) == []
     assert list_definitions(["ours"], str(tmp_path)) == sorted(
         [

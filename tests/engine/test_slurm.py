@@ -29,7 +29,7 @@ STAND_INS = {
 }
 # What `ray start --block` and `kbit run` do, but for the work. The first ends when it is told to.
 WITHOUT_WORK = {
-    "hostname": "echo fe80::1 127.0.0.1 10.0.0.1\n",
+    "hostname": "echo fe80::1 127.0.1.1 10.0.0.1 10.0.0.2\n",
     "ray": 'echo "$RAY_AUTH_TOKEN $RAY_worker_niceness $*" >>ray.log\n'
     "trap 'echo ended >>ended.log; exit' TERM\nwhile :; do sleep 0.1; done\n",
     "python": 'while [[ $(wc -l <ray.log) != 2 ]]; do sleep 0.1; done; echo "$*" >python.log; cat >program.py\n',
@@ -66,7 +66,7 @@ def test_ray_starts_on_each_node_and_ends_with_the_sweep(tmp_path: Path) -> None
     assert (len(token), niceness) == (64, "0")
     parsed = [start.make_context("start", arguments.split()[1:]).params for *_, arguments in calls]
     head, other = sorted(parsed, key=lambda options: not options["head"])
-    assert (head["node_ip_address"], head["port"], other["address"]) == ("127.0.0.1", 20042, "127.0.0.1:20042")
+    assert (head["node_ip_address"], head["port"], other["address"]) == ("10.0.0.1", 20042, "10.0.0.1:20042")
     for options in (head, other):
         assert (options["num_cpus"], options["num_gpus"], options["block"]) == (1, 0, True)
     on_each = "--nodes=1 --ntasks=1 --cpus-per-task=1 --nodelist"
@@ -76,11 +76,18 @@ def test_ray_starts_on_each_node_and_ends_with_the_sweep(tmp_path: Path) -> None
         f"{on_each} node-a",
         f"{on_each} node-b",
     ]  # the first is asked for its address
-    assert (tmp_path / "python.log").read_text() == "- 127.0.0.1:20042 2\n"
+    assert (tmp_path / "python.log").read_text() == "- 10.0.0.1:20042 2\n"
     compile((tmp_path / "program.py").read_text(), "program.py", "exec")
     arguments = (tmp_path / "kbit.log").read_text().splitlines()
-    assert arguments == ["run", "-m", "ray.address=127.0.0.1:20042", "+sweeps=nano/quick", "results=a b"]
+    assert arguments == ["run", "-m", "ray.address=10.0.0.1:20042", "+sweeps=nano/quick", "results=a b"]
     assert (tmp_path / "ended.log").read_text() == "ended\n" * 2
+
+
+def test_a_first_node_without_an_address_for_others_is_said(tmp_path: Path) -> None:
+    done = submit(tmp_path, STAND_INS | WITHOUT_WORK | {"hostname": "echo ::1 127.0.1.1\n"})
+    assert done.returncode == 1
+    assert done.stderr == "node-a knows no address of itself that other nodes reach: set ip= in this script\n"
+    assert not (tmp_path / "ray.log").exists()
 
 
 @pytest.mark.skipif(os.environ.get(TWO_NODES) != "1", reason=f"takes a minute: {TWO_NODES}=1 runs it")

@@ -42,9 +42,11 @@ def test_a_tasks_data_is_looked_for(
     tasks.mkdir()
     (tasks / "mine.yaml").write_text(YAML.replace("BUILDER", builder))
     (tasks / "group.yaml").write_text("group: ours\ntask: [mine, piqa]\n")
+    (tasks / "far.yaml").write_text("group: far\ntask: [{group: ours, num_fewshot: 1}]\n")
+    (tasks / "nest.yaml").write_text("group: nest\ntask: [{group: new, task: [{task: mine}]}]\n")
     if content is not None:
         (tasks / "d.csv").write_text(content)
-    for name in ("mine", "ours"):
+    for name in ("mine", "ours", "far", "nest"):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             check_tasks(Experiment(eval=EvalConfig(tasks=(name,), task_path=str(tasks))))
     done = kbit("plan", "eval.tasks=[ours]", f"eval.task_path={tasks}")
@@ -120,8 +122,10 @@ def test_a_download_larger_than_the_disk_is_refused(tmp_path: Path, monkeypatch:
     usage = shutil.disk_usage(tmp_path)._replace(free=30 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     here, small, large = ModelConfig("nano-neox-98k"), ModelConfig("pythia-1.4b-v0"), ModelConfig("opt-13b")
-    check_download_space([here, small, small, ModelConfig("org/unknown")])
+    check_download_space([here, small, small, ModelConfig("org/unknown"), ModelConfig("org/large-70b-4bit")])
     usage = usage._replace(free=28 * 10**9)
     with pytest.raises(OSError, match=r"pythia-1\.4b-v0, opt-13b: .* are 28\.8 GB at least, and 28\.0 GB are free at"):
         check_download_space([here, small, large, large])
     check_download_space([here, large])
+    with pytest.raises(OSError, match=r"EleutherAI/gpt-neox-20b: "):
+        check_download_space([ModelConfig("EleutherAI/gpt-neox-20b")])

@@ -80,7 +80,7 @@ def _refuse(argument: str, folders: Sequence[Path]) -> str:
     is_group = any((folder / name).is_dir() for folder in folders)
     if not name.startswith("hydra") and not is_group and (hint := find_unknown_key(name)):
         return hint
-    if key == f"+{name}" and find_node(name) is not None:
+    if not is_group and key == f"+{name}" and find_node(name) is not None:
         return f"{argument}: {name} is there already, and is set without +: {name}={value}"
     return _refuse_no_name(name, argument) or ("" if is_group else _refuse_section(name, argument))
 

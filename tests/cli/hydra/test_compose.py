@@ -238,6 +238,7 @@ def own_folder(tmp_path: Path) -> Path:
     files = {
         "exp/a": "quant: {bits: 3}",
         "exp/b": "quant: {bits: 5}",
+        "model/mine": "model: {name: nano-neox-332k}\nquant: {bits: 6}",
         "sweeps/basic": "defaults: [{override /hydra/launcher: basic}]\nstudy: {grids: [{quant.bits: [3, 4]}]}",
         "sweeps/kbit": "defaults: [{override /hydra/launcher: kbit}]\nstudy: {grids: [{quant.bits: [5]}]}",
         "sweeps/plain": "study: {grids: [{quant.bits: [6]}]}",
@@ -263,6 +264,7 @@ def own_folder(tmp_path: Path) -> Path:
         (["+sweeps=both"], "process", [3, 4, 6]),
         (["+exp=a,b"], "ray", [3, 5]),
         (["+exp=a", "quant.bits=7,8"], "ray", [7, 8]),
+        (["+model=mine"], "ray", [6]),
     ],
     ids=str,
 )
