@@ -242,18 +242,6 @@ def check_complete(model: Any) -> None:
         module.quantized  # noqa: B018 (checks each tensor's type and length)
 
 
-def round_through(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values rounded to a dtype, in their own dtype."""
-    return values if values.dtype == dtype else values.to(dtype).to(values.dtype)
-
-
-def round_values(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters that are not packed to the values of a 16-bit dtype, in their own dtype."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = round_through(parameter.data, dtype)
-
-
 def hash_values(model: nn.Module) -> str:
     """Return the hash of a model's weights, packed ones as the values that they stand for: see hash_weights."""
     packed = list_packed(model)
