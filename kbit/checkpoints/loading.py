@@ -15,9 +15,10 @@ from kbit.checkpoints.quantizer import KbitQuantizer, pack_weights
 from kbit.methods.config import QuantConfig
 from kbit.methods.report import QuantizationReport
 from kbit.models import loading
-from kbit.models.checkpoint_files import check_configuration, is_packed_by_kbit, read_json
+from kbit.models.checkpoint_files import QuantizedError, check_configuration, read_json
 from kbit.models.loading import LoadedModel, check_device, find_source, hash_folder, read_tokenizer
 from kbit.models.parameters import check_finite
+from kbit.models.size import find_packed
 from kbit.models.transformers_private import find_commit
 from kbit.numerics.scale_formats import name_dtype
 from kbit.numerics.spec import QuantSpec
@@ -77,15 +78,26 @@ def load_model(name: str, *, packed_as: QuantConfig | None = None, **options: An
     """
     if packed_as is not None:
         return load_as_packed(name, packed_as, **options)
-    if not is_packed_by_kbit(Path(name)):
-        return loading.load_model(name, **options)
+    revision = options.get("revision")
+    if find_packed(name, revision) is None:
+        try:
+            return loading.load_model(name, **options)
+        except QuantizedError:
+            if find_packed(name, revision) is None:  # the hub's config.json is here by now
+                raise
     return load_packed(name, **options)
 
 
 def load_packed(
-    name: str, *, dtype: str = "float32", device: str = "cpu", tokenizer: str | None = None, **others: Any
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    **others: Any,
 ) -> LoadedModel:
-    """Load a folder that holds a packed checkpoint. See load_model.
+    """Load a packed checkpoint. See load_model.
 
     Raises:
         ValueError: an option that packed checkpoints do not have, or see load_model.
@@ -95,11 +107,11 @@ def load_packed(
         raise ValueError(f"model.{wrong[0]}={others[wrong[0]]}: {name} is a packed checkpoint, which has none")
     check_device(device)
     silence_libraries()
-    source = find_source(name)
+    source = find_source(name, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=getattr(torch, dtype), device_map=device, use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, **source.options,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:  # sizes that disagree, damaged files
         raise OSError(f"packed model {name!r} cannot be loaded: {error}") from error
@@ -113,11 +125,13 @@ def load_packed(
         )
     model.eval()
     config: KbitConfig = model.config.quantization_config
+    folder, is_local = find_packed(name, revision), Path(source.location).is_dir()
+    assert folder is not None  # as it was just loaded from there
     return LoadedModel(
         model,
         read_tokenizer(source, tokenizer, model),
-        find_stored_dtype(source.location),
-        hash_folder(Path(source.location)),
+        find_stored_dtype(folder),
+        hash_folder(folder) if is_local else find_commit(model.config),
         f"kbit {config.quant.label()}",
     )
 
@@ -163,6 +177,6 @@ def load_as_packed(
     return LoadedModel(model, read_tokenizer(source, tokenizer, model), rounded, found)
 
 
-def find_stored_dtype(folder: str) -> str:
+def find_stored_dtype(folder: Path) -> str:
     """Return the dtype of the tensors of a packed checkpoint that are not packed."""
-    return str(read_json(Path(folder) / "config.json").get("dtype", "float16"))
+    return str(read_json(folder / "config.json").get("dtype", "float16"))
