@@ -51,6 +51,9 @@ class KbitConfig(QuantizationConfigMixin):
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=KbitConfig(bits=3, data_type="nf"))
 
+    A checkpoint that is packed already stays as it was packed: for such a one transformers warns and ignores this
+    configuration.
+
     Args:
         fields: the fields of kbit.QuantConfig, such as bits=3, data_type="nf", method="gptq". Groups such as
             calibration may be dictionaries.
