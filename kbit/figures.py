@@ -45,8 +45,9 @@ def draw(
     Args:
         name: one of names().
         results: kbit.read_results' table, or parts of it, or the folder of a store.
-        width: the width, such as "3.3in", "84mm", or inches. None: what the panels need. Tables keep their own size.
-        height: the height of the whole figure, with its caption. None: it follows from the width.
+        width: the width, such as "3.3in", "84mm", or inches. None: what the panels need.
+        height: the height of the whole figure, with its caption. None: it follows from the width. Tables have the size
+            of their text, whatever width and height.
         caption: what is written below: "none", "short" (claim and verdict) or "full".
         style: a style of matplotlib, by its name or as a file. Where it says nothing, matplotlibrc and kbit do.
         measure: TASK/METRIC, what a figure of curves shows instead of its own measure.
@@ -104,5 +105,5 @@ def _make(
 ) -> PaperFigure:
     table = results if isinstance(results, pd.DataFrame) else read_results(results)
     table = leave_out_checkpoints(table) if "checkpoint" in table else table
-    chosen = choose_measure(table, measure, lower_is_better=lower_is_better) if measure else None
+    chosen = choose_measure(table, measure, lower_is_better=lower_is_better)
     return draw_figure(name, table, page, chosen)

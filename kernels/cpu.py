@@ -317,8 +317,10 @@ def _decode_vectors(packed, start, end, bits, grid, buffer):
         _fill(packed, start, end, grid, buffer, 5)
     elif bits == 6:
         _fill(packed, start, end, grid, buffer, 6)
-    else:
+    elif bits == 7:
         _fill(packed, start, end, grid, buffer, 7)
+    else:
+        _fill(packed, start, end, grid, buffer, 8)
 
 
 def _fill(*arguments: Any) -> None:

@@ -134,7 +134,7 @@ def _multiply_batch(
         run(0, matrix.rows)
     else:
         ends = [matrix.rows * i // tasks for i in range(tasks + 1)]
-        for done in [_start_threads(tasks).submit(run, *part) for part in itertools.pairwise(ends)]:
+        for done in [_start_threads(threads).submit(run, *part) for part in itertools.pairwise(ends)]:
             done.result()
 
 

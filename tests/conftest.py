@@ -69,7 +69,9 @@ TINY |= {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, in the order of LONG."""
+    """Put the longest files first, in the order of LONG. Refuse names that differ from process to process."""
+    if unstable := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"{unstable[0][:200]}: a test's name holds an address; give ids=")
     order = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 

@@ -176,5 +176,5 @@ def test_study_and_figures_work_from_the_wheel_in_another_folder(installed: Path
     run_python("-c", f"{draw}; {report}", cwd=tmp_path, python_path=installed)
     figures = {path.name for path in (tmp_path / "figures").iterdir()}
     assert figures == {f"figure_13.{suffix}" for suffix in ("png", "svg", "csv", "md")}
-    assert set(pd.read_csv(tmp_path / "figures" / "figure_13.csv")["bits"]) == {3, 16}
+    assert set(pd.read_csv(tmp_path / "figures" / "figure_13.csv", comment="#")["bits"]) == {3, 16}
     assert "4 experiments on 2 models of 1 family, 0 failed." in (tmp_path / "report.html").read_text()

@@ -153,25 +153,25 @@ def split_families(results: pd.DataFrame) -> pd.DataFrame:
     return results.assign(family=results["family"].mask(is_mixed, names))
 
 
-def leave_out_ambiguous(make: Callable[[pd.DataFrame], Made], results: pd.DataFrame) -> tuple[Made, list[str]]:
-    """Return what can be made of the results without their ambiguous families, and why each of these is left out.
+def leave_out_ambiguous(make: Callable[[pd.DataFrame], Made], results: pd.DataFrame) -> tuple[Made, dict[str, str]]:
+    """Return what can be made of the results without their ambiguous families, and of these each one's reason.
 
     Raises:
         AmbiguousResults: every family is ambiguous, or nothing can be made of the others.
     """
-    ambiguous: list[AmbiguousResults] = []
+    ambiguous: dict[str, AmbiguousResults] = {}
     while True:
         try:
-            return make(results), [str(error) for error in ambiguous]
+            return make(results), {family: str(error) for family, error in ambiguous.items()}
         except AmbiguousResults as error:
-            ambiguous.append(error)
             kept = results["family"].astype(str) != error.family
             if error.family is None or kept.all() or not kept.any():
-                raise ambiguous[0] from None
+                raise next(iter(ambiguous.values()), error) from None
+            ambiguous[error.family] = error
             results = results[kept]
         except ValueError:
             if ambiguous:  # the others lack something: the ambiguous family is the reason that matters
-                raise ambiguous[0] from None
+                raise next(iter(ambiguous.values())) from None
             raise
 
 

@@ -283,7 +283,7 @@ def select_gptq(points: pd.DataFrame, bits: int) -> pd.DataFrame:
         lambda row: f"{row['family']}, {bits}-bit",
         lambda row: f"{name_quantizer(row)} {name_block(row['block_size'])}",
         ["series"],
-        "data_type",
+        "method",
     )
 
 

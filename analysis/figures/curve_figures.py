@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import pandas as pd
@@ -29,7 +31,7 @@ from kbit.analysis.statistics.grades import SIGN
 from kbit.checks import suggest
 
 if TYPE_CHECKING:
-    from kbit.analysis.figures.paper import CurveFigure
+    from kbit.analysis.figures.paper import CurveFigure, Part
 
 # in the CSV
 DRAWN: Final = ["family", "bits", "label", "block_size", "model", "exponent_bits", *READING, "key", "panel", "series"]
@@ -63,12 +65,12 @@ def draw_curves(
         raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
     parts = definition.judge(curves, measure, results)
     published = match_published(curves, measure)
-    differences = compare_with_best(curves, measure, results)
+    differences, unpaired = compare_with_best(curves, measure, results)
     y_label = name_axis(results, curves["key"], measure)
     fig = draw_panels(curves, y_label, measure.higher_is_better, published, differences, page)
     sign = SIGN if own else describe_direction(measure)
     sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
-    notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(curves, differences, fig), sample]
+    notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(curves, differences, unpaired, fig), sample]
     notes += [*describe_choice(points, curves), describe_sources(published)]
     return PaperFigure(
         definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_"),
@@ -77,8 +79,17 @@ def draw_curves(
         definition.claim if own else f"{definition.claim} Here of another measure, {measure.name}.",
         " ".join(f"{part.about}{part.said}" for part in parts),
         tuple(note for note in notes if note),
-        " ".join(f"{part.about}{take_sentence(part.said)}" for part in parts),
+        shorten_parts(parts),
     )
+
+
+def shorten_parts(parts: Sequence[Part]) -> str:
+    """Return a verdict in a sentence for each part, or of more than two parts how many have each outcome."""
+    if len(parts) <= 2:
+        return " ".join(f"{part.about}{take_sentence(part.said)}" for part in parts)
+    outcomes = Counter(re.split(r" \(|\.(?: |$)", part.said)[0] for part in parts)
+    counted = [f"{outcome} ({count} of {len(parts)} parts)" for outcome, count in outcomes.items()]
+    return f"{'; '.join(counted)}."
 
 
 def tabulate_points(curves: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +101,7 @@ def tabulate_points(curves: pd.DataFrame, differences: pd.DataFrame) -> pd.DataF
     return data.merge(differences.rename(columns=renamed), how="left", on=["panel", "series", "total_bits"])
 
 
-def describe_panels(curves: pd.DataFrame, differences: pd.DataFrame, fig: Figure) -> str:
+def describe_panels(curves: pd.DataFrame, differences: pd.DataFrame, unpaired: list[str], fig: Figure) -> str:
     """Say what of the panels a reader cannot know: strips, curves that were moved, axes that differ."""
     sentences = []
     panels = curves["panel"].nunique()
@@ -100,6 +111,8 @@ def describe_panels(curves: pd.DataFrame, differences: pd.DataFrame, fig: Figure
             f"{where}: the difference to the panel's best curve at equal bits, with its 95% interval (paired bootstrap "
             "over items). The CSV has the points outside the axis, too."
         )
+        if unpaired:
+            sentences.append(f"Without differences, as the store lacks their items: {'; '.join(unpaired)}.")
     if any(find_offsets(group) for _, group in curves.groupby("panel", sort=False)):
         sentences.append("Points at equal bits stand side by side.")
     if curves["family"].nunique() > 1:
@@ -116,14 +129,18 @@ def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:
     return find_cross_entropy(results) if loss else ZERO_SHOT
 
 
-def choose_measure(results: pd.DataFrame, asked: str, *, lower_is_better: bool) -> Measure:
-    """Return the measure that a user names as TASK/METRIC, such as nano_cloze/acc or a measure of the user's own.
+def choose_measure(results: pd.DataFrame, asked: str | None, *, lower_is_better: bool) -> Measure | None:
+    """Return the measure that a user names as TASK/METRIC, such as nano_cloze/acc, or None if none is asked for.
 
     kbit knows which of its own metrics are losses. Of another one, lower_is_better says it.
 
     Raises:
-        ValueError: no result has it.
+        ValueError: no result has it, or lower_is_better is said of no measure.
     """
+    if not asked:
+        if lower_is_better:
+            raise ValueError("lower_is_better says of a measure that it is a loss: give the measure (TASK/METRIC), too")
+        return None
     task, _, metric = asked.rpartition("/")
     there = sorted({f"{task}/{metric}" for task, metric in results[["task", "metric"]].drop_duplicates().to_numpy()})
     if asked not in there:

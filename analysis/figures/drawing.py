@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from kbit.analysis.curves.curves import Measure
 from kbit.analysis.figures.canvas.captions import MARGIN
 from kbit.analysis.figures.canvas.page import (
     FULL_WIDTH,
+    StyledFigure,
     get_line_height,
     get_size,
     get_small_size,
@@ -56,7 +56,7 @@ class PaperFigure:
     """
 
     name: str
-    fig: Figure
+    fig: StyledFigure
     data: pd.DataFrame
     claim: str
     verdict: str
@@ -146,7 +146,7 @@ def describe_size(rows: pd.DataFrame) -> str:
     return size + (f" ({'; '.join(ways)})" if ways else "")
 
 
-def draw_table(table: pd.DataFrame, title: str) -> Figure:
+def draw_table(table: pd.DataFrame, title: str) -> StyledFigure:
     """Draw a table of strings: a header, a line below it, and the rows.
 
     A column is as wide as its longest cell. Longer cells than CELL inches are wrapped.
@@ -164,7 +164,7 @@ def draw_table(table: pd.DataFrame, title: str) -> Figure:
     width = max(starts[-1] + widths[-1] + MARGIN, FULL_WIDTH)
     counts = [max(map(len, row)) for row in cells]
     height = (sum(counts) + 0.25 * len(counts) + 4) * line + MARGIN
-    fig = Figure(figsize=(width, height))
+    fig = StyledFigure(figsize=(width, height))
     axes = fig.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.set_xlim(0, width)

@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -281,7 +280,7 @@ def draw_sensitivity(results: pd.DataFrame, page: Page) -> PaperFigure:
     return PaperFigure("sensitivity", fig, data, SENSITIVITY_CLAIM, verdict, notes, verdict)
 
 
-def draw_bars(data: pd.DataFrame, label: str, page: Page) -> Figure:
+def draw_bars(data: pd.DataFrame, label: str, page: Page) -> StyledFigure:
     """Draw a panel for each model: a bar for each part, and those of several quantizers side by side."""
     first = data.drop_duplicates("quantizer")
     known = {

@@ -16,7 +16,7 @@ import pandas as pd
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.curve_figures import draw_curves
-from kbit.analysis.figures.drawing import PaperFigure
+from kbit.analysis.figures.drawing import PaperFigure, take_sentence
 from kbit.analysis.figures.emergence import draw_features
 from kbit.analysis.figures.int8 import draw_int8_methods
 from kbit.analysis.figures.law_table import draw_laws
@@ -48,7 +48,9 @@ def style_figure(draw: Draw) -> DrawStyled:
 
     def draw_styled(results: pd.DataFrame, page: Page = OWN_PAGE) -> PaperFigure:
         with apply_style(page):
-            return draw(split_families(results), page)
+            figure = draw(split_families(results), page)
+        figure.fig.page = page
+        return figure
 
     return draw_styled
 
@@ -107,8 +109,11 @@ def draw_figure(name: str, results: pd.DataFrame, page: Page = OWN_PAGE, measure
     if name not in figures:
         raise ValueError(f"unknown figure {name!r}; {suggest(name, figures)}")
     figure, left_out = leave_out_ambiguous(lambda rows: figures[name](rows, page), results)
-    notes = [f"Left out: {reason}" for reason in left_out]
-    return replace(figure, verdict=" ".join([figure.verdict, *notes]))
+    if not left_out:
+        return figure
+    reasons = [f"Left out: {reason}" for reason in left_out.values()]
+    short = f"{figure.short or take_sentence(figure.verdict)} Left out: {', '.join(left_out)}."
+    return replace(figure, verdict=" ".join([figure.verdict, *reasons]), short=short)
 
 
 def save_figures(

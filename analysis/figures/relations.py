@@ -14,7 +14,6 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.figure import Figure
 from scipy import stats
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, pick_rows
@@ -296,7 +295,7 @@ def is_varied(points: pd.DataFrame) -> bool:
     return len(points) >= MIN_POINTS and points["x"].nunique() > 1 and points["y"].nunique() > 1
 
 
-def scatter(points: pd.DataFrame, relation: Relation, page: Page) -> Figure:
+def scatter(points: pd.DataFrame, relation: Relation, page: Page) -> StyledFigure:
     """Draw the points, a style per precision."""
     styles = style_precisions(sorted(points["bits"].unique()))
     sheet = make_sheet(page, 1, (6.0, 4.3), 1, styles)

@@ -75,6 +75,7 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     is_gptq = (rows["method"] == "gptq") & (rows["bits"] == 2)
     is_float = (rows["data_type"] == "float") & ~has_settings(rows) & (rows["bits"] == 3)
     pick = ["model", "block_size", "value", "key"]
+    rows = rows.iloc[rows.groupby("model")["total_bits"].transform("min").argsort(kind="stable")]  # by size
     gptq = rows[is_gptq][[*pick, "label"]].rename(columns={"label": "gptq"})
     both = gptq.merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:
@@ -85,7 +86,16 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     paper = read_published("table_1").assign(model="opt-175b (paper)", text="wikitext2", gptq="")
     data = pd.concat([data, paper[[*data.columns, "source"]]], ignore_index=True)
     verdict = judge_pairs(both, rows, text, results)
-    shown = data.drop(columns="source").round(3).fillna("whole")
+    shown = pd.DataFrame(
+        {
+            "model": data["model"],
+            "text": data["text"],
+            "block size": data["block_size"].astype(object).where(data["block_size"].notna(), "whole tensor"),
+            "GPTQ's quantizer": data["gptq"].replace("", "-"),
+            "2-bit GPTQ": data["gptq_2bit"].map("{:.2f}".format),
+            "3-bit float": data["float_3bit"].map("{:.2f}".format),
+        }
+    )
     return finish_table("table_1", data, shown, "Perplexity of 2-bit GPTQ and 3-bit float", TABLE_1, verdict)
 
 
@@ -119,12 +129,16 @@ def table_2(results: pd.DataFrame) -> PaperFigure:
     if rows.empty:
         needs = f"measurements of {TABLE_2_METRIC} (weight deviation against the size of the next layer's inputs)"
         raise MissingResults(describe_lack("table_2", needs, ("nano/features", "paper/table_2")))
-    rows = prefer_baseline(rows)
+    rows = prefer_baseline(rows).sort_values("parameters", kind="stable")
     ours = rows.assign(relation=rows["task"].str.removeprefix("proxy/"), spearman=rows["value"], source="this store")
     columns = ["relation", "model", "spearman", "source"]
-    data = pd.concat([ours[columns], read_published("table_2")], ignore_index=True)
+    paper = read_published("table_2")
+    paper = paper.assign(model=paper["model"] + " (paper)")
+    data = pd.concat([ours[columns], paper], ignore_index=True)
     verdict = judge_order(ours.pivot_table(index="model", columns="relation", values="spearman"))
-    wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index().round(2)
+    wide = data.pivot_table(index="model", columns="relation", values="spearman", sort=False).reset_index()
+    wide = wide.set_axis([str(name).replace("_", "-") for name in wide], axis=1)
+    wide = pd.concat([wide[["model"]], wide.drop(columns="model").map("{:.2f}".format).replace("nan", "-")], axis=1)
     families = ", ".join(sorted(rows["family"].unique()))
     counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
     sample = f"Data: {counts} of {families}."
@@ -205,8 +219,8 @@ def show_verdicts(table: pd.DataFrame) -> pd.DataFrame:
             "of budgets": [show(share, describe_share) for share in table["share"]],
             "mean lead (95% interval)": [show_lead(row) for row in table.to_dict("records")],
             "P(best)": table["chance"].map(show_chance),
-            "so": table["grade"],
-            "4-bit": [show(grade, str) for grade in table["four_bit"]],
+            "grade": table["grade"],
+            "claim for 4-bit": [show(grade, str) for grade in table["four_bit"]],
         }
     )
 
@@ -358,6 +372,6 @@ def draw_anchors(results: pd.DataFrame) -> PaperFigure:
     named = largest.drop_duplicates("metric")[["metric", "difference", "model", "task"]].to_numpy()
     parts = [f"{metric} {gap:+.3f} ({model}, {task})" for metric, gap, model, task in named]
     verdict += f"(perplexities: to {TOLERANCE:.1%}); the largest differences: {', '.join(parts)}."
-    numbers = data[["value", "low", "high", "published", "difference"]].round(3)
+    numbers = data[["value", "low", "high", "published", "difference"]].map("{:.3f}".format)
     shown = pd.concat([data[["model", "task", "metric"]], numbers, data[["agrees"]]], axis=1)
     return finish_table("anchors", data, shown, "Ours and published", claim, verdict)

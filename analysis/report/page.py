@@ -98,7 +98,8 @@ def list_findings(results: pd.DataFrame) -> list[str]:
 def compare_all_laws(results: pd.DataFrame) -> str:
     """Return the table of scaling laws as HTML, or the reason why no family allows it."""
     try:
-        return write_laws(*leave_out_ambiguous(compare_laws, results))
+        laws, left_out = leave_out_ambiguous(compare_laws, results)
+        return write_laws(laws, left_out.values())
     except AmbiguousResults as error:
         return f"<p>{html.escape(f'Not computed: {error}')}</p>"
 

@@ -11,7 +11,6 @@ from typing import Final
 import pandas as pd
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
-from kbit.analysis.figures.canvas.page import OWN_PAGE, apply_style
 from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 
@@ -33,7 +32,7 @@ def write_pictures(results: pd.DataFrame, figures: Mapping[str, Callable[[pd.Dat
     for name in [name for name in KEY_FIGURES if name in figures]:
         try:
             figure, left_out = leave_out_ambiguous(figures[name], results)
-            drawn.append(write_picture(figure, left_out))
+            drawn.append(write_picture(figure, left_out.values()))
         except (MissingResults, AmbiguousResults, TooManyCurves) as reason:
             reasons.append(str(reason))
         except Exception as error:  # an error of one figure, of whatever kind, must not lose the page
@@ -45,11 +44,10 @@ def write_pictures(results: pd.DataFrame, figures: Mapping[str, Callable[[pd.Dat
     return f"{''.join(drawn)}<details><summary>{summary}</summary><ul>{items}</ul></details>"
 
 
-def write_picture(figure: PaperFigure, left_out: list[str]) -> str:
+def write_picture(figure: PaperFigure, left_out: Iterable[str]) -> str:
     """Return a figure as HTML: a picture within it, and its caption as text."""
     picture = io.BytesIO()
-    with apply_style(OWN_PAGE):
-        figure.fig.savefig(picture, format="webp", dpi=RESOLUTION, pil_kwargs=LOSSLESS)
+    figure.fig.savefig(picture, format="webp", dpi=RESOLUTION, pil_kwargs=LOSSLESS)
     source = base64.b64encode(picture.getvalue()).decode("ascii")
     title = figure.name.replace("_", " ").capitalize()
     caption = [*figure.write_paragraphs("full"), *(f"Left out: {reason}" for reason in left_out)]

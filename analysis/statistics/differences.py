@@ -16,7 +16,9 @@ DIFFERENCE: Final = ["panel", "series", "total_bits", "difference", "low", "high
 EDGE: Final = 0.02
 
 
-def compare_with_best(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None) -> pd.DataFrame:
+def compare_with_best(
+    curves: pd.DataFrame, measure: Measure, results: pd.DataFrame | None
+) -> tuple[pd.DataFrame, list[str]]:
     """Return the difference of each point to its panel's best curve at the point's bits, with its paired interval.
 
         d = y - y_best(b)        b = the point's total bits, y_best linear in log(b) between two points
@@ -32,9 +34,10 @@ def compare_with_best(curves: pd.DataFrame, measure: Measure, results: pd.DataFr
     Returns:
         Columns DIFFERENCE in the measure's own unit and direction (a loss above 0 is worse). reference is the best
         curve's series. Points beyond its ends by more than EDGE are left out, as are panels whose curves never meet.
-        There are no rows if the store lacks the items, since unpaired intervals would be too wide.
+        Besides, the panels without rows because the store lacks their items: unpaired intervals would be too wide.
     """
-    parts = [pd.DataFrame(columns=DIFFERENCE)]
+    parts: list[pd.DataFrame] = []
+    unpaired: list[str] = []
     for panel, points in curves.groupby("panel", sort=False):
         points = points.reset_index(drop=True)
         values = tabulate_curves(points, by="series").dropna(axis=1)
@@ -42,15 +45,17 @@ def compare_with_best(curves: pd.DataFrame, measure: Measure, results: pd.DataFr
             continue
         draws = draw_values(points, measure, results)
         if not draws.paired:
-            return parts[0]
+            unpaired.append(str(panel))
+            continue
         means = values.mean()
         best = str(means.idxmax() if measure.higher_is_better else means.idxmin())
         rows = subtract_curve(points, best)
         low, high = np.quantile(draws.values @ np.nan_to_num(rows).T, [0.025, 0.975], axis=0)
         value = np.nan_to_num(rows) @ points["value"].to_numpy(dtype=np.float64)
-        found = points[["panel", "series", "total_bits"]].assign(difference=value, low=low, high=high, reference=best)
-        parts.append(found[~np.isnan(rows).any(axis=1)].assign(panel=panel))
-    return pd.concat(parts[1:] or parts, ignore_index=True)
+        rest = points[["panel", "series", "total_bits"]].assign(difference=value, low=low, high=high, reference=best)
+        parts.append(rest[~np.isnan(rows).any(axis=1)].assign(panel=panel))
+    found = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=DIFFERENCE)
+    return found, unpaired
 
 
 def subtract_curve(points: pd.DataFrame, series: str) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ from kbit.models.parameters import (
 from kbit.models.transformers_private import forget_conversions, use_eager_experts
 from kbit.numerics.quantized_tensor import QuantizedTensor
 
+# Other classes are not trusted to compute what the packed layer does: a router derived from nn.Linear returns choices.
+_LAYERS: Final = (nn.Linear, Conv1D, nn.Embedding)
+_LIKE_LINEAR: Final = ("FalconLinear",)  # x W^T + bias. A bias, which no published model has, is added after rounding
+
 
 def plan_packing(model: nn.Module, quant: QuantConfig) -> QuantizationReport:
     """Return the plan of a quantization, of which every weight can be packed.
@@ -51,7 +55,8 @@ def check_layer(model: nn.Module, tied_names: str) -> None:
         raise ValueError(f"{tied_names} are tied and no embedding is among them: they cannot be packed as one")
     for name in names:
         owner = owner_of(model, name)
-        is_layer = name.endswith(".weight") and (isinstance(owner, nn.Linear | Conv1D) or type(owner) is nn.Embedding)
+        is_known = type(owner) in _LAYERS or type(owner).__name__ in _LIKE_LINEAR
+        is_layer = name.endswith(".weight") and is_known
         if not is_layer and not (is_experts(owner) and owner.get_parameter(name.rpartition(".")[2]).ndim == 3):
             raise ValueError(
                 f"{name} of {type(owner).__name__} cannot be packed: packed are weights of Linear, Conv1D, Embedding "

@@ -38,7 +38,7 @@ def add_figures(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--out", default="figures", type=Path, help="folder for the files (default: figures)")
     parser.add_argument("--format", default="png,svg", metavar="png,svg,pdf", help="pictures (default: png,svg)")
     parser.add_argument("--width", metavar="3.3in", help="width, in in, cm, mm or pt (tables keep theirs)")
-    parser.add_argument("--height", metavar="2.5in", help="height, with the caption (default: it follows)")
+    parser.add_argument("--height", metavar="2.5in", help="height, with the caption, as --width (default: it follows)")
     parser.add_argument("--dpi", default=150, type=float, help="dots per inch of a PNG (default: 150)")
     parser.add_argument("--caption", default="short", help="none, short (claim and verdict) or full (default: short)")
     parser.add_argument("--style", metavar="FILE", help="a style of matplotlib, by file or name; it beats kbit's own")
@@ -74,11 +74,8 @@ def draw_figures(options: argparse.Namespace) -> None:
     results = leave_out_checkpoints(read_results(options.results))
     if options.where:
         results = _select(results, options)
-    measure = None
-    if options.lower_is_better and not options.measure:
-        raise ValueError("--lower-is-better says of --measure that it is a loss: give --measure, too")
-    if options.measure:
-        measure = choose_measure(results, options.measure, lower_is_better=options.lower_is_better)
+    measure = choose_measure(results, options.measure, lower_is_better=options.lower_is_better)
+    if measure is not None:
         print(f"{options.measure}: {'higher' if measure.higher_is_better else 'lower'} values are better")
     figures = []
     for figure in save_figures(results, options.out, options.names or None, measure, page, files):
@@ -118,8 +115,9 @@ def _read_files(options: argparse.Namespace) -> Files:
     Raises:
         ValueError: a format, a caption or a resolution is wrong.
     """
+    from kbit.analysis.figures.canvas.page import WRITTEN_AS
     from kbit.analysis.figures.drawing import CAPTIONS
-    from kbit.analysis.figures.saving import WRITTEN_AS, Files
+    from kbit.analysis.figures.saving import Files
 
     formats = tuple(dict.fromkeys(name.strip() for name in options.format.split(",")))
     for name in formats:

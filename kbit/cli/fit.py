@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Show the memory of models at several precisions, by formula, and the largest model that fits on each hardware. A number
 of bits is nf in blocks of 64, and the names of conf/quant (nf4_dq, int8_rowwise, ...) are understood, too. Everything
-outside of the block matrices has 16 bits. A GB is 10^9 bytes.
+outside of the block matrices has 16 bits. A GB is 10^9 bytes, for cards too, which have up to 7% more.
 """
 _EPILOG = """\
 examples:

@@ -20,6 +20,7 @@ from kbit.methods.config import QuantConfig
 
 _WIDTH: Final = 2  # bytes of a 16-bit number
 _LOGIT: Final = 4  # bytes: logits are computed in float32
+_LONGEST: Final = 2**20  # tokens: the longest context that is looked for where a model does not say its own
 _PROMPT_CHUNK: Final = 2048  # tokens of a prompt that go through the model at once
 # Hidden states of a token that are in memory at once within a decoder layer, see kbit.engine.estimate: the residual
 # stream, its norm, queries, keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
@@ -98,12 +99,12 @@ def count_memory(shape: ModelShape, quant: QuantConfig, use: Use) -> Memory:
         training = _TRAINED_BYTES["adam"] * shape.count_adapter_parameters(use.rank)
     else:
         training = (_TRAINED_BYTES[use.train] - _WIDTH) * shape.parameters
-    return Memory(weights, training, 0, _count_kept_activations(shape, use))
+    return Memory(weights, training, 0, _count_kept_activations(shape, quant, use))
 
 
 def count_cache_per_token(shape: ModelShape) -> int:
-    """Return the bytes of the keys and values of one token: 2 x layers x KV heads x head size x 2."""
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * _WIDTH
+    """Return the bytes of the keys and values of one token, in all layers, as if each kept the whole context."""
+    return shape.cached_values * _WIDTH
 
 
 def _count_cache(shape: ModelShape, use: Use) -> int:
@@ -115,15 +116,21 @@ def _count_activations(shape: ModelShape, quant: QuantConfig, use: Use) -> int:
     if use.context == 0:
         return 0
     states = _WIDTH * _STATES_PER_TOKEN * shape.hidden * use.batch * min(use.context, _PROMPT_CHUNK)
-    largest = max(map(math.prod, shape.matrices), default=0)
-    return states + _LOGIT * use.batch * shape.vocabulary + (0 if quant.is_baseline else _WIDTH * largest)
+    return states + _LOGIT * use.batch * shape.vocabulary + _count_dequantized(shape, quant)
 
 
-def _count_kept_activations(shape: ModelShape, use: Use) -> int:
+def _count_dequantized(shape: ModelShape, quant: QuantConfig) -> int:
+    """Return the bytes of the largest matrix at 16 bits, which a quantized one is for its product."""
+    return 0 if quant.is_baseline else _WIDTH * max(map(math.prod, shape.matrices), default=0)
+
+
+def _count_kept_activations(shape: ModelShape, quant: QuantConfig, use: Use) -> int:
     """Return the bytes that the backward pass needs, without checkpointing, and the logits with their gradient."""
+    if use.context == 0:
+        return 0
     tokens = use.batch * use.context
     a_layer = tokens * (_KEPT_LINEAR * shape.hidden + _KEPT_SQUARE * shape.heads * use.context)
-    return shape.layers * a_layer + 2 * _LOGIT * tokens * shape.vocabulary
+    return shape.layers * a_layer + 2 * _LOGIT * tokens * shape.vocabulary + _count_dequantized(shape, quant)
 
 
 def find_longest_context(shape: ModelShape, count: Callable[[int], int], available: float) -> int:
@@ -134,7 +141,7 @@ def find_longest_context(shape: ModelShape, count: Callable[[int], int], availab
         count: returns the bytes for so many tokens, which rise with them.
         available: the bytes that there are.
     """
-    low, high = 0, shape.context + 1  # low fits, or is 0, and high does not
+    low, high = 0, (shape.context or _LONGEST) + 1  # low fits, or is 0, and high does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= available else (low, middle)

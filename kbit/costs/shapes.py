@@ -15,8 +15,7 @@ from typing import Any, Final
 from kbit.checks import suggest
 from kbit.methods.config import QuantConfig
 from kbit.models.catalog import STUDIED, locate_model
-from kbit.models.config import MAX_WINDOW
-from kbit.models.size import find_cached_folder
+from kbit.models.size import CONTEXT_FIELDS, find_cached_folder
 from kbit.numerics.spec import BASELINE_BITS
 
 CATALOGUE: Final = Path(str(files("kbit"))) / "assets" / "architectures.csv"
@@ -32,10 +31,9 @@ class ModelShape:
         layers: the number of decoder layers.
         hidden: the size of the residual stream.
         heads: the number of attention heads.
-        kv_heads: the number of heads whose keys and values are cached.
-        head_dim: the size of a head.
+        cached_values: the keys' and values' numbers that the KV cache holds for a token, in all layers.
         vocabulary: the number of rows of the embedding.
-        context: the number of tokens that the model takes at once.
+        context: the number of tokens that the model takes at once, or None if its configuration does not say.
         matrices: how many weight matrices in the transformer blocks have each shape [out, in].
     """
 
@@ -44,10 +42,9 @@ class ModelShape:
     layers: int
     hidden: int
     heads: int
-    kv_heads: int
-    head_dim: int
+    cached_values: int
     vocabulary: int
-    context: int
+    context: int | None
     matrices: Mapping[tuple[int, int], int]
 
     def count_weight_bits(self, quant: QuantConfig) -> int:
@@ -80,24 +77,31 @@ def _read_row(row: dict[str, str]) -> ModelShape:
 
 
 def find_shape(name: str) -> ModelShape:
-    """Return the shape of a model: of its folder here, else of the table.
+    """Return the shape of a model: of the table if it is published there, else of its configuration here.
 
     Args:
-        name: a short name, a local folder, or the hub id of a model whose configuration is in the hub's cache.
+        name: a short name or its hub id, a local folder, or the hub id of a model whose configuration is in the hub's
+            cache.
 
     Raises:
         ValueError: the model is neither in the table nor here.
     """
-    listed = read_catalogue().get(_find_first(name))
+    short = next((model.name for model in STUDIED.values() if model.hub_id == name), name)
+    listed = read_catalogue().get(_find_first(short))
     if listed is not None:
         return ModelShape(**{**vars(listed), "name": name})
-    place = Path(locate_model(name))
+    place = Path(_locate(name))
     folder = place if place.is_dir() else find_cached_folder(str(place))
     if folder is None:
-        raise ValueError(
-            f"the shape of model.name={name!r} is not known here: give a local folder. {suggest(name, STUDIED)}"
-        )
+        raise ValueError(f"the shape of {name!r} is not known here: give a local folder. {suggest(name, STUDIED)}")
     return measure_shape(name, _read_config(folder))
+
+
+def _locate(name: str) -> str:
+    try:
+        return locate_model(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.name=", "--models ", 1)) from None
 
 
 def _find_first(name: str) -> str:
@@ -122,8 +126,9 @@ def measure_shape(name: str, config: Any) -> ModelShape:
     from kbit.models.parameters import owner_of, split_matrices
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
         model.tie_weights()
+    model.eval()
     report = plan_quantization(model, QuantConfig(bits=8))
     matrices: Counter[tuple[int, int]] = Counter()
     for tensor in report.tensors:
@@ -132,16 +137,23 @@ def measure_shape(name: str, config: Any) -> ModelShape:
             for matrix in split_matrices(model.get_parameter(parameter), owner_of(model, parameter)):
                 matrices[matrix.shape[-2], matrix.shape[-1]] += 1
     text = config.get_text_config()
-    heads = text.num_attention_heads
     return ModelShape(
         name,
         parameters=report.parameters,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        heads=text.num_attention_heads,
+        cached_values=_count_cached(model),
         vocabulary=model.get_input_embeddings().weight.shape[0],
-        context=getattr(text, "max_position_embeddings", MAX_WINDOW),
+        context=next((value for name in CONTEXT_FIELDS if (value := getattr(text, name, None))), None),
         matrices=dict(matrices),
     )
+
+
+def _count_cached(model: Any) -> int:
+    """Return the numbers that the cache holds after one token, in which heads may share keys and values."""
+    import torch
+
+    with torch.no_grad():
+        cache = model(torch.zeros((1, 1), dtype=torch.long, device="meta"), use_cache=True).past_key_values
+    return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)

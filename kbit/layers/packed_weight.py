@@ -105,6 +105,14 @@ class PackedWeight(nn.Module):
                 self.register_buffer(name, raw)
         return self
 
+    def share(self, other: PackedWeight) -> None:
+        """Take over the tensors of another weight of the same layout, which stay its own too."""
+        for name in self.layout.list_tensors():
+            if name == "weight":
+                self.weight = other.weight
+            else:
+                self.register_buffer(name, getattr(other, name))
+
     @property
     def quantized(self) -> QuantizedTensor:
         """The weight as a quantized tensor, in the same memory.

@@ -3,12 +3,16 @@
 A product takes one of two paths. For a few rows of inputs (tokens), a fused kernel decodes the codes on the way, and
 no dequantized weight exists. For more rows, a tile of the weight's rows is dequantized, which stays in the cache, and
 torch multiplies by it: the same bits as with the whole dequantized weight.
+
+The fused path computes in float32 with codebook[code] * scale + offset. It does not round these weights to the model's
+dtype, as dequantizing does. So in 16 bits its products differ from those of tiles by the rounding of the weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +26,13 @@ from kbit.kernels.cpu_linear import BATCHES, Matrix
 from kbit.kernels.simd import find_isa
 from kbit.layers.fused import can_fuse, make_matrix
 from kbit.layers.packed_weight import PackedLayout, PackedWeight
+from kbit.numerics.backend import choose_backend
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.tiles import Tiles
 
-# Up to so many rows of inputs, in float32 and in 16 bits, the fused path is faster than tiles (FINDINGS.md).
-# Without instructions for bfloat16, torch's 16-bit products are slow, and no end was found up to 256 rows.
+# Up to so many rows of inputs, in float32 and in 16 bits, the fused path is taken. On AVX2 it was measured to be faster
+# than tiles (FINDINGS.md). AVX-512's rows are those of a prototype of the same instructions, and generic's are assumed.
+# On AVX2 torch's 16-bit products are slow, and no end was found up to 256 rows.
 FUSED_ROWS: Final = {"avx512": (32, 8), "avx2": (64, 256), "generic": (8, 8)}
 
 
@@ -36,7 +42,8 @@ class QuantizedLinear(PackedWeight):
     Attributes:
         bias: the layer's bias in its own dtype, or None.
         fused_rows: up to so many rows of inputs take the fused path, if the weight's rows and blocks are multiples of
-            16. 0 is never. None is what was measured (FUSED_ROWS).
+            16. None is FUSED_ROWS. 0 is never: products then have the bits of the plain layer's. Inputs in float64
+            always take tiles, as the fused path computes in float32.
         is_conv1d: whether it stands for a Conv1D, whose products have the weight stored as [in, out].
     """
 
@@ -55,7 +62,8 @@ class QuantizedLinear(PackedWeight):
         self.fused_rows: int | None = None
         self.register_parameter("bias", bias)
         self._is_fusible = can_fuse(layout.spec, layout.shape)
-        self._matrix: tuple[tuple[int, ...], Matrix] | None = None
+        self._matrix: tuple[tuple[tuple[int, int], ...], Matrix, QuantizedTensor] | None = None
+        self._tied: tuple[PackedWeight, ...] = ()  # the embedding whose tensors these are: a tuple is no submodule
         self.register_load_state_dict_post_hook(_forget_matrix)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -65,52 +73,79 @@ class QuantizedLinear(PackedWeight):
         made = cls(PackedLayout.of(q), bias, is_conv1d=isinstance(layer, Conv1D), device="meta").put(q)
         return made.train(layer.training)
 
+    def put(self, q: QuantizedTensor) -> Self:
+        """Take over the tensors of a quantized tensor of the same layout. The layer is tied to no embedding then."""
+        self._tied = ()
+        return super().put(q)
+
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return x W^T + bias."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"inputs of shape {tuple(x.shape)} do not end in the layer's {self.in_features} inputs")
         rows = x.reshape(-1, self.in_features)
+        has_gradient = rows.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if not (has_gradient and torch.is_grad_enabled()):
+            return self.multiply(rows).view(*x.shape[:-1], self.out_features)
         y: Tensor = _Product.apply(rows, self.bias, self)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
     def choose_path(self, rows: int, dtype: torch.dtype = torch.float32) -> str:
         """Return how the product of so many rows of inputs of this dtype is computed: fused or tile."""
-        most = find_fused_rows(dtype) if self.fused_rows is None else self.fused_rows
-        if self.weight.device.type != "cpu":
-            most = min(most, BATCHES[-1])
-        return "fused" if self._is_fusible and 0 < rows <= most else "tile"
+        return "fused" if 0 < rows <= self.find_most_fused(dtype) else "tile"
+
+    def find_most_fused(self, dtype: torch.dtype) -> int:
+        """Return up to how many rows of inputs of this dtype take the fused path."""
+        if not self._is_fusible or dtype == torch.float64:
+            return 0
+        most = FUSED_ROWS[find_isa().name][dtype != torch.float32] if self.fused_rows is None else self.fused_rows
+        return most if self.weight.device.type == "cpu" else min(most, BATCHES[-1])
 
     def multiply(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Return x W^T + bias, without a gradient."""
         return self._multiply_fused(x) if self.choose_path(len(x), x.dtype) == "fused" else self._multiply_tiles(x)
 
     def _multiply_fused(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        matrix, inputs = self._find_matrix(), x.detach().float()
-        q = self.quantized if self.layout.has_input_scales or self.layout.outlier_columns else None
-        if q is not None and q.outlier_columns is not None:  # their codes mean nothing
+        (matrix, q), inputs = self._find_matrix(), x.detach().float()
+        if q.outlier_columns is not None:  # their codes mean nothing
             inputs = inputs.index_fill(1, q.outlier_columns, 0.0)
-        if q is not None and q.input_scales is not None:
+        if q.input_scales is not None:
             inputs = inputs / q.input_scales.float()
         y = _multiply_on_device(inputs.contiguous(), matrix)
-        if q is not None and q.outlier_columns is not None and q.outlier_values is not None:
+        if q.outlier_columns is not None and q.outlier_values is not None:
             y += x.detach()[:, q.outlier_columns].float() @ q.outlier_values.float().t()
         if self.bias is not None:
             y += self.bias.detach()
         return y.to(x.dtype)
 
-    def _find_matrix(self) -> Matrix:
-        """Return the weight as the kernels take it, made anew when a tensor has moved."""
-        places = tuple(tensor.data_ptr() for tensor in (self.weight, *self.buffers()))
-        if self._matrix is None or self._matrix[0] != places:
-            self._matrix = places, make_matrix(self.quantized)
-        return self._matrix[1]
+    def _find_matrix(self) -> tuple[Matrix, QuantizedTensor]:
+        """Return the weight as the kernels take it, made anew when a tensor was replaced or written to."""
+        state = tuple((tensor.data_ptr(), _count_writes(tensor)) for tensor in (self.weight, *self.buffers()))
+        if self._matrix is None or self._matrix[0] != state:
+            q = self.quantized
+            self._matrix = state, make_matrix(q), q
+        return self._matrix[1:]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Move the layer. What was made of the old tensors is dropped, and a tied embedding's move as one with them."""
+        self._matrix = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for source in self._tied:
+            self.share(source._apply(fn))  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for copies and pickle, without what is in the same memory as the tensors."""
         return self.__dict__ | {"_matrix": None}
 
+    def tie(self, embedding: QuantizedEmbedding) -> None:
+        """Let the layer have the tensors of an embedding of the same layout, also after either is moved."""
+        self._tied = (embedding,)
+        self.share(embedding)
+
     def _multiply_tiles(self, x: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         y = torch.empty(len(x), self.out_features, dtype=x.dtype, device=x.device)
+        if x.dtype == torch.float16 and x.device.type == "cpu" and self.fused_rows != 0:
+            x = x.float()  # torch's float16 products are several times slower there
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         for rows, tile in Tiles(self.quantized):
             values = tile.to(x.dtype)
@@ -119,11 +154,12 @@ class QuantizedLinear(PackedWeight):
         return y
 
     def multiply_gradient(self, gradient: Float[Tensor, "rows out"]) -> Float[Tensor, "rows in"]:
-        """Return gradient W, which is the gradient with respect to x."""
-        total = torch.zeros(len(gradient), self.in_features, dtype=gradient.dtype, device=gradient.device)
+        """Return gradient W, which is the gradient with respect to x, summed in float32 and rounded once."""
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        total = wide.new_zeros(len(gradient), self.in_features)
         for rows, tile in Tiles(self.quantized):
-            total += gradient[:, rows] @ tile.to(gradient.dtype)
-        return total
+            total += wide[:, rows] @ tile.to(wide.dtype)
+        return total.to(gradient.dtype)
 
     def _multiply_tile(
         self, x: Float[Tensor, "rows in"], tile: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None
@@ -134,14 +170,16 @@ class QuantizedLinear(PackedWeight):
 
     def extra_repr(self) -> str:
         """Return what the layer is, for print(model)."""
-        most = find_fused_rows(torch.float32) if self.fused_rows is None else self.fused_rows
-        fused = f"fused up to {most} rows" if self._is_fusible and most else "tiles only"
+        wide, narrow = (self.find_most_fused(dtype) for dtype in (torch.float32, torch.bfloat16))
+        fused = f"fused up to {wide} rows" if wide else "tiles only"
+        if wide != narrow:
+            fused += f" in float32, {narrow} in 16 bits"
         return f"{super().extra_repr()}, bias={self.bias is not None}, {fused}"
 
 
-def find_fused_rows(dtype: torch.dtype) -> int:
-    """Return up to how many rows of inputs of this dtype the fused path is the faster one on this CPU."""
-    return FUSED_ROWS[find_isa().name][0 if dtype == torch.float32 else 1]
+def _count_writes(tensor: Tensor) -> int:
+    """Return how often a tensor was written to. Torch does not count it of tensors made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _forget_matrix(layer: QuantizedLinear, _: Any) -> None:
@@ -151,7 +189,7 @@ def _forget_matrix(layer: QuantizedLinear, _: Any) -> None:
 
 def _multiply_on_device(x: Float[Tensor, "rows in"], matrix: Matrix) -> Float[Tensor, "rows out"]:
     """Return x W^T by the kernels of x's device."""
-    if x.device.type == "cpu":
+    if not choose_backend(x.device).is_gpu:
         return torch.from_numpy(cpu_linear.multiply(x.numpy(), matrix, torch.get_num_threads()))
     cuda_linear = import_module("kbit.kernels.cuda_linear")  # on first use: it needs the extra kbit[cuda]
     batch = next(size for size in BATCHES if size >= len(x))
@@ -215,8 +253,5 @@ class QuantizedEmbedding(PackedWeight):
     def make_head(self, bias: nn.Parameter | None = None) -> QuantizedLinear:
         """Return the output layer that is tied to this embedding: its tensors are the same."""
         head = QuantizedLinear(self.layout, bias, device="meta")
-        head.weight = self.weight
-        for name in head.layout.list_tensors():
-            if name != "weight":
-                head.register_buffer(name, getattr(self, name))
+        head.tie(self)
         return head

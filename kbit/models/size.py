@@ -16,7 +16,7 @@ from kbit.models.config import MAX_WINDOW, UNITS, read_count
 
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
 
-_CONTEXT: Final = ("max_position_embeddings", "n_positions", "seq_length")
+CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
 # Published sizes of models whose names have none.
 _NAMELESS: Final = {
@@ -69,7 +69,7 @@ def find_size(name: str, given: str | None = None) -> ModelSize | None:
     return ModelSize(
         parameters,
         hidden=_first(config, "hidden_size", "n_embd") or guess,
-        context=_first(config, *_CONTEXT) or MAX_WINDOW,
+        context=_first(config, *CONTEXT_FIELDS) or MAX_WINDOW,
         vocabulary=_first(config, "vocab_size"),
     )
 
@@ -90,7 +90,7 @@ def find_context(name: str) -> int | None:
     """Return the number of tokens that a model takes at once, or None if no configuration here tells it."""
     folder = _find_folder(name)
     config = read_json(folder / "config.json") if folder else {}
-    return _first(config, *_CONTEXT)
+    return _first(config, *CONTEXT_FIELDS)
 
 
 def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:

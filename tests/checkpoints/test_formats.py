@@ -189,7 +189,6 @@ def test_a_grid_is_known_by_its_values() -> None:
         (gguf.write, make("nf4", block_size=32, layout="row"), r"no blocks with the values of nf4.*gguf_iq4_nl"),
         (gptq.write, make("quantile4"), r"one table for all tensors, and data_type=quantile"),
     ],
-    ids=str,
 )
 def test_what_a_format_cannot_hold_is_refused(write: Any, tensor: QuantizedTensor, message: str) -> None:
     with pytest.raises(NotExactError, match=message):

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.quantizers import auto
 
 from kbit.checkpoints.config import KbitConfig
 from kbit.checkpoints.export import export_checkpoint
 from kbit.checkpoints.loading import load_model, load_packed, pack_loaded, pack_model
-from kbit.checkpoints.packing import compute_exactly, find_packed_report, hash_values, list_packed
+from kbit.checkpoints.packing import check_layer, compute_exactly, find_packed_report, hash_values, list_packed
 from kbit.checkpoints.saving import save_packed
 from kbit.layers.quantized_linear import QuantizedLinear
 from kbit.methods.config import CalibrationConfig, QuantConfig
@@ -201,6 +203,18 @@ def test_a_packed_model_is_not_quantized_again(folder: Path) -> None:
 def test_a_wrong_field_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KbitConfig(**fields)
+
+
+def test_a_class_derived_from_linear_is_no_linear_layer() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).topk(1).indices
+
+    model = nn.Sequential(nn.Linear(8, 8), Router(8, 8), FalconLinear(8, 8))
+    with pytest.raises(ValueError, match=r"1\.weight of Router cannot be packed"):
+        check_layer(model, "1.weight")
+    for name in ("0.weight", "2.weight"):
+        check_layer(model, name)
 
 
 def test_a_layer_that_has_no_packed_twin_is_refused_before_anything_changes() -> None:

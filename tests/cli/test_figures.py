@@ -112,6 +112,29 @@ def test_figures_are_drawn_in_python_at_any_size(tmp_path: Path) -> None:
     assert sys.modules["kbit.figures"] is kbit_library.figures
 
 
+@pytest.mark.parametrize("name", ["figure_9", "laws"])
+def test_a_figure_saved_in_python_is_as_the_command_writes_it(name: str, tmp_path: Path) -> None:
+    results = make_results(("int", "nf"))
+    with matplotlib.rc_context({"savefig.bbox": "tight"}):
+        fig = kbit_library.figures.draw(name, results, width="3.3in")
+        for path in ("one.pdf", "two.pdf", "one.svg"):
+            fig.savefig(tmp_path / path)
+    pdf = (tmp_path / "one.pdf").read_bytes()
+    assert b"/Type3" not in pdf  # publishers refuse it
+    assert b"CreationDate" not in pdf
+    assert pdf == (tmp_path / "two.pdf").read_bytes()
+    svg = (tmp_path / "one.svg").read_text()
+    assert "<dc:date>" not in svg
+    assert "<text" in svg
+    box = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+) ", pdf)
+    assert box is not None
+    assert float(box[1]) == pytest.approx(72 * fig.get_size_inches()[0], abs=0.01)
+    fig.savefig(tmp_path / "titled.pdf", metadata={"Title": "Mine"})
+    titled = (tmp_path / "titled.pdf").read_bytes()
+    assert b"Mine" in titled
+    assert b"CreationDate" not in titled
+
+
 def test_wrong_requests_in_python_name_what_is_allowed(tmp_path: Path) -> None:
     results = make_results(("nf",))
     with pytest.raises(ValueError, match="unknown figure 'figure_99'; did you mean"):
@@ -120,6 +143,10 @@ def test_wrong_requests_in_python_name_what_is_allowed(tmp_path: Path) -> None:
         kbit_library.figures.draw("figure_2", results, caption="long")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown figure 'figure_16'"):
         kbit_library.figures.draw("figure_16", results, measure="a/acc")
+    with pytest.raises(
+        ValueError, match=r"lower_is_better says of a measure .*: give the measure \(TASK/METRIC\), too"
+    ):
+        kbit_library.figures.draw("figure_2", results, lower_is_better=True)
     with pytest.raises(MissingResults, match="figure_9 needs"):
         kbit_library.figures.draw("figure_9", pd.DataFrame())
     with pytest.raises(FileNotFoundError, match="no results at"):

@@ -41,7 +41,7 @@ def test_the_table_has_every_published_configuration_and_no_other() -> None:
             config, shape = make_config(family, name), read_catalogue()[name]
             sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
             assert (shape.layers, shape.hidden, shape.heads) == sizes
-            assert shape.kv_heads * shape.head_dim == shape.hidden
+            assert shape.cached_values == 2 * shape.layers * shape.hidden  # each head has keys and values of its own
 
 
 @pytest.mark.parametrize("name", STATED)
@@ -54,6 +54,7 @@ def test_every_short_name_has_a_shape() -> None:
         if model.hub_id is not None:
             assert find_shape(name).name == name
     assert find_shape("bloomz-3b").parameters == find_shape("bloom-3b").parameters
+    assert find_shape("facebook/opt-13b").parameters == find_shape("opt-13b").parameters
     assert find_shape("pythia-70m-v0").matrices == find_shape("pythia-70m").matrices
 
 
@@ -71,9 +72,10 @@ def test_bits_are_those_of_the_loaded_model(name: str, quant: QuantConfig) -> No
 def test_grouped_queries_and_experts_are_told_from_the_configuration(build_tiny: Any) -> None:
     config = build_tiny("mixtral", num_key_value_heads=2, num_attention_heads=4).config
     shape = measure_shape("tiny", config)
-    assert (shape.heads, shape.kv_heads) == (4, 2)
+    assert (shape.heads, shape.cached_values) == (4, 2 * config.num_hidden_layers * 2 * config.hidden_size // 4)
     experts = config.num_local_experts * config.num_hidden_layers
     assert shape.matrices[2 * config.intermediate_size, config.hidden_size] == experts
+    assert measure_shape("tiny", build_tiny("gpt_oss").config).cached_values > 0
 
 
 def test_a_folder_of_ones_own_is_measured(tmp_path: Path) -> None:
@@ -84,3 +86,16 @@ def test_a_folder_of_ones_own_is_measured(tmp_path: Path) -> None:
 def test_a_model_that_is_not_here_is_named() -> None:
     with pytest.raises(ValueError, match="'somebody/unknown' is not known here"):
         find_shape("somebody/unknown")
+    with pytest.raises(ValueError, match="--models 'opt-13x'"):
+        find_shape("opt-13x")
+
+
+def test_one_head_of_keys_for_all_queries_is_cached_once() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+    shape = measure_shape("tiny", transformers.FalconConfig(**sizes, multi_query=True))
+    assert shape.cached_values == 2 * 2 * 16  # keys and values of 64 / 4 numbers in two layers
+
+
+def test_the_context_is_what_the_configuration_states() -> None:
+    mpt = transformers.MptConfig(d_model=64, n_layers=2, n_heads=4, vocab_size=32, max_seq_len=4096)
+    assert measure_shape("tiny", mpt).context == 4096

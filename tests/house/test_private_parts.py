@@ -17,6 +17,7 @@ GATHERED = ("kbit.data.lm_eval_private", "kbit.models.hflm_private", "kbit.model
 OF_OTHER_LIBRARIES = (
     *("_int_mm", "_fingerprint", "_hf_hook", "_set_flag", "_get_node", "_SubParsersAction"),
     "_worker_logs_enabled",  # Ray's
+    "_version",  # torch's count of writes to a tensor
 )
 
 MODULES = {name: path for name, path in find_modules().items() if not name.startswith("kbit.kernels")}

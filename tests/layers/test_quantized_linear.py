@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kbit.checkpoints.packing import put_codes
+from kbit.kernels.simd import AVX2, AVX512, GENERIC
+from kbit.layers import quantized_linear
 from kbit.layers.packed_weight import PackedLayout
 from kbit.layers.quantized_experts import QuantizedExperts
 from kbit.layers.quantized_linear import QuantizedEmbedding, QuantizedLinear
@@ -122,6 +126,95 @@ def test_copies_and_dtypes_keep_every_bit() -> None:
     empty = QuantizedLinear(packed.layout, nn.Parameter(torch.empty(37)), device="meta").to_empty(device="cpu")
     empty.load_state_dict(packed.state_dict())
     assert torch.equal(empty(x), before)
+
+
+def test_moved_or_changed_tensors_are_seen_and_old_ones_let_go() -> None:
+    _, packed = make_layer(SPECS[0])
+    scales = packed.get_buffer("scales").numpy().copy()
+    packed.register_buffer("scales", torch.from_numpy(scales))
+    old, x = weakref.ref(scales), torch.randn(1, 96)
+    del scales
+    packed(x)
+    with torch.no_grad():
+        packed.get_buffer("scales").copy_((packed.get_buffer("scales").view(torch.float16) * 2).view(torch.uint8))
+    expected = F.linear(x, packed.dequantize(), packed.bias)
+    torch.testing.assert_close(packed(x), expected, rtol=0, atol=1e-5)
+    packed._apply(torch.clone)  # as a move to another device
+    gc.collect()
+    assert old() is None
+    torch.testing.assert_close(packed(x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["embedding first", "head first"])
+def test_a_tied_head_has_the_embedding_s_tensors_after_a_move(order: str) -> None:
+    embedding = nn.Embedding(50, 64)
+    packed = QuantizedEmbedding.from_codes(quantize(embedding.weight, QuantSpec(bits=4)), embedding)
+    modules = [packed, packed.make_head()]
+    both = nn.ModuleList(modules if order == "embedding first" else modules[::-1])
+    for model in (both.to("meta"), copy.deepcopy(both).to("meta")):
+        a, b = model
+        assert a.weight is b.weight
+        assert a.get_buffer("scales") is b.get_buffer("scales")
+        assert b.get_buffer("scales").is_meta
+
+
+def test_the_limit_of_the_fused_path_is_the_one_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa, text in (
+        (AVX2, "fused up to 64 rows in float32, 256 in 16 bits"),
+        (AVX512, "fused up to 32 rows in float32, 8 in 16 bits"),
+        (GENERIC, "fused up to 8 rows"),
+    ):
+        monkeypatch.setattr(quantized_linear, "find_isa", lambda isa=isa: isa)
+        _, packed = make_layer(SPECS[0])
+        assert repr(packed).endswith(f"bias=True, {text})")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert [packed.choose_path(rows, dtype) for rows in (0, 1, 8, 9)] == ["tile", "fused", "fused", "tile"]
+    assert packed.choose_path(1, torch.float64) == "tile"
+    packed.fused_rows = 0
+    assert repr(packed).endswith("bias=True, tiles only)")
+
+
+def test_in_bfloat16_the_fused_path_does_not_round_the_weights() -> None:
+    """One rounding of the result remains. Tiles have one of each weight as well."""
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 37).bfloat16()
+    q = quantize(layer.weight, QuantSpec(bits=4, block_size=32))
+    packed = QuantizedLinear.from_codes(q, layer)
+    x = torch.randn(1, 96).bfloat16()
+    unrounded = dataclasses.replace(q, dtype=torch.float32).dequantize().double()
+    assert not torch.equal(unrounded, q.dequantize().double())
+    bias = layer.bias.detach().double()
+    exact, sums = F.linear(x.double(), unrounded, bias), x.double().abs() @ unrounded.abs().t()
+    limit = 2.0**-8 * exact.abs() + 100 * 2.0**-24 * (sums + bias.abs())  # half of the last bit, and float32's sums
+    assert packed.choose_path(1, torch.bfloat16) == "fused"
+    assert ((packed(x).double() - exact).abs() <= limit).all()
+    packed.fused_rows = 0
+    tiles = (packed(x).double() - exact).abs()
+    assert (tiles <= limit + 2.0**-8 * (sums + exact.abs() + bias.abs())).all()
+    assert (tiles > limit).any()
+
+
+def test_gradients_of_16_bits_are_summed_in_float32() -> None:
+    """Ten tiles: one rounding of the result, and none of each tile's part."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 2560).bfloat16()
+    packed = QuantizedLinear.from_codes(quantize(layer.weight, QuantSpec(bits=4)), layer)
+    gradient = torch.randn(4, 2560).bfloat16()
+    wide, weight = gradient.double(), packed.dequantize().double()
+    exact, sums = wide @ weight, wide.abs() @ weight.abs()
+    limit = 2.0**-8 * exact.abs() + (256 + 10) * 2.0**-24 * sums  # half of the last bit, and float32's sums
+    assert ((packed.multiply_gradient(gradient).double() - exact).abs() <= limit).all()
+
+
+def test_float16_on_the_cpu_is_computed_in_float32_unless_told_otherwise() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 64).half()  # rows that are no multiple of 16: tiles
+    q = quantize(layer.weight, QuantSpec(bits=4))
+    packed, x = QuantizedLinear.from_codes(q, layer), torch.randn(20, 40).half()
+    wide = F.linear(x.float(), q.dequantize().float(), layer.bias.float())
+    assert torch.equal(packed(x), wide.half())
+    packed.fused_rows = 0
+    assert torch.equal(packed(x), F.linear(x, q.dequantize(), layer.bias))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from matplotlib.figure import Figure, SubFigure
 
-from kbit.analysis.figures.canvas.page import Page, get_line_height, get_small_size, wrap_text
+from kbit.analysis.figures.canvas.page import Page, StyledFigure, get_line_height, get_small_size, wrap_text
 
 MARGIN: Final = 0.1  # inches
 NOTHING: Final = 1e-3  # the share of a caption's height before there is one, as it cannot be 0
@@ -18,7 +18,7 @@ class TooSmallPage(ValueError):
     """A page without room for what is to be drawn."""
 
 
-class CaptionedFigure(Figure):
+class CaptionedFigure(StyledFigure):
     """A figure that can get a caption.
 
     Attributes:
@@ -34,7 +34,9 @@ class CaptionedFigure(Figure):
 
 
 def write_caption(fig: Figure, paragraphs: Sequence[str], page: Page) -> None:
-    """Write paragraphs below a drawing. The figure grows by their height, unless the page says how high it is.
+    """Write paragraphs below a drawing, which grows by their height.
+
+    A figure of panels stays as high as the page says. A table has the size of its text on every page, so it grows.
 
     Raises:
         TooSmallPage: the page's height leaves too little for the drawing.
@@ -45,7 +47,7 @@ def write_caption(fig: Figure, paragraphs: Sequence[str], page: Page) -> None:
     size = get_small_size()
     lines = [line for paragraph in paragraphs for line in wrap_text(paragraph, 0.98 * width - 2 * MARGIN, size)]
     room = len(lines) * get_line_height(size) + 2 * MARGIN
-    if page.height is None:
+    if page.height is None or not isinstance(fig, CaptionedFigure):
         height += room
         fig.set_size_inches(width, height)
     elif height - room < LEAST_DRAWING:

@@ -11,12 +11,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from kbit.analysis.figures.canvas.axes import set_bits_axis, set_value_axis
-from kbit.analysis.figures.canvas.page import Page, get_line_height, get_small_size, wrap_text
+from kbit.analysis.figures.canvas.page import Page, StyledFigure, get_line_height, get_small_size, wrap_text
 from kbit.analysis.figures.canvas.sheets import Sheet, draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_curves
 
@@ -37,7 +36,7 @@ def draw_panels(
     published: pd.DataFrame,
     differences: pd.DataFrame,
     page: Page,
-) -> Figure:
+) -> StyledFigure:
     """Draw every panel's curves. Panels of one family share their axes' limits.
 
     Args:
@@ -63,8 +62,9 @@ def draw_panels(
         draw_panel(axes, group, styles, limits, sheet, offsets)
         draw_published(axes, published[published["panel"] == name])
         if strip is not None:
-            draw_strip(strip, differences[differences["panel"] == name], styles, offsets, sheet)
-            axes.tick_params(labelbottom=False)
+            own = differences[differences["panel"] == name]
+            draw_strip(strip, own, styles, offsets, sheet)
+            axes.tick_params(labelbottom=own.empty)  # without a strip the panel has the labels of their x axis
     sheet.label("total model bits", y_label)
     shown = () if published.empty else (Line2D([], [], label="published", **look_published()),)
     draw_legend(sheet.fig.body, styles, page, more=shown)

@@ -1,8 +1,8 @@
 """How curves look: colours safe for colour-blind readers, a marker and a line style for each (readable in grey).
 
-A precision and a data type look the same in every figure. A data type of a user's own takes its look from its name, so
-that neither other data types nor the order of registration change it. A style's own colours (axes.prop_cycle) replace
-the palette's.
+A precision, a data type and a block size look the same in every figure. A data type of a user's own takes its look from
+its name, so that neither other data types nor the order of registration change it. A style's own colours
+(axes.prop_cycle) replace the palette's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import matplotlib
+import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
 from kbit.analysis.curves.settings import is_missing
@@ -102,20 +104,27 @@ def style_data_type(data_type: str, bits: int, exponent_bits: Any = None) -> Lin
     return recolor(own, place)
 
 
+def style_block_size(block_size: Any) -> LineStyle:
+    """Return the style of a block size, or of the whole tensor where it is missing: the same in every figure."""
+    last = len(SERIES_STYLES) - 1
+    place = last if is_missing(block_size) else (round(np.log2(block_size)) - 4) % last  # blocks of 16 are the first
+    return recolor(SERIES_STYLES[place], place)
+
+
 def recolor(style: LineStyle, place: int) -> LineStyle:
     """Return the style in the color of a style sheet's own cycle, if that is not matplotlib's default."""
     cycle = matplotlib.rcParams["axes.prop_cycle"]
     if cycle == matplotlib.rcParamsDefault["axes.prop_cycle"] or style.color == LINE_STYLES[BASELINE_BITS].color:
         return style
     colors = cycle.by_key().get("color", [style.color])
-    return replace(style, color=colors[place % len(colors)])
+    return replace(style, color=to_hex(colors[place % len(colors)]))  # a browser knows not all of matplotlib's names
 
 
 def style_curves(curves: pd.DataFrame) -> dict[str, LineStyle]:
-    """Return a style for each curve: that of its precision or its data type if curves differ in it, else a free one.
+    """Return a style for each curve: that of the precision, data type or block size in which it differs, or a free one.
 
     Args:
-        curves: points with the columns series, varied, bits, data_type, exponent_bits and outlier_fraction.
+        curves: points with the columns series, varied, bits, data_type, block_size, exponent_bits, outlier_fraction.
 
     Raises:
         TooManyCurves: more curves than styles.
@@ -127,6 +136,8 @@ def style_curves(curves: pd.DataFrame) -> dict[str, LineStyle]:
         has_outliers = row["varied"] == "outlier_fraction" and row["outlier_fraction"] > 0
         if row["varied"] in ("bits", "outlier_fraction") and not has_outliers:
             known[name] = style_precision(int(row["bits"]))
+        elif row["varied"] == "block_size":
+            known[name] = style_block_size(row["block_size"])
         elif row["varied"] in ("data_type", "exponent_bits"):
             known[name] = style_data_type(str(row["data_type"]), int(row["bits"]), row["exponent_bits"])
     return style_series(map(str, first["series"]), known)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -111,6 +113,21 @@ def test_a_caption_is_below_all_and_within(caption: Caption, page: Page, results
     assert figure.claim in " ".join(text.get_text().split())
 
 
+def test_a_table_has_the_size_of_its_text_on_every_page(results: pd.DataFrame) -> None:
+    low = Page(height=1.0)
+    bare, figure = FIGURES["frontier"](results, low), FIGURES["frontier"](results, low)
+    height = bare.fig.get_size_inches()[1]
+    with apply_style(low):
+        write_caption(figure.fig, figure.write_paragraphs("short"), low)
+    [caption] = figure.fig.texts
+    figure.fig.draw_without_rendering()
+    [axes] = figure.fig.axes
+    inner = axes.get_position().height * figure.fig.get_size_inches()[1]
+    assert height > 1
+    assert inner == pytest.approx(height)  # the table is not pressed: the caption has room of its own
+    assert caption.get_window_extent().y1 <= axes.get_window_extent().y0
+
+
 def test_what_does_not_fit_is_refused(results: pd.DataFrame) -> None:
     with pytest.raises(TooSmallPage, match=r"4 panels do not fit on 1.5 x 1.5 inches: give a larger --width"):
         FIGURES["figure_16"](results, Page(width=1.5, height=1.5))
@@ -170,6 +187,30 @@ def test_a_users_settings_beat_ours_and_a_style_beats_both(results: pd.DataFrame
     assert other.get_color() == "#123456"
     with pytest.raises(ValueError, match=r"style 'none\.mplstyle' is no file"):
         FIGURES["figure_16"](results, Page(style="none.mplstyle"))
+
+
+def test_a_style_is_about_looks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the backend of rcParams makes matplotlib choose one and import pyplot."""
+    read: list[str] = []
+    look_up = matplotlib.RcParams.__getitem__
+
+    def note(self: matplotlib.RcParams, name: str) -> Any:
+        read.append(name)
+        return look_up(self, name)
+
+    monkeypatch.setattr(matplotlib.RcParams, "__getitem__", note)
+    style = tmp_path / "paper.mplstyle"
+    style.write_text("backend: svg\nlines.linewidth: 3\n")
+    before = matplotlib.get_backend()
+    assert before != "svg"
+    read.clear()
+    with warnings.catch_warnings(action="always", record=True) as said, apply_style(Page(style=str(style))):
+        assert "font.size" in read
+        assert "backend" not in read
+        assert matplotlib.rcParams["lines.linewidth"] == 3
+    assert matplotlib.get_backend() == before
+    [warning] = said
+    assert "'backend', that is not related to style" in str(warning.message)
 
 
 @pytest.mark.parametrize(

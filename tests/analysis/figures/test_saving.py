@@ -8,11 +8,12 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
 from toy_curves import make_results
 
-from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.page import Page, StyledFigure
+from kbit.analysis.figures.curve_figures import shorten_parts
 from kbit.analysis.figures.drawing import PaperFigure
+from kbit.analysis.figures.paper import Part
 from kbit.analysis.figures.registry import FIGURES, save_figures
 from kbit.analysis.figures.saving import SavedFigure
 
@@ -70,11 +71,13 @@ def test_a_figure_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.
     def fail(results: pd.DataFrame, page: Page) -> PaperFigure:
         raise TypeError("'<' not supported")
 
-    empty = PaperFigure("figure_3", Figure(), pd.DataFrame(), "", "")
+    empty = PaperFigure("figure_3", StyledFigure(), pd.DataFrame({"a": [1]}), "Claim.", "Verdict.")
+    empty.fig.add_subplot()
     monkeypatch.setitem(FIGURES, "figure_2", fail)
     monkeypatch.setitem(FIGURES, "figure_3", lambda results, page: empty)
     failed, drawn = save_figures(make_results(), tmp_path, ["figure_2", "figure_3"])
     assert failed.failed
+    assert drawn.paths
     assert re.match(r"TypeError: '<' not supported \(test_saving\.py, line \d+\)", str(failed.skipped))
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in drawn.paths}
 
@@ -90,8 +93,16 @@ def test_a_family_measured_in_two_ways_leaves_others_their_figure(tmp_path: Path
     assert "Left out: alpha was measured in 2 ways" in saved.paths[3].read_text()
     assert "beta, nf block 64</text>" in svg
     assert "alpha, nf" not in svg
+    assert "Left out: alpha.</text>" in svg  # in the short caption
     (skipped,) = save_figures(results[results["family"] == "alpha"], tmp_path, ["figure_2"])
     assert str(skipped.skipped).startswith("alpha was measured in 2 ways")
+
+
+def test_a_short_caption_counts_the_outcomes_of_many_parts() -> None:
+    parts = [Part(f"[{k}] ", f"Undecided. Mean lead: 0.{k}.") for k in range(3)]
+    parts.append(Part("[4] ", "Holds (a difference below 0.01 counts as level). Mean lead: 1."))
+    assert shorten_parts(parts[:2]) == "[0] Undecided. [1] Undecided."
+    assert shorten_parts(parts) == "Undecided (3 of 4 parts); Holds (1 of 4 parts)."
 
 
 def test_a_folder_is_made_only_for_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

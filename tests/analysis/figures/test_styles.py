@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import matplotlib
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
@@ -13,6 +14,7 @@ from kbit.analysis.figures.canvas.styles import (
     TYPE_STYLES,
     TooManyCurves,
     style_data_type,
+    style_precision,
     style_precisions,
     style_series,
 )
@@ -51,6 +53,19 @@ def test_a_float_has_its_exponent_bits_in_its_name_and_its_look() -> None:
     assert list(colors) == ["float4-e2m1", "float4-e3m0", "nf4"]
     assert colors["float4-e3m0"] == style_data_type("float", 4).color == style_data_type("float", 8).color
     assert colors["float4-e2m1"] == style_data_type("float", 3).color == style_data_type("float", 5, 2).color
+
+
+def test_a_block_size_looks_the_same_beside_any_others() -> None:
+    few, many = make_results(block_sizes=(64, 1024)), make_results(block_sizes=(16, 32, 64, 256, 1024))
+    colors, others = (find_colors(FIGURES["figure_8"](results)) for results in (few, many))
+    assert len(set(others.values())) == 5
+    assert {name: others[name] for name in colors} == colors
+
+
+def test_colors_of_a_style_are_written_as_a_browser_reads_them() -> None:
+    with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=["tab:orange", "0.5", (0.0, 1.0, 0.0)])}):
+        colors = {style_precision(bits).color for bits in (3, 4, 5, 6)}
+    assert colors == {"#ff7f0e", "#808080", "#00ff00"}
 
 
 def test_looks_that_are_taken_get_another_marker() -> None:

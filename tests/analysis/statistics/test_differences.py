@@ -42,7 +42,8 @@ def test_a_difference_is_paired_and_at_equal_bits(
     points = make_points(curves, error=0.03)
     results = pd.DataFrame({"key": list(scores), "metric": "cross_entropy", "task": "text"})
     results.attrs["store"] = str(tmp_path)
-    found = compare_with_best(points, LOSS, results)
+    found, unpaired = compare_with_best(points, LOSS, results)
+    assert unpaired == []
     assert set(found["reference"]) == {"good"}
     rows: Any = found.set_index(["series", "total_bits"])
     assert rows.loc["good", ["difference", "low", "high"]].abs().to_numpy().max() < 1e-6
@@ -68,7 +69,7 @@ def test_a_curve_is_extended_by_the_bits_of_a_codebook_alone(
     write_items(tmp_path, {key: {"text": [value, value]} for key, value in values.items()}, "cross_entropy")
     results = pd.DataFrame({"key": list(values), "metric": "cross_entropy", "task": "text"})
     results.attrs["store"] = str(tmp_path)
-    found = compare_with_best(points, LOSS, results).set_index(["series", "total_bits"])["difference"]
+    found = compare_with_best(points, LOSS, results)[0].set_index(["series", "total_bits"])["difference"]
     assert found["best"].tolist() == [0, 0]
     # the line through (ln 100, 2) and (ln 200, 1), at the points' own bits
     expected = {size: 3 - (2 - np.log(size / 100) / np.log(2)) for size in (99, 150, 201)}
@@ -78,4 +79,23 @@ def test_a_curve_is_extended_by_the_bits_of_a_codebook_alone(
 
 def test_there_are_none_without_items(make_points: Callable[..., pd.DataFrame]) -> None:
     points = make_points({"a": {10: 1.0, 100: 0.5}, "b": {10: 0.9, 100: 0.4}})
-    assert compare_with_best(points, LOSS, None).empty
+    found, unpaired = compare_with_best(points, LOSS, None)
+    assert found.empty
+    assert unpaired == ["toy"]
+
+
+def test_a_panel_without_items_leaves_others_their_differences(
+    make_points: Callable[..., pd.DataFrame], tmp_path: Path
+) -> None:
+    curves = {"a": {10: 1.0, 100: 0.5}, "b": {10: 0.9, 100: 0.4}}
+    points, bare = make_points(curves), make_points(curves)
+    bare = bare.assign(panel="bare", key=bare["key"] + "-bare")
+    values = dict(zip(points["key"], points["value"], strict=True))
+    write_items(tmp_path, {key: {"text": [value, value]} for key, value in values.items()}, "cross_entropy")
+    both = pd.concat([bare, points], ignore_index=True)
+    results = pd.DataFrame({"key": both["key"], "metric": "cross_entropy", "task": "text"})
+    results.attrs["store"] = str(tmp_path)
+    found, unpaired = compare_with_best(both, LOSS, results)
+    assert unpaired == ["bare"]
+    assert set(found["panel"]) == set(points["panel"])
+    assert found.set_index("series")["difference"].to_dict() == pytest.approx({"a": 0.1, "b": 0.0})
