@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -21,11 +21,38 @@ from kbit.numerics.scale_formats import name_dtype
 _FIELDS: Final = tuple(field.name for field in dataclasses.fields(QuantConfig))
 
 
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What kbit.load_model does to a plain model before it is quantized, as for every 16-bit baseline.
+
+    The model is read in its checkpoint's own dtype and rounded to 16 bits. Then it is cast.
+
+    Attributes:
+        dtype: the dtype in which the model computes.
+        read_tokenizer: a function that returns the tokenizer for a model, which methods with a text need.
+    """
+
+    dtype: torch.dtype
+    read_tokenizer: Callable[[Any], Any]
+
+    def round(self, values: torch.Tensor, checkpoint_dtype: torch.dtype) -> torch.Tensor:
+        """Return values of a checkpoint, rounded to its 16 bits and cast."""
+        return values.to(find_rounded(checkpoint_dtype)).to(self.dtype)
+
+
+def find_rounded(checkpoint_dtype: torch.dtype) -> torch.dtype:
+    """Return the 16-bit dtype to which the weights of a checkpoint are rounded."""
+    return torch.bfloat16 if checkpoint_dtype == torch.bfloat16 else torch.float16
+
+
 @register_quantization_config(PACKED_METHOD)
 class KbitConfig(QuantizationConfigMixin):
     """How a model is quantized when it is loaded, and how a packed checkpoint is.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=KbitConfig(bits=3, data_type="nf"))
+
+    A checkpoint that is packed already stays as it was packed: for such a one transformers warns and ignores this
+    configuration.
 
     Args:
         fields: the fields of kbit.QuantConfig, such as bits=3, data_type="nf", method="gptq". Groups such as
@@ -59,7 +86,7 @@ class KbitConfig(QuantizationConfigMixin):
         self.weight_dtype = weight_dtype
         self.parts = {name: dict(part) for name, part in (parts or {}).items()}
         self.made_by = dict(made_by or {})
-        self.round_to: torch.dtype | None = None  # kbit.load_model rounds to 16 bits first, as for every baseline
+        self.baseline: Baseline | None = None  # of kbit.load_model
         check_packable(self.quant)
 
     @staticmethod

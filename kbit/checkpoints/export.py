@@ -71,18 +71,34 @@ def _describe_bitsandbytes(layers: Layers) -> dict[str, Any]:
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_use_double_quant": spec.scale_format == "dq8",
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list(layers.plain) or None,
+        "llm_int8_skip_modules": list(layers.plain),  # None would be the head, which is packed here
     }
 
 
+def _find_one_block(layers: Layers, form: str) -> int:
+    """Return the block size of all packed layers.
+
+    Raises:
+        NotExactError: they have several, as a block is no longer than a row.
+    """
+    sizes = {tensor.spec.find_block_shape(tensor.shape)[1]: name for name, tensor in layers.packed.items()}
+    if len(sizes) > 1:
+        found = ", ".join(f"{size} ({name})" for size, name in sizes.items())
+        raise NotExactError(
+            f"{form} has one group_size for all layers, and their blocks have {found} weights: use a quant.block_size "
+            "that divides the inputs of every layer"
+        )
+    return next(iter(sizes))
+
+
 def _describe_compressed(layers: Layers) -> dict[str, Any]:
-    tensor = next(iter(layers.packed.values()))
+    tensor, block = next(iter(layers.packed.values())), _find_one_block(layers, compressed_tensors.NAME)
     weights = {
         "num_bits": tensor.spec.bits,
         "type": "int",
         "symmetric": True,
         "strategy": "group",
-        "group_size": tensor.spec.find_block_shape(tensor.shape)[1],
+        "group_size": block,
         "dynamic": False,
         "observer": "minmax",
     }
@@ -103,7 +119,7 @@ def _describe_gptq(layers: Layers) -> dict[str, Any]:
     return {
         "quant_method": "gptq",
         "bits": tensor.spec.bits,
-        "group_size": tensor.spec.find_block_shape(tensor.shape)[1],
+        "group_size": _find_one_block(layers, gptq.NAME),
         "sym": True,
         "desc_act": False,
         "checkpoint_format": "gptq",

@@ -19,6 +19,7 @@ _MARKS: Final = {  # the part that each packed weight has, and what stands befor
     "gptq": (".qweight", "."),
     "compressed-tensors": (".weight_packed", "."),
 }
+_GGUF_PLAIN: Final = ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64")
 
 
 def read_quantized(path: str | Path, dtype: torch.dtype | None = None) -> dict[str, QuantizedTensor]:
@@ -29,7 +30,8 @@ def read_quantized(path: str | Path, dtype: torch.dtype | None = None) -> dict[s
         dtype: the dtype of the decoded weights. None is the checkpoint's, and float32 of a GGUF file.
 
     Raises:
-        ValueError: the checkpoint is not quantized by one of these, or a weight's parts do not fit together.
+        ValueError: the checkpoint is not quantized by one of these, a weight's parts do not fit together, or what
+            they hold is no QuantizedTensor (inputs in another order, other kinds of GGUF's blocks).
         FileNotFoundError: there is no such file.
         ImportError: a GGUF file without the package gguf.
     """
@@ -91,6 +93,10 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> Iterator[tuple[str, QuantizedT
     kinds = {kind.number: kind for kind in gguf.KINDS.values()}
     for tensor in GGUFReader(path).tensors:
         kind = kinds.get(int(tensor.tensor_type))
+        if kind is None and tensor.tensor_type.name not in _GGUF_PLAIN:
+            raise ValueError(
+                f"{path}: {tensor.name} has blocks of {tensor.tensor_type.name}; only {', '.join(gguf.KINDS)} are read"
+            )
         if kind is not None:
             rows = tensor.data.reshape(-1, tensor.data.shape[-1])
             yield str(tensor.name), gguf.read(rows, kind, dtype)

@@ -28,7 +28,7 @@ class Architecture:
     Attributes:
         name: its name in the file.
         fields: for each of the file's fields the field of the model's configuration.
-        heads: for weights whose rows are reordered, by the end of their name, the field with the number of heads.
+        heads: for layers whose outputs are reordered, by the end of their name, the field with the number of heads.
     """
 
     name: str
@@ -48,7 +48,7 @@ _LLAMA: Final = Architecture(
         "add_layer_norm_rms_eps": "rms_norm_eps",
         "add_vocab_size": "vocab_size",
     },
-    {"q_proj.weight": "num_attention_heads", "k_proj.weight": "num_key_value_heads"},
+    {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"},
 )
 _GPT2: Final = Architecture(
     "gpt2",
@@ -86,13 +86,15 @@ def write_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     number = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}[architecture.name]
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     tensors = list(_list_tensors(model, architecture, lambda name: names.get_name(name, (".weight", ".bias"))))
+    if architecture is _LLAMA:
+        _check_rotations(config)
     out.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(out / FILE, architecture.name)
     for add, field in architecture.fields.items():
         getattr(writer, add)(getattr(config, field) or 4 * config.hidden_size)  # n_inner=None of GPT-2
     if architecture is _LLAMA:
         _add_rotations(writer, config)
-    has_tokenizer = _add_tokenizer(writer, tokenizer)
+    has_tokenizer = _add_tokenizer(writer, tokenizer, config.vocab_size)
     for name, data, block_kind in tensors:
         raw = None if block_kind is None else gguf.GGMLQuantizationType(block_kind.number)
         writer.add_tensor(name, data, raw_dtype=raw)
@@ -116,7 +118,8 @@ def _list_tensors(
         new = rename(name)
         if new is None:
             raise NotExactError(f"gguf has no name for {name} in the architecture {architecture.name}")
-        order = next((getattr(model.config, f) for end, f in architecture.heads.items() if name.endswith(end)), None)
+        layer = name.rpartition(".")[0]
+        order = next((getattr(model.config, f) for end, f in architecture.heads.items() if layer.endswith(end)), None)
         if name in codes:
             try:
                 kind, rows = blocks.write(codes[name])
@@ -138,17 +141,23 @@ def _pair_rotated(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def _add_rotations(writer: Any, config: Any) -> None:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _check_rotations(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise NotExactError(f"gguf is written of models with plain rotary embeddings, not {rope['rope_type']}")
+
+
+def _add_rotations(writer: Any, config: Any) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    writer.add_key_length(head)
+    writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
 
 
-def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Write a byte-level BPE tokenizer's tokens and merges. Return whether it is one."""
+def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, rows: int) -> bool:
+    """Write a byte-level BPE tokenizer's tokens, one for each row of the embedding, and merges. Return if it is one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = {} if backend is None else json.loads(backend.to_str())
     splitter = content.get("pre_tokenizer") or {}
@@ -158,8 +167,9 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     ids = {number: token for token, number in tokenizer.get_vocab().items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([ids.get(number, f"[unused{number}]") for number in range(max(ids) + 1)])
-    writer.add_token_types([_CONTROL if number in special else _NORMAL for number in range(max(ids) + 1)])
+    count = max(rows, max(ids) + 1)
+    writer.add_token_list([ids.get(number, f"[unused{number}]") for number in range(count)])
+    writer.add_token_types([_CONTROL if number in special else _NORMAL for number in range(count)])
     merges = content["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     for add, number in (

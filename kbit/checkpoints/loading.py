@@ -1,257 +1,28 @@
-"""Packed models: quantized while transformers loads them, packed in memory, saved, and loaded again.
-
-transformers calls KbitQuantizer while it loads a model with a KbitConfig, or a packed checkpoint. A model is quantized
-tensor by tensor as its weights are read, so that no more than the packed model and the tensor at hand are in memory.
-Methods that see a text, or choose outliers by other weights, need the whole model first.
-"""
+"""Packed models: quantized while transformers loads them, packed in memory, saved, and loaded again."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from kbit.checkpoints.config import Baseline, find_rounded
 from kbit.checkpoints.config import KbitConfig as KbitConfig
-from kbit.checkpoints.config import check_packable
-from kbit.checkpoints.packing import (
-    attach,
-    check_complete,
-    group_tied,
-    label_matrices,
-    list_packed,
-    list_quantized,
-    place_layer,
-    plan_packing,
-    put_codes,
-    restore_layers,
-    round_rest,
-    round_through,
-    round_values,
-    tie_heads,
-)
-from kbit.layers.packed_weight import PackedLayout, PackedWeight
+from kbit.checkpoints.packing import attach, round_rest
+from kbit.checkpoints.quantizer import KbitQuantizer, pack_weights
 from kbit.methods.config import QuantConfig
-from kbit.methods.quantize_model import METHOD_FUNCTIONS, make_weight, quantize_model, refuse_quantized
-from kbit.methods.report import QuantizationReport, describe_low_coverage
-from kbit.methods.weight import ExpertCodes, Job, sum_squares
+from kbit.methods.report import QuantizationReport
 from kbit.models import loading
-from kbit.models.checkpoint_files import PACKED_METHOD, check_configuration, is_packed_by_kbit, read_json
+from kbit.models.checkpoint_files import QuantizedError, check_configuration, read_json
 from kbit.models.loading import LoadedModel, check_device, find_source, hash_folder, read_tokenizer
-from kbit.models.parameters import check_finite, hash_weights, owner_of, split_matrices
-from kbit.models.transformers_private import find_commit, use_eager_experts
-from kbit.numerics.quantized_tensor import QuantizedTensor
+from kbit.models.parameters import check_finite
+from kbit.models.size import find_packed
+from kbit.models.transformers_private import find_commit
 from kbit.numerics.scale_formats import name_dtype
 from kbit.numerics.spec import QuantSpec
 from kbit.silence import silence_libraries
-
-FINGERPRINT: Final = "kbit"  # in the metadata of weight files
-
-
-@register_quantizer(PACKED_METHOD)
-class KbitQuantizer(HfQuantizer):
-    """Quantizes and packs weights as they are loaded, or makes place for those of a packed checkpoint."""
-
-    requires_calibration = False
-    quantization_config: KbitConfig
-
-    def __init__(self, quantization_config: KbitConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.names: dict[str, list[str]] = {}  # of each weight to pack, by the first
-        self.lost = self.norm = 0.0  # sums over the weights that were quantized while loading
-        self.loaded_whole = not self.pre_quantized and needs_whole_model(quantization_config.quant)
-
-    def update_attn_implementation(self, config: Any) -> Any:
-        """Let the model multiply experts one by one."""
-        use_eager_experts(config)
-        return config
-
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
-    ) -> None:
-        config = self.quantization_config
-        plan = plan_packing(model, config.quant)
-        if not self.pre_quantized and plan.coverage < config.quant.min_coverage:
-            raise ValueError(describe_low_coverage(plan, config.quant.min_coverage))
-        self.names = group_tied(model, list_quantized(plan))
-        if not self.pre_quantized:
-            return
-        check_fingerprint(config, checkpoint_files or ())
-        for name, names in self.names.items():
-            labels = list(label_matrices(model, name))
-            place_layer(model, names, [config.find_layout(label, tuple(m.shape), m.dtype) for label, m in labels])
-
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a tensor of the checkpoint is to be quantized, and was not yet."""
-        if self.pre_quantized or self.loaded_whole or param_name not in self.names:
-            return False
-        path, _, attribute = param_name.rpartition(".")
-        owner = model.get_submodule(path)
-        return not isinstance(owner, PackedWeight) and isinstance(getattr(owner, attribute), nn.Parameter)
-
-    def get_quantize_ops(self) -> ConversionOps:
-        """Return what quantizes a tensor of the checkpoint."""
-        return QuantizeOnLoad(self)
-
-    def pack_tensor(self, model: Any, name: str, values: Tensor) -> dict[str, Tensor]:
-        """Quantize a tensor, put a packed layer in its place, and return that layer's tensors by their full names."""
-        quant, owner = self.quantization_config.quant, owner_of(model, name)
-        values = (
-            values
-            if self.quantization_config.round_to is None
-            else round_through(values, self.quantization_config.round_to)
-        )
-        codes = [
-            self._quantize(model, name, matrix, quant, number if matrix.ndim < values.ndim else None)
-            for number, matrix in enumerate(split_matrices(values, owner))
-        ]
-        place_layer(model, self.names[name], [PackedLayout.of(made) for made in codes])
-        tensors: dict[str, Tensor] = {}
-        for number, made in enumerate(codes):
-            prefix = f"{name}.{number}" if len(self.names[name]) == 1 and values.ndim > 2 else name.rpartition(".")[0]
-            filled = PackedWeight(PackedLayout.of(made), "meta").put(made)
-            tensors |= {f"{prefix}.{part}": tensor.detach() for part, tensor in filled.state_dict().items()}
-        return tensors
-
-    def _quantize(
-        self, model: Any, name: str, values: Tensor, quant: QuantConfig, expert: int | None
-    ) -> QuantizedTensor:
-        """Return the codes of a weight, and add up its error."""
-        codes = quantize_alone(model, name, values, quant, expert)
-        self.norm += sum_squares(values)
-        self.lost += sum_squares(codes.dequantize().float().sub_(values))
-        return codes
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.loaded_whole:
-            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-            if (dtype := self.quantization_config.round_to) is not None:
-                round_values(model, dtype)
-            pack_weights(model, self.quantization_config.quant, tokenizer)
-        else:
-            check_complete(model)
-            for names in self.names.values():
-                tie_heads(model, names)
-        attach(model, self)
-        if self.norm:
-            config, report = model.kbit_quantized
-            rmse = math.sqrt(self.lost / self.norm)
-            model.kbit_quantized = (config, dataclasses.replace(report, weight_rmse=rmse))
-        return model
-
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the model's tensors, those of tied layers once, and what the weight files say of themselves."""
-        once = list_packed(model)
-        tied = [name for name, m in model.named_modules() if isinstance(m, PackedWeight) and name not in once]
-        left_out = tuple(f"{name}." for name in tied)
-        kept = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".bias")}
-        state = model.state_dict().items()
-        tensors = {name: t for name, t in state if name in kept or not (left_out and name.startswith(left_out))}
-        return tensors, {FINGERPRINT: self.quantization_config.fingerprint}
-
-    def is_serializable(self) -> bool:
-        """Whether save_pretrained can save the model."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters can be trained: gradients flow through packed layers to their inputs."""
-        return True
-
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        restore_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        return model
-
-
-class QuantizeOnLoad(ConversionOps):
-    """Quantizes the tensors of a checkpoint that were just read."""
-
-    def __init__(self, quantizer: KbitQuantizer) -> None:
-        self.quantizer = quantizer
-
-    def convert(  # type: ignore[override]  # transformers' own operations differ in the same way
-        self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """Return the tensors of packed layers in place of the weights that were read."""
-        tensors: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
-            tensors |= self.quantizer.pack_tensor(model, name, value[0] if isinstance(value, list) else value)
-            if missing_keys is not None:
-                missing_keys.discard(name)
-        return tensors
-
-
-def needs_whole_model(quant: QuantConfig) -> bool:
-    """Whether a weight's codes depend on other weights or on a text, so that weights cannot be packed one by one."""
-    return quant.traits.needs_text or quant.keeps_outliers
-
-
-def quantize_alone(model: Any, name: str, values: Tensor, quant: QuantConfig, expert: int | None) -> QuantizedTensor:
-    """Return the codes of one weight by a method that looks at no other weight."""
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(f"NaN or Inf in weight {name}")
-    weight = make_weight(name, values, quant.spec, expert)
-    ((_, codes),) = METHOD_FUNCTIONS[quant.method](Job(model, [weight], quant, None))
-    if not isinstance(codes, QuantizedTensor):
-        raise ValueError(f"quant.method={quant.method} makes {type(codes).__name__}, which has no packed layer")
-    return codes
-
-
-def check_fingerprint(config: KbitConfig, files: Sequence[str]) -> None:
-    """Raise ValueError if weight files say that they were packed in another way than config.json does."""
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            found = (file.metadata() or {}).get(FINGERPRINT)
-        if found != config.fingerprint:
-            raise ValueError(
-                f"{path} was packed in another way ({found}) than config.json says ({config.fingerprint}: "
-                f"{config.fields}): one of the two files is another checkpoint's, or was changed"
-            )
-
-
-def pack_weights(
-    model: nn.Module,
-    quant: QuantSpec,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    column_dtype: torch.dtype | None = None,
-) -> tuple[QuantizationReport, str]:
-    """Quantize a model and put packed layers in the place of its own. Return the report and the values' hash.
-
-    The hash is that of the same model with dequantized weights, as results of experiments have it.
-
-    Args:
-        model, quant, tokenizer: see pack_model.
-        column_dtype: the 16-bit dtype in which outlier columns are kept. None is the weights' own.
-
-    Raises:
-        ValueError: see pack_model.
-    """
-    config = QuantConfig.of(quant)
-    check_packable(config)
-    refuse_quantized(model)
-    plan = plan_packing(model, config)
-    report = quantize_model(model, config, tokenizer, keep_codes=True)
-    weights_hash = hash_weights(model)
-    for names in list_quantized(plan):
-        made: Any = report.codes.pop(names[0])
-        codes: list[Any] = list(made.experts) if isinstance(made, ExpertCodes) else [made]
-        put_codes(model, names, [_round_columns(part, column_dtype) for part in codes])
-    return report, weights_hash
-
-
-def _round_columns(codes: QuantizedTensor, dtype: torch.dtype | None) -> QuantizedTensor:
-    if dtype is None or codes.outlier_values is None:
-        return codes
-    return dataclasses.replace(codes, outlier_values=codes.outlier_values.to(dtype))
 
 
 def pack_model(
@@ -307,15 +78,26 @@ def load_model(name: str, *, packed_as: QuantConfig | None = None, **options: An
     """
     if packed_as is not None:
         return load_as_packed(name, packed_as, **options)
-    if not is_packed_by_kbit(Path(name)):
-        return loading.load_model(name, **options)
+    revision = options.get("revision")
+    if find_packed(name, revision) is None:
+        try:
+            return loading.load_model(name, **options)
+        except QuantizedError:
+            if find_packed(name, revision) is None:  # the hub's config.json is here by now
+                raise
     return load_packed(name, **options)
 
 
 def load_packed(
-    name: str, *, dtype: str = "float32", device: str = "cpu", tokenizer: str | None = None, **others: Any
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    **others: Any,
 ) -> LoadedModel:
-    """Load a folder that holds a packed checkpoint. See load_model.
+    """Load a packed checkpoint. See load_model.
 
     Raises:
         ValueError: an option that packed checkpoints do not have, or see load_model.
@@ -325,11 +107,11 @@ def load_packed(
         raise ValueError(f"model.{wrong[0]}={others[wrong[0]]}: {name} is a packed checkpoint, which has none")
     check_device(device)
     silence_libraries()
-    source = find_source(name)
+    source = find_source(name, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.location, dtype=getattr(torch, dtype), device_map=device, use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, **source.options,
         )  # fmt: skip
     except (RuntimeError, OSError) as error:  # sizes that disagree, damaged files
         raise OSError(f"packed model {name!r} cannot be loaded: {error}") from error
@@ -343,11 +125,13 @@ def load_packed(
         )
     model.eval()
     config: KbitConfig = model.config.quantization_config
+    folder, is_local = find_packed(name, revision), Path(source.location).is_dir()
+    assert folder is not None  # as it was just loaded from there
     return LoadedModel(
         model,
         read_tokenizer(source, tokenizer, model),
-        find_stored_dtype(source.location),
-        hash_folder(Path(source.location)),
+        find_stored_dtype(folder),
+        hash_folder(folder) if is_local else find_commit(model.config),
         f"kbit {config.quant.label()}",
     )
 
@@ -376,24 +160,23 @@ def load_as_packed(
         raise ValueError(f"model.name={name} is a GGUF file: packed=true reads plain safetensors")
     config = AutoConfig.from_pretrained(source.location, **source.options)
     check_configuration(config.to_dict(), source.where)
-    rounded = torch.bfloat16 if config.dtype == torch.bfloat16 else torch.float16
     asked = KbitConfig.of(quant)
-    asked.round_to = rounded
+    asked.baseline = Baseline(getattr(torch, dtype), lambda model: read_tokenizer(source, tokenizer, model))
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.location, quantization_config=asked, dtype=getattr(torch, dtype), device_map=device,
-        use_safetensors=True, output_loading_info=True, **source.options,
+        source.location, quantization_config=asked, dtype="auto", device_map=device, use_safetensors=True,
+        output_loading_info=True, **source.options,
     )  # fmt: skip
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise OSError(f"model {name!r} at {source.location} lacks {len(missing)} tensors, such as {missing[0]}")
-    round_values(model, rounded)
     check_finite(model)
     is_local = Path(source.location).is_dir()
     found = hash_folder(Path(source.location)) if is_local else find_commit(config)
     model.eval()
-    return LoadedModel(model, read_tokenizer(source, tokenizer, model), name_dtype(rounded), found)
+    rounded = name_dtype(find_rounded(model.config.dtype))
+    return LoadedModel(model, read_tokenizer(source, tokenizer, model), rounded, found)
 
 
-def find_stored_dtype(folder: str) -> str:
+def find_stored_dtype(folder: Path) -> str:
     """Return the dtype of the tensors of a packed checkpoint that are not packed."""
-    return str(read_json(Path(folder) / "config.json").get("dtype", "float16"))
+    return str(read_json(folder / "config.json").get("dtype", "float16"))

@@ -89,13 +89,15 @@ def place_layer(model: nn.Module, names: Sequence[str], layouts: Sequence[Packed
     name = find_first(model, names)
     owner, (path, _, attribute) = owner_of(model, name), name.rpartition(".")
     if is_experts(owner):
-        transposed = as_matrix(owner.get_parameter(attribute), owner).stride(-1) != 1
+        parameter = owner.get_parameter(attribute)
+        transposed = as_matrix(parameter, owner).stride(-1) != 1
         delattr(owner, attribute)
-        owner.add_module(attribute, QuantizedExperts(layouts, is_transposed=transposed, device="meta"))
+        experts = QuantizedExperts(layouts, is_transposed=transposed, dtype=parameter.dtype, device="meta")
+        owner.add_module(attribute, experts)
         return
     layer: PackedWeight
     if isinstance(owner, nn.Embedding):
-        layer = QuantizedEmbedding(layouts[0], owner.padding_idx, device="meta")
+        layer = QuantizedEmbedding(layouts[0], owner.padding_idx, dtype=owner.weight.dtype, device="meta")
     else:
         bias: Any = owner.bias
         layer = QuantizedLinear(layouts[0], bias, is_conv1d=isinstance(owner, Conv1D), device="meta")
@@ -227,16 +229,22 @@ def compute_exactly(model: Any) -> None:
             module.fused_rows = 0
     head = model.get_output_embeddings()
     if isinstance(head, QuantizedLinear):
-        plain = _make_plain(head, nn.Parameter(restore_matrix(head), requires_grad=False))
+        plain = _make_plain(head, nn.Parameter(restore_matrix(head).to(model.dtype), requires_grad=False))
         name = next(name for name, module in model.named_modules() if module is head)
         model.set_submodule(name, plain)
 
 
 def round_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters that are not packed to a dtype, in place. Buffers, such as rotary frequencies, stay."""
+    """Round the parameters that are not packed to a dtype, in place, and let packed embeddings give values of it.
+
+    Buffers, such as rotary frequencies, stay.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, QuantizedEmbedding | QuantizedExperts):
+            module.like = module.like.to(dtype)
 
 
 def check_complete(model: Any) -> None:
@@ -245,18 +253,6 @@ def check_complete(model: Any) -> None:
         if module.weight.is_meta:
             raise ValueError(f"the checkpoint has no codes for {name}: its config.json and its weights disagree")
         module.quantized  # noqa: B018 (checks each tensor's type and length)
-
-
-def round_through(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values rounded to a dtype, in their own dtype."""
-    return values if values.dtype == dtype else values.to(dtype).to(values.dtype)
-
-
-def round_values(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the parameters that are not packed to the values of a 16-bit dtype, in their own dtype."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = round_through(parameter.data, dtype)
 
 
 def hash_values(model: nn.Module) -> str:
@@ -278,7 +274,7 @@ def _list_values(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:
         path, _, attribute = names[0].rpartition(".")
         experts, owner = modules.get(names[0]), modules[path]
         if isinstance(experts, QuantizedExperts):
-            yield names, torch.stack([experts[number] for number in range(len(experts))])
+            yield names, torch.stack([experts.restore(number) for number in range(len(experts))])
         elif isinstance(owner, PackedWeight) and attribute == "weight":
             yield names, restore_matrix(owner)
         else:
@@ -301,7 +297,7 @@ def restore_layers(model: Any, dtype: torch.dtype | None = None) -> None:
     made: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedExperts):
-            values = torch.stack([module[number] for number in range(len(module))])
+            values = torch.stack([module.restore(number) for number in range(len(module))])
             path, _, attribute = name.rpartition(".")
             owner = model.get_submodule(path)
             delattr(owner, attribute)

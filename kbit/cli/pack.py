@@ -32,14 +32,14 @@ examples:
 _EXPORT: Final = """\
 Write a packed checkpoint in the format of another tool, which then computes with the same weights, bit for bit. What a
 format cannot hold exactly is refused, with the reason and a quantizer that it does hold. gguf needs the extra
-kbit[gguf] and writes one file. The other formats are folders that transformers loads beside the tool.
+kbit[gguf] and writes model.gguf into the folder. The other formats are folders that transformers loads beside the tool.
 """
 
 _EXPORT_EXAMPLES: Final = """\
 examples:
   kbit export packed --format bitsandbytes --out for_bitsandbytes        of quant=nf4, nf4_dq or fp4_bnb
   kbit export packed --format compressed-tensors --out for_vllm          of quant=int4_grid or int8_grid
-  kbit export packed --format gguf --out model.gguf                      of those, or quant=gguf_q4_1, gguf_q5_0, ...
+  kbit export packed --format gguf --out for_llama_cpp                   of those, or quant=gguf_q4_1, gguf_q5_0, ...
 """
 
 
@@ -70,7 +70,7 @@ def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("folder", type=Path, metavar="PACKED", help="the folder of a packed checkpoint")
     parser.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--out", required=True, type=Path, help="the folder, or the file of gguf, to write")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write; gguf writes model.gguf into it")
     parser.set_defaults(run=run_export)
 
 

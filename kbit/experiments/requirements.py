@@ -16,9 +16,9 @@ from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks,
 from kbit.data.texts import locate_text, read_documents
 from kbit.experiments.config import Experiment
 from kbit.models.catalog import STUDIED, locate_model, locate_tokenizer
-from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template, is_packed_by_kbit
+from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
 from kbit.models.config import MAX_WINDOW, ModelConfig
-from kbit.models.size import find_cached_folder, find_context, find_size
+from kbit.models.size import find_cached_folder, find_context, find_packed, find_size
 
 # No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
 _LONG_TOKEN: Final = 32
@@ -65,9 +65,9 @@ def check_download_space(models: Iterable[ModelConfig]) -> None:
 
 def check_not_packed(experiments: Iterable[Experiment]) -> None:
     """Raise ValueError if a packed model would be quantized again."""
-    for name in {experiment.model.name for experiment in experiments if not experiment.quant.is_baseline}:
-        if is_packed_by_kbit(Path(name)):
-            raise ValueError(describe_packed(name))
+    for model in {experiment.model for experiment in experiments if not experiment.quant.is_baseline}:
+        if find_packed(model.name, model.revision) is not None:
+            raise ValueError(describe_packed(model.name))
 
 
 def describe_packed(name: str) -> str:

@@ -20,14 +20,22 @@ class QuantizedExperts(nn.ModuleList):
 
     Attributes:
         is_transposed: whether the module has its matrices as [in, out], as GPT-OSS does.
+        like: an empty tensor in the model's dtype, which moves with the model.
     """
 
+    like: Tensor
+
     def __init__(
-        self, layouts: Sequence[PackedLayout], *, is_transposed: bool, device: torch.device | str | None = None
-    ) -> None:
-        """Make a weight whose tensors are still to be filled, by `put` or from a state_dict."""
+        self, layouts: Sequence[PackedLayout], *, is_transposed: bool, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        """Make a weight whose tensors are still to be filled, by `put` or from a state_dict.
+
+        The model gets matrices of this dtype, or of the dtype to which it is moved later. None is the weight's.
+        """
         super().__init__(PackedWeight(layout, device) for layout in layouts)
         self.is_transposed = is_transposed
+        self.register_buffer("like", torch.empty(0, dtype=dtype or layouts[0].dtype), persistent=False)
 
     def put(self, experts: Sequence[QuantizedTensor]) -> Self:
         """Take over the tensors of the experts' codes, without a copy."""
@@ -37,7 +45,11 @@ class QuantizedExperts(nn.ModuleList):
         return self
 
     def __getitem__(self, number: int | Tensor) -> Tensor:  # type: ignore[override]
-        """Return the matrix of one expert, dequantized, as the module has it."""
-        weight: Any = super().__getitem__(int(number))
+        """Return the matrix of one expert, dequantized, as the module has it and in the model's dtype."""
+        return self.restore(int(number)).to(self.like.dtype)
+
+    def restore(self, number: int) -> Tensor:
+        """Return the matrix of one expert as the module had it, in its dtype before."""
+        weight: Any = super().__getitem__(number)
         matrix: Tensor = weight.dequantize()
         return matrix.t().contiguous() if self.is_transposed else matrix

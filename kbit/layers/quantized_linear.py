@@ -215,13 +215,24 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedEmbedding(PackedWeight):
-    """An embedding whose rows are packed. Only the rows that are asked for are dequantized."""
+    """An embedding whose rows are packed. Only the rows that are asked for are dequantized.
+
+    Attributes:
+        like: an empty tensor in the model's dtype, which is also that of the rows. It moves with the model.
+    """
+
+    like: Tensor
 
     def __init__(
-        self, layout: PackedLayout, padding_idx: int | None = None, *, device: torch.device | str | None = None
-    ) -> None:
-        """Make an embedding whose weight is still to be filled, by `put` or from a state_dict."""
+        self, layout: PackedLayout, padding_idx: int | None = None, *, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        """Make an embedding whose weight is still to be filled, by `put` or from a state_dict.
+
+        It gives rows of this dtype, or of the dtype to which the model is moved later. None is the weight's.
+        """
         super().__init__(layout, device)
+        self.register_buffer("like", torch.empty(0, dtype=dtype or layout.dtype), persistent=False)
         self.num_embeddings, self.embedding_dim = layout.shape
         self.padding_idx = padding_idx
 
@@ -229,14 +240,15 @@ class QuantizedEmbedding(PackedWeight):
     def from_codes(cls, q: QuantizedTensor, embedding: nn.Module) -> QuantizedEmbedding:
         """Return the embedding that takes the place of nn.Embedding."""
         padding: Any = getattr(embedding, "padding_idx", None)
-        return cls(PackedLayout.of(q), padding, device="meta").put(q).train(embedding.training)
+        dtype: Any = getattr(getattr(embedding, "weight", None), "dtype", None)
+        return cls(PackedLayout.of(q), padding, dtype=dtype, device="meta").put(q).train(embedding.training)
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch hidden"]:
-        """Return the rows of these tokens in the weight's dtype before."""
+        """Return the rows of these tokens in the model's dtype."""
         flat = tokens.reshape(-1).long()
         if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
             raise IndexError(f"a token is not in 0..{self.num_embeddings - 1}")
-        return Tiles(self.quantized).gather(flat).view(*tokens.shape, self.embedding_dim)
+        return Tiles(self.quantized).gather(flat).to(self.like.dtype).view(*tokens.shape, self.embedding_dim)
 
     def make_head(self, bias: nn.Parameter | None = None) -> QuantizedLinear:
         """Return the output layer that is tied to this embedding: its tensors are the same."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from kbit.models.catalog import locate_model
-from kbit.models.checkpoint_files import read_json
+from kbit.models.checkpoint_files import is_packed_by_kbit, read_json
 from kbit.models.config import MAX_WINDOW, UNITS, read_count
 
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
@@ -99,6 +99,21 @@ def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:
 
     cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
+
+
+def find_packed(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model that kbit has packed. None: it is a plain one, or one that is not here yet.
+
+    Args:
+        name: a short name, a folder or a hub id, of which the hub's cache is looked at.
+        revision: a branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    place = locate_model(name)
+    folder = Path(place) if Path(place).is_dir() else find_cached_folder(place, revision)
+    return folder if folder is not None and is_packed_by_kbit(folder) else None
 
 
 def _count_stored(folder: Path) -> int | None:

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbit.checkpoints.formats.integers import Integers, as_integers, from_integers, pack_words, unpack_words
+from kbit.checkpoints.formats.integers import (
+    Integers,
+    as_integers,
+    check_order,
+    from_integers,
+    pack_words,
+    read_scales,
+    unpack_words,
+)
 from kbit.checkpoints.formats.plain import NotExactError, require_same
 from kbit.numerics.quantized_tensor import QuantizedTensor
 
@@ -47,25 +55,25 @@ def read(parts: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> Quantize
     """Return the quantized matrix of compressed-tensors' parts.
 
     Args:
-        parts: weight_packed, weight_scale, weight_shape, and weight_zero_point if there is one.
+        parts: weight_packed, weight_scale, weight_shape, and weight_zero_point and weight_g_idx if there are any.
         bits: bits of an integer.
         dtype: the dtype of the decoded weights.
 
     Raises:
-        ValueError: a part is missing or has not the shape that weight_shape asks for, or a scale is no float16 number.
+        ValueError: a part is missing or has not the shape that weight_shape asks for, a scale is no float16 number, or
+            inputs of one group do not lie together.
     """
     if missing := {"weight_packed", "weight_scale", "weight_shape"} - parts.keys():
         raise ValueError(f"a compressed-tensors matrix lacks {', '.join(sorted(missing))}")
     out, inputs = (int(size) for size in parts["weight_shape"])
-    scales = parts["weight_scale"].to(torch.float16)
-    if not torch.equal(scales.float(), parts["weight_scale"].float()):
-        raise ValueError(f"weight_scale is {parts['weight_scale'].dtype} and holds no float16 numbers")
+    scales = read_scales(parts["weight_scale"], "weight_scale")
     levels = unpack_words(parts["weight_packed"], bits, inputs)
     half = 2 ** (bits - 1)
     if levels.shape[0] != out or scales.ndim != 2 or scales.shape[0] != out or inputs % scales.shape[1]:
         raise ValueError(
             f"codes {list(levels.shape)} and scales {list(scales.shape)} are of no matrix [{out}, {inputs}]"
         )
+    check_order(parts.get("weight_g_idx"), "weight_g_idx", inputs, scales.shape[1])
     zeros = None
     if (stored := parts.get("weight_zero_point")) is not None:
         zeros = unpack_words(stored.t().contiguous(), bits, out).T - half

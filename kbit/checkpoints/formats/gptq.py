@@ -17,7 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbit.checkpoints.formats.integers import WORD_BITS, Integers, as_integers, from_integers, pack_words, unpack_words
+from kbit.checkpoints.formats.integers import (
+    WORD_BITS,
+    Integers,
+    as_integers,
+    check_order,
+    from_integers,
+    pack_words,
+    read_scales,
+    unpack_words,
+)
 from kbit.checkpoints.formats.plain import NotExactError, require_same
 from kbit.numerics.quantized_tensor import QuantizedTensor
 
@@ -65,17 +74,16 @@ def read(
         zeros_minus_one: whether stored zeros are one less than the zeros (checkpoint_format=gptq, not gptq_v2).
 
     Raises:
-        ValueError: a part has not the shape that the others ask for, or inputs of one group do not lie together.
+        ValueError: a part has not the shape that the others ask for, or inputs of one group do not lie together, or a
+            scale is no float16 number.
     """
     if missing := {"qweight", "qzeros", "scales"} - parts.keys():
         raise ValueError(f"a GPTQ matrix lacks {', '.join(sorted(missing))}")
-    scales = parts["scales"].to(torch.float16).t().contiguous().numpy()
+    scales = read_scales(parts["scales"], "scales").t().contiguous().numpy()
     (out, groups), inputs = scales.shape, parts["qweight"].shape[0] * WORD_BITS // bits
     if inputs % groups:
         raise ValueError(f"{groups} groups of scales do not divide {inputs} inputs")
-    index = parts.get("g_idx")
-    if index is not None and not torch.equal(index.long(), torch.arange(inputs) // (inputs // groups)):
-        raise ValueError("g_idx takes the inputs in another order (desc_act), which a QuantizedTensor has no place for")
+    check_order(parts.get("g_idx"), "g_idx", inputs, groups)
     levels = unpack_words(parts["qweight"].t().contiguous(), bits, inputs)
     zeros = unpack_words(parts["qzeros"], bits, out).T + int(zeros_minus_one)
     half = 2 ** (bits - 1)

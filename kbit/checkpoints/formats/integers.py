@@ -167,6 +167,32 @@ def _fits_float16(values: NDArray[np.float32]) -> bool:
     return bool((values.astype(np.float16).astype(np.float32) == values).all())
 
 
+def read_scales(stored: Tensor, name: str) -> Tensor:
+    """Return a checkpoint's scales as float16.
+
+    Raises:
+        ValueError: they are no float16 numbers, which rounding would change.
+    """
+    scales = stored.to(torch.float16)
+    if not torch.equal(scales.float(), stored.float()):
+        raise ValueError(f"{name} is {str(stored.dtype).removeprefix('torch.')} and holds no float16 numbers")
+    return scales
+
+
+def check_order(index: Tensor | None, name: str, inputs: int, groups: int) -> None:
+    """Raise ValueError unless the inputs of each group lie together, in the groups' order.
+
+    Args:
+        index: the group of each input, or None. A single -1 for all means the same as None.
+        name: the tensor's name for messages.
+        inputs, groups: how many there are.
+    """
+    if index is None or bool((index == -1).all()):
+        return
+    if not torch.equal(index.long(), torch.arange(inputs) // (inputs // groups)):
+        raise ValueError(f"{name} takes the inputs in another order, which a QuantizedTensor has no place for")
+
+
 def pack_words(values: NDArray[Any], bits: int) -> Int32[np.ndarray, "rows words"]:
     """Pack values 0 .. 2^bits - 1 along each row, the lowest bit first and without gaps, into words of 32 bits."""
     rows, count = values.shape
