@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -74,13 +75,9 @@ def run_on_ray(
             max_restarts=0,
             runtime_env={"env_vars": {"NUMBA_NUM_THREADS": str(config.cpus_per_worker)}},
         )
-
         notify(f"starting {count} worker{'s' if count > 1 else ''}")
-
-        def start_worker() -> Any:
-            return remote.remote(store_path, device, config)
-
-        yield from dispatch(plan, start_worker, count, Store(store_path), cost)
+        start = functools.partial(remote.remote, store_path, device, config)
+        yield from dispatch(plan, start, count, Store(store_path), cost)
     finally:
         ray.shutdown()
 

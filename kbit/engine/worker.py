@@ -41,7 +41,6 @@ class Worker:
         self._store = Store(store_path)
         silence_libraries()
         # The imports take seconds. They are done here, because the first experiment's time predicts the next ones'.
-        from kbit.checkpoints.loading import load_model
         from kbit.evaluation.measure import Memory
         from kbit.experiments.session import Session
 
@@ -50,7 +49,7 @@ class Worker:
 
             torch.set_num_threads(threads)  # the kernels follow (kbit.numerics.backend.torch_threads_kept)
         self._own_process = own_process
-        self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus, load=load_model)
+        self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus)
         self._session: Session | None = None
 
     def run(self, experiment: Experiment, key: str) -> Outcome:

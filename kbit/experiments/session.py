@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from kbit.checkpoints.loading import load_model
 from kbit.checkpoints.packing import compute_exactly, find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
@@ -26,7 +27,7 @@ from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
-from kbit.models.loading import LoadedModel, load_model
+from kbit.models.loading import LoadedModel
 
 
 class Session:
@@ -41,7 +42,6 @@ class Session:
         lasting: what measures kept in earlier sessions, to render and tokenize the same tasks once.
         gpus: see load_model.
         loaded: the model, if it is loaded already. The configuration then only says what results call it.
-        load: a function with load_model's arguments. That of kbit.checkpoints.loading loads packed models, too.
         packed_as: the quantizer by which weights are packed while the model is loaded, or None. See Experiment.packed.
 
     Raises:
@@ -57,15 +57,13 @@ class Session:
         gpus: int = 1,
         *,
         loaded: LoadedModel | None = None,
-        load: Callable[..., LoadedModel] = load_model,
         packed_as: QuantConfig | None = None,
     ) -> None:
         self.config = model
         self.device = device
         self._identity = identify_parts(model)
-        packing = {} if packed_as is None else {"packed_as": packed_as}
-        options = {"dtype": model.dtype, "device": device, "gpus": gpus, **model.parts, **packing}
-        self._loaded = loaded or load(model.name, **options)
+        options: dict[str, Any] = {"dtype": model.dtype, "device": device, "gpus": gpus, **model.parts}
+        self._loaded = loaded or load_model(model.name, packed_as=packed_as, **options)
         self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
         self._packed = find_packed_report(self._loaded.model)
@@ -201,4 +199,4 @@ def _add(result: Result, measured: list[Measured]) -> Result:
 
 def run_experiment(experiment: Experiment, device: str = "cpu") -> Result:
     """Run one experiment from scratch. A Session runs several on one model."""
-    return Session(experiment.model, device).run(experiment)
+    return Session(experiment.model, device, packed_as=experiment.packed_as).run(experiment)

@@ -22,7 +22,8 @@ FLOORS = [
     {"numerics", "models"},
     {"data", "kernels", "checks", "silence"},
 ]
-LONGEST_CHAIN = 12  # files that import one another, those imported inside functions included
+# Files that import one another, those imported inside functions included. 12 before models could be packed while loaded.
+LONGEST_CHAIN = 14
 MOST_MODULES = 12  # of a folder
 LONGEST_FUNCTION, MEDIAN_FUNCTION, LONGEST_FILE = 50, 9, 400  # lines
 DOORS = ("kbit", "kbit.__main__")  # import only names for the user, on first use

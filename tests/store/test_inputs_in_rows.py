@@ -111,7 +111,7 @@ def test_a_quantized_checkpoint_is_recorded_and_left_out_of_figures(
     monkeypatch.setattr(
         kbit.experiments.session,
         "load_model",
-        lambda *names, **options: dataclasses.replace(
+        lambda *names, packed_as, **options: dataclasses.replace(
             load_model(*names, **options), checkpoint_quantization="gguf Q4_0"
         ),
     )
