@@ -37,7 +37,7 @@ from kbit.analysis.curves.settings import (
     rank_label,
 )
 from kbit.analysis.figures.canvas.captions import CaptionedFigure, TooSmallPage
-from kbit.analysis.figures.canvas.page import Page, get_line_height, get_small_size, measure_text
+from kbit.analysis.figures.canvas.page import Page, StyledFigure, get_line_height, get_small_size, measure_text
 from kbit.analysis.figures.canvas.sheets import Sheet, is_beside, make_sheet
 from kbit.analysis.figures.canvas.styles import style_data_type, style_series
 from kbit.analysis.figures.drawing import (

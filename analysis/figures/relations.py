@@ -19,7 +19,7 @@ from scipy import stats
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, find_cross_entropy, pick_rows
 from kbit.analysis.curves.settings import make_labels
 from kbit.analysis.figures.canvas.axes import set_log_axis
-from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.page import Page, StyledFigure
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import scale_marker, style_precisions
 from kbit.analysis.figures.drawing import (

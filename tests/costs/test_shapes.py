@@ -91,7 +91,7 @@ def test_a_model_that_is_not_here_is_named() -> None:
 
 
 def test_one_head_of_keys_for_all_queries_is_cached_once() -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
     shape = measure_shape("tiny", transformers.FalconConfig(**sizes, multi_query=True))
     assert shape.cached_values == 2 * 2 * 16  # keys and values of 64 / 4 numbers in two layers
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from toy_results import make_result
 
 import kbit
+from kbit.analysis.figures.canvas.page import StyledFigure
 from kbit.analysis.figures.drawing import PaperFigure
 
 
@@ -35,7 +35,7 @@ def test_names_cannot_bring_markup() -> None:
 
 
 def test_a_figure_shows_its_picture_claim_and_verdict() -> None:
-    shown = PaperFigure("figure_0", Figure(), pd.DataFrame(), "A claim.", "It < holds.")._repr_html_()
+    shown = PaperFigure("figure_0", StyledFigure(), pd.DataFrame(), "A claim.", "It < holds.")._repr_html_()
     [image] = re.findall(r'src="data:image/png;base64,([^"]+)"', shown)
     assert base64.b64decode(image).startswith(b"\x89PNG")
     assert "<td>A claim.</td>" in shown

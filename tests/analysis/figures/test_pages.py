@@ -192,7 +192,7 @@ def test_a_users_settings_beat_ours_and_a_style_beats_both(results: pd.DataFrame
 def test_a_style_is_about_looks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reads the backend of rcParams makes matplotlib choose one and import pyplot."""
     read: list[str] = []
-    look_up = matplotlib.RcParams.__getitem__
+    look_up: Any = matplotlib.RcParams.__getitem__
 
     def note(self: matplotlib.RcParams, name: str) -> Any:
         read.append(name)

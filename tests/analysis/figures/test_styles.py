@@ -7,6 +7,7 @@ import itertools
 import matplotlib
 import pandas as pd
 import pytest
+from cycler import cycler
 from matplotlib.colors import to_rgb
 from toy_curves import make_results
 
@@ -63,7 +64,7 @@ def test_a_block_size_looks_the_same_beside_any_others() -> None:
 
 
 def test_colors_of_a_style_are_written_as_a_browser_reads_them() -> None:
-    with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=["tab:orange", "0.5", (0.0, 1.0, 0.0)])}):
+    with matplotlib.rc_context({"axes.prop_cycle": cycler(color=["tab:orange", "0.5", (0.0, 1.0, 0.0)])}):
         colors = {style_precision(bits).color for bits in (3, 4, 5, 6)}
     assert colors == {"#ff7f0e", "#808080", "#00ff00"}
 
