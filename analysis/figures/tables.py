@@ -72,10 +72,10 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
     rows = pd.DataFrame() if text is None else precision_curves(results, text.metric, text.task)
     if rows.empty or text is None:
         raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
+    rows = rows.iloc[rows.groupby("model")["total_bits"].transform("min").argsort(kind="stable")]  # by size
     is_gptq = (rows["method"] == "gptq") & (rows["bits"] == 2)
     is_float = (rows["data_type"] == "float") & ~has_settings(rows) & (rows["bits"] == 3)
     pick = ["model", "block_size", "value", "key"]
-    rows = rows.iloc[rows.groupby("model")["total_bits"].transform("min").argsort(kind="stable")]  # by size
     gptq = rows[is_gptq][[*pick, "label"]].rename(columns={"label": "gptq"})
     both = gptq.merge(rows[is_float][pick], on=["model", "block_size"], suffixes=("_gptq", "_float"))
     if both.empty:

@@ -131,7 +131,7 @@ def load_packed(
         model,
         read_tokenizer(source, tokenizer, model),
         find_stored_dtype(folder),
-        hash_folder(folder) if is_local else find_commit(model.config),
+        hash_folder(folder) if is_local else find_commit(AutoConfig.from_pretrained(source.location, **source.options)),
         f"kbit {config.quant.label()}",
     )
 

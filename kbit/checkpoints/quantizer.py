@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -44,7 +43,7 @@ from kbit.methods.report import QuantizationReport, describe_low_coverage
 from kbit.methods.weight import ExpertCodes, Job, sum_squares
 from kbit.models.checkpoint_files import PACKED_METHOD
 from kbit.models.parameters import hash_weights, owner_of, split_matrices
-from kbit.models.transformers_private import find_commit, use_eager_experts
+from kbit.models.transformers_private import find_known_commit, use_eager_experts
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.spec import QuantSpec
 
@@ -144,8 +143,8 @@ class KbitQuantizer(HfQuantizer):
         if (baseline := self.quantization_config.baseline) is not None:
             tokenizer: PreTrainedTokenizerBase = baseline.read_tokenizer(model)
             return tokenizer
-        options = {} if Path(model.config.name_or_path).is_dir() else {"revision": find_commit(model.config)}
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, **options)
+        revision = find_known_commit(model.config) or "main"
+        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, revision=revision)
         return tokenizer
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,6 +15,11 @@ def find_commit(config: Any) -> str:
     return str(config._commit_hash)
 
 
+def find_known_commit(config: Any) -> str | None:
+    """Return the commit of the hub that a model's configuration was loaded from, where the model still knows it."""
+    return getattr(config, "_commit_hash", None)
+
+
 def describe_gguf(path: Path) -> str:
     """Return the kinds of blocks that a GGUF file's weights are in: "gguf Q4_0 Q6_K". Plain numbers give ""."""
     from transformers.integrations.gguf.dequant import GGML_NAME

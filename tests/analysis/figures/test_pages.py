@@ -195,7 +195,8 @@ def test_a_style_is_about_looks_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     look_up: Any = matplotlib.RcParams.__getitem__
 
     def note(self: matplotlib.RcParams, name: str) -> Any:
-        read.append(name)
+        if self is matplotlib.rcParams:  # a copy's backend is a plain value
+            read.append(name)
         return look_up(self, name)
 
     monkeypatch.setattr(matplotlib.RcParams, "__getitem__", note)
