@@ -131,7 +131,7 @@ def load_packed(
         model,
         read_tokenizer(source, tokenizer, model),
         find_stored_dtype(folder),
-        hash_folder(folder) if is_local else find_commit(AutoConfig.from_pretrained(source.location, **source.options)),
+        hash_folder(folder) if is_local else folder.name,  # the hub's cache has a folder for each commit
         f"kbit {config.quant.label()}",
     )
 
