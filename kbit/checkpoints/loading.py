@@ -18,8 +18,7 @@ from kbit.models import loading
 from kbit.models.checkpoint_files import QuantizedError, check_configuration, read_json
 from kbit.models.loading import LoadedModel, check_device, find_source, hash_folder, read_tokenizer
 from kbit.models.parameters import check_finite
-from kbit.models.size import find_packed
-from kbit.models.transformers_private import find_commit
+from kbit.models.size import find_commit, find_packed
 from kbit.numerics.scale_formats import name_dtype
 from kbit.numerics.spec import QuantSpec
 from kbit.silence import silence_libraries
@@ -131,7 +130,7 @@ def load_packed(
         model,
         read_tokenizer(source, tokenizer, model),
         find_stored_dtype(folder),
-        hash_folder(folder) if is_local else folder.name,  # the hub's cache has a folder for each commit
+        hash_folder(folder) if is_local else find_commit(source.location, revision),
         f"kbit {config.quant.label()}",
     )
 
@@ -171,7 +170,7 @@ def load_as_packed(
         raise OSError(f"model {name!r} at {source.location} lacks {len(missing)} tensors, such as {missing[0]}")
     check_finite(model)
     is_local = Path(source.location).is_dir()
-    found = hash_folder(Path(source.location)) if is_local else find_commit(config)
+    found = hash_folder(Path(source.location)) if is_local else find_commit(source.location, revision)
     model.eval()
     rounded = name_dtype(find_rounded(model.config.dtype))
     return LoadedModel(model, read_tokenizer(source, tokenizer, model), rounded, found)

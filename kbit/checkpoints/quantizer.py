@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -43,7 +44,7 @@ from kbit.methods.report import QuantizationReport, describe_low_coverage
 from kbit.methods.weight import ExpertCodes, Job, sum_squares
 from kbit.models.checkpoint_files import PACKED_METHOD
 from kbit.models.parameters import hash_weights, owner_of, split_matrices
-from kbit.models.transformers_private import find_known_commit, use_eager_experts
+from kbit.models.transformers_private import use_eager_experts
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.spec import QuantSpec
 
@@ -59,6 +60,7 @@ class KbitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: KbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.folder = ""  # of the checkpoint's files: the asked revision's of a hub id
         self.names: dict[str, list[str]] = {}  # of each weight to pack, by the first
         self.lost = self.norm = 0.0  # sums over the weights that were quantized while loading
         self.loaded_whole = not self.pre_quantized and needs_whole_model(quantization_config.quant)
@@ -72,6 +74,7 @@ class KbitQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        self.folder = str(Path(checkpoint_files[0]).parent) if checkpoint_files else model.config.name_or_path
         plan = plan_packing(model, config.quant)
         if not self.pre_quantized and plan.coverage < config.quant.min_coverage:
             raise ValueError(describe_low_coverage(plan, config.quant.min_coverage))
@@ -143,8 +146,7 @@ class KbitQuantizer(HfQuantizer):
         if (baseline := self.quantization_config.baseline) is not None:
             tokenizer: PreTrainedTokenizerBase = baseline.read_tokenizer(model)
             return tokenizer
-        revision = find_known_commit(model.config) or "main"
-        tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
         return tokenizer
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,8 +18,8 @@ from kbit.models.checkpoint_files import QuantizedError, check_configuration, ch
 from kbit.models.config import DTYPES
 from kbit.models.device_map import spread_model
 from kbit.models.parameters import check_finite, count_embedded
-from kbit.models.size import find_cached_folder
-from kbit.models.transformers_private import describe_gguf, find_commit
+from kbit.models.size import find_cached_folder, find_commit
+from kbit.models.transformers_private import describe_gguf
 from kbit.silence import silence_libraries
 
 
@@ -173,7 +173,7 @@ def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
         check_folder(folder)
     if odd := [key for key, value in model.named_parameters() if not value.is_floating_point()]:
         raise ValueError(f"model {name!r} at {location}: the parameter {odd[0]} holds no floating-point numbers")
-    return model, hash_folder(Path(location)) if is_local else find_commit(config)
+    return model, hash_folder(Path(location)) if is_local else find_commit(location, source.revision)
 
 
 def read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -101,6 +101,18 @@ def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
+def find_commit(hub_id: str, revision: str | None = None) -> str:
+    """Return the commit of a hub's model that is in the cache, as its folder there is named.
+
+    Raises:
+        FileNotFoundError: the model is not in the cache.
+    """
+    folder = find_cached_folder(hub_id, revision)
+    if folder is None:
+        raise FileNotFoundError(f"model {hub_id} ({revision or 'main'}) is not in the hub's cache")
+    return folder.name
+
+
 def find_packed(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model that kbit has packed. None: it is a plain one, or one that is not here yet.
 

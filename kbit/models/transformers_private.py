@@ -10,16 +10,6 @@ from typing import Any, Final
 _GGUF_PLAIN: Final = {0, 1, 28, 30}  # GGML's numbers of F32, F16, F64 and BF16
 
 
-def find_commit(config: Any) -> str:
-    """Return the commit of the hub that a configuration was loaded from."""
-    return str(config._commit_hash)
-
-
-def find_known_commit(config: Any) -> str | None:
-    """Return the commit of the hub that a model's configuration was loaded from, where the model still knows it."""
-    return getattr(config, "_commit_hash", None)
-
-
 def describe_gguf(path: Path) -> str:
     """Return the kinds of blocks that a GGUF file's weights are in: "gguf Q4_0 Q6_K". Plain numbers give ""."""
     from transformers.integrations.gguf.dequant import GGML_NAME

@@ -18,6 +18,7 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.requirements import check_not_packed
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model
+from kbit.models.catalog import locate_model
 from kbit.models.config import ModelConfig
 from kbit.models.loading import load_model as load_plain
 from kbit.models.parameters import hash_weights
@@ -135,8 +136,12 @@ def test_a_packed_checkpoint_of_the_hub_is_known_by_its_cached_configuration(
     (place / "snapshots").mkdir()
     (place / "refs" / "main").write_text("0" * 40)
     (place / "snapshots" / ("0" * 40)).symlink_to(packed_folder)
+    other = tmp_path / "models--someone--plain" / "snapshots" / ("1" * 40)
+    other.parent.mkdir(parents=True)
+    other.symlink_to(locate_model("nano-neox-98k"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_model("someone/plain", revision="1" * 40).revision == "1" * 40
     loaded = load_model("someone/packed")
     assert (loaded.checkpoint_quantization, loaded.revision) == ("kbit nf4", "0" * 40)
     assert hash_values(loaded.model) == hash_values(load_model(str(packed_folder)).model)
