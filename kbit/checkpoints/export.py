@@ -1,4 +1,4 @@
-"""Write packed checkpoints for other tools, bit for bit: what a format cannot hold exactly is refused."""
+"""Write packed checkpoints for other tools. A value that a format cannot hold exactly is refused."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def export_checkpoint(folder: str | Path, form: str, out: str | Path) -> str:
         written = _write_tensors(loaded.model, TENSOR_FORMATS[form], out)
     loaded.tokenizer.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".gguf"))
-    return f"{out}: {written}, {size:,} bytes of weight files; each packed weight decodes to the same values"
+    return f"{out}: {written}, {size:,} bytes of weight files; its codes and scales stand for the same values"
 
 
 def _write_tensors(model: PreTrainedModel, form: TensorFormat, out: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from kbit.methods.config import QuantConfig
 from kbit.methods.report import QuantizationReport
 from kbit.models import loading
 from kbit.models.checkpoint_files import QuantizedError, check_configuration, read_json
-from kbit.models.loading import LoadedModel, check_device, find_source, hash_folder, read_tokenizer
+from kbit.models.loading import LoadedModel, Source, check_device, find_source, identify_files, read_tokenizer
 from kbit.models.parameters import check_finite
-from kbit.models.size import find_commit, find_packed
+from kbit.models.size import find_packed
 from kbit.numerics.scale_formats import name_dtype
 from kbit.numerics.spec import QuantSpec
 from kbit.silence import silence_libraries
@@ -102,36 +103,27 @@ def load_packed(
         ValueError: an option that packed checkpoints do not have, or see load_model.
         OSError: the checkpoint is damaged or lacks tensors.
     """
-    if wrong := [option for option, value in others.items() if value not in (None, 1)]:
-        raise ValueError(f"model.{wrong[0]}={others[wrong[0]]}: {name} is a packed checkpoint, which has none")
+    _refuse_options(others, f"{name} is a packed checkpoint, which has none")
     check_device(device)
     silence_libraries()
     source = find_source(name, revision)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.location, dtype=getattr(torch, dtype), device_map=device, use_safetensors=True,
-            output_loading_info=True, **source.options,
-        )  # fmt: skip
-    except (RuntimeError, OSError) as error:  # sizes that disagree, damaged files
+        model, unknown = _read(source, dtype=getattr(torch, dtype), device_map=device)
+    except RuntimeError as error:  # sizes that disagree
         raise OSError(f"packed model {name!r} cannot be loaded: {error}") from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise OSError(f"packed model {name!r} lacks {len(missing)} tensors, such as {missing[0]}")
-    if unknown := sorted(info["unexpected_keys"]):
+    if unknown:
         raise OSError(
             f"packed model {name!r} has {len(unknown)} tensors that its config.json has no place for, such "
             f"as {unknown[0]}"
         )
-    model.eval()
-    config: KbitConfig = model.config.quantization_config
-    folder, is_local = find_packed(name, revision), Path(source.location).is_dir()
+    folder = find_packed(name, revision)
     assert folder is not None  # as it was just loaded from there
     return LoadedModel(
         model,
         read_tokenizer(source, tokenizer, model),
         find_stored_dtype(folder),
-        hash_folder(folder) if is_local else find_commit(source.location, revision),
-        f"kbit {config.quant.label()}",
+        identify_files(source),
+        f"kbit {model.config.quantization_config.quant.label()}",
     )
 
 
@@ -150,8 +142,7 @@ def load_as_packed(
     Raises:
         ValueError, OSError: see load_model.
     """
-    if wrong := [option for option, value in others.items() if value not in (None, 1)]:
-        raise ValueError(f"model.{wrong[0]}={others[wrong[0]]}: packed=true reads plain safetensors on one device")
+    _refuse_options(others, "packed=true reads plain safetensors on one device")
     check_device(device)
     silence_libraries()
     source = find_source(name, revision)
@@ -161,19 +152,37 @@ def load_as_packed(
     check_configuration(config.to_dict(), source.where)
     asked = KbitConfig.of(quant)
     asked.baseline = Baseline(getattr(torch, dtype), lambda model: read_tokenizer(source, tokenizer, model))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.location, quantization_config=asked, dtype="auto", device_map=device, use_safetensors=True,
-        output_loading_info=True, **source.options,
-    )  # fmt: skip
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise OSError(f"model {name!r} at {source.location} lacks {len(missing)} tensors, such as {missing[0]}")
+    model, _ = _read(source, dtype="auto", device_map=device, quantization_config=asked)
     check_finite(model)
-    is_local = Path(source.location).is_dir()
-    found = hash_folder(Path(source.location)) if is_local else find_commit(source.location, revision)
-    model.eval()
     rounded = name_dtype(find_rounded(model.config.dtype))
-    return LoadedModel(model, read_tokenizer(source, tokenizer, model), rounded, found)
+    return LoadedModel(model, read_tokenizer(source, tokenizer, model), rounded, identify_files(source))
+
+
+def _refuse_options(others: Mapping[str, Any], reason: str) -> None:
+    """Raise ValueError for an option that is set, as packed models have only those that load_packed names."""
+    for option, value in others.items():
+        if value not in (None, 1):
+            key = "ray.gpus_per_worker" if option == "gpus" else f"model.{option}"
+            raise ValueError(f"{key}={value}: {reason}")
+
+
+def _read(source: Source, **options: Any) -> tuple[Any, list[str]]:
+    """Return the model that transformers reads, in evaluation mode, and the names of tensors it has no place for.
+
+    Raises:
+        OSError: a file is damaged or not there, or lacks tensors. The message names the model.
+        RuntimeError: sizes disagree.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.location, use_safetensors=True, output_loading_info=True, **source.options, **options
+        )
+    except OSError as error:
+        raise OSError(f"model {source.name!r} cannot be loaded from {source.where}: {error}") from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers fills these with random numbers
+        raise OSError(f"model {source.name!r} at {source.where} lacks {len(missing)} tensors, such as {missing[0]}")
+    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def find_stored_dtype(folder: Path) -> str:

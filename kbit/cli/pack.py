@@ -30,8 +30,9 @@ examples:
 """
 
 _EXPORT: Final = """\
-Write a packed checkpoint in the format of another tool, which then computes with the same weights, bit for bit. What a
-format cannot hold exactly is refused, with the reason and a quantizer that it does hold. gguf needs the extra
+Write a packed checkpoint in the format of another tool: codes and scales that stand for the same values. What a format
+cannot hold exactly is refused, with the reason and a quantizer that it does hold. The tools of compressed-tensors and
+gptq then compute with these values rounded to 16 bits. gguf needs the extra
 kbit[gguf] and writes model.gguf into the folder. The other formats are folders that transformers loads beside the tool.
 """
 

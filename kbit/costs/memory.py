@@ -17,14 +17,12 @@ from typing import Final
 from kbit.checks import check_choice
 from kbit.costs.shapes import ModelShape
 from kbit.methods.config import QuantConfig
+from kbit.models.size import STATES_PER_TOKEN
 
 _WIDTH: Final = 2  # bytes of a 16-bit number
 _LOGIT: Final = 4  # bytes: logits are computed in float32
 _LONGEST: Final = 2**20  # tokens: the longest context that is looked for where a model does not say its own
 _PROMPT_CHUNK: Final = 2048  # tokens of a prompt that go through the model at once
-# Hidden states of a token that are in memory at once within a decoder layer, see kbit.engine.estimate: the residual
-# stream, its norm, queries, keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
-_STATES_PER_TOKEN: Final = 16
 # Bytes for each trained parameter. adam: weight 2, gradient 2, master weight 4, two states of 4. adam8 has two states
 # of one byte and no master weight (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
 _TRAINED_BYTES: Final = {"adam": 2 + 2 + 4 + 8, "adam8": 2 + 2 + 2}
@@ -115,7 +113,7 @@ def _count_activations(shape: ModelShape, quant: QuantConfig, use: Use) -> int:
     """Return the bytes of a decoder layer's states, the last token's logits, and one dequantized matrix."""
     if use.context == 0:
         return 0
-    states = _WIDTH * _STATES_PER_TOKEN * shape.hidden * use.batch * min(use.context, _PROMPT_CHUNK)
+    states = _WIDTH * STATES_PER_TOKEN * shape.hidden * use.batch * min(use.context, _PROMPT_CHUNK)
     return states + _LOGIT * use.batch * shape.vocabulary + _count_dequantized(shape, quant)
 
 

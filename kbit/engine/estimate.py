@@ -22,7 +22,7 @@ from kbit.evaluation.config import TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.experiments.config import Experiment
 from kbit.models.catalog import family_of
 from kbit.models.config import MAX_WINDOW, ModelConfig
-from kbit.models.size import ModelSize, find_size
+from kbit.models.size import STATES_PER_TOKEN, ModelSize, find_size
 from kbit.store.filesystem import is_url
 from kbit.store.readers import read_results
 from kbit.store.results import load_results
@@ -31,9 +31,6 @@ from kbit.store.rows import name_model
 _KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
 _STORED: Final = 4  # results of alike experiments that are read from a store
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Hidden states of one token that are in memory at once within a decoder layer: residual stream, its norm, queries,
-# keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
-_STATES_PER_TOKEN: Final = 16
 # Bytes that a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
 # GPU: the driver's context and the libraries' workspaces. This is assumed, because no GPU has been measured.
 _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
@@ -61,7 +58,7 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
     if kind == "cpu":
         copies, beside = 2, _estimate_requests(experiment.eval, size) + _estimate_calibration(experiment, size)
     embedding = size.hidden * (size.vocabulary or _USUAL_VOCABULARY)
-    elements = copies * size.parameters + embedding + _STATES_PER_TOKEN * tokens * size.hidden
+    elements = copies * size.parameters + embedding + STATES_PER_TOKEN * tokens * size.hidden
     return _PROCESS_BYTES[kind] + width * elements + beside
 
 

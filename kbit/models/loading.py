@@ -173,7 +173,7 @@ def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
         check_folder(folder)
     if odd := [key for key, value in model.named_parameters() if not value.is_floating_point()]:
         raise ValueError(f"model {name!r} at {location}: the parameter {odd[0]} holds no floating-point numbers")
-    return model, hash_folder(Path(location)) if is_local else find_commit(location, source.revision)
+    return model, identify_files(source)
 
 
 def read_tokenizer(source: Source, asked: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase:
@@ -206,6 +206,16 @@ def check_device(device: str) -> None:
     index = int(device.partition(":")[2] or 0)
     if device.startswith("cuda") and torch.cuda.device_count() <= index:
         raise ValueError(f"device={device}: there are {torch.cuda.device_count()} CUDA devices here; use device=cpu")
+
+
+def identify_files(source: Source) -> str:
+    """Return what identifies the files that a model was read from: a folder's hash, or the commit of the hub.
+
+    Raises:
+        FileNotFoundError: the hub's model is not in the cache.
+    """
+    folder = Path(source.location)
+    return hash_folder(folder) if folder.is_dir() else find_commit(source.location, source.revision)
 
 
 def hash_folder(folder: Path) -> str:

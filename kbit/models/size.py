@@ -18,6 +18,10 @@ _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-
 
 CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 
+# Hidden states of one token that are in memory at once within a decoder layer: residual stream, its norm, queries,
+# keys, values, attention's output, 4 + 4 of the inner layer, and 2 spare.
+STATES_PER_TOKEN: Final = 16
+
 # Published sizes of models whose names have none.
 _NAMELESS: Final = {
     "gpt2": 124_000_000,

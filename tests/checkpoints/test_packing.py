@@ -162,7 +162,7 @@ def test_transformers_copies_casts_and_generates(folder: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_transformers_quantizes_by_a_method_with_a_text(folder: Path) -> None:
+def test_transformers_quantizes_by_a_method_with_a_text() -> None:
     from kbit.models.catalog import locate_model
 
     fake = load_plain(NEOX)

@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from kbit.checkpoints.formats.integers import (
+    GRID_ADVICE,
     Integers,
     as_integers,
     check_order,
     from_integers,
     pack_words,
     read_scales,
+    require_bits,
     unpack_words,
 )
-from kbit.checkpoints.formats.plain import NotExactError, require_same
+from kbit.checkpoints.formats.plain import require_same
 from kbit.numerics.quantized_tensor import QuantizedTensor
 
 NAME: Final = "compressed-tensors"
 BITS: Final = (4, 8)  # those of its pack-quantized layers in vLLM
-ADVICE: Final = "use quant=int4_grid or int8_grid"
 
 
 def write(tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -38,9 +39,8 @@ def write(tensor: QuantizedTensor) -> dict[str, Tensor]:
     Raises:
         NotExactError: see as_integers. Or the bits are none that the format has.
     """
-    if tensor.spec.bits not in BITS:
-        raise NotExactError(f"{NAME} has {', '.join(map(str, BITS))} bits, not quant.bits={tensor.spec.bits}; {ADVICE}")
-    integers = as_integers(tensor, NAME, ADVICE)
+    require_bits(tensor, NAME, BITS)
+    integers = as_integers(tensor, NAME, GRID_ADVICE)
     half = 2 ** (integers.bits - 1)
     parts = {
         "weight_packed": torch.from_numpy(pack_words(integers.levels + half, integers.bits)),

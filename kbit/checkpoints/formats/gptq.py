@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kbit.checkpoints.formats.integers import (
+    GRID_ADVICE,
     WORD_BITS,
     Integers,
     as_integers,
@@ -25,6 +26,7 @@ from kbit.checkpoints.formats.integers import (
     from_integers,
     pack_words,
     read_scales,
+    require_bits,
     unpack_words,
 )
 from kbit.checkpoints.formats.plain import NotExactError, require_same
@@ -32,7 +34,6 @@ from kbit.numerics.quantized_tensor import QuantizedTensor
 
 NAME: Final = "gptq"
 BITS: Final = (2, 3, 4, 8)  # those that its tools have kernels for
-ADVICE: Final = "use quant=int4_grid or int8_grid"
 
 
 def write(tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -41,9 +42,8 @@ def write(tensor: QuantizedTensor) -> dict[str, Tensor]:
     Raises:
         NotExactError: see as_integers. Or the bits or the shape are none that the layout has.
     """
-    if tensor.spec.bits not in BITS:
-        raise NotExactError(f"{NAME} has {', '.join(map(str, BITS))} bits, not quant.bits={tensor.spec.bits}; {ADVICE}")
-    integers = as_integers(tensor, NAME, ADVICE)
+    require_bits(tensor, NAME, BITS)
+    integers = as_integers(tensor, NAME, GRID_ADVICE)
     out, inputs = integers.levels.shape
     if out * integers.bits % WORD_BITS or inputs * integers.bits % WORD_BITS:
         raise NotExactError(

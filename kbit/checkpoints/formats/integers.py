@@ -9,6 +9,7 @@ codebook of int is none, since it divides by 2^(k-1) - 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from kbit.numerics.spec import QuantSpec
 
 _LARGEST_FLOAT16: Final = 65504.0
 WORD_BITS: Final = 32
+GRID_ADVICE: Final = "use quant=int4_grid or int8_grid"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ def find_levels(codebook: NDArray[np.float32], bits: int) -> tuple[NDArray[np.in
             if (levels == np.rint(levels)).all() and levels.min() >= -half and levels.max() < half:
                 return levels.astype(np.int64), factor
     return None
+
+
+def require_bits(tensor: QuantizedTensor, form: str, bits: Sequence[int]) -> None:
+    """Raise NotExactError unless a format has integers of the tensor's bits."""
+    if tensor.spec.bits not in bits:
+        there = ", ".join(map(str, bits))
+        raise NotExactError(f"{form} has {there} bits, not quant.bits={tensor.spec.bits}; {GRID_ADVICE}")
 
 
 def as_integers(tensor: QuantizedTensor, form: str, advice: str) -> Integers:
