@@ -6,10 +6,11 @@ adapters    load -> quantize -> put adapters in -> train these -> measure
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -24,7 +25,7 @@ from kbit.evaluation.token_budget import TokenBudget
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import identify_text, name_content
 from kbit.methods.config import QuantConfig
-from kbit.methods.quantize_model import quantize_model
+from kbit.methods.quantize_model import quantize_model, restore_weights
 from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.config import MAX_WINDOW
 from kbit.models.loading import LoadedModel
@@ -41,6 +42,21 @@ UNSEEN: Final = "training/unseen"  # the windows that a training holds back from
 
 class KeptStreams(dict[str, tuple[Tokens, str]]):
     """The texts trained on so far as tokens, with the hash of their content, by what identifies them."""
+
+
+@dataclass
+class KeptTraining:
+    """The last training of a model's weights, which the next experiment may share if it only rounds them differently.
+
+    Attributes:
+        content: what decides the training: its fields, and the names of the rounded weights.
+        trained: how it went.
+        weights: the trained weights by name.
+    """
+
+    content: tuple[object, ...] = ()
+    trained: Trained | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,14 +106,38 @@ def trained_and_quantized(
                 save_adapters(model, files.adapters)
             yield TrainedModel(report, trained, text, sha256)
         return
-    with all_trained(model):
-        if train.start == "random":
-            randomize(model, train.seed)
-        trained = train_model(model, text, train, rounded=list_rounded(model, train, quant), **kept)
-        round_trained(model, loaded.checkpoint_dtype)
+    trained = train_weights(loaded, train, quant, text, memory.recall(KeptTraining), **kept)
     make_report = plan_quantization if trained.diverged else quantize_model
     arguments = (model, quant) if trained.diverged else (model, quant, loaded.tokenizer)
     yield TrainedModel(make_report(*arguments), trained, text, sha256)
+
+
+def train_weights(
+    loaded: LoadedModel, train: TrainConfig, quant: QuantConfig, text: TrainingText, last: KeptTraining, **kept: Any
+) -> Trained:
+    """Train a model's weights, or give them the values of the last training if it was the same.
+
+    Args:
+        loaded: the model.
+        train: the training.
+        quant: what the weights are quantized to afterwards.
+        text: the text of the training.
+        last: the last training, which this one replaces.
+        kept: where train_model keeps a checkpoint.
+    """
+    model, rounded = loaded.model, list_rounded(loaded.model, train, quant)
+    content = (dataclasses.replace(train, checkpoint_every=1), identify_text(train.text), tuple(rounded))
+    if last.trained is not None and last.content == content:
+        restore_weights(model, last.weights)
+        return last.trained
+    with all_trained(model):
+        if train.start == "random":
+            randomize(model, train.seed)
+        trained = train_model(model, text, train, rounded=rounded, **kept)
+        round_trained(model, loaded.checkpoint_dtype)
+    last.content, last.trained = content, trained
+    last.weights = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
+    return trained
 
 
 def read_training_text(train: TrainConfig, loaded: LoadedModel, memory: Memory) -> tuple[TrainingText, str]:
