@@ -111,15 +111,6 @@ def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
     return plain
 
 
-def leave_out_trained(results: pd.DataFrame) -> pd.DataFrame:
-    """Return the results of models that no experiment trained, which figures of quantized checkpoints are of."""
-    if "training" not in results or results["training"].isna().all():
-        return results
-    plain = results[results["training"].isna()]
-    plain.attrs = results.attrs
-    return plain
-
-
 def read_failures(path: str | Path = "results") -> pd.DataFrame:
     """Return the experiments that failed or crashed (see Failure), one a row.
 
