@@ -63,7 +63,9 @@ class Session:
         self.device = device
         self._identity = identify_parts(model)
         options: dict[str, Any] = {"dtype": model.dtype, "device": device, "gpus": gpus, **model.parts}
+        start = time.perf_counter()
         self._loaded = loaded or load_model(model.name, packed_as=packed_as, **options)
+        self._load_seconds = None if loaded else time.perf_counter() - start
         self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
         self._packed = find_packed_report(self._loaded.model)
@@ -138,10 +140,12 @@ class Session:
             self._memory,
             self._lasting,
             sees_original=self._packed is None,
+            load_seconds=self._load_seconds,
         )
 
     def _measure(self, experiment: Experiment, subject: Subject, report: QuantizationReport) -> Result:
         weights_hash = hash_values(subject.model)
+        subject = dataclasses.replace(subject, counted_bits=report.total_bits)
         measured = [measure.run(subject) for measure in MEASURES]
         if hash_values(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
