@@ -32,6 +32,7 @@ SETTINGS: Final = (
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),
     ("rules", None, "rules ({})"),
+    ("training", None, "{}"),
 )
 
 # what captions say of the label "float", which is one for all precisions
