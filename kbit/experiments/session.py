@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoints.foreign import find_stored_report
 from kbit.checkpoints.loading import load_model
-from kbit.checkpoints.packing import compute_exactly, find_packed_report, hash_values
+from kbit.checkpoints.packing import compute_exactly, count_bytes, find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
@@ -28,6 +29,7 @@ from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel
+from kbit.models.size import find_packed
 
 
 class Session:
@@ -66,8 +68,9 @@ class Session:
         self._loaded = loaded or load_model(model.name, packed_as=packed_as, **options)
         self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
-        self._packed = find_packed_report(self._loaded.model)
-        if self._packed is None:
+        self._stored = find_stored_report(self._loaded.model)
+        self._bytes = _measure_bytes(model, self._loaded)
+        if self._stored is None:
             refuse_quantized(self._loaded.model)
         else:
             compute_exactly(self._loaded.model)
@@ -99,22 +102,37 @@ class Session:
                 f"{experiment.model} packed as {experiment.packed_as}"
             )
         model, quant = self._loaded.model, experiment.quant
-        if self._packed is not None and self._packed_as is None and not quant.is_baseline:
-            raise ValueError(describe_packed(experiment.model.name))
-        original = {} if self._packed else copy_weights(model, plan_quantization(model, quant))
-        subject = self._make_subject(experiment, fields["eval"], frozenset(original))
+        stored = self._find_stored(experiment)
+        original = {} if stored else copy_weights(model, plan_quantization(model, quant))
+        subject = self._make_subject(experiment, fields["eval"], frozenset(original), sees_original=stored is None)
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
-                return self._quantize_and_measure(experiment, key, subject)
+                return self._quantize_and_measure(experiment, key, subject, stored)
         finally:
-            if self._packed is None:
+            if stored is None:
                 restore_weights(model, original)
 
-    def _quantize_and_measure(self, experiment: Experiment, key: str, subject: Subject) -> Result:
+    def _find_stored(self, experiment: Experiment) -> QuantizationReport | None:
+        """Return the report of a model that is evaluated as it was loaded, or None of one that is to be quantized.
+
+        The values of a GGUF file may be quantized again, as transformers makes a plain model of them.
+
+        Raises:
+            ValueError: a model would be quantized again that was not packed for this experiment.
+        """
+        if self._stored is None or experiment.quant.is_baseline or self._packed_as is not None:
+            return self._stored
+        if not self._loaded.checkpoint_quantization.startswith("gguf"):
+            raise ValueError(describe_packed(experiment.model.name))
+        return None
+
+    def _quantize_and_measure(
+        self, experiment: Experiment, key: str, subject: Subject, stored: QuantizationReport | None
+    ) -> Result:
         for measure in MEASURES:
             measure.prepare(subject)
         start = time.perf_counter()
-        report = self._packed or quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
+        report = stored or quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
         quantized = time.perf_counter()
         result = self._measure(experiment, subject, report)
         return dataclasses.replace(
@@ -125,7 +143,9 @@ class Session:
             peak_memory_bytes=provenance.peak_memory_bytes(self.device),
         )
 
-    def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
+    def _make_subject(
+        self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str], *, sees_original: bool
+    ) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)
         return Subject(
             self._loaded.model,
@@ -137,7 +157,7 @@ class Session:
             quantized,
             self._memory,
             self._lasting,
-            sees_original=self._packed is None,
+            sees_original=sees_original,
         )
 
     def _measure(self, experiment: Experiment, subject: Subject, report: QuantizationReport) -> Result:
@@ -182,8 +202,17 @@ class Session:
             scorer=self._scorer.path,
             batch_tokens=self._scorer.batch_tokens,
             weight_rmse=report.weight_rmse,
-            method_notes=report.notes | describe_products(self._loaded.model),
+            method_notes=report.notes | describe_products(self._loaded.model) | self._bytes,
         )
+
+
+def _measure_bytes(model: ModelConfig, loaded: LoadedModel) -> dict[str, int]:
+    """Return what a packed model takes: the bytes in memory as it was loaded, and those of a packed folder's files."""
+    if find_packed_report(loaded.model) is None:
+        return {}
+    folder = find_packed(model.name, model.revision)
+    stored = 0 if folder is None else sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"bytes_in_memory": count_bytes(loaded.model)} | ({"bytes_on_disk": stored} if stored else {})
 
 
 def _add(result: Result, measured: list[Measured]) -> Result:
