@@ -69,9 +69,9 @@ def check_layer(model: nn.Module, tied_names: str) -> None:
 
 
 def check_use(model: nn.Module, name: str) -> None:
-    """Raise ValueError if a model's code reads the weight of a layer beside calling it.
+    """Raise ValueError if a model's code computes with the weight of a layer itself, or with its dtype.
 
-    A packed layer's weight is bytes. Mamba casts states to the dtype of its head's weight, and multiplies by another one.
+    A packed layer's weight is bytes. Mamba casts states to the dtype of its head's, and multiplies by its dt_proj's.
     """
     path, _, layer = name.removesuffix(".weight").rpartition(".")
     parent = type(model.get_submodule(path))
@@ -79,10 +79,11 @@ def check_use(model: nn.Module, name: str) -> None:
         source = inspect.getsource(parent.forward)
     except (OSError, TypeError):  # made at run time: its layers refuse inputs of bytes
         return
-    if re.search(rf"\bself\.{layer}\.weight\b", source):
+    weight = rf"\bself\.{re.escape(layer)}\.weight"
+    if re.search(rf"{weight}(\.dtype\b| @)|@ {weight}\b", source):
         raise ValueError(
-            f"{name} cannot be packed: {parent.__name__}.forward reads this weight itself, which is bytes then. Leave "
-            "it out by quant.exclude"
+            f"{name} cannot be packed: {parent.__name__}.forward computes with this weight itself, which is bytes: "
+            "leave it out by quant.exclude"
         )
 
 

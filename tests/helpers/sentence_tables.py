@@ -129,11 +129,12 @@ def check_law(row: dict[Any, Any], store: pd.DataFrame) -> None:
             return np.exp(p[0] - p[1] * np.log(size) - p[2] * np.log(bits))
         return np.exp(p[0] - p[1] * np.log(size)) + p[2] + np.stack([bits == k for k in own], axis=1) @ p[3:]
 
+    def weigh_residuals(p: Any) -> Any:
+        return (y - predict(p)) / scale
+
     starts = [[3.0 * p, p, *([p] if row["law"] == "power" else [y.min() / 2, *[0.0] * len(own)])] for p in (0.1, 0.5)]
     fits = [
-        optimize.least_squares(
-            lambda p: (y - predict(p)) / scale, start, loss="soft_l1", f_scale=2.0, x_scale="jac", max_nfev=4000
-        )
+        optimize.least_squares(weigh_residuals, start, loss="soft_l1", f_scale=2.0, x_scale="jac", max_nfev=4000)
         for start in starts
     ]
     best = min(fits, key=lambda fit: float(fit.cost))
