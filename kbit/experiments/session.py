@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,7 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.identity import check_unchanged, find_key, identify_parts
 from kbit.experiments.requirements import describe_packed
 from kbit.experiments.result import Result, SkippedTensor
+from kbit.experiments.training import TrainedModel, measure_training, trained_and_quantized
 from kbit.methods.config import QuantConfig
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, refuse_quantized, restore_weights
@@ -30,6 +32,7 @@ from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel
 from kbit.models.size import find_packed
+from kbit.training.files import TrainingFiles
 
 
 class Session:
@@ -65,7 +68,9 @@ class Session:
         self.device = device
         self._identity = identify_parts(model)
         options: dict[str, Any] = {"dtype": model.dtype, "device": device, "gpus": gpus, **model.parts}
+        start = time.perf_counter()
         self._loaded = loaded or load_model(model.name, packed_as=packed_as, **options)
+        self._load_seconds = None if loaded else time.perf_counter() - start
         self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
         self._stored = find_stored_report(self._loaded.model)
@@ -82,12 +87,13 @@ class Session:
         """Whether this session holds that model, as its files are now, and packed by that quantizer if any."""
         return model == self.config and packed_as == self._packed_as and identify_parts(model) == self._identity
 
-    def run(self, experiment: Experiment, key: str | None = None) -> Result:
-        """Let measures prepare, quantize, run the measures, restore the weights, and return the result.
+    def run(self, experiment: Experiment, key: str | None = None, files: TrainingFiles | None = None) -> Result:
+        """Let measures prepare, train and quantize, run the measures, restore the weights, and return the result.
 
         Args:
             experiment: what to run.
             key: the experiment's key as it was planned; None finds it now.
+            files: where a training is kept, to go on from. None keeps nothing.
 
         Raises:
             ValueError: experiment.model is another model, or a file is no longer what the experiment's key was computed
@@ -101,40 +107,51 @@ class Session:
                 f"this session holds {self.config} ({self._identity}, packed as {self._packed_as}), not "
                 f"{experiment.model} packed as {experiment.packed_as}"
             )
-        model, quant = self._loaded.model, experiment.quant
+        model = self._loaded.model
         stored = self._find_stored(experiment)
-        original = {} if stored else copy_weights(model, plan_quantization(model, quant))
-        subject = self._make_subject(experiment, fields["eval"], frozenset(original), sees_original=stored is None)
+        original = {} if stored else self._copy_what_changes(experiment)
+        subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
-                return self._quantize_and_measure(experiment, key, subject, stored)
+                return self._quantize_and_measure(experiment, key, subject, files)
         finally:
             if stored is None:
                 restore_weights(model, original)
 
     def _find_stored(self, experiment: Experiment) -> QuantizationReport | None:
-        """Return the report of a model that is evaluated as it was loaded, or None of one that is to be quantized.
+        """Return the report of a model that is evaluated as it was loaded, or None of one that is to be changed.
 
-        The values of a GGUF file may be quantized again, as transformers makes a plain model of them.
+        The values of a GGUF file may be trained, and quantized again, as transformers makes a plain model of them.
 
         Raises:
-            ValueError: a model would be quantized again that was not packed for this experiment.
+            ValueError: a model would be trained, or quantized again, whose weights are codes.
         """
-        if self._stored is None or experiment.quant.is_baseline or self._packed_as is not None:
+        is_as_asked = experiment.quant.is_baseline or self._packed_as is not None
+        if self._stored is None or (is_as_asked and not experiment.train.steps):
             return self._stored
-        if not self._loaded.checkpoint_quantization.startswith("gguf"):
-            raise ValueError(describe_packed(experiment.model.name))
-        return None
+        if self._loaded.checkpoint_quantization.startswith("gguf"):
+            return None
+        if experiment.train.steps:
+            raise ValueError(f"model.name={experiment.model.name} is packed, and packed weights are not trained")
+        raise ValueError(describe_packed(experiment.model.name))
+
+    def _copy_what_changes(self, experiment: Experiment) -> dict[str, torch.Tensor]:
+        """Return copies of what is quantized. A training without adapters changes every parameter."""
+        model, train = self._loaded.model, experiment.train
+        changed = copy_weights(model, plan_quantization(model, experiment.quant))
+        if train.steps and not train.lora.rank:
+            changed = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
+        return changed
 
     def _quantize_and_measure(
-        self, experiment: Experiment, key: str, subject: Subject, stored: QuantizationReport | None
+        self, experiment: Experiment, key: str, subject: Subject, files: TrainingFiles | None
     ) -> Result:
         for measure in MEASURES:
             measure.prepare(subject)
         start = time.perf_counter()
-        report = stored or quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
-        quantized = time.perf_counter()
-        result = self._measure(experiment, subject, report)
+        with self._quantized(experiment, key, files) as (report, trained):
+            quantized = time.perf_counter()
+            result = self._measure(experiment, subject, report, trained)
         return dataclasses.replace(
             result,
             key=key,
@@ -143,9 +160,19 @@ class Session:
             peak_memory_bytes=provenance.peak_memory_bytes(self.device),
         )
 
-    def _make_subject(
-        self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str], *, sees_original: bool
-    ) -> Subject:
+    @contextlib.contextmanager
+    def _quantized(
+        self, experiment: Experiment, key: str, files: TrainingFiles | None
+    ) -> Iterator[tuple[QuantizationReport, TrainedModel | None]]:
+        """Train the model, if the experiment asks for it, and quantize it."""
+        stored = self._find_stored(experiment)
+        if experiment.train.steps:
+            with trained_and_quantized(experiment, key, self._loaded, self._memory, files) as done:
+                yield done.report, done
+        else:
+            yield stored or quantize_model(self._loaded.model, experiment.quant, self._loaded.tokenizer), None
+
+    def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)
         return Subject(
             self._loaded.model,
@@ -157,12 +184,20 @@ class Session:
             quantized,
             self._memory,
             self._lasting,
-            sees_original=sees_original,
+            sees_original=self._find_stored(experiment) is None and not experiment.train.is_from_scratch,
+            load_seconds=self._load_seconds,
         )
 
-    def _measure(self, experiment: Experiment, subject: Subject, report: QuantizationReport) -> Result:
+    def _measure(
+        self, experiment: Experiment, subject: Subject, report: QuantizationReport, done: TrainedModel | None
+    ) -> Result:
+        """Run the measures. A diverged training is measured by nothing but its own numbers."""
         weights_hash = hash_values(subject.model)
-        measured = [measure.run(subject) for measure in MEASURES]
+        subject = dataclasses.replace(subject, counted_bits=report.total_bits)
+        has_diverged = done is not None and done.trained.diverged
+        measured = [] if has_diverged else [measure.run(subject) for measure in MEASURES]
+        if done is not None:
+            measured.append(measure_training(subject.model, done, self._scorer.budget))
         if hash_values(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         if not any(done.measurements for done in measured):

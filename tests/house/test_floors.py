@@ -18,7 +18,7 @@ FLOORS = [
     {"experiments", "lmeval"},
     {"checkpoints"},
     {"methods", "evaluation", "training"},
-    {"layers"},
+    {"layers", "optim"},
     {"numerics", "models"},
     {"data", "kernels", "checks", "silence"},
 ]
