@@ -16,6 +16,7 @@ from kbit.experiments.requirements import (
     check_lengths,
     check_model_files,
     check_not_packed,
+    check_packing,
     check_tasks,
 )
 from kbit.experiments.result import FAILED
@@ -111,6 +112,8 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
     check_not_packed(experiments)
+    for experiment in experiments:
+        check_packing(experiment, settings.ray.gpus_per_worker if engine == "ray" else None)
     for experiment in {(e.model, e.eval, e.quant.calibration, *e.texts): e for e in experiments}.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
