@@ -138,7 +138,7 @@ def test_a_killed_training_ends_with_the_same_weights(
 
 
 def test_what_is_told_of_losses() -> None:
-    flat = Trained((2.0,) * 20 + (2.19, 2.21, 2.4, 2.7), False, 0, 1, 0)
+    flat = Trained((2.0,) * 20 + (2.21, 2.4, 2.7), False, 0, 1, 0)
     assert flat.spikes == 2  # 2.21 is above 1.1 x 2, and 2.7 above 1.1 x 2.4
     assert flat.last == (2.7,)
     assert Trained(tuple(map(float, range(60))), False, 0, 1, 0).last == (57.0, 58.0, 59.0)
