@@ -220,7 +220,7 @@ def describe_recovery(data: pd.DataFrame) -> str:
                 if whole is not None and rounded is not None and reached is not None and rounded > whole:
                     own.append((rounded - reached) / (rounded - whole))
         named = ", ".join(f"{way} {np.mean(own):.0%}" for way, own in shares.items() if own)
-        parts.append(f"at {bits} bits {named}")
+        parts += [f"at {bits} bits {named}"] if named else []
     return f"Won back of what rounding loses: {'; '.join(parts)}."
 
 
