@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,6 +174,10 @@ def list_rounded(model: nn.Module, train: TrainConfig, quant: QuantConfig) -> li
         return []
     asked = QuantConfig.of(train.weights) if quant.is_baseline else quant
     names = [tensor.name for tensor in plan_quantization(model, asked).tensors if tensor.quantized]
+    if train.include is not None:
+        names = [name for name in names if re.search(train.include, name.removesuffix(".weight"))]
+        if not names:
+            raise ValueError(f"train.include={train.include!r} names no layer that is quantized")
     if tied := [name for name in names if " = " in name]:
         raise ValueError(f"{tied[0]} are tied, and a training cannot round one layer's alone: quant.include, exclude")
     return names
