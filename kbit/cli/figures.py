@@ -20,6 +20,7 @@ FIGURE_NAMES: Final = (
     "figure_10", "figure_11", "figure_12", "figure_13", "figure_14", "figure_15", "methods", "figure_16", "table_1",
     "table_2", "verdicts", "frontier", "laws", "data_types_map", "perplexity_accuracy", "kl_accuracy",
     "error_accuracy", "error_loss", "sensitivity", "int8_methods", "features", "anchors",
+    "qat", "qlora", "training_curves",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from kbit.evaluation.outlier_features import OutlierFeatures
 from kbit.evaluation.perplexity import Perplexity
 from kbit.evaluation.zero_shot import ZeroShot
 
-RESERVED: Final = ("features", "proxy", "mean_zero_shot")  # tasks of kbit's own measures
+RESERVED: Final = ("features", "proxy", "mean_zero_shot", "training")  # tasks of kbit's own measures
 
 
 @dataclass
