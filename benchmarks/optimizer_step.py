@@ -26,9 +26,9 @@ import torch
 from packed_linear import read_processor
 
 from kbit.kernels.simd import find_isa
+from kbit.numerics.spec import QuantSpec
 from kbit.optim import AdamW, States
 from kbit.optim.states import STATES
-from kbit.numerics.spec import QuantSpec
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step.json"
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}

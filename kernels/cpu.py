@@ -136,7 +136,9 @@ def fake_quantize(
     words, kind = typed_words(x)
     out_words, _ = typed_words(out)
     grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
-    _encode_decode(words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words)
+    _encode_decode(
+        words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words
+    )
     return out
 
 

@@ -175,9 +175,7 @@ def _write_state(values, state, peaks, table, start, n, block, bits, steps, top,
 
 
 @functools.cache
-def make_step(
-    mode: int, group: int, kind: int, rule: int, m_bits: int, v_bits: int, m_steps: int, v_steps: int
-) -> Any:
+def make_step(mode: int, group: int, kind: int, rule: int, m_bits: int, v_bits: int, m_steps: int, v_steps: int) -> Any:
     """The step of eight values a thread. If mode is _ONE_PASS, a group of threads takes a block."""
     m_table_size, v_table_size = 2 << m_steps, 2 << v_steps
     m_coded, v_coded = 0 < m_bits < EXACT_BITS, 0 < v_bits < EXACT_BITS
@@ -188,7 +186,10 @@ def make_step(
         v_values, v_scales, v_peaks, v_tables, v_block, v_top, v_key, v_random,
         n, rate, beta1, rest1, beta2, rest2, root, eps, decay, penalty, nesterov,
     ):  # fmt: skip
-        m_table, v_table = cuda.shared.array(m_table_size, types.float32), cuda.shared.array(v_table_size, types.float32)
+        m_table, v_table = (
+            cuda.shared.array(m_table_size, types.float32),
+            cuda.shared.array(v_table_size, types.float32),
+        )
         load_table(m_tables, m_table)
         load_table(v_tables, v_table)
         moved = cuda.local.array(8, types.float32)  # the loops over these are unrolled, so they are registers
@@ -226,9 +227,13 @@ def make_step(
                     if start + j < n:
                         p[start + j] = to_bits(moved[j], kind)
                 if m_bits:
-                    _write_state(m_values, m, m_peaks, m_table, start, n, m_block, m_bits, m_steps, m_top, m_key, m_random)
+                    _write_state(
+                        m_values, m, m_peaks, m_table, start, n, m_block, m_bits, m_steps, m_top, m_key, m_random
+                    )
                 if v_bits:
-                    _write_state(v_values, v, v_peaks, v_table, start, n, v_block, v_bits, v_steps, v_top, v_key, v_random)
+                    _write_state(
+                        v_values, v, v_peaks, v_table, start, n, v_block, v_bits, v_steps, v_top, v_key, v_random
+                    )
             first += cuda.gridDim.x * groups
 
     return states

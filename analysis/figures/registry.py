@@ -16,6 +16,9 @@ import pandas as pd
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
+from kbit.analysis.figures.costs.against import COST_FIGURES, draw_costs
+from kbit.analysis.figures.costs.slope import draw_slope
+from kbit.analysis.figures.costs.times import draw_times
 from kbit.analysis.figures.curve_figures import draw_curves
 from kbit.analysis.figures.drawing import PaperFigure, take_sentence
 from kbit.analysis.figures.emergence import draw_features
@@ -87,6 +90,9 @@ PLAIN: Final[dict[str, Draw]] = {
     "sensitivity": draw_sensitivity,
     "int8_methods": draw_int8_methods,
     "features": draw_features,
+    **{definition.name: partial(draw_costs, definition) for definition in COST_FIGURES},
+    "time_per_token": draw_times,
+    "time_by_bits": draw_slope,
     "anchors": as_table(draw_anchors),
 }
 TRAINED: Final[dict[str, Draw]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kbit.checks import non_defaults
-from kbit.evaluation.config import EvalConfig, FeatureConfig
+from kbit.evaluation.config import EvalConfig, FeatureConfig, SpeedConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.training.config import TrainConfig
@@ -25,7 +25,8 @@ class Experiment:
     Attributes:
         model, quant, eval, train: see their classes.
         packed: whether the model is evaluated through packed layers (kbit.checkpoints), quantized while it is loaded.
-            Its numbers are the same and so is its key. What is measured against the 16-bit model is left out.
+            Its numbers are the same and so is its key, but for eval.speed, which is about the layers. What is measured
+            against the 16-bit model is left out.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -77,6 +78,9 @@ class Experiment:
                 evaluation |= {"perplexity_kind": self.eval.perplexity_kind}
         if self.eval.features.measure:
             evaluation |= {"features": non_defaults(self.eval.features, FeatureConfig())}
+        if self.eval.speed.measure:
+            packed = {"packed": True} if self.packed_as else {}
+            evaluation |= {"speed": non_defaults(self.eval.speed, SpeedConfig()) | packed}
         if self.eval.measures:
             evaluation |= {"measures": list(self.eval.measures)}
         model = {"name": self.model.name, "dtype": self.model.dtype} | self.model.parts

@@ -111,10 +111,13 @@ def check_lengths(experiment: Experiment) -> None:
     """Compare the texts with the windows that are cut from them, and calibration windows with the model's context.
 
     Raises:
-        ValueError: a calibration window is longer than the model's context, or a text is shorter than one window, or
-            than all windows that are drawn from it, or than a batch and a window that a training holds back.
+        ValueError: a calibration window, or what eval.speed generates, is longer than the model's context. Or a text is
+            shorter than one window, than all windows that are drawn from it, or than a batch and a window that a
+            training holds back.
     """
     context = find_context(experiment.model.name)
+    if experiment.eval.speed.measure:
+        experiment.eval.speed.check_context(context)
     calibration, quant = experiment.quant.calibration, experiment.quant
     if quant.traits.needs_text and not quant.is_baseline:
         if calibration.length is not None and context is not None and calibration.length > context:

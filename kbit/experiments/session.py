@@ -66,7 +66,9 @@ class Session:
         self.device = device
         self._identity = identify_parts(model)
         options: dict[str, Any] = {"dtype": model.dtype, "device": device, "gpus": gpus, **model.parts}
+        start = time.perf_counter()
         self._loaded = loaded or load_model(model.name, packed_as=packed_as, **options)
+        self._load_seconds = None if loaded else time.perf_counter() - start
         self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
         self._packed = find_packed_report(self._loaded.model)
@@ -167,6 +169,7 @@ class Session:
             self._memory,
             self._lasting,
             sees_original=self._packed is None and not experiment.train.is_from_scratch,
+            load_seconds=self._load_seconds,
         )
 
     def _measure(
@@ -174,6 +177,7 @@ class Session:
     ) -> Result:
         """Run the measures. A diverged training is measured by nothing but its own numbers."""
         weights_hash = hash_values(subject.model)
+        subject = dataclasses.replace(subject, counted_bits=report.total_bits)
         has_diverged = done is not None and done.trained.diverged
         measured = [] if has_diverged else [measure.run(subject) for measure in MEASURES]
         if done is not None:

@@ -1,7 +1,7 @@
 """Optimizers whose states are k-bit codes, for any PyTorch training.
 
-    optimizer = kbit.optim.AdamW(model.parameters(), lr=1e-3, state="adam8bit")
-    kbit.optim.quantize_states(torch.optim.Muon(matrices), momentum=kbit.optim.STATES["4bit"].momentum)
+optimizer = kbit.optim.AdamW(model.parameters(), lr=1e-3, state="adam8bit")
+kbit.optim.quantize_states(torch.optim.Muon(matrices), momentum=kbit.optim.STATES["4bit"].momentum)
 """
 
 from kbit.optim.optimizers import SGD as SGD

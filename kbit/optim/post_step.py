@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -83,7 +82,9 @@ def _quantize_role(
 def list_tensors(optimizer: Optimizer, p: Tensor, names: tuple[str, ...]) -> list[Tensor]:
     """Return the state tensors of a parameter that have one of these names."""
     state = optimizer.state.get(p, {})
-    return [state[name] for name in names if isinstance(state.get(name), Tensor) and state[name].dtype.is_floating_point]
+    return [
+        state[name] for name in names if isinstance(state.get(name), Tensor) and state[name].dtype.is_floating_point
+    ]
 
 
 def count_state_bits(optimizer: Optimizer, states: States, min_size: int = MIN_SIZE) -> int:

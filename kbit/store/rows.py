@@ -174,6 +174,8 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     items = f"{dtype}, {evaluation.limit or 'all'} items{_describe_prompting(evaluation)}"
     if task in content or task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
+    if result.speed is not None and task.partition("/")[0] == "speed":
+        return result.speed.describe_conditions()
     measure = _find_measure(result, task)
     if measure is not None and result.text is None:
         return f"{items}, {measure}"
