@@ -323,7 +323,8 @@ def _find_scales(words: Any, gradients: Any, kind: int, momentum: State, varianc
     chunks = -(-words.size // CHUNK)
     parts = [np.zeros(chunks + state.scales.size, np.float32) for state in (momentum, variance)]
     _find_parts(words, gradients, kind, momentum, variance, rule, *parts)
-    return [_join_peaks(part, state.scales.size, state.block_size) for part, state in zip(parts, (momentum, variance))]
+    pairs = zip(parts, (momentum, variance), strict=True)
+    return [_join_peaks(part, state.scales.size, state.block_size) for part, state in pairs]
 
 
 @jit(parallel=True)

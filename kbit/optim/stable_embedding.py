@@ -1,4 +1,4 @@
-"""The stable embedding layer: an embedding that trains as well with 8-bit states (Dettmers et al. 2022, section 2.3)."""
+"""The stable embedding layer, made for training with 8-bit states (Dettmers et al. 2022, section 2.3)."""
 
 from __future__ import annotations
 

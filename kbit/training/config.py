@@ -131,9 +131,9 @@ class TrainConfig:
         weights: quantizer of the weights in products. With it alone this is quantization-aware training (QAT).
         activations: quantizer of what enters a linear layer.
         gradients: quantizer of the gradients that enter the two products of the backward pass.
-        momentum: quantizer of the optimizer's first moment, which sgd calls its momentum buffer. Scales are float32, also
-            where a named quantizer has fp16.
-        variance: quantizer of the optimizer's second moment. Scales are float32, also where a named quantizer has fp16.
+        momentum: quantizer of the optimizer's first moment, which sgd calls its momentum buffer. Its scales are
+            float32, also where a named quantizer has fp16.
+        variance: quantizer of the optimizer's second moment, with float32 scales as well.
         exchange: quantizer of the gradients that replicas exchange.
         lora: adapters that are trained in place of the weights.
         fast: FAST's rule of changing precision.

@@ -11,7 +11,9 @@ from kbit.optim import SGD, Adam, AdamW, Lion, States
 from kbit.training.config import TrainConfig
 
 
-def group_parameters(model: nn.Module, weight_decay: float, exact: frozenset[Any] = frozenset()) -> list[dict[str, Any]]:
+def group_parameters(
+    model: nn.Module, weight_decay: float, exact: frozenset[Any] = frozenset()
+) -> list[dict[str, Any]]:
     """Return the trained parameters as groups for an optimizer: matrices with weight decay, vectors without.
 
     Args:
