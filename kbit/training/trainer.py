@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kbit.models.parameters import count_embedded
+from kbit.optim import make_embedding_stable
 from kbit.training.batches import TrainingText
 from kbit.training.checkpoint import read_checkpoint, write_checkpoint
 from kbit.training.config import TrainConfig
@@ -66,11 +67,13 @@ class Trained:
         return [math.fsum(self.losses[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
 
 
-def randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int, *, stable_embedding: bool = False) -> None:
     """Give a model the random weights that its class starts with, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh: nn.Module = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        if stable_embedding:
+            make_embedding_stable(fresh)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(fresh.get_parameter(name))
