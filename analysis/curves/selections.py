@@ -272,19 +272,20 @@ def name_outliers(row: Row) -> str:
 
 def select_gptq(points: pd.DataFrame, bits: int) -> pd.DataFrame:
     """Return a panel with GPTQ, per block size, beside zero-shot float with blocks of 64, at one precision."""
-    points = points[points["bits"] == bits]
+    points = points.assign(_options=tell_options(points))[points["bits"] == bits]
     is_gptq = points["method"] == "gptq"
     is_float = (
         (points["data_type"] == "float") & ~has_settings(points) & points["block_size"].eq(USUAL_BLOCK).fillna(False)
     )
     has_gptq = points["family"].isin(points.loc[is_gptq, "family"])
-    return mark(
+    marked = mark(
         points[(is_gptq | is_float) & has_gptq],
         lambda row: f"{row['family']}, {bits}-bit",
-        lambda row: f"{name_quantizer(row)} {name_block(row['block_size'])}",
+        lambda row: f"{name_quantizer(row, but={'method_options': row['_options']})} {name_block(row['block_size'])}",
         ["series"],
         "method",
     )
+    return marked.drop(columns="_options")
 
 
 def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
@@ -292,7 +293,7 @@ def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
 
     A quantizer is everything but the method and its options.
     """
-    names = points["method"].astype(str) + " " + points["method_options"].astype(str)
+    names = points["method"].astype(str) + " " + tell_options(points)
     base = make_labels(points.assign(method="rtn", method_options=""))
     points = points.assign(_base=base, _method=names.str.strip())
     points = points[points["bits"] == bits]
@@ -307,3 +308,9 @@ def select_methods(points: pd.DataFrame, bits: int) -> pd.DataFrame:
         "method",
     )
     return marked.drop(columns=["_base", "_method"])
+
+
+def tell_options(points: pd.DataFrame) -> pd.Series[str]:
+    """Return the options that a curve's name needs: none where all points of a method have the same ones."""
+    options = points["method_options"].astype(str)
+    return options.where(options.groupby(points["method"].astype(str)).transform("nunique") > 1, "")

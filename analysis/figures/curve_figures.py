@@ -119,7 +119,13 @@ def describe_panels(curves: pd.DataFrame, differences: pd.DataFrame, unpaired: l
         sentences.append("Panels of one family share their axes, those of two families do not.")
     if ((curves["varied"] == "bits") & (curves["label"] == "float")).any():
         sentences.append(FLOATS)
-    return " ".join(sentences)
+    return " ".join([*sentences, *describe_options(curves[curves["varied"] == "method"])])
+
+
+def describe_options(curves: pd.DataFrame) -> list[str]:
+    """Say the options of each method that all of its points share, as the curves' names leave them out."""
+    options = curves.groupby("method")["method_options"].unique()
+    return [f"{method} has {shared[0]}." for method, shared in options.items() if len(shared) == 1 and shared[0]]
 
 
 def find_measure(results: pd.DataFrame, *, loss: bool) -> Measure | None:

@@ -145,9 +145,13 @@ def split_gptq_and_float(points: pd.DataFrame) -> Groups:
 
 
 def split_gptq(points: pd.DataFrame) -> Groups:
-    """Compare GPTQ with its default options with rounding to nearest."""
-    is_gptq = (points["method"] == "gptq") & (points["method_options"] == "")
-    return list_series(points, is_gptq), list_series(points, points["method"] == "rtn")
+    """Compare GPTQ with rounding to nearest: GPTQ with its default options, or with those that all of it has."""
+    is_gptq = points["method"] == "gptq"
+    options = points.loc[is_gptq, "method_options"].unique()
+    chosen = options[0] if len(options) == 1 else ""
+    return list_series(points, is_gptq & (points["method_options"] == chosen)), list_series(
+        points, points["method"] == "rtn"
+    )
 
 
 FIVE_BIT: Final = Comparison(split_five_bit, "5-bit", "4-bit")
@@ -158,7 +162,7 @@ EXPONENTS: Final = Comparison(split_exponents, "half of the bits as exponent bit
 OUTLIERS: Final = Comparison(split_outliers, "outliers in 16 bit", "the same precision without")
 RIVAL: Final = Comparison(split_rival, "outliers in 16 bit", f"{RIVAL_BITS}-bit without")
 GPTQ_AND_FLOAT: Final = Comparison(split_gptq_and_float, "GPTQ", "float in blocks of 64")
-GPTQ: Final = Comparison(split_gptq, "GPTQ with its default options", "rounding to nearest")
+GPTQ: Final = Comparison(split_gptq, "GPTQ with its default or its only options", "rounding to nearest")
 
 
 def judge_block_sizes_and_types(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Part]:

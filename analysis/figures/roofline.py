@@ -7,6 +7,9 @@ A layer of n x m weights times a batch of b inputs takes at least as long as its
 as k-bit weights are read from memory, expanded in cache and multiplied in 16 bit (Williams et al. 2009, Dettmers &
 Zettlemoyer 2023, sections 2.1 and 5.1). While memory is the slower side, k bits are 16 / k times as fast. A larger
 batch makes compute the slower side, and fewer bits gain nothing.
+
+Where the results have measured times, this machine is one of the devices, with the bandwidth and the peak that were
+measured beside them, and the measured speedups are points on its panel.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from typing import Final
 
 import matplotlib
 import pandas as pd
+from matplotlib.axes import Axes
 
 from kbit.analysis.figures.canvas.axes import label_plainly, set_value_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
-from kbit.analysis.figures.canvas.styles import style_precisions
-from kbit.analysis.figures.drawing import PaperFigure
+from kbit.analysis.figures.canvas.styles import LineStyle, style_precisions
+from kbit.analysis.figures.costs.points import choose_variant, gather_costs
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure
+from kbit.numerics.spec import BASELINE_BITS
 
 
 @dataclass(frozen=True)
@@ -95,30 +101,81 @@ def draw_roofline(results: pd.DataFrame, page: Page, devices: tuple[Device, ...]
     """Draw the roofline speedup of k-bit weights against the batch, a panel per device.
 
     Args:
-        results: not used, as the figure follows from the devices.
+        results: measured times, if there are any. The rest of the figure follows from the devices.
         page: the page to draw on.
-        devices: the devices to draw.
+        devices: the devices to draw, beside the one that was measured.
     """
-    table = tabulate_roofline(devices)
-    verdict = judge_roofline(table, devices)
-    styles = style_precisions(PRECISIONS)
-    sheet = make_sheet(page, len(devices), (3.9, 2.8), 2, styles)
-    for axes, device in zip(sheet.add_axes(len(devices)), devices, strict=True):
-        for bits, curve in table[table["device"] == device.name].groupby("bits"):
-            style = styles[f"{bits}-bit"]
-            axes.plot(curve["batch"], curve["speedup"], color=style.color, marker=style.marker, linestyle=style.dashes)
-        axes.set_xscale("log", base=2)
-        label_plainly(axes.xaxis)
+    own, measured, notes = read_measured(results)
+    verdict = judge_roofline(tabulate_roofline(devices), devices) + (judge_measured(own[0], measured) if own else "")
+    drawn = (*devices, *own)
+    table = pd.concat([tabulate_roofline(drawn).assign(source="roofline"), measured], ignore_index=True)
+    styles = style_precisions(sorted({*PRECISIONS, *measured.get("bits", [])}))
+    sheet = make_sheet(page, len(drawn), (3.9, 2.8), 2, styles)
+    for axes, device in zip(sheet.add_axes(len(drawn)), drawn, strict=True):
+        _draw_device(axes, table[table["device"] == device.name], styles)
         set_value_axis(axes, 0, 1.05 * table["speedup"].max())
-        axes.axvline(PAPER_BATCH, color="0.6", linewidth=0.5 * float(matplotlib.rcParams["lines.linewidth"]))
         sheet.write_title(axes, device.name)
     sheet.label("batch", "speedup over 16 bit")
     draw_legend(sheet.fig.body, styles, page)
     note = (
-        f"Computed, not measured: {ROWS} x {COLUMNS} weights, data sheets' bandwidth and peak. Grey line: batch 16. "
-        "All panels have the same axes."
+        f"Lines are computed, not measured: {ROWS} x {COLUMNS} weights, data sheets' bandwidth and peak. Grey line: "
+        "batch 16. All panels have the same axes."
     )
-    return PaperFigure("figure_16", sheet.fig, table, CLAIM, verdict, (note,))
+    return PaperFigure("figure_16", sheet.fig, table, CLAIM, verdict, (note, *notes))
+
+
+def _draw_device(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> None:
+    """Draw the roofline of a device as lines, and what was measured on it as markers."""
+    for (source, bits), curve in rows.groupby(["source", "bits"]):
+        style = styles[f"{bits}-bit"]
+        is_computed = source == "roofline"
+        has_markers = not is_computed or "measured" not in set(rows["source"])
+        marker, dashes = style.marker if has_markers else "none", style.dashes if is_computed else "none"
+        axes.plot(curve["batch"], curve["speedup"], color=style.color, marker=marker, linestyle=dashes)
+    axes.set_xscale("log", base=2)
+    label_plainly(axes.xaxis)
+    axes.axvline(PAPER_BATCH, color="0.6", linewidth=0.5 * float(matplotlib.rcParams["lines.linewidth"]))
+
+
+def read_measured(results: pd.DataFrame) -> tuple[tuple[Device, ...], pd.DataFrame, tuple[str, ...]]:
+    """Return the machine whose times the results have, its speedups, and notes. All are empty without any.
+
+    The speedups are of the largest model that was timed at 16 bits and others: columns device, bits, batch, seconds (of
+    a step), speedup and source.
+    """
+    try:
+        costs = choose_variant(gather_costs(results, "figure_16"))
+    except MissingResults:
+        return (), pd.DataFrame(), ()
+    points = costs.points
+    has_both = points[points["bits"] == BASELINE_BITS]["model"]
+    points = points[points["model"].isin(has_both)]
+    if points.empty:
+        return (), pd.DataFrame(), ()
+    rows = points[points["model"] == points.loc[points["parameters"].idxmax(), "model"]]
+    seconds = rows["ms_per_token"] * rows["batch"] / 1e3
+    table = rows.assign(device=costs.conditions, seconds=seconds, source="measured").reset_index(drop=True)
+    base = table[table["bits"] == BASELINE_BITS].drop_duplicates("batch").set_index("batch")["seconds"]
+    table = table.assign(speedup=table["batch"].map(base) / table["seconds"])
+    bandwidth, peak = (1e9 * float(points[name].mean()) for name in ("gigabytes_per_second", "gigaflops"))
+    note = (
+        f"{costs.conditions}: lines are the roofline of the measured {bandwidth / 1e9:.1f} GB/s and "
+        f"{peak / 1e9:.0f} GFLOP/s in float32, and markers are measured steps of {rows['model'].iloc[0]}."
+    )
+    columns = ["device", "bits", "batch", "seconds", "speedup", "source"]
+    return (Device(costs.conditions, bandwidth, peak),), table[columns], (note, *costs.notes)
+
+
+def judge_measured(device: Device, measured: pd.DataFrame) -> str:
+    """Say how large the measured speedups are at the smallest batch, beside those of the machine's roofline."""
+    at = measured[(measured["batch"] == measured["batch"].min()) & (measured["bits"] != BASELINE_BITS)]
+    batch = int(measured["batch"].min())
+    words = []
+    for bits, gain in at.groupby("bits")["speedup"].mean().items():
+        width = int(str(bits))
+        limit = estimate_seconds(device, BASELINE_BITS, batch) / estimate_seconds(device, width, batch)
+        words.append(f"{width}-bit {gain:.2f} of {limit:.2f}")
+    return f" Measured on {device.name} at batch {batch}, beside its roofline: {', '.join(words)}."
 
 
 def judge_roofline(table: pd.DataFrame, devices: tuple[Device, ...]) -> str:

@@ -163,7 +163,7 @@ def judge_order(correlations: pd.DataFrame) -> str:
             low, high = map(float, stats.ttest_1samp(gaps, 0).confidence_interval(0.95))
         grades.append(grade_interval(low, high))
         interval = "no interval" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"
-        parts.append(f"{better} less {worse} {gaps.mean():+.2f} ({interval})")
+        parts.append(f"{better} minus {worse} {gaps.mean():+.2f} ({interval})".replace("_", "-"))
     grade = next(g for g in ("does not hold", "undecided", "holds") if g in grades)
     mean = f"mean over {len(order)} models with 95% t-interval" if len(order) > 1 else "of 1 model"
     return f"{grade.capitalize()}: {', '.join(parts)}, {mean}."

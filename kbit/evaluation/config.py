@@ -40,6 +40,41 @@ class FeatureConfig:
 
 
 @dataclass(frozen=True)
+class SpeedConfig:
+    """Time and memory (kbit.evaluation.speed): how fast the model generates, and what that takes.
+
+    Attributes:
+        measure: whether time and memory are measured. The settings are then part of the key, and so is packed.
+        batches: the numbers of sequences that are generated at once, each of which is measured.
+        prompt: the tokens of each sequence that go through the model at once before the first step.
+        new: the steps after that, with one token for each sequence.
+        repetitions: how often each batch is measured, in turns with the others. Fewer than 6 give no interval.
+    """
+
+    measure: bool = False
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt: int = 128
+    new: int = 32
+    repetitions: int = 7
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))  # Hydra hands over a list
+        for name in ("prompt", "new", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"eval.speed.{name}={getattr(self, name)} is not >= 1")
+        if not self.batches or min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
+            raise ValueError(f"eval.speed.batches={list(self.batches)} are not one or several different numbers >= 1")
+
+    def check_context(self, context: int | None) -> None:
+        """Raise ValueError if prompt and steps are longer than a model's context, where that is known."""
+        if context is not None and self.prompt + self.new > context:
+            raise ValueError(
+                f"eval.speed.prompt={self.prompt} and eval.speed.new={self.new} are more tokens than the model's "
+                f"context of {context}"
+            )
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What is measured.
 
@@ -56,6 +91,7 @@ class EvalConfig:
             None takes all windows. Rolling perplexity always takes the whole text.
         task_path: a folder with the user's own task YAMLs.
         features: whether and how kbit looks for emergent outlier features.
+        speed: whether and how kbit measures time and memory.
         measures: the user's own measures, each as "my.module:Name" or "my_measure.py:Name" (kbit.evaluation.measure).
         num_fewshot: the number of examples before each question of a task. None asks as the task says, else without.
         apply_chat_template: whether prompts go through the chat template of the model's tokenizer, as in lm-eval.
@@ -69,6 +105,7 @@ class EvalConfig:
     perplexity_windows: int | None = 256
     task_path: str | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     measures: tuple[str, ...] = ()
     num_fewshot: int | None = None
     apply_chat_template: bool = False
@@ -87,7 +124,7 @@ class EvalConfig:
             raise ValueError(f"eval.tasks={list(self.tasks)} names a task twice")
         if wrong := [name for name in self.measures if not all(name.rpartition(":"))]:
             raise ValueError(f"eval.measures={wrong[0]!r} is neither my.module:Name nor my_measure.py:Name")
-        if not self.tasks and self.perplexity is None and not self.measures:
+        if not self.tasks and self.perplexity is None and not self.measures and not self.speed.measure:
             raise ValueError("nothing to measure: eval.tasks is empty and eval.perplexity is null")
         if self.features.measure and (self.perplexity is None or self.perplexity_kind != "windows"):
             raise ValueError("eval.features.measure needs a text: eval.perplexity, with eval.perplexity_kind=windows")

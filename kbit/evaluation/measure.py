@@ -77,6 +77,8 @@ class Subject:
         lasting: what measures keep from one model to the next.
         sees_original: whether prepare() sees the 16-bit model. A packed model is quantized from the beginning, and what
             compares it with the 16-bit model is left out.
+        load_seconds: how long the model took to load, and to be packed meanwhile. None: it was loaded before.
+        counted_bits: the bits of the whole model as kbit counts them. None before it is quantized.
     """
 
     model: Any
@@ -89,6 +91,8 @@ class Subject:
     memory: Memory = field(default_factory=Memory)
     lasting: Memory = field(default_factory=Memory)
     sees_original: bool = True
+    load_seconds: float | None = None
+    counted_bits: int | None = None
 
     def make_windows(self) -> Windows:
         """Return the windows of eval.perplexity, which are made once for all variants of the model.

@@ -27,9 +27,10 @@ from kbit.evaluation.measure_sources import MeasureSource, read_source
 from kbit.evaluation.measurement import ItemValues, Measurement, MeasureRecord, NonFiniteError, check_own
 from kbit.evaluation.outlier_features import OutlierFeatures
 from kbit.evaluation.perplexity import Perplexity
+from kbit.evaluation.speed.measure import Speed
 from kbit.evaluation.zero_shot import ZeroShot
 
-RESERVED: Final = ("features", "proxy", "mean_zero_shot")  # tasks of kbit's own measures
+RESERVED: Final = ("features", "proxy", "mean_zero_shot", "speed", "training")  # tasks of kbit's own measures
 
 
 @dataclass
@@ -84,7 +85,7 @@ class UserMeasures(Measure):
         )
 
 
-MEASURES: Final[tuple[Measure, ...]] = (ZeroShot(), Perplexity(), OutlierFeatures(), UserMeasures())
+MEASURES: Final[tuple[Measure, ...]] = (ZeroShot(), Perplexity(), OutlierFeatures(), Speed(), UserMeasures())
 
 
 def check_measures(config: EvalConfig) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from kbit.checks import non_defaults
-from kbit.evaluation.config import EvalConfig, FeatureConfig
+from kbit.evaluation.config import EvalConfig, FeatureConfig, SpeedConfig
 from kbit.experiments.config import Experiment
 
 
@@ -28,6 +28,6 @@ def show_value(value: object) -> str:
     """Return a value of a configuration in a few characters: the items of a list, the non-defaults of a section."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    if isinstance(value, FeatureConfig):
-        return ",".join(f"{name}={item}" for name, item in non_defaults(value, FeatureConfig()).items()) or "default"
+    if isinstance(value, FeatureConfig | SpeedConfig):
+        return ",".join(f"{name}={item}" for name, item in non_defaults(value, type(value)()).items()) or "default"
     return str(value)

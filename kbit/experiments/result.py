@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from kbit.checks import tabulate_html
 from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
+from kbit.evaluation.speed.record import SpeedRecord
 from kbit.experiments.config import Experiment
 
 FAILED: Final = "failed"
@@ -56,6 +57,7 @@ class Result:
         weight_rmse: relative error of the quantized weights, see QuantizationReport.
         method_notes: what the method reports about itself, see QuantizationReport.notes.
         measures: the measures of eval.measures, with what they say of themselves.
+        speed: what time and memory were measured of, if eval.speed asks for them.
     """
 
     key: str
@@ -92,6 +94,7 @@ class Result:
     method_notes: dict[str, Any] = field(default_factory=dict)
     measures: tuple[MeasureRecord, ...] = ()
     checkpoint_quantization: str = ""
+    speed: SpeedRecord | None = None
 
     def _repr_html_(self) -> str:
         """Return a small table for notebooks: the experiment, and each number with its interval."""

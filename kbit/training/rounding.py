@@ -1,54 +1,83 @@
-"""Rounding values that exist for a moment in a training: activations, gradients, and weights as products see them."""
+"""Quantization-aware training: layers compute with rounded weights, whose gradients go to the weights unchanged.
+
+forward    y = x Q(W)^T
+backward   dx = dy Q(W),  dW = dy^T x      (the straight-through estimator, Bengio et al. 2013)
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
-from kbit.numerics.codebooks import ADAPTIVE
+from kbit.models.parameters import owner_of, split_matrices
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
 
 
-def check_transient(role: str, spec: QuantSpec) -> None:
-    """Raise ValueError if a quantizer cannot be for values that are other ones in each step.
+class _StraightThrough(torch.autograd.Function):
+    """Returns rounded values, and passes the gradient on as if nothing had been rounded."""
 
-    A fitted table would have to be fitted anew each time. Gradients are small: a mean over thousands of tokens puts
-    whole blocks below 6e-8, where float16 scales end.
+    @staticmethod
+    def forward(_context: Any, weight: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        return rounding.round(weight)
+
+    @staticmethod
+    def backward(_context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class Rounding(nn.Module):
+    """What a layer's weight goes through before it is used.
+
+    Args:
+        spec: the quantizer.
+        owner: the layer, which says how its weight is laid out.
     """
-    if spec.data_type in ADAPTIVE:
-        raise ValueError(
-            f"{role}: data_type={spec.data_type} is fitted to a tensor, and {role} are other ones in each step: take a "
-            "data type with a fixed table, such as int, float, nf or dynamic"
-        )
-    if role != "activations" and spec.scale_format == "fp16":
-        raise ValueError(f"{role}: scale_format=fp16 ends at 6e-8, and gradients are smaller: take fp32, bf16 or e8m0")
+
+    def __init__(self, spec: QuantSpec, owner: nn.Module) -> None:
+        super().__init__()
+        self._spec = spec
+        self._owner = [owner]  # in a list, as a layer is no part of its own weight
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the values that quantize_model would write into the weight."""
+        rounded = weight.detach().clone()
+        for matrix in split_matrices(rounded, self._owner[0]):
+            matrix.copy_(fake_quantize(matrix, self._spec))
+        return rounded
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the rounded weight, through which gradients go straight."""
+        rounded: torch.Tensor = _StraightThrough.apply(weight, self)  # type: ignore[no-untyped-call]
+        return rounded
 
 
-def with_own_seed(spec: QuantSpec, label: str) -> QuantSpec:
-    """Return the quantizer with random numbers that depend on its seed and a label, the same in every process."""
-    if spec.rounding != "stochastic":
-        return spec
-    own = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big")
-    return dataclasses.replace(spec, seed=(spec.seed + own) % 2**63)
+@contextmanager
+def rounded_weights(model: nn.Module, spec: QuantSpec, names: Iterable[str]) -> Iterator[None]:
+    """Let layers compute with rounded weights within the block. The weights themselves stay what an optimizer changes.
 
-
-def round_values(values: Tensor, spec: QuantSpec, where: str) -> Tensor:
-    """Return fake_quantize(values, spec).
+    Args:
+        model: the model.
+        spec: the quantizer.
+        names: names of the parameters that are rounded.
 
     Raises:
-        FloatingPointError: a value is NaN or Inf, as those of a training that diverges are. The message says where.
-        ValueError: a block is beyond the scales' range.
+        ValueError: the rounding draws random numbers, which would be the same ones at each step.
     """
+    if spec.rounding == "stochastic":
+        raise ValueError("train.weights.rounding=stochastic would round with the same random numbers at each step")
+    placed = []
     try:
-        return fake_quantize(values, spec)
-    except ValueError as error:
-        raise explain_refusal(values, where, error) from error
-
-
-def explain_refusal(values: Tensor, where: str, error: ValueError) -> Exception:
-    """Return the error of values that no quantizer takes, with the place where they are."""
-    kind = ValueError if bool(values.isfinite().all()) else FloatingPointError
-    return kind(f"{where}: {error}")
+        for name in names:
+            owner, attribute = owner_of(model, name), name.rpartition(".")[2]
+            parametrize.register_parametrization(owner, attribute, Rounding(spec, owner), unsafe=True)
+            placed.append((owner, attribute))
+        yield
+    finally:
+        for owner, attribute in placed:
+            parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)

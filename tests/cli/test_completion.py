@@ -19,7 +19,20 @@ from kbit.cli.figures import FIGURE_NAMES
 from kbit.cli.main import make_parser
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
-COMMANDS = ["run", "plan", "figures", "report", "results", "outliers", "fit", "pack", "export", "models", "doctor"]
+COMMANDS = [
+    "run",
+    "plan",
+    "figures",
+    "report",
+    "results",
+    "outliers",
+    "fit",
+    "bench",
+    "pack",
+    "export",
+    "models",
+    "doctor",
+]
 COMMANDS += ["completion"]
 ASK = """
 eval "$(kbit completion bash)"

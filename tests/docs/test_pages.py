@@ -14,6 +14,8 @@ import pytest
 
 import kbit
 from kbit.analysis.figures import emergence, int8, law_table, maps, roofline, tables
+from kbit.analysis.figures.costs import slope, times
+from kbit.analysis.figures.costs.against import COST_FIGURES
 from kbit.analysis.figures.paper import CURVE_FIGURES
 from kbit.analysis.figures.relations import RELATIONS
 from kbit.cli.figures import FIGURE_NAMES
@@ -136,10 +138,10 @@ def test_every_figure_has_a_section_and_a_picture() -> None:
 
 
 def test_claims_are_those_of_the_figures() -> None:
-    own = (CURVE_FIGURES, RELATIONS)
+    own = (CURVE_FIGURES, RELATIONS, COST_FIGURES)
     claims = [figure.claim for figures in own for figure in figures]
     claims += [int8.CLAIM, emergence.CLAIM, law_table.CLAIM, roofline.CLAIM, tables.TABLE_1, tables.TABLE_2]
-    claims += [maps.MAP_CLAIM, maps.SENSITIVITY_CLAIM]
+    claims += [maps.MAP_CLAIM, maps.SENSITIVITY_CLAIM, slope.CLAIM, times.CLAIM]
     text = " ".join((DOCS / "reference" / "figures.md").read_text().split())
     assert [claim for claim in claims if f"*{claim}*" not in text] == []
 

@@ -32,7 +32,7 @@ KINDS: Final[dict[str, Callable[[pd.DataFrame], Any]]] = {
     "another number of exponent bits": lambda d: d["series"] != ("E" + ((d["bits"] + 1) // 2).astype(str)),
     "small blocks": lambda d: d["series"].str.startswith("block"),
     "GPTQ": lambda d: d["series"].str.contains("gptq"),
-    "GPTQ with its default options": lambda d: d["series"] == "gptq",
+    "GPTQ with its default or its only options": lambda d: d["series"] == "gptq",
     "rounding to nearest": lambda d: d["series"] == "rtn",
     "float in blocks of 64": lambda d: d["series"].str.match(r"float\d-e\dm\d block 64"),
     "outliers in 16 bit": lambda d: d["series"].str.contains("outliers"),

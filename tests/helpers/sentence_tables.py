@@ -28,7 +28,8 @@ def check_table_2(verdict: str, data: pd.DataFrame, store: pd.DataFrame) -> None
     assert verdict.startswith("Not tested") == ours.empty
     for better, worse in (("feed_forward", "attention"), ("attention", "control")) if len(ours) else ():
         gaps = ours[better] - ours[worse]
-        found = re.search(rf"{better} less {worse} ({NUMBER}) \((?:({NUMBER}) to ({NUMBER})|no interval)\)", verdict)
+        name = better.replace("_", "-")
+        found = re.search(rf"{name} minus {worse} ({NUMBER}) \((?:({NUMBER}) to ({NUMBER})|no interval)\)", verdict)
         assert found is not None
         assert abs(float(found[1]) - gaps.mean()) < 0.0051
         if len(gaps) > 1 and found[2]:

@@ -29,7 +29,7 @@ from kbit.experiments.check_types import check_types
 from kbit.experiments.config import RunConfig, StudyConfig
 from kbit.experiments.serialize import Values, from_json
 
-_RECORDED: Final = ("model", "quant", "eval")  # the sections that a record of the store keeps
+_RECORDED: Final = ("model", "quant", "eval", "train")  # the sections that a record of the store keeps
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pandas as pd
+import pytest
 
 from kbit.analysis.curves.selections import (
     select_block_sizes,
@@ -46,6 +47,27 @@ def test_methods_of_the_quantizer_with_the_most_are_curves_with_their_options() 
     assert len(shown) == 10
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["calibration.samples=16"] * 2, {"float2-e1m0 block 64", "int2 gptq block 64", "int2 gptq whole tensor"}),
+        (
+            ["calibration.samples=16", ""],
+            {"float2-e1m0 block 64", "int2 gptq calibration.samples=16 block 64", "int2 gptq whole tensor"},
+        ),
+    ],
+)
+def test_a_name_has_the_options_in_which_points_of_its_method_differ(options: list[str], names: set[str]) -> None:
+    gptq = [
+        {"data_type": "int", "method": "gptq", "method_options": words, "block_size": block}
+        for words, block in zip(options, (64, None), strict=True)
+    ]
+    points = make_points({"data_type": "float", "exponent_bits": 1}, *gptq, bits=(2,))
+    shown = select_gptq(points, bits=2)
+    assert set(shown["series"]) == names
+    assert set(shown.loc[shown["method"] == "gptq", "method_options"]) == set(options)  # the CSV tells them
+
+
 def test_without_a_method_there_is_nothing_to_show() -> None:
     assert select_methods(make_points({}, {"data_type": "int"}), bits=2).empty
 
@@ -55,7 +77,11 @@ def test_options_and_settings_with_blanks_are_no_words_of_a_label() -> None:
     settings: list[dict[str, Any]] = [{}, {"method": "awq", "method_options": "calibration.text=my gptq text.txt"}]
     settings += [{"exclude": "gptq outliers 0.5"}, {"data_type": "float", "exponent_bits": 2}]
     points = make_points(*settings, bits=(2,))
-    assert set(select_methods(points, bits=2)["series"]) == {"rtn", "awq calibration.text=my gptq text.txt"}
+    assert set(select_methods(points, bits=2)["series"]) == {"rtn", "awq"}
+    more = {"method": "awq", "method_options": "grid_points=5"}
+    more_points = make_points(*settings, more, bits=(2,))
+    options = {"awq calibration.text=my gptq text.txt", "awq grid_points=5"}
+    assert set(select_methods(more_points, bits=2)["series"]) == {"rtn", *options}
     assert select_gptq(points, bits=2).empty
     assert select_outliers(points, bits=2).empty
 

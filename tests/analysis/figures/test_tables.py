@@ -46,14 +46,14 @@ def test_table_2_compares_measured_correlations(planted: pd.DataFrame) -> None:
     rows["parameters"] = rows["model"].map({"a": 10, "opt-350m": 350, "c": 5})
     values = [0.7, 0.3, 0.0, 0.8, 0.35, 0.05, 0.75, 0.4, 0.0]
     figure = table_2(rows.assign(value=values))
-    assert figure.verdict.startswith("Holds: feed_forward less attention +0.40 (")
+    assert figure.verdict.startswith("Holds: feed-forward minus attention +0.40 (")
     assert set(figure.data["model"]) >= {"a", "opt-66b (paper)"}
     assert figure.table is not None
     shown = figure.table.set_index("model")["control"]  # ours is its own row beside the paper's of the same model
     assert (shown["opt-350m"], shown["opt-350m (paper)"]) == ("0.05", "-0.05")
     assert shown.index[:3].tolist() == ["c", "a", "opt-350m"]  # by size
     # 0.333 +- 4.303 * 0.0577 / sqrt(3): Student's quantile of two degrees of freedom
-    assert "attention less control +0.33 (+0.19 to +0.48)" in figure.verdict
+    assert "attention minus control +0.33 (+0.19 to +0.48)" in figure.verdict
     assert table_2(rows.assign(value=[-v for v in values])).verdict.startswith("Does not hold")
     assert table_2(rows.assign(value=[*values[:6], 0.3, 0.4, 0.0])).verdict.startswith("Undecided")
     assert table_2(rows.head(3).assign(value=values[:3])).verdict.startswith("Undecided")

@@ -1,0 +1,125 @@
+"""Time per token by precision and batch: of the experiments of a store, and of what `kbit bench` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from kbit.analysis.figures.canvas.axes import label_plainly
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
+from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions, style_series
+from kbit.analysis.figures.costs.points import NEEDS, STUDIES, choose_variant, gather_costs
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
+from kbit.numerics.spec import BASELINE_BITS
+
+CLAIM: Final = "How long does a token take at each precision, by the number of sequences at once?"
+MOST_PANELS: Final = 6
+
+
+def draw_times(results: pd.DataFrame, page: Page) -> PaperFigure:
+    """Draw milliseconds per token against the batch, a line for each precision, a panel for each model.
+
+    Raises:
+        MissingResults: no model was timed at two precisions.
+    """
+    costs = choose_variant(gather_costs(results, "time_per_token"))
+    points = costs.points.assign(series=[f"{bits}-bit" for bits in costs.points["bits"]])
+    if points.groupby("model")["bits"].nunique().max() < 2:
+        raise MissingResults(describe_lack("time_per_token", NEEDS, STUDIES))
+    largest = points.drop_duplicates("model").nlargest(MOST_PANELS, "parameters").sort_values("parameters")["model"]
+    left = points["model"].nunique() - len(largest)
+    notes = (*costs.notes, *([f"{left} smaller models are not shown."] if left else []))
+    points = points[points["model"].isin(largest)]
+    styles = style_precisions(sorted(points["bits"].unique()))
+    fig = _draw_panels(points, list(largest), styles, page)
+    return PaperFigure("time_per_token", fig, points, CLAIM, judge_times(points), notes, table=write_table(points))
+
+
+def draw_bench(table: pd.DataFrame, shown: pd.DataFrame, page: Page | None = None) -> PaperFigure:
+    """Draw what `kbit bench` measured, a panel for each model.
+
+    Args:
+        table: see kbit.costs.bench_tables.tabulate_bench.
+        shown: the table for reading.
+        page: the page to draw on. None is kbit's own.
+    """
+    page = page or Page()
+    points = table[table["ms_per_token"].notna()].rename(columns={"precision": "series"})
+    points = points.astype({"batch": int})
+    styles = style_series(points["series"])
+    fig = _draw_panels(points, list(dict.fromkeys(points["model"])), styles, page)
+    fig.page = page
+    note = f"Measured on {', '.join(sorted(points['conditions'].unique()))}. Bars: 95% intervals of medians."
+    return PaperFigure("bench", fig, table, CLAIM, judge_bench(points), (note,), table=shown)
+
+
+def _draw_panels(points: pd.DataFrame, models: list[str], styles: Mapping[str, LineStyle], page: Page) -> Any:
+    sheet = make_sheet(page, len(models), (3.9, 2.8), min(2, len(models)), styles)
+    for axes, model in zip(sheet.add_axes(len(models)), models, strict=True):
+        of_model = points[points["model"] == model]
+        for series, curve in of_model.groupby("series"):
+            _draw_curve(axes, curve.sort_values("batch"), styles[str(series)])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(of_model["batch"].unique()))
+        axes.set_yscale("log")
+        label_plainly(axes.xaxis)
+        label_plainly(axes.yaxis)
+        sheet.write_title(axes, model)
+    sheet.label("batch (sequences at once)", "ms per token")
+    draw_legend(sheet.fig.body, styles, page)
+    return sheet.fig
+
+
+def _draw_curve(axes: Axes, curve: pd.DataFrame, style: LineStyle) -> None:
+    looks: dict[str, Any] = {"color": style.color, "marker": style.marker, "linestyle": style.dashes}
+    below, above = curve["ms_per_token"] - curve["low"], curve["high"] - curve["ms_per_token"]
+    error = np.nan_to_num(np.maximum([below, above], 0))
+    width = 0.5 * float(matplotlib.rcParams["lines.linewidth"])
+    axes.errorbar(
+        curve["batch"], curve["ms_per_token"], yerr=error, capsize=2, elinewidth=width,
+        markersize=scale_marker(style), **looks,
+    )  # fmt: skip
+
+
+def judge_times(points: pd.DataFrame) -> str:
+    """Say how many times as fast each precision is as 16 bits, at the smallest and the largest batch."""
+    ends = sorted({points["batch"].min(), points["batch"].max()})
+    parts = []
+    for batch in ends:
+        at = points[points["batch"] == batch].set_index(["model", "bits"])["ms_per_token"]
+        at = at[~at.index.duplicated()].unstack("bits")
+        if BASELINE_BITS not in at:
+            return "No 16-bit model was timed beside them."
+        gains = {bits: at[BASELINE_BITS] / at[bits] for bits in at if bits != BASELINE_BITS}
+        words = [f"{bits}-bit {gain.min():.2f} to {gain.max():.2f}" for bits, gain in sorted(gains.items())]
+        parts.append(f"at batch {batch} {', '.join(words)}")
+    count = points["model"].nunique()
+    return f"Times as fast as 16 bits, over {count} model{'s' if count > 1 else ''}: {'; '.join(parts)}."
+
+
+def judge_bench(points: pd.DataFrame) -> str:
+    """Say which is fastest at each batch, for each model."""
+    parts = []
+    for model, rows in points.groupby("model", sort=False):
+        best = rows.loc[rows.groupby("batch")["ms_per_token"].idxmin()]
+        parts.append(
+            f"{model}: {', '.join(f'{s} at batch {b}' for s, b in zip(best['series'], best['batch'], strict=True))}"
+        )
+    return f"Fastest are, of {'; of '.join(parts)}."
+
+
+def write_table(points: pd.DataFrame) -> pd.DataFrame:
+    """Return milliseconds per token for reading: a row for each model and precision, a column for each batch."""
+    index = ["parameters", "model", "bits"]
+    table = points.drop_duplicates([*index, "batch"]).pivot(index=index, columns="batch", values="ms_per_token")
+    shown = table.sort_index(ascending=[True, True, False]).map(
+        lambda value: "-" if np.isnan(value) else f"{value:.3g}"
+    )
+    shown.columns = pd.Index([f"batch {batch}" for batch in shown])
+    return shown.reset_index().drop(columns="parameters")
