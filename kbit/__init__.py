@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kbit import figures as figures
+    from kbit import optim as optim
     from kbit.checkpoints.foreign import read_quantized as read_quantized
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
@@ -65,6 +66,7 @@ _PUBLIC = {
     "KbitConfig": "kbit.checkpoints.loading:KbitConfig",
     "list_matrices": "kbit.notebook.quantizers:list_matrices",
     "load_model": "kbit.checkpoints.loading:load_model",
+    "optim": "kbit.optim:",
     "pack_model": "kbit.checkpoints.loading:pack_model",
     "plot": "kbit.notebook.drawing:plot",
     "plot_codebooks": "kbit.notebook.drawing:plot_codebooks",

@@ -99,8 +99,8 @@ def quantize(
     """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.numerics.reference."""
     words, kind = typed_words(x)
     packed = np.empty((x.size * bits + 7) // 8, np.uint8)
-    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
-    _encode(words, kind, grid, _search_table(thresholds.tobytes()), _make_rounding(seed, codebook), bits, packed)
+    grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
+    _encode(words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), bits, packed)
     return packed
 
 
@@ -116,7 +116,7 @@ def dequantize(
 ) -> Values:
     """Fill out with codebook[code] * scale + offset. See kbit.numerics.reference.dequantize."""
     words, kind = typed_words(out)
-    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
+    grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
     _decode(codes, bits, grid, _pairs(codebook, bits), _is_fast(bits, row, block_size), words, kind)
     return out
 
@@ -135,8 +135,10 @@ def fake_quantize(
     """Fill out, which may be x, with dequantize(quantize(x)), without codes. See kbit.numerics.reference."""
     words, kind = typed_words(x)
     out_words, _ = typed_words(out)
-    grid = Grid(scales, offsets, _pad(codebook), row, block_size)
-    _encode_decode(words, kind, grid, _search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words)
+    grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
+    _encode_decode(
+        words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words
+    )
     return out
 
 
@@ -159,7 +161,7 @@ def _is_fast(bits: int, row: int, block_size: int) -> bool:
     return bits <= simd.find_isa().permuted_bits and row % 16 == 0 and block_size % 16 == 0
 
 
-def _pad(codebook: Codebook) -> Codebook:
+def pad_codebook(codebook: Codebook) -> Codebook:
     padded = np.full(256, codebook[-1], np.float32)
     padded[: codebook.size] = codebook
     return padded
@@ -169,7 +171,7 @@ def _pairs(codebook: Codebook, bits: int) -> UInt64[np.ndarray, " 256"]:
     """Return the two values of each pair of codes, code_1 * 2^bits + code_2, as one word. They serve bits <= 4."""
     pairs = np.zeros((256, 2), np.float32)
     if bits <= 4:
-        values = _pad(codebook)[: 2**bits]
+        values = pad_codebook(codebook)[: 2**bits]
         pairs[: 4**bits] = np.stack([np.repeat(values, 2**bits), np.tile(values, 2**bits)], axis=1)
     return pairs.view(np.uint64)[:, 0]
 
@@ -180,7 +182,7 @@ def _make_rounding(seed: int | None, codebook: Codebook) -> Rounding:
 
 
 @functools.lru_cache(maxsize=64)
-def _search_table(thresholds_bytes: bytes) -> SearchTable:
+def make_search_table(thresholds_bytes: bytes) -> SearchTable:
     """Count, for each cell, the thresholds at or below its least value and inside it (bytes, to be hashable)."""
     thresholds = np.frombuffer(thresholds_bytes, np.float32)
     upper = np.arange(2**16, dtype=np.uint32) << 16

@@ -225,10 +225,10 @@ def round_values(buffer, count, first, thresholds, codebook):
 @jit()
 def find_codes(buffer, count, first, thresholds, compares, codes):
     """Codes of normalised values: what the table knows from the upper half of v, then comparisons. See kernels.cpu."""
+    halves = buffer.view(np.uint16)  # read from memory, where a register would have to be moved
     for j in range(np.uint64(count)):
-        v = buffer[j]
-        code = first[np.uint32(np.float32(v).view(np.uint32) >> np.uint32(16))]
-        codes[j] = code + np.uint8(v >= thresholds[code])
+        code = first[halves[_1 + j + j]]
+        codes[j] = code + np.uint8(buffer[j] >= thresholds[code])
     for _ in range(1, compares):
         for j in range(np.uint64(count)):
             codes[j] += np.uint8(buffer[j] >= thresholds[codes[j]])

@@ -20,7 +20,7 @@ DeviceArray = Any  # see the module's docstring. Annotations below give its shap
 Codebook = Float32[np.ndarray, " values"]
 Thresholds = Float32[np.ndarray, " thresholds"]
 
-_KINDS = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
+KINDS = {"float32": FLOAT32, "float16": FLOAT16, "uint16": BFLOAT16}
 WORD_TYPES = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes
 
 THREADS_PER_BLOCK = 256
@@ -64,7 +64,7 @@ def device_of(x: DeviceArray) -> Iterator[None]:
 def plan_words(x: DeviceArray, row: int, block_size: int, *values: DeviceArray, codes: DeviceArray = None) -> Layout:
     """Choose the words for x (and other values, and codes) so that they are aligned and none belongs to two blocks."""
     view = as_numba(x)
-    kind, lanes, n, block = _KINDS[str(view.dtype)], 8 // view.dtype.itemsize, view.size, min(block_size, row)
+    kind, lanes, n, block = KINDS[str(view.dtype)], 8 // view.dtype.itemsize, view.size, min(block_size, row)
     aligned = all(_address(array) % 8 == 0 for array in (x, *values))
     aligned &= codes is None or _address(codes) % lanes == 0
     if row % block == 0:

@@ -47,23 +47,28 @@ def primitive(in_numpy: Any) -> Any:
 
 
 @primitive(lambda a, b: np.float32(a) + np.float32(b))
-def _add(a, b):
+def add(a, b):
     return libdevice.fadd_rn(a, b)
 
 
 @primitive(lambda a, b: np.float32(a) - np.float32(b))
-def _subtract(a, b):
+def subtract(a, b):
     return libdevice.fsub_rn(a, b)
 
 
 @primitive(lambda a, b: np.float32(a) * np.float32(b))
-def _multiply(a, b):
+def multiply(a, b):
     return libdevice.fmul_rn(a, b)
 
 
 @primitive(lambda a, b: np.float32(a) / np.float32(b))
-def _divide(a, b):
+def divide(a, b):
     return libdevice.fdiv_rn(a, b)
+
+
+@primitive(lambda a: np.sqrt(np.float32(a)))
+def square_root(a):
+    return libdevice.fsqrt_rn(a)
 
 
 @primitive(lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c)))
@@ -106,7 +111,7 @@ def get_value(word, lane, kind):
 
 
 @compile_device
-def _to_bits(value, kind):
+def to_bits(value, kind):
     """Bits of a float32 rounded to the kind, to nearest, ties to even."""
     if kind == FLOAT32:
         return np.uint64(as_bits(value))
@@ -117,7 +122,7 @@ def _to_bits(value, kind):
 
 
 @compile_device
-def _find_code(v, table, steps):
+def find_code(v, table, steps):
     """Return the number of thresholds <= v, where table[j] is threshold j - 1."""
     code = np.uint32(0)
     for step in range(steps):
@@ -127,13 +132,13 @@ def _find_code(v, table, steps):
 
 
 @compile_device
-def _round_up_at_random(v, code, table, steps, top, key, index):
+def round_up_at_random(v, code, table, steps, top, key, index):
     """Stochastic rounding: from the value below, up by one with the probability that makes it unbiased."""
     below = table[np.uint32((1 << steps) + code)]
     above = table[np.uint32((1 << steps) + min(np.int64(code) + 1, top))]
-    share = _divide(_subtract(v, below), _subtract(above, below))
+    share = divide(subtract(v, below), subtract(above, below))
     bits = _mix(np.uint64(index) * np.uint64(0x9E3779B97F4A7C15) + key) >> np.uint64(40)
-    uniform = _multiply(np.float32(np.uint32(bits)), np.float32(2.0**-24))
+    uniform = multiply(np.float32(np.uint32(bits)), np.float32(2.0**-24))
     return np.uint32(code + 1) if above > below and share > uniform else code
 
 
@@ -152,11 +157,11 @@ def encode_word(word, scale, offset, table, kind, lanes, steps, stochastic, top,
     """Codes of a word's values, 8 bits each. The word's first value is number index * lanes of the array."""
     codes = np.uint64(0)
     for lane in range(lanes):
-        v = _divide(_subtract(get_value(word, lane, kind), offset), scale)
+        v = divide(subtract(get_value(word, lane, kind), offset), scale)
         v = v if scale != np.float32(0) else np.float32(0)
-        code = _find_code(v, table, steps)
+        code = find_code(v, table, steps)
         if stochastic:
-            code = _round_up_at_random(v, code, table, steps, top, key, index * lanes + lane)
+            code = round_up_at_random(v, code, table, steps, top, key, index * lanes + lane)
         codes |= np.uint64(code) << np.uint64(8 * lane)
     return codes
 
@@ -167,8 +172,8 @@ def decode_word(codes, scale, offset, table, kind, lanes, steps):
     word = np.uint64(0)
     for lane in range(lanes):
         code = (codes >> np.uint64(8 * lane)) & np.uint64((1 << steps) - 1)
-        value = _add(_multiply(table[np.uint32((1 << steps) + np.uint32(code))], scale), offset)
-        word |= _to_bits(value, kind) << np.uint64((32 if kind == FLOAT32 else 16) * lane)
+        value = add(multiply(table[np.uint32((1 << steps) + np.uint32(code))], scale), offset)
+        word |= to_bits(value, kind) << np.uint64((32 if kind == FLOAT32 else 16) * lane)
     return word if scale == scale else _NAN_WORD
 
 
@@ -185,7 +190,7 @@ def get_constant(stored, b, kind, values, second, mean, zero, least):
             factor = as_bits(second[b // SECOND_BLOCK])
             magnitude = as_float(np.uint32(factor & np.uint32(0x7FFFFFFF)))
             is_zero = stored[b] == zero and factor >= _SIGN_BIT
-            constant = np.float32(0) if is_zero else _add(_multiply(constant, magnitude), mean)
+            constant = np.float32(0) if is_zero else add(multiply(constant, magnitude), mean)
     return max(constant, least)
 
 
@@ -217,7 +222,7 @@ def from_ordered(ordered):
 @compile_device
 def round_scale(peak, scale_kind, smallest, largest):
     """Round a block's maximum to the scale's format: never to 0 unless it is 0, NaN beyond the range."""
-    scale = get_value(_to_bits(peak, scale_kind), 0, scale_kind)
+    scale = get_value(to_bits(peak, scale_kind), 0, scale_kind)
     if scale == np.float32(0) and peak > np.float32(0):
         scale = smallest
     return scale if peak <= largest else _NAN

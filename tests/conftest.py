@@ -15,7 +15,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "2")  # the most that a test can ask for
+os.environ.setdefault("NUMBA_NUM_THREADS", "3")  # the most that a test can ask for
 
 # A busy machine takes any time for an example, and no test asserts how long.
 hypothesis.settings.register_profile("kbit", deadline=None)

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
+from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.costs.against import COST_FIGURES, draw_costs
 from kbit.analysis.figures.costs.slope import draw_slope
@@ -29,6 +30,9 @@ from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_figure
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
+from kbit.analysis.figures.training.qat import draw_qat
+from kbit.analysis.figures.training.qlora import draw_qlora
+from kbit.analysis.figures.training.training_curves import draw_training_curves
 from kbit.checks import suggest
 
 
@@ -68,33 +72,42 @@ def as_table(draw: Callable[[pd.DataFrame], PaperFigure]) -> Draw:
     return lambda results, page: draw(results)
 
 
-FIGURES: Final = style_figures(
-    {
-        **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
-        "figure_16": draw_roofline,
-        "table_1": as_table(table_1),
-        "table_2": as_table(table_2),
-        "verdicts": as_table(draw_verdicts),
-        "frontier": as_table(draw_frontier),
-        "laws": as_table(draw_laws),
-        "data_types_map": draw_data_types_map,
-        **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
-        "sensitivity": draw_sensitivity,
-        "int8_methods": draw_int8_methods,
-        "features": draw_features,
-        **{definition.name: partial(draw_costs, definition) for definition in COST_FIGURES},
-        "time_per_token": draw_times,
-        "time_by_bits": draw_slope,
-        "anchors": as_table(draw_anchors),
-    }
-)
+def of_untrained(draw: Draw) -> Draw:
+    """Return the function that draws a figure of the results that no training has a part in."""
+    return lambda results, page: draw(leave_out_trained(results), page)
+
+
+PLAIN: Final[dict[str, Draw]] = {
+    **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
+    "figure_16": draw_roofline,
+    "table_1": as_table(table_1),
+    "table_2": as_table(table_2),
+    "verdicts": as_table(draw_verdicts),
+    "frontier": as_table(draw_frontier),
+    "laws": as_table(draw_laws),
+    "data_types_map": draw_data_types_map,
+    **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
+    "sensitivity": draw_sensitivity,
+    "int8_methods": draw_int8_methods,
+    "features": draw_features,
+    **{definition.name: partial(draw_costs, definition) for definition in COST_FIGURES},
+    "time_per_token": draw_times,
+    "time_by_bits": draw_slope,
+    "anchors": as_table(draw_anchors),
+}
+TRAINED: Final[dict[str, Draw]] = {
+    "qat": draw_qat,
+    "qlora": as_table(draw_qlora),
+    "training_curves": draw_training_curves,
+}
+FIGURES: Final = style_figures({name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED)
 
 
 def list_figures(measure: Measure | None = None) -> dict[str, DrawStyled]:
     """Return every figure, or those of curves on another measure than their own."""
     if measure is None:
         return FIGURES
-    return style_figures({f.name: partial(draw_curves, f, measure=measure) for f in CURVE_FIGURES})
+    return style_figures({f.name: of_untrained(partial(draw_curves, f, measure=measure)) for f in CURVE_FIGURES})
 
 
 def draw_figure(name: str, results: pd.DataFrame, page: Page = OWN_PAGE, measure: Measure | None = None) -> PaperFigure:

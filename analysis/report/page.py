@@ -17,6 +17,7 @@ from typing import Any, Final
 import pandas as pd
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
+from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.drawing import PaperFigure, count_things
 from kbit.analysis.figures.law_table import compare_laws
 from kbit.analysis.report.pictures import write_pictures
@@ -65,14 +66,15 @@ def build_page(
         where: the condition that chose the results.
     """
     results = split_families(results)
+    plain = leave_out_trained(results)
     template = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=(FOLDER / "page.css").read_text(encoding="utf-8"),
         summary=html.escape(summarize(results, failures, where)),
-        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in list_findings(results)),
+        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in list_findings(plain)),
         figures=write_pictures(results, figures),
-        verdicts=write_verdicts(tabulate_verdicts(results)),
-        laws=compare_all_laws(results),
+        verdicts=write_verdicts(tabulate_verdicts(plain)),
+        laws=compare_all_laws(plain),
         failures=write_failures(failures),
         provenance=write_provenance(provenance),
         data=embed_json(collect_data(results)),

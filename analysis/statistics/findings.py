@@ -20,6 +20,7 @@ from kbit.analysis.curves.curves import (
     split_variants,
 )
 from kbit.analysis.curves.settings import is_missing, name_variant
+from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.statistics.grades import describe_lead, describe_share
 from kbit.analysis.statistics.verdicts import line_up, try_precision
 
@@ -28,7 +29,9 @@ def finding(results: pd.DataFrame) -> str:
     """Return what the results say about the best precision at equal bits, a plain sentence per family."""
     if results.empty:
         return "No results yet."
-    results = split_families(results)
+    results = split_families(leave_out_trained(results))
+    if results.empty:
+        return "Every model was trained: `kbit figures qat qlora training_curves` shows them."
     families = sorted(results["family"].unique())
     return " ".join(describe_family(results[results["family"] == family], str(family)) for family in families)
 

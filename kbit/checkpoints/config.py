@@ -14,7 +14,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbit.checks import non_defaults, suggest
 from kbit.layers.packed_weight import PackedLayout
-from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.methods.config import QuantConfig
+from kbit.methods.options import OPTION_GROUPS
 from kbit.models.checkpoint_files import PACKED_METHOD
 from kbit.numerics.scale_formats import name_dtype
 
@@ -156,6 +157,8 @@ def check_packable(quant: QuantConfig) -> None:
     """Raise ValueError if a quantizer gives no k-bit codes to pack."""
     if quant.is_baseline:
         raise ValueError(f"quant.bits={quant.bits} quantizes nothing: there is nothing to pack")
+    if quant.rules:
+        raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.rules")
     if quant.scheme is not None:
         raise ValueError(
             f"quant.method={quant.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be packed. "

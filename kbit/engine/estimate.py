@@ -1,13 +1,16 @@
 """Estimates of what a study takes: tokens to score, memory and time. Time is learned from finished experiments.
 
-    cost = tokens x parameters,   seconds = median of alike experiments, or that of the nearest cost, in proportion
+    cost = (tokens + 3 x trained tokens) x parameters
+    seconds = median of alike experiments, or that of the nearest cost, in proportion
 
-Experiments are alike if they have the same model, evaluation and method. Without a finished one time is unknown.
+Experiments are alike if they have the same model, evaluation, method and training. Without a finished one time is
+unknown.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import math
 import statistics
@@ -27,6 +30,7 @@ from kbit.store.filesystem import is_url
 from kbit.store.readers import read_results
 from kbit.store.results import load_results
 from kbit.store.rows import name_model
+from kbit.training.config import TrainConfig
 
 _KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
 _STORED: Final = 4  # results of alike experiments that are read from a store
@@ -38,6 +42,11 @@ _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
 # in the lists that the scorer keeps.
 _REQUEST_BYTES, _TOKEN_BYTES = 6_300, 48
 _USUAL_VOCABULARY: Final = 50_000  # of a model that is not here
+_BACKWARD: Final = 3  # a training step takes three forward passes: one, and two products where it has one
+_STATES: Final = 3  # a gradient, a momentum and a variance
+_BLOCK_MATRICES: Final = 12  # h^2 parameters of a block: 4 of attention, 8 of the feed-forward layer
+_KEPT_PER_LAYER: Final = 17  # values of h that a block keeps of a token for its backward pass (34 bytes at 16 bits)
+_LOGITS: Final = 3
 
 
 def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int:
@@ -46,9 +55,9 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
         process + (parameters + embedding) x dtype + tokens at once x states
 
     On a CPU the parameters count twice, as the weights to restore lie there, and the tasks' requests and the states of
-    a calibration text are added. The embedding is copied when the weights are hashed. The estimate leaves out a
-    quantizer's own work on one tensor, GPTQ's and AWQ's sums over the inputs of one decoder layer, and tasks that do
-    not ship with kbit.
+    a calibration text are added. A training adds what estimate_training says. The embedding is copied when the weights
+    are hashed. The estimate leaves out a quantizer's own work on one tensor, GPTQ's and AWQ's sums over the inputs of
+    one decoder layer, and tasks that do not ship with kbit.
     """
     kind = device.partition(":")[0]
     width = _BYTES[experiment.model.dtype]
@@ -59,7 +68,24 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
         copies, beside = 2, _estimate_requests(experiment.eval, size) + _estimate_calibration(experiment, size)
     embedding = size.hidden * (size.vocabulary or _USUAL_VOCABULARY)
     elements = copies * size.parameters + embedding + STATES_PER_TOKEN * tokens * size.hidden
-    return _PROCESS_BYTES[kind] + width * elements + beside
+    return _PROCESS_BYTES[kind] + width * elements + beside + estimate_training(size, experiment.train)
+
+
+def estimate_training(size: ModelSize, train: TrainConfig) -> int:
+    """Estimate the bytes that a training takes beside the model.
+
+        gradients and states of each parameter + activations of each token + logits, their softmax and their gradient
+
+    Everything has 32 bits. Adapters count as nothing, and so do states of fewer bits, which save less than the
+    activations take.
+    """
+    if not train.steps:
+        return 0
+    tokens = train.batch_size * (train.context or min(size.context, MAX_WINDOW))
+    layers = size.parameters / (_BLOCK_MATRICES * size.hidden**2)  # at most: embeddings count as blocks here
+    states = 0 if train.lora.rank else _STATES * size.parameters
+    kept = tokens * (_KEPT_PER_LAYER * layers * size.hidden + _LOGITS * (size.vocabulary or _USUAL_VOCABULARY))
+    return round(_BYTES["float32"] * (states + kept))
 
 
 def _estimate_requests(evaluation: EvalConfig, size: ModelSize) -> int:
@@ -80,6 +106,9 @@ def _estimate_calibration(experiment: Experiment, size: ModelSize) -> int:
     return 2 * text.samples * length * size.hidden * _BYTES[experiment.model.dtype]
 
 
+_UNTRAINED: Final = TrainConfig()
+
+
 class CostClass(NamedTuple):
     """The properties that decide how long an experiment takes. Alike experiments have the same.
 
@@ -87,17 +116,22 @@ class CostClass(NamedTuple):
         model: the model.
         evaluation: the evaluation.
         method: the quantization method. The baseline counts as "rtn", rounding to nearest without the rounding.
+        train: the training. Seeds and learning rates do not count.
     """
 
     model: ModelConfig
     evaluation: EvalConfig
     method: str
+    train: TrainConfig = _UNTRAINED
 
     @staticmethod
     def of(experiment: Experiment) -> CostClass:
         """Return the class of an experiment."""
         quant = experiment.quant
-        return CostClass(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method)
+        train = _UNTRAINED
+        if experiment.train.steps:
+            train = dataclasses.replace(experiment.train, seed=0, lr=_UNTRAINED.lr)
+        return CostClass(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method, train)
 
 
 class Estimator:
@@ -155,8 +189,15 @@ class Estimator:
         return counted or (None if size is None else self._tokens(alike.evaluation, size))
 
     def cost(self, alike: CostClass) -> float:
-        """Return tokens x parameters. An unknown factor counts as 1."""
-        return (self.count_tokens(alike) or 1) * self.count_parameters(alike.model)
+        """Return (tokens + 3 x trained tokens) x parameters. An unknown factor counts as 1."""
+        tokens = (self.count_tokens(alike) or 1) + _BACKWARD * self.count_trained(alike)
+        return tokens * self.count_parameters(alike.model)
+
+    def count_trained(self, alike: CostClass) -> int:
+        """Return the number of tokens that an experiment trains on."""
+        size = self._size(alike.model.name, alike.model.size)
+        context = alike.train.context or (MAX_WINDOW if size is None else min(MAX_WINDOW, size.context))
+        return alike.train.steps * alike.train.batch_size * context
 
     def cost_of(self, experiment: Experiment) -> float:
         """Return the cost of an experiment."""
@@ -170,7 +211,9 @@ class Estimator:
     def predict_memory(self, experiments: Iterable[Experiment]) -> int | None:
         """Return the bytes that a worker needs for the largest experiment, or None if a model's size is unknown."""
         largest = 0
-        for experiment in {(e.model, e.eval, e.quant.method, e.quant.calibration): e for e in experiments}.values():
+        for experiment in {
+            (e.model, e.eval, e.quant.method, e.quant.calibration, e.train): e for e in experiments
+        }.values():
             if (size := self._size(experiment.model.name, experiment.model.size)) is None:
                 return None
             largest = max(largest, estimate_memory(size, experiment, self._device))
@@ -229,6 +272,8 @@ class Estimator:
         tokens = "unknown until the first result"
         if None not in counts.values():
             tokens = f"about {format_count(sum(left[a] * (count or 0) for a, count in counts.items()))}"
+        trained = sum(count * self.count_trained(alike) for alike, count in left.items())
+        tokens += f", to train on: about {format_count(trained)}" if trained else ""
         time = self.predict_time(left, workers or 1, start=start) or "unknown until the first result"
         if self.learned:
             on = f"{workers or 1} worker{'s' if workers and workers > 1 else ''}"

@@ -63,6 +63,7 @@ class Worker:
                 result, (reason, *details) = self._try(experiment, key)
             if result is not None:
                 self._store.write(result)
+                self._store.forget_training(key)
             else:
                 self._store.write_failure(key, experiment, reason, *details)
         except OSError as error:  # the disk is full, or the store is out of reach
@@ -78,7 +79,7 @@ class Worker:
             if self._session is None or not self._session.holds(experiment.model, experiment.packed_as):
                 self._session = None  # free the old model before loading the next
                 self._session = self._open_session(experiment.model, packed_as=experiment.packed_as)
-            return self._session.run(experiment, key), ("", "", "")
+            return self._session.run(experiment, key, self._store.training_files(key)), ("", "", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             if self._own_process:
                 traceback.print_exc()  # to standard error, which is the log

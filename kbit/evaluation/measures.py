@@ -30,7 +30,7 @@ from kbit.evaluation.perplexity import Perplexity
 from kbit.evaluation.speed.measure import Speed
 from kbit.evaluation.zero_shot import ZeroShot
 
-RESERVED: Final = ("features", "proxy", "mean_zero_shot", "speed")  # tasks of kbit's own measures
+RESERVED: Final = ("features", "proxy", "mean_zero_shot", "speed", "training")  # tasks of kbit's own measures
 
 
 @dataclass

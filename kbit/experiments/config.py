@@ -1,8 +1,8 @@
 """The configuration of an experiment and of a run: plain frozen dataclasses, which are also Hydra's schema.
 
 conf/ holds the values (defaults and groups). This module holds the fields, their types and their checks. The fields of
-model, quant and eval are in kbit.models.config, kbit.methods.config and kbit.evaluation.config. No configuration opens
-a file: kbit.experiments.identity reads the files that a configuration names.
+model, quant, eval and train are in the modules config of kbit.models, kbit.methods, kbit.evaluation and kbit.training.
+No configuration opens a file: kbit.experiments.identity reads the files that a configuration names.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig, SpeedConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
+from kbit.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One point of a study: a model, a quantizer, and the measurements to make.
+    """One point of a study: a model, its training if any, a quantizer, and the measurements to make.
 
     Attributes:
-        model, quant, eval: see their classes.
+        model, quant, eval, train: see their classes.
         packed: whether the model is evaluated through packed layers (kbit.checkpoints), quantized while it is loaded.
             Its numbers are the same and so is its key, but for eval.speed, which is about the layers. What is measured
             against the 16-bit model is left out.
@@ -32,6 +33,25 @@ class Experiment:
     quant: QuantConfig = field(default_factory=QuantConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     packed: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        trained, rounded = self.train.weights, self.quant.spec
+        if self.train.is_aware and not self.quant.is_baseline and trained.canonical() != rounded.canonical():
+            raise ValueError(
+                f"train.weights ({trained.label()}) and quant ({rounded.label()}) differ, so that the model would be "
+                "trained for one quantizer and rounded by another: set train.weights alone, which quant follows with "
+                "train=qat, or quant.bits=16"
+            )
+        if self.train.steps and self.model.dtype != "float32":
+            raise ValueError(
+                f"model.dtype={self.model.dtype} is too coarse to train in: model.dtype=float32, and "
+                "train.dtype=bfloat16 for products in 16 bits"
+            )
+        if self.train.lora.rank and self.train.steps and self.quant.scheme is not None and not self.quant.is_baseline:
+            raise ValueError(f"quant.method={self.quant.method} multiplies in int8, which no gradient goes through")
+        if self.packed and self.train.steps:
+            raise ValueError("packed=true computes with packed layers, which are not trained: packed=false")
 
     @property
     def packed_as(self) -> QuantConfig | None:
@@ -64,14 +84,20 @@ class Experiment:
         if self.eval.measures:
             evaluation |= {"measures": list(self.eval.measures)}
         model = {"name": self.model.name, "dtype": self.model.dtype} | self.model.parts
-        return {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
+        fields = {"model": model, "quant": self.quant.identity_fields, "eval": evaluation}
+        return fields | ({"train": self.train.identity_fields} if self.train.steps else {})
 
     @property
     def texts(self) -> list[str]:
-        """The texts that the experiment needs: the measured text, then the text that its method is calibrated on."""
+        """The texts that the experiment needs: the measured text, and those that its method and training see."""
+        return [*filter(None, [self.eval.perplexity]), *self.seen_texts.values()]
+
+    @property
+    def seen_texts(self) -> dict[str, str]:
+        """The text that the method is calibrated on, and the one that the model is trained on, by their keys."""
         calibrates = self.quant.traits.needs_text and not self.quant.is_baseline
-        texts = [self.eval.perplexity, self.quant.calibration.text if calibrates else None]
-        return [text for text in texts if text is not None]
+        texts = {"quant.calibration.text": self.quant.calibration.text} if calibrates else {}
+        return texts | ({"train.text": self.train.text} if self.train.steps else {})
 
     def label(self) -> str:
         """Return a short description for people, such as 'nano-neox-1m nf4 block 64' and what is not default."""
@@ -88,7 +114,8 @@ class Experiment:
         if self.eval.apply_chat_template:
             others["chat_template"] = True
         more = "".join(f" {name}={value}" for name, value in others.items())
-        return f"{self.model.name} {self.quant.label()}{block}{method}{more}"
+        trained = f" {self.train.label()}" if self.train.steps else ""
+        return f"{self.model.name} {self.quant.label()}{block}{method}{more}{trained}"
 
 
 @dataclass(frozen=True)
@@ -162,10 +189,11 @@ class RunConfig(Experiment):
     study: StudyConfig = field(default_factory=StudyConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device={self.device!r} is not one of: cpu, cuda, cuda:N")
 
     @property
     def experiment(self) -> Experiment:
         """The experiment alone."""
-        return Experiment(self.model, self.quant, self.eval, self.packed)
+        return Experiment(self.model, self.quant, self.eval, self.packed, self.train)

@@ -54,11 +54,11 @@ def check_unchanged(experiment: Experiment, key: str) -> dict[str, dict[str, Any
 
 
 def check_texts(experiment: Experiment) -> None:
-    """Raise ValueError if the experiment would calibrate on the text that it measures."""
-    texts = experiment.texts
-    if len(texts) == 2 and len({identify_text(text) for text in texts}) == 1:
-        measured, seen = texts
-        raise ValueError(f"quant.calibration.text={seen!r} is the text that is measured: {measured!r}")
+    """Raise ValueError if the experiment would calibrate, or train, on the text that it measures."""
+    measured = experiment.eval.perplexity
+    for key, seen in experiment.seen_texts.items():
+        if measured is not None and identify_text(seen) == identify_text(measured):
+            raise ValueError(f"{key}={seen!r} is the text that is measured: {measured!r}")
 
 
 def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
@@ -76,6 +76,8 @@ def identify_experiment(experiment: Experiment) -> dict[str, dict[str, Any]]:
         evaluation["measures"] = identify_measures(evaluation["measures"])
     if "calibration" in quant:
         quant["calibration"]["text"] = identify_text(quant["calibration"]["text"])
+    if "train" in fields:
+        fields["train"]["text"] = identify_text(fields["train"]["text"])
     return fields
 
 

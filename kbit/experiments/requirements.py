@@ -112,7 +112,8 @@ def check_lengths(experiment: Experiment) -> None:
 
     Raises:
         ValueError: a calibration window, or what eval.speed generates, is longer than the model's context. Or a text is
-            shorter than one window, or than all windows that are drawn from it.
+            shorter than one window, than all windows that are drawn from it, or than a batch and a window that a
+            training holds back.
     """
     context = find_context(experiment.model.name)
     if experiment.eval.speed.measure:
@@ -125,12 +126,39 @@ def check_lengths(experiment: Experiment) -> None:
             )
         length = calibration.length or min(context or 1, MAX_WINDOW)
         _check_text(calibration.text, length, experiment.model, calibration.samples)
+    if experiment.train.steps:
+        _check_training(experiment, context)
     if experiment.eval.perplexity is not None and experiment.eval.perplexity_kind == "windows":
         _check_text(experiment.eval.perplexity, min(context or 1, MAX_WINDOW), experiment.model)
 
 
-def _check_text(name: str, window: int, model: ModelConfig, windows: int = 1) -> None:
-    """Raise ValueError if a local text has fewer tokens than so many windows."""
+def _check_training(experiment: Experiment, context: int | None) -> None:
+    """Raise ValueError if a training's windows are longer than the context, or its text is too short for a batch."""
+    train = experiment.train
+    if train.context is not None and context is not None and train.context > context:
+        raise ValueError(f"train.context={train.context} is beyond the model's context of {context} tokens")
+    length = train.context or min(context or 1, MAX_WINDOW)
+    _check_text(train.text, length, experiment.model, train.batch_size + 1, "train.text", "train.batch_size + 1")
+
+
+def _check_text(
+    name: str,
+    window: int,
+    model: ModelConfig,
+    windows: int = 1,
+    key: str = "quant.calibration.text",
+    asked: str = "quant.calibration.samples",
+) -> None:
+    """Raise ValueError if a local text has fewer tokens than so many windows.
+
+    Args:
+        name: the text.
+        window: tokens of a window.
+        model: the model, whose tokenizer counts.
+        windows: how many windows there must be.
+        key: the key that names the text.
+        asked: the key that asks for so many windows.
+    """
     if locate_text(name) is None:
         return
     documents, _ = read_documents(name)
@@ -141,10 +169,7 @@ def _check_text(name: str, window: int, model: ModelConfig, windows: int = 1) ->
         return
     if count < window:
         raise ValueError(f"text {name!r} has {count} tokens, less than one window of {window}")
-    raise ValueError(
-        f"quant.calibration.text={name!r} has {count // window} windows of {window} tokens, less than "
-        f"quant.calibration.samples={windows}"
-    )
+    raise ValueError(f"{key}={name!r} has {count // window} windows of {window} tokens, less than {asked}={windows}")
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,7 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.identity import check_unchanged, find_key, identify_parts
 from kbit.experiments.requirements import describe_packed
 from kbit.experiments.result import Result, SkippedTensor
+from kbit.experiments.training import TrainedModel, measure_training, trained_and_quantized
 from kbit.methods.config import QuantConfig
 from kbit.methods.llm_int8 import describe_products
 from kbit.methods.quantize_model import copy_weights, quantize_model, refuse_quantized, restore_weights
@@ -28,6 +30,7 @@ from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel
+from kbit.training.files import TrainingFiles
 
 
 class Session:
@@ -81,12 +84,13 @@ class Session:
         """Whether this session holds that model, as its files are now, and packed by that quantizer if any."""
         return model == self.config and packed_as == self._packed_as and identify_parts(model) == self._identity
 
-    def run(self, experiment: Experiment, key: str | None = None) -> Result:
-        """Let measures prepare, quantize, run the measures, restore the weights, and return the result.
+    def run(self, experiment: Experiment, key: str | None = None, files: TrainingFiles | None = None) -> Result:
+        """Let measures prepare, train and quantize, run the measures, restore the weights, and return the result.
 
         Args:
             experiment: what to run.
             key: the experiment's key as it was planned; None finds it now.
+            files: where a training is kept, to go on from. None keeps nothing.
 
         Raises:
             ValueError: experiment.model is another model, or a file is no longer what the experiment's key was computed
@@ -103,22 +107,36 @@ class Session:
         model, quant = self._loaded.model, experiment.quant
         if self._packed is not None and self._packed_as is None and not quant.is_baseline:
             raise ValueError(describe_packed(experiment.model.name))
-        original = {} if self._packed else copy_weights(model, plan_quantization(model, quant))
+        if self._packed is not None and experiment.train.steps:
+            raise ValueError(
+                f"model.name={experiment.model.name} is packed by kbit, and packed weights are not trained"
+            )
+        original = {} if self._packed else self._copy_what_changes(experiment)
         subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
-                return self._quantize_and_measure(experiment, key, subject)
+                return self._quantize_and_measure(experiment, key, subject, files)
         finally:
             if self._packed is None:
                 restore_weights(model, original)
 
-    def _quantize_and_measure(self, experiment: Experiment, key: str, subject: Subject) -> Result:
+    def _copy_what_changes(self, experiment: Experiment) -> dict[str, torch.Tensor]:
+        """Return copies of what is quantized. A training without adapters changes every parameter."""
+        model, train = self._loaded.model, experiment.train
+        changed = copy_weights(model, plan_quantization(model, experiment.quant))
+        if train.steps and not train.lora.rank:
+            changed = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
+        return changed
+
+    def _quantize_and_measure(
+        self, experiment: Experiment, key: str, subject: Subject, files: TrainingFiles | None
+    ) -> Result:
         for measure in MEASURES:
             measure.prepare(subject)
         start = time.perf_counter()
-        report = self._packed or quantize_model(subject.model, experiment.quant, self._loaded.tokenizer)
-        quantized = time.perf_counter()
-        result = self._measure(experiment, subject, report)
+        with self._quantized(experiment, key, files) as (report, trained):
+            quantized = time.perf_counter()
+            result = self._measure(experiment, subject, report, trained)
         return dataclasses.replace(
             result,
             key=key,
@@ -126,6 +144,17 @@ class Session:
             seconds_evaluate=time.perf_counter() - quantized,
             peak_memory_bytes=provenance.peak_memory_bytes(self.device),
         )
+
+    @contextlib.contextmanager
+    def _quantized(
+        self, experiment: Experiment, key: str, files: TrainingFiles | None
+    ) -> Iterator[tuple[QuantizationReport, TrainedModel | None]]:
+        """Train the model, if the experiment asks for it, and quantize it."""
+        if experiment.train.steps:
+            with trained_and_quantized(experiment, key, self._loaded, self._memory, files) as done:
+                yield done.report, done
+        else:
+            yield self._packed or quantize_model(self._loaded.model, experiment.quant, self._loaded.tokenizer), None
 
     def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)
@@ -139,14 +168,20 @@ class Session:
             quantized,
             self._memory,
             self._lasting,
-            sees_original=self._packed is None,
+            sees_original=self._packed is None and not experiment.train.is_from_scratch,
             load_seconds=self._load_seconds,
         )
 
-    def _measure(self, experiment: Experiment, subject: Subject, report: QuantizationReport) -> Result:
+    def _measure(
+        self, experiment: Experiment, subject: Subject, report: QuantizationReport, done: TrainedModel | None
+    ) -> Result:
+        """Run the measures. A diverged training is measured by nothing but its own numbers."""
         weights_hash = hash_values(subject.model)
         subject = dataclasses.replace(subject, counted_bits=report.total_bits)
-        measured = [measure.run(subject) for measure in MEASURES]
+        has_diverged = done is not None and done.trained.diverged
+        measured = [] if has_diverged else [measure.run(subject) for measure in MEASURES]
+        if done is not None:
+            measured.append(measure_training(subject.model, done, self._scorer.budget))
         if hash_values(subject.model) != weights_hash:  # lm-eval can tie weights behind one's back
             raise RuntimeError("the weights changed during the evaluation: its numbers belong to no quantizer")
         if not any(done.measurements for done in measured):

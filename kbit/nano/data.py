@@ -1,4 +1,4 @@
-"""The training text of the nano models: from a folder of plain texts to one stream of tokens.
+"""The training text of the nano models, from a folder of plain texts, and their tokenizer.
 
 Nothing is fetched. The folder holds the files that SOURCES names. Four books are held out: they are the embedded text
 `nano_held_out`, and the nano tasks are made from them. All families share the tokenizer and the split, so that their
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import torch
-from jaxtyping import Int64
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kbit.data.texts import read_documents
@@ -24,11 +22,6 @@ SOURCES: Final = (
 )  # a file is a book, or has a story a line
 VOCABULARY: Final = 1024
 END_OF_TEXT: Final = "<|endoftext|>"  # id 0: begins every document
-
-MAX_STEPS: Final = 1_000_000  # steps of one training, so that no other seed's batches have the same seeds
-MAX_SEED: Final = 2**32 // MAX_STEPS - 1  # torch's CPU generator reads the lower 32 bits of a seed
-
-Tokens = Int64[torch.Tensor, " tokens"]
 
 
 def read_training_documents(folder: str | Path) -> list[str]:
@@ -62,23 +55,3 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int = VOCABULARY) -> T
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
-
-
-def tokenize_stream(documents: Iterable[str], tokenizer: Any) -> Tokens:
-    """Return all documents as one stream, each preceded by one end-of-text token."""
-    ids: list[int] = []
-    for document in documents:
-        ids += [tokenizer.eos_token_id, *tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]]
-    return torch.tensor(ids)
-
-
-def draw_batch(
-    stream: Tokens, step: int, *, seed: int, batch_size: int, context: int
-) -> Int64[torch.Tensor, "batch context"]:
-    """Return `batch_size` windows of `context` consecutive tokens at random places.
-
-    The places depend on seed and step alone, so that a resumed training draws what an undisturbed one would.
-    """
-    generator = torch.Generator().manual_seed(seed * MAX_STEPS + step)
-    starts = torch.randint(len(stream) - context + 1, (batch_size, 1), generator=generator)
-    return stream[starts + torch.arange(context)]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-import pickle
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,9 +26,7 @@ from typing import Any, Final
 
 import hydra
 import torch
-import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
-from jaxtyping import Int64
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from tqdm import tqdm
@@ -39,15 +36,18 @@ from kbit.checks import KbitError, check_choice
 from kbit.cli.hydra.explain import explained
 from kbit.models.catalog import locate_model
 from kbit.nano.architectures import CONTEXT, FAMILIES, SIZES, build_model
-from kbit.nano.data import MAX_SEED, MAX_STEPS, Tokens, draw_batch, read_training_documents, tokenize_stream
+from kbit.nano.data import read_training_documents
 from kbit.nano.export import Training, export_model
 from kbit.silence import silence_libraries
+from kbit.training import loop
+from kbit.training.batches import Tokens, tokenize_stream
+from kbit.training.checkpoint import read_checkpoint, write_checkpoint
+from kbit.training.config import MAX_SEED, MAX_STEPS
+from kbit.training.loop import schedule_lr, take_steps
+from kbit.training.optimizers import group_parameters
 
 BETAS: Final = (0.9, 0.95)
 WEIGHT_DECAY: Final = 0.1
-MAX_GRADIENT_NORM: Final = 1.0
-WARM_UP: Final = 0.05  # of the steps
-LAST_LR: Final = 0.1  # of the peak
 LOG_EVERY: Final = 10  # steps that one row of the CSV averages
 
 
@@ -117,56 +117,25 @@ class TrainConfig:
 
 
 @dataclass
-class State:
+class State(loop.State):
     """A training in progress.
 
     Attributes:
-        model: in training mode, float32.
-        optimizer: AdamW over its parameters.
-        step: number of steps done.
         losses: rows of the CSV: (step, mean loss of the steps since the last row in nats a token).
         recent: losses of the steps since the last row.
         cpu_seconds: CPU time spent so far, which does not count pauses as wall time would.
     """
 
-    model: Any
-    optimizer: torch.optim.Optimizer
-    step: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
 
-def schedule_lr(step: int, steps: int, peak: float) -> float:
-    """Return the learning rate of a step (0, 1, ..., steps - 1): linear warm-up, then cosine to LAST_LR of the peak."""
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - 1 - warm_up)
-    return peak * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def make_state(config: TrainConfig) -> State:
     """Return the state before the first step."""
     model = build_model(config.family, config.size, config.seed)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    groups = group_parameters(model, WEIGHT_DECAY)
     return State(model, torch.optim.AdamW(groups, lr=config.peak_lr, betas=BETAS, fused=True))
-
-
-def take_step(state: State, batch: Int64[torch.Tensor, "batch context"], lr: float) -> float:
-    """Make one optimizer step and return the loss before it, in nats a token."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = state.model(batch[:, :-1], use_cache=False).logits
-    loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-    loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), MAX_GRADIENT_NORM)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return loss.item()
 
 
 def train(config: TrainConfig, stream: Tokens, *, stop_at: int | None = None) -> State:
@@ -179,17 +148,17 @@ def train(config: TrainConfig, stream: Tokens, *, stop_at: int | None = None) ->
     Path(config.out).mkdir(parents=True, exist_ok=True)
     state = make_state(config)
     restore_checkpoint(config, state)
-    steps = range(state.step, min(config.steps, stop_at or config.steps))
+    recipe = loop.Recipe(config.steps, config.peak_lr, config.batch_size, CONTEXT, config.seed)
+    until = min(config.steps, stop_at or config.steps)
+    steps = take_steps(state, stream, recipe, until=until)
     began = time.process_time()
-    for step in tqdm(steps, config.name, initial=state.step, total=config.steps, mininterval=5):
-        batch = draw_batch(stream, step, seed=config.seed, batch_size=config.batch_size, context=CONTEXT)
-        loss = take_step(state, batch, schedule_lr(step, config.steps, config.peak_lr))
+    for loss in tqdm(steps, config.name, initial=state.step, total=config.steps, mininterval=5):
         if not math.isfinite(loss):
             raise ValueError(
-                f"{config.name}: the loss of step {step} is {loss}; try a lower lr than {config.peak_lr:g}"
+                f"{config.name}: the loss of step {state.step - 1} is {loss}; try a lower lr than {config.peak_lr:g}"
             )
         _log_loss(state, loss)
-        if state.step % config.checkpoint_every == 0 or step == steps[-1]:
+        if state.step % config.checkpoint_every == 0 or state.step == until:
             state.cpu_seconds += time.process_time() - began
             began = time.process_time()
             save_checkpoint(config, state)
@@ -198,11 +167,9 @@ def train(config: TrainConfig, stream: Tokens, *, stop_at: int | None = None) ->
 
 def save_checkpoint(config: TrainConfig, state: State) -> None:
     """Write the state, and the losses as CSV, so that an interruption at any moment leaves a whole checkpoint."""
-    path = _checkpoint_path(config)
     content = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    content |= {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict(), "config": config.content}
-    torch.save(content, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    content |= {"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}
+    write_checkpoint(_checkpoint_path(config), content, config.content)
     with (Path(config.out) / f"{config.name}.csv").open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["step", "tokens", "lr", "loss"])
@@ -217,20 +184,9 @@ def restore_checkpoint(config: TrainConfig, state: State) -> None:
     Raises:
         ValueError: the checkpoint is damaged, or belongs to another configuration.
     """
-    path = _checkpoint_path(config)
-    if not path.exists():
+    saved = read_checkpoint(_checkpoint_path(config), config.content)
+    if saved is None:
         return
-    try:
-        saved = torch.load(path, weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-    ) as error:  # of a file that was cut
-        raise ValueError(f"{path} is damaged ({error}): remove it to train from the start") from error
-    if saved["config"] != config.content:
-        raise ValueError(f"{path} is the checkpoint of {saved['config']}, not of {config.content}: remove one of them")
     state.model.load_state_dict(saved["model"])
     state.optimizer.load_state_dict(saved["optimizer"])
     for name in ("step", "losses", "recent", "cpu_seconds"):
@@ -242,7 +198,6 @@ def _checkpoint_path(config: TrainConfig) -> Path:
 
 
 def _log_loss(state: State, loss: float) -> None:
-    state.step += 1
     state.recent.append(loss)
     if state.step % LOG_EVERY == 0:
         state.losses.append((state.step, sum(state.recent) / len(state.recent)))

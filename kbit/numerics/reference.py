@@ -1,6 +1,6 @@
 """The quantizer in plain NumPy: the slow truth that every kernel is tested against, bit for bit.
 
-The functions have the names and arguments of kbit.kernels.cpu. Values and all arithmetic are float32 here.
+The functions have the names and arguments of kbit.kernels.cpu and cpu_states. Values and all arithmetic are float32 here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8, UInt64
 from numpy.typing import NDArray
 
+from kbit.kernels import cpu_states
+from kbit.kernels.cpu_states import EXACT_BITS, NO_STATE, NOT_RANDOM, Rule, State
 from kbit.numerics.codebooks import Codebook
 
 Values = Float32[np.ndarray, " n"]
@@ -91,6 +93,48 @@ def unpack(packed: UInt8[np.ndarray, " bytes"], bits: int, n: int) -> Codes:
     """Return the n codes that pack wrote."""
     stream = np.unpackbits(packed)[: n * bits].reshape(n, bits)
     return np.packbits(np.pad(stream, ((0, 0), (8 - bits, 0))), axis=1)[:, 0]
+
+
+def take_step(p: Values, g: Values, momentum: State, variance: State, rule: Rule) -> None:
+    """Change the parameters p and their states by an optimizer's step with the gradient g: see Rule for the formulas.
+
+    A state is decoded, computed and encoded again. The scale of a block is its new largest magnitude.
+    """
+    m, v = _decode_state(momentum, p.size), _decode_state(variance, p.size)
+    if rule.penalty != 0:
+        g = g + rule.penalty * p
+    match rule.kind:
+        case cpu_states.ADAM:
+            m = rule.beta1 * m + rule.rest1 * g
+            v = rule.beta2 * v + rule.rest2 * (g * g)
+            move = m / (np.sqrt(v) * rule.root + rule.eps)
+        case cpu_states.SGD:
+            m = rule.beta1 * m + rule.rest1 * g
+            move = g + rule.beta1 * m if rule.nesterov else m
+        case _:
+            move = np.sign(rule.beta1 * m + rule.rest1 * g)
+            m = rule.beta2 * m + rule.rest2 * g
+    p[:] = p * rule.decay - rule.rate * move
+    _encode_state(momentum, m)
+    _encode_state(variance, v)
+
+
+def _decode_state(state: State, n: int) -> Values:
+    if state.bits in (EXACT_BITS, NO_STATE):
+        return state.values.copy() if state.bits == EXACT_BITS else np.zeros(n, np.float32)
+    scales = np.repeat(state.scales, state.block_size)[:n]
+    return np.asarray(state.codebook[unpack(state.codes, state.bits, n)] * scales, np.float32)
+
+
+def _encode_state(state: State, values: Values) -> None:
+    if state.bits == EXACT_BITS:
+        state.values[:] = values
+    elif state.bits != NO_STATE:
+        blocks = (values.size, state.block_size)
+        state.scales[:] = [np.abs(values[block]).max() for block in iterate_blocks(values.size, *blocks)]
+        seed = None if state.seed == NOT_RANDOM else state.seed
+        tables = (np.zeros_like(state.scales), state.codebook[: state.levels], state.thresholds)
+        state.codes[:] = pack(quantize(values, state.scales, *tables, *blocks, seed), state.bits)
 
 
 def iterate_blocks(n: int, row: int, block_size: int) -> Iterator[slice]:

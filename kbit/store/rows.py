@@ -18,13 +18,17 @@ import pyarrow.compute as pc
 
 from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig
-from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.experiments.serialize import write_json
+from kbit.methods.config import QuantConfig
+from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.selection.rules import Rule, write_rules
 from kbit.models.catalog import STUDIED, name_run
 from kbit.models.config import ModelConfig
 from kbit.numerics.spec import write_table
 
 if TYPE_CHECKING:
     from kbit.evaluation.measurement import TaskRecord
+    from kbit.experiments.config import Experiment
     from kbit.experiments.result import Result
 
 _SHA256: Final = 64  # hexadecimal digits
@@ -39,7 +43,8 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "scale_format": pa.string(), "rounding": pa.string(), "seed": pa.int64(), "method": pa.string(),
     "method_options": pa.string(), "outlier_fraction": pa.float64(), "outlier_selection": pa.string(),
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
-    "include": pa.string(), "exclude": pa.string(),
+    "include": pa.string(), "exclude": pa.string(), "rules": pa.string(),
+    "training": pa.string(), "train_seed": pa.int64(), "train_fields": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
     "checkpoint": pa.string(),
 }  # fmt: skip
@@ -51,7 +56,7 @@ _RESULT_COLUMNS: Final = (
 
 # The columns of a quantizer, and of its method, that can be missing.
 SETTING_COLUMNS: Final = tuple(
-    name for name in EXPERIMENT_COLUMNS if name not in (*_RESULT_COLUMNS, "model", "dtype", "bits")
+    name for name in EXPERIMENT_COLUMNS if name not in (*_RESULT_COLUMNS, "model", "dtype", "bits", "train_fields")
 )
 
 MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
@@ -59,10 +64,12 @@ MEASUREMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "value": pa.float64(), "low": pa.float64(), "high": pa.float64(), "n": pa.int64(),
 }  # fmt: skip
 
+_LAST: Final = ("bits_per_param", "total_bits", "weight_rmse", "checkpoint", "train_fields")
+
 COLUMNS: Final = (
-    *(name for name in EXPERIMENT_COLUMNS if name not in ("bits_per_param", "total_bits", "weight_rmse", "checkpoint")),
+    *(name for name in EXPERIMENT_COLUMNS if name not in _LAST),
     "evaluation", "bits_per_param", "total_bits", "weight_rmse",
-    *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"), "checkpoint",
+    *(name for name in MEASUREMENT_COLUMNS if name != "evaluation"), "checkpoint", "train_fields",
 )  # fmt: skip
 
 ROW_SCHEMA: Final = pa.schema(
@@ -70,7 +77,7 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
-ROWS_VERSION: Final = {b"kbit.rows": b"3"}
+ROWS_VERSION: Final = {b"kbit.rows": b"4"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
@@ -90,11 +97,13 @@ def make_row(result: Result) -> dict[str, Any]:
     row = {name: getattr(result, name) for name in _RESULT_COLUMNS}
     row |= {"model": name_model(model), "dtype": model.dtype, "bits": quant.bits}
     row |= {"family": _find_family(result), "checkpoint": result.checkpoint_quantization or None}
+    row |= _describe_training(result.experiment)
     spec = quant.spec.canonical()
     if not spec.is_baseline:
         row |= {name: value for name, value in dataclasses.asdict(spec).items() if name in EXPERIMENT_COLUMNS}
         row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
+        row |= {"rules": write_rules(map(Rule, quant.rules)) or None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
     content = _describe_contents(result)
@@ -103,6 +112,18 @@ def make_row(result: Result) -> dict[str, Any]:
         for measurement in result.measurements
     ]
     return row
+
+
+def _describe_training(experiment: Experiment) -> dict[str, Any]:
+    """Return a training in words without its seed, which several trainings of one kind differ in, and as JSON.
+
+    The JSON has the fields that are not at their default (TrainConfig.identity_fields).
+    """
+    train = experiment.train
+    if not train.steps:
+        return {}
+    words = dataclasses.replace(train, seed=0).label()
+    return {"training": words, "train_seed": train.seed, "train_fields": write_json(train.identity_fields)}
 
 
 def name_model(model: ModelConfig) -> str:
@@ -151,6 +172,8 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
         content: hashes of each task's and group's data, see _describe_contents.
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
+    if task == "training" or task.startswith("training/"):
+        return f"{dtype}, {result.experiment.train.text}"
     items = f"{dtype}, {evaluation.limit or 'all'} items{_describe_prompting(evaluation)}"
     if task in content or task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))

@@ -4,6 +4,8 @@ results/experiments/<key>.json    a finished experiment: a Result
 results/compacted/<id>.parquet    many finished experiments: their records, and their rows for tables
 results/failures/<key>.json       a failed experiment: a Failure, with reason and traceback, never a number
 results/logs/<key>.log            what an experiment printed
+results/training/<key>.checkpoint a training that is not done. It is removed once there is a result
+results/adapters/<key>/           LoRA adapters that were trained
 results/deleted/<key>.json        a deleted experiment, behind a URL only: whatever else holds it is no result
 
 Every file is written whole or not at all. A result moves from experiments/ to compacted/ and never back: first the
@@ -40,6 +42,7 @@ from kbit.store.results import (
     without_keys,
 )
 from kbit.store.rows import PART_SCHEMA, drop_repeated
+from kbit.training.files import TrainingFiles
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
 _FOLDERS: Final = ("experiments", "failures", "compacted")
@@ -88,6 +91,17 @@ class Store:
     def log_path(self, key: str) -> Path | None:
         """Return where the output of an experiment goes. A store behind a URL keeps none."""
         return None if is_url(self.root) else self.path / "logs" / f"{key}.log"
+
+    def training_files(self, key: str) -> TrainingFiles | None:
+        """Return where an experiment's training is kept. A store behind a URL keeps none."""
+        if is_url(self.root):
+            return None
+        return TrainingFiles(self.path / "training" / f"{key}.checkpoint", self.path / "adapters" / key)
+
+    def forget_training(self, key: str) -> None:
+        """Remove the checkpoint of a training of which there is a result."""
+        if (files := self.training_files(key)) is not None:
+            files.checkpoint.unlink(missing_ok=True)
 
     def write(self, result: Result) -> None:
         """Write a result, and forget an earlier failure of the same experiment."""

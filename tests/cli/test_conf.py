@@ -20,6 +20,7 @@ from kbit.numerics.quantizer import fake_quantize
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted(path.relative_to(ROOT / "sweeps").with_suffix("") for path in (ROOT / "sweeps").rglob("*.yaml"))
 QUANTS = sorted(path.stem for path in (ROOT / "conf" / "quant").glob("*.yaml"))
+TRAININGS = sorted(path.stem for path in (ROOT / "conf" / "train").glob("*.yaml"))
 EVALS = sorted(path.stem for path in (ROOT / "conf" / "eval").glob("*.yaml"))
 SWEEPERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "sweeper").glob("*.yaml"))
 LAUNCHERS = sorted(path.stem for path in (ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
@@ -28,6 +29,8 @@ TESTED = {"run", *(f"eval/{n}" for n in EVALS), *(f"hydra/launcher/{n}" for n in
     *(f"hydra/help/{n}" for n in HELPS),
     *(f"hydra/sweeper/{n}" for n in SWEEPERS),
     *(f"quant/{n}" for n in QUANTS),
+    *(f"train/{n}" for n in TRAININGS),
+    "quant/train/weights",
 }
 
 
@@ -68,9 +71,10 @@ def test_run_yaml_names_every_key() -> None:
     written = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "run.yaml"))
     assert isinstance(written, dict)
     written["quant"] = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "quant" / "default.yaml"))
+    written["train"] = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "train" / "none.yaml"))
     named = {key for key in written if key not in {"defaults", "hydra"}} | {"eval"}
     assert named == {field.name for field in dataclasses.fields(RunConfig)}
-    for section in ("model", "quant", "ray", "study"):
+    for section in ("model", "quant", "train", "ray", "study"):
         assert set(written[section]) == {f.name for f in dataclasses.fields(getattr(RunConfig(), section))}
 
 
@@ -83,6 +87,12 @@ def test_every_preset_quantizes_as_its_file_says(name: str) -> None:
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
     error = (fake_quantize(x, config.quant.spec) - x).pow(2).mean().sqrt().item()
     assert error < 0.5 * 2.0 ** (3 - config.quant.bits)  # each further bit halves the error of 3-bit, at worst 0.5
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_training_composes(name: str) -> None:
+    train = to_run_config(compose_config(f"train={name}")).train
+    assert bool(train.steps) == (name != "none")
 
 
 @pytest.mark.parametrize("name", EVALS)

@@ -10,7 +10,10 @@ import hypothesis
 import pytest
 from import_graph import find_modules, read_imports
 
-CONFIGURATIONS = ("kbit.experiments.config", "kbit.methods.config", "kbit.evaluation.config", "kbit.models.config")
+CONFIGURATIONS = (
+    *("kbit.experiments.config", "kbit.methods.config", "kbit.evaluation.config", "kbit.models.config"),
+    "kbit.training.config",
+)
 READERS = ("kbit.data", "kbit.models.catalog", "kbit.store")  # modules of kbit that read files
 ALLOWED = {"kbit.data.presets"}  # installed files, and only when a name is asked for
 LIBRARIES = {"pathlib", "os", "io", "shutil", "glob", "importlib", "hashlib", "huggingface_hub", "datasets", "torch"}

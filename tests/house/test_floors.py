@@ -18,7 +18,7 @@ FLOORS = [
     {"experiments"},
     {"checkpoints", "lmeval"},
     {"methods", "evaluation", "training"},
-    {"layers"},
+    {"layers", "optim"},
     {"numerics", "models"},
     {"data", "kernels", "checks", "silence"},
 ]

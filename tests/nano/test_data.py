@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit.models.catalog import EMBEDDED
-from kbit.nano.data import draw_batch, read_training_documents, tokenize_stream, train_tokenizer
+from kbit.nano.data import read_training_documents, train_tokenizer
+from kbit.training.batches import draw_batch, tokenize_stream
 
 SHARED_TEXT = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "train"
 STORIES = [

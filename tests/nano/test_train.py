@@ -14,8 +14,10 @@ import torch
 from kbit.data.texts import read_documents
 from kbit.nano import train as training
 from kbit.nano.architectures import FAMILIES, SIZES, build_model
-from kbit.nano.data import Tokens, tokenize_stream
-from kbit.nano.train import TrainConfig, make_state, run_training, schedule_lr, take_step, train
+from kbit.nano.train import TrainConfig, make_state, run_training, train
+from kbit.training import loop
+from kbit.training.batches import Tokens, tokenize_stream
+from kbit.training.loop import schedule_lr, take_step
 
 BATCH = 2 * 256  # tokens in a step of these tests
 
@@ -84,7 +86,7 @@ def test_a_crash_goes_on_at_the_last_checkpoint(
     undisturbed = train(make_config(tmp_path / "1"), stream)
     calls: list[int] = []
 
-    def crash_at_step_5(state: training.State, *arguments: Any) -> float:
+    def crash_at_step_5(state: loop.State, *arguments: Any) -> float:
         calls.append(state.step)
         if state.step == 5:
             raise KeyboardInterrupt
@@ -92,7 +94,7 @@ def test_a_crash_goes_on_at_the_last_checkpoint(
 
     config = make_config(tmp_path / "2")
     with monkeypatch.context() as patch:
-        patch.setattr(training, "take_step", crash_at_step_5)
+        patch.setattr(loop, "take_step", crash_at_step_5)
         with pytest.raises(KeyboardInterrupt):
             train(config, stream)
     assert calls == [0, 1, 2, 3, 4, 5]
@@ -110,7 +112,11 @@ def test_a_checkpoint_of_another_training_is_refused(stream: Tokens, tmp_path: P
 
 
 def test_a_loss_that_is_not_finite_stops(stream: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "take_step", lambda *_: float("nan"))
+    def lose(state: loop.State, *_: Any) -> float:
+        state.step += 1
+        return float("nan")
+
+    monkeypatch.setattr(loop, "take_step", lose)
     with pytest.raises(ValueError, match=r"step 0 is nan.*lower lr than 0\.004"):
         train(make_config(tmp_path), stream)
 

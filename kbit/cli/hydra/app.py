@@ -21,6 +21,7 @@ from kbit.cli.hydra.compose import Request, build_config, read_values
 from kbit.cli.hydra.explain import REFUSALS, explained, list_files
 from kbit.cli.hydra.options import write_help
 from kbit.cli.hydra.private import forget_basic_launcher, make_writable
+from kbit.data.presets import list_presets
 from kbit.experiments.config import RunConfig, StudyConfig
 
 
@@ -98,7 +99,8 @@ def register_schema() -> None:
     forget_basic_launcher()
     OmegaConf.register_new_resolver("kbit.studies", lambda: ", ".join(list_files("sweeps")), replace=True)
     OmegaConf.register_new_resolver("kbit.keys", _describe_keys, replace=True)
-    OmegaConf.register_new_resolver("kbit.presets", lambda: ", ".join(list_files("conf/quant")), replace=True)
+    OmegaConf.register_new_resolver("kbit.presets", lambda: ", ".join(list_presets()), replace=True)
+    OmegaConf.register_new_resolver("kbit.trainings", lambda: ", ".join(list_files("conf/train")), replace=True)
 
 
 def _describe_keys(*, _root_: DictConfig) -> str:

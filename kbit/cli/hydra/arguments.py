@@ -16,7 +16,7 @@ from kbit.cli.hydra.explain import find_node, find_unknown_key, list_files
 from kbit.data.presets import list_presets
 from kbit.models.catalog import STUDIED
 
-_GROUPS: Final = ("quant", "eval", "hydra/launcher", "hydra/sweeper", "hydra/help")
+_GROUPS: Final = ("quant", "eval", "train", "hydra/launcher", "hydra/sweeper", "hydra/help")
 _NAME: Final = r"[A-Za-z_./][\w./-]*"
 _NAMES: Final = re.compile(
     rf"(glob|choice|sort|shuffle|tag)\(.*\)|{_NAME}(\s*,\s*{_NAME})*|\[{_NAME}(\s*,\s*{_NAME})*\]"

@@ -23,6 +23,7 @@ from kbit.data.task_files import find_local_tasks
 from kbit.experiments.config import RunConfig
 from kbit.methods.config import METHODS
 from kbit.numerics.data_types import DATA_TYPES
+from kbit.numerics.spec import QuantSpec
 
 _WRITING: Final = "values are written a,b or [a,b], special characters in quotes"
 STUDY_HINT: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
@@ -64,7 +65,8 @@ def _list_keys(schema: Any, within: str = "") -> Iterator[str]:
     """Yield the dotted name of every key of a configuration that takes a value."""
     for part, node in typing.get_type_hints(schema).items():
         if dataclasses.is_dataclass(node):
-            yield from _list_keys(node, f"{within}{part}.")
+            if node is not QuantSpec:  # a role of a training has the keys that quant has
+                yield from _list_keys(node, f"{within}{part}.")
         else:
             yield within + part
 
@@ -196,7 +198,7 @@ def check_grid(grid: Any) -> None:
         if value in ([], ""):
             raise ValueError(f"study.grids: {key} has no values")
         group = str(key).removeprefix("/").partition("@")[0]
-        if group not in ("quant", "eval") and (hint := find_unknown_key(str(key))):
+        if group not in ("quant", "eval", "train") and (hint := find_unknown_key(str(key))):
             raise ValueError(f"study.grids: {hint}")
 
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from kbit.checks import KbitError
 from kbit.experiments.config import RunConfig
+from kbit.numerics.spec import QuantSpec
 
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _ENTRY: Final = re.compile(r"(\w+): (.*)")
@@ -77,9 +78,17 @@ def list_sections(schema: Any = RunConfig, name: str = "") -> Iterator[Section]:
     names = [field.name for field in dataclasses.fields(schema)]
     inner = [part for part in names if dataclasses.is_dataclass(kinds[part])]
     keys = tuple(Key(prefix + n, describe_kind(kinds[n]), meanings[n]) for n in names if n not in inner)
-    yield Section(name, inspect.cleandoc(schema.__doc__).splitlines()[0].rstrip("."), keys)
+    roles = tuple(_describe_role(prefix + part, meanings[part]) for part in inner if kinds[part] is QuantSpec)
+    yield Section(name, inspect.cleandoc(schema.__doc__).splitlines()[0].rstrip("."), keys + roles)
     for part in inner:
-        yield from list_sections(kinds[part], prefix + part)
+        if kinds[part] is not QuantSpec:
+            yield from list_sections(kinds[part], prefix + part)
+
+
+def _describe_role(name: str, meaning: str) -> Key:
+    """Return the key that stands for all keys of a quantizer that is one of several."""
+    rest = f"16 bits are none. {name}.data_type and so on are as in quant, and quant@{name}=NAME takes a named one."
+    return Key(f"{name}.bits", describe_kind(int), f"{meaning} {rest}")
 
 
 def describe_kind(kind: Any) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from kbit.cli.hydra.options import describe_kind, list_sections, write_help, write_page, write_value
 from kbit.experiments.config import RunConfig
+from kbit.training.config import ROLES
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,7 +21,9 @@ DEFAULTS = dataclasses.asdict(RunConfig())
 def list_leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """The dotted name of every value of nested dicts."""
     for name, value in values.items():
-        if isinstance(value, dict):
+        if prefix == "train." and name in ROLES:
+            yield f"{prefix}{name}.bits"  # which stands for the role's other keys, those of quant
+        elif isinstance(value, dict):
             yield from list_leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name

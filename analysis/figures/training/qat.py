@@ -1,0 +1,206 @@
+"""Quantization-aware training against rounding alone, at equal total bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
+from kbit.analysis.curves.settings import complete_settings, make_labels
+from kbit.analysis.curves.trainings import CONTROL, PTQ, QAT, describe_seeds, name_way, read_fields
+from kbit.analysis.curves.units import format_bits
+from kbit.analysis.figures.canvas.axes import set_log_axis
+from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
+from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
+from kbit.analysis.statistics.frontier import weigh_curve
+from kbit.numerics.spec import BASELINE_BITS
+
+CLAIM: Final = (
+    "Does training for few bits move the optimal precision? At the bits where rounding prefers more bits of fewer "
+    "parameters, quantization-aware training may not."
+)
+WAYS: Final = (PTQ, QAT, CONTROL)
+COLUMNS: Final = ["family", "model", "way", "label", "bits", "seed", "total_bits", "value", "key"]
+
+
+class Lead(NamedTuple):
+    """How much better one precision is than the next lower one, at a budget.
+
+    Attributes:
+        family: the models' family.
+        lower, upper: the two precisions.
+        budget: total bits of the family's largest model at the lower one.
+        rounded: nats by which the upper precision is better after rounding alone.
+        trained: the same after training for it, for each seed.
+    """
+
+    family: str
+    lower: int
+    upper: int
+    budget: float
+    rounded: float
+    trained: pd.Series[float]
+
+
+def draw_qat(results: pd.DataFrame, page: Page) -> PaperFigure:
+    """Draw cross entropy against total bits, a panel for each way to the rounded weights, a line for each precision.
+
+    Raises:
+        MissingResults: no model was both rounded and trained for it, with one quantizer.
+    """
+    data = tabulate_qat(results)
+    if data.empty:
+        needs = "models that were rounded, and trained for the same quantizer (train=qat)"
+        raise MissingResults(describe_lack("qat", needs, ("nano/qat",)))
+    panels = [(family, way) for family in data["family"].unique() for way in WAYS if _has(data, family, way)]
+    styles = style_precisions(sorted(data["bits"].unique()))
+    sheet = make_sheet(page, len(panels), (3.2, 3.4), 3, styles)
+    for axes, (family, way) in zip(sheet.add_axes(len(panels)), panels, strict=True):
+        rows = data[(data["family"] == family) & (data["way"] == way)]
+        draw_way(axes, rows, styles)
+        set_log_axis(axes, data["total_bits"], format_bits)
+        low, high = data["value"].min(), data["value"].max()
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        sheet.write_title(axes, f"{family}: {way}")
+    sheet.label("total model bits", "cross entropy (nats per token)")
+    draw_legend(sheet.fig.body, styles, page)
+    return PaperFigure("qat", sheet.fig, data, CLAIM, judge_qat(data), describe_qat(data))
+
+
+def _has(data: pd.DataFrame, family: str, way: str) -> bool:
+    return bool(((data["family"] == family) & (data["way"] == way)).any())
+
+
+def draw_way(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> None:
+    """Draw a line through the means of each precision's models, bars over seeds, and a dot for each seed."""
+    for bits, line in rows.groupby("bits"):
+        style = styles[f"{bits}-bit"]
+        axes.plot(line["total_bits"], line["value"], ".", color=style.color, markersize=3, alpha=0.6)
+        models = line.groupby("total_bits")["value"]
+        means = pd.DataFrame([describe_seeds(values) for _, values in models], columns=["mean", "low", "high"])
+        error = np.nan_to_num([means["mean"] - means["low"], means["high"] - means["mean"]])
+        axes.errorbar(
+            sorted(models.groups), means["mean"], yerr=error, color=style.color, marker=style.marker, capsize=2,
+            linestyle=style.dashes, markersize=scale_marker(style),
+        )  # fmt: skip
+
+
+def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
+    """Return COLUMNS, a row for each experiment of a model and a quantizer that were both rounded and trained for.
+
+    The 16-bit rows are the checkpoint in PTQ, and the trained control otherwise.
+    """
+    measure = find_cross_entropy(results)
+    if measure is None or "train_fields" not in results:
+        return pd.DataFrame()
+    rows = pick_rows(results, measure.metric, measure.task)
+    fields = [read_fields(cell) for cell in rows["train_fields"]]
+    rows = rows.assign(way=[name_way(own) for own in fields], seed=[own.get("seed", 0) for own in fields])
+    rows = rows[rows["way"].notna()]
+    quantized = rows[rows["bits"] != BASELINE_BITS]
+    quantized = quantized.assign(label=make_labels(complete_settings(quantized.assign(training=None))))
+    aware = quantized[quantized["way"] == QAT]
+    if aware.empty:
+        return pd.DataFrame()
+    label = aware["label"].value_counts().sort_index().idxmax()
+    block = aware.loc[aware["label"] == label, "block_size"].value_counts().sort_index().idxmax()
+    quantized = quantized[(quantized["label"] == label) & (quantized["block_size"] == block)]
+    quantized = quantized[quantized["model"].isin(aware["model"])]
+    base = rows[(rows["bits"] == BASELINE_BITS) & rows["model"].isin(aware["model"])].assign(label=None)
+    trained_base = base[base["way"] == CONTROL].assign(way=QAT)
+    table = pd.concat([quantized, base, trained_base], ignore_index=True)
+    table = table[~table.duplicated(["model", "way", "bits", "seed"])]
+    return table.sort_values(["family", "way", "bits", "total_bits", "seed"], ignore_index=True)[COLUMNS]
+
+
+def list_leads(data: pd.DataFrame) -> Iterator[Lead]:
+    """Yield the lead of each precision over the next lower one, at the bits of each family's largest model."""
+    for family, rows in data[data["bits"] != BASELINE_BITS].groupby("family"):
+        rounded, trained = rows[rows["way"] == PTQ], rows[rows["way"] == QAT]
+        for lower, upper in pairwise(sorted(set(trained["bits"]) & set(rounded["bits"]))):
+            budget = float(trained.loc[trained["bits"] == lower, "total_bits"].max())
+            before = subtract(rounded, lower, upper, budget)
+            after = pd.Series({seed: subtract(own, lower, upper, budget) for seed, own in trained.groupby("seed")})
+            if np.isfinite(before) and after.notna().any():
+                yield Lead(str(family), int(lower), int(upper), budget, before, after.dropna())
+
+
+def subtract(rows: pd.DataFrame, lower: int, upper: int, budget: float) -> float:
+    """Return the loss at the lower precision minus that at the upper one, both at a budget. NaN beyond the models."""
+    losses = []
+    for bits in (lower, upper):
+        curve = rows[rows["bits"] == bits].sort_values("total_bits")
+        if curve.empty:
+            return float("nan")
+        weights = weigh_curve(curve["total_bits"].to_numpy(dtype=np.float64), np.array([budget]))
+        losses.append(float((weights @ curve["value"].to_numpy(dtype=np.float64))[0]))
+    return losses[0] - losses[1]
+
+
+def judge_qat(data: pd.DataFrame) -> str:
+    """Say how the lead of each precision over the next lower one changes, with intervals over seeds."""
+    leads = list(list_leads(data))
+    if not leads:
+        return f"There are too few models to compare precisions at equal bits. {describe_recovery(data)}"
+    moved = [lead for lead in leads if describe_seeds(lead.rounded - lead.trained)[1] > 0]
+    flipped = [lead for lead in moved if lead.rounded > 0 and describe_seeds(lead.trained)[2] < 0]
+    if flipped:
+        head = "Training moves the optimal precision: fewer bits become better at equal bits"
+    elif moved:
+        head = "Training moves precisions together: more bits lead by less at equal bits"
+    else:
+        head = "These trainings do not show that the optimal precision moves"
+    return ". ".join([head, *map(describe_lead, leads), describe_recovery(data)])
+
+
+def describe_lead(lead: Lead) -> str:
+    """Say one lead in words: after rounding, after training, and by how much it shrank."""
+    trained, shrunk = describe_seeds(lead.trained), describe_seeds(lead.rounded - lead.trained)
+    return (
+        f"{lead.family} at {format_bits(lead.budget)}: {lead.upper} bits lead {lead.lower} by {lead.rounded:+.3f} nats "
+        f"when rounded, and by {show(trained)} when trained for it, which is {show(shrunk)} less"
+    )
+
+
+def show(described: tuple[float, float, float]) -> str:
+    """Return a mean with its interval, as +0.012 (-0.003 to +0.027)."""
+    mean, low, high = described
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if np.isfinite(low) else f"{mean:+.3f} (one seed)"
+
+
+def describe_recovery(data: pd.DataFrame) -> str:
+    """Say which share of what rounding loses each way wins back, as a mean over models."""
+    values = data.groupby(["model", "way", "bits"])["value"].mean()
+    parts = []
+    for bits in sorted(set(data["bits"]) - {BASELINE_BITS}):
+        shares: dict[str, list[float]] = {QAT: [], CONTROL: []}
+        for model in data["model"].unique():
+            whole, rounded = values.get((model, PTQ, BASELINE_BITS)), values.get((model, PTQ, bits))
+            for way, own in shares.items():
+                reached = values.get((model, way, bits))
+                if whole is not None and rounded is not None and reached is not None and rounded > whole:
+                    own.append((rounded - reached) / (rounded - whole))
+        if shares[QAT]:
+            control = f" (without rounding in it {np.mean(shares[CONTROL]):.0%})" if shares[CONTROL] else ""
+            parts.append(f"{np.mean(shares[QAT]):.0%}{control} at {bits} bits")
+    return f"Of what rounding loses, training wins back {', '.join(parts)}." if parts else ""
+
+
+def describe_qat(data: pd.DataFrame) -> tuple[str, ...]:
+    """Return the notes: what is drawn, and how much it rests on."""
+    seeds = data[data["way"] == QAT]["seed"].nunique()
+    experiments = count_things(data["key"].nunique(), "experiment")
+    models = count_things(data["model"].nunique(), "model")
+    return (
+        "Lines are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds. The 16-bit line "
+        "beside trained models is the control, which was trained as long at the same learning rate.",
+        f"Data: {experiments} on {models}, {count_things(seeds, 'seed')} of each training. Between models a line is "
+        "linear in log bits.",
+    )

@@ -1,0 +1,83 @@
+"""Quantization-aware training: layers compute with rounded weights, whose gradients go to the weights unchanged.
+
+forward    y = x Q(W)^T
+backward   dx = dy Q(W),  dW = dy^T x      (the straight-through estimator, Bengio et al. 2013)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kbit.models.parameters import owner_of, split_matrices
+from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.spec import QuantSpec
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Returns rounded values, and passes the gradient on as if nothing had been rounded."""
+
+    @staticmethod
+    def forward(_context: Any, weight: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+        return rounding.round(weight)
+
+    @staticmethod
+    def backward(_context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
+class Rounding(nn.Module):
+    """What a layer's weight goes through before it is used.
+
+    Args:
+        spec: the quantizer.
+        owner: the layer, which says how its weight is laid out.
+    """
+
+    def __init__(self, spec: QuantSpec, owner: nn.Module) -> None:
+        super().__init__()
+        self._spec = spec
+        self._owner = [owner]  # in a list, as a layer is no part of its own weight
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the values that quantize_model would write into the weight."""
+        rounded = weight.detach().clone()
+        for matrix in split_matrices(rounded, self._owner[0]):
+            matrix.copy_(fake_quantize(matrix, self._spec))
+        return rounded
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the rounded weight, through which gradients go straight."""
+        rounded: torch.Tensor = _StraightThrough.apply(weight, self)  # type: ignore[no-untyped-call]
+        return rounded
+
+
+@contextmanager
+def rounded_weights(model: nn.Module, spec: QuantSpec, names: Iterable[str]) -> Iterator[None]:
+    """Let layers compute with rounded weights within the block. The weights themselves stay what an optimizer changes.
+
+    Args:
+        model: the model.
+        spec: the quantizer.
+        names: names of the parameters that are rounded.
+
+    Raises:
+        ValueError: the rounding draws random numbers, which would be the same ones at each step.
+    """
+    if spec.rounding == "stochastic":
+        raise ValueError("train.weights.rounding=stochastic would round with the same random numbers at each step")
+    placed = []
+    try:
+        for name in names:
+            owner, attribute = owner_of(model, name), name.rpartition(".")[2]
+            parametrize.register_parametrization(owner, attribute, Rounding(spec, owner), unsafe=True)
+            placed.append((owner, attribute))
+        yield
+    finally:
+        for owner, attribute in placed:
+            parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)

@@ -1,0 +1,164 @@
+"""Figures of trained models: what is computed from known losses, and what other figures make of such rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kbit.analysis.curves.curves import find_cross_entropy
+from kbit.analysis.curves.trainings import CONTROL, PTQ, QAT, describe_seeds, leave_out_trained, name_way, read_fields
+from kbit.analysis.figures.canvas.page import OWN_PAGE
+from kbit.analysis.figures.drawing import MissingResults
+from kbit.analysis.figures.registry import FIGURES, TRAINED, draw_figure
+from kbit.analysis.figures.training.qat import judge_qat, list_leads, tabulate_qat
+from kbit.analysis.figures.training.qlora import summarize, tabulate_qlora
+from kbit.analysis.statistics.findings import finding
+
+SIZES = {"small": 1_000_000, "large": 4_000_000}  # parameters
+QAT_FIELDS: dict[str, Any] = {"steps": 300, "text": "t"}
+
+
+def make_row(
+    model: str, bits: int, value: float, fields: dict[str, Any] | None = None, task: str = "text", **more: Any
+) -> dict[str, Any]:
+    """A row of read_results."""
+    fields = fields or {}
+    words = {name: part for name, part in fields.items() if name != "seed"}
+    key = f"{model}-{bits}-{json.dumps(fields)}-{sorted(more.items())}"
+    row = {"key": key, "model": model, "family": "f", "architecture": "A", "parameters": SIZES[model], "bits": bits}
+    row |= {"total_bits": SIZES[model] * bits, "bits_per_param": bits + 0.25, "task": task, "metric": "cross_entropy"}
+    row |= {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 9, "evaluation": "e", "seed": 0}
+    row |= {"training": json.dumps(words) if fields else None, "train_seed": fields.get("seed", 0) if fields else None}
+    row |= {"train_fields": json.dumps(fields) if fields else None, "exponent_bits": None, "block_size": None}
+    quantized = {"data_type": "nf", "block_size": 64, "method": "rtn", "scale_format": "fp16"} if bits != 16 else {}
+    return row | {"data_type": None, "method": None, "scale_format": None} | quantized | more
+
+
+def make_study(shift: float) -> pd.DataFrame:
+    """Two models at 3, 4 and 16 bits, rounded, trained for it with two seeds, and the control.
+
+    After rounding 3 bits lose .2 and 4 bits .05, and after training .02 and .01. The second seed loses more at 3.
+    """
+    rows = []
+    for model, whole in (("small", 3.0), ("large", 2.5)):
+        rows += [make_row(model, 16, whole), make_row(model, 3, whole + 0.2), make_row(model, 4, whole + 0.05)]
+        for seed in (0, 1):
+            seeded = QAT_FIELDS | ({"seed": seed} if seed else {})
+            rows.append(make_row(model, 16, whole + 0.01, seeded))
+            rows.append(make_row(model, 3, whole + 0.19, seeded))
+            for bits, lost in ((3, 0.02 + shift * seed), (4, 0.01)):
+                rows.append(make_row(model, bits, whole + lost, seeded | {"weights": {"bits": bits}}))
+    return pd.DataFrame(rows)
+
+
+def test_ways_are_told_by_fields() -> None:
+    assert [name_way(read_fields(cell)) for cell in (None, np.nan, '{"steps": 3}', '{"steps": 3, "weights": {}}')] == [
+        PTQ, PTQ, CONTROL, QAT,
+    ]  # fmt: skip
+    for other in ({"lora": {}}, {"start": "random"}, {"momentum": {}}, {"weights": {}, "activations": {}}):
+        assert name_way(QAT_FIELDS | other) is None
+
+
+def test_seeds_have_students_interval() -> None:
+    mean, low, high = describe_seeds(pd.Series([1.0, 2.0, 3.0]))
+    assert (mean, low, high) == pytest.approx((2.0, 2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)), abs=1e-5)
+    assert np.isnan(describe_seeds(pd.Series([1.0]))[1])
+
+
+def test_a_lead_is_that_at_the_large_models_lower_bits() -> None:
+    data = tabulate_qat(make_study(shift=0.0))
+    [lead] = list_leads(data)
+    assert (lead.lower, lead.upper, lead.budget) == (3, 4, 12_000_000)
+    # the 4-bit line runs from 4 to 16 Mbit, of which 12 is at log 3 / log 4
+    at = math.log(3) / math.log(4)
+    assert lead.rounded == pytest.approx((2.5 + 0.2) - (3.05 + at * (2.55 - 3.05)))
+    assert lead.trained.tolist() == pytest.approx([(2.5 + 0.02) - (3.01 + at * (2.51 - 3.01))] * 2)
+
+
+def test_the_verdict_says_whether_the_optimum_moves() -> None:
+    """Interpolation lets 4 bits lose .5 (1 - log 3 / log 4) = .104 to 3 bits, beside what rounding takes."""
+    flipped = judge_qat(tabulate_qat(make_study(shift=0.0)))
+    assert flipped.startswith("Training moves the optimal precision: fewer bits become better at equal bits.")
+    assert "f at 12 Mbit: 4 bits lead 3 by +0.046 nats when rounded, and by -0.094 (-0.094 to -0.094)" in flipped
+    assert "training wins back 90% (without rounding in it 5%) at 3 bits, 80% at 4 bits" in flipped
+    unsure = judge_qat(tabulate_qat(make_study(shift=0.2)))
+    assert unsure.startswith("These trainings do not show that the optimal precision moves.")
+    one = make_study(shift=0.0)
+    assert "(one seed)" in judge_qat(tabulate_qat(one[one["train_seed"] != 1]))
+
+
+def test_qat_is_of_one_quantizer_and_of_models_that_have_both() -> None:
+    study = make_study(shift=0.0)
+    extra = pd.DataFrame([make_row("large", 3, 9.0, data_type="int"), make_row("small", 3, 9.0, block_size=128)])
+    table = tabulate_qat(pd.concat([study, extra]))
+    assert table["value"].max() < 9
+    assert sorted(set(table["way"])) == sorted({PTQ, QAT, CONTROL})
+    assert tabulate_qat(leave_out_trained(study)).empty
+
+
+def test_other_figures_and_findings_leave_trained_models_out() -> None:
+    study = make_study(shift=0.0)
+    plain = leave_out_trained(study)
+    assert plain["training"].isna().all()
+    assert len(plain) == 6
+    assert finding(study) == finding(plain)
+    for name in ("figure_13", "frontier", "error_loss"):
+        try:
+            expected = draw_figure(name, plain).data
+        except ValueError as error:
+            with pytest.raises(type(error)):
+                draw_figure(name, study)
+            continue
+        pd.testing.assert_frame_equal(draw_figure(name, study).data, expected)
+    assert set(TRAINED) <= set(FIGURES)
+
+
+def test_the_measured_text_is_no_trainings() -> None:
+    rows = [make_row("small", bits, 1.0, {"steps": 1, "text": "t"}, task="training/unseen") for bits in (3, 4)]
+    measure = find_cross_entropy(pd.DataFrame([make_row("small", 16, 1.0), *rows]))
+    assert measure is not None
+    assert measure.task == "text"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_figure_says_what_it_lacks(name: str) -> None:
+    with pytest.raises(MissingResults, match="run: kbit run \\+sweeps=nano/"):
+        draw_figure(name, pd.DataFrame([make_row("small", 16, 1.0), make_row("small", 3, 1.1)]))
+
+
+def test_qat_is_drawn() -> None:
+    figure = draw_figure("qat", make_study(shift=0.01), OWN_PAGE)
+    assert len(figure.fig.axes) == 3
+    assert "Student's 95% intervals over seeds" in figure.notes[0]
+
+
+# ---- adapters
+
+
+def make_adapters() -> pd.DataFrame:
+    """One model beside 16 bits, nf4 and int4, two seeds: nf4 costs .01 +- 0, and int4 .02 and .04."""
+    rows = [make_row("small", 16, 3.0), make_row("small", 4, 3.1), make_row("small", 4, 3.2, data_type="int")]
+    for seed, cost in ((0, 0.02), (1, 0.04)):
+        lora = {"steps": 9, "text": "t", "lora": {"rank": 2}} | ({"seed": seed} if seed else {})
+        rows.append(make_row("small", 16, 2.9 + seed, lora))
+        rows.append(make_row("small", 4, 2.91 + seed, lora))
+        rows.append(make_row("small", 4, 2.9 + seed + cost, lora, data_type="int"))
+    return pd.DataFrame(rows)
+
+
+def test_differences_to_16_bits_are_paired_by_seed() -> None:
+    summary = summarize(tabulate_qlora(make_adapters())).set_index("base")
+    assert summary["mean"].to_dict() == pytest.approx({"16-bit": 0, "nf4": 0.01, "int4": 0.03})
+    assert summary.loc["nf4", ["low", "high"]].tolist() == pytest.approx([0.01, 0.01])
+    half = 12.7062 * 0.01  # t of one degree, and the standard error of .02 and .04
+    assert summary.loc["int4", ["low", "high"]].tolist() == pytest.approx([0.03 - half, 0.03 + half], abs=1e-5)
+    assert summary["before"].to_dict() == pytest.approx({"16-bit": 3.0, "nf4": 3.1, "int4": 3.2})
+    assert summary.loc["16-bit", "mmlu"] == 53.0
+    figure = draw_figure("qlora", make_adapters())
+    assert figure.verdict.startswith("Beside nf4 adapters end above those beside 16 bits. Beside int4 no difference is")
+    assert "win back 88%" in figure.verdict  # 1 - .01 / .1 and 1 - .03 / .2
