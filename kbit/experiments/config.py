@@ -43,6 +43,10 @@ class Experiment:
                 "trained for one quantizer and rounded by another: set train.weights alone, which quant follows with "
                 "train=qat, or quant.bits=16"
             )
+        if self.train.is_aware and (self.quant.rules or self.quant.keeps_outliers):
+            raise ValueError(
+                "train.weights rounds every layer in one way: it goes neither with quant.rules nor with quant.outlier_*"
+            )
         if self.train.steps and self.model.dtype != "float32":
             raise ValueError(
                 f"model.dtype={self.model.dtype} is too coarse to train in: model.dtype=float32, and "

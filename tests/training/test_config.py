@@ -176,6 +176,8 @@ def test_trained_for_one_quantizer_and_rounded_by_another_is_refused() -> None:
     assert Experiment(train=aware, quant=QuantConfig(bits=3, data_type="int", method="gptq")).train is aware
     both = dataclasses.replace(aware, activations=INT3)  # no QAT: the products are what is studied
     assert Experiment(train=both).train is both
+    with pytest.raises(ValueError, match=r"neither with quant.rules nor with quant.outlier_"):
+        Experiment(train=aware, quant=QuantConfig(bits=3, data_type="int", outlier_fraction=0.1))
     with pytest.raises(ValueError, match="packed=true"):
         Experiment(train=TrainConfig(steps=5), packed=True)
 
