@@ -304,7 +304,8 @@ class TrainConfig:
             parts.append(f"text={self.text}")
         for name, value in fields.items():
             if name in ROLES:
-                parts.append(f"{name}={describe_role(getattr(self, name), getattr(TrainConfig(), name))}")
+                spec = self.find_state(name) or getattr(self, name)
+                parts.append(f"{name}={describe_role(spec, getattr(TrainConfig(), name))}")
             elif isinstance(value, dict):
                 parts += [f"{name}.{inner}={own}" for inner, own in value.items()]
             else:
