@@ -95,8 +95,7 @@ def test_trainings_with_states_of_few_bits_run_and_record_them(kbit: Callable[..
     assert done.code == 0, done.err
     results = read_results(tmp_path / "results")
     bits = results[results["metric"] == "state_bits_per_param"].set_index("train_fields")["value"]
-    found = {len(json.loads(cell)["momentum"]): value for cell, value in bits.items()}
-    assert len(found) == 2 or len(bits) == 2
+    assert len(bits) == 2
     for cell, value in bits.items():
         fields = json.loads(str(cell))
         if fields["momentum"]["bits"] == 4:
@@ -105,6 +104,6 @@ def test_trainings_with_states_of_few_bits_run_and_record_them(kbit: Callable[..
             }  # fmt: skip
             assert 8 + 32 / 256 + 32 / 64 < value < 10  # small parameters have 32 bits
         else:
-            assert 30 < value < 40  # the embedding has 64, half of the parameters
+            assert 29 < value < 32  # the embedding, 28% of the parameters, has 64
     losses = results[(results["task"] == "nano_held_out") & (results["metric"] == "cross_entropy")]
     assert losses["value"].between(5, 9).all()
