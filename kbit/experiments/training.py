@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.config import MAX_WINDOW
 from kbit.models.loading import LoadedModel
 from kbit.numerics.spec import BASELINE_BITS
-from kbit.optim import embedding_stable
+from kbit.optim.stable_embedding import embedding_stable
 from kbit.training.adapters import adapters_in, save_adapters
 from kbit.training.batches import Tokens, TrainingText, split_text, tokenize_stream
 from kbit.training.config import TrainConfig
@@ -176,6 +177,10 @@ def list_rounded(model: nn.Module, train: TrainConfig, quant: QuantConfig) -> li
         return []
     asked = QuantConfig.of(train.weights) if quant.is_baseline else quant
     names = [tensor.name for tensor in plan_quantization(model, asked).tensors if tensor.quantized]
+    if train.include is not None:
+        names = [name for name in names if re.search(train.include, name.removesuffix(".weight"))]
+        if not names:
+            raise ValueError(f"train.include={train.include!r} names no layer that is quantized")
     if tied := [name for name in names if " = " in name]:
         raise ValueError(f"{tied[0]} are tied, and a training cannot round one layer's alone: quant.include, exclude")
     return names
