@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +20,7 @@ from kbit.training.checkpoint import read_checkpoint, write_checkpoint
 from kbit.training.config import TrainConfig
 from kbit.training.loop import Recipe, State, take_steps
 from kbit.training.optimizers import count_state_bits, make_optimizer
+from kbit.training.quantized import QuantizedGradients
 from kbit.training.rounding import rounded_weights
 
 _DIVERGED: Final = 3  # times the loss of a uniform guess, ln V, which a random model has
@@ -37,7 +38,8 @@ class Trained:
         tokens: number of tokens trained on.
         trainable: number of trained parameters.
         state_bits: bits of the optimizer's states.
-        notes: what the training says of itself, as plain values.
+        numbers: what else was counted, by metric, such as passes_per_mac.
+        curves: what else has a value for each part of the training, by metric.
     """
 
     losses: tuple[float, ...]
@@ -45,7 +47,8 @@ class Trained:
     tokens: int
     trainable: int
     state_bits: int
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def spikes(self) -> int:
@@ -106,19 +109,22 @@ def train_model(
     )  # fmt: skip
     limit = _DIVERGED * math.log(count_embedded(model))
     aware = rounded_weights(model, config.weights, rounded) if config.is_aware else contextlib.nullcontext()
-    with aware, in_training_mode(model):
+    with aware, in_training_mode(model), QuantizedGradients(config, model) as quantized:
         state = State(model, make_optimizer(config, model))
-        losses = [] if checkpoint is None else _restore(checkpoint, state, content or {})
-        for loss in take_steps(state, text.stream, recipe, until=config.steps):
+        losses = [] if checkpoint is None else _restore(checkpoint, state, quantized, content or {})
+        for loss in take_steps(state, text.stream, recipe, until=config.steps, gradients=quantized.compute):
             losses.append(loss)
             if not loss <= limit:  # nor is NaN
                 break
             if checkpoint is not None and state.step % config.checkpoint_every == 0:
-                _save(checkpoint, state, losses, content or {})
+                _save(checkpoint, state, quantized, losses, content or {})
         diverged = bool(losses) and not losses[-1] <= limit
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         tokens = state.step * config.batch_size * context
-        return Trained(tuple(losses), diverged, tokens, trainable, count_state_bits(state.optimizer))
+        bits = count_state_bits(state.optimizer)
+        return Trained(
+            tuple(losses), diverged, tokens, trainable, bits, quantized.numbers, quantized.curves
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -137,14 +143,17 @@ def _list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _save(path: Path, state: State, losses: list[float], content: Mapping[str, Any]) -> None:
+def _save(
+    path: Path, state: State, quantized: QuantizedGradients, losses: list[float], content: Mapping[str, Any]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in _list_trained(state.model).items()}
     values = {"weights": weights, "optimizer": state.optimizer.state_dict(), "step": state.step, "losses": losses}
+    values["quantized"] = quantized.state_dict()
     write_checkpoint(path, values, content)
 
 
-def _restore(path: Path, state: State, content: Mapping[str, Any]) -> list[float]:
+def _restore(path: Path, state: State, quantized: QuantizedGradients, content: Mapping[str, Any]) -> list[float]:
     """Set the training to that of a checkpoint, if there is one, and return the losses so far."""
     saved = read_checkpoint(path, content)
     if saved is None:
@@ -153,6 +162,7 @@ def _restore(path: Path, state: State, content: Mapping[str, Any]) -> list[float
         for name, parameter in _list_trained(state.model).items():
             parameter.copy_(saved["weights"][name])
     state.optimizer.load_state_dict(saved["optimizer"])
+    quantized.load_state_dict(saved["quantized"])
     state.step = saved["step"]
     losses: list[float] = saved["losses"]
     return losses

@@ -35,7 +35,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.models.parameters import as_matrix, find_towers, is_experts
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
-from kbit.training.transient import check_transient, round_values, with_own_seed
+from kbit.training.products.checks import check_transient
+from kbit.training.products.transient import round_values, with_own_seed
 
 IN_DECODER_LAYERS: Final = r"\.\d+\."  # a numbered member of a list such as layers or h
 
