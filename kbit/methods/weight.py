@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from kbit.models.parameters import label_matrix
 from kbit.numerics.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class Weight:
         values: [..., out, in], the parameter's own memory. Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of everything that replace has changed so far.
-        outlier_columns: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). A method quantizes the
-            values with 0 in their place (outliers_at_zero, copy_matrix), so that they decide no block's scale. The
-            zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
+        outlier_columns: input dimensions that stay at 16 bits (kbit.methods.selection.outlier_columns). A method
+            quantizes the values with 0 in their place (outliers_at_zero, copy_matrix), so that they decide no block's
+            scale. The zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
         expert: the number of the expert, or None of a parameter that is one weight.
+        method: the method that a rule names for it. None is the configuration's own.
         is_unseen: whether calibration did not see its inputs, so that it is rounded to nearest.
     """
 
@@ -73,12 +75,13 @@ class Weight:
     squared_error: float = 0.0
     outlier_columns: Int64[Tensor, " columns"] = field(default_factory=_no_columns)
     expert: int | None = None
+    method: str | None = None
     is_unseen: bool = False
 
     @property
     def label(self) -> str:
         """The name for messages, and of random numbers of its own: the parameter's, with the expert's number."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+        return label_matrix(self.name, self.expert)
 
     def copy_matrix(self) -> Float[Tensor, "rows in"]:
         """Return a float32 copy of the values as a matrix. Outlier columns are 0, so that no block scale sees them."""
