@@ -49,7 +49,8 @@ def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
     draw_legend(sheet.fig.body, styles, page, lines=False)
     note = (
         "Marks are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds. Replicas are parts "
-        "of a batch in one process, which computes what processes would."
+        "of a batch in one process, which computes what processes would. Bars hold what seeds differ by, which the "
+        "nats lost, by seed, do not."
     )
     counts = f"Data: {count_things(len(data), 'training')} of {data['model'].iloc[0]}, {data['seed'].nunique()} seeds."
     return PaperFigure("exchange", sheet.fig, data, CLAIM, judge_exchange(data), (note, counts))

@@ -114,7 +114,8 @@ def describe(data: pd.DataFrame, shares: pd.DataFrame) -> tuple[str, ...]:
     maps = "Maps show the share of uses with high precision, the mean over seeds. " if len(shares) else ""
     return (
         "Marks are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds, the dotted line is "
-        f"{PLAIN}. A pass multiplies a pair of 2-bit chunks: an operand of m magnitude bits has ceil(m / 2). {maps}",
+        f"{PLAIN}. Bars hold what seeds differ by, which differences by seed do not. {maps}",
+        "A pass multiplies a pair of 2-bit chunks: an operand of m magnitude bits has ceil(m / 2).",
         f"Data: {counts}. FAST's alpha and beta are from a summary of the paper. The trained weights are measured in "
         "float32.",
     )

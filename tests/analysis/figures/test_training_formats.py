@@ -102,7 +102,7 @@ def test_products_are_drawn_without_a_store() -> None:
     figure = draw_figure("fast_precision", make_products())
     assert len(figure.fig.axes) == 1
     assert "BFP m=2 +0.1000 (+0.1000 to +0.1000) at 1.00 passes" in figure.verdict
-    assert "2 seeds" in figure.notes[1]
+    assert "2 seeds" in figure.notes[-1]
 
 
 def test_exchanges_are_drawn() -> None:
@@ -167,7 +167,7 @@ def test_maps_show_the_share_of_high_precision(trained: pd.DataFrame) -> None:
     assert by_period.iloc[-1] > by_period.iloc[0]
     assert judge_products(data, shares).startswith("FAST 0.6/0.3 takes the high precision in ")
     figure = draw_figure("fast_precision", trained)
-    assert [axes.get_title() for axes in figure.fig.axes[1:]] == [
+    assert [axes.get_title(loc="left") for axes in figure.fig.axes[1:]] == [
         f"FAST 0.6/0.3: {role}" for role in ("weights", "activations", "gradients")
     ]
     axes = figure.fig.axes[0]
