@@ -32,7 +32,7 @@ from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.config import MAX_WINDOW
 from kbit.models.loading import LoadedModel
 from kbit.numerics.spec import BASELINE_BITS
-from kbit.optim import embedding_stable
+from kbit.optim.stable_embedding import embedding_stable
 from kbit.training.adapters import adapters_in, save_adapters
 from kbit.training.batches import Tokens, TrainingText, split_text, tokenize_stream
 from kbit.training.config import TrainConfig

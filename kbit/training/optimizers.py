@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kbit.optim import SGD, Adam, AdamW, Lion, States
+from kbit.optim.optimizers import SGD, Adam, AdamW, Lion
+from kbit.optim.states import States
 from kbit.training.config import TrainConfig
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kbit.models.parameters import count_embedded
-from kbit.optim import make_embedding_stable
+from kbit.optim.stable_embedding import make_embedding_stable
 from kbit.training.batches import TrainingText
 from kbit.training.checkpoint import read_checkpoint, write_checkpoint
 from kbit.training.config import TrainConfig
