@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
-from kbit.training.products.checks import check_transient
+from kbit.training.products.transient import check_transient
 
 STARTS: Final = ("checkpoint", "random")
 DTYPES: Final = ("float32", "bfloat16")

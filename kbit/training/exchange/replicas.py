@@ -30,8 +30,7 @@ from kbit.checks import check_choice
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.wire import Bytes, count_bytes, decode, encode
-from kbit.training.products.checks import check_transient
-from kbit.training.products.transient import with_own_seed
+from kbit.training.products.transient import check_transient, with_own_seed
 
 Flat = Float[Tensor, " n"]
 

@@ -1,14 +1,34 @@
-"""Rounding values that exist for a moment in a training: activations, gradients, and weights as products see them."""
+"""Quantizers of values that exist for a moment in a training: activations, gradients, exchanged gradients.
+
+Nothing here loads torch, as configurations are checked by it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from kbit.numerics.quantizer import fake_quantize
+from kbit.numerics.codebooks import ADAPTIVE
 from kbit.numerics.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_transient(role: str, spec: QuantSpec) -> None:
+    """Raise ValueError if a quantizer cannot be for values that are other ones in each step.
+
+    A fitted table would have to be fitted anew each time. Gradients are small: a mean over thousands of tokens puts
+    whole blocks below 6e-8, where float16 scales end.
+    """
+    if spec.data_type in ADAPTIVE:
+        raise ValueError(
+            f"{role}: data_type={spec.data_type} is fitted to a tensor, and {role} are other ones in each step: take a "
+            "data type with a fixed table, such as int, float, nf or dynamic"
+        )
+    if role != "activations" and spec.scale_format == "fp16":
+        raise ValueError(f"{role}: scale_format=fp16 ends at 6e-8, and gradients are smaller: take fp32, bf16 or e8m0")
 
 
 def with_own_seed(spec: QuantSpec, label: str) -> QuantSpec:
@@ -17,19 +37,6 @@ def with_own_seed(spec: QuantSpec, label: str) -> QuantSpec:
         return spec
     own = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big")
     return dataclasses.replace(spec, seed=(spec.seed + own) % 2**63)
-
-
-def round_values(values: Tensor, spec: QuantSpec, where: str) -> Tensor:
-    """Return fake_quantize(values, spec).
-
-    Raises:
-        FloatingPointError: a value is NaN or Inf, as those of a training that diverges are. The message says where.
-        ValueError: a block is beyond the scales' range.
-    """
-    try:
-        return fake_quantize(values, spec)
-    except ValueError as error:
-        raise explain_refusal(values, where, error) from error
 
 
 def explain_refusal(values: Tensor, where: str, error: ValueError) -> Exception:
