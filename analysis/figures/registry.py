@@ -32,8 +32,10 @@ from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_f
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.figures.training.exchange import draw_exchange
 from kbit.analysis.figures.training.fast_precision import draw_fast_precision
+from kbit.analysis.figures.training.optimizer_ablation import draw_optimizer_ablation
 from kbit.analysis.figures.training.qat import draw_qat
 from kbit.analysis.figures.training.qlora import draw_qlora
+from kbit.analysis.figures.training.states import draw_states
 from kbit.analysis.figures.training.training_curves import draw_training_curves
 from kbit.checks import suggest
 
@@ -100,6 +102,8 @@ PLAIN: Final[dict[str, Draw]] = {
 TRAINED: Final[dict[str, Draw]] = {
     "qat": draw_qat,
     "qlora": as_table(draw_qlora),
+    "optimizer_ablation": as_table(draw_optimizer_ablation),
+    "states": draw_states,
     "training_curves": draw_training_curves,
     "fast_precision": draw_fast_precision,
     "exchange": draw_exchange,
