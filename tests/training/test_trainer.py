@@ -167,7 +167,6 @@ def test_states_are_counted(build_tiny: Build) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"optimizer": "lion"}, "lion"),
         ({"stable_embedding": True}, "stable_embedding"),
     ],
 )
