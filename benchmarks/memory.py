@@ -1,13 +1,14 @@
 """Memory of models at four precisions: measured in processes of their own, beside the formula of `kbit fit`.
 
-    python benchmarks/memory.py [--models nano-neox-1m nano-neox-3m smollm2-135m] [--bits 16 8 4 3] [--batch 8]
+    python benchmarks/memory.py [--models nano-neox-1m nano-neox-3m smollm2-135m] [--bits 16 8 4 3] [--batch 1]
 
 Each model is loaded, packed below 16 bits, and generates: a prompt of 120 tokens, then 8 steps, in bfloat16. Two
 measurements are taken in its process. One is kbit's own (eval.speed): the weights' bytes, and the most that torch had
 allocated beside them. The other knows nothing of torch: the growth of the process's anonymous memory (RssAnon), read by
 a thread every 2 ms, from before the model is loaded, with all libraries imported and kernels compiled. It has what the
 allocator keeps, and the stacks of threads. SmolLM2-135M is its shape with random weights, as memory does not depend on
-values. Writes benchmarks/results/memory.json. Exit code 1: kbit's measurement differs from the formula by more than 5%.
+values. Writes benchmarks/results/memory.json, in which rows that are not measured again stay. Exit code 1: kbit's
+measurement differs from the formula by more than 5%.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def measure(name: str, bits: int, batch: int) -> dict[str, Any]:
     watch.join()
     formula = count_memory(find_shape(name), quant, Use(context=PROMPT + NEW, batch=batch))
     return {
-        "bits": bits, "formula_weights": formula.weights, "formula_total": formula.total,
+        "bits": bits, "batch": batch, "prompt": PROMPT, "new": NEW,
+        "formula_weights": formula.weights, "formula_total": formula.total,
         "weights": count_bytes(model), "peak": count_bytes(model) + measure_allocated(model, work),
         "process_loaded": loaded, "process_peak": peak[0],
     }  # fmt: skip
@@ -111,12 +113,19 @@ def run(name: str, folder: str, bits: int, batch: int) -> dict[str, Any]:
     return {"model": name, **json.loads(done.stdout.splitlines()[-1])}
 
 
+def record(rows: list[dict[str, Any]]) -> None:
+    """Write the rows in the place of those of the same model, bits and batch."""
+    before = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
+    by_case = {(row["model"], row["bits"], row["batch"]): row for row in [*before, *rows]}
+    RECORD.write_text(json.dumps({"rows": list(by_case.values())}, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["nano-neox-1m", "nano-neox-3m", "smollm2-135m"])
     parser.add_argument("--bits", nargs="+", type=int, default=[16, 8, 4, 3])
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -137,7 +146,7 @@ def main() -> None:
                     f"{row['peak'] / row['formula_total']:.3f} of it  process {row['process_peak'] / 1e6:8.2f} MB",
                     flush=True,
                 )
-    RECORD.write_text(json.dumps({"prompt": PROMPT, "new": NEW, "batch": options.batch, "rows": rows}, indent=1) + "\n")
+    record(rows)
     wrong = [row for row in rows if abs(row["peak"] / row["formula_total"] - 1) > ALLOWED]
     if wrong:
         sys.exit("\n".join(f"{row['model']} at {row['bits']} bits is beyond {ALLOWED:.0%}" for row in wrong))

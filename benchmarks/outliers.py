@@ -38,9 +38,9 @@ from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.int8_linear import Int8Linear
 from kbit.layers.int8_schemes import SCHEMES
 from kbit.methods.config import QuantConfig
-from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.report import plan_quantization
+from kbit.methods.selection.outlier_columns import choose_outliers
 from kbit.methods.weight import Weight
 from kbit.models.loading import load_model
 from kbit.silence import silence_libraries

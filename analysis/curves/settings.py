@@ -31,6 +31,7 @@ SETTINGS: Final = (
     ("outlier_fraction", 0.0, "outliers {:.3g}"),
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),
+    ("rules", None, "rules ({})"),
     ("training", None, "{}"),
 )
 

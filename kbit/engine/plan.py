@@ -114,7 +114,8 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     check_not_packed(experiments)
     for experiment in experiments:
         check_packing(experiment, settings.ray.gpus_per_worker if engine == "ray" else None)
-    for experiment in {(e.model, e.eval, e.quant.calibration, *e.texts): e for e in experiments}.values():
+    distinct = {(e.model, e.eval, e.quant.calibration, e.train, *e.texts): e for e in experiments}
+    for experiment in distinct.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned

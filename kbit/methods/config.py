@@ -11,75 +11,16 @@ from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
+from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.options import CalibrationConfig as CalibrationConfig
+from kbit.methods.options import GptqConfig as GptqConfig
+from kbit.methods.selection.rules import PATTERN, Rule, read_rules, write_rules
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
-UNSEEN: Final = ("error", "rtn")
 # The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
 # of every version are found.
 KEY_BASE: Final = QuantSpec(data_type="float")
-OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.outlier_columns
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """The text that a method with data sees. Nothing of it should be in the text that is measured.
-
-    Attributes:
-        text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train). See eval.perplexity.
-        samples: windows drawn at random, without overlap.
-        length: tokens of a window. None is the model's context, at most 2048 (GPTQ: 128 samples of 2048 tokens).
-        seed: seed of the draw.
-        unseen: treatment of a weight that the text never reaches, such as a rarely chosen expert: error, or rtn.
-    """
-
-    text: str = "nano_calibration"
-    samples: int = 128
-    length: int | None = None
-    seed: int = 0
-    unseen: str = "error"
-
-    def __post_init__(self) -> None:
-        check_choice("quant.calibration.unseen", self.unseen, UNSEEN)
-        for name in ("samples", "length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"quant.calibration.{name}={value} is not >= 1")
-
-    @property
-    def identity_fields(self) -> dict[str, Any]:
-        """The fields that decide the windows, canonical, with the text by the name that the user gave it."""
-        return non_defaults(self, CalibrationConfig()) | {"text": self.text}
-
-
-@dataclass(frozen=True)
-class GptqConfig:
-    """Options of method=gptq. The defaults are those of the published code.
-
-    Attributes:
-        act_order: whether columns are taken by falling Hessian diagonal instead of in their order.
-        static_groups: whether all block scales are those of the weights as they were, and not of the weights as they
-            are when their block's turn comes.
-        search_scales: whether each block's scale is searched, as method=mse does, and not its largest magnitude.
-        damping: number added to the Hessian's diagonal, in means of it. It is raised tenfold, and recorded, if that is
-            too little.
-    """
-
-    act_order: bool = False
-    static_groups: bool = False
-    search_scales: bool = False
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.damping < math.inf:
-            raise ValueError(f"quant.gptq.damping={self.damping:g} is not a finite number >= 0")
-
-    def check_quantizer(self, spec: QuantSpec) -> None:
-        """Raise ValueError if these options do not go with a quantizer."""
-        if self.act_order and not self.static_groups and spec.block_size:
-            raise ValueError(
-                "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
-                "columns would need an index for each column, which total_bits does not count"
-            )
+OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.selection.outlier_columns
 
 
 @dataclass(frozen=True)
@@ -125,7 +66,7 @@ METHODS: Final[dict[str, Method]] = {
 }
 
 
-OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
+RULE_FIELDS: Final = (*(f.name for f in dataclasses.fields(QuantSpec)), "method")  # what quant.rules may change
 
 
 @dataclass(frozen=True)
@@ -150,6 +91,9 @@ class QuantConfig(QuantSpec):
             activation is larger are multiplied at 16 bits (LLM.int8(): 6.0).
         include: regular expression of tensor names to quantize in addition to the block matrices.
         exclude: regular expression of tensor names not to quantize.
+        rules: other fields of the quantizer for some tensors, such as {match: lm_head, bits: 6}. The first rule whose
+            regular expression finds a tensor's name applies to it. It changes fields of QuantSpec, or the method to one
+            without data. bits=16 leaves the tensor as it is. A rule also quantizes embeddings and the head.
         min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
     """
 
@@ -162,6 +106,7 @@ class QuantConfig(QuantSpec):
     activation_threshold: float = 6.0
     include: str | None = None
     exclude: str | None = None
+    rules: tuple[dict[str, Any], ...] = ()
     min_coverage: float = 0.9
 
     def __post_init__(self) -> None:
@@ -171,6 +116,7 @@ class QuantConfig(QuantSpec):
             raise ValueError("quant.signed=false has no values below 0, and a model's weights have")
         self._check_outliers()
         self._check_method()
+        self._check_rules()
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
         for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
@@ -204,6 +150,27 @@ class QuantConfig(QuantSpec):
         if self.traits.options is not None:
             getattr(self, self.traits.options).check_quantizer(self)
 
+    def _check_rules(self) -> None:
+        """Check the rules, and keep them in a form that can be hashed."""
+        if not self.rules:
+            object.__setattr__(self, "rules", ())
+            return
+        object.__setattr__(self, "rules", read_rules(self.rules, RULE_FIELDS))
+        if self.is_baseline:
+            raise ValueError("quant.bits=16 quantizes nothing, so that quant.rules have nothing to change")
+        if self.scheme is not None:
+            raise ValueError(f"quant.method={self.method} decides the quantizer of every weight: it has no quant.rules")
+        for number, rule in enumerate(self.rules):
+            try:
+                changed = self.follow(number)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"quant.rules[{number}] ({Rule(rule)}): {error}") from None
+            if changed.method != self.method and (changed.traits.needs_text or changed.scheme is not None):
+                raise ValueError(
+                    f"quant.rules[{number}]: method={changed.method} needs a calibration text or multiplies int8 by "
+                    f"int8, which one method does for a whole model. Allowed are rtn, mse, hqq and {self.method}"
+                )
+
     @staticmethod
     def from_name(name: str) -> QuantConfig:
         """Return the named quantizer of conf/quant, with its method. See QuantSpec.from_name."""
@@ -217,6 +184,15 @@ class QuantConfig(QuantSpec):
         if isinstance(spec, QuantConfig):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
+
+    def follow(self, number: int | None) -> QuantConfig:
+        """Return the quantizer of the tensors that this rule is for, None of those without a rule."""
+        changes = {} if number is None else Rule(self.rules[number]).changes
+        return dataclasses.replace(self, rules=(), **changes) if self.rules else self
+
+    def find_rule(self, names: Sequence[str]) -> int | None:
+        """Return the number of the first rule for the tensor with these names, or None."""
+        return next((number for number, rule in enumerate(self.rules) if Rule(rule).matches(names)), None)
 
     @property
     def traits(self) -> Method:
@@ -242,6 +218,8 @@ class QuantConfig(QuantSpec):
         """Raise ValueError if the quantizer gives no k-bit codes to pack."""
         if self.is_baseline:
             raise ValueError(f"quant.bits={self.bits} quantizes nothing: there is nothing to pack")
+        if self.rules:
+            raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.rules")
         if self.scheme is not None:
             raise ValueError(
                 f"quant.method={self.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be "
@@ -275,8 +253,17 @@ class QuantConfig(QuantSpec):
         fields = non_defaults(spec, KEY_BASE) | {"bits": spec.bits}
         if spec.data_type == "quantile" and spec.normalization == "signed_absmax":
             fields["revision"] = 2  # the first one fitted its codebook to other values: its results are not these
-        names = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
+        names: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
+        if self.rules:
+            names["rules"] = [self._describe_rule(number) for number in range(len(self.rules))]
         return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
+
+    def _describe_rule(self, number: int) -> dict[str, Any]:
+        """Return a rule with what it changes, canonical."""
+        changed, usual = self.follow(number), self.follow(None)
+        changes = non_defaults(changed.spec.canonical(), usual.spec.canonical())
+        changes |= {} if changed.is_baseline or changed.method == usual.method else {"method": changed.method}
+        return {PATTERN: self.rules[number][PATTERN], **dict(sorted(changes.items()))}
 
     @property
     def idle_fields(self) -> set[str]:
@@ -314,6 +301,8 @@ class QuantConfig(QuantSpec):
         others = {name: value for name, value in self.identity_fields.items() if name not in told}
         if "table" in others:
             others["table"] = write_table(others["table"])
+        if "rules" in others:
+            others["rules"] = f"({write_rules(map(Rule, self.rules))})"
         if self.traits.needs_text and not self.is_baseline:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
         return others | _with_prefix("gptq", self.identity_fields.get("gptq", {}))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kbit.methods.block_scales import BlockScales, ChooseScales, find_best_scales
 from kbit.methods.calibration import calibrate, describe_calibration, draw_windows
-from kbit.methods.config import GptqConfig
+from kbit.methods.options import GptqConfig
 from kbit.methods.weight import Codes, Job, Weight
 from kbit.numerics.quantized_tensor import QuantizedTensor
 

@@ -28,13 +28,13 @@ from kbit.methods.gptq import quantize_by_gptq
 from kbit.methods.hqq import fit_half_quadratic
 from kbit.methods.llm_int8 import quantize_products
 from kbit.methods.nearest import round_to_nearest, search_scales
-from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.report import (
     QuantizationReport,
     describe_low_coverage,
     describe_vain_exclude,
     plan_quantization,
 )
+from kbit.methods.selection.outlier_columns import choose_outliers
 from kbit.methods.weight import Codes, ExpertCodes, Job, Weight, sum_squares
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.parameters import check_finite, owner_of, split_matrices
@@ -114,7 +114,7 @@ def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dic
     """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep."""
     bits: Counter[str] = Counter()
     kept: dict[str, Codes | ExpertCodes] = {}
-    for weight, codes in METHOD_FUNCTIONS[job.quant.method](job):
+    for weight, codes in _run_methods(job):
         if len(weight.outlier_columns):
             codes = codes.keep_columns(weight.outlier_columns, weight.copy_outliers())
         weight.replace(codes.dequantize())
@@ -125,6 +125,20 @@ def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dic
             kept[weight.name] = codes if weight.expert is None else ExpertCodes((*others, codes))
         del codes  # before those of the next weight are made
     return bits, kept
+
+
+def _run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with its codes: first those of methods that rules name, then those of the job's own method.
+
+    A method with calibration data thus sees the weights of the rules as they will be.
+    """
+    own = job.quant.follow(None)
+    methods = sorted({weight.method for weight in job.weights if weight.method is not None})
+    for method in (*methods, None):
+        weights = [weight for weight in job.weights if weight.method == method]
+        quant = own if method is None else dataclasses.replace(own, method=method)
+        if weights:
+            yield from METHOD_FUNCTIONS[quant.method](dataclasses.replace(job, weights=weights, quant=quant))
 
 
 def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torch.Tensor]:
@@ -169,12 +183,13 @@ def _find_earlier_report(model: nn.Module, config: QuantConfig) -> QuantizationR
 def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConfig) -> list[Weight]:
     """Return the weights that the report quantizes, fused experts one by one, checked for the range of scale_format."""
     parameters, weights = dict(model.named_parameters()), []
-    names = [tensor.name.split(" = ")[0] for tensor in report.tensors if tensor.quantized]
-    outliers = choose_outliers(model, names, config)
-    for name in names:
-        parameter = parameters[name].detach()
+    rules = {tensor.name.split(" = ")[0]: tensor.rule for tensor in report.tensors if tensor.quantized}
+    outliers = choose_outliers(model, list(rules), config)
+    for name, rule in rules.items():
+        parameter, quant = parameters[name].detach(), config.follow(rule)
         for number, values in enumerate(split_matrices(parameter, owner_of(model, name))):
-            weight = make_weight(name, values, report.spec, number if values.ndim < parameter.ndim else None)
+            weight = make_weight(name, values, quant.spec, number if values.ndim < parameter.ndim else None)
+            weight.method = quant.method if quant.method != config.method else None
             if name in outliers:
                 weight.outlier_columns = outliers[name][number]
             weights.append(weight)

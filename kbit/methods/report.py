@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -20,9 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.checks import tabulate_html
 from kbit.methods.config import QuantConfig
+from kbit.methods.selection.rules import PATTERN, Rule
 from kbit.methods.weight import Codes, ExpertCodes
 from kbit.models.parameters import distinct_parameters, find_towers, is_experts, owner_of, split_matrices
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
+
+OUTSIDE: Final = "outside the transformer blocks"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class TensorReport:
         quantized: whether it was quantized.
         reason: the reason why it was not, empty if it was.
         bits: bits that the tensor takes in the quantized model.
+        rule: the number of the rule that applies to it (quant.rules), which can leave it at 16 bits. None is no rule.
     """
 
     name: str
@@ -44,6 +48,7 @@ class TensorReport:
     quantized: bool
     reason: str
     bits: int
+    rule: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
         quant: see quantize_model.
 
     Raises:
-        ValueError: an include that finds nothing.
+        ValueError: an include that finds nothing, or a rule that applies to no tensor.
     """
     config, towers = QuantConfig.of(quant), find_towers(model)
     tensors = [
@@ -127,7 +132,18 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
     ]
     if config.include is not None and not _names_any(config.include, tensors):
         raise ValueError(f"quant.include={config.include!r} finds none of the model's tensors")
+    _check_rules(config, tensors)
     return QuantizationReport(config.spec, tuple(tensors))
+
+
+def _check_rules(config: QuantConfig, tensors: Sequence[TensorReport]) -> None:
+    """Raise ValueError if a rule applies to no tensor that could be quantized."""
+    applied = {tensor.rule for tensor in tensors}
+    for number, rule in enumerate(map(Rule, config.rules)):
+        if number not in applied:
+            found = _names_any(rule[PATTERN], tensors)
+            why = "finds only tensors that are not quantized, or that an earlier rule takes" if found else "finds none"
+            raise ValueError(f"quant.rules[{number}] ({rule}) applies to none of the model's tensors: its match {why}")
 
 
 def describe_vain_exclude(report: QuantizationReport, exclude: str | None) -> str:
@@ -147,23 +163,39 @@ def _plan_tensor(
     is_baseline, outside = config.spec.is_baseline, _why_outside(names[0], towers)
     matrices = split_matrices(parameter, owner)
     is_matrix = _is_matrix(matrices[0])
-    reason = _why_not(names, owner, config, outside, is_matrix=is_matrix, is_plain=parameter.ndim == 2)
+    rule = config.find_rule(names)
+    reason = _why_not(
+        names, owner, config, outside, is_matrix=is_matrix, is_plain=parameter.ndim == 2, by_rule=rule is not None
+    )
+    applied = None if reason else rule
+    config = config.follow(applied)
+    if config.spec.is_baseline and not is_baseline:
+        reason = "16 bits by a rule"
     quantized = not reason and not is_baseline
     bits = BASELINE_BITS * parameter.numel()
     if quantized:  # a vector has no input dimensions that could stay at 16 bits
         bits = sum(config.count_bits(matrix.shape, 0 if matrix.ndim < 2 else None) for matrix in matrices)
     in_block = not outside and is_matrix and not isinstance(owner, nn.Embedding)
     reason = "16-bit baseline" if is_baseline and not reason else reason
-    return TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits)
+    return TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits, applied)
 
 
 def _why_not(
-    names: list[str], owner: nn.Module, config: QuantConfig, outside: str, *, is_matrix: bool, is_plain: bool
+    names: list[str],
+    owner: nn.Module,
+    config: QuantConfig,
+    outside: str,
+    *,
+    is_matrix: bool,
+    is_plain: bool,
+    by_rule: bool,
 ) -> str:
     """Return why a tensor is not quantized, or an empty string if it is."""
     if config.exclude is not None and any(re.search(config.exclude, name) for name in names):
         return f"excluded by {config.exclude!r}"
     if config.include is not None and any(re.search(config.include, name) for name in names):
+        return ""
+    if outside == OUTSIDE and by_rule and is_plain and isinstance(owner, nn.Linear | nn.Embedding):
         return ""
     if outside:
         return outside
@@ -183,7 +215,7 @@ def _why_outside(name: str, towers: Sequence[str]) -> str:
         return "part of a vision or audio tower"
     if any(part.startswith("lora_") for part in name.split(".")):
         return "a LoRA matrix that was not merged"
-    return "" if re.search(r"\.\d+\.", name) else "outside the transformer blocks"
+    return "" if re.search(r"\.\d+\.", name) else OUTSIDE
 
 
 def _is_matrix(values: torch.Tensor) -> bool:

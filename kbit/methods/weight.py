@@ -61,10 +61,11 @@ class Weight:
         values: [..., out, in], the parameter's own memory. Conv1D's [in, out] is seen transposed.
         spec: the quantizer, with a seed of the weight's own.
         squared_error: sum (w - w')^2 of everything that replace has changed so far.
-        outlier_columns: input dimensions that stay at 16 bits (kbit.methods.outlier_columns). A method quantizes the
-            values with 0 in their place (outliers_at_zero, copy_matrix), so that they decide no block's scale. The
-            zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
+        outlier_columns: input dimensions that stay at 16 bits (kbit.methods.selection.outlier_columns). A method
+            quantizes the values with 0 in their place (outliers_at_zero, copy_matrix), so that they decide no block's
+            scale. The zeros are part of the blocks, as in bitsandbytes: no block changes place or number.
         expert: the number of the expert, or None of a parameter that is one weight.
+        method: the method that a rule names for it. None is the configuration's own.
         is_unseen: whether calibration did not see its inputs, so that it is rounded to nearest.
     """
 
@@ -74,6 +75,7 @@ class Weight:
     squared_error: float = 0.0
     outlier_columns: Int64[Tensor, " columns"] = field(default_factory=_no_columns)
     expert: int | None = None
+    method: str | None = None
     is_unseen: bool = False
 
     @property

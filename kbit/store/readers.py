@@ -61,6 +61,7 @@ def read_results(path: str | Path = "results", *, words: bool = False, wide: boo
         method, method_options: the method, and its options that are not at their default, as text.
         outlier_fraction, outlier_selection, outlier_zscore, activation_threshold: dimensions that stay at 16 bits.
         include, exclude: regular expressions of tensor names.
+        rules: the rules for some tensors in a line, such as "lm_head: bits=6", or None.
         evaluation: dtype, items or windows, and the beginning of a hash of their content. Two values compare only
             where their evaluations are equal.
         bits_per_param, total_bits, weight_rmse: sizes, and the relative error of the quantized weights.

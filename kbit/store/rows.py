@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.serialize import write_json
-from kbit.methods.config import OPTION_GROUPS, QuantConfig
+from kbit.methods.config import QuantConfig
+from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.selection.rules import Rule, write_rules
 from kbit.models.catalog import STUDIED, name_run
 from kbit.models.config import ModelConfig
 from kbit.numerics.spec import write_table
@@ -41,7 +43,7 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "scale_format": pa.string(), "rounding": pa.string(), "seed": pa.int64(), "method": pa.string(),
     "method_options": pa.string(), "outlier_fraction": pa.float64(), "outlier_selection": pa.string(),
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
-    "include": pa.string(), "exclude": pa.string(),
+    "include": pa.string(), "exclude": pa.string(), "rules": pa.string(),
     "training": pa.string(), "train_seed": pa.int64(), "train_fields": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
     "checkpoint": pa.string(),
@@ -101,6 +103,7 @@ def make_row(result: Result) -> dict[str, Any]:
         row |= {name: value for name, value in dataclasses.asdict(spec).items() if name in EXPERIMENT_COLUMNS}
         row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
+        row |= {"rules": write_rules(map(Rule, quant.rules)) or None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
     content = _describe_contents(result)

@@ -87,7 +87,6 @@ def test_variants_are_measured_side_by_side_and_written(kbit: Kbit, tmp_path: Pa
         (("eval.speed.prompt=300",), "eval.speed.prompt=300 and eval.speed.new=32 are more tokens than the model's"),
         (("eval.speed.batches=[0]",), "eval.speed.batches=[0] are not one or several different numbers >= 1"),
         (("eval.speed.prompt=8,9",), "eval.speed and device are the same for all that is measured side by side"),
-        (("quant.bitz=3",), "quant.bitz: no key 'bitz'; did you mean bits?"),
         (("model.name=nano-neox-98x",), "nano-neox-98k"),
     ],
 )

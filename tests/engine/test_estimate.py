@@ -31,6 +31,7 @@ from kbit.models.config import ModelConfig
 from kbit.models.size import ModelSize, find_size
 from kbit.store.damage import DamagedRecordWarning
 from kbit.store.store import Store
+from kbit.training.config import LoraConfig, TrainConfig
 
 NANO = ModelSize(10**6, 64, 256, 1024)
 HUB = ModelSize(10**9, 2048, 2048, None)
@@ -266,3 +267,30 @@ def test_durations_have_two_digits(seconds: float, text: str) -> None:
 )
 def test_counts_have_three_digits(count: int, text: str) -> None:
     assert format_count(count) == text
+
+
+def test_a_trained_token_costs_three_passes() -> None:
+    train = TrainConfig(steps=10, batch_size=4, context=128, seed=3)
+    plain, trained = make_experiment(), dataclasses.replace(make_experiment(), train=train)
+    estimator = Estimator()
+    passes = estimator.cost_of(trained) / estimator.cost_of(plain)
+    tokens = estimate_tokens(TEXT, find_size("nano-neox-98k") or NANO) or 0
+    assert passes == pytest.approx((tokens + 3 * 10 * 4 * 128) / tokens)
+    assert "tokens to score: about 4.1 thousand, to train on: about 5.12 thousand;" in estimator.describe([trained], 1)
+    assert CostClass.of(trained) == CostClass.of(
+        dataclasses.replace(trained, train=dataclasses.replace(train, seed=0, lr=1e-2))
+    )
+    assert CostClass.of(trained) != CostClass.of(plain)
+
+
+def test_memory_of_a_training_is_above_what_was_measured() -> None:
+    """Measured: training nano-neox-98k in steps of 2,048 tokens had a peak of 828 MB, and evaluating it one of 771."""
+    size = find_size("nano-neox-98k")
+    assert size is not None
+    trained = dataclasses.replace(make_experiment(), train=TrainConfig(steps=10))
+    added = estimate_memory(size, trained, "cpu") - estimate_memory(size, make_experiment(), "cpu")
+    assert 57_000_000 < added < 2 * 57_000_000
+    adapters = dataclasses.replace(trained.train, lora=LoraConfig(rank=2))
+    assert estimate_memory(size, dataclasses.replace(trained, train=adapters), "cpu") == (
+        estimate_memory(size, trained, "cpu") - 12 * size.parameters
+    )

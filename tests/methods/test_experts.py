@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from kbit.methods.config import CalibrationConfig, QuantConfig
-from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.report import plan_quantization
+from kbit.methods.selection.outlier_columns import choose_outliers
 from kbit.methods.weight import ExpertCodes
 from kbit.numerics.quantizer import fake_quantize
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from kbit.analysis.figures.canvas.axes import label_plainly
-from kbit.analysis.figures.canvas.page import Page
+from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions, style_series
 from kbit.analysis.figures.costs.points import NEEDS, STUDIES, choose_variant, gather_costs
@@ -41,19 +41,18 @@ def draw_times(results: pd.DataFrame, page: Page) -> PaperFigure:
     return PaperFigure("time_per_token", fig, points, CLAIM, judge_times(points), notes, table=write_table(points))
 
 
-def draw_bench(table: pd.DataFrame, shown: pd.DataFrame, page: Page | None = None) -> PaperFigure:
+def draw_bench(table: pd.DataFrame, shown: pd.DataFrame, page: Page = OWN_PAGE) -> PaperFigure:
     """Draw what `kbit bench` measured, a panel for each model.
 
     Args:
         table: see kbit.costs.bench_tables.tabulate_bench.
         shown: the table for reading.
-        page: the page to draw on. None is kbit's own.
+        page: the page to draw on.
     """
-    page = page or Page()
     points = table[table["ms_per_token"].notna()].rename(columns={"precision": "series"})
     points = points.astype({"batch": int})
-    styles = style_series(points["series"])
-    fig = _draw_panels(points, list(dict.fromkeys(points["model"])), styles, page)
+    with apply_style(page):
+        fig = _draw_panels(points, list(dict.fromkeys(points["model"])), style_series(points["series"]), page)
     fig.page = page
     note = f"Measured on {', '.join(sorted(points['conditions'].unique()))}. Bars: 95% intervals of medians."
     return PaperFigure("bench", fig, table, CLAIM, judge_bench(points), (note,), table=shown)

@@ -276,9 +276,18 @@ def _matches(values: Values, exclusion: Mapping[str, Any]) -> bool:
 
 
 def _write(value: Any) -> str:
-    """Return a YAML value as it is written on Hydra's command line. A list becomes a sweep."""
+    """Return a YAML value as it is written on Hydra's command line. A list becomes a sweep of its items."""
     if isinstance(value, list):
-        return ",".join(_write(item) for item in value)
+        return ",".join(_write_nested(item) if isinstance(item, list | dict) else _write(item) for item in value)
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _write_nested(value: Any) -> str:
+    """Return a value within a list or mapping. Text is quoted, since a pattern has characters that Hydra reads."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_write_nested(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_write_nested, value))}]"
+    return "'" + value.replace("'", "\\'") + "'" if isinstance(value, str) else _write(value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,9 +109,7 @@ def test_it_measures_only_if_asked(build_tiny: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2", "opt", "bloom", "llama", "mixtral"])
-def test_steps_with_the_cache_give_the_whole_texts_logits(
-    build_tiny: Callable[..., Any], architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_with_the_cache_give_the_whole_texts_logits(build_tiny: Callable[..., Any], architecture: str) -> None:
     """The oracle of generate: the same tokens at once, without a cache."""
     model, work = build_tiny(architecture), Workload(2, 5, 3)
     tokens, seen = work.draw_tokens(model), []
@@ -208,7 +207,7 @@ def test_it_is_stored_and_read_back(packed_result: Result, tmp_path: Path) -> No
     assert record is not None
     assert set(rows["evaluation"]) == {f"{record.processor}, {record.threads} threads, 16 + 3 tokens"}
     items = read_items(tmp_path, "speed/batch_4", "ms_per_token", [packed_result.key])[packed_result.key]
-    assert sorted(items)[2:4] == pytest.approx([find(packed_result, "speed/batch_4", "ms_per_token").value] * 2, rel=1)
+    assert np.median(items) == pytest.approx(find(packed_result, "speed/batch_4", "ms_per_token").value, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

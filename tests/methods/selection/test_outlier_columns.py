@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.methods.config import QuantConfig
-from kbit.methods.outlier_columns import choose_outliers
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
 from kbit.methods.report import plan_quantization
+from kbit.methods.selection.outlier_columns import choose_outliers
 from kbit.methods.weight import Weight
 from kbit.models.architectures import find_sources, orient
 from kbit.models.parameters import hash_weights

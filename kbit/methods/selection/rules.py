@@ -1,0 +1,69 @@
+"""Rules of a quantizer: other fields for the tensors whose names match a pattern (quant.rules)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from kbit.checks import suggest
+
+PATTERN: Final = "match"
+
+
+class Rule(dict[str, Any]):
+    """A pattern and the fields that it changes, such as {"match": "lm_head", "bits": 6}.
+
+    A configuration with rules is hashable, so a rule is, too. It must not be changed.
+    """
+
+    def __hash__(self) -> int:  # type: ignore[override]  # dict says None
+        return hash(json.dumps(self, sort_keys=True))
+
+    def __str__(self) -> str:
+        return " ".join([f"{self[PATTERN]}:", *(f"{name}={value}" for name, value in self.changes.items())])
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of the quantizer that the rule changes."""
+        return {name: value for name, value in self.items() if name != PATTERN}
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether the pattern finds one of a tensor's names."""
+        return any(re.search(self[PATTERN], name) for name in names)
+
+
+def read_rules(values: Sequence[Mapping[str, Any]], fields: Collection[str]) -> tuple[Rule, ...]:
+    """Return rules from plain mappings, as YAML, JSON and Python give them.
+
+    Args:
+        values: the mappings. Each has `match`, a regular expression of tensor names, and fields to change.
+        fields: the names of the fields that a rule may change.
+
+    Raises:
+        ValueError: an entry is no mapping, has no pattern or an impossible one, or names an unknown field.
+    """
+    return tuple(_read_rule(number, value, fields) for number, value in enumerate(values))
+
+
+def _read_rule(number: int, value: Mapping[str, Any], fields: Collection[str]) -> Rule:
+    where = f"quant.rules[{number}]"
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}={value!r} is no mapping such as {{match: lm_head, bits: 6}}")
+    pattern = value.get(PATTERN)
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"{where}={dict(value)} lacks `match`, the regular expression of the tensors that it is for")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where}: match={pattern!r} is not a regular expression: {error}") from None
+    for name in value:
+        if name != PATTERN and name not in fields:
+            raise ValueError(f"{where}: {name!r} is no field that a rule can change; {suggest(str(name), fields)}")
+    return Rule({name: tuple(item) if isinstance(item, list) else item for name, item in value.items()})
+
+
+def write_rules(rules: Iterable[Rule]) -> str:
+    """Return rules in a line for people and tables, such as "lm_head: bits=6; mlp: bits=3 data_type=int"."""
+    return "; ".join(map(str, rules))
