@@ -225,11 +225,6 @@ class QuantConfig(QuantSpec):
                 f"quant.method={self.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be "
                 "packed. Use quant=int8_rowwise for its codes"
             )
-        if self.rules:
-            raise ValueError(
-                f"quant.rules ({write_rules(map(Rule, self.rules))}) give some tensors another quantizer, and a packed "
-                "model has one: leave these tensors out by quant.exclude, or evaluate without packing"
-            )
 
     @property
     def decomposes(self) -> bool:
