@@ -111,7 +111,7 @@ def choose_variant(costs: Costs) -> Costs:
     settings = ["variant", "block_size", "dtype"]
     quantized = points[points["bits"] < BASELINE_BITS]
     counts = quantized.groupby(settings, dropna=False)["key"].nunique()
-    chosen = dict(zip(settings, counts.index[counts.to_numpy().argmax()], strict=True))
+    chosen = dict(zip(settings, counts.index[int(counts.to_numpy().argmax())], strict=True))
     mine = points["dtype"] == chosen["dtype"]
     for name in ("variant", "block_size"):
         same = points[name].isna() if pd.isna(chosen[name]) else points[name] == chosen[name]
