@@ -29,13 +29,14 @@ import numba
 import numpy as np
 from numba.cuda import compiler
 
+from kbit.kernels import cpu_states, cuda_linear, cuda_states
 from kbit.kernels import cuda as kernels
 from kbit.kernels import cuda_arrays as arrays
-from kbit.kernels import cuda_linear
 from kbit.kernels.cpu_chunks import FLOAT16, FLOAT32
 from kbit.kernels.cpu_linear import ABSENT, BATCHES, CODED, Blocks, Constants, Matrix
 from kbit.numerics.codebooks import decision_thresholds
 from kbit.numerics.data_types import make_codebook
+from kbit.numerics.spec import QuantSpec
 
 RESULTS = Path(__file__).parent / "results" / "cuda_registers.json"
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (12, 0))  # Turing, Ampere, Hopper, Blackwell: the oldest of CUDA 13 on
@@ -124,6 +125,18 @@ def _call_all(variant: Variant) -> None:
     packed = kernels.pack(codes, variant.bits)
     kernels.unpack(packed, variant.bits, x.size)
     _multiply(packed, codebook, variant)
+    _step(x, variant)
+
+
+def _step(x: Any, variant: Variant) -> None:
+    """Take an optimizer's step in one pass, and in two."""
+    spec = QuantSpec(variant.bits, "int", scale_format="fp32")
+    codebook = spec.make_codebook()
+    for block_size in (64, x.size):
+        state = cpu_states.make_state(variant.bits, block_size, codebook, spec.make_thresholds(codebook))
+        state = state._replace(codes=np.zeros(x.size, np.uint8), scales=np.ones(x.size, np.float32))
+        rule = cpu_states.Rule(cpu_states.ADAM, *np.ones(9, np.float32), False)
+        cuda_states.take_step(x, x, state, state, rule)
 
 
 def _multiply(packed: Any, codebook: Any, variant: Variant) -> None:

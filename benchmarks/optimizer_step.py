@@ -3,8 +3,9 @@
     python benchmarks/optimizer_step.py [--size 4096] [--rounds 9] [--threads 1 2]
 
 Takes 2 to 5 minutes. One parameter of size x size float32 values. The optimizers take turns in each round, so that a
-busy machine slows all alike. A ratio is the median of the rounds' ratios of wall times, and beside it stands the ratio
-of the least times. Steps before the first round compile and create the states. The bytes of states are those of the
+busy machine slows all alike. The time of one thread is the processor time of the process, which other processes are
+not in, though they share caches and memory. The time of several threads is that of the clock. A ratio is the median
+over rounds, and beside it stands the ratio of the least times. Steps before the first round compile and create the states. The bytes of states are those of the
 tensors that hold them. bitsandbytes and torchao take part where they are installed; torchao compiles its step and needs
 a C++ compiler. Writes benchmarks/results/optimizer_step.json.
 """
@@ -92,11 +93,12 @@ def measure(threads: int, size: int, rounds: int) -> tuple[dict[str, list[float]
             print(f"{name} does not run: {type(error).__name__}: {str(error)[:200]}")
             continue
         entries[name], taken[name] = (p, optimizer), []
+    clock = time.process_time if threads == 1 else time.perf_counter
     for _ in range(rounds):
         for name, (_, optimizer) in entries.items():
-            start = time.perf_counter()
+            start = clock()
             optimizer.step()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
     states = {
         name: sum(count_bytes(value) for value in optimizer.state[p].values()) / p.numel()
         for name, (p, optimizer) in entries.items()

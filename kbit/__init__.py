@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
+    from kbit.checkpoints.peft_private import adapt_packed_layers as adapt_packed_layers
     from kbit.checkpoints.saving import save_packed as save_packed
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
@@ -56,6 +57,7 @@ _PUBLIC = {
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
+    "adapt_packed_layers": "kbit.checkpoints.peft_private:adapt_packed_layers",
     "compare": "kbit.notebook.comparison:compare",
     "codebook": "kbit.numerics.quantizer:codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",

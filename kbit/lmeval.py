@@ -20,6 +20,8 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
+from kbit.checkpoints.loading import load_model
+from kbit.checkpoints.packing import compute_exactly, find_packed_report
 from kbit.data.lm_eval_private import add_tasks, hide_progress, read_definition
 from kbit.data.task_files import EMBEDDED_TASKS
 from kbit.data.tasks import complete_definition, find_data
@@ -29,7 +31,6 @@ from kbit.evaluation.token_budget import TokenBudget
 from kbit.methods.config import QuantConfig
 from kbit.methods.options import OPTION_GROUPS
 from kbit.methods.quantize_model import quantize_model
-from kbit.models.loading import load_model
 
 log = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZE: Final = EvalConfig().batch_size
@@ -56,7 +57,7 @@ class QuantizedLM(Scorer):
         """Load the model and quantize it.
 
         Args:
-            pretrained: model as in `model.name` of `kbit run`.
+            pretrained: model as in `model.name` of `kbit run`. One that `kbit pack` made is evaluated as it is.
             dtype: dtype that the model computes in.
             device: device as lm-eval names it. Its command line asks for cuda:0 by default.
             batch_size: sequences at once in generation. Log-likelihoods take at least EvalConfig's default.
@@ -70,7 +71,17 @@ class QuantizedLM(Scorer):
         hide_progress()
         self.quant = read_options(quant)
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
-        self.report = quantize_model(loaded.model, self.quant, loaded.tokenizer)
+        packed = find_packed_report(loaded.model)
+        if packed is not None and quant and not self.quant.is_baseline:
+            raise ValueError(
+                f"pretrained={pretrained} is packed by kbit already, and is not quantized again: leave out "
+                f"{', '.join(quant)}, or give bits=16"
+            )
+        if packed is None:
+            self.report = quantize_model(loaded.model, self.quant, loaded.tokenizer)
+        else:
+            self.quant, self.report = loaded.model.config.quantization_config.quant, packed
+            compute_exactly(loaded.model)
         asked = int(str(batch_size)) if str(batch_size).isdigit() else DEFAULT_BATCH_SIZE
         super().__init__(loaded.model, loaded.tokenizer, asked)
         # lm-eval's command line says 1 unless told otherwise. That is for loops that pad, and changes no score

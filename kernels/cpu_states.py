@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
-from numba import prange
+from numba import prange, types
+from numba.extending import overload
 
 from kbit.kernels.cpu import make_search_table, pad_codebook
 from kbit.kernels.cpu_chunks import (
@@ -149,13 +150,15 @@ def _step(words, gradients, kind, momentum, variance, momentum_scales, variance_
 def _step_task(
     words, gradients, kind, momentum, variance, momentum_scales, variance_scales, rule, chunk, whole_blocks, start, end
 ):
-    p, g = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    m, v = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    codes = np.zeros(CHUNK, np.uint8)
+    buffers, codes = np.empty((4, CHUNK), np.float32), np.zeros(CHUNK, np.uint8)
     while start < end:
         count = min(chunk, end - start)
-        _compute(words, gradients, kind, momentum, variance, rule, start, count, p, g, m, v, codes)
-        store(p, count, words, kind, start)
+        p = _open_chunk(words, kind, start, count, buffers[0])
+        g = _open_chunk(gradients, kind, start, count, buffers[1])
+        m = _decode(momentum, start, count, codes, buffers[2])
+        v = _decode(variance, start, count, codes, buffers[3])
+        _move(p, g, m, v, count, rule)
+        _close_chunk(p, words, kind, start, count)
         if whole_blocks:
             _write_peaks(m, start, count, momentum)
             _write_peaks(v, start, count, variance)
@@ -164,16 +167,38 @@ def _step_task(
         start += count
 
 
+def _open_chunk(words: Any, kind: int, start: int, count: int, buffer: Any) -> Any:
+    """Return `count` values from `start` on as float32: as they lie, or converted into the buffer."""
+    raise NotImplementedError
+
+
+@overload(_open_chunk, inline="never")
+def _open_any(words, kind, start, count, buffer):
+    if isinstance(words.dtype, types.Float):  # a copy would read each page in one go, faster than it is prefetched
+        return lambda words, kind, start, count, buffer: words[start : start + count]
+
+    def open_16_bits(words, kind, start, count, buffer):
+        load(words, kind, start, count, buffer)
+        return buffer
+
+    return open_16_bits
+
+
+def _close_chunk(p: Any, words: Any, kind: int, start: int, count: int) -> None:
+    """Write values that _open_chunk returned, and that have changed, to where they came from."""
+    raise NotImplementedError
+
+
+@overload(_close_chunk, inline="never")
+def _close_any(p, words, kind, start, count):
+    if isinstance(words.dtype, types.Float):
+        return lambda p, words, kind, start, count: None
+    return lambda p, words, kind, start, count: store(p, count, words, kind, start)
+
+
 @jit()
-def _compute(words, gradients, kind, momentum, variance, rule, start, count, p, g, m, v, codes):
-    """Fill p, m and v with the new parameters and states."""
-    load(words, kind, start, count, p)
-    load(gradients, kind, start, count, g)
-    _decode(momentum, start, count, codes, m)
-    _decode(variance, start, count, codes, v)
-    if rule.penalty != np.float32(0):
-        for j in range(np.uint64(count)):
-            g[j] = g[j] + rule.penalty * p[j]
+def _move(p, g, m, v, count, rule):
+    """Compute the new parameters and states in place."""
     if rule.kind == ADAM:
         _move_adam(p, g, m, v, count, rule)
     elif rule.kind == SGD:
@@ -184,11 +209,12 @@ def _compute(words, gradients, kind, momentum, variance, rule, start, count, p, 
 
 @jit()
 def _move_adam(p, g, m, v, count, rule):
-    beta1, rest1, beta2, rest2 = rule.beta1, rule.rest1, rule.beta2, rule.rest2
-    root, eps, decay, rate = rule.root, rule.eps, rule.decay, rule.rate
+    beta1, rest1, beta2, rest2, penalty = rule.beta1, rule.rest1, rule.beta2, rule.rest2, rule.penalty
+    root, eps, decay, rate, is_penalized = rule.root, rule.eps, rule.decay, rule.rate, rule.penalty != np.float32(0)
     for j in range(np.uint64(count)):
-        momentum = beta1 * m[j] + rest1 * g[j]
-        variance = beta2 * v[j] + rest2 * (g[j] * g[j])
+        gradient = g[j] + penalty * p[j] if is_penalized else g[j]
+        momentum = beta1 * m[j] + rest1 * gradient
+        variance = beta2 * v[j] + rest2 * (gradient * gradient)
         m[j], v[j] = momentum, variance
         p[j] = p[j] * decay - rate * (momentum / (np.sqrt(variance) * root + eps))
 
@@ -196,10 +222,12 @@ def _move_adam(p, g, m, v, count, rule):
 @jit()
 def _move_sgd(p, g, m, count, rule):
     beta1, rest1, decay, rate, nesterov = rule.beta1, rule.rest1, rule.decay, rule.rate, rule.nesterov
+    penalty, is_penalized = rule.penalty, rule.penalty != np.float32(0)
     for j in range(np.uint64(count)):
-        momentum = beta1 * m[j] + rest1 * g[j]
+        gradient = g[j] + penalty * p[j] if is_penalized else g[j]
+        momentum = beta1 * m[j] + rest1 * gradient
         m[j] = momentum
-        move = g[j] + beta1 * momentum if nesterov else momentum
+        move = gradient + beta1 * momentum if nesterov else momentum
         p[j] = p[j] * decay - rate * move
 
 
@@ -207,9 +235,11 @@ def _move_sgd(p, g, m, count, rule):
 def _move_lion(p, g, m, count, rule):
     beta1, rest1, beta2, rest2 = rule.beta1, rule.rest1, rule.beta2, rule.rest2
     decay, rate, one, zero = rule.decay, rule.rate, np.float32(1), np.float32(0)
+    penalty, is_penalized = rule.penalty, rule.penalty != np.float32(0)
     for j in range(np.uint64(count)):
-        mixed = beta1 * m[j] + rest1 * g[j]
-        m[j] = beta2 * m[j] + rest2 * g[j]
+        gradient = g[j] + penalty * p[j] if is_penalized else g[j]
+        mixed = beta1 * m[j] + rest1 * gradient
+        m[j] = beta2 * m[j] + rest2 * gradient
         sign = mixed if mixed != mixed else zero  # a gradient that is NaN must not leave the parameter as it was
         sign = one if mixed > zero else sign
         sign = -one if mixed < zero else sign
@@ -218,18 +248,21 @@ def _move_lion(p, g, m, count, rule):
 
 @jit()
 def _decode(state, start, count, codes, buffer):
-    """Fill the buffer with codebook[code] * scale."""
+    """Return the state: codebook[code] * scale in the buffer, or its values as they lie."""
     if state.bits == NO_STATE:
-        return
+        return buffer
     if state.bits == EXACT_BITS:
-        load(state.values, 0, start, count, buffer)
-        return
-    unpack_codes(state.codes, start * state.bits // 8, count, state.bits, codes)
+        return state.values[start : start + count]
+    packed = state.bits < 8
+    if packed:
+        unpack_codes(state.codes, start * state.bits // 8, count, state.bits, codes)
+    found = codes if packed else state.codes[start : start + count]
     block, b, i = state.block_size, start // state.block_size, np.int64(0)
     while i < count:
         stop = min((b + 1) * block - start, count)
-        _look_up_scaled(codes, i, stop, state.codebook, state.scales[b], buffer)
+        _look_up_scaled(found, i, stop, state.codebook, state.scales[b], buffer)
         i, b = stop, b + 1
+    return buffer
 
 
 @jit()
@@ -260,10 +293,7 @@ def _find_peak(buffer, start, stop):
 @jit()
 def _encode(buffer, start, count, state, scales, codes):
     """Write the codes of the values in the buffer, which is changed."""
-    if state.bits == NO_STATE:
-        return
-    if state.bits == EXACT_BITS:
-        store(buffer, count, state.values, 0, start)
+    if not 0 < state.bits < EXACT_BITS:  # a state of values has been changed in place
         return
     block, b, i = state.block_size, start // state.block_size, np.int64(0)
     while i < count:
@@ -293,7 +323,8 @@ def _find_scales(words: Any, gradients: Any, kind: int, momentum: State, varianc
     chunks = -(-words.size // CHUNK)
     parts = [np.zeros(chunks + state.scales.size, np.float32) for state in (momentum, variance)]
     _find_parts(words, gradients, kind, momentum, variance, rule, *parts)
-    return [_join_peaks(part, state.scales.size, state.block_size) for part, state in zip(parts, (momentum, variance))]
+    pairs = zip(parts, (momentum, variance), strict=True)
+    return [_join_peaks(part, state.scales.size, state.block_size) for part, state in pairs]
 
 
 @jit(parallel=True)
@@ -308,11 +339,16 @@ def _find_parts(words, gradients, kind, momentum, variance, rule, momentum_parts
 
 @jit()
 def _find_chunk_parts(words, gradients, kind, momentum, variance, rule, c, count, momentum_parts, variance_parts):
-    p, g = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    m, v = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    _compute(words, gradients, kind, momentum, variance, rule, c * CHUNK, count, p, g, m, v, np.empty(CHUNK, np.uint8))
-    _write_parts(m, c, count, momentum, momentum_parts)
-    _write_parts(v, c, count, variance, variance_parts)
+    buffers, start = np.empty((4, CHUNK), np.float32), c * CHUNK
+    load(words, kind, start, count, buffers[0])  # copies: nothing may change yet
+    load(gradients, kind, start, count, buffers[1])
+    codes = np.empty(CHUNK, np.uint8)
+    for i, state in ((2, momentum), (3, variance)):
+        values = _decode(state, start, count, codes, buffers[i])
+        load(values, 0, 0, count, buffers[i])
+    _move(buffers[0], buffers[1], buffers[2], buffers[3], count, rule)
+    _write_parts(buffers[2], c, count, momentum, momentum_parts)
+    _write_parts(buffers[3], c, count, variance, variance_parts)
 
 
 @jit()

@@ -25,7 +25,11 @@ cuda_device has the device code, cuda_arrays what the host does around a launch.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
+from numba import cuda
 
 from kbit.kernels.cuda_arrays import (
     GROUP_WORDS,
@@ -57,8 +61,6 @@ from kbit.kernels.cuda_kernels import (
     make_encode,
     make_encode_decode,
     make_extremes,
-    make_pack,
-    make_unpack,
 )
 
 # kind, smallest positive and largest number of each scale format: kbit.numerics.scale_formats
@@ -232,3 +234,37 @@ def unpack(packed: DeviceArray, bits: int, n: int) -> DeviceArray:
         codes = new_array(packed, n, "uint8")
         launch(make_unpack(), divide_up(n, 8), as_numba(packed), bits, n, as_numba(codes))
     return codes
+
+
+@functools.cache
+def make_pack() -> Any:
+    """Eight codes fill exactly `bits` bytes: the work of a thread."""
+
+    @cuda.jit
+    def pack_codes(codes, bits, n, packed):
+        for eight in range(cuda.grid(1), (n + 7) // 8, cuda.gridsize(1)):
+            stream = np.uint64(0)
+            for i in range(8 * eight, 8 * eight + 8):
+                stream = (stream << np.uint64(bits)) | np.uint64(codes[i] if i < n else 0)
+            for j in range(bits):
+                if eight * bits + j < packed.size:
+                    packed[eight * bits + j] = (stream >> np.uint64(8 * (bits - 1 - j))) & np.uint64(0xFF)
+
+    return pack_codes
+
+
+@functools.cache
+def make_unpack() -> Any:
+    """The reverse of make_pack."""
+
+    @cuda.jit
+    def unpack_codes(packed, bits, n, codes):
+        for eight in range(cuda.grid(1), (n + 7) // 8, cuda.gridsize(1)):
+            stream = np.uint64(0)
+            for j in range(eight * bits, eight * bits + bits):
+                stream = (stream << np.uint64(8)) | np.uint64(packed[j] if j < packed.size else 0)
+            for j in range(8):
+                if 8 * eight + j < n:
+                    codes[8 * eight + j] = (stream >> np.uint64(bits * (7 - j))) & np.uint64((1 << bits) - 1)
+
+    return unpack_codes

@@ -19,6 +19,8 @@ except ImportError as error:
 from numba import config, cuda
 from numba.cuda import libdevice
 
+from kbit.kernels.cpu_states import ADAM, EXACT_BITS, LION, NO_STATE
+
 SIMULATED = bool(vars(config)["ENABLE_CUDASIM"])  # numba reads NUMBA_ENABLE_CUDASIM when it is imported
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
@@ -31,6 +33,7 @@ INFINITE = np.float32(np.inf)
 _NAN_WORD = np.uint64(0xFFFFFFFFFFFFFFFF)  # NaN in each of the formats
 ALL_BITS = np.uint32(0xFFFFFFFF)
 _SIGN_BIT = np.uint32(0x80000000)
+MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 # ---- primitives: the hardware's operations, and their meaning in NumPy ----
@@ -226,3 +229,65 @@ def round_scale(peak, scale_kind, smallest, largest):
     if scale == np.float32(0) and peak > np.float32(0):
         scale = smallest
     return scale if peak <= largest else _NAN
+
+
+# ---- device functions: optimizers' states, see kbit.kernels.cpu_states ----
+
+
+@compile_device
+def move(p, g, m, v, rule, rate, beta1, rest1, beta2, rest2, root, eps, decay, penalty, nesterov):
+    """Return the new parameter, momentum and variance. See kbit.kernels.cpu_states.Rule."""
+    zero, one = np.float32(0), np.float32(1)
+    if penalty != zero:
+        g = add(g, multiply(penalty, p))
+    mixed = add(multiply(beta1, m), multiply(rest1, g))
+    if rule == LION:
+        m = add(multiply(beta2, m), multiply(rest2, g))
+        move = mixed if mixed != mixed else zero
+        move = one if mixed > zero else move
+        move = -one if mixed < zero else move
+    elif rule == ADAM:
+        m, v = mixed, add(multiply(beta2, v), multiply(rest2, multiply(g, g)))
+        move = divide(m, add(multiply(square_root(v), root), eps))
+    else:
+        m = mixed
+        move = add(g, multiply(beta1, m)) if nesterov else m
+    return subtract(multiply(p, decay), multiply(rate, move)), m, v
+
+
+@compile_device
+def read_state(values, scales, table, i, block, bits, steps):
+    """Return the state of element i."""
+    if bits == NO_STATE:
+        return np.float32(0)
+    if bits == EXACT_BITS:
+        return values[i]
+    start = i * bits
+    byte, inside = start // 8, start % 8
+    pair = np.uint32(values[byte]) << np.uint32(8)
+    if inside + bits > 8:
+        pair |= np.uint32(values[byte + 1])
+    code = (pair >> np.uint32(16 - bits - inside)) & np.uint32((1 << bits) - 1)
+    return multiply(table[np.uint32((1 << steps) + code)], scales[i // block])
+
+
+@compile_device
+def write_state(values, state, peaks, table, start, n, block, bits, steps, top, key, is_random):
+    """Write eight values of a state: as they are, or as codes in units of their blocks' peaks."""
+    stream = np.uint64(0)
+    for j in range(8):
+        i, code = start + j, np.uint32(0)
+        if i < n and bits == EXACT_BITS:
+            values[i] = state[j]
+        elif i < n and bits != NO_STATE:
+            scale = as_float(peaks[i // block])
+            v = divide(state[j], scale) if scale != np.float32(0) else np.float32(0)
+            code = find_code(v, table, steps)
+            if is_random:
+                code = round_up_at_random(v, code, table, steps, top, key, i)
+        stream = (stream << np.uint64(bits)) | np.uint64(code)
+    if 0 < bits < EXACT_BITS:
+        for j in range(bits):
+            byte = start // 8 * bits + j
+            if byte < values.size:
+                values[byte] = (stream >> np.uint64(8 * (bits - 1 - j))) & np.uint64(0xFF)

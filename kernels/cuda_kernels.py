@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numba import cuda, types
 
+from kbit.kernels.cpu_states import EXACT_BITS
 from kbit.kernels.cuda_device import (
     ALL_BITS,
     INFINITE,
+    MAGNITUDE,
     MOST_THREADS,
     SIMULATED,
     as_bits,
@@ -26,12 +28,18 @@ from kbit.kernels.cuda_device import (
     from_ordered,
     get_constant,
     get_value,
+    move,
     multiply_add,
     primitive,
+    read_state,
     round_scale,
+    to_bits,
     to_ordered,
     word_peak,
+    write_state,
 )
+
+ONE_PASS, FIND_PEAKS, WRITE_STATES = 0, 1, 2  # what make_step's kernel does
 
 # ---- blocks and groups of threads ----
 
@@ -237,8 +245,8 @@ def make_absmax_scales() -> Any:
     @cuda.jit
     def absmax_scales(blocks, scale_kind, smallest, largest, low, high, refused):
         for b in range(cuda.grid(1), blocks, cuda.gridsize(1)):
-            magnitude = np.uint32(0x7FFFFFFF)  # on bits, so that NaN counts as the largest
-            peak = max(np.uint32(as_bits(low[b]) & magnitude), np.uint32(as_bits(high[b]) & magnitude))
+            # on bits, so that NaN counts as the largest
+            peak = max(np.uint32(as_bits(low[b]) & MAGNITUDE), np.uint32(as_bits(high[b]) & MAGNITUDE))
             scale = round_scale(as_float(peak), scale_kind, smallest, largest)
             low[b], high[b] = scale, np.float32(0)
             if scale != scale:
@@ -292,35 +300,77 @@ def make_multiply(bits: int, steps: int, batch: int, group: int, scale_kind: int
     return multiply
 
 
+@compile_device
+def _share_peak(peaks, state, start, n, block, bits, member, group):
+    """Write the peak of the block that a group of threads holds. All threads of the thread block must call it."""
+    if 0 < bits < EXACT_BITS:
+        peak = np.uint32(0)
+        for j in range(8):
+            peak = max(peak, np.uint32(as_bits(state[j]) & MAGNITUDE))
+        peak = group_max(peak, group)
+        if member == 0 and start < n:
+            peaks[start // block] = peak
+        cuda.syncthreads()
+
+
+@compile_device
+def _raise_peaks(peaks, state, start, n, block, bits):
+    """Raise the peaks of the blocks of eight values, with one atomic maximum a block."""
+    if 0 < bits < EXACT_BITS:
+        peak = np.uint32(0)
+        for j in range(8):
+            i = start + j
+            if i < n:
+                peak = max(peak, np.uint32(as_bits(state[j]) & MAGNITUDE))
+                if j == 7 or i + 1 == n or (i + 1) % block == 0:
+                    cuda.atomic.max(peaks, i // block, peak)
+                    peak = np.uint32(0)
+
+
 @functools.cache
-def make_pack() -> Any:
-    """Eight codes fill exactly `bits` bytes: the work of a thread."""
+def make_step(mode: int, group: int, kind: int, rule: int, m_bits: int, v_bits: int, m_steps: int, v_steps: int) -> Any:
+    """The step of eight values a thread. If mode is ONE_PASS, a group of threads takes a block."""
+    m_size, v_size = 2 << m_steps, 2 << v_steps
 
     @cuda.jit
-    def pack_codes(codes, bits, n, packed):
-        for eight in range(cuda.grid(1), (n + 7) // 8, cuda.gridsize(1)):
-            stream = np.uint64(0)
-            for i in range(8 * eight, 8 * eight + 8):
-                stream = (stream << np.uint64(bits)) | np.uint64(codes[i] if i < n else 0)
-            for j in range(bits):
-                if eight * bits + j < packed.size:
-                    packed[eight * bits + j] = (stream >> np.uint64(8 * (bits - 1 - j))) & np.uint64(0xFF)
-
-    return pack_codes
-
-
-@functools.cache
-def make_unpack() -> Any:
-    """The reverse of make_pack."""
-
-    @cuda.jit
-    def unpack_codes(packed, bits, n, codes):
-        for eight in range(cuda.grid(1), (n + 7) // 8, cuda.gridsize(1)):
-            stream = np.uint64(0)
-            for j in range(eight * bits, eight * bits + bits):
-                stream = (stream << np.uint64(8)) | np.uint64(packed[j] if j < packed.size else 0)
+    def states(
+        p, g, m_values, m_scales, m_peaks, m_tables, m_block, m_top, m_key, m_random,
+        v_values, v_scales, v_peaks, v_tables, v_block, v_top, v_key, v_random,
+        n, rate, beta1, rest1, beta2, rest2, root, eps, decay, penalty, nesterov,
+    ):  # fmt: skip
+        m_table = cuda.shared.array(m_size, types.float32)  # on lines of their own, which tell arrays apart when
+        v_table = cuda.shared.array(v_size, types.float32)  # they are simulated
+        load_table(m_tables, m_table)
+        load_table(v_tables, v_table)
+        moved = cuda.local.array(8, types.float32)  # the loops over these are unrolled, so they are registers
+        m = cuda.local.array(8, types.float32)
+        v = cuda.local.array(8, types.float32)
+        member, groups = cuda.threadIdx.x % group, cuda.blockDim.x // group
+        first, blocks = cuda.blockIdx.x * groups, (n + 8 * group - 1) // (8 * group)
+        while first < blocks:  # the same for all threads, as the shuffles in it need
+            start = ((first + cuda.threadIdx.x // group) * group + member) * 8
             for j in range(8):
-                if 8 * eight + j < n:
-                    codes[8 * eight + j] = (stream >> np.uint64(bits * (7 - j))) & np.uint64((1 << bits) - 1)
+                i = start + j
+                m[j], v[j] = np.float32(0), np.float32(0)
+                if i < n:
+                    old_m = read_state(m_values, m_scales, m_table, i, m_block, m_bits, m_steps)
+                    old_v = read_state(v_values, v_scales, v_table, i, v_block, v_bits, v_steps)
+                    moved[j], m[j], v[j] = move(
+                        get_value(np.uint64(p[i]), 0, kind), get_value(np.uint64(g[i]), 0, kind), old_m, old_v,
+                        rule, rate, beta1, rest1, beta2, rest2, root, eps, decay, penalty, nesterov,
+                    )  # fmt: skip
+            if mode == ONE_PASS:
+                _share_peak(m_peaks, m, start, n, m_block, m_bits, member, group)
+                _share_peak(v_peaks, v, start, n, v_block, v_bits, member, group)
+            if mode == FIND_PEAKS:
+                _raise_peaks(m_peaks, m, start, n, m_block, m_bits)
+                _raise_peaks(v_peaks, v, start, n, v_block, v_bits)
+            else:
+                for j in range(8):
+                    if start + j < n:
+                        p[start + j] = to_bits(moved[j], kind)
+                write_state(m_values, m, m_peaks, m_table, start, n, m_block, m_bits, m_steps, m_top, m_key, m_random)
+                write_state(v_values, v, v_peaks, v_table, start, n, v_block, v_bits, v_steps, v_top, v_key, v_random)
+            first += cuda.gridDim.x * groups
 
-    return unpack_codes
+    return states

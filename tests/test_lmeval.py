@@ -10,6 +10,8 @@ import pytest
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 
+from kbit.checkpoints.loading import load_model, pack_loaded
+from kbit.checkpoints.saving import save_packed
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment
 from kbit.experiments.session import run_experiment
@@ -112,3 +114,18 @@ def test_lm_evals_default_of_a_gpu_means_the_cpu_where_there_is_none(
     assert "no CUDA device here" in caplog.text
     with pytest.raises(ValueError, match="device=cuda:1"):
         QuantizedLM("nano-neox-98k", device="cuda:1", bits=4)
+
+
+def test_a_packed_folder_is_evaluated_as_it_is(tmp_path: Path) -> None:
+    loaded, quant = load_model("nano-neox-98k"), QuantConfig(bits=3, data_type="nf")
+    pack_loaded(loaded, quant)
+    save_packed(loaded.model, loaded.tokenizer, tmp_path)
+    packed = QuantizedLM(str(tmp_path))
+    plain = QuantizedLM("nano-neox-98k", bits=3, data_type="nf")
+    requests = [((" Once", " upon"), [5, 6, 7], [8, 9]), (("a", "b"), [3], [4])]
+    assert packed.score_tokens(requests) == plain.score_tokens(requests)
+    model_info, expected = (lm.get_model_info()["kbit"] for lm in (packed, plain))
+    assert model_info == expected
+    assert QuantizedLM(str(tmp_path), bits=16).quant == quant
+    with pytest.raises(ValueError, match="is packed by kbit already, and is not quantized again: leave out bits"):
+        QuantizedLM(str(tmp_path), bits=4)

@@ -18,7 +18,8 @@ from kbit.training.config import ROLES
 
 UNTRAINED: Final = "untrained"
 # Ways in which a model comes to its rounded weights, as figures name them.
-PTQ, QAT, CONTROL = "rounded (PTQ)", "trained for it (QAT)", "trained, then rounded"
+PTQ, GPTQ, QLORA = "rounded (PTQ)", "GPTQ", "adapters beside it (QLoRA)"
+QAT, CONTROL = "trained for it (QAT)", "trained, then rounded"
 
 
 def read_fields(cell: object) -> dict[str, Any]:
@@ -43,11 +44,20 @@ def find_trained(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["training"].notna()]
 
 
-def name_way(fields: Mapping[str, Any]) -> str | None:
-    """Return PTQ, QAT or CONTROL for the fields of a training, or None of one that quantizes anything else."""
+def name_way(fields: Mapping[str, Any], method: object = "rtn") -> str | None:
+    """Return the way of an experiment, or None of one that quantizes anything beside the weights.
+
+    Args:
+        fields: the fields of its training.
+        method: its quantization method. A missing one is that of the 16-bit baseline.
+    """
     roles = {role for role in ROLES if role in fields}
     if not fields:
-        return PTQ
+        return GPTQ if method == "gptq" else PTQ if method == "rtn" or pd.isna(method) else None  # type: ignore[call-overload]
+    if method == "gptq":
+        return None
+    if "lora" in fields and not roles:
+        return QLORA
     if "lora" in fields or "fast" in fields or roles - {"weights"} or fields.get("start") == "random":
         return None
     return QAT if roles else CONTROL

@@ -30,8 +30,10 @@ from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_figure
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
+from kbit.analysis.figures.training.optimizer_ablation import draw_optimizer_ablation
 from kbit.analysis.figures.training.qat import draw_qat
 from kbit.analysis.figures.training.qlora import draw_qlora
+from kbit.analysis.figures.training.states import draw_states
 from kbit.analysis.figures.training.training_curves import draw_training_curves
 from kbit.checks import suggest
 
@@ -98,6 +100,8 @@ PLAIN: Final[dict[str, Draw]] = {
 TRAINED: Final[dict[str, Draw]] = {
     "qat": draw_qat,
     "qlora": as_table(draw_qlora),
+    "optimizer_ablation": as_table(draw_optimizer_ablation),
+    "states": draw_states,
     "training_curves": draw_training_curves,
 }
 FIGURES: Final = style_figures({name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED)

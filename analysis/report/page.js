@@ -222,7 +222,7 @@ function describe(point) {
     nameOf(data, measure, "model", point),
     quantizer === UNQUANTIZED ? "16 bits, not quantized" : `${quantizer}, ${nameBlock(block)}, ${method}`,
     `${measure.axis}: ${formatValue(measure.value[point])}${low === null ? "" : ` (${formatValue(low)} to ${formatValue(high)})`}`,
-    `${text("total_bits")}, ${text("bits_per_param")} bits per quantized parameter`,
+    `${text("total_bits")} (${formatCount(COLUMNS.total_bits.cell(point) / 8, " ")}B), ${text("bits_per_param")} bits per quantized parameter`,
   ];
 }
 

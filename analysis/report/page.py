@@ -26,7 +26,7 @@ from kbit.analysis.report.tables import write_failures, write_laws, write_proven
 from kbit.analysis.statistics.findings import describe_family
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.store.filesystem import replace_file
-from kbit.store.readers import read_failures, read_provenance
+from kbit.store.readers import leave_out_checkpoints, read_failures, read_provenance
 
 FOLDER: Final = Path(str(files("kbit"))) / "analysis" / "report"
 Figures = Mapping[str, Callable[[pd.DataFrame], PaperFigure]]
@@ -61,23 +61,25 @@ def build_page(
     """Return the page's HTML.
 
     Args:
-        results, failures, provenance: from kbit.store's read_results, read_failures, read_provenance.
+        results, failures, provenance: from kbit.store's read_results, read_failures, read_provenance. Checkpoints that
+            were quantized before are in the chart and the table alone.
         figures: see write_report.
         where: the condition that chose the results.
     """
-    results = split_families(results)
+    everything = split_families(results)
+    results = leave_out_checkpoints(everything)
     plain = leave_out_trained(results)
     template = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=(FOLDER / "page.css").read_text(encoding="utf-8"),
-        summary=html.escape(summarize(results, failures, where)),
+        summary=html.escape(summarize(everything, failures, where)),
         findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in list_findings(plain)),
         figures=write_pictures(results, figures),
         verdicts=write_verdicts(tabulate_verdicts(plain)),
         laws=compare_all_laws(plain),
         failures=write_failures(failures),
         provenance=write_provenance(provenance),
-        data=embed_json(collect_data(results)),
+        data=embed_json(collect_data(everything)),
         script="\n".join((FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS),
     )
 

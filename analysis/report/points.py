@@ -33,6 +33,7 @@ from kbit.numerics.codebooks import PAPER_EXPONENT_BITS
 from kbit.numerics.spec import BASELINE_BITS
 
 UNQUANTIZED: Final = "unquantized"
+OF_CHECKPOINT: Final = "as the checkpoint has it"  # block size and method of what another tool quantized
 # The study's measures, in the order of the menu: metric, its words, its unit.
 METRICS: Final = {
     "acc": ("accuracy", ""),
@@ -60,15 +61,17 @@ def collect_data(results: pd.DataFrame) -> dict[str, Any]:
 
 def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of experiments, one row each: the named ones with codes and looks, the others as lists."""
-    bits = experiments["bits"].astype(int)
+    is_found = find_checkpoints(experiments)
+    bits = experiments["bits"].astype(int).mask(is_found, experiments["bits_per_param"].fillna(0).astype(int))
     types = experiments["data_type"].astype(object)
     named = name_settings(experiments, name_type)
     looks = style_types(experiments, named)
     quantizers = name_settings(experiments, name_quantized)
     sizes = pd.Series(
         [name_block_size(*pair) for pair in zip(experiments["block_size"], bits, strict=True)], dtype=object
-    )
+    ).mask(is_found, OF_CHECKPOINT)
     methods = experiments["method"].astype(object).where(types.notna(), UNQUANTIZED).fillna("none").astype(str)
+    methods = methods.mask(is_found, OF_CHECKPOINT)
     curves = pd.DataFrame({"family": experiments["family"].astype(str), "label": named, "size": sizes, "bits": bits})
     return {
         "family": encode(experiments["family"].astype(str), sort_names(experiments["family"])),
@@ -85,6 +88,16 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def find_checkpoints(experiments: pd.DataFrame) -> pd.Series[bool]:
+    """Return which experiments are on checkpoints as another tool, or `kbit pack`, quantized them.
+
+    Their precision is that of their bits per quantized parameter, rounded down: scales take the rest.
+    """
+    if "checkpoint" not in experiments:
+        return pd.Series(False, experiments.index)
+    return experiments["checkpoint"].notna() & experiments["data_type"].isna()
+
+
 def encode(column: pd.Series[Any], names: Sequence[str], looks: dict[str, LineStyle] | None = None) -> dict[str, Any]:
     """Return a column as its names in order, a code for each row, and a look for each name."""
     known = looks or {}
@@ -99,6 +112,7 @@ def encode(column: pd.Series[Any], names: Sequence[str], looks: dict[str, LineSt
 
 
 BASELINE: Final = LINE_STYLES[BASELINE_BITS]
+CHECKPOINT: Final = replace(BASELINE, color="#666666")  # no curve of the study
 MARKERS: Final = [style.marker for style in SERIES_STYLES]
 
 
@@ -112,7 +126,7 @@ def sort_names(column: pd.Series[Any]) -> list[str]:
 
 def name_settings(experiments: pd.DataFrame, name: Callable[[dict[Any, Any]], str]) -> pd.Series[str]:
     """Return a name for each experiment's quantizer, worked out once for each distinct one."""
-    columns = experiments.columns.intersection(["bits", "data_type", *SETTING_COLUMNS]).tolist()
+    columns = experiments.columns.intersection(["bits", "data_type", "checkpoint", *SETTING_COLUMNS]).tolist()
     group = experiments.groupby(columns, dropna=False, sort=False, observed=True).ngroup()
     firsts = experiments[~group.duplicated()].to_dict("records")
     return group.map(dict(zip(group.unique(), map(name, firsts), strict=True)))
@@ -130,7 +144,9 @@ def style_types(experiments: pd.DataFrame, names: pd.Series[str]) -> dict[str, L
     for name in sorted(rows, key=lambda name: (name == UNQUANTIZED, ranks[name])):
         row = rows[name]
         look = BASELINE
-        if name != UNQUANTIZED:
+        if name != UNQUANTIZED and is_missing(row["data_type"]):
+            look = CHECKPOINT
+        elif name != UNQUANTIZED:
             look = style_data_type(str(row["data_type"]), int(row["bits"]), row["exponent_bits"])
         taken = {other.marker for other in looks.values() if other.color == look.color}
         free = [marker for marker in (look.marker, *MARKERS) if marker not in taken]
@@ -141,7 +157,7 @@ def style_types(experiments: pd.DataFrame, names: pd.Series[str]) -> dict[str, L
 def name_type(row: dict[Any, Any]) -> str:
     """Return the name of one experiment's data type with its settings. A float has its exponent bits in it."""
     if is_missing(row["data_type"]):
-        return UNQUANTIZED
+        return UNQUANTIZED if is_missing(row.get("checkpoint")) else str(row["checkpoint"])
     name = str(row["data_type"])
     if name == "float":
         exponent = PAPER_EXPONENT_BITS[row["bits"]] if is_missing(row["exponent_bits"]) else row["exponent_bits"]
@@ -151,7 +167,7 @@ def name_type(row: dict[Any, Any]) -> str:
 
 def name_quantized(row: dict[Any, Any]) -> str:
     """Return the name of one experiment's quantizer at its bits, such as "float4-e2m1" or "int3 gptq"."""
-    return UNQUANTIZED if is_missing(row["data_type"]) else name_quantizer(row)
+    return name_type(row) if is_missing(row["data_type"]) else name_quantizer(row)
 
 
 def name_block_size(block_size: Any, bits: int) -> str:

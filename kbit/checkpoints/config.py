@@ -17,6 +17,7 @@ from kbit.layers.packed_weight import PackedLayout
 from kbit.methods.config import QuantConfig
 from kbit.methods.options import OPTION_GROUPS
 from kbit.models.checkpoint_files import PACKED_METHOD
+from kbit.models.transformers_private import let_configurations_meet
 from kbit.numerics.scale_formats import name_dtype
 
 _FIELDS: Final = tuple(field.name for field in dataclasses.fields(QuantConfig))
@@ -52,8 +53,7 @@ class KbitConfig(QuantizationConfigMixin):
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=KbitConfig(bits=3, data_type="nf"))
 
-    A checkpoint that is packed already stays as it was packed: for such a one transformers warns and ignores this
-    configuration.
+    A checkpoint that is packed already stays as it was packed. With another configuration it is refused.
 
     Args:
         fields: the fields of kbit.QuantConfig, such as bits=3, data_type="nf", method="gptq". Groups such as
@@ -88,7 +88,8 @@ class KbitConfig(QuantizationConfigMixin):
         self.parts = {name: dict(part) for name, part in (parts or {}).items()}
         self.made_by = dict(made_by or {})
         self.baseline: Baseline | None = None  # of kbit.load_model
-        check_packable(self.quant)
+        self.asked: KbitConfig | None = None  # of from_pretrained, where the checkpoint has this one
+        self.quant.check_packable()
 
     @staticmethod
     def of(quant: QuantConfig, **more: Any) -> KbitConfig:
@@ -106,6 +107,28 @@ class KbitConfig(QuantizationConfigMixin):
         """A hash of how the weights were packed. Weight files carry it, so that config.json cannot disagree."""
         content = json.dumps([self.fields, self.weight_dtype, self.parts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what transformers sets on the configuration of a checkpoint that is packed already."""
+        return {"asked": self}
+
+    def check_asked(self) -> None:
+        """Raise ValueError if from_pretrained was asked for another quantizer than the checkpoint was packed with."""
+        if self.asked is None:
+            return
+        stored, asked = self.quant, self.asked.quant
+        found = [
+            f"{name}={_find_value(stored, name)!r} in the checkpoint, {name}={_find_value(asked, name)!r} asked"
+            for name in sorted(stored.identity_fields.keys() | asked.identity_fields.keys())
+            if stored.identity_fields.get(name) != asked.identity_fields.get(name)
+        ]
+        if self.asked.weight_dtype not in (None, self.weight_dtype):
+            found.append(f"weight_dtype={self.weight_dtype!r} in the checkpoint, {self.asked.weight_dtype!r} asked")
+        if found:
+            raise ValueError(
+                f"the checkpoint is packed already, in another way than quantization_config asks: {'; '.join(found)}. "
+                "Leave quantization_config out to load it as it is, or quantize the model that it was made of"
+            )
 
     def find_layout(self, label: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedLayout:
         """Return the layout of a weight, by its name (NAME[3] for an expert), shape [.., out, in] and own dtype."""
@@ -143,6 +166,10 @@ class KbitConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
+def _find_value(quant: QuantConfig, name: str) -> Any:
+    return quant.identity_fields.get(name, getattr(quant, name, None))
+
+
 def _read_quant(fields: Mapping[str, Any]) -> QuantConfig:
     values = dict(fields)
     for group, make in OPTION_GROUPS.items():
@@ -153,14 +180,4 @@ def _read_quant(fields: Mapping[str, Any]) -> QuantConfig:
     return QuantConfig(**values)
 
 
-def check_packable(quant: QuantConfig) -> None:
-    """Raise ValueError if a quantizer gives no k-bit codes to pack."""
-    if quant.is_baseline:
-        raise ValueError(f"quant.bits={quant.bits} quantizes nothing: there is nothing to pack")
-    if quant.rules:
-        raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.rules")
-    if quant.scheme is not None:
-        raise ValueError(
-            f"quant.method={quant.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be packed. "
-            "Use quant=int8_rowwise for its codes"
-        )
+let_configurations_meet(KbitConfig)

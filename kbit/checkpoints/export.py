@@ -165,6 +165,9 @@ def export_checkpoint(folder: str | Path, form: str, out: str | Path) -> str:
     else:
         written = _write_tensors(loaded.model, TENSOR_FORMATS[form], out)
     loaded.tokenizer.save_pretrained(out)
+    generation = loaded.model.generation_config
+    if form != gguf.NAME and generation is not None:  # a GGUF file has the tokens that begin and end a text
+        generation.save_pretrained(out)
     size = sum(path.stat().st_size for path in out.iterdir() if path.suffix in (".safetensors", ".gguf"))
     return f"{out}: {written}, {size:,} bytes of weight files; its codes and scales stand for the same values"
 

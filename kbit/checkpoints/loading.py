@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.checkpoints.config import Baseline, find_rounded
 from kbit.checkpoints.config import KbitConfig as KbitConfig
+from kbit.checkpoints.foreign import load_foreign, note_report, report_gguf
 from kbit.checkpoints.packing import attach, round_rest
 from kbit.checkpoints.quantizer import KbitQuantizer, pack_weights
 from kbit.methods.config import QuantConfig
@@ -19,10 +20,12 @@ from kbit.models import loading
 from kbit.models.checkpoint_files import QuantizedError, check_configuration, read_json
 from kbit.models.loading import LoadedModel, Source, check_device, find_source, identify_files, read_tokenizer
 from kbit.models.parameters import check_finite
-from kbit.models.size import find_packed
+from kbit.models.size import find_packed, is_of_other_tool
 from kbit.numerics.scale_formats import name_dtype
 from kbit.numerics.spec import QuantSpec
 from kbit.silence import silence_libraries
+
+_FOREIGN_OPTIONS: Final = ("dtype", "device", "revision", "tokenizer")
 
 
 def pack_model(
@@ -62,9 +65,10 @@ def pack_loaded(loaded: LoadedModel, quant: QuantSpec) -> tuple[QuantizationRepo
 
 
 def load_model(name: str, *, packed_as: QuantConfig | None = None, **options: Any) -> LoadedModel:
-    """Load a model by short name, local folder or hub id, plain or packed by kbit. See kbit.models.loading.load_model.
+    """Load a model by short name, local folder or hub id. See kbit.models.loading.load_model.
 
-    A packed checkpoint's other tensors are cast to the dtype. Its codes are decoded as they were packed.
+    It may be plain, packed by kbit, or quantized by bitsandbytes (4 bits), GPTQ, compressed-tensors (pack-quantized) or
+    GGUF. Tensors that are not quantized are cast to the dtype. Codes are decoded as they were quantized, and cast then.
 
     Args:
         name: the model's name.
@@ -79,13 +83,26 @@ def load_model(name: str, *, packed_as: QuantConfig | None = None, **options: An
     if packed_as is not None:
         return load_as_packed(name, packed_as, **options)
     revision = options.get("revision")
-    if find_packed(name, revision) is None:
+    if find_packed(name, revision) is None and not is_of_other_tool(name, revision):
         try:
-            return loading.load_model(name, **options)
-        except QuantizedError:
-            if find_packed(name, revision) is None:  # the hub's config.json is here by now
+            return _count_gguf(loading.load_model(name, **options), name, options)
+        except QuantizedError:  # the hub's config.json is here by now
+            if find_packed(name, revision) is None and not is_of_other_tool(name, revision):
                 raise
-    return load_packed(name, **options)
+    if find_packed(name, revision) is not None:
+        return load_packed(name, **options)
+    others = {key: value for key, value in options.items() if key not in _FOREIGN_OPTIONS}
+    _refuse_options(others, f"{name} was quantized by another tool, and is loaded as it is")
+    return load_foreign(name, **{key: options[key] for key in _FOREIGN_OPTIONS if key in options})
+
+
+def _count_gguf(loaded: LoadedModel, name: str, options: Mapping[str, Any]) -> LoadedModel:
+    """Return a loaded model with the count of its bits noted, if it was read from a quantized GGUF file."""
+    if loaded.checkpoint_quantization:
+        source = find_source(name, options.get("revision"), options.get("gguf_file"))
+        assert source.gguf is not None  # as plain safetensors have no quantization
+        note_report(loaded.model, report_gguf(source.gguf))
+    return loaded
 
 
 def load_packed(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Final
@@ -24,6 +26,7 @@ from kbit.models.parameters import (
     hash_tensors,
     hash_weights,
     is_experts,
+    label_matrix,
     owner_of,
     split_matrices,
 )
@@ -54,6 +57,7 @@ def check_layer(model: nn.Module, tied_names: str) -> None:
     if len(names) > 1 and type(owner_of(model, find_first(model, names))) is not nn.Embedding:
         raise ValueError(f"{tied_names} are tied and no embedding is among them: they cannot be packed as one")
     for name in names:
+        check_use(model, name)
         owner = owner_of(model, name)
         is_known = type(owner) in _LAYERS or type(owner).__name__ in _LIKE_LINEAR
         is_layer = name.endswith(".weight") and is_known
@@ -62,6 +66,25 @@ def check_layer(model: nn.Module, tied_names: str) -> None:
                 f"{name} of {type(owner).__name__} cannot be packed: packed are weights of Linear, Conv1D, Embedding "
                 "and fused experts. Leave it out by quant.exclude, or quantize the model without packing it"
             )
+
+
+def check_use(model: nn.Module, name: str) -> None:
+    """Raise ValueError if a model's code computes with the weight of a layer itself, or with its dtype.
+
+    A packed layer's weight is bytes. Mamba casts states to the dtype of its head's, and multiplies by its dt_proj's.
+    """
+    path, _, layer = name.removesuffix(".weight").rpartition(".")
+    parent = type(model.get_submodule(path))
+    try:
+        source = inspect.getsource(parent.forward)
+    except (OSError, TypeError):  # made at run time: its layers refuse inputs of bytes
+        return
+    weight = rf"\bself\.{re.escape(layer)}\.weight"
+    if re.search(rf"{weight}(\.dtype\b| @)|@ {weight}\b", source):
+        raise ValueError(
+            f"{name} cannot be packed: {parent.__name__}.forward computes with this weight itself, which is bytes: "
+            "leave it out by quant.exclude"
+        )
 
 
 def list_quantized(plan: QuantizationReport) -> list[list[str]]:
@@ -75,7 +98,7 @@ def label_matrices(model: nn.Module, name: str) -> Iterator[tuple[str, torch.Ten
     parameter = owner.get_parameter(name.rpartition(".")[2])
     matrices = split_matrices(parameter, owner)
     for number, matrix in enumerate(matrices):
-        yield (f"{name}[{number}]" if matrix.ndim < parameter.ndim else name), matrix
+        yield label_matrix(name, number if matrix.ndim < parameter.ndim else None), matrix
 
 
 def place_layer(model: nn.Module, names: Sequence[str], layouts: Sequence[PackedLayout]) -> None:
@@ -192,7 +215,7 @@ def _label(name: str, module: PackedWeight) -> str:
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         return f"{name}.weight"
     path, _, number = name.rpartition(".")
-    return f"{path}[{number}]"
+    return label_matrix(path, int(number))
 
 
 def report_packed(model: nn.Module, quant: QuantConfig) -> QuantizationReport:
@@ -211,6 +234,12 @@ def _report_weight(tensor: TensorReport, weight: PackedWeight) -> TensorReport:
     in_block = not isinstance(weight, QuantizedEmbedding) and any(part.isdigit() for part in tensor.name.split("."))
     bits = weight.quantized.count_bits()
     return TensorReport(tensor.name, weight.layout.shape, in_block, quantized=True, reason="", bits=bits)
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters and saved buffers in memory. Tied ones count once."""
+    tensors = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def find_packed_report(model: nn.Module) -> QuantizationReport | None:
@@ -252,7 +281,11 @@ def check_complete(model: Any) -> None:
     for name, module in list_packed(model).items():
         if module.weight.is_meta:
             raise ValueError(f"the checkpoint has no codes for {name}: its config.json and its weights disagree")
-        module.quantized  # noqa: B018 (checks each tensor's type and length)
+        columns, inputs = module.quantized.outlier_columns, module.layout.shape[-1]  # checks types and lengths
+        if columns is not None and not 0 <= int(columns.min()) <= int(columns.max()) < inputs:
+            raise ValueError(
+                f"{name} keeps the columns {columns.tolist()} of {inputs} inputs at 16 bits: its codes are damaged"
+            )
 
 
 def hash_values(model: nn.Module) -> str:

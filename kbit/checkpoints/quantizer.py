@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from kbit.checkpoints.config import KbitConfig as KbitConfig
-from kbit.checkpoints.config import check_packable, find_rounded
+from kbit.checkpoints.config import find_rounded
 from kbit.checkpoints.packing import (
     attach,
     check_complete,
@@ -63,7 +63,8 @@ class KbitQuantizer(HfQuantizer):
         self.folder = ""  # of the checkpoint's files: the asked revision's of a hub id
         self.names: dict[str, list[str]] = {}  # of each weight to pack, by the first
         self.lost = self.norm = 0.0  # sums over the weights that were quantized while loading
-        self.loaded_whole = not self.pre_quantized and needs_whole_model(quantization_config.quant)
+        quantization_config.check_asked()
+        self.loaded_whole = not self.pre_quantized and quantization_config.quant.needs_whole_model
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Let the model multiply experts one by one."""
@@ -85,6 +86,7 @@ class KbitQuantizer(HfQuantizer):
         for name, names in self.names.items():
             labels = list(label_matrices(model, name))
             place_layer(model, names, [config.find_layout(label, tuple(m.shape), m.dtype) for label, m in labels])
+        check_shapes(model, checkpoint_files or ())
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint is to be quantized, and was not yet."""
@@ -168,8 +170,12 @@ class KbitQuantizer(HfQuantizer):
         """Whether adapters can be trained: gradients flow through packed layers to their inputs."""
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        restore_layers(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """Make a model plain again, all of it in one dtype. None is the dtype in which the model computes now."""
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        restore_layers(model, kind)
+        round_rest(model, kind)
+        self.remove_quantization_config(model)
         return model
 
 
@@ -191,11 +197,6 @@ class QuantizeOnLoad(ConversionOps):
         return tensors
 
 
-def needs_whole_model(quant: QuantConfig) -> bool:
-    """Whether a weight's codes depend on other weights or on a text, so that weights cannot be packed one by one."""
-    return quant.traits.needs_text or quant.keeps_outliers
-
-
 def quantize_alone(model: Any, name: str, values: Tensor, quant: QuantConfig, expert: int | None) -> QuantizedTensor:
     """Return the codes of one weight by a method that looks at no other weight."""
     if not bool(torch.isfinite(values).all()):
@@ -205,6 +206,31 @@ def quantize_alone(model: Any, name: str, values: Tensor, quant: QuantConfig, ex
     if not isinstance(codes, QuantizedTensor):
         raise ValueError(f"quant.method={quant.method} makes {type(codes).__name__}, which has no packed layer")
     return codes
+
+
+def check_shapes(model: nn.Module, files: Sequence[str]) -> None:
+    """Raise ValueError if a tensor of a packed checkpoint has not the shape and the kind that its config.json asks for.
+
+    Only the headers of the weight files are read, before any tensor is.
+    """
+    tensors = model.state_dict().items()
+    expected = {name: _describe(list(tensor.shape), is_bytes=tensor.dtype == torch.uint8) for name, tensor in tensors}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            stored = {
+                name: _describe(part.get_shape(), is_bytes=part.get_dtype() == "U8") for name, part in parts.items()
+            }
+        for name, found in stored.items():
+            if name in expected and found != expected[name]:
+                raise ValueError(
+                    f"{path}: {name} is {found}, and config.json asks for {expected[name]}: the file is truncated or "
+                    "another checkpoint's, or config.json was changed"
+                )
+
+
+def _describe(shape: Sequence[int], *, is_bytes: bool) -> str:
+    return f"{'bytes' if is_bytes else 'numbers'} {list(shape)}"
 
 
 def check_fingerprint(config: KbitConfig, files: Sequence[str]) -> None:
@@ -237,7 +263,7 @@ def pack_weights(
         ValueError: see pack_model.
     """
     config = QuantConfig.of(quant)
-    check_packable(config)
+    config.check_packable()
     refuse_quantized(model)
     plan = plan_packing(model, config)
     report = quantize_model(model, config, tokenizer, keep_codes=True)

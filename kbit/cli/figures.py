@@ -21,7 +21,7 @@ FIGURE_NAMES: Final = (
     "table_2", "verdicts", "frontier", "laws", "data_types_map", "perplexity_accuracy", "kl_accuracy",
     "error_accuracy", "error_loss", "sensitivity", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
-    "qat", "qlora", "training_curves",
+    "qat", "qlora", "optimizer_ablation", "states", "training_curves",
 )  # fmt: skip
 
 
@@ -150,9 +150,9 @@ def make_report(options: argparse.Namespace) -> None:
     """Write the report of a store."""
     from kbit.analysis.figures.registry import FIGURES
     from kbit.analysis.report.page import write_report
-    from kbit.store.readers import leave_out_checkpoints, read_results
+    from kbit.store.readers import read_results
 
-    results = leave_out_checkpoints(read_results(options.results))
+    results = read_results(options.results)
     if options.where:
         results = _select(results, options)
     write_report(results, options.results, options.out, FIGURES, options.where)

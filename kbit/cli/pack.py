@@ -19,7 +19,8 @@ _PACK: Final = """\
 Quantize a model, and write it as a checkpoint whose layers compute with the packed codes. transformers loads it where
 kbit is imported, `kbit run model.name=FOLDER quant.bits=16` evaluates it, and `kbit export` writes it for other tools.
 The keys are those of `kbit run --help`. With --from the model and the quantizer are those of a stored result, and it is
-checked that the packed weights are those that were measured.
+checked that the packed weights are those that were measured. Only device= can be given beside --from: the device that
+quantizes, which is the CPU otherwise.
 """
 
 _PACK_EXAMPLES: Final = """\
@@ -86,11 +87,20 @@ def run_pack(options: argparse.Namespace) -> None:
     if options.source is None:
         experiment, device, result = *_compose_one(keys), None
     else:
-        if keys:
-            raise KbitError(f"kbit pack --from takes its keys from the result, and not {keys[0]}")
+        device = _take_device(keys)
         result = _read_result(options.source)
-        experiment, device = result.experiment, "cpu"
+        experiment = result.experiment
     print(_pack(experiment, device, out, result))
+
+
+def _take_device(keys: Sequence[str]) -> str:
+    """Return the device that is asked for beside --from, which takes all other keys from the result."""
+    from kbit.experiments.config import RunConfig
+
+    others = [key for key in keys if not key.startswith("device=")]
+    if others:
+        raise KbitError(f"kbit pack --from takes its keys from the result, and not {others[0]}")
+    return RunConfig(device=keys[-1].partition("=")[2]).device if keys else "cpu"
 
 
 def _split_out(arguments: Sequence[str]) -> tuple[list[str], Path]:
@@ -131,7 +141,8 @@ def _read_result(source: str) -> Result:
 def _pack(experiment: Experiment, device: str, out: Path, result: Result | None) -> str:
     """Pack the model of an experiment into a folder, and return what there is to say."""
     from kbit.checkpoints.loading import load_model, pack_loaded
-    from kbit.checkpoints.saving import save_packed
+    from kbit.checkpoints.packing import count_bytes
+    from kbit.checkpoints.saving import describe_bytes, save_packed
     from kbit.experiments.requirements import check_model_files, check_not_packed
 
     check_model_files(experiment.model)
@@ -147,12 +158,9 @@ def _pack(experiment: Experiment, device: str, out: Path, result: Result | None)
         )
     measured = "" if result is None else _tabulate(result)
     save_packed(loaded.model, loaded.tokenizer, out, made_of=experiment.model.name, measured=measured)
-    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     checked = "" if result is None else f"\nits weights are those that {result.key} measured ({weights_hash})"
-    return (
-        f"{out}: {experiment.label()}, {report.bits_per_param:.4g} bits per packed parameter, {report.total_bits:,} "
-        f"bits counted in all, {size:,} bytes of weight files{checked}"
-    )
+    sizes = describe_bytes(report.total_bits, count_bytes(loaded.model), out)
+    return f"{out}: {experiment.label()}, {report.bits_per_param:.4g} bits per packed parameter, {sizes}{checked}"
 
 
 def _tabulate(result: Result) -> str:

@@ -74,6 +74,11 @@ def make_variant(model: ModelConfig, quant: QuantConfig, device: str) -> Variant
         packs = not quant.is_baseline and quant.scheme is None
         loaded = load_model(model.name, packed_as=quant if packs else None, **options)
         report = find_packed_report(loaded.model)
+        if report is None and loaded.checkpoint_quantization:
+            raise ValueError(
+                f"model.name={model.name} is {loaded.checkpoint_quantization}, whose weights kbit decodes: their speed "
+                "would be that of plain weights. Plain and packed models are timed"
+            )
         if report is None:
             report = quantize_model(loaded.model, quant, loaded.tokenizer)
         return loaded.model, report.total_bits

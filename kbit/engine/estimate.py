@@ -16,6 +16,7 @@ import math
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -23,6 +24,7 @@ from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
 from kbit.data.texts import locate_text, read_documents
 from kbit.evaluation.config import TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.experiments.config import Experiment
+from kbit.methods.config import QuantConfig
 from kbit.models.catalog import family_of
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import STATES_PER_TOKEN, ModelSize, find_size
@@ -41,6 +43,9 @@ _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
 # Measured with PIQA and HellaSwag: 5.8 and 6.2 KB for lm-eval's request and its row, 31 and 47 bytes for a token of it
 # in the lists that the scorer keeps.
 _REQUEST_BYTES, _TOKEN_BYTES = 6_300, 48
+# Of each element of a matrix that GPTQ inverts (kbit.methods.gptq.factor_inverse): five copies in float64, three in
+# float32.
+_FACTOR_BYTES: Final = 5 * 8 + 3 * 4
 _USUAL_VOCABULARY: Final = 50_000  # of a model that is not here
 _BACKWARD: Final = 3  # a training step takes three forward passes: one, and two products where it has one
 _STATES: Final = 3  # a gradient, a momentum and a variance
@@ -55,9 +60,11 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
         process + (parameters + embedding) x dtype + tokens at once x states
 
     On a CPU the parameters count twice, as the weights to restore lie there, and the tasks' requests and the states of
-    a calibration text are added. A training adds what estimate_training says. The embedding is copied when the weights
-    are hashed. The estimate leaves out a quantizer's own work on one tensor, GPTQ's and AWQ's sums over the inputs of
-    one decoder layer, and tasks that do not ship with kbit.
+    a calibration text are added. The embedding is copied when the weights are hashed, and calibration adds up products
+    of inputs. A training adds what estimate_training says. The estimate leaves out a quantizer's own work on one tensor
+    (GPTQ's excepted), and tasks that do not ship with kbit.
+
+    With packed=true the parameters count as _estimate_packed says, and none are kept to be restored.
     """
     kind = device.partition(":")[0]
     width = _BYTES[experiment.model.dtype]
@@ -66,9 +73,36 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
     copies, beside = 1, 0
     if kind == "cpu":
         copies, beside = 2, _estimate_requests(experiment.eval, size) + _estimate_calibration(experiment, size)
-    embedding = size.hidden * (size.vocabulary or _USUAL_VOCABULARY)
-    elements = copies * size.parameters + embedding + STATES_PER_TOKEN * tokens * size.hidden
-    return _PROCESS_BYTES[kind] + width * elements + beside + estimate_training(size, experiment.train)
+    weights = width * copies * size.parameters
+    if experiment.packed_as is not None:
+        weights = _estimate_packed(size, experiment.packed_as, width)
+    states = width * (_count_embedding(size) + STATES_PER_TOKEN * tokens * size.hidden)
+    more = _estimate_sums(experiment.quant, size) + estimate_training(size, experiment.train)
+    return _PROCESS_BYTES[kind] + weights + states + beside + more
+
+
+def _count_embedding(size: ModelSize) -> int:
+    return size.hidden * (size.vocabulary or _USUAL_VOCABULARY)
+
+
+def _estimate_packed(size: ModelSize, quant: QuantConfig, width: int) -> int:
+    """Estimate the bytes of a model that is packed while it is loaded, and of two tensors at hand.
+
+    What has a row for each token stays in the model's dtype, and all else is packed. Of a model that is not here, the
+    head counts as one of its own. Methods that see a text, and outlier columns, hold the whole model before it is
+    packed. What quant.exclude leaves out is not looked at.
+
+    Args:
+        size: the model's size.
+        quant: the quantizer.
+        width: the bytes of a number in the model's dtype.
+    """
+    plain = min(size.parameters, 2 * _count_embedding(size) if size.embedded is None else size.embedded)
+    bits = Fraction(quant.count_bits((size.hidden, size.hidden)), size.hidden**2)
+    packed = math.ceil((size.parameters - plain) * bits / 8) + width * plain
+    if quant.needs_whole_model:
+        return width * size.parameters + packed
+    return packed + 2 * width * (size.largest or max(_count_embedding(size), 4 * size.hidden**2))
 
 
 def estimate_training(size: ModelSize, train: TrainConfig) -> int:
@@ -104,6 +138,19 @@ def _estimate_calibration(experiment: Experiment, size: ModelSize) -> int:
         return 0
     length = text.length or min(size.context, MAX_WINDOW)
     return 2 * text.samples * length * size.hidden * _BYTES[experiment.model.dtype]
+
+
+def _estimate_sums(quant: QuantConfig, size: ModelSize) -> int:
+    """Return the bytes of a calibration's sums over the inputs of a decoder layer, and of GPTQ's work on the largest.
+
+    A sum over products of inputs is [in, in] in float32. Six matrices have the hidden size as inputs, and one has the
+    inner layer's.
+    """
+    if quant.is_baseline or not quant.traits.needs_text:
+        return 0
+    inner = size.inner or 4 * size.hidden
+    factor = _FACTOR_BYTES * inner**2 if quant.method == "gptq" else 0
+    return 4 * (6 * size.hidden**2 + inner**2) + factor
 
 
 _UNTRAINED: Final = TrainConfig()
@@ -212,7 +259,7 @@ class Estimator:
         """Return the bytes that a worker needs for the largest experiment, or None if a model's size is unknown."""
         largest = 0
         for experiment in {
-            (e.model, e.eval, e.quant.method, e.quant.calibration, e.train): e for e in experiments
+            (e.model, e.eval, e.quant.method, e.quant.calibration, e.packed_as, e.train): e for e in experiments
         }.values():
             if (size := self._size(experiment.model.name, experiment.model.size)) is None:
                 return None

@@ -16,6 +16,7 @@ from kbit.experiments.requirements import (
     check_lengths,
     check_model_files,
     check_not_packed,
+    check_packing,
     check_tasks,
 )
 from kbit.experiments.result import FAILED
@@ -111,7 +112,10 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
     check_not_packed(experiments)
-    for experiment in {(e.model, e.eval, e.quant.calibration, *e.texts): e for e in experiments}.values():
+    for experiment in experiments:
+        check_packing(experiment, settings.ray.gpus_per_worker if engine == "ray" else None)
+    distinct = {(e.model, e.eval, e.quant.calibration, e.train, *e.texts): e for e in experiments}
+    for experiment in distinct.values():
         check_experiment(experiment, planned_only=plan_only)
     for text in dict.fromkeys(text for experiment in experiments for text in experiment.texts):
         if locate_text(text) is not None:  # a text of the hub need not be here to be planned

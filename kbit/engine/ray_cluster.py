@@ -67,7 +67,7 @@ def run_on_ray(
     start_ray(config, announce)
     try:
         if config.gpus_per_worker is None:
-            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(device, worker_bytes, announce))
+            config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(plan, device, worker_bytes, announce))
         count = min(count_workers(config, list_nodes()), len(plan.to_run))
         remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
@@ -209,11 +209,11 @@ def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
 
 
-def _choose_gpus(device: str, worker_bytes: int | None, announce: Callable[[str], None]) -> float:
+def _choose_gpus(plan: Plan, device: str, worker_bytes: int | None, announce: Callable[[str], None]) -> float:
     """Return the GPUs of a worker by the memory that it needs and that of the smallest GPU. On a CPU it has none.
 
     Raises:
-        ValueError: the memory that a worker needs is not known, or there is no GPU.
+        ValueError: the memory that a worker needs is not known, there is no GPU, or a packed model needs several.
     """
     if device == "cpu":
         return 0.0
@@ -223,6 +223,11 @@ def _choose_gpus(device: str, worker_bytes: int | None, announce: Callable[[str]
     if not sizes:
         raise ValueError(f"device={device}: no node of the cluster has a GPU that Ray knows of")
     gpus = choose_gpus(worker_bytes, min(sizes))
+    if gpus > 1 and (packed := next((e for e in plan.to_run if e.packed_as), None)) is not None:
+        raise ValueError(
+            f"packed=true ({packed.label()}) loads onto one GPU, which has {min(sizes) / 1e9:.1f} GB, and the largest "
+            f"worker takes about {worker_bytes / 1e9:.1f} GB: run what is not packed by itself, or a smaller model"
+        )
     announce(
         f"ray.gpus_per_worker={gpus:.3g}: a worker takes about {worker_bytes / 1e9:.1f} GB, a GPU has "
         f"{min(sizes) / 1e9:.1f} GB (estimated from parameters, dtype and batch size)"

@@ -18,7 +18,7 @@ from kbit.experiments.config import Experiment
 from kbit.models.catalog import STUDIED, locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
 from kbit.models.config import MAX_WINDOW, ModelConfig
-from kbit.models.size import find_cached_folder, find_context, find_packed, find_size
+from kbit.models.size import find_cached_folder, find_context, find_packed, find_size, is_of_other_tool
 
 # No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
 _LONG_TOKEN: Final = 32
@@ -64,17 +64,44 @@ def check_download_space(models: Iterable[ModelConfig]) -> None:
 
 
 def check_not_packed(experiments: Iterable[Experiment]) -> None:
-    """Raise ValueError if a packed model would be quantized again."""
+    """Raise ValueError if a model would be quantized again that kbit packed, or that another tool quantized."""
     for model in {experiment.model for experiment in experiments if not experiment.quant.is_baseline}:
-        if find_packed(model.name, model.revision) is not None:
+        is_packed = find_packed(model.name, model.revision) is not None
+        if is_packed or is_of_other_tool(model.name, model.revision):
             raise ValueError(describe_packed(model.name))
 
 
+def check_packing(experiment: Experiment, gpus: float | None = None) -> None:
+    """Look whether a model can be packed while it is loaded, if packed=true asks for it.
+
+    Args:
+        experiment: the experiment.
+        gpus: ray.gpus_per_worker.
+
+    Raises:
+        ValueError: its quantizer gives no codes, or its model is not read from plain safetensors onto one device.
+    """
+    if experiment.packed_as is None:
+        return
+    model = experiment.model
+    try:
+        experiment.quant.check_packable()
+    except ValueError as error:
+        raise ValueError(f"packed=true: {error}") from None
+    gguf = check_model(model.name, model.revision, model.gguf_file)
+    asked = {"model.adapter": model.adapter, "model.gguf_file": None if gguf is None else gguf.name}
+    asked |= {"ray.gpus_per_worker": f"{gpus:g}" if gpus and gpus > 1 else None}
+    for key, value in asked.items():
+        if value is not None:
+            raise ValueError(f"{key}={value}: packed=true reads plain safetensors onto one device")
+
+
 def describe_packed(name: str) -> str:
-    """Return the error of a packed model that would be quantized again."""
+    """Return the error of a quantized model that would be quantized again."""
+    tool = "quantized by another tool" if is_of_other_tool(name) else "packed by kbit"
     return (
-        f"model.name={name} is packed by kbit already, and is not quantized again: quant.bits=16 evaluates it as it "
-        "is. Quantize the model that it was made of"
+        f"model.name={name} is {tool} already, and is not quantized again: quant.bits=16 evaluates it as it is. "
+        "Quantize the model that it was made of"
     )
 
 

@@ -23,8 +23,9 @@ _Convert = Callable[[Any], Any]
 
 
 def to_json(value: Any, **about: Any) -> bytes:
-    """Return a dataclass as JSON, with further entries beside its fields, such as schema_version."""
-    return write_json(dataclasses.asdict(value) | about, indent=1).encode()
+    """Return a dataclass, or the values of its fields, as JSON, with further entries such as schema_version."""
+    values = value if isinstance(value, dict) else dataclasses.asdict(value)
+    return write_json(values | about, indent=1).encode()
 
 
 def write_json(values: Values, **layout: Any) -> str:

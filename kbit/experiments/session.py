@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from kbit.checkpoints.foreign import find_stored_report
 from kbit.checkpoints.loading import load_model
-from kbit.checkpoints.packing import compute_exactly, find_packed_report, hash_values
+from kbit.checkpoints.packing import compute_exactly, count_bytes, find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
@@ -30,6 +31,7 @@ from kbit.models.catalog import family_of
 from kbit.models.config import ModelConfig
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.loading import LoadedModel
+from kbit.models.size import find_packed
 from kbit.training.files import TrainingFiles
 
 
@@ -71,8 +73,9 @@ class Session:
         self._load_seconds = None if loaded else time.perf_counter() - start
         self._packed_as = packed_as
         check_read(model.name, identify_parts(model), self._identity)
-        self._packed = find_packed_report(self._loaded.model)
-        if self._packed is None:
+        self._stored = find_stored_report(self._loaded.model)
+        self._bytes = _measure_bytes(model, self._loaded)
+        if self._stored is None:
             refuse_quantized(self._loaded.model)
         else:
             compute_exactly(self._loaded.model)
@@ -104,21 +107,33 @@ class Session:
                 f"this session holds {self.config} ({self._identity}, packed as {self._packed_as}), not "
                 f"{experiment.model} packed as {experiment.packed_as}"
             )
-        model, quant = self._loaded.model, experiment.quant
-        if self._packed is not None and self._packed_as is None and not quant.is_baseline:
-            raise ValueError(describe_packed(experiment.model.name))
-        if self._packed is not None and experiment.train.steps:
-            raise ValueError(
-                f"model.name={experiment.model.name} is packed by kbit, and packed weights are not trained"
-            )
-        original = {} if self._packed else self._copy_what_changes(experiment)
+        model = self._loaded.model
+        stored = self._find_stored(experiment)
+        original = {} if stored else self._copy_what_changes(experiment)
         subject = self._make_subject(experiment, fields["eval"], frozenset(original))
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
                 return self._quantize_and_measure(experiment, key, subject, files)
         finally:
-            if self._packed is None:
+            if stored is None:
                 restore_weights(model, original)
+
+    def _find_stored(self, experiment: Experiment) -> QuantizationReport | None:
+        """Return the report of a model that is evaluated as it was loaded, or None of one that is to be changed.
+
+        The values of a GGUF file may be trained, and quantized again, as transformers makes a plain model of them.
+
+        Raises:
+            ValueError: a model would be trained, or quantized again, whose weights are codes.
+        """
+        is_as_asked = experiment.quant.is_baseline or self._packed_as is not None
+        if self._stored is None or (is_as_asked and not experiment.train.steps):
+            return self._stored
+        if self._loaded.checkpoint_quantization.startswith("gguf"):
+            return None
+        if experiment.train.steps:
+            raise ValueError(f"model.name={experiment.model.name} is packed, and packed weights are not trained")
+        raise ValueError(describe_packed(experiment.model.name))
 
     def _copy_what_changes(self, experiment: Experiment) -> dict[str, torch.Tensor]:
         """Return copies of what is quantized. A training without adapters changes every parameter."""
@@ -150,11 +165,12 @@ class Session:
         self, experiment: Experiment, key: str, files: TrainingFiles | None
     ) -> Iterator[tuple[QuantizationReport, TrainedModel | None]]:
         """Train the model, if the experiment asks for it, and quantize it."""
+        stored = self._find_stored(experiment)
         if experiment.train.steps:
             with trained_and_quantized(experiment, key, self._loaded, self._memory, files) as done:
                 yield done.report, done
         else:
-            yield self._packed or quantize_model(self._loaded.model, experiment.quant, self._loaded.tokenizer), None
+            yield stored or quantize_model(self._loaded.model, experiment.quant, self._loaded.tokenizer), None
 
     def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)
@@ -168,7 +184,7 @@ class Session:
             quantized,
             self._memory,
             self._lasting,
-            sees_original=self._packed is None and not experiment.train.is_from_scratch,
+            sees_original=self._find_stored(experiment) is None and not experiment.train.is_from_scratch,
             load_seconds=self._load_seconds,
         )
 
@@ -221,8 +237,17 @@ class Session:
             scorer=self._scorer.path,
             batch_tokens=self._scorer.batch_tokens,
             weight_rmse=report.weight_rmse,
-            method_notes=report.notes | describe_products(self._loaded.model),
+            method_notes=report.notes | describe_products(self._loaded.model) | self._bytes,
         )
+
+
+def _measure_bytes(model: ModelConfig, loaded: LoadedModel) -> dict[str, int]:
+    """Return what a packed model takes: the bytes in memory as it was loaded, and those of a packed folder's files."""
+    if find_packed_report(loaded.model) is None:
+        return {}
+    folder = find_packed(model.name, model.revision)
+    stored = 0 if folder is None else sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"bytes_in_memory": count_bytes(loaded.model)} | ({"bytes_on_disk": stored} if stored else {})
 
 
 def _add(result: Result, measured: list[Measured]) -> Result:

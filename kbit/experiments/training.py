@@ -6,8 +6,10 @@ adapters    load -> quantize -> put adapters in -> train these -> measure
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.config import MAX_WINDOW
 from kbit.models.loading import LoadedModel
 from kbit.numerics.spec import BASELINE_BITS
+from kbit.optim.stable_embedding import embedding_stable
 from kbit.training.adapters import adapters_in, save_adapters
 from kbit.training.batches import Tokens, TrainingText, split_text, tokenize_stream
 from kbit.training.config import TrainConfig
@@ -106,10 +109,11 @@ def trained_and_quantized(
                 save_adapters(model, files.adapters)
             yield TrainedModel(report, trained, text, sha256)
         return
-    trained = train_weights(loaded, train, quant, text, memory.recall(KeptTraining), **kept)
-    make_report = plan_quantization if trained.diverged else quantize_model
-    arguments = (model, quant) if trained.diverged else (model, quant, loaded.tokenizer)
-    yield TrainedModel(make_report(*arguments), trained, text, sha256)
+    with embedding_stable(model) if train.stable_embedding else contextlib.nullcontext():
+        trained = train_weights(loaded, train, quant, text, memory.recall(KeptTraining), **kept)
+        make_report = plan_quantization if trained.diverged else quantize_model
+        arguments = (model, quant) if trained.diverged else (model, quant, loaded.tokenizer)
+        yield TrainedModel(make_report(*arguments), trained, text, sha256)
 
 
 def train_weights(
@@ -132,7 +136,7 @@ def train_weights(
         return last.trained
     with all_trained(model):
         if train.start == "random":
-            randomize(model, train.seed)
+            randomize(model, train.seed, stable_embedding=train.stable_embedding)
         trained = train_model(model, text, train, rounded=rounded, **kept)
         round_trained(model, loaded.checkpoint_dtype)
     last.content, last.trained = content, trained
@@ -173,6 +177,10 @@ def list_rounded(model: nn.Module, train: TrainConfig, quant: QuantConfig) -> li
         return []
     asked = QuantConfig.of(train.weights) if quant.is_baseline else quant
     names = [tensor.name for tensor in plan_quantization(model, asked).tensors if tensor.quantized]
+    if train.include is not None:
+        names = [name for name in names if re.search(train.include, name.removesuffix(".weight"))]
+        if not names:
+            raise ValueError(f"train.include={train.include!r} names no layer that is quantized")
     if tied := [name for name in names if " = " in name]:
         raise ValueError(f"{tied[0]} are tied, and a training cannot round one layer's alone: quant.include, exclude")
     return names

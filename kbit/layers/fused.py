@@ -15,11 +15,10 @@ from kbit.kernels import cpu_linear
 from kbit.kernels.cpu_chunks import BFLOAT16, FLOAT16, FLOAT32
 from kbit.kernels.cpu_linear import ABSENT, CODED, Blocks, Constants, Matrix
 from kbit.numerics.quantized_tensor import QuantizedTensor
-from kbit.numerics.scale_formats import DoubleScales, Float8Scales, PowerScales, ScaleFormat
+from kbit.numerics.scale_formats import DQ_ZERO, DoubleScales, ScaleFormat
 from kbit.numerics.spec import QuantSpec
 
 _KINDS: Final = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
-_DOUBLE_ZERO: Final = 126  # kbit.numerics.scale_formats: the code that stands for 0 where the block's float32 says so
 
 
 def can_fuse(spec: QuantSpec, shape: tuple[int, ...]) -> bool:
@@ -54,14 +53,12 @@ def _describe(scale_format: ScaleFormat, stored: Mapping[str, Tensor]) -> Consta
     if scale_format.name in _KINDS:
         return Constants(_KINDS[scale_format.name], _view(codes.view(torch.uint8)))
     others = {name: tensor.cpu().numpy() for name, tensor in stored.items() if name != "scales"}
-    if isinstance(scale_format, PowerScales | Float8Scales):
-        return Constants(CODED, _view(codes), values=_list_values(scale_format, others))
-    if isinstance(scale_format, DoubleScales):
-        one = {"second_scales": np.ones(1, np.float32), "mean": np.zeros(1, np.float32)}
-        return Constants(
-            CODED, _view(codes), values=_list_values(scale_format, one), second=_view(stored["second_scales"]),
-            mean=float(others["mean"][0]), zero=_DOUBLE_ZERO,
-        )  # fmt: skip
+    if (values := scale_format.list_values(others)) is not None:
+        constants = Constants(CODED, _view(codes), values=values)
+        if isinstance(scale_format, DoubleScales):
+            second, mean = _view(stored["second_scales"]), float(others["mean"][0])
+            return constants._replace(second=second, mean=mean, zero=DQ_ZERO)
+        return constants
     numbers = scale_format.decode({name: tensor.cpu().numpy() for name, tensor in stored.items()})
     return Constants(FLOAT32, _view(torch.from_numpy(numbers).to(codes.device).view(torch.uint8)))
 
@@ -77,14 +74,3 @@ def _find_step(codebook: NDArray[np.float32]) -> float:
 def _view(tensor: Tensor) -> Any:
     """Return a tensor as its device's kernels take it."""
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
-
-
-def _list_values(scale_format: ScaleFormat, others: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-    """Return what each byte of `scales` stands for. A byte that is no number in the format stands for 0."""
-    codes = np.arange(256, dtype=np.uint8)
-    if isinstance(scale_format, Float8Scales):
-        codes[[0x7F, 0xFF]] = 0
-    elif isinstance(scale_format, PowerScales):
-        codes[0xFF] = 0
-    values: NDArray[np.float32] = scale_format.decode({**others, "scales": codes})
-    return values

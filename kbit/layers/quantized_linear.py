@@ -82,6 +82,11 @@ class QuantizedLinear(PackedWeight):
         """Return x W^T + bias."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"inputs of shape {tuple(x.shape)} do not end in the layer's {self.in_features} inputs")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"inputs of {x.dtype} are no numbers for a packed layer: the model casts them to its weight's dtype, "
+                "which is that of bytes. Leave this layer out by quant.exclude"
+            )
         rows = x.reshape(-1, self.in_features)
         has_gradient = rows.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if not (has_gradient and torch.is_grad_enabled()):

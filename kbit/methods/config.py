@@ -210,6 +210,23 @@ class QuantConfig(QuantSpec):
         return not self.is_baseline and bool(self.outlier_fraction or self.outlier_zscore)
 
     @property
+    def needs_whole_model(self) -> bool:
+        """Whether a weight's codes depend on other weights or on a text, so that none can be packed by itself."""
+        return self.traits.needs_text or self.keeps_outliers
+
+    def check_packable(self) -> None:
+        """Raise ValueError if the quantizer gives no k-bit codes to pack."""
+        if self.is_baseline:
+            raise ValueError(f"quant.bits={self.bits} quantizes nothing: there is nothing to pack")
+        if self.rules:
+            raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.rules")
+        if self.scheme is not None:
+            raise ValueError(
+                f"quant.method={self.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be "
+                "packed. Use quant=int8_rowwise for its codes"
+            )
+
+    @property
     def decomposes(self) -> bool:
         """Whether input dimensions are multiplied at 16 bits that are found at run time."""
         return self.scheme is not None and self.scheme.decomposes

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from kbit.models.parameters import label_matrix
 from kbit.numerics.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Weight:
     @property
     def label(self) -> str:
         """The name for messages, and of random numbers of its own: the parameter's, with the expert's number."""
-        return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+        return label_matrix(self.name, self.expert)
 
     def copy_matrix(self) -> Float[Tensor, "rows in"]:
         """Return a float32 copy of the values as a matrix. Outlier columns are 0, so that no block scale sees them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,9 @@ from kbit.models.catalog import locate_model
 PLAIN_DTYPES: Final = ("F16", "BF16", "F32", "F64")
 
 PACKED_METHOD: Final = "kbit"  # quant_method of a checkpoint whose weights kbit has packed
+
+# quant_method of the checkpoints of other tools whose weights kbit reads.
+READABLE: Final = ("bitsandbytes", "gptq", "compressed-tensors")
 
 _ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -96,7 +99,7 @@ def check_folder(folder: Path, *, is_gguf: bool = False) -> None:
         return
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no folder of a model")
-    is_packed = is_packed_by_kbit(folder)
+    is_packed = is_packed_by_kbit(folder) or is_readable(read_json(folder / "config.json"))
     if not is_packed:
         check_configuration(read_json(folder / "config.json"), str(folder))
     weights = sorted(folder.glob("model*.safetensors"))
@@ -114,8 +117,42 @@ def is_packed_by_kbit(folder: Path) -> bool:
     """Whether a folder holds a checkpoint that `kbit pack` or kbit.pack_model made."""
     if not (folder / "config.json").is_file():
         return False
-    found = read_json(folder / "config.json").get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == PACKED_METHOD
+    return _find_quantization(read_json(folder / "config.json")).get("quant_method") == PACKED_METHOD
+
+
+def _find_quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a model's configuration says of how its weights are quantized. It is empty if they are plain."""
+    for part in (config, config.get("text_config") or {}):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if found:
+            return found if isinstance(found, dict) else {"quant_method": found}
+    return {}
+
+
+def is_readable(config: Mapping[str, Any]) -> bool:
+    """Whether kbit reads the weights of a checkpoint that another tool quantized, by its configuration."""
+    return bool(_find_quantization(config)) and not _why_unreadable(_find_quantization(config))
+
+
+def _why_unreadable(found: Mapping[str, Any]) -> str:
+    method, form = found.get("quant_method"), found.get("format")
+    if method == "bitsandbytes" and not found.get("load_in_4bit"):
+        return "of bitsandbytes only the 4-bit types are read"
+    if method == "compressed-tensors" and form != "pack-quantized":
+        return f"of compressed-tensors only pack-quantized is read, not {form}"
+    return "" if method in READABLE else f"of other tools {', '.join(READABLE)} and GGUF are read"
+
+
+def describe_quantization(config: Mapping[str, Any]) -> str:
+    """Return how another tool quantized a checkpoint, by its configuration: "gptq 4 bits group_size=128"."""
+    found = _find_quantization(config)
+    method = str(found.get("quant_method"))
+    if method == "bitsandbytes":
+        double = " double" if found.get("bnb_4bit_use_double_quant") else ""
+        return f"{method} {found.get('bnb_4bit_quant_type', 'fp4')}{double}"
+    groups = [group.get("weights") or {} for group in (found.get("config_groups") or {}).values()]
+    weights = groups[0] if groups else {"num_bits": found.get("bits"), "group_size": found.get("group_size")}
+    return f"{method} {weights.get('num_bits')} bits group_size={weights.get('group_size')}"
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -127,18 +164,21 @@ def has_chat_template(folder: Path) -> bool:
 
 def check_configuration(config: dict[str, Any], where: str) -> None:
     """Raise QuantizedError if a model's configuration says that its weights are quantized."""
-    for part in (config, config.get("text_config") or {}):
-        found = part.get("quantization_config") or part.get("compression_config")
-        if found:
-            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
-            if method == PACKED_METHOD:
-                raise QuantizedError(
-                    f"{where} is packed by kbit: `kbit run` and kbit.load_model take it, this does not"
-                )
-            raise QuantizedError(
-                f"{where} is a quantized checkpoint (quantization_config: {method}), whose weights are no 16-bit "
-                "baseline: measure the model that it was made of"
-            )
+    found = _find_quantization(config)
+    if not found:
+        return
+    method = found.get("quant_method", "unnamed")
+    if method == PACKED_METHOD:
+        raise QuantizedError(f"{where} is packed by kbit: `kbit run` and kbit.load_model take it, this does not")
+    if is_readable(config):
+        raise QuantizedError(
+            f"{where} is a quantized checkpoint (quantization_config: {method}): `kbit run ... quant.bits=16` and "
+            "kbit.load_model take it as it is, this does not"
+        )
+    raise QuantizedError(
+        f"{where} is a quantized checkpoint (quantization_config: {method}), whose weights are no 16-bit baseline, and "
+        f"{_why_unreadable(found)}: measure the model that it was made of"
+    )
 
 
 def check_adapter(name: str) -> Path | None:

@@ -215,13 +215,19 @@ def identify_files(source: Source) -> str:
         FileNotFoundError: the hub's model is not in the cache.
     """
     folder = Path(source.location)
-    return hash_folder(folder) if folder.is_dir() else find_commit(source.location, source.revision)
+    return hash_folder(folder, source.gguf) if folder.is_dir() else find_commit(source.location, source.revision)
 
 
-def hash_folder(folder: Path) -> str:
-    """Return the sha256 over a local model's configuration, tokenizer and weight files."""
+def hash_folder(folder: Path, gguf: Path | None = None) -> str:
+    """Return the sha256 over a local model's configuration, tokenizer and weight files.
+
+    Args:
+        folder: the model's folder.
+        gguf: the GGUF file that the model is read from, if it is one. Others in the folder do not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".gguf"}):
+    others = (path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
+    for path in sorted([*others, *([] if gguf is None else [gguf])]):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -107,6 +107,11 @@ def as_matrix(parameter: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     return parameter.transpose(-1, -2) if transposed and parameter.ndim >= least else parameter
 
 
+def label_matrix(name: str, expert: int | None) -> str:
+    """Return the name of what is quantized by itself: the parameter's, or NAME[3] for its fourth expert."""
+    return name if expert is None else f"{name}[{expert}]"
+
+
 def split_matrices(parameter: torch.Tensor, owner: nn.Module) -> list[torch.Tensor]:
     """Return views of what is quantized by itself: the whole parameter, or each of fused experts' matrices or biases.
 

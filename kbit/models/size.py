@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +13,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from kbit.models.catalog import locate_model
-from kbit.models.checkpoint_files import is_packed_by_kbit, read_json
+from kbit.models.checkpoint_files import is_packed_by_kbit, is_readable, read_json
 from kbit.models.config import MAX_WINDOW, UNITS, read_count
 
 _NAMED_SIZE: Final = re.compile(r"(?:^|[-_])(\d+)(?:\.(\d+))?([kmb])(\d*)(?=$|[-_])", re.IGNORECASE)  # 125m, 1.3b, 7b1
@@ -46,12 +48,20 @@ class ModelSize:
         hidden: the size of the residual stream.
         context: the number of tokens that the model takes at once.
         vocabulary: the number of its tokenizer's tokens, or None if that is not known.
+        embedded: the number of parameters in matrices with a row for each token (the embedding, and a head that is not
+            tied), or None if the files are not here.
+        largest: the number of parameters of the largest tensor, in which experts of one layer count together as they
+            are loaded. None if the files are not here.
+        inner: the size of the inner layer of a decoder layer, or None if no file here tells it.
     """
 
     parameters: int
     hidden: int
     context: int
     vocabulary: int | None
+    embedded: int | None = None
+    largest: int | None = None
+    inner: int | None = None
 
 
 def find_size(name: str, given: str | None = None) -> ModelSize | None:
@@ -64,17 +74,22 @@ def find_size(name: str, given: str | None = None) -> ModelSize | None:
         given: the number of parameters that the user gave, see read_count. The files win, the name does not.
     """
     folder = _find_folder(name)
-    stored = _count_stored(folder) if folder else None
+    shapes = _read_shapes(folder) if folder else {}
+    stored = sum(map(math.prod, shapes.values()))
     parameters = stored or (_read_name(name) if given is None else read_count(given))
     if parameters is None:
         return None
     config = read_json(folder / "config.json") if folder else {}
+    vocabulary = _first(config, "vocab_size")
     guess = round((parameters / _PARAMETERS_PER_CUBE) ** (1 / 3))
     return ModelSize(
         parameters,
         hidden=_first(config, "hidden_size", "n_embd") or guess,
         context=_first(config, *CONTEXT_FIELDS) or MAX_WINDOW,
-        vocabulary=_first(config, "vocab_size"),
+        vocabulary=vocabulary,
+        embedded=sum(math.prod(s) for s in shapes.values() if s[:1] == (vocabulary,)) if shapes else None,
+        largest=_find_largest(shapes) if shapes else None,
+        inner=_first(config, "intermediate_size", "ffn_dim", "n_inner"),
     )
 
 
@@ -127,23 +142,45 @@ def find_packed(name: str, revision: str | None = None) -> Path | None:
     Raises:
         ValueError: the name is unknown.
     """
-    place = locate_model(name)
-    folder = Path(place) if Path(place).is_dir() else find_cached_folder(place, revision)
+    folder = find_files(name, revision)
     return folder if folder is not None and is_packed_by_kbit(folder) else None
 
 
-def _count_stored(folder: Path) -> int | None:
-    """Return the number of elements in a folder's safetensors files. None: there are none, or one is damaged."""
+def is_of_other_tool(name: str, revision: str | None = None) -> bool:
+    """Whether a model was quantized by another tool whose weights kbit reads. See find_packed for the arguments."""
+    folder = find_files(name, revision)
+    return folder is not None and (folder / "config.json").is_file() and is_readable(read_json(folder / "config.json"))
+
+
+def find_files(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder of a model's files, if they are here. See find_packed for the arguments."""
+    place = locate_model(name)
+    return Path(place) if Path(place).is_dir() else find_cached_folder(place, revision)
+
+
+def _read_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Return the shape of each tensor of a folder, by its file and name. It is empty if a file is damaged.
+
+    Only the headers of the files are read.
+    """
+    shapes = {}
     try:
-        return sum(_count_elements(path) for path in folder.glob("model*.safetensors")) or None
+        for path in sorted(folder.glob("model*.safetensors")):
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    shapes[path.name, name] = tuple(file.get_slice(name).get_shape())
     except (OSError, SafetensorError):  # loading the model will say what is wrong
-        return None
+        return {}
+    return shapes
 
 
-def _count_elements(path: Path) -> int:
-    """Return the number of elements in a safetensors file, of which only the header is read."""
-    with safe_open(path, framework="numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+def _find_largest(shapes: Mapping[tuple[str, str], Sequence[int]]) -> int:
+    """Return the number of elements of the largest tensor. A layer's experts are loaded as one."""
+    together: Counter[str] = Counter()
+    for (_, name), shape in shapes.items():
+        layer, is_expert, _ = name.partition(".experts.")
+        together[layer if is_expert else name] += math.prod(shape)
+    return max(together.values())
 
 
 def _read_name(name: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 _GGUF_PLAIN: Final = {0, 1, 28, 30}  # GGML's numbers of F32, F16, F64 and BF16
 
@@ -18,6 +18,30 @@ def describe_gguf(path: Path) -> str:
     kinds = set(GgufHeader.from_file(str(path)).ggml_types.values()) - _GGUF_PLAIN
     quantized = sorted(GGML_NAME.get(kind, f"type {kind}") for kind in kinds)
     return f"gguf {' '.join(quantized)}" if quantized else ""
+
+
+class GgufTensor(NamedTuple):
+    """A tensor of a GGUF file.
+
+    Attributes:
+        name: GGUF's own name.
+        shape: its shape, inputs last.
+        bytes: the bytes that it takes in the file.
+        is_quantized: whether it is stored as blocks of codes, and not as plain numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    is_quantized: bool
+
+
+def list_gguf_tensors(path: Path) -> list[GgufTensor]:
+    """Return the tensors of a GGUF file. Only its header is read."""
+    from transformers.integrations.gguf.reader import GgufHeader
+
+    found = GgufHeader.from_file(str(path)).tensors
+    return [GgufTensor(t.name, tuple(t.shape), t.nbytes, t.ggml_type not in _GGUF_PLAIN) for t in found]
 
 
 def list_whole_modules(model: Any) -> set[str]:
@@ -43,6 +67,17 @@ def experts_one_by_one(model: Any) -> Iterator[None]:
 def use_eager_experts(config: Any) -> None:
     """Let transformers multiply each fused expert by itself, from now on: packed experts are dequantized one by one."""
     config._experts_implementation = "eager"
+
+
+def let_configurations_meet(configuration: type) -> None:
+    """Let from_pretrained hand over a quantization_config to that of a checkpoint that is quantized already.
+
+    transformers then sets each of the first one's get_loading_attributes on the second one. It ignores the
+    configurations of other classes, with a warning.
+    """
+    from transformers.quantizers import auto
+
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, configuration)
 
 
 def forget_conversions(model: Any) -> None:

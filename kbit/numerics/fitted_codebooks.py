@@ -67,13 +67,14 @@ def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> N
     """K-means of a tensor's normalised values (Lloyd's algorithm in one dimension), with 0 kept as a value.
 
     The algorithm starts from the values' quantiles, on a seeded sample (sample_indices). One centre stays on 0, so that
-    zero blocks are exact. It is a further centre if the quantiles are less than 2^k numbers, else the one nearest 0.
+    zero blocks are exact: the one nearest 0. Where quantiles coincide, as they do if most values are 0, the others
+    start from those of the distinct values beside 0, or are these values if there are no more than centres.
     """
     ordered = np.sort(values[sample_indices(values.size, seed)].astype(np.float64))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     centres = np.unique(np.quantile(ordered, (np.arange(2**bits) + 0.5) / 2**bits))
     if len(centres) < 2**bits:
-        centres = np.union1d(centres, 0.0)
+        centres = np.union1d(_spread_distinct(ordered, 2**bits - 1), 0.0)
     zero = np.abs(centres).argmin()
     centres[zero] = 0.0
     for _ in range(_MAX_ROUNDS):
@@ -86,6 +87,14 @@ def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> N
             break
         centres = means
     return _as_float16(np.clip(centres, -1, 1))
+
+
+def _spread_distinct(ordered: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+    """Return at most so many numbers that are spread like the distinct values beside 0."""
+    distinct = np.unique(ordered[ordered != 0])
+    if len(distinct) <= count:
+        return distinct
+    return np.unique(np.quantile(distinct, (np.arange(count) + 0.5) / count))
 
 
 def sample_indices(n: int, seed: int) -> NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """The quantizer in plain NumPy: the slow truth that every kernel is tested against, bit for bit.
 
-The functions have the names and arguments of kbit.kernels.cpu and cpu_states. Values and all arithmetic are float32 here.
+The functions have the names and arguments of kbit.kernels.cpu and cpu_states. Values and arithmetic are float32 here.
 """
 
 from __future__ import annotations

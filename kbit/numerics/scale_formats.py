@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +25,7 @@ _FLOAT16_LARGEST: Final = 65504.0
 _FLOAT32_LARGEST: Final = 3.4028234663852886e38
 _FP8_LARGEST: Final = 448.0  # the largest E4M3 number
 _DQ_BLOCK: Final = 256  # scales per block of the second quantization (QLoRA, section 3)
-_DQ_ZERO: Final = 126  # the code of the dynamic type's last value below 0, -5.5e-7
+DQ_ZERO: Final = 126  # the code of the dynamic type's last value below 0, -5.5e-7
 _E8M0_BIAS: Final = 127
 _E8M0_LEAST: Final = -126  # the smallest exponent of a scale that is not 0, as the code of -127 means 0
 # Shares of the usual scale that a search tries. 2 bits want about 0.6, and dynamic types want some above 1.
@@ -69,6 +69,13 @@ class ScaleFormat(ABC):
     @abstractmethod
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         """Return the type and the length of each array that is stored for so many blocks."""
+
+    def list_values(self, stored: Mapping[str, NDArray[Any]]) -> Scales | None:
+        """Return what each byte of `scales` stands for beside these arrays, or None if a scale is not one byte.
+
+        A byte that is no number of the format stands for 0.
+        """
+        return None
 
     def encode(self, scales: Scales) -> Stored:
         """Return the arrays that are stored for these scales. A scale that is not 0 never becomes 0.
@@ -210,6 +217,9 @@ class PowerScales(ScaleFormat):
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         return {"scales": (np.uint8, blocks)}
 
+    def list_values(self, stored: Mapping[str, NDArray[Any]]) -> Scales | None:
+        return _decode_bytes(self, stored, no_numbers=(0xFF,))
+
     def choose(self, largest: Scales, *, on_grid: bool) -> Scales:
         """Return the power at or below each largest magnitude, or at or above it for a table that is on no grid.
 
@@ -247,6 +257,9 @@ class Float8Scales(ScaleFormat):
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         return {"scales": (np.uint8, blocks), "tensor_scale": (np.float32, 1)}
 
+    def list_values(self, stored: Mapping[str, NDArray[Any]]) -> Scales | None:
+        return _decode_bytes(self, stored, no_numbers=(0x7F, 0xFF))
+
 
 class DoubleScales(ScaleFormat):
     """Scales that are quantized themselves: 8-bit dynamic codes in blocks of 256, about their mean (QLoRA).
@@ -270,8 +283,8 @@ class DoubleScales(ScaleFormat):
         codes = np.searchsorted(decision_thresholds(dynamic_codebook(8)), v.ravel(), side="right").astype(np.uint8)
         codes = codes[: values.size]
         has_zeros = np.logical_or.reduceat(values == 0, np.arange(0, values.size, _DQ_BLOCK))
-        is_taken = np.repeat(has_zeros, _DQ_BLOCK)[: values.size] & (codes == _DQ_ZERO)
-        codes = np.where(values == 0, np.uint8(_DQ_ZERO), codes + is_taken)
+        is_taken = np.repeat(has_zeros, _DQ_BLOCK)[: values.size] & (codes == DQ_ZERO)
+        codes = np.where(values == 0, np.uint8(DQ_ZERO), codes + is_taken)
         second = np.where(has_zeros, -second, second)
         stored = {"scales": codes, "second_scales": second, "mean": np.array([mean], np.float32)}
         return self._raise_lost(stored, values)
@@ -280,11 +293,15 @@ class DoubleScales(ScaleFormat):
         codes = stored["scales"]
         second = np.repeat(stored["second_scales"], _DQ_BLOCK)[: codes.size]
         values = np.asarray(dynamic_codebook(8)[codes] * np.abs(second) + stored["mean"][0], np.float32)
-        return np.where(np.signbit(second) & (codes == _DQ_ZERO), np.float32(0), values)
+        return np.where(np.signbit(second) & (codes == DQ_ZERO), np.float32(0), values)
 
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         second = math.ceil(blocks / _DQ_BLOCK)
         return {"scales": (np.uint8, blocks), "second_scales": (np.float32, second), "mean": (np.float32, 1)}
+
+    def list_values(self, stored: Mapping[str, NDArray[Any]]) -> Scales | None:
+        """Return what each byte stands for in a block whose float32 is 1, before the mean is added."""
+        return dynamic_codebook(8)
 
     def _raise_lost(self, stored: Stored, scales: Scales) -> Stored:
         """Return scales of which none is lost: the mean added to a rounded difference may be 0 or less."""
@@ -299,6 +316,13 @@ class DoubleScales(ScaleFormat):
         zero = (scales != 0) & (decoded == 0)
         codes[zero] = np.where(codes[zero] < top, codes[zero] + 1, top - 1)
         return stored | {"scales": codes}
+
+
+def _decode_bytes(scale_format: ScaleFormat, stored: Mapping[str, NDArray[Any]], no_numbers: Sequence[int]) -> Scales:
+    """Return what each of the 256 bytes stands for, 0 for those that are no numbers."""
+    codes = np.arange(256, dtype=np.uint8)
+    codes[list(no_numbers)] = 0
+    return scale_format.decode({**stored, "scales": codes})
 
 
 def _keep_nonzero(words: NDArray[np.uint16], lost: Bool[np.ndarray, " blocks"]) -> NDArray[np.uint16]:

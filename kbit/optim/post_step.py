@@ -74,9 +74,8 @@ def _quantize_role(
                     seeded = dataclasses.replace(spec, seed=mix_seed(spec.seed, number, step))
                     fake_quantize_(tensor, seeded if spec.rounding == "stochastic" else spec)
     if known and not has_role:
-        raise ValueError(
-            f"{type(optimizer).__name__} keeps no {role}: its states are {', '.join(sorted(known - {'step'})) or 'none'}"
-        )
+        others = ", ".join(sorted(known - {"step"})) or "none"
+        raise ValueError(f"{type(optimizer).__name__} keeps no {role}: its states are {others}")
 
 
 def list_tensors(optimizer: Optimizer, p: Tensor, names: tuple[str, ...]) -> list[Tensor]:

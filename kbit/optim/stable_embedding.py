@@ -1,7 +1,9 @@
-"""The stable embedding layer: an embedding that trains as well with 8-bit states (Dettmers et al. 2022, section 2.3)."""
+"""The stable embedding layer, made for training with 8-bit states (Dettmers et al. 2022, section 2.3)."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,3 +53,16 @@ def make_embedding_stable(model: Any) -> StableEmbedding:
     if is_tied:
         head.weight = new.weight
     return new
+
+
+@contextlib.contextmanager
+def embedding_stable(model: Any) -> Iterator[StableEmbedding]:
+    """Replace the input embedding within the block, see make_embedding_stable. Afterwards it is the one of before."""
+    old, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = None if head is None else head.weight
+    try:
+        yield make_embedding_stable(model)
+    finally:
+        model.set_input_embeddings(old)
+        if head is not None:
+            head.weight = weight

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -148,7 +149,7 @@ def _allocate(count: int, dtype: torch.dtype, device: torch.device, folder: str 
     try:
         return torch.from_file(path, shared=True, size=count, dtype=dtype)
     finally:
-        os.unlink(path)
+        Path(path).unlink()
 
 
 def view_state(role: str, spec: QuantSpec | None, tensors: Mapping[str, Any], elements: int, seed: int) -> State:

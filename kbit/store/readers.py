@@ -99,12 +99,13 @@ def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:
 
     It warns of what it leaves out.
     """
-    is_plain = results["checkpoint"].isna()
+    is_plain = results["checkpoint"].isna() if "checkpoint" in results else pd.Series(True, results.index)
     if is_plain.all():
         return results
     left_out = results.loc[~is_plain, "key"].nunique()
     warnings.warn(
-        f"{left_out} experiments on quantized checkpoints (GGUF) are left out: they have no 16-bit baseline",
+        f"{left_out} experiments on quantized checkpoints are left out of the figures: they have no 16-bit baseline. "
+        "The page of `kbit report` shows them beside the others",
         stacklevel=2,
     )
     plain = results[is_plain]

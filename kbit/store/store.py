@@ -16,6 +16,7 @@ file is gone since it was listed.
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
@@ -288,4 +289,8 @@ class Store:
 
 
 def _encode(record: Result | Failure) -> bytes:
-    return to_json(record, schema_version=SCHEMA_VERSION)
+    """Return a record as JSON. Without a training it is what it was before there were trainings."""
+    values = dataclasses.asdict(record)
+    if not record.experiment.train.steps:
+        del values["experiment"]["train"]
+    return to_json(values, schema_version=SCHEMA_VERSION)

@@ -9,6 +9,7 @@ Six roles say what is quantized meanwhile. Each role is a QuantSpec, and 16 bits
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -130,8 +131,9 @@ class TrainConfig:
         weights: quantizer of the weights in products. With it alone this is quantization-aware training (QAT).
         activations: quantizer of what enters a linear layer.
         gradients: quantizer of the gradients that enter the two products of the backward pass.
-        momentum: quantizer of the optimizer's first moment, which sgd calls its momentum buffer.
-        variance: quantizer of the optimizer's second moment.
+        momentum: quantizer of the optimizer's first moment, which sgd calls its momentum buffer. Its scales are
+            float32, also where a named quantizer has fp16.
+        variance: quantizer of the optimizer's second moment, with float32 scales as well.
         exchange: quantizer of the gradients that replicas exchange.
         lora: adapters that are trained in place of the weights.
         fast: FAST's rule of changing precision.
@@ -211,6 +213,11 @@ class TrainConfig:
         for name in ROLES:
             if name != "variance" and self.quantizes(name) and not getattr(self, name).signed:
                 raise ValueError(f"train.{name}.signed=false has no values below 0, and {name} have both signs")
+        if self.stable_embedding and self.start != "random":
+            raise ValueError(
+                f"train.stable_embedding=true puts a layer norm into the model, which train.start={self.start} was "
+                "trained without: use train.start=random"
+            )
         if self.lora.rank and (self.start == "random" or self.quantizes("weights") or self.fast.adapt):
             raise ValueError(
                 f"train.lora.rank={self.lora.rank} trains adapters beside a frozen base: it goes neither with "
@@ -221,6 +228,16 @@ class TrainConfig:
         """Whether a role is quantized."""
         spec: QuantSpec = getattr(self, role)
         return not spec.is_baseline
+
+    def find_state(self, role: str) -> QuantSpec | None:
+        """Return the quantizer of an optimizer's state, or None if the role is not quantized or no state.
+
+        Its scales are float32, as those of all 8-bit optimizers: float16 could not hold the squares of small gradients.
+        """
+        spec: QuantSpec = getattr(self, role)
+        if role not in STATES or spec.is_baseline:
+            return None
+        return dataclasses.replace(spec, scale_format="fp32") if spec.scale_format == "fp16" else spec
 
     @property
     def is_aware(self) -> bool:
@@ -252,7 +269,7 @@ class TrainConfig:
         fields |= {"steps": self.steps, "text": self.text}
         for role in ROLES:
             if self.quantizes(role) and role not in self._idle_names():
-                spec: QuantSpec = getattr(self, role).canonical()
+                spec: QuantSpec = (self.find_state(role) or getattr(self, role)).canonical()
                 fields[role] = non_defaults(spec, _ROLE_BASE) | {"bits": spec.bits}
         if self.lora.rank:
             fields["lora"] = non_defaults(self.lora, LoraConfig())

@@ -246,7 +246,7 @@ def quantize_products(
     for layer in layers:
         layer.check()
     for layer in layers:
-        layer.module.forward = layer  # type: ignore[assignment]
+        layer.module.forward = layer
     products.layers = layers
     return products
 
@@ -344,7 +344,7 @@ class _Product(torch.autograd.Function):
         return F.linear(rounded, rounded_weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         products, use = ctx.products, ctx.use
         x, weight = ctx.saved_tensors

@@ -71,13 +71,23 @@ def rounded_weights(model: nn.Module, spec: QuantSpec, names: Iterable[str]) -> 
     """
     if spec.rounding == "stochastic":
         raise ValueError("train.weights.rounding=stochastic would round with the same random numbers at each step")
-    placed = []
+    placed: list[tuple[nn.Module, str, list[str]]] = []
     try:
         for name in names:
             owner, attribute = owner_of(model, name), name.rpartition(".")[2]
+            order = [own for own, _ in owner.named_parameters(recurse=False)]
             parametrize.register_parametrization(owner, attribute, Rounding(spec, owner), unsafe=True)
-            placed.append((owner, attribute))
+            placed.append((owner, attribute, order))
         yield
     finally:
-        for owner, attribute in placed:
+        for owner, attribute, order in reversed(placed):
             parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
+            _put_in_order(owner, order)
+
+
+def _put_in_order(owner: nn.Module, names: Iterable[str]) -> None:
+    """Give a module its parameters in this order again, which a model's hash and an optimizer's groups follow."""
+    for name in names:
+        parameter = owner.get_parameter(name)
+        delattr(owner, name)
+        owner.register_parameter(name, parameter)

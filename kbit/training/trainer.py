@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from kbit.models.parameters import count_embedded
+from kbit.optim.stable_embedding import make_embedding_stable
 from kbit.training.batches import TrainingText
 from kbit.training.checkpoint import read_checkpoint, write_checkpoint
 from kbit.training.config import TrainConfig
@@ -66,11 +67,13 @@ class Trained:
         return [math.fsum(self.losses[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
 
 
-def randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int, *, stable_embedding: bool = False) -> None:
     """Give a model the random weights that its class starts with, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh: nn.Module = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        if stable_embedding:
+            make_embedding_stable(fresh)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(fresh.get_parameter(name))
@@ -98,6 +101,7 @@ def train_model(
     Raises:
         ValueError: the configuration asks for what is not there, or the checkpoint is of another training.
     """
+    refuse_missing(config)
     context = text.held.shape[1]
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     recipe = Recipe(
@@ -119,6 +123,15 @@ def train_model(
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         tokens = state.step * config.batch_size * context
         return Trained(tuple(losses), diverged, tokens, trainable, count_state_bits(state.optimizer))
+
+
+def refuse_missing(config: TrainConfig) -> None:
+    """Raise ValueError if a training asks for what the loop does not do, rather than leave it out without a word."""
+    asked = [f"train.{role}.bits" for role in ("activations", "gradients") if config.quantizes(role)]
+    asked += ["train.fast.adapt"] if config.fast.adapt else []
+    asked += ["train.replicas"] if config.replicas > 1 else []
+    if asked:
+        raise ValueError(f"{', '.join(asked)}: trainings do not quantize this yet")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from hydra_state import config_store_kept
 from omegaconf import DictConfig, OmegaConf
 
 from kbit.cli.hydra.app import register_schema
+from kbit.cli.hydra.arguments import find_launchers
 from kbit.experiments.config import RunConfig
 from kbit.numerics.quantizer import fake_quantize
 
@@ -153,9 +154,10 @@ def test_null_is_the_whole_tensor() -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS, ids=str)
-def test_study_is_a_multirun_with_kbits_launcher(name: Path) -> None:
-    """Hydra ignores a launcher chosen in a file of sweeps/: the study would run with another than it says."""
+def test_study_is_a_multirun_on_workers_or_one_at_a_time(name: Path) -> None:
+    """Hydra alone ignores a launcher chosen in a file of sweeps/. kbit applies it, and only a study of time has one."""
     config = compose("run", [f"+sweeps={name}"], return_hydra_config=True)
     assert config.hydra.mode.name == "MULTIRUN"
     assert config.study.grids or config.study.unite
-    assert "launcher" not in (ROOT / "sweeps" / name).with_suffix(".yaml").read_text()
+    chosen = find_launchers([f"+sweeps={name}"])
+    assert set(chosen.values()) == ({"basic"} if config.eval.speed.measure else set())

@@ -25,12 +25,21 @@ def test_a_studys_winner_is_packed_evaluated_and_exported(kbit: Kbit, tmp_path: 
     done = kbit("pack", "--from", f"results:{measured.key}", "out=packed")
     assert done.code == 0, done.err
     assert f"its weights are those that {measured.key} measured ({measured.weights_hash})" in done.out
-    assert f"{measured.total_bits:,} bits counted in all" in done.out
+    assert f"{measured.total_bits:,} bits counted in all; " in done.out
+    memory, stored = (
+        float(share) for share in re.findall(r"bytes (?:in memory|of weight files) \(\+(\d\.\d\d)%\)", done.out)
+    )
+    # not counted are the codes and the places of columns at 16 bits, and the files' headers
+    assert 0 <= memory < 2
+    assert memory < stored < 8
     assert f"By kbit, experiment {measured.key}" in (tmp_path / "packed" / "README.md").read_text()
 
     assert kbit("run", "model.name=packed", "quant.bits=16", *QUICK, "results=again").code == 0
     (again,) = read_as(Result, tmp_path / "again")
     assert again.checkpoint_quantization == "kbit nf3 proxy outliers 0.02"
+    files = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert again.method_notes["bytes_on_disk"] == files
+    assert measured.total_bits / 8 < again.method_notes["bytes_in_memory"]  # what is not packed computes in float32
     assert (again.weights_hash, again.total_bits) == (measured.weights_hash, measured.total_bits)
     assert (again.bits_per_param, again.parameters) == (measured.bits_per_param, measured.parameters)
     assert again.measurements == tuple(
@@ -88,6 +97,13 @@ def test_wrong_input_is_refused_with_what_to_do(kbit: Kbit, tmp_path: Path, argu
     done = kbit(*arguments)
     assert (done.code, message in done.err) == (1, True), done.err
     assert not (tmp_path / "x").exists()
+
+
+def test_only_the_device_is_given_beside_a_stored_result(kbit: Kbit, tmp_path: Path) -> None:
+    done = kbit("pack", "--from", "results:0", "device=cuda:7x", "out=packed")
+    assert (done.code, "device='cuda:7x' is not one of: cpu, cuda, cuda:N" in done.err) == (1, True)
+    done = kbit("pack", "--from", "results:0", "device=cpu", "out=packed")
+    assert (done.code, "results" in done.err) == (1, True)  # there is no such store
 
 
 def test_help_says_what_they_do(kbit: Kbit) -> None:

@@ -84,9 +84,14 @@ def signals_heeded() -> Iterator[None]:
 def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
     kbit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: signal.Signals
 ) -> None:
-    """No folder here, and no temporary one. In this process, to which the signal is sent in the middle of a phase."""
-    (tmp_path / "temporary").mkdir()
-    (tmp_path / "here").mkdir()
+    """No folder here, and no temporary one. In this process, to which the signal is sent in the middle of a phase.
+
+    What is there when the signal comes is what SIGKILL would leave, which no process can answer: nothing, too.
+    """
+    folders = (tmp_path / "here", tmp_path / "temporary")
+    for folder in folders:
+        folder.mkdir()
+    there: list[str] = []
     name, calls = PHASES[phase]
     module, _, function = name.rpartition(".")
     original = getattr(importlib.import_module(module), function)
@@ -96,6 +101,7 @@ def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
         nonlocal called
         called += 1
         if called == calls:
+            there.extend(path.name for folder in folders for path in folder.iterdir())
             os.kill(os.getpid(), number)
         return original(*arguments, **options)
 
@@ -107,4 +113,5 @@ def test_a_driver_that_is_ended_while_it_plans_leaves_nothing(
     done = kbit("run", "-m", grid, "eval.tasks=[]", "eval.perplexity_windows=1")
     assert (done.code, called) == (128 + number, calls)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [list(path.iterdir()) for path in (tmp_path / "here", tmp_path / "temporary")] == [[], []]
+    assert there == []
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]

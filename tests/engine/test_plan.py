@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+import kbit.engine.plan
 from kbit.data.task_files import EMBEDDED_TASKS, list_definitions
-from kbit.engine.plan import list_own_code
+from kbit.engine.plan import list_own_code, plan_sweep
 from kbit.evaluation.config import EvalConfig
-from kbit.experiments.config import RunConfig
+from kbit.experiments.config import RayConfig, RunConfig
+from kbit.methods.config import QuantConfig
+from kbit.models.config import ModelConfig
 
 OWN_CODE = "process_docs: !function utils.process\n"
 
@@ -46,3 +52,58 @@ def test_code_of_ones_own_is_told_of_the_tasks_asked_for(tmp_path: Path) -> None
             EMBEDDED_TASKS / "piqa.yaml",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("engine", "address", "plan_only", "is_checked"),
+    [
+        ("process", "local", False, True),
+        ("ray", "local", False, True),
+        ("process", "auto", False, True),  # no cluster is asked
+        ("ray", "auto", False, False),  # its disks are others
+        ("process", "local", True, False),
+        ("ray", "local", True, False),
+    ],
+)
+def test_the_disk_is_looked_at_where_models_are_downloaded_to_it(
+    engine: str, address: str, plan_only: bool, is_checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(kbit.engine.plan, "check_download_space", lambda models: asked.extend(m.name for m in models))
+    evaluation = EvalConfig(tasks=(), perplexity_windows=1)
+    config = RunConfig(eval=evaluation, results=str(tmp_path), ray=RayConfig(address, num_workers=1))
+    plan_sweep([config], engine, plan_only=plan_only)
+    assert asked == (["nano-neox-98k"] if is_checked else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quant": QuantConfig(bits=8, method="llm_int8")}, r"packed=true: quant\.method=llm_int8 multiplies int8 by"),
+        ({"quant": QuantConfig(bits=8, method="absmax")}, r"packed=true: quant\.method=absmax .*quant=int8_rowwise"),
+        ({"model": ModelConfig(adapter="org/adapter")}, r"model\.adapter=org/adapter: packed=true reads plain"),
+        ({"ray": RayConfig(gpus_per_worker=2)}, r"ray\.gpus_per_worker=2: packed=true reads plain"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_before_the_first_job(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    evaluation = EvalConfig(tasks=(), perplexity_windows=1)
+    config = RunConfig(packed=True, eval=evaluation, results=str(tmp_path), **fields)
+    with pytest.raises(ValueError, match=message):
+        plan_sweep([RunConfig(eval=evaluation, results=str(tmp_path), ray=config.ray), config], "ray", plan_only=True)
+
+
+def test_a_gguf_file_cannot_be_packed_while_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    config = RunConfig(ModelConfig(str(tmp_path)), packed=True, results=str(tmp_path / "results"))
+    with pytest.raises(ValueError, match=r"model\.gguf_file=m\.gguf: packed=true reads plain safetensors"):
+        plan_sweep([config], "process", plan_only=True)
+
+
+def test_the_16_bit_model_of_a_packed_study_is_planned(tmp_path: Path) -> None:
+    evaluation = EvalConfig(tasks=(), perplexity_windows=1)
+    configs = [
+        RunConfig(quant=QuantConfig(bits=bits), packed=True, eval=evaluation, results=str(tmp_path)) for bits in (16, 4)
+    ]
+    assert len(plan_sweep(configs, "process", plan_only=True).to_run) == 2

@@ -108,6 +108,13 @@ def test_trainings_differ_by_seed_and_rounding(
     assert len({aware.weights_hash, control.weights_hash, other.weights_hash}) == 3
 
 
+def test_include_chooses_the_rounded_layers(session: Session, aware: Result, make: Callable[..., Experiment]) -> None:
+    some = session.run(make(3, weights=NF3, include="attention"))
+    assert some.weights_hash != aware.weights_hash
+    with pytest.raises(ValueError, match=r"train.include='nothing' names no layer"):
+        session.run(make(3, weights=NF3, include="nothing"))
+
+
 def test_one_training_serves_several_precisions(
     session: Session, make: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,10 @@ LIBRARIES = ("lm_eval", "transformers")
 # These gather what is private. The others name private parts of libraries that are not asked about here: torch's
 # product of int8 matrices, the fingerprint of a data set, Hydra's, and argparse's type of sub-commands, which has no
 # other name.
-GATHERED = ("kbit.data.lm_eval_private", "kbit.models.hflm_private", "kbit.models.transformers_private")
+GATHERED = (
+    *("kbit.data.lm_eval_private", "kbit.models.hflm_private", "kbit.models.transformers_private"),
+    "kbit.checkpoints.peft_private",
+)
 OF_OTHER_LIBRARIES = (
     *("_int_mm", "_fingerprint", "_hf_hook", "_set_flag", "_get_node", "_SubParsersAction"),
     "_worker_logs_enabled",  # Ray's

@@ -20,6 +20,7 @@ import cuda_cases
 import cuda_products
 import numba
 import numpy as np
+import state_cases
 import torch
 from cuda_cases import DTYPES, Array, as_words, compare
 
@@ -122,6 +123,7 @@ def main() -> None:
     results["pack"] = cuda_cases.check_pack(np.array, np.asarray)
     results["special"] = cuda_cases.check_special_values(np.array, np.asarray)
     results["tiny"] = cuda_cases.check_tiny_scales(np.array, np.asarray)
+    results["steps"] = state_cases.find_wrong_steps(np.array, np.asarray)
     results["products"] = cuda_products.find_wrong_products(np.array, np.asarray)
     print(json.dumps({"kernels": results, "public": check_public_functions()}))
 

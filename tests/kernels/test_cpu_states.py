@@ -9,55 +9,16 @@ import numba
 import numpy as np
 import pytest
 import torch
+from state_cases import draw_gradients, make_rule, make_specs, start
 
 from kbit.kernels import cpu_states
 from kbit.kernels.cpu_chunks import CHUNK
-from kbit.kernels.cpu_states import Rule, State
+from kbit.kernels.cpu_states import State
 from kbit.numerics import reference
-from kbit.numerics.spec import QuantSpec
 
-Array = np.ndarray[Any, Any]
-TABLE = (-1.0, -0.31, -0.02, 0.0, 0.001, 0.04, 0.5)
 RAGGED = 2 * CHUNK + 37
 # name -> elements of the tensor, for a test of all blocks in little time
 BLOCKS: dict[int | None, int] = {1: 613, 64: RAGGED, 100: RAGGED, 256: RAGGED, 1001: RAGGED, 2048: RAGGED, None: RAGGED}
-
-
-def make_rule(kind: int, step: int, **changes: Any) -> Rule:
-    """Return a rule with numbers of usual size."""
-    numbers = {
-        "rate": 1e-3 / (1 - 0.9**step), "beta1": 0.9, "rest1": 0.1, "beta2": 0.95, "rest2": 0.05,
-        "root": 1 / (1 - 0.95**step) ** 0.5, "eps": 1e-8, "decay": 0.9999, "penalty": 0.0,
-    }  # fmt: skip
-    return Rule(kind, *map(np.float32, (numbers | changes).values()), kind == cpu_states.SGD and step % 2 == 0)
-
-
-def start(spec: QuantSpec | None, n: int) -> State:
-    """Return a state of zeros."""
-    if spec is None:
-        return cpu_states.EXACT._replace(values=np.zeros(n, np.float32))
-    codebook, block_size = spec.make_codebook(), spec.block_size or n
-    template = cpu_states.make_state(spec.bits, block_size, codebook, spec.make_thresholds(codebook))
-    codes, scales = np.zeros(-(-n * spec.bits // 8), np.uint8), np.zeros(-(-n // block_size), np.float32)
-    seed = spec.seed if spec.rounding == "stochastic" else cpu_states.NOT_RANDOM
-    return template._replace(codes=codes, scales=scales, seed=seed)
-
-
-def make_specs(bits: int, data_type: str, block: int | None, rounding: str = "nearest") -> tuple[QuantSpec, QuantSpec]:
-    """Return quantizers of momentum and variance."""
-    fields: dict[str, Any] = {"bits": bits, "data_type": data_type, "block_size": block, "scale_format": "fp32"}
-    fields |= {"rounding": rounding, "seed": 11, "table": TABLE[: 2**bits] if data_type == "table" else None}
-    unsigned = {"signed": False, "zero": False} if data_type in ("int", "dynamic") else {}
-    return QuantSpec(**fields), QuantSpec(**(fields | unsigned))
-
-
-def draw_gradients(n: int, step: int) -> Array:
-    """Return gradients over four decades, 0 in a stretch, and of one sign in another."""
-    rng = np.random.default_rng(step)
-    g = (rng.standard_normal(n) * 10.0 ** rng.uniform(-4, 0, n)).astype(np.float32)
-    g[n // 8 : n // 4] = 0
-    g[n // 2 : n // 2 + n // 8] = np.abs(g[n // 2 : n // 2 + n // 8])
-    return g
 
 
 def assert_equal_steps(kind: int, momentum: State, variance: State, n: int, *, steps: int = 3) -> None:

@@ -15,6 +15,7 @@ import cuda_cases
 import cuda_products
 import numpy as np
 import pytest
+import state_cases
 import torch
 from cuda_cases import DTYPES, Array, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +30,7 @@ from kbit.numerics.spec import QuantSpec
 numba_cuda: Any = importlib.import_module("numba.cuda")  # Any: it and torch.cuda are only partly annotated
 torch_cuda: Any = torch.cuda
 
-SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny", "products"]
+SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny", "products", "steps"]
 
 
 # ---- the simulator ----
@@ -148,6 +149,7 @@ def test_packing_and_special_values_on_gpu(gpu: torch.device) -> None:
     assert cuda_cases.check_special_values(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_cases.check_tiny_scales(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_products.find_wrong_products(put, lambda tensor: tensor.cpu().numpy()) == []
+    assert state_cases.find_wrong_steps(put, lambda tensor: tensor.cpu().numpy()) == []
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.report import plan_quantization
+from kbit.methods.selection.outlier_columns import choose_outliers
 from kbit.methods.weight import ExpertCodes
 from kbit.numerics.quantizer import fake_quantize
 
@@ -199,3 +201,16 @@ def test_the_tower_of_a_real_multimodal_model_is_found_by_its_configuration() ->
     parts = {tensor.name.split(".")[1] for tensor in report.tensors if tensor.quantized}
     assert parts == {"language_model"}
     assert report.coverage == 1
+
+
+def test_each_expert_draws_by_its_own_name(build_tiny: Build) -> None:
+    """The name is that of its other random numbers (Weight.label): NAME[0], NAME[1], ..."""
+    model = build_tiny("mixtral", num_hidden_layers=1)
+    name = "model.layers.0.mlp.experts.down_proj"
+    quant = QuantConfig(outlier_fraction=0.05, outlier_selection="random", seed=7)
+    drawn = choose_outliers(model, [name], quant)[name]
+    inputs = model.get_parameter(name).shape[-1]
+    for number, columns in enumerate(drawn):
+        generator = torch.Generator().manual_seed(7 + zlib.crc32(f"{name}[{number}]".encode()))
+        order = torch.sort(torch.rand(inputs, generator=generator), descending=True).indices
+        assert columns.tolist() == sorted(order[: round(0.05 * inputs)].tolist())

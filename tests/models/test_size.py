@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from kbit.engine.estimate import estimate_memory
 from kbit.evaluation.config import EvalConfig
@@ -32,6 +34,9 @@ def test_an_embedded_models_size_is_that_of_the_loaded_one(name: str) -> None:
         hidden=model.get_input_embeddings().weight.shape[1],
         context=getattr(model.config, "max_position_embeddings", 0) or model.config.seq_length,  # BLOOM's
         vocabulary=model.config.vocab_size,
+        embedded=sum(p.numel() for _, p in distinct_parameters(model) if len(p) == model.config.vocab_size),
+        largest=max(parameter.numel() for parameter in model.parameters()),
+        inner=getattr(model.config, "intermediate_size", None) or getattr(model.config, "ffn_dim", None),
     )
 
 
@@ -89,6 +94,18 @@ def test_shards_are_added(tmp_path: Path) -> None:
     assert size is not None
     assert size.parameters == 2 * whole.parameters
     assert json.loads((tmp_path / "m" / "config.json").read_text())["hidden_size"] == size.hidden
+    assert (whole.embedded, whole.largest) == (2 * 1024 * 64, 1024 * 64)  # the head of nano-neox is its own
+    assert (size.embedded, size.largest) == (2 * 2 * 1024 * 64, 2 * 1024 * 64)  # here one name is in both
+
+
+def test_experts_of_a_layer_are_one_tensor(tmp_path: Path) -> None:
+    shapes = {f"model.layers.0.mlp.experts.{n}.w{m}.weight": (96, 64) for n in range(4) for m in (1, 2, 3)}
+    tensors = {name: np.zeros(shape, np.float16) for name, shape in {**shapes, "lm_head.weight": (512, 64)}.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"vocab_size": 512, "hidden_size": 64}')
+    size = find_size(str(tmp_path))
+    assert size is not None
+    assert (size.embedded, size.largest) == (512 * 64, 12 * 96 * 64)
 
 
 @pytest.mark.parametrize(

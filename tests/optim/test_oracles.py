@@ -24,7 +24,8 @@ PUBLISHED = States(  # with a 0 in the variance's table, as Dettmers et al. 2022
 def test_twenty_steps_have_torchaos_codes(decades: int) -> None:
     """The two round products and sums in another order, so that a value next to a threshold may take the other code.
 
-    With gradients over four decades both explode, by the zeros of the variance, and stay together.
+    One such code moves a parameter by about a hundredth of a step, and few take it. With gradients over four decades
+    both explode, by the zeros of the variance, and stay together.
     """
     single_param_adam = pytest.importorskip("torchao.optim.adam").single_param_adam
     make_state = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit.zeros
@@ -40,12 +41,12 @@ def test_twenty_steps_have_torchaos_codes(decades: int) -> None:
         optimizer.step()
         numbers = (torch.tensor(1e-3), 0.9, 0.95, 0.1, 1e-8)
         single_param_adam(theirs, g, torch.tensor(float(step)), m, v, None, *numbers, True, False)
-    move = (theirs - start).abs().max()
-    assert (ours - theirs).abs().max() <= 1e-4 * move if decades < 4 else move > 1
+    move, apart = (theirs - start).abs().max(), (ours.detach() - theirs).abs()
+    assert (move > 1) == (decades == 4)
+    assert apart.max() <= 0.02 * move
+    assert (apart > 1e-4 * move).float().mean() <= 0.005
     for name, state in (("momentum", m), ("variance", v)):
-        apart = (optimizer.state[ours][f"{name}_codes"].int() - state.codes.int()).abs()
-        assert apart.max() <= 1
-        assert (apart == 0).float().mean() >= 0.999
+        assert (optimizer.state[ours][f"{name}_codes"] == state.codes).float().mean() >= 0.999
 
 
 def quantize_by_bitsandbytes(x: torch.Tensor, *, signed: bool) -> torch.Tensor:

@@ -52,9 +52,7 @@ def test_it_is_near_the_kernel_that_stores_codes() -> None:
         step(q, stored, seed)
     move = (q.detach() - make_matrix().detach()).abs().max()
     assert (p - q).abs().max() < 0.02 * move
-    assert (
-        count_state_bits(simulated, STATES["8bit"]) - 32 == stored.count_state_bits()
-    )  # torch counts steps in float32
+    assert count_state_bits(simulated, STATES["8bit"]) == stored.count_state_bits()
 
 
 @pytest.mark.parametrize(

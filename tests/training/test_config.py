@@ -51,7 +51,7 @@ def find_train_key(**fields: Any) -> str:
         ({"beta1": 1.0}, r"train.beta1=1 is not in \[0, 1\)"),
         ({"warm_up": 1.5}, "train.warm_up=1.5 is not in 0..1"),
         ({"context": 0}, "train.context=0 is not >= 1"),
-        ({"optimizer": "adamv"}, "did you mean adamw"),
+        ({"optimizer": "adamww"}, "did you mean adamw"),
         ({"start": "scratch"}, "train.start='scratch' is not one of: checkpoint, random"),
         ({"include": "("}, "train.include=.* is not a regular expression"),
         ({"replicas": 3}, "train.batch_size=8 is not a multiple of train.replicas=3"),

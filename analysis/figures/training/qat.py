@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -12,7 +13,16 @@ from matplotlib.axes import Axes
 
 from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.settings import complete_settings, make_labels
-from kbit.analysis.curves.trainings import CONTROL, PTQ, QAT, describe_seeds, name_way, read_fields
+from kbit.analysis.curves.trainings import (
+    CONTROL,
+    GPTQ,
+    PTQ,
+    QAT,
+    QLORA,
+    describe_seeds,
+    name_way,
+    read_fields,
+)
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
@@ -26,7 +36,8 @@ CLAIM: Final = (
     "Does training for few bits move the optimal precision? At the bits where rounding prefers more bits of fewer "
     "parameters, quantization-aware training may not."
 )
-WAYS: Final = (PTQ, QAT, CONTROL)
+WAYS: Final = (PTQ, GPTQ, QLORA, QAT, CONTROL)
+USUAL: Final = {"training": None, "method": "rtn", "method_options": ""}  # what ways differ in
 COLUMNS: Final = ["family", "model", "way", "label", "bits", "seed", "total_bits", "value", "key"]
 
 
@@ -95,17 +106,17 @@ def draw_way(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> No
 def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
     """Return COLUMNS, a row for each experiment of a model and a quantizer that were both rounded and trained for.
 
-    The 16-bit rows are the checkpoint in PTQ, and the trained control otherwise.
+    The 16-bit rows are the checkpoint in PTQ and GPTQ, and the trained control in QAT. Adapters add their bits.
     """
     measure = find_cross_entropy(results)
     if measure is None or "train_fields" not in results:
         return pd.DataFrame()
     rows = pick_rows(results, measure.metric, measure.task)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
-    rows = rows.assign(way=[name_way(own) for own in fields], seed=[own.get("seed", 0) for own in fields])
-    rows = rows[rows["way"].notna()]
+    rows = rows.assign(way=list(map(name_way, fields, rows["method"])), seed=[own.get("seed", 0) for own in fields])
+    rows = choose_kinds(add_adapters(rows[rows["way"].notna()], results))
     quantized = rows[rows["bits"] != BASELINE_BITS]
-    quantized = quantized.assign(label=make_labels(complete_settings(quantized.assign(training=None))))
+    quantized = quantized.assign(label=make_labels(complete_settings(quantized.assign(**USUAL))))
     aware = quantized[quantized["way"] == QAT]
     if aware.empty:
         return pd.DataFrame()
@@ -114,10 +125,31 @@ def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
     quantized = quantized[(quantized["label"] == label) & (quantized["block_size"] == block)]
     quantized = quantized[quantized["model"].isin(aware["model"])]
     base = rows[(rows["bits"] == BASELINE_BITS) & rows["model"].isin(aware["model"])].assign(label=None)
-    trained_base = base[base["way"] == CONTROL].assign(way=QAT)
-    table = pd.concat([quantized, base, trained_base], ignore_index=True)
+    copies = [base[base["way"] == way].assign(way=other) for way, other in ((CONTROL, QAT), (PTQ, GPTQ))]
+    table = pd.concat([quantized, base, *copies], ignore_index=True)
+    table = table[table["way"].isin(quantized["way"])]
     table = table[~table.duplicated(["model", "way", "bits", "seed"])]
     return table.sort_values(["family", "way", "bits", "total_bits", "seed"], ignore_index=True)[COLUMNS]
+
+
+def choose_kinds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of one kind of training for each way, the most frequent one. The control's is that of QAT."""
+    own = ({name: value for name, value in read_fields(cell).items() if name not in ("seed", "weights")}
+           for cell in rows["train_fields"])  # fmt: skip
+    kinds = pd.Series([json.dumps(fields, sort_keys=True) for fields in own], rows.index, dtype=object)
+    chosen = pd.Series(True, rows.index)
+    for way, others in ((QAT, (QAT, CONTROL)), (QLORA, (QLORA,))):
+        if (found := kinds[rows["way"] == way]).size:
+            usual = found.value_counts().sort_index().idxmax()
+            chosen &= ~rows["way"].isin(others) | (kinds == usual)
+    return rows[chosen]
+
+
+def add_adapters(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with the bits of adapters in their total bits."""
+    found = results[(results["task"] == "training") & (results["metric"] == "adapter_bits")]
+    bits = rows["key"].map(found.drop_duplicates("key").set_index("key")["value"]).fillna(0)
+    return rows.assign(total_bits=rows["total_bits"] + bits.astype("int64"))
 
 
 def list_leads(data: pd.DataFrame) -> Iterator[Lead]:
@@ -180,17 +212,16 @@ def describe_recovery(data: pd.DataFrame) -> str:
     values = data.groupby(["model", "way", "bits"])["value"].mean()
     parts = []
     for bits in sorted(set(data["bits"]) - {BASELINE_BITS}):
-        shares: dict[str, list[float]] = {QAT: [], CONTROL: []}
+        shares: dict[str, list[float]] = {way: [] for way in WAYS if way != PTQ}
         for model in data["model"].unique():
             whole, rounded = values.get((model, PTQ, BASELINE_BITS)), values.get((model, PTQ, bits))
             for way, own in shares.items():
                 reached = values.get((model, way, bits))
                 if whole is not None and rounded is not None and reached is not None and rounded > whole:
                     own.append((rounded - reached) / (rounded - whole))
-        if shares[QAT]:
-            control = f" (without rounding in it {np.mean(shares[CONTROL]):.0%})" if shares[CONTROL] else ""
-            parts.append(f"{np.mean(shares[QAT]):.0%}{control} at {bits} bits")
-    return f"Of what rounding loses, training wins back {', '.join(parts)}." if parts else ""
+        named = ", ".join(f"{way} {np.mean(own):.0%}" for way, own in shares.items() if own)
+        parts += [f"at {bits} bits {named}"] if named else []
+    return f"Won back of what rounding loses: {'; '.join(parts)}."
 
 
 def describe_qat(data: pd.DataFrame) -> tuple[str, ...]:
@@ -201,6 +232,7 @@ def describe_qat(data: pd.DataFrame) -> tuple[str, ...]:
     return (
         "Lines are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds. The 16-bit line "
         "beside trained models is the control, which was trained as long at the same learning rate.",
+        "Of trainings that differ in more than seed and precision the most frequent kind is drawn.",
         f"Data: {experiments} on {models}, {count_things(seeds, 'seed')} of each training. Between models a line is "
         "linear in log bits.",
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kbit.methods.config import QuantConfig
 from kbit.models.architectures import deviation_of, find_sources, measure_deviation
-from kbit.models.parameters import owner_of, split_matrices
+from kbit.models.parameters import label_matrix, owner_of, split_matrices
 
 
 def choose_outliers(
@@ -49,10 +49,7 @@ def choose_outliers(
     elif config.outlier_selection == "column":
         deviations = {name: [_measure_columns(matrix) for matrix in matrices] for name, matrices in weights.items()}
     else:
-        deviations = {
-            name: [_draw(f"{name}[{i}]" if i else name, matrix, config.seed) for i, matrix in enumerate(matrices)]
-            for name, matrices in weights.items()
-        }
+        deviations = {name: _draw_all(model, name, matrices, config.seed) for name, matrices in weights.items()}
     return {name: [_select(values, config) for values in of_matrices] for name, of_matrices in deviations.items()}
 
 
@@ -75,6 +72,12 @@ def _measure_sources(model: nn.Module, names: Sequence[str]) -> dict[str, Float3
 def _measure_columns(weight: Tensor) -> Float32[Tensor, " in"]:
     """Return the standard deviation of each column."""
     return deviation_of(weight.flatten(0, -2), dim=0)
+
+
+def _draw_all(model: nn.Module, name: str, matrices: Sequence[Tensor], seed: int) -> list[Float32[Tensor, " in"]]:
+    are_experts = matrices[0].ndim < model.get_parameter(name).ndim
+    labels = [label_matrix(name, number if are_experts else None) for number in range(len(matrices))]
+    return [_draw(label, matrix, seed) for label, matrix in zip(labels, matrices, strict=True)]
 
 
 def _draw(name: str, weight: Tensor, seed: int) -> Float32[Tensor, " in"]:

@@ -11,7 +11,17 @@ import pandas as pd
 import pytest
 
 from kbit.analysis.curves.curves import find_cross_entropy
-from kbit.analysis.curves.trainings import CONTROL, PTQ, QAT, describe_seeds, leave_out_trained, name_way, read_fields
+from kbit.analysis.curves.trainings import (
+    CONTROL,
+    GPTQ,
+    PTQ,
+    QAT,
+    QLORA,
+    describe_seeds,
+    leave_out_trained,
+    name_way,
+    read_fields,
+)
 from kbit.analysis.figures.canvas.page import OWN_PAGE
 from kbit.analysis.figures.drawing import MissingResults
 from kbit.analysis.figures.registry import FIGURES, TRAINED, draw_figure
@@ -60,7 +70,13 @@ def test_ways_are_told_by_fields() -> None:
     assert [name_way(read_fields(cell)) for cell in (None, np.nan, '{"steps": 3}', '{"steps": 3, "weights": {}}')] == [
         PTQ, PTQ, CONTROL, QAT,
     ]  # fmt: skip
-    for other in ({"lora": {}}, {"start": "random"}, {"momentum": {}}, {"weights": {}, "activations": {}}):
+    assert (name_way({}, "gptq"), name_way({}, "awq"), name_way(QAT_FIELDS | {"lora": {}})) == (GPTQ, None, QLORA)
+    for other in (
+        {"lora": {}, "momentum": {}},
+        {"start": "random"},
+        {"momentum": {}},
+        {"weights": {}, "activations": {}},
+    ):
         assert name_way(QAT_FIELDS | other) is None
 
 
@@ -85,7 +101,9 @@ def test_the_verdict_says_whether_the_optimum_moves() -> None:
     flipped = judge_qat(tabulate_qat(make_study(shift=0.0)))
     assert flipped.startswith("Training moves the optimal precision: fewer bits become better at equal bits.")
     assert "f at 12 Mbit: 4 bits lead 3 by +0.046 nats when rounded, and by -0.094 (-0.094 to -0.094)" in flipped
-    assert "training wins back 90% (without rounding in it 5%) at 3 bits, 80% at 4 bits" in flipped
+    assert (
+        "at 3 bits trained for it (QAT) 90%, trained, then rounded 5%; at 4 bits trained for it (QAT) 80%." in flipped
+    )
     unsure = judge_qat(tabulate_qat(make_study(shift=0.2)))
     assert unsure.startswith("These trainings do not show that the optimal precision moves.")
     one = make_study(shift=0.0)
@@ -98,7 +116,18 @@ def test_qat_is_of_one_quantizer_and_of_models_that_have_both() -> None:
     table = tabulate_qat(pd.concat([study, extra]))
     assert table["value"].max() < 9
     assert sorted(set(table["way"])) == sorted({PTQ, QAT, CONTROL})
+    faster = make_row("large", 3, 9.0, QAT_FIELDS | {"lr": 0.1, "weights": {"bits": 3}})
+    assert tabulate_qat(pd.concat([study, pd.DataFrame([faster])])).equals(tabulate_qat(study))
     assert tabulate_qat(leave_out_trained(study)).empty
+
+
+def test_gptq_and_adapters_are_panels_of_their_own() -> None:
+    lora = QAT_FIELDS | {"lora": {"rank": 2}}
+    rows = [make_row("small", 3, 3.1, method="gptq"), make_row("small", 3, 3.05, lora)]
+    bits = make_row("small", 3, 3.05, lora) | {"task": "training", "metric": "adapter_bits", "value": 7000.0}
+    table = tabulate_qat(pd.concat([make_study(shift=0.0), pd.DataFrame([*rows, bits])])).set_index("way")
+    assert table.loc[[GPTQ], "value"].tolist() == [3.1, 3.0, 2.5]  # and the checkpoints at 16 bits
+    assert table.loc[QLORA, ["value", "total_bits"]].tolist() == [3.05, 3_007_000]
 
 
 def test_other_figures_and_findings_leave_trained_models_out() -> None:

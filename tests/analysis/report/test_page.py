@@ -145,6 +145,17 @@ def test_a_chosen_part_says_so(small: pd.DataFrame) -> None:
     assert said == "21 experiments with bits == 4 on 3 models of 1 family, 1 failed in the whole store."
 
 
+def test_checkpoints_of_other_tools_are_in_the_chart_and_in_no_figure(small: pd.DataFrame) -> None:
+    base = small[small["key"] == small.loc[small["bits"] == 16, "key"].iloc[0]]
+    other = base.assign(key="other", checkpoint="bitsandbytes nf4", bits_per_param=4.5)
+    with pytest.warns(UserWarning, match="1 experiments on quantized checkpoints are left out of the figures"):
+        page = build_page(pd.concat([small.assign(checkpoint=None), other]), FAILURES, ORIGIN, {})
+    assert "other" in read_data(page)["experiments"]["key"]
+    with pytest.warns(UserWarning, match="left out of the figures"):
+        alone = build_page(other, FAILURES, ORIGIN, {})
+    assert read_data(alone)["experiments"]["key"] == ["other"]
+
+
 def test_a_store_without_results_is_refused(tmp_path: Path, small: pd.DataFrame) -> None:
     for nothing in (small[:0], small[:2].assign(value=float("nan"))):
         with pytest.raises(ValueError, match="no finished experiment"):

@@ -55,6 +55,24 @@ def test_an_experiment_has_its_names(data: dict[str, Any], planted: pd.DataFrame
         assert experiments[name]["names"][experiments[name]["codes"][baseline]] == "unquantized"
 
 
+def test_a_checkpoint_of_another_tool_has_its_own_name_and_precision(planted: pd.DataFrame) -> None:
+    """It is no 16-bit model, and belongs to no data type."""
+    rows = planted.assign(checkpoint=None)
+    found = rows[rows["key"] == rows.loc[rows["bits"] == 16, "key"].iloc[0]].assign(
+        key="other", checkpoint="gptq 4 bits group_size=128", bits_per_param=4.125, total_bits=12345
+    )
+    experiments = collect_data(pd.concat([rows, found]))["experiments"]
+    place = experiments["key"].index("other")
+    names = {name: column["names"][column["codes"][place]] for name, column in experiments.items() if "codes" in column}
+    assert (names["bits"], names["data_type"], names["quantizer"]) == ("4", *["gptq 4 bits group_size=128"] * 2)
+    assert names["block_size"] == names["method"] == "as the checkpoint has it"
+    assert (experiments["total_bits"][place], experiments["bits_per_param"][place]) == (12345, 4.125)
+    assert experiments["curve"].count(experiments["curve"][place]) == 1
+    without = collect_data(rows)["experiments"]
+    for name in ("data_type", "quantizer", "bits"):  # nothing else changes
+        assert {*without[name]["names"]} == {*experiments[name]["names"]} - {"gptq 4 bits group_size=128"}
+
+
 def test_names_are_in_a_readers_order(data: dict[str, Any]) -> None:
     experiments = data["experiments"]
     assert experiments["bits"]["names"] == ["2", "3", "4", "5", "6", "7", "8", "16"]

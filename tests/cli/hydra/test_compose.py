@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,8 @@ def expand(composer: Composer, study: str) -> list[RunConfig]:
 
 def write_value(value: object) -> str:
     """Return a value of a study file as it stands on the command line."""
+    if isinstance(value, list | dict):  # as JSON, but that Hydra's keys have no quotes and its text no escapes
+        return re.sub(r'"(\w+)": ', r"\1:", json.dumps(value)).replace(r"\\", "\\")
     return "null" if value is None else str(value)
 
 
