@@ -105,9 +105,8 @@ def draw_costs(definition: CostFigure, results: pd.DataFrame, page: Page) -> Pap
         f"Costs are of batch {batch}. Shares are of the budgets that all precisions reach, without intervals. {LIMIT}"
     )
     notes = (describe_sample(results, points["key"], measure), note, *costs.notes)
-    return PaperFigure(
-        definition.name, sheet.fig, points, definition.claim, judge_costs(points, measure) + costs.warning, notes
-    )
+    verdict = judge_costs(points, measure) + costs.warning
+    return PaperFigure(definition.name, sheet.fig, points, definition.claim, verdict, notes, short=verdict)
 
 
 def _join(points: pd.DataFrame, results: pd.DataFrame, measure: Measure | None) -> pd.DataFrame:

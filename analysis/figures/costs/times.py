@@ -39,9 +39,9 @@ def draw_times(results: pd.DataFrame, page: Page) -> PaperFigure:
     points = points[points["model"].isin(largest)]
     styles = style_precisions(sorted(points["bits"].unique()))
     fig = _draw_panels(points, list(largest), styles, page)
-    return PaperFigure(
-        "time_per_token", fig, points, CLAIM, judge_times(points) + costs.warning, notes, table=write_table(points)
-    )
+    verdict = judge_times(points) + costs.warning
+    table = write_table(points)
+    return PaperFigure("time_per_token", fig, points, CLAIM, verdict, notes, short=verdict, table=table)
 
 
 def draw_bench(table: pd.DataFrame, shown: pd.DataFrame, page: Page = OWN_PAGE) -> PaperFigure:
