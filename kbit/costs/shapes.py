@@ -48,7 +48,13 @@ class ModelShape:
     matrices: Mapping[tuple[int, int], int]
 
     def count_weight_bits(self, quant: QuantConfig) -> int:
-        """Return the bits of all weights: quantized matrices with their scales, everything else at 16 bits."""
+        """Return the bits of all weights: quantized matrices with their scales, everything else at 16 bits.
+
+        Raises:
+            ValueError: the quantizer has rules, which need the tensors' names. A shape knows their sizes.
+        """
+        if quant.rules:
+            raise ValueError("quant.rules choose tensors by their names, and the shapes of models have none")
         if quant.is_baseline:
             return BASELINE_BITS * self.parameters
         rest = self.parameters - sum(math.prod(shape) * count for shape, count in self.matrices.items())

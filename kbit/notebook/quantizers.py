@@ -63,6 +63,9 @@ def error_table(tensor: Any, quantizers: Iterable[Quantizer]) -> pd.DataFrame:
         tensor: an array or a torch tensor of any shape.
         quantizers: names of presets, or QuantSpecs.
 
+    Raises:
+        ValueError: a quantizer has rules.
+
     Columns: quantizer, bits_per_param, relative_error (root mean square, in units of the tensor's), largest_error (in
     units of its largest magnitude).
     """
@@ -70,6 +73,8 @@ def error_table(tensor: Any, quantizers: Iterable[Quantizer]) -> pd.DataFrame:
     exact = values.double()
     rows = []
     for name, config in name_quantizers(quantizers).items():
+        if config.rules:
+            raise ValueError(f"{name}: quant.rules choose a model's tensors by their names, and this is one tensor")
         error = (fake_quantize(values, config.spec).double() - exact).abs()
         rows.append(
             {

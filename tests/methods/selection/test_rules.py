@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kbit.analysis.curves.settings import make_label
 from kbit.checkpoints.config import KbitConfig
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.experiments.serialize import from_json, to_json
+from kbit.lmeval import read_options
 from kbit.methods.config import QuantConfig
 from kbit.methods.quantize_model import quantize_model
 from kbit.methods.report import plan_quantization
@@ -83,6 +85,17 @@ def test_a_mix_equals_quantizing_the_tensors_one_by_one(
 def in_name(pattern: str, name: str) -> bool:
     """Search without a regular expression: the patterns above are words, dots and one alternative."""
     return any(word.replace("\\", "") in name for word in pattern.split("|"))
+
+
+def test_rules_and_outlier_columns_go_together_on_fused_experts(build_tiny: Callable[..., Any]) -> None:
+    base = dataclasses.replace(BASE, outlier_fraction=0.05, outlier_selection="column")
+    mixed, three, five = (build_tiny("mixtral", num_hidden_layers=1) for _ in range(3))
+    quantize_model(mixed, dataclasses.replace(base, rules=({"match": "experts", "bits": 5},)))
+    quantize_model(three, base)
+    quantize_model(five, dataclasses.replace(base, bits=5))
+    for name, weight in mixed.named_parameters():
+        expected = (five if "experts" in name else three).get_parameter(name)
+        assert torch.equal(weight, expected), name
 
 
 def test_calibrated_methods_see_the_weights_of_the_rules_as_they_will_be() -> None:
@@ -174,3 +187,11 @@ def test_a_record_and_a_label_have_the_rules() -> None:
     assert from_json(Experiment, record) == experiment
     assert hash(from_json(Experiment, record)) == hash(experiment)
     assert "rules=(lm_head: bits=6; a: data_type=table table=" in experiment.label()
+
+
+def test_a_mix_is_a_variant_of_its_own_in_figures_and_lm_eval_takes_it() -> None:
+    row = {"bits": 3, "data_type": "nf", "exponent_bits": None, "rules": "lm_head: bits=6"}
+    assert make_label(row) == "nf rules (lm_head: bits=6)"
+    assert make_label(row | {"rules": None}) == "nf"
+    rules = [{"match": "lm_head", "bits": 6}]
+    assert read_options({"bits": 3, "rules": rules}) == QuantConfig(bits=3, rules=tuple(rules))
