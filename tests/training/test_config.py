@@ -63,7 +63,7 @@ def find_train_key(**fields: Any) -> str:
         ({"gradients": NF4}, "train.gradients: scale_format=fp16 ends at 6e-8"),
         ({"activations": QuantSpec(data_type="quantile")}, "train.activations: data_type=quantile is fitted"),
         ({"exchange": INT3, "replicas": 2}, "train.exchange: scale_format=fp16"),
-        ({"exchange": dataclasses.replace(INT3, scale_format="fp32")}, "train.exchange.bits=3 .* replicas=1 exchanges"),
+        ({"exchange": dataclasses.replace(INT3, scale_format="fp32")}, "train.exchange.bits=3 .*replicas=1 exchanges"),
         ({"exchange_form": "ring"}, "train.exchange_form='ring' is not one of: all_gather, two_shot"),
         ({"lora": LoraConfig(rank=2), "weights": NF4}, "train.lora.rank=2 .* frozen base"),
         ({"lora": LoraConfig(rank=2), "start": "random"}, "train.lora.rank=2 .* train.start=random"),
