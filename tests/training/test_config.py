@@ -133,7 +133,7 @@ def test_a_field_without_effect_is_no_part_of_the_key(fields: dict[str, Any]) ->
         {"steps": 6}, {"start": "random"}, {"text": "nano_calibration"}, {"batch_size": 4}, {"context": 128},
         {"lr": 1e-3}, {"warm_up": 0.1}, {"last_lr": 0.2}, {"optimizer": "adam"}, {"beta1": 0.8}, {"beta2": 0.9},
         {"eps": 1e-6}, {"weight_decay": 0.1}, {"clip": None}, {"seed": 1}, {"dtype": "bfloat16"},
-        {"stable_embedding": True}, {"weights": NF4}, {"activations": NF4},
+        {"stable_embedding": True, "start": "random"}, {"weights": NF4}, {"activations": NF4},
         {"gradients": dataclasses.replace(NF4, scale_format="fp32")},
         {"replicas": 2, "exchange": dataclasses.replace(TrainConfig().exchange, bits=8)},
         {"momentum": dataclasses.replace(TrainConfig().momentum, bits=8)},
