@@ -80,11 +80,10 @@ def load(way: str, plain: str, packed: str, bits: int) -> dict[str, Any]:
     from kbit.numerics.spec import QuantSpec
 
     quantize(torch.randn(4, 64).half(), QuantSpec(bits=bits)).dequantize()  # compiles or loads the kernels
-    asked = KbitConfig(bits=bits, data_type="nf") if way == PACKED else None
+    # None would take the place of what config.json says, and packed weights would be read as plain ones
+    asked = {"quantization_config": KbitConfig(bits=bits, data_type="nf")} if way == PACKED else {}
     with Watch() as watch:
-        model = AutoModelForCausalLM.from_pretrained(
-            packed if way == RELOADED else plain, dtype=torch.float16, quantization_config=asked
-        )
+        model = AutoModelForCausalLM.from_pretrained(packed if way == RELOADED else plain, dtype=torch.float16, **asked)
     if way == PACKED:
         model.save_pretrained(packed)
     tensors = [*model.parameters(), *model.buffers()]
