@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,7 +56,7 @@ def fit_slope(points: pd.DataFrame, batch: int) -> Slope | None:
     freedom = len(at) - models - 1
     if freedom < 1:
         return None
-    logs = np.log(at[["step_megabytes", "ms_per_token"]].astype(float))
+    logs = at[["step_megabytes", "ms_per_token"]].astype(float).map(math.log)
     x, y = (logs - logs.groupby(at["model"]).transform("mean")).to_numpy().T
     slope = float(x @ y / (x @ x))
     error = float(np.sqrt(((y - slope * x) ** 2).sum() / freedom / (x @ x)))
