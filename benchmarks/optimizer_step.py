@@ -5,9 +5,9 @@
 Takes 2 to 5 minutes. One parameter of size x size float32 values. The optimizers take turns in each round, so that a
 busy machine slows all alike. The time of one thread is the processor time of the process, which other processes are
 not in, though they share caches and memory. The time of several threads is that of the clock. A ratio is the median
-over rounds, and beside it stands the ratio of the least times. Steps before the first round compile and create the states. The bytes of states are those of the
-tensors that hold them. bitsandbytes and torchao take part where they are installed; torchao compiles its step and needs
-a C++ compiler. Writes benchmarks/results/optimizer_step.json.
+over rounds, and beside it stands the ratio of the least times. Steps before the first round compile and create the
+states. The bytes of states are those of the tensors that hold them. bitsandbytes and torchao take part where they are
+installed. torchao compiles its step and needs a C++ compiler. Writes benchmarks/results/optimizer_step.json.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,7 +86,8 @@ class CodedOptimizer(Optimizer):
             for role, spec in (("momentum", states.momentum), ("variance", states.variance))
         ]
         flat, gradient = p.detach().contiguous().view(-1), p.grad.detach().contiguous().view(-1)
-        cpu_states.take_step(backend.view(flat), backend.view(gradient), *views, self.make_rule(group, state["step"]))
+        kernels = import_module("kbit.kernels.cuda_states") if backend.is_gpu else cpu_states
+        kernels.take_step(backend.view(flat), backend.view(gradient), *views, self.make_rule(group, state["step"]))
         if not p.is_contiguous():
             p.copy_(flat.view(p.shape))
         torch.autograd.graph.increment_version(p)
