@@ -17,7 +17,7 @@ from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions
-from kbit.analysis.figures.costs.points import NEEDS, STUDIES, gather_costs
+from kbit.analysis.figures.costs.points import NEEDS, STUDIES, describe_left, gather_costs
 from kbit.analysis.figures.costs.times import set_time_axis
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
 
@@ -82,7 +82,11 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
         MissingResults: too few models were timed at several precisions.
     """
     costs = gather_costs(results, "time_by_bits")
-    points = costs.points[costs.points["dtype"] == costs.points["dtype"].mode()[0]]
+    dtype = costs.points["dtype"].mode()[0]
+    points = costs.points[costs.points["dtype"] == dtype]
+    left = describe_left(
+        costs.points["key"].nunique() - points["key"].nunique(), f"that compute in others than {dtype}"
+    )
     slopes = [found for batch in sorted(points["batch"].unique()) if (found := fit_slope(points, int(batch)))]
     if not slopes:
         raise MissingResults(describe_lack("time_by_bits", f"{NEEDS}, three of them at least", STUDIES))
@@ -113,7 +117,7 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
         points,
         CLAIM,
         f"{verdict}.{costs.warning}",
-        (note, *costs.notes),
+        (note, *costs.notes, *left),
         short + costs.warning,
     )
 
