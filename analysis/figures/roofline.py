@@ -152,7 +152,7 @@ def read_measured(results: pd.DataFrame) -> tuple[tuple[Device, ...], pd.DataFra
     points = points[points["model"].isin(has_both)]
     if points.empty:
         return (), pd.DataFrame(), ()
-    rows = points[points["model"] == points.loc[points["parameters"].idxmax(), "model"]]
+    rows = points[points["model"] == points.sort_values("parameters")["model"].iloc[-1]]
     seconds = rows["ms_per_token"] * rows["batch"] / 1e3
     table = rows.assign(device=costs.conditions, seconds=seconds, source="measured").reset_index(drop=True)
     base = table[table["bits"] == BASELINE_BITS].drop_duplicates("batch").set_index("batch")["seconds"]

@@ -21,8 +21,8 @@ from kbit.methods.config import QuantConfig
 _WIDTH: Final = 2  # bytes of a 16-bit number
 _LOGIT: Final = 4  # bytes: logits are computed in float32
 # Hidden states of one token that are in memory at once: the residual stream, attention's output, the inner layer before
-# and after its activation (4 + 4), and its output with a copy. Measured: 12.0 in GPT-NeoX, 11.9 in Llama, whose inner
-# layer is gated (benchmarks/memory.py).
+# and after its activation (4 + 4), and its output with a copy. Measured: 12.0 in GPT-NeoX. In Llama, whose inner
+# layer is gated, 11.9 with its logits (benchmarks/memory.py).
 _STATES: Final = 12
 _LONGEST: Final = 2**20  # tokens: the longest context that is looked for where a model does not say its own
 _PROMPT_CHUNK: Final = 2048  # tokens of a prompt that go through the model at once

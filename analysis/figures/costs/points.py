@@ -63,8 +63,8 @@ def gather_costs(results: pd.DataFrame, name: str) -> Costs:
         raise MissingResults(describe_lack(name, NEEDS, STUDIES))
     notes = [
         f"Measured on {conditions}. {_describe_noise(in_bits)}",
-        *_describe_left(rows["key"].nunique() - here["key"].nunique(), "of other machines or numbers of tokens"),
-        *_describe_left(
+        *describe_left(rows["key"].nunique() - here["key"].nunique(), "of other machines or numbers of tokens"),
+        *describe_left(
             points["key"].nunique() - in_bits["key"].nunique(),
             "that are quantized and not packed: their weights are plain numbers in memory (run with packed=true)",
         ),
@@ -112,7 +112,8 @@ def _warn(points: pd.DataFrame) -> str:
     return f" The machine's own speed varied {ratio:.1f}-fold meanwhile, so that differences below that say nothing."
 
 
-def _describe_left(count: int, which: str) -> list[str]:
+def describe_left(count: int, which: str) -> list[str]:
+    """Return the line of a caption that says how many experiments are left out, or none of 0."""
     return [f"Left out: {count_things(count, 'experiment')} {which}."] if count else []
 
 
@@ -131,6 +132,6 @@ def choose_variant(costs: Costs) -> Costs:
     block = "whole tensors" if pd.isna(chosen["block_size"]) else f"blocks of {chosen['block_size']}"
     notes = (
         *costs.notes, f"Shown: {chosen['variant']}, {block}, computed in {chosen['dtype']}.",
-        *_describe_left(left, "with other settings (choose with --where)"),
+        *describe_left(left, "with other settings (choose with --where)"),
     )  # fmt: skip
     return Costs(points[mine].reset_index(drop=True), costs.conditions, notes, _warn(points[mine]))

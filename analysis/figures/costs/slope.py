@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from scipy import stats
 
 from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
-from kbit.analysis.figures.canvas.styles import scale_marker, style_precisions
-from kbit.analysis.figures.costs.points import NEEDS, STUDIES, gather_costs
+from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions
+from kbit.analysis.figures.costs.points import NEEDS, STUDIES, describe_left, gather_costs
 from kbit.analysis.figures.costs.times import set_time_axis
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
 
@@ -55,7 +58,7 @@ def fit_slope(points: pd.DataFrame, batch: int) -> Slope | None:
     freedom = len(at) - models - 1
     if freedom < 1:
         return None
-    logs = np.log(at[["step_megabytes", "ms_per_token"]].astype(float))
+    logs = at[["step_megabytes", "ms_per_token"]].astype(float).map(math.log)
     x, y = (logs - logs.groupby(at["model"]).transform("mean")).to_numpy().T
     slope = float(x @ y / (x @ x))
     error = float(np.sqrt(((y - slope * x) ** 2).sum() / freedom / (x @ x)))
@@ -79,7 +82,11 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
         MissingResults: too few models were timed at several precisions.
     """
     costs = gather_costs(results, "time_by_bits")
-    points = costs.points[costs.points["dtype"] == costs.points["dtype"].mode()[0]]
+    dtype = costs.points["dtype"].mode()[0]
+    points = costs.points[costs.points["dtype"] == dtype]
+    left = describe_left(
+        costs.points["key"].nunique() - points["key"].nunique(), f"that compute in others than {dtype}"
+    )
     slopes = [found for batch in sorted(points["batch"].unique()) if (found := fit_slope(points, int(batch)))]
     if not slopes:
         raise MissingResults(describe_lack("time_by_bits", f"{NEEDS}, three of them at least", STUDIES))
@@ -87,20 +94,8 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
     points = points.assign(ms_per_step=points["ms_per_token"] * points["batch"])
     styles = style_precisions(sorted(points["bits"].unique()))
     sheet = make_sheet(page, len(slopes), (3.4, 2.8), min(3, len(slopes)), styles)
-    thin = 0.5 * float(matplotlib.rcParams["lines.linewidth"])
     for axes, found in zip(sheet.add_axes(len(slopes)), slopes, strict=True):
-        at = points[points["batch"] == found.batch]
-        for _, model in at.groupby("model"):
-            line = model.sort_values("step_megabytes")
-            axes.plot(line["step_megabytes"], line["ms_per_step"], color="0.75", linewidth=thin, zorder=1)
-        for bits, group in at.groupby("bits"):
-            style = styles[f"{bits}-bit"]
-            axes.plot(
-                group["step_megabytes"], group["ms_per_step"], linestyle="none", color=style.color,
-                marker=style.marker, markersize=scale_marker(style),
-            )  # fmt: skip
-        set_log_axis(axes, at["step_megabytes"], "{:g}".format)
-        set_time_axis(axes)
+        _draw_batch(axes, points[points["batch"] == found.batch], styles)
         sheet.write_title(axes, f"batch {found.batch}: slope {found.slope:.2f}")
     sheet.label("weights that a step reads (MB)", "ms per step")
     draw_legend(sheet.fig.body, styles, page, lines=False)
@@ -122,6 +117,22 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
         points,
         CLAIM,
         f"{verdict}.{costs.warning}",
-        (note, *costs.notes),
+        (note, *costs.notes, *left),
         short + costs.warning,
     )
+
+
+def _draw_batch(axes: Axes, points: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
+    """Draw a marker for each experiment, and a line through those of each model."""
+    thin = 0.5 * float(matplotlib.rcParams["lines.linewidth"])
+    for _, model in points.groupby("model"):
+        line = model.sort_values("step_megabytes")
+        axes.plot(line["step_megabytes"], line["ms_per_step"], color="0.75", linewidth=thin, zorder=1)
+    for bits, group in points.groupby("bits"):
+        style = styles[f"{bits}-bit"]
+        axes.plot(
+            group["step_megabytes"], group["ms_per_step"], linestyle="none", color=style.color, marker=style.marker,
+            markersize=scale_marker(style),
+        )  # fmt: skip
+    set_log_axis(axes, points["step_megabytes"], "{:g}".format)
+    set_time_axis(axes)

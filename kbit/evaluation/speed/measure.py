@@ -82,11 +82,11 @@ class Speed(Measure):
 
 def record_batch(model: Any, work: Workload, reason: str) -> BatchRecord:
     """Return how a batch went, and the memory that it took if it fitted."""
-    paths = [describe_path(model, rows, model.dtype) for rows in (work.batch, work.batch * work.prompt)]
+    step, prompt = (describe_path(model, rows, model.dtype) for rows in (work.batch, work.batch * work.prompt))
     allocated = None if reason else attempt(lambda: measure_allocated(model, work))
     if allocated is None:
-        return BatchRecord(work.batch, reason or OUT_OF_MEMORY, *paths)
-    return BatchRecord(work.batch, "", *paths, peak_bytes=count_bytes(model) + allocated)
+        return BatchRecord(work.batch, reason or OUT_OF_MEMORY, step, prompt)
+    return BatchRecord(work.batch, "", step, prompt, peak_bytes=count_bytes(model) + allocated)
 
 
 def make_record(
