@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--models nano-neox-1m nano-neox-3m smollm2-135m] [--bits 16 8 4 3] [--batch 1]
 
-Each model is loaded, packed below 16 bits, and generates: a prompt of 120 tokens, then 8 steps, in bfloat16. Two
+Each model is loaded, packed below 16 bits, and generates: a prompt of 56 tokens, then 8 steps, in bfloat16. Two
 measurements are taken in its process. One is kbit's own (eval.speed): the weights' bytes, and the most that torch had
 allocated beside them. The other knows nothing of torch: the growth of the process's anonymous memory (RssAnon), read by
 a thread every 2 ms, from before the model is loaded, with all libraries imported and kernels compiled. It has what the
@@ -27,7 +27,7 @@ from typing import Any, Final
 
 RECORD: Final = Path(__file__).parent / "results" / "memory.json"
 ALLOWED: Final = 0.05
-PROMPT, NEW = 120, 8
+PROMPT, NEW = 56, 8
 SMOLLM2: Final = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True,

@@ -1,6 +1,7 @@
-"""Draws the example pictures of docs/reference from a store: `python docs/make_pictures.py STORE`.
+"""Draws the example pictures of docs/reference from a store: `python docs/make_pictures.py STORE [NAME ...]`.
 
-The pictures that are committed are of the study nano/gallery (`make pictures`).
+The pictures that are committed are of the study nano/gallery (`make pictures`). Those of cost_accuracy, cost_loss,
+time_per_token and time_by_bits are of nano/speed, and are drawn by their names.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ def save(figure: Figure, name: str) -> None:
     Image.open(drawn).convert("RGB").quantize(COLOURS).save(PICTURES / f"{name}.png", optimize=True)
 
 
-def main(store: str) -> None:
-    """Draw all pictures, and print which figures the store does not allow."""
+def main(store: str, *names: str) -> None:
+    """Draw the pictures that are named, or all, and print which figures the store does not allow."""
     PICTURES.mkdir(exist_ok=True)
-    save(kbit.plot_codebooks(TYPES), "codebooks")
+    if not names:
+        save(kbit.plot_codebooks(TYPES), "codebooks")
     results = kbit.read_results(store)
-    for name in kbit.figures.names():
+    for name in names or kbit.figures.names():
         try:
             save(kbit.figures.draw(name, results, caption="short"), name)
         except MissingResults as reason:
@@ -42,4 +44,4 @@ def main(store: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

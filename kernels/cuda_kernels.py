@@ -89,13 +89,14 @@ def group_max(value, group):
     while distance > 0:
         value = max(value, _shuffle(value, distance))
         distance //= 2
-    if group > 32:  # the group is the thread block
+    if group > 32:  # several warps, and a thread block may hold several such groups
         of_warps = cuda.shared.array(32, types.uint32)
         if cuda.threadIdx.x % 32 == 0:
             of_warps[cuda.threadIdx.x // 32] = value
         cuda.syncthreads()
+        first = cuda.threadIdx.x // group * (group // 32)
         for warp in range(group // 32):
-            value = max(value, of_warps[warp])
+            value = max(value, of_warps[first + warp])
         cuda.syncthreads()
     return value
 

@@ -30,6 +30,8 @@ from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_figure
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
+from kbit.analysis.figures.training.exchange import draw_exchange
+from kbit.analysis.figures.training.fast_precision import draw_fast_precision
 from kbit.analysis.figures.training.optimizer_ablation import draw_optimizer_ablation
 from kbit.analysis.figures.training.qat import draw_qat
 from kbit.analysis.figures.training.qlora import draw_qlora
@@ -103,6 +105,8 @@ TRAINED: Final[dict[str, Draw]] = {
     "optimizer_ablation": as_table(draw_optimizer_ablation),
     "states": draw_states,
     "training_curves": draw_training_curves,
+    "fast_precision": draw_fast_precision,
+    "exchange": draw_exchange,
 }
 FIGURES: Final = style_figures({name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED)
 

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear
 from kbit.layers.quantized_linear import QuantizedLinear
 
 
-class PackedLora(Linear):  # type: ignore[misc]  # peft is not typed
+class PackedLora(Linear):
     """A LoRA adapter beside a packed layer: y = QuantizedLinear(x) + B A x scaling. Gradients reach A, B and x."""
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:

@@ -21,7 +21,7 @@ FIGURE_NAMES: Final = (
     "table_2", "verdicts", "frontier", "laws", "data_types_map", "perplexity_accuracy", "kl_accuracy",
     "error_accuracy", "error_loss", "sensitivity", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
-    "qat", "qlora", "optimizer_ablation", "states", "training_curves",
+    "qat", "qlora", "optimizer_ablation", "states", "training_curves", "fast_precision", "exchange",
 )  # fmt: skip
 
 

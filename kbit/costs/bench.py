@@ -83,13 +83,23 @@ def make_variant(model: ModelConfig, quant: QuantConfig, device: str) -> Variant
             report = quantize_model(loaded.model, quant, loaded.tokenizer)
         return loaded.model, report.total_bits
 
-    settings = "" if quant.block_size == QuantConfig().block_size or quant.is_baseline else f" block {quant.block_size}"
-    return Variant(model, f"{quant.label()}{settings} ({model.dtype})", quant.bits, load)
+    return Variant(model, f"{_name_quantizer(quant)} ({model.dtype})", quant.bits, load)
+
+
+def _name_quantizer(quant: QuantConfig) -> str:
+    """Return a quantizer's name with every setting that is not the default."""
+    words = [quant.label()]
+    if not quant.is_baseline and quant.scheme is None:
+        words += [] if quant.block_size == QuantConfig().block_size else [f"block {quant.block_size or 'whole'}"]
+        words += [] if quant.method == QuantConfig().method else [quant.method]
+    return " ".join([*words, *(f"{name}={value}" for name, value in dict(quant.label_details).items())])
 
 
 def make_rival(model: ModelConfig, name: str, device: str) -> Variant:
     """Return what a model's quantized variants are compared with, by a name of RIVALS."""
     if name == BITSANDBYTES:
+        if model.adapter is not None or model.gguf_file is not None:
+            raise ValueError(f"bench.against={name} loads plain safetensors, without model.adapter or model.gguf_file")
         return Variant(model, "bitsandbytes nf4 (bfloat16)", 4, lambda: (_load_bitsandbytes(model, device), None))
     plain = ModelConfig(**{**vars(model), "dtype": DTYPES[name]})
     made = make_variant(plain, QuantConfig(bits=BASELINE_BITS), device)
@@ -108,7 +118,12 @@ def _load_bitsandbytes(model: ModelConfig, device: str) -> Any:
 
     asked: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     made: Any = AutoModelForCausalLM.from_pretrained(
-        locate_model(model.name), quantization_config=asked, dtype=torch.bfloat16, device_map=device
+        locate_model(model.name),
+        quantization_config=asked,
+        dtype=torch.bfloat16,
+        device_map=device,
+        revision=model.revision or "main",
+        use_safetensors=True,
     )
     return made.eval()
 

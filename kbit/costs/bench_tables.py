@@ -12,6 +12,7 @@ from kbit.costs.bench import Benched
 from kbit.evaluation.speed.record import TASK, BatchRecord, name_batch
 from kbit.models.size import find_size
 from kbit.numerics.spec import BASELINE_BITS
+from kbit.store.rows import name_model
 
 
 def tabulate_bench(benched: Iterable[Benched]) -> pd.DataFrame:
@@ -32,7 +33,7 @@ def tabulate_bench(benched: Iterable[Benched]) -> pd.DataFrame:
 def _list_rows(one: Benched) -> list[dict[str, Any]]:
     size = find_size(one.variant.model.name, one.variant.model.size)
     about: dict[str, Any] = {
-        "model": one.variant.model.name, "parameters": size.parameters if size else None,
+        "model": name_model(one.variant.model), "parameters": size.parameters if size else None,
         "precision": one.variant.precision, "bits": one.variant.bits, "dtype": one.dtype,
     }  # fmt: skip
     record = one.record

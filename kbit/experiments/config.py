@@ -36,22 +36,35 @@ class Experiment:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.train.steps:
+            self._check_training()
+            if self.train.is_aware:
+                self._check_rounding()
+
+    def _check_training(self) -> None:
+        if self.model.dtype != "float32":
+            raise ValueError(
+                f"model.dtype={self.model.dtype} is too coarse to train in: model.dtype=float32, and "
+                "train.dtype=bfloat16 for products in 16 bits"
+            )
+        if self.packed:
+            raise ValueError("packed=true computes with packed layers, which are not trained: packed=false")
+        if self.train.lora.rank and self.quant.scheme is not None and not self.quant.is_baseline:
+            raise ValueError(f"quant.method={self.quant.method} multiplies in int8, which no gradient goes through")
+
+    def _check_rounding(self) -> None:
+        """Raise ValueError if a model would be trained for one quantizer and rounded by another."""
         trained, rounded = self.train.weights, self.quant.spec
-        if self.train.is_aware and not self.quant.is_baseline and trained.canonical() != rounded.canonical():
+        if not self.quant.is_baseline and trained.canonical() != rounded.canonical():
             raise ValueError(
                 f"train.weights ({trained.label()}) and quant ({rounded.label()}) differ, so that the model would be "
                 "trained for one quantizer and rounded by another: set train.weights alone, which quant follows with "
                 "train=qat, or quant.bits=16"
             )
-        if self.train.steps and self.model.dtype != "float32":
+        if self.quant.rules or self.quant.keeps_outliers:
             raise ValueError(
-                f"model.dtype={self.model.dtype} is too coarse to train in: model.dtype=float32, and "
-                "train.dtype=bfloat16 for products in 16 bits"
+                "train.weights rounds every layer in one way: it goes neither with quant.rules nor with quant.outlier_*"
             )
-        if self.train.lora.rank and self.train.steps and self.quant.scheme is not None and not self.quant.is_baseline:
-            raise ValueError(f"quant.method={self.quant.method} multiplies in int8, which no gradient goes through")
-        if self.packed and self.train.steps:
-            raise ValueError("packed=true computes with packed layers, which are not trained: packed=false")
 
     @property
     def packed_as(self) -> QuantConfig | None:

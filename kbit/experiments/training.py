@@ -218,8 +218,10 @@ def measure_training(model: Any, done: TrainedModel, budget: TokenBudget) -> Mea
         "adapter_bits": adapters,
         "state_bits_per_param": trained.state_bits / trained.trainable,
     }
+    exact |= {metric: value for metric, value in trained.numbers.items() if math.isfinite(value)}
     numbers = [Measurement(TASK, metric, value, math.nan, math.nan, 1) for metric, value in exact.items()]
     items = [encode_items(TASK, "curve", trained.curve)] if all(map(math.isfinite, trained.losses)) else []
+    items += [encode_items(TASK, metric, values) for metric, values in trained.curves.items()]
     if trained.diverged:
         return Measured(numbers, items)
     numbers.insert(0, measure_mean(TASK, "loss", trained.last))

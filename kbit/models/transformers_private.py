@@ -77,7 +77,8 @@ def let_configurations_meet(configuration: type) -> None:
     """
     from transformers.quantizers import auto
 
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, configuration)
+    module: Any = auto
+    module.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, configuration)
 
 
 def forget_conversions(model: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
+from kbit.training.products.transient import check_transient
 
 STARTS: Final = ("checkpoint", "random")
 DTYPES: Final = ("float32", "bfloat16")
@@ -30,6 +31,7 @@ OPTIMIZER_STATES: Final[dict[str, tuple[str, ...]]] = {
 PRODUCTS: Final = ("weights", "activations", "gradients")
 STATES: Final = ("momentum", "variance")
 ROLES: Final = (*PRODUCTS, *STATES, "exchange")
+EXCHANGE_FORMS: Final = ("all_gather", "two_shot")  # see kbit.training.exchange.replicas
 MAX_STEPS: Final = 1_000_000  # steps of one training, so that no other seed's batches have the same seeds
 MAX_SEED: Final = 2**32 // MAX_STEPS - 1  # torch's CPU generator reads the lower 32 bits of a seed
 # The values that keys leave out in a role. They stay as they are when a default changes.
@@ -38,6 +40,11 @@ _ROLE_BASE: Final = QuantSpec(data_type="float")
 
 def _make_role(**fields: Any) -> QuantSpec:
     return QuantSpec(bits=BASELINE_BITS, **fields)
+
+
+def _make_operand() -> QuantSpec:
+    """Return what activations and gradients have at 16 bits: blocks within a sum, and scales of any size."""
+    return _make_role(layout="row", scale_format="fp32")
 
 
 def _make_state(**fields: Any) -> QuantSpec:
@@ -127,6 +134,8 @@ class TrainConfig:
         include: regular expression of the linear layers whose products are quantized. None is each of the blocks.
         replicas: number of parts of a batch whose gradients are averaged, as processes would do.
         error_feedback: whether what the exchange's rounding lost is added to the next step's gradients.
+        exchange_form: how replicas exchange gradients. all_gather sends each gradient to all. With two_shot parts go to
+            owners, whose means go to all: fewer bytes from 3 replicas on, and a second rounding.
         checkpoint_every: number of steps after which a local store keeps the training, to go on from.
         weights: quantizer of the weights in products. With it alone this is quantization-aware training (QAT).
         activations: quantizer of what enters a linear layer.
@@ -161,10 +170,11 @@ class TrainConfig:
     include: str | None = None
     replicas: int = 1
     error_feedback: bool = False
+    exchange_form: str = "all_gather"
     checkpoint_every: int = 50
     weights: QuantSpec = field(default_factory=_make_role)
-    activations: QuantSpec = field(default_factory=_make_role)
-    gradients: QuantSpec = field(default_factory=_make_role)
+    activations: QuantSpec = field(default_factory=_make_operand)
+    gradients: QuantSpec = field(default_factory=_make_operand)
     momentum: QuantSpec = field(default_factory=_make_state)
     variance: QuantSpec = field(default_factory=lambda: _make_state(signed=False, zero=False))
     exchange: QuantSpec = field(default_factory=_make_state)
@@ -175,6 +185,7 @@ class TrainConfig:
         for name, allowed in (("start", STARTS), ("dtype", DTYPES), ("optimizer", tuple(OPTIMIZER_STATES))):
             check_choice(f"train.{name}", getattr(self, name), allowed)
         check_choice("train.embedding_states", self.embedding_states, ("k", "32"))
+        check_choice("train.exchange_form", self.exchange_form, EXCHANGE_FORMS)
         self._check_numbers()
         if self.steps:
             self._check_roles()
@@ -213,6 +224,7 @@ class TrainConfig:
         for name in ROLES:
             if name != "variance" and self.quantizes(name) and not getattr(self, name).signed:
                 raise ValueError(f"train.{name}.signed=false has no values below 0, and {name} have both signs")
+        self._check_transient()
         if self.stable_embedding and self.start != "random":
             raise ValueError(
                 f"train.stable_embedding=true puts a layer norm into the model, which train.start={self.start} was "
@@ -222,6 +234,20 @@ class TrainConfig:
             raise ValueError(
                 f"train.lora.rank={self.lora.rank} trains adapters beside a frozen base: it goes neither with "
                 "train.start=random, nor with train.weights, nor with train.fast; quant quantizes the base"
+            )
+
+    def _check_transient(self) -> None:
+        """Raise ValueError if activations or gradients have a quantizer that they cannot have, or none exchanges."""
+        for name in ("activations", "gradients", "exchange"):
+            if self.quantizes(name) and (name == "exchange" or not self.fast.adapt):
+                try:
+                    check_transient(name, getattr(self, name))
+                except ValueError as error:
+                    raise ValueError(f"train.{error}") from None
+        if self.quantizes("exchange") and self.replicas == 1:
+            raise ValueError(
+                f"train.exchange.bits={self.exchange.bits} is of gradients that replicas exchange, and "
+                "train.replicas=1 exchanges none: raise train.replicas"
             )
 
     def quantizes(self, role: str) -> bool:
@@ -242,8 +268,12 @@ class TrainConfig:
     @property
     def is_aware(self) -> bool:
         """Whether this is quantization-aware training: weights are rounded in products, and nothing else there is."""
-        others = self.quantizes("activations") or self.quantizes("gradients") or self.fast.adapt
-        return bool(self.steps) and self.quantizes("weights") and not others
+        return bool(self.steps) and self.quantizes("weights") and not self.quantizes_products
+
+    @property
+    def quantizes_products(self) -> bool:
+        """Whether products have quantized operands in another way than QAT, which rounds weights alone."""
+        return bool(self.steps) and (self.fast.adapt or self.quantizes("activations") or self.quantizes("gradients"))
 
     @property
     def is_from_scratch(self) -> bool:
@@ -289,7 +319,7 @@ class TrainConfig:
         elif not any(self.quantizes(name) for name in PRODUCTS):
             names |= {"include"}
         if self.replicas == 1:
-            names |= {"exchange", "error_feedback"}
+            names |= {"exchange", "error_feedback", "exchange_form"}
         if not self.quantizes("exchange"):
             names |= {"error_feedback"}
         return names
@@ -304,7 +334,8 @@ class TrainConfig:
             parts.append(f"text={self.text}")
         for name, value in fields.items():
             if name in ROLES:
-                parts.append(f"{name}={describe_role(getattr(self, name), getattr(TrainConfig(), name))}")
+                spec = self.find_state(name) or getattr(self, name)
+                parts.append(f"{name}={describe_role(spec, getattr(TrainConfig(), name))}")
             elif isinstance(value, dict):
                 parts += [f"{name}.{inner}={own}" for inner, own in value.items()]
             else:

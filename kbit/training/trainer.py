@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -19,8 +19,11 @@ from kbit.optim.stable_embedding import make_embedding_stable
 from kbit.training.batches import TrainingText
 from kbit.training.checkpoint import read_checkpoint, write_checkpoint
 from kbit.training.config import TrainConfig
-from kbit.training.loop import Recipe, State, take_steps
+from kbit.training.exchange.replicas import Exchange, SimulatedExchange
+from kbit.training.loop import Batch, Recipe, State, compute_gradients, take_steps
 from kbit.training.optimizers import count_state_bits, make_optimizer
+from kbit.training.products.fast import Fast, count_periods, make_roles
+from kbit.training.products.linear import IN_DECODER_LAYERS, Policy, QuantizedProducts, Roles, quantize_products
 from kbit.training.rounding import rounded_weights
 
 _DIVERGED: Final = 3  # times the loss of a uniform guess, ln V, which a random model has
@@ -38,7 +41,8 @@ class Trained:
         tokens: number of tokens trained on.
         trainable: number of trained parameters.
         state_bits: bits of the optimizer's states.
-        notes: what the training says of itself, as plain values.
+        numbers: what else was counted, by metric, such as passes_per_mac.
+        curves: what else has a value for each part of the training, by metric.
     """
 
     losses: tuple[float, ...]
@@ -46,7 +50,8 @@ class Trained:
     tokens: int
     trainable: int
     state_bits: int
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def spikes(self) -> int:
@@ -65,6 +70,115 @@ class Trained:
         count, parts = len(self.losses), min(50, len(self.losses))
         bounds = [count * part // parts for part in range(parts + 1)]
         return [math.fsum(self.losses[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+
+
+class QuantizedGradients:
+    """Computes the gradients of each step as a configuration says. A context manager that leaves the model as it was.
+
+    Args:
+        config: the training.
+        model: the model, whose trained parameters require gradients.
+
+    Raises:
+        ValueError: products cannot have the configuration's quantizers, see quantize_products.
+    """
+
+    def __init__(self, config: TrainConfig, model: nn.Module) -> None:
+        self.config, self.step = config, 0
+        self.products: QuantizedProducts | None = None
+        self.exchange: SimulatedExchange | None = None
+        if config.quantizes_products:
+            self.products = quantize_products(model, make_policy(config), include=config.include or IN_DECODER_LAYERS)
+        if config.replicas > 1:
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            exchange = Exchange(config.exchange, config.replicas, config.exchange_form, config.error_feedback)
+            self.exchange = SimulatedExchange(trained, exchange)
+
+    def compute(self, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:
+        """Give the parameters the gradients of a batch, and return the loss, infinite if a value was not finite."""
+        try:
+            losses = [self._compute_replica(number, model, batch, autocast) for number in range(self.config.replicas)]
+            if self.exchange is not None:
+                self.exchange.average()
+        except FloatingPointError:  # the training has diverged
+            model.zero_grad()
+            return math.inf
+        self.step += 1
+        return math.fsum(losses) / len(losses)
+
+    def _compute_replica(self, number: int, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:
+        if self.products is not None:
+            self.products.begin_step(self.step, self.config.steps, number)
+        loss = compute_gradients(model, batch[number :: self.config.replicas], autocast)
+        if self.exchange is not None:
+            self.exchange.collect(number)
+        return loss
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What the training has cost so far, by metric."""
+        numbers = {}
+        if self.products is not None:
+            numbers["passes_per_mac"] = self.products.counter.passes_per_mac
+        if self.exchange is not None:
+            numbers["exchanged_bytes_per_param"] = self.exchange.sent_per_param
+        return numbers
+
+    @property
+    def curves(self) -> dict[str, list[float]]:
+        """FAST's share of high precision in each twentieth of the training, layer by layer: high_share/ROLE.
+
+        There is none of a training that ended before its last twentieth.
+        """
+        fast, steps = self._find_fast(), self.config.steps
+        curves: dict[str, list[float]] = {}
+        if fast is not None and self.products is not None:
+            for (role, _, _), share in fast.find_high_shares().items():
+                curves.setdefault(f"high_share/{role}", []).append(share)
+            complete = len(self.products.layers) * count_periods(steps)
+            curves = {metric: shares for metric, shares in curves.items() if len(shares) == complete}
+        return curves
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to go on with the same numbers, as plain values and tensors."""
+        state: dict[str, Any] = {"step": self.step}
+        if self.products is not None:
+            state["work"] = [self.products.counter.macs, self.products.counter.passes]
+        if (fast := self._find_fast()) is not None:
+            state["choices"] = [[*place, count, fast.high_uses[place]] for place, count in fast.uses.items()]
+        if self.exchange is not None:
+            state["exchange"] = self.exchange.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what state_dict returned."""
+        self.step = state["step"]
+        if self.products is not None:
+            self.products.counter.macs, self.products.counter.passes = state["work"]
+        if (fast := self._find_fast()) is not None:
+            for role, layer, period, count, high in state["choices"]:
+                fast.uses[role, layer, period], fast.high_uses[role, layer, period] = count, high
+        if self.exchange is not None:
+            self.exchange.load_state_dict(state["exchange"])
+
+    def _find_fast(self) -> Fast | None:
+        policy = None if self.products is None else self.products.policy
+        return policy if isinstance(policy, Fast) else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.products is not None:
+            self.products.restore()
+
+
+def make_policy(config: TrainConfig) -> Policy:
+    """Return what chooses the quantizers of operands: FAST's rule, or the roles' own."""
+    fast = config.fast
+    if fast.adapt:
+        return Fast(fast.alpha, fast.beta, make_roles(fast.low), make_roles(fast.high))
+    return Roles(config.weights, config.activations, config.gradients)
 
 
 def randomize(model: Any, seed: int, *, stable_embedding: bool = False) -> None:
@@ -101,7 +215,6 @@ def train_model(
     Raises:
         ValueError: the configuration asks for what is not there, or the checkpoint is of another training.
     """
-    refuse_missing(config)
     context = text.held.shape[1]
     autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     recipe = Recipe(
@@ -110,28 +223,20 @@ def train_model(
     )  # fmt: skip
     limit = _DIVERGED * math.log(count_embedded(model))
     aware = rounded_weights(model, config.weights, rounded) if config.is_aware else contextlib.nullcontext()
-    with aware, in_training_mode(model):
+    with aware, in_training_mode(model), QuantizedGradients(config, model) as quantized:
         state = State(model, make_optimizer(config, model))
-        losses = [] if checkpoint is None else _restore(checkpoint, state, content or {})
-        for loss in take_steps(state, text.stream, recipe, until=config.steps):
+        losses = [] if checkpoint is None else _restore(checkpoint, state, quantized, content or {})
+        for loss in take_steps(state, text.stream, recipe, until=config.steps, gradients=quantized.compute):
             losses.append(loss)
             if not loss <= limit:  # nor is NaN
                 break
             if checkpoint is not None and state.step % config.checkpoint_every == 0:
-                _save(checkpoint, state, losses, content or {})
+                _save(checkpoint, state, quantized, losses, content or {})
         diverged = bool(losses) and not losses[-1] <= limit
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         tokens = state.step * config.batch_size * context
-        return Trained(tuple(losses), diverged, tokens, trainable, count_state_bits(state.optimizer))
-
-
-def refuse_missing(config: TrainConfig) -> None:
-    """Raise ValueError if a training asks for what the loop does not do, rather than leave it out without a word."""
-    asked = [f"train.{role}.bits" for role in ("activations", "gradients") if config.quantizes(role)]
-    asked += ["train.fast.adapt"] if config.fast.adapt else []
-    asked += ["train.replicas"] if config.replicas > 1 else []
-    if asked:
-        raise ValueError(f"{', '.join(asked)}: trainings do not quantize this yet")
+        bits = count_state_bits(state.optimizer)
+        return Trained(tuple(losses), diverged, tokens, trainable, bits, quantized.numbers, quantized.curves)
 
 
 @contextlib.contextmanager
@@ -150,14 +255,17 @@ def _list_trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _save(path: Path, state: State, losses: list[float], content: Mapping[str, Any]) -> None:
+def _save(
+    path: Path, state: State, quantized: QuantizedGradients, losses: list[float], content: Mapping[str, Any]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: parameter.detach() for name, parameter in _list_trained(state.model).items()}
     values = {"weights": weights, "optimizer": state.optimizer.state_dict(), "step": state.step, "losses": losses}
+    values["quantized"] = quantized.state_dict()
     write_checkpoint(path, values, content)
 
 
-def _restore(path: Path, state: State, content: Mapping[str, Any]) -> list[float]:
+def _restore(path: Path, state: State, quantized: QuantizedGradients, content: Mapping[str, Any]) -> list[float]:
     """Set the training to that of a checkpoint, if there is one, and return the losses so far."""
     saved = read_checkpoint(path, content)
     if saved is None:
@@ -166,6 +274,7 @@ def _restore(path: Path, state: State, content: Mapping[str, Any]) -> list[float
         for name, parameter in _list_trained(state.model).items():
             parameter.copy_(saved["weights"][name])
     state.optimizer.load_state_dict(saved["optimizer"])
+    quantized.load_state_dict(saved["quantized"])
     state.step = saved["step"]
     losses: list[float] = saved["losses"]
     return losses

@@ -178,6 +178,7 @@ def test_a_configuration_that_agrees_is_taken(folder: Path) -> None:
     [
         ({"bits": 16}, r"quant\.bits=16 quantizes nothing"),
         ({"bits": 8, "method": "llm_int8"}, r"multiplies int8 by int8.*int8_rowwise"),
+        ({"rules": [{"match": "mlp", "bits": 3}]}, r"one quantizer for all of its weights: it has no quant\.rules"),
         ({"bitz": 4}, r"no field 'bitz'; did you mean bits\?"),
         ({"weight_dtype": "float31"}, r"weight_dtype='float31' is no dtype"),
         ({"quant_method": "gptq"}, r"quant_method='gptq' is not 'kbit'"),

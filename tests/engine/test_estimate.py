@@ -26,7 +26,7 @@ from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import prepare_task
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
-from kbit.methods.config import QuantConfig
+from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.models.size import ModelSize, find_size
 from kbit.store.damage import DamagedRecordWarning
@@ -71,6 +71,14 @@ def test_memory_is_bounded_by_the_estimate_and_within_a_fifth_of_it(
     size: ModelSize, evaluation: EvalConfig, peak: float
 ) -> None:
     experiment = Experiment(ModelConfig("any"), QuantConfig(bits=4), evaluation)
+    assert peak <= estimate_memory(size, experiment, "cpu") <= 1.2 * peak
+
+
+def test_gptqs_memory_is_bounded_by_the_estimate_and_within_a_fifth_of_it() -> None:
+    """Measured (VmHWM) with SmolLM2-135M's architecture and 8 windows of 256 tokens: see FINDINGS.md."""
+    size, peak = ModelSize(134_515_008, 576, 8192, 49152, inner=1536), 2.119e9
+    quant = QuantConfig(bits=4, method="gptq", calibration=CalibrationConfig(samples=8, length=256))
+    experiment = Experiment(ModelConfig("any"), quant, EvalConfig(tasks=(), perplexity_windows=1))
     assert peak <= estimate_memory(size, experiment, "cpu") <= 1.2 * peak
 
 

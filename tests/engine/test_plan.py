@@ -81,6 +81,10 @@ def test_the_disk_is_looked_at_where_models_are_downloaded_to_it(
     [
         ({"quant": QuantConfig(bits=8, method="llm_int8")}, r"packed=true: quant\.method=llm_int8 multiplies int8 by"),
         ({"quant": QuantConfig(bits=8, method="absmax")}, r"packed=true: quant\.method=absmax .*quant=int8_rowwise"),
+        (
+            {"quant": QuantConfig(rules=({"match": "mlp", "bits": 3},))},
+            r"packed=true: .* has no quant\.rules",
+        ),
         ({"model": ModelConfig(adapter="org/adapter")}, r"model\.adapter=org/adapter: packed=true reads plain"),
         ({"ray": RayConfig(gpus_per_worker=2)}, r"ray\.gpus_per_worker=2: packed=true reads plain"),
     ],

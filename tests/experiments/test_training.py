@@ -229,6 +229,10 @@ def test_trainings_have_columns(session: Session, aware: Result, adapted: Result
     plain = session.run(Experiment(quant=QuantConfig(bits=3), eval=EVAL))
     for result in (aware, adapted, plain):
         store.write(result)
+    record = json.loads((tmp_path / "experiments" / f"{plain.key}.json").read_text())
+    assert sorted(record["experiment"]) == ["eval", "model", "packed", "quant"]  # as before there were trainings
+    (read,) = load_results(tmp_path, {aware.key})
+    assert read.experiment == aware.experiment
     rows = read_results(tmp_path).drop_duplicates("key").set_index("key")
     assert rows.loc[plain.key, ["training", "train_seed", "train_fields"]].isna().all()
     assert rows.loc[aware.key, "training"] == aware.experiment.train.label()

@@ -38,7 +38,15 @@ KINDS: Final[dict[str, Callable[[pd.DataFrame], Any]]] = {
     "outliers in 16 bit": lambda d: d["series"].str.contains("outliers"),
     "the same precision without": lambda d: ~d["series"].str.contains("with"),
     "4-bit without": lambda d: d["series"] == "4-bit",
+    "outliers by proxy": lambda d: is_kept(d, "proxy"),
+    "column dimensions": lambda d: is_kept(d, "column"),
+    "random dimensions": lambda d: is_kept(d, "random"),
 }
+
+
+def is_kept(data: pd.DataFrame, selection: str) -> Any:
+    """Whether a point has columns at 16 bits that were selected in this way."""
+    return (data["outlier_fraction"] > 0) & (data["outlier_selection"] == selection)
 
 
 def check_contrasts(verdict: str, data: pd.DataFrame, expected: str) -> None:
@@ -117,10 +125,14 @@ def check_figure_3(verdict: str, data: pd.DataFrame) -> None:
 
 
 def check_figure_4(verdict: str, data: pd.DataFrame) -> None:
-    """Check the sentences of figure 4 but for those of controls."""
+    """Check the sentences of figure 4, those of controls in the panels that have them."""
     is_three = data.groupby("panel")["bits"].transform("min") == 3
     for what, sentence in re.findall(r"\[(.+?)\] (.+?)(?= \[|$)", verdict):
-        if "dimensions" not in what:
+        control = re.search(r"more than (\w+) dimensions", what)
+        if control is not None:
+            panels = data.loc[is_kept(data, control[1]), "panel"]
+            check_contrasts(sentence, data[data["panel"].isin(panels)], "better")
+        else:
             expected = "worse" if "behind" in what else "no better" if "nothing" in what else "better"
             check_contrasts(sentence, data[is_three if what.startswith("3") else ~is_three], expected)
 

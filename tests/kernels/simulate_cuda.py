@@ -25,6 +25,7 @@ import torch
 from cuda_cases import DTYPES, Array, as_words, compare
 
 from kbit.kernels import cuda as kernels
+from kbit.kernels import cuda_arrays
 from kbit.numerics import quantized_tensor, quantizer, reference
 from kbit.numerics.backend import Backend, choose_backend
 from kbit.numerics.grid import make_grid
@@ -101,6 +102,18 @@ def find_missing_errors() -> Iterator[str]:
             yield f"{value}: no error"
 
 
+def find_wrong_groups() -> list[str]:
+    """Let several groups of several warps share a thread block, as on a GPU, where simulated ones have 8 threads."""
+    x = np.linspace(1, 2, 2048, dtype=np.float32) * np.repeat(np.float32([1, 1e-3, 1e-2, 1e-1]), 512)
+    x[::2] *= -1
+    with patch.object(cuda_arrays, "thread_count", lambda: 128):  # of 64 threads a block, as it has 256 words
+        least, most = kernels.block_extremes(x, x.size, 512)
+    blocks = x.reshape(-1, 512)
+    wrong = compare("least", np.asarray(least), blocks.min(axis=1))
+    wrong += compare("largest", np.asarray(most), blocks.max(axis=1))
+    return wrong
+
+
 def find_shared_array(shared: Any, shape: int, dtype: Any) -> Array:
     """Return a thread block's array for the line that calls this, the same one to all of its threads.
 
@@ -123,6 +136,7 @@ def main() -> None:
     results["pack"] = cuda_cases.check_pack(np.array, np.asarray)
     results["special"] = cuda_cases.check_special_values(np.array, np.asarray)
     results["tiny"] = cuda_cases.check_tiny_scales(np.array, np.asarray)
+    results["groups"] = find_wrong_groups()
     results["steps"] = state_cases.find_wrong_steps(np.array, np.asarray)
     results["products"] = cuda_products.find_wrong_products(np.array, np.asarray)
     print(json.dumps({"kernels": results, "public": check_public_functions()}))

@@ -30,7 +30,7 @@ from kbit.numerics.spec import QuantSpec
 numba_cuda: Any = importlib.import_module("numba.cuda")  # Any: it and torch.cuda are only partly annotated
 torch_cuda: Any = torch.cuda
 
-SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny", "products", "steps"]
+SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny", "products", "groups", "steps"]
 
 
 # ---- the simulator ----

@@ -60,6 +60,11 @@ def find_train_key(**fields: Any) -> str:
             "sgd keeps no variance",
         ),
         ({"momentum": UNSIGNED4}, "train.momentum.signed=false"),
+        ({"gradients": NF4}, "train.gradients: scale_format=fp16 ends at 6e-8"),
+        ({"activations": QuantSpec(data_type="quantile")}, "train.activations: data_type=quantile is fitted"),
+        ({"exchange": INT3, "replicas": 2}, "train.exchange: scale_format=fp16"),
+        ({"exchange": dataclasses.replace(INT3, scale_format="fp32")}, "train.exchange.bits=3 .* replicas=1 exchanges"),
+        ({"exchange_form": "ring"}, "train.exchange_form='ring' is not one of: all_gather, two_shot"),
         ({"lora": LoraConfig(rank=2), "weights": NF4}, "train.lora.rank=2 .* frozen base"),
         ({"lora": LoraConfig(rank=2), "start": "random"}, "train.lora.rank=2 .* train.start=random"),
     ],
@@ -111,7 +116,7 @@ PINNED = {"none": "a65235a083bf1e94", "plain": "52aed18d3026d461", "qat": "039e7
         {"embedding_states": "32"},
         {"include": "attention"},
         {"error_feedback": True},
-        {"exchange": dataclasses.replace(TrainConfig().exchange, bits=8)},
+        {"exchange_form": "two_shot"},
         {"weights": QuantSpec(bits=16, data_type="int")},
         {"lora": LoraConfig(alpha=3)},
         {"fast": FastConfig(alpha=0.3)},
@@ -128,7 +133,9 @@ def test_a_field_without_effect_is_no_part_of_the_key(fields: dict[str, Any]) ->
         {"steps": 6}, {"start": "random"}, {"text": "nano_calibration"}, {"batch_size": 4}, {"context": 128},
         {"lr": 1e-3}, {"warm_up": 0.1}, {"last_lr": 0.2}, {"optimizer": "adam"}, {"beta1": 0.8}, {"beta2": 0.9},
         {"eps": 1e-6}, {"weight_decay": 0.1}, {"clip": None}, {"seed": 1}, {"dtype": "bfloat16"},
-        {"stable_embedding": True}, {"weights": NF4}, {"activations": NF4}, {"gradients": NF4},
+        {"stable_embedding": True}, {"weights": NF4}, {"activations": NF4},
+        {"gradients": dataclasses.replace(NF4, scale_format="fp32")},
+        {"replicas": 2, "exchange": dataclasses.replace(TrainConfig().exchange, bits=8)},
         {"momentum": dataclasses.replace(TrainConfig().momentum, bits=8)},
         {"variance": dataclasses.replace(TrainConfig().variance, bits=8)},
         {"replicas": 2}, {"lora": LoraConfig(rank=2)}, {"fast": FastConfig(adapt=True)},
@@ -176,6 +183,8 @@ def test_trained_for_one_quantizer_and_rounded_by_another_is_refused() -> None:
     assert Experiment(train=aware, quant=QuantConfig(bits=3, data_type="int", method="gptq")).train is aware
     both = dataclasses.replace(aware, activations=INT3)  # no QAT: the products are what is studied
     assert Experiment(train=both).train is both
+    with pytest.raises(ValueError, match=r"neither with quant.rules nor with quant.outlier_"):
+        Experiment(train=aware, quant=QuantConfig(bits=3, data_type="int", outlier_fraction=0.1))
     with pytest.raises(ValueError, match="packed=true"):
         Experiment(train=TrainConfig(steps=5), packed=True)
 

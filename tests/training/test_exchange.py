@@ -20,9 +20,10 @@ from torch import nn
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.scale_formats import SCALE_FORMATS
 from kbit.numerics.spec import NORMALIZATIONS, QuantSpec
+from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.hook import check_group, register_exchange
 from kbit.training.exchange.pipeline import cut_pipeline
-from kbit.training.exchange.replicas import FORMS, Exchange, SimulatedExchange
+from kbit.training.exchange.replicas import Exchange, SimulatedExchange
 from kbit.training.exchange.wire import count_bytes, decode, encode
 
 PARAMETERS: Final = sum(p.numel() for p in make_model().parameters())
@@ -106,7 +107,7 @@ def test_one_process_is_the_identity() -> None:
     assert exchange.sent_per_param == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXCHANGE_FORMS)
 def test_mean_gradient_by_hand(form: str) -> None:
     """Whole-tensor int of 2 bits has -1, 0 and 1 times the largest magnitude. In the second shot the mean is rounded.
 
@@ -146,7 +147,7 @@ def test_error_feedback_by_hand() -> None:
 def test_bytes_that_a_replica_hands_over(replicas: int, one_shot: float, two_shots: float) -> None:
     """(n - 1) and 2 (n - 1) / n times the bytes of a quantized parameter, 8 + 32 / 256 bits here."""
     parameter = nn.Parameter(torch.zeros(256 * 16))
-    for form, copies in zip(FORMS, (one_shot, two_shots), strict=True):
+    for form, copies in zip(EXCHANGE_FORMS, (one_shot, two_shots), strict=True):
         exchange = SimulatedExchange({"p": parameter}, Exchange(DYNAMIC, replicas, form))
         for number in range(replicas):
             parameter.grad = torch.ones(256 * 16)

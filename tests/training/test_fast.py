@@ -11,8 +11,8 @@ from torch import nn
 
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
-from kbit.training.fast import Fast, block_float, find_improvement, make_roles
-from kbit.training.products import Roles, Use, quantize_products
+from kbit.training.products.fast import Fast, block_float, find_improvement, make_roles
+from kbit.training.products.linear import Roles, Use, quantize_products
 
 
 def convert(group: list[float], m: int) -> list[float]:

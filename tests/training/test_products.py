@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from kbit.methods.quantize_model import quantize_model
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
-from kbit.training.fast import block_float, make_roles
-from kbit.training.products import QuantizedProducts, Roles, count_chunks, quantize_products
+from kbit.training.products.fast import block_float, make_roles
+from kbit.training.products.linear import QuantizedProducts, Roles, count_chunks, quantize_products
 
 TOKENS, INPUTS, OUTPUTS = 48, 96, 80
 MXFP4 = QuantSpec.from_name("mxfp4")

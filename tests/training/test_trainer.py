@@ -21,7 +21,7 @@ from kbit.numerics.spec import QuantSpec
 from kbit.training import loop
 from kbit.training.adapters import adapters_in, list_targets, save_adapters
 from kbit.training.batches import split_text
-from kbit.training.config import FastConfig, LoraConfig, TrainConfig
+from kbit.training.config import LoraConfig, TrainConfig
 from kbit.training.rounding import rounded_weights
 from kbit.training.trainer import Trained, randomize, train_model
 
@@ -167,10 +167,7 @@ def test_states_are_counted(build_tiny: Build) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"optimizer": "lion"}, "lion"),
         ({"stable_embedding": True}, "stable_embedding"),
-        ({"activations": NF3, "replicas": 2}, r"train\.activations\.bits, train\.replicas"),
-        ({"fast": FastConfig(adapt=True)}, r"train\.fast"),
     ],
 )
 def test_what_is_not_there_is_refused(fields: dict[str, Any], named: str, build_tiny: Build) -> None:

@@ -30,7 +30,7 @@ from kbit.analysis.figures.drawing import (
 
 # column -> label of its axis
 COSTS: Final = {
-    "total_bits": "total bits, counted",
+    "total_bits": "total bits",
     "peak_megabytes": "peak memory (MB)",
     "ms_per_token": "ms per token",
 }
@@ -105,7 +105,8 @@ def draw_costs(definition: CostFigure, results: pd.DataFrame, page: Page) -> Pap
         f"Costs are of batch {batch}. Shares are of the budgets that all precisions reach, without intervals. {LIMIT}"
     )
     notes = (describe_sample(results, points["key"], measure), note, *costs.notes)
-    return PaperFigure(definition.name, sheet.fig, points, definition.claim, judge_costs(points, measure), notes)
+    verdict = judge_costs(points, measure) + costs.warning
+    return PaperFigure(definition.name, sheet.fig, points, definition.claim, verdict, notes, short=verdict)
 
 
 def _join(points: pd.DataFrame, results: pd.DataFrame, measure: Measure | None) -> pd.DataFrame:
@@ -148,9 +149,9 @@ def judge_costs(points: pd.DataFrame, measure: Measure) -> str:
         for column, label in COSTS.items():
             shares = find_shares(curves, column, higher_is_better=measure.higher_is_better)
             if shares is None:
-                words.append(f"{label}: no budget that all precisions reach")
+                words.append(f"by {label} no budget is reached by all")
             else:
                 bits = max(shares, key=lambda bits: shares[bits])
-                words.append(f"{label}: {bits}-bit over {shares[bits]:.0%}")
-        parts.append(f"{family}: best over most budgets by {'; '.join(words)}")
+                words.append(f"by {label} {bits}-bit ({shares[bits]:.0%})")
+        parts.append(f"{family}, best over most budgets: {', '.join(words)}")
     return ". ".join(parts) + "."

@@ -18,6 +18,7 @@ from kbit.numerics.spec import BASELINE_BITS
 
 NEEDS: Final = "measured time and memory (eval.speed.measure=true packed=true) of two precisions of a model"
 STUDIES: Final = ("nano/speed", "paper/int8_speed")
+_STEADY: Final = 1.1  # the largest speed of the fixed product by the smallest at which times are taken to compare
 _ABOUT: Final = ["key", "family", "model", "parameters", "bits", "data_type", "block_size", "dtype", "total_bits"]
 _OF_MODEL: Final = {
     "weight_megabytes": "weight_megabytes", "step_megabytes": "step_megabytes", "packed_share": "packed_share",
@@ -36,11 +37,13 @@ class Costs:
             of a model with experts), packed_share, gigaflops and gigabytes_per_second.
         conditions: the machine, and how many tokens were generated.
         notes: what the figure's caption says of them, what was left out included.
+        warning: what a verdict must say if the machine's own speed varied too much, or "".
     """
 
     points: pd.DataFrame
     conditions: str
     notes: tuple[str, ...]
+    warning: str
 
 
 def gather_costs(results: pd.DataFrame, name: str) -> Costs:
@@ -66,7 +69,7 @@ def gather_costs(results: pd.DataFrame, name: str) -> Costs:
             "that are quantized and not packed: their weights are plain numbers in memory (run with packed=true)",
         ),
     ]
-    return Costs(in_bits.reset_index(drop=True), conditions, tuple(notes))
+    return Costs(in_bits.reset_index(drop=True), conditions, tuple(notes), _warn(in_bits))
 
 
 def _tabulate(rows: pd.DataFrame) -> pd.DataFrame:
@@ -101,6 +104,14 @@ def _describe_noise(points: pd.DataFrame) -> str:
     )
 
 
+def _warn(points: pd.DataFrame) -> str:
+    flops = points.drop_duplicates("key")["gigaflops"]
+    ratio = float(flops.max() / flops.min())
+    if ratio <= _STEADY:
+        return ""
+    return f" The machine's own speed varied {ratio:.1f}-fold meanwhile, so that differences below that say nothing."
+
+
 def _describe_left(count: int, which: str) -> list[str]:
     return [f"Left out: {count_things(count, 'experiment')} {which}."] if count else []
 
@@ -111,7 +122,7 @@ def choose_variant(costs: Costs) -> Costs:
     settings = ["variant", "block_size", "dtype"]
     quantized = points[points["bits"] < BASELINE_BITS]
     counts = quantized.groupby(settings, dropna=False)["key"].nunique()
-    chosen = dict(zip(settings, counts.index[counts.to_numpy().argmax()], strict=True))
+    chosen = dict(zip(settings, counts.index[int(counts.to_numpy().argmax())], strict=True))
     mine = points["dtype"] == chosen["dtype"]
     for name in ("variant", "block_size"):
         same = points[name].isna() if pd.isna(chosen[name]) else points[name] == chosen[name]
@@ -122,4 +133,4 @@ def choose_variant(costs: Costs) -> Costs:
         *costs.notes, f"Shown: {chosen['variant']}, {block}, computed in {chosen['dtype']}.",
         *_describe_left(left, "with other settings (choose with --where)"),
     )  # fmt: skip
-    return Costs(points[mine].reset_index(drop=True), costs.conditions, notes)
+    return Costs(points[mine].reset_index(drop=True), costs.conditions, notes, _warn(points[mine]))

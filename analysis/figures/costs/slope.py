@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from kbit.analysis.figures.canvas.axes import label_plainly, set_log_axis
+from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import scale_marker, style_precisions
 from kbit.analysis.figures.costs.points import NEEDS, STUDIES, gather_costs
+from kbit.analysis.figures.costs.times import set_time_axis
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
 
 CLAIM: Final = (
@@ -99,9 +100,8 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
                 marker=style.marker, markersize=scale_marker(style),
             )  # fmt: skip
         set_log_axis(axes, at["step_megabytes"], "{:g}".format)
-        axes.set_yscale("log")
-        label_plainly(axes.yaxis)
-        sheet.write_title(axes, f"batch {found.batch}: slope {found.slope:.2f} ({found.low:.2f} to {found.high:.2f})")
+        set_time_axis(axes)
+        sheet.write_title(axes, f"batch {found.batch}: slope {found.slope:.2f}")
     sheet.label("weights that a step reads (MB)", "ms per step")
     draw_legend(sheet.fig.body, styles, page, lines=False)
     verdict = "; ".join(
@@ -116,4 +116,12 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
         f"Slope: of log time against log bytes within a model, from precision to precision ({first.points} points of "
         f"{first.models} models), with its 95% interval by residuals. Grey lines join the precisions of a model."
     )
-    return PaperFigure("time_by_bits", sheet.fig, points, CLAIM, f"{verdict}.", (note, *costs.notes), short)
+    return PaperFigure(
+        "time_by_bits",
+        sheet.fig,
+        points,
+        CLAIM,
+        f"{verdict}.{costs.warning}",
+        (note, *costs.notes),
+        short + costs.warning,
+    )

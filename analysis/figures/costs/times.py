@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from kbit.analysis.figures.canvas.axes import label_plainly
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
@@ -38,7 +39,9 @@ def draw_times(results: pd.DataFrame, page: Page) -> PaperFigure:
     points = points[points["model"].isin(largest)]
     styles = style_precisions(sorted(points["bits"].unique()))
     fig = _draw_panels(points, list(largest), styles, page)
-    return PaperFigure("time_per_token", fig, points, CLAIM, judge_times(points), notes, table=write_table(points))
+    verdict = judge_times(points) + costs.warning
+    table = write_table(points)
+    return PaperFigure("time_per_token", fig, points, CLAIM, verdict, notes, short=verdict, table=table)
 
 
 def draw_bench(table: pd.DataFrame, shown: pd.DataFrame, page: Page = OWN_PAGE) -> PaperFigure:
@@ -66,13 +69,19 @@ def _draw_panels(points: pd.DataFrame, models: list[str], styles: Mapping[str, L
             _draw_curve(axes, curve.sort_values("batch"), styles[str(series)])
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(of_model["batch"].unique()))
-        axes.set_yscale("log")
+        set_time_axis(axes)
         label_plainly(axes.xaxis)
-        label_plainly(axes.yaxis)
         sheet.write_title(axes, model)
     sheet.label("batch (sequences at once)", "ms per token")
     draw_legend(sheet.fig.body, styles, page)
     return sheet.fig
+
+
+def set_time_axis(axes: Axes) -> None:
+    """Make the y axis a log axis of times with round ticks."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    label_plainly(axes.yaxis)
 
 
 def _draw_curve(axes: Axes, curve: pd.DataFrame, style: LineStyle) -> None:

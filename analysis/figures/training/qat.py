@@ -208,7 +208,12 @@ def show(described: tuple[float, float, float]) -> str:
 
 
 def describe_recovery(data: pd.DataFrame) -> str:
-    """Say which share of what rounding loses each way wins back, as a mean over models."""
+    """Say which share of what rounding loses each way wins back, as a mean over models.
+
+        1 - (loss - own loss at 16 bits) / (rounded - checkpoint)
+
+    A training changes the 16-bit model, too. Its own loss at 16 bits is that of the trained control.
+    """
     values = data.groupby(["model", "way", "bits"])["value"].mean()
     parts = []
     for bits in sorted(set(data["bits"]) - {BASELINE_BITS}):
@@ -216,9 +221,10 @@ def describe_recovery(data: pd.DataFrame) -> str:
         for model in data["model"].unique():
             whole, rounded = values.get((model, PTQ, BASELINE_BITS)), values.get((model, PTQ, bits))
             for way, own in shares.items():
-                reached = values.get((model, way, bits))
-                if whole is not None and rounded is not None and reached is not None and rounded > whole:
-                    own.append((rounded - reached) / (rounded - whole))
+                reached, base = values.get((model, way, bits)), values.get((model, way, BASELINE_BITS))
+                known = all(value is not None for value in (whole, rounded, reached, base))
+                if known and rounded > whole:
+                    own.append(1 - (reached - base) / (rounded - whole))
         named = ", ".join(f"{way} {np.mean(own):.0%}" for way, own in shares.items() if own)
         parts += [f"at {bits} bits {named}"] if named else []
     return f"Won back of what rounding loses: {'; '.join(parts)}."

@@ -132,18 +132,20 @@ def _list_variants(configs: Sequence[RunConfig], rivals: Sequence[str]) -> dict[
         ValueError: a rival is unknown or not here.
     """
     from kbit.costs.bench import RIVALS, check_rival, make_rival, make_variant
+    from kbit.store.rows import name_model
 
-    device, variants = configs[0].device, dict[str, list["Variant"]]()
     for name in rivals:
         check_choice("bench.against", name, RIVALS)
         check_rival(name)
-    for config in configs:
-        of_model = variants.setdefault(config.model.name, [])
-        made = make_variant(config.model, config.quant, device)
-        if made.precision not in [other.precision for other in of_model]:
-            of_model.append(made)
-    for config in {config.model.name: config for config in configs}.values():
-        variants[config.model.name] += [make_rival(config.model, name, device) for name in rivals]
+    device, variants = configs[0].device, dict[str, list["Variant"]]()
+    for model, quant in dict.fromkeys((config.model, config.quant) for config in configs):
+        variants.setdefault(name_model(model), []).append(make_variant(model, quant, device))
+    for model in {name_model(config.model): config.model for config in configs}.values():
+        variants[name_model(model)] += [make_rival(model, name, device) for name in rivals]
+    for of_model in variants.values():
+        names = [variant.precision for variant in of_model]
+        if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise ValueError(f"two variants would be called {repeated[0]!r}: leave one of them out")
     return variants
 
 

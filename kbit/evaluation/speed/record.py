@@ -70,4 +70,5 @@ class SpeedRecord:
 
     def describe_conditions(self) -> str:
         """Return what two measurements must share to be compared: the machine, and how many tokens were generated."""
-        return f"{self.processor}, {self.threads} threads, {self.prompt} + {self.new} tokens"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.processor}, {threads}, {self.prompt} + {self.new} tokens"

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kbit.numerics.spec import QuantSpec
 from kbit.training.exchange.wire import decode, encode
-from kbit.training.rounding import check_transient, with_own_seed
+from kbit.training.products.transient import check_transient, with_own_seed
 
 
 @dataclass

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,10 +28,10 @@ from torch import Tensor
 
 from kbit.checks import check_choice
 from kbit.numerics.spec import QuantSpec
+from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.wire import Bytes, count_bytes, decode, encode
-from kbit.training.rounding import check_transient, with_own_seed
+from kbit.training.products.transient import check_transient, with_own_seed
 
-FORMS: Final = ("all_gather", "two_shot")
 Flat = Float[Tensor, " n"]
 
 
@@ -55,7 +55,7 @@ class Exchange:
     error_feedback: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, FORMS)
+        check_choice("form", self.form, EXCHANGE_FORMS)
         if self.replicas < 1:
             raise ValueError(f"replicas={self.replicas} is not >= 1")
         if self.spec is not None and self.spec.is_baseline:

@@ -157,7 +157,7 @@ def test_the_same_precision_wins_by_every_cost_where_time_follows_bits() -> None
         for cost in ("total_bits", "ms_per_token")
     ]
     assert shares[0] == pytest.approx(shares[1], abs=0.01)
-    assert figure.verdict.startswith("toy: best over most budgets by total bits, counted: 4-bit over ")
+    assert figure.verdict.startswith("toy, best over most budgets: by total bits 4-bit (")
 
 
 def test_the_roofline_has_this_machine_with_what_was_measured(results: pd.DataFrame, planted: pd.DataFrame) -> None:
@@ -192,3 +192,11 @@ def test_what_bench_measured_is_drawn() -> None:
     figure = draw_bench(pd.DataFrame(rows), pd.DataFrame({"precision": ["nf4"]}))
     figure.fig.draw_without_rendering()
     assert figure.verdict == "Fastest are, of toy: nf4 at batch 1, nf4 at batch 8."
+
+
+def test_a_machine_that_was_not_steady_is_in_the_verdict(results: pd.DataFrame) -> None:
+    is_noise = (results["metric"] == "matmul_gigaflops") & (results["key"] == results["key"].iloc[0])
+    uneven = results.assign(value=results["value"].mask(is_noise, 20.0))
+    for name in ("cost_accuracy", "time_per_token", "time_by_bits"):
+        assert "varied" not in draw_figure(name, results).verdict
+        assert "The machine's own speed varied 2.0-fold meanwhile" in draw_figure(name, uneven).verdict

@@ -205,7 +205,8 @@ def test_it_is_stored_and_read_back(packed_result: Result, tmp_path: Path) -> No
     rows = read_results(tmp_path)
     record = packed_result.speed
     assert record is not None
-    assert set(rows["evaluation"]) == {f"{record.processor}, {record.threads} threads, 16 + 3 tokens"}
+    assert set(rows["evaluation"]) == {f"{record.processor}, {record.threads} thread, 16 + 3 tokens"}
+    assert record.threads == 1  # of the tests
     items = read_items(tmp_path, "speed/batch_4", "ms_per_token", [packed_result.key])[packed_result.key]
     assert np.median(items) == pytest.approx(find(packed_result, "speed/batch_4", "ms_per_token").value, rel=1e-6)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
-from kbit.training.products import Roles, Use
+from kbit.training.products.linear import Roles, Use
 
 GROUP: Final = 16  # numbers that share an exponent
 PERIODS: Final = 20  # parts of a training whose choices are counted together
@@ -46,6 +46,11 @@ def block_float(m: int, *, rounding: str = "truncate", group: int = GROUP) -> Qu
 def make_roles(m: int) -> Roles:
     """Return block floating point for all operands: weights and activations truncated, gradients stochastic."""
     return Roles(block_float(m), block_float(m), block_float(m, rounding="stochastic"))
+
+
+def count_periods(steps: int) -> int:
+    """Return the number of parts of a training whose choices are counted: 20, or one for each step of fewer."""
+    return min(PERIODS, steps)
 
 
 def find_improvement(values: Float[Tensor, "rows columns"], low: QuantSpec, high: QuantSpec) -> float:

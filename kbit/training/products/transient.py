@@ -1,15 +1,19 @@
-"""Rounding values that exist for a moment in a training: activations, gradients, and weights as products see them."""
+"""Quantizers of values that exist for a moment in a training: activations, gradients, exchanged gradients.
+
+Nothing here loads torch, as configurations are checked by it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from kbit.numerics.codebooks import ADAPTIVE
-from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_transient(role: str, spec: QuantSpec) -> None:
@@ -33,19 +37,6 @@ def with_own_seed(spec: QuantSpec, label: str) -> QuantSpec:
         return spec
     own = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=8).digest(), "big")
     return dataclasses.replace(spec, seed=(spec.seed + own) % 2**63)
-
-
-def round_values(values: Tensor, spec: QuantSpec, where: str) -> Tensor:
-    """Return fake_quantize(values, spec).
-
-    Raises:
-        FloatingPointError: a value is NaN or Inf, as those of a training that diverges are. The message says where.
-        ValueError: a block is beyond the scales' range.
-    """
-    try:
-        return fake_quantize(values, spec)
-    except ValueError as error:
-        raise explain_refusal(values, where, error) from error
 
 
 def explain_refusal(values: Tensor, where: str, error: ValueError) -> Exception:

@@ -34,8 +34,9 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from kbit.models.parameters import as_matrix, find_towers, is_experts
+from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
-from kbit.training.transient import check_transient, round_values, with_own_seed
+from kbit.training.products.transient import check_transient, explain_refusal, with_own_seed
 
 IN_DECODER_LAYERS: Final = r"\.\d+\."  # a numbered member of a list such as layers or h
 
@@ -122,12 +123,16 @@ class Use:
             role: the operand's role.
 
         Raises:
-            FloatingPointError, ValueError: see round_values.
+            FloatingPointError: a value is NaN or Inf, as those of a training that diverges are.
+            ValueError: a block is beyond the scales' range.
         """
         if spec is None:
             return values
         label = f"{self.name}/{product}/{role}/{self.step}/{self.replica}/{self.count}"
-        return round_values(values, with_own_seed(spec, label), f"{self.name}, step {self.step}, {role}")
+        try:
+            return fake_quantize(values, with_own_seed(spec, label))
+        except ValueError as error:
+            raise explain_refusal(values, f"{self.name}, step {self.step}, {role}", error) from error
 
 
 @dataclass

@@ -1,0 +1,119 @@
+"""Trainings that differ in what they quantize alone: their names, their losses, and what each loses to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
+from kbit.analysis.curves.trainings import describe_seeds, find_trained, read_fields
+from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker
+from kbit.numerics.spec import QuantSpec
+from kbit.training.config import PRODUCTS
+
+PLAIN: Final = "float32"
+TASK: Final = "training"
+COLUMNS: Final = ["model", "format", "seed", "steps", "cost", "value", "key"]
+
+
+def tabulate_formats(
+    results: pd.DataFrame, metric: str, name: Callable[[Mapping[str, Any]], str | None], ignored: frozenset[str]
+) -> pd.DataFrame:
+    """Return COLUMNS, a row for each training, float32 first, of one model and of one recipe beside its formats.
+
+    The model and the recipe with the most trainings are taken.
+
+    Args:
+        results: long form.
+        metric: the metric of the training that is the cost. Its value is missing where nothing was quantized.
+        name: function that names the format of a training's fields, or returns None of one that is not to be shown.
+        ignored: names of fields that differ between formats.
+    """
+    measure, trained = find_cross_entropy(results), find_trained(results)
+    if measure is None or trained.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    costs = trained[(trained["task"] == TASK) & (trained["metric"] == metric)].set_index("key")["value"]
+    rows = pick_rows(trained, measure.metric, measure.task)
+    fields = [read_fields(cell) for cell in rows["train_fields"]]
+    recipes = [str(sorted((k, str(v)) for k, v in own.items() if k not in {*ignored, "seed"})) for own in fields]
+    rows = rows.assign(format=[name(own) for own in fields], seed=[own.get("seed", 0) for own in fields])
+    rows = rows.assign(steps=[own["steps"] for own in fields])
+    rows = rows.assign(recipe=recipes, cost=rows["key"].map(costs.groupby(level=0).first()))
+    rows = rows[rows["format"].notna()]
+    groups = list(rows.groupby(["model", "recipe", "bits"], sort=True))
+    if not groups:
+        return pd.DataFrame(columns=COLUMNS)
+    table = max((group for _, group in groups), key=lambda group: group["format"].nunique())
+    table = table.drop_duplicates(["format", "seed"])
+    order = table["format"].map(table.groupby("format")["cost"].mean().to_dict()).fillna(np.inf)
+    table = table.assign(order=np.where(table["format"] == PLAIN, -np.inf, -order))
+    return table.sort_values(["order", "format", "seed"], ignore_index=True)[COLUMNS]
+
+
+def name_products(fields: Mapping[str, Any]) -> str | None:
+    """Return the name of what a training's products have: FAST with alpha and beta, one format, or one each."""
+    if any(name in fields for name in ("momentum", "variance", "exchange", "lora", "replicas")):
+        return None
+    if "fast" in fields:
+        fast = {"alpha": 0.6, "beta": 0.3, "low": 2, "high": 4} | fields["fast"]
+        more = "" if (fast["low"], fast["high"]) == (2, 4) else f" m={fast['low']}/{fast['high']}"
+        return f"FAST {fast['alpha']:g}/{fast['beta']:g}{more}"
+    names = {role: name_format(fields.get(role)) for role in PRODUCTS}
+    if len(set(names.values())) == 1:
+        return names["weights"]
+    return ", ".join(f"{role[0].upper()} {name}" for role, name in names.items())
+
+
+def name_format(role: Mapping[str, Any] | None) -> str:
+    """Return the short name of a role's quantizer: BFP m=2, MX float4-e2m1, int8 rows, nf4 block 64."""
+    if role is None:
+        return PLAIN
+    spec = QuantSpec.from_json({"data_type": "float"} | role)  # the values that keys leave out
+    if spec.scale_format == "e8m0":
+        return f"BFP m={spec.bits - 1}" if spec.data_type == "int" else f"MX {spec.label()}"
+    if spec.block_size is None:
+        return f"{spec.label()} {'rows' if spec.layout == 'row' else 'one scale'}"
+    return f"{spec.label()} block {spec.block_size}"
+
+
+def find_differences(data: pd.DataFrame) -> pd.DataFrame:
+    """Return for each format its mean cost, and its loss less that of float32, paired by seed, with an interval.
+
+    The interval is Student's over seeds. The columns are cost, mean, low, high and seeds, by format.
+    """
+    plain = data[data["format"] == PLAIN].set_index("seed")["value"]
+    rows = {}
+    for name, group in data[data["format"] != PLAIN].groupby("format", sort=False):
+        lost = (group.set_index("seed")["value"] - plain).dropna()
+        if len(lost):
+            rows[str(name)] = (group["cost"].mean(), *describe_seeds(lost), len(lost))
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["cost", "mean", "low", "high", "seeds"])
+
+
+def describe_difference(name: str, row: pd.Series[float], unit: str) -> str:
+    """Say what a format costs and loses, such as: BFP m=2 +0.030 (+0.010 to +0.050) at 1.00 passes."""
+    interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if np.isfinite(row["low"]) else "one seed"
+    return f"{name} {row['mean']:+.4f} ({interval}) at {row['cost']:.2f} {unit}"
+
+
+def draw_formats(axes: Axes, data: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
+    """Draw a mark for each format with a bar over its seeds, a dot for each seed, and a line for float32."""
+    for name, group in data.groupby("format", sort=False):
+        style = styles[str(name)]
+        mean, low, high = describe_seeds(group["value"])
+        error = np.nan_to_num([[mean - low], [high - mean]])
+        if group["cost"].isna().all():
+            axes.axhline(mean, color=style.color, linestyle=(0, (1, 2)), linewidth=1)
+            if np.isfinite(low):
+                axes.axhspan(low, high, color=style.color, alpha=0.08, linewidth=0)
+            continue
+        cost = float(group["cost"].mean())
+        axes.plot(group["cost"], group["value"], ".", color=style.color, markersize=3, alpha=0.6)
+        axes.errorbar(
+            [cost], [mean], yerr=error, color=style.color, marker=style.marker, capsize=2,
+            markersize=scale_marker(style),
+        )  # fmt: skip
