@@ -34,7 +34,7 @@ ADAM, SGD, LION = 0, 1, 2
 EXACT_BITS: Final = 32  # a state that is not quantized
 NO_STATE: Final = 0  # bits of a state that the rule does not have
 NOT_RANDOM: Final = -1
-_SMALL_CHUNK: Final = 1024  # elements: four buffers of them and the tables fit into the L1 cache
+_USUAL_CHUNK: Final = 2048  # elements. Measured: 1024 takes 16% longer, 256 40%, and 4096 3%
 _TASK: Final = 2**15  # elements that a thread takes at once
 
 Values = Float[np.ndarray, " n"]
@@ -131,7 +131,7 @@ def _choose_chunk(*block_sizes: int) -> int:
     whole = math.lcm(8, *block_sizes)
     if whole > CHUNK:
         return 0
-    return whole * max(1, _SMALL_CHUNK // whole)
+    return whole * max(1, _USUAL_CHUNK // whole)
 
 
 @jit(parallel=True)

@@ -51,7 +51,8 @@ def tabulate_trainings(results: pd.DataFrame) -> pd.DataFrame:
 
 def keep_usual(trainings: pd.DataFrame) -> pd.DataFrame:
     """Return the trainings with each model's most frequent settings."""
-    usual = trainings.groupby("model")["settings"].agg(lambda own: own.value_counts().sort_index().idxmax())
+    by_model = trainings.groupby("model")["settings"]
+    usual = {str(model): own.value_counts().sort_index().idxmax() for model, own in by_model}
     return trainings[trainings["settings"] == trainings["model"].map(usual)]
 
 

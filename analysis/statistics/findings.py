@@ -31,7 +31,7 @@ def finding(results: pd.DataFrame) -> str:
         return "No results yet."
     results = split_families(leave_out_trained(results))
     if results.empty:
-        return "Every model was trained: `kbit figures qat qlora training_curves` shows them."
+        return "Every model was trained: `kbit figures qat qlora optimizer_ablation states training_curves` shows them."
     families = sorted(results["family"].unique())
     return " ".join(describe_family(results[results["family"] == family], str(family)) for family in families)
 

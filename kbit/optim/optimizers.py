@@ -52,7 +52,7 @@ class CodedOptimizer(Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Change every parameter that has a gradient. The loss of the closure, if there is one, is returned.
 
         Raises:
@@ -303,7 +303,8 @@ def _round(
 ) -> Rule:
     """Return a rule whose numbers, computed in float64, are rounded once."""
     numbers = map(np.float32, (rate, beta1, rest1, beta2, rest2, root, eps, decay, penalty))
-    return Rule(kind, *numbers, bool(nesterov))
+    fields: list[Any] = [kind, *numbers, bool(nesterov)]
+    return Rule(*fields)
 
 
 def _check_numbers(betas: tuple[float, ...], **numbers: float) -> None:

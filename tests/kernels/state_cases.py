@@ -25,7 +25,9 @@ def make_rule(kind: int, step: int, **changes: Any) -> Rule:
         "rate": 1e-3 / (1 - 0.9**step), "beta1": 0.9, "rest1": 0.1, "beta2": 0.95, "rest2": 0.05,
         "root": 1 / (1 - 0.95**step) ** 0.5, "eps": 1e-8, "decay": 0.9999, "penalty": 0.0,
     }  # fmt: skip
-    return Rule(kind, *map(np.float32, (numbers | changes).values()), kind == cpu_states.SGD and step % 2 == 0)
+    is_nesterov = kind == cpu_states.SGD and step % 2 == 0
+    fields: list[Any] = [kind, *map(np.float32, (numbers | changes).values()), is_nesterov]
+    return Rule(*fields)
 
 
 def start(spec: QuantSpec | None, n: int) -> State:

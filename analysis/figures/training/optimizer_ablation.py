@@ -43,7 +43,7 @@ def draw_optimizer_ablation(results: pd.DataFrame) -> PaperFigure:
             "loss": summary["loss"].map("{:.4f}".format).replace("nan", "-"),
             "loss - 32-bit (95%)": [_show(*row) for row in summary[["mean", "low", "high"]].itertuples(index=False)],
             "paper: unstable": summary["paper_unstable"].map("{:.0f}%".format).replace("nan%", "-"),
-            "paper: loss - 32-bit": summary["paper_loss"].map("{:+.3f}".format).replace("nan", "-"),
+            "paper: loss - 32-bit": summary["paper_loss"].map("{:+.3f}".format).replace("+nan", "-"),
         }
     )
     trainings = count_things(data["key"].nunique(), "training")
@@ -114,9 +114,10 @@ def _show(mean: float, low: float, high: float) -> str:
 def judge_ablation(summary: pd.DataFrame) -> str:
     """Say which states are unstable, and what the best 8-bit ones and the stable embedding are worth."""
     sentences = []
-    for states, own in summary[summary["states"] != EXACT].groupby("states", sort=False):
-        count, trainings = float((own["unstable"] * own["seeds"]).sum()), int(own["seeds"].sum())
-        sentences.append(f"{states}: {count:.0f} of {trainings} trainings are unstable")
+    quantized = summary[summary["states"] != EXACT].assign(lost=summary["unstable"] * summary["seeds"])
+    counts = quantized.groupby("states")[["lost", "seeds"]].sum()
+    for states, (lost, seeds) in counts.sort_values("lost", ascending=False, kind="stable").iterrows():
+        sentences.append(f"{states}: {lost:.0f} of {seeds:.0f} trainings are unstable")
     blocks = summary[(summary["block"] != WHOLE) & summary["mean"].notna() & ~summary["stable"]]
     for row in blocks[blocks["unstable"] == 0].to_dict("records"):
         sentences.append(f"{row['states']} in blocks ends {_show(row['mean'], row['low'], row['high'])} from 32 bits")

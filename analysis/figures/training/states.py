@@ -63,8 +63,9 @@ def draw_model(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> 
         points = line.dropna(subset="value").groupby("bits")["value"]
         found = pd.DataFrame([describe_seeds(own) for _, own in points], columns=["mean", "low", "high"])
         error = np.nan_to_num([found["mean"] - found["low"], found["high"] - found["mean"]])
+        places = sorted(line.loc[line["value"].notna(), "bits"].unique())
         axes.errorbar(
-            list(points.groups), found["mean"], yerr=error, color=style.color, marker=style.marker, capsize=2,
+            places, found["mean"], yerr=error, color=style.color, marker=style.marker, capsize=2,
             linestyle=style.dashes, markersize=scale_marker(style),
         )  # fmt: skip
     top = axes.get_ylim()[1]
@@ -79,7 +80,8 @@ def tabulate_states(trainings: pd.DataFrame) -> pd.DataFrame:
         return trainings
     table = keep_usual(trainings[~trainings["stable"]])
     pairs = list(zip(table["momentum"], table["variance"], strict=True))
-    table = table.assign(series=[name_series(*pair) for pair in pairs], bits=[find_bits(*pair) for pair in pairs])
+    series = pd.Series([name_series(*pair) for pair in pairs], table.index, dtype=object)
+    table = table.assign(series=series, bits=[find_bits(*pair) for pair in pairs])
     table = table[table["series"].notna()]
     both = table.groupby("model")["series"].agg(lambda own: EXACT in set(own) and own.nunique() > 1)
     table = table[table["model"].map(both).astype(bool)]
