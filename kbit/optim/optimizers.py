@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -187,7 +188,7 @@ class AdamW(CodedOptimizer):
         *,
         state: str | States = "adam8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, betas=betas)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -217,7 +218,7 @@ class Adam(AdamW):
         *,
         state: str | States = "adam8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, state=state, min_size=min_size, paged=paged)
 
@@ -242,7 +243,7 @@ class SGD(CodedOptimizer):
         *,
         state: str | States = "sgd8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         _check_numbers(lr=lr, weight_decay=weight_decay, betas=(momentum,))
         if momentum == 0:
@@ -274,7 +275,7 @@ class Lion(CodedOptimizer):
         *,
         state: str | States = "lion8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         _check_numbers(lr=lr, weight_decay=weight_decay, betas=betas)
         options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
