@@ -127,7 +127,7 @@ def test_variants_are_measured_side_by_side_and_written(kbit: Kbit, tmp_path: Pa
         (("eval.perplexity=nano",), "kbit bench takes no key eval.perplexity:"),
         (("eval.speed.measure=false",), "kbit bench takes no key eval.speed.measure:"),
         (("+sweeps=nano/speed",), "kbit bench takes no key +sweeps:"),
-        (("quant.rules=[{match:fc1,bits:8}]",), "a packed model has one quantizer for all of its weights"),
+        (("quant.rules=[{match:dense_4h_to_h,bits:8}]",), "a packed model has one quantizer for all of its weights"),
     ],
 )
 def test_wrong_arguments_are_named(kbit: Kbit, arguments: tuple[str, ...], message: str) -> None:
