@@ -135,7 +135,7 @@ def _step(x: Any, variant: Variant) -> None:
     for block_size in (64, x.size):
         state = cpu_states.make_state(variant.bits, block_size, codebook, spec.make_thresholds(codebook))
         state = state._replace(codes=np.zeros(x.size, np.uint8), scales=np.ones(x.size, np.float32))
-        rule = cpu_states.Rule(cpu_states.ADAM, *np.ones(9, np.float32), False)
+        rule = cpu_states.Rule._make([cpu_states.ADAM, *np.ones(9, np.float32), False])
         cuda_states.take_step(x, x, state, state, rule)
 
 

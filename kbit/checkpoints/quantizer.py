@@ -175,7 +175,7 @@ class KbitQuantizer(HfQuantizer):
         kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         restore_layers(model, kind)
         round_rest(model, kind)
-        self.remove_quantization_config(model)
+        self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         return model
 
 

@@ -220,7 +220,7 @@ class AdamW(CodedOptimizer):
         *,
         state: str | States | None = "adam8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         _check_numbers(lr=lr, eps=eps, weight_decay=weight_decay, betas=betas)
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -251,7 +251,7 @@ class Adam(AdamW):
         *,
         state: str | States | None = "adam8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, state=state, min_size=min_size, paged=paged)
 
@@ -277,7 +277,7 @@ class SGD(CodedOptimizer):
         *,
         state: str | States | None = "sgd8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         _check_numbers(lr=lr, weight_decay=weight_decay, betas=(momentum,))
         if momentum == 0:
@@ -310,7 +310,7 @@ class Lion(CodedOptimizer):
         *,
         state: str | States | None = "lion8bit",
         min_size: int = MIN_SIZE,
-        paged: str | None = None,
+        paged: str | Path | None = None,
     ) -> None:
         _check_numbers(lr=lr, weight_decay=weight_decay, betas=betas)
         options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}

@@ -157,7 +157,7 @@ def test_a_damaged_or_lying_checkpoint_is_refused_by_its_own_message(folder: Pat
 def test_a_configuration_that_disagrees_with_the_checkpoint_is_refused(
     folder: Path, asked: dict[str, Any], message: str
 ) -> None:
-    fields = {"bits": 4, "outlier_fraction": 0.05, "outlier_selection": "column"} | asked
+    fields: dict[str, Any] = {"bits": 4, "outlier_fraction": 0.05, "outlier_selection": "column"} | asked
     warned = pytest.warns(UserWarning, match="already has a `quantization_config`")  # by transformers
     with warned, pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=KbitConfig(**fields))
@@ -204,11 +204,9 @@ def test_a_class_derived_from_linear_is_no_linear_layer() -> None:
 
 def test_a_layer_whose_weight_the_model_reads_itself_is_not_packed() -> None:
     """Mamba casts states to lm_head.weight.dtype, which would be that of bytes, and multiplies by dt_proj.weight."""
-    config = MambaConfig(
-        vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=64, time_step_rank=4,
-        tie_word_embeddings=False, use_mambapy=False,
-    )  # fmt: skip
-    model: Any = MambaForCausalLM(config).eval()
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "state_size": 4, "intermediate_size": 64}
+    config = MambaConfig(**sizes, num_hidden_layers=1, time_step_rank=4, tie_word_embeddings=False, use_mambapy=False)
+    model: Any = MambaForCausalLM(config).eval()  # type: ignore[no-untyped-call]
     with pytest.raises(ValueError, match=r"lm_head\.weight cannot be packed: MambaForCausalLM\.forward computes"):
         pack_model(model, QuantConfig(bits=4, include="lm_head", exclude="dt_proj"))
     with pytest.raises(ValueError, match=r"dt_proj\.weight cannot be packed: MambaMixer\.forward computes with"):

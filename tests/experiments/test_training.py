@@ -54,7 +54,14 @@ def make(text: str) -> Callable[..., Experiment]:
     """An experiment that trains for four small steps: (quantizer's bits, **fields of train)."""
 
     def build(bits: int = 16, **fields: Any) -> Experiment:
-        small = {"steps": 4, "text": text, "batch_size": 2, "context": 64, "lr": 1e-3, "checkpoint_every": 1}
+        small: dict[str, Any] = {
+            "steps": 4,
+            "text": text,
+            "batch_size": 2,
+            "context": 64,
+            "lr": 1e-3,
+            "checkpoint_every": 1,
+        }
         return Experiment(quant=QuantConfig(bits=bits), eval=EVAL, train=TrainConfig(**(small | fields)))
 
     return build
@@ -237,7 +244,7 @@ def test_trainings_have_columns(session: Session, aware: Result, adapted: Result
     assert rows.loc[plain.key, ["training", "train_seed", "train_fields"]].isna().all()
     assert rows.loc[aware.key, "training"] == aware.experiment.train.label()
     assert rows.loc[aware.key, "train_seed"] == 0
-    fields = json.loads(rows.loc[adapted.key, "train_fields"])
+    fields = json.loads(str(rows.loc[adapted.key, "train_fields"]))
     assert (fields["lora"], fields["steps"]) == ({"rank": 2}, 4)
     seeded = dataclasses.replace(
         aware,
@@ -246,7 +253,7 @@ def test_trainings_have_columns(session: Session, aware: Result, adapted: Result
     )
     store.write(seeded)
     rows = read_results(tmp_path).drop_duplicates("key").set_index("key")
-    assert rows.loc["0" * 16, "training"] == rows.loc[aware.key, "training"]
+    assert str(rows.loc["0" * 16, "training"]) == str(rows.loc[aware.key, "training"])
     assert rows.loc["0" * 16, "train_seed"] == 3
     ways = read_results(tmp_path).groupby("task")["evaluation"].unique()
     assert ways["training"].tolist() == [f"float32, {aware.experiment.train.text}"]

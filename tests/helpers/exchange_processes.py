@@ -75,7 +75,7 @@ def train_simulated(exchange: Exchange) -> tuple[Model, SimulatedExchange]:
     for step in range(STEPS):
         for replica in range(exchange.replicas):
             for number in range(count_batches(step)):
-                lose(model, step, replica, number).backward()
+                lose(model, step, replica, number).backward()  # type: ignore[no-untyped-call]
             simulated.collect(replica)
         simulated.average()
         optimizer.step()
@@ -93,7 +93,7 @@ def train_replica(rank: int, exchange: Exchange, steps: int = STEPS, dies_at: in
             os.kill(os.getpid(), signal.SIGKILL)
         for number, last in _numbers(step):
             with nullcontext() if last else model.no_sync():
-                lose(model, step, rank, number).backward()
+                lose(model, step, rank, number).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     return {"weights": model.module.state_dict(), "sent": replica.sent}
@@ -111,7 +111,7 @@ def run_stage(rank: int) -> list[Tensor]:
     if rank == 0:
         inner = torch.tanh(model.inner(x))
         send_values(inner, WIRE, 1, "activations")
-        inner.backward(receive_values((6, 20), DYNAMIC, 1))
+        inner.backward(receive_values((6, 20), DYNAMIC, 1))  # type: ignore[no-untyped-call]
         parameters = model.inner.parameters()
     else:
         inner = receive_values((6, 20), WIRE, 0).requires_grad_()

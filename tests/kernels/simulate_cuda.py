@@ -104,7 +104,7 @@ def find_missing_errors() -> Iterator[str]:
 
 def find_wrong_groups() -> list[str]:
     """Let several groups of several warps share a thread block, as on a GPU, where simulated ones have 8 threads."""
-    x = np.linspace(1, 2, 2048, dtype=np.float32) * np.repeat(np.float32([1, 1e-3, 1e-2, 1e-1]), 512)
+    x = np.linspace(1, 2, 2048, dtype=np.float32) * np.repeat(np.array([1, 1e-3, 1e-2, 1e-1], np.float32), 512)
     x[::2] *= -1
     with patch.object(cuda_arrays, "thread_count", lambda: 128):  # of 64 threads a block, as it has 256 words
         least, most = kernels.block_extremes(x, x.size, 512)

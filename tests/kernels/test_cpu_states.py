@@ -29,8 +29,8 @@ def assert_equal_steps(kind: int, momentum: State, variance: State, n: int, *, s
     expected = p.copy()
     for step in range(1, steps + 1):
         rule, g = make_rule(kind, step, penalty=0.01 * (step % 2)), draw_gradients(n, step)
-        cpu_states.take_step(p, g.copy(), *ours, rule)
-        reference.take_step(expected, g, *theirs, rule)
+        cpu_states.take_step(p, g.copy(), ours[0], ours[1], rule)
+        reference.take_step(expected, g, theirs[0], theirs[1], rule)
         np.testing.assert_array_equal(p.view(np.uint32), expected.view(np.uint32))
         for mine, other in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(mine.codes, other.codes)

@@ -44,7 +44,8 @@ def train(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: range,
 
 
 def make_spec(**fields: Any) -> QuantSpec:
-    return QuantSpec(**({"bits": 4, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"} | fields))
+    usual: dict[str, Any] = {"bits": 4, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
+    return QuantSpec(**(usual | fields))
 
 
 # ---- exact states ----
@@ -144,7 +145,8 @@ def test_states_take_the_bits_that_their_quantizers_count() -> None:
 
 def test_small_parameters_and_groups_of_32_bits_keep_exact_states() -> None:
     small, embedding, large = make_parameter(4095), make_parameter(), make_parameter()
-    optimizer = AdamW([{"params": [embedding], "state": "32bit"}, {"params": [small, large]}], state="adam4bit")
+    groups: list[dict[str, Any]] = [{"params": [embedding], "state": "32bit"}, {"params": [small, large]}]
+    optimizer = AdamW(groups, state="adam4bit")
     for p in (small, embedding, large):
         p.grad = draw(p.numel(), 1)
     optimizer.step()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from exchange_processes import DYNAMIC, EXCHANGES, STEPS, WIRE, make_model, train_simulated
 from torch import nn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.scale_formats import SCALE_FORMATS
@@ -44,10 +45,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("exchange")
     start = time.monotonic()
-    with pytest.raises(
-        (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
-    ) as error:
-        torch.multiprocessing.spawn(processes.run_process, (str(folder),), nprocs=2)
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)) as error:
+        spawn(processes.run_process, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
     found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     return Ended(found, error.value, time.monotonic() - start)
 
@@ -86,7 +85,7 @@ def test_stages_in_two_processes_compute_what_a_cut_in_one_does(ended: Ended) ->
     arrived = fake_quantize(inner.detach(), WIRE).requires_grad_()
     (model.experts[0](arrived) - y).square().mean().backward()
     assert arrived.grad is not None
-    inner.backward(fake_quantize(arrived.grad, DYNAMIC))
+    inner.backward(fake_quantize(arrived.grad, DYNAMIC))  # type: ignore[no-untyped-call]
     expected = [*model.inner.parameters(), *model.experts[0].parameters()]
     found = [gradient for of_stage in ended.found for gradient in of_stage["stage"]]
     assert all(torch.equal(gradient, p.grad) for gradient, p in zip(found, expected, strict=True) if p.grad is not None)
@@ -98,7 +97,7 @@ def test_one_process_is_the_identity() -> None:
     model, plain = make_model(), make_model()
     exchange = SimulatedExchange(dict(model.named_parameters()), Exchange(DYNAMIC, 1))
     for net in (model, plain):
-        processes.lose(net, 0, 0, 0).backward()
+        processes.lose(net, 0, 0, 0).backward()  # type: ignore[no-untyped-call]
     exchange.collect(0)
     assert all(p.grad is None for p in model.parameters())
     exchange.average()
@@ -168,7 +167,7 @@ def test_float32_in_two_shots_sends_what_a_ring_does(
     for step in range(STEPS):
         for replica in range(2):
             for number in range(processes.count_batches(step)):
-                (processes.lose(plain, step, replica, number) / 2).backward()
+                (processes.lose(plain, step, replica, number) / 2).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     for left, right in zip(model.parameters(), plain.parameters(), strict=True):
@@ -202,7 +201,7 @@ def test_a_checkpoint_goes_on_with_the_same_numbers() -> None:
         for step in steps:
             model.zero_grad()
             for replica in range(2):
-                processes.lose(model, step, replica, 0).backward()
+                processes.lose(model, step, replica, 0).backward()  # type: ignore[no-untyped-call]
                 simulated.collect(replica)
             simulated.average()
         return [p.grad for p in model.parameters() if p.grad is not None]

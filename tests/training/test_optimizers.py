@@ -86,8 +86,14 @@ def test_states_that_cannot_be_are_refused_by_name(build_tiny: Any) -> None:
 
 
 def test_trainings_with_states_of_few_bits_run_and_record_them(kbit: Callable[..., Any], tmp_path: Path) -> None:
-    small = ("train.steps=3", "train.batch_size=1", "train.context=32", "train.dtype=float32", "quant.bits=16")
-    small += ("eval.tasks=[]", "eval.perplexity_windows=1")
+    small: tuple[str, ...] = (
+        "train.steps=3",
+        "train.batch_size=1",
+        "train.context=32",
+        "train.dtype=float32",
+        "quant.bits=16",
+    )
+    small = (*small, "eval.tasks=[]", "eval.perplexity_windows=1")
     done = kbit("run", "train=adamw8bit", "train.stable_embedding=true", *small)
     assert done.code == 0, done.err
     four = ("train.momentum.bits=4", "quant@train.variance=int4")

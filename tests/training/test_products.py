@@ -38,7 +38,7 @@ QAT_SPECS = [QuantSpec(bits=3), QuantSpec(bits=2, data_type="int", block_size=No
 def make_layer(kind: str = "linear", *, bias: bool = True, seed: int = 0) -> nn.Module:
     """Return a model of one linear layer, which is called 0.layer.0."""
     torch.manual_seed(seed)
-    layer: nn.Module = nn.Linear(INPUTS, OUTPUTS, bias=bias) if kind == "linear" else Conv1D(OUTPUTS, INPUTS)
+    layer: nn.Module = nn.Linear(INPUTS, OUTPUTS, bias=bias) if kind == "linear" else Conv1D(OUTPUTS, INPUTS)  # type: ignore[no-untyped-call]
     if bias:
         nn.init.normal_(layer.bias)  # type: ignore[arg-type]
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"dense": layer})])})
@@ -58,7 +58,7 @@ def differentiate(layer: Any, x: torch.Tensor, gradient: torch.Tensor) -> list[t
     x = x.clone().requires_grad_()
     y = layer(x)
     y.backward(gradient.to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]  # type: ignore[list-item]
+    return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
 
 
 def quantized(model: nn.Module, *specs: QuantSpec | None, **options: Any) -> QuantizedProducts:

@@ -65,7 +65,9 @@ def tabulate_shares(results: pd.DataFrame, data: pd.DataFrame) -> pd.DataFrame:
     store = results.attrs.get("store")
     fast = data[data["format"].str.startswith("FAST")]
     parts = []
-    for role in PRODUCTS if store is not None and len(fast) else ():
+    for role in PRODUCTS if len(fast) else ():
+        if store is None:
+            break
         found = read_items(store, TASK, f"high_share/{role}", set(fast["key"]))
         for name, group in fast.groupby("format", sort=False):
             values = [found[key] for key in group["key"] if key in found]

@@ -40,7 +40,8 @@ def tabulate_formats(
     rows = pick_rows(trained, measure.metric, measure.task)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
     recipes = [str(sorted((k, str(v)) for k, v in own.items() if k not in {*ignored, "seed"})) for own in fields]
-    rows = rows.assign(format=[name(own) for own in fields], seed=[own.get("seed", 0) for own in fields])
+    names: list[Any] = [name(own) for own in fields]
+    rows = rows.assign(format=names, seed=[own.get("seed", 0) for own in fields])
     rows = rows.assign(steps=[own["steps"] for own in fields])
     rows = rows.assign(recipe=recipes, cost=rows["key"].map(costs.groupby(level=0).first()))
     rows = rows[rows["format"].notna()]
@@ -72,7 +73,7 @@ def name_format(role: Mapping[str, Any] | None) -> str:
     """Return the short name of a role's quantizer: BFP m=2, MX float4-e2m1, int8 rows, nf4 block 64."""
     if role is None:
         return PLAIN
-    spec = QuantSpec.from_json({"data_type": "float"} | role)  # the values that keys leave out
+    spec = QuantSpec.from_json({"data_type": "float", **role})  # the values that keys leave out
     if spec.scale_format == "e8m0":
         return f"BFP m={spec.bits - 1}" if spec.data_type == "int" else f"MX {spec.label()}"
     if spec.block_size is None:

@@ -65,7 +65,7 @@ def tabulate_ablation(results: pd.DataFrame) -> pd.DataFrame:
     pairs = list(zip(trainings["momentum"], trainings["variance"], strict=True))
     is_shown = [(m is None) == (v is None) and (m is None or m.bits == 8) for m, v in pairs]
     table = trainings.assign(
-        states=[name_states(m, v) for m, v in pairs],
+        states=pd.Series([name_states(m, v) for m, v in pairs], trainings.index, dtype=object),
         block=["" if m is None else m.block_size or WHOLE for m, _ in pairs],
     )
     table = table[pd.Series(is_shown, table.index) & table["states"].notna()]

@@ -113,7 +113,8 @@ def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     rows = pick_rows(results, measure.metric, measure.task)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
-    rows = rows.assign(way=list(map(name_way, fields, rows["method"])), seed=[own.get("seed", 0) for own in fields])
+    ways = pd.Series(list(map(name_way, fields, rows["method"])), rows.index, dtype=object)
+    rows = rows.assign(way=ways, seed=[own.get("seed", 0) for own in fields])
     rows = choose_kinds(add_adapters(rows[rows["way"].notna()], results))
     quantized = rows[rows["bits"] != BASELINE_BITS]
     quantized = quantized.assign(label=make_labels(complete_settings(quantized.assign(**USUAL))))
@@ -214,16 +215,15 @@ def describe_recovery(data: pd.DataFrame) -> str:
 
     A training changes the 16-bit model, too. Its own loss at 16 bits is that of the trained control.
     """
-    values = data.groupby(["model", "way", "bits"])["value"].mean()
+    values = data.groupby(["model", "way", "bits"])["value"].mean().to_dict()
     parts = []
     for bits in sorted(set(data["bits"]) - {BASELINE_BITS}):
         shares: dict[str, list[float]] = {way: [] for way in WAYS if way != PTQ}
         for model in data["model"].unique():
-            whole, rounded = values.get((model, PTQ, BASELINE_BITS)), values.get((model, PTQ, bits))
+            whole, rounded = (values.get((model, PTQ, k), np.nan) for k in (BASELINE_BITS, bits))
             for way, own in shares.items():
-                reached, base = values.get((model, way, bits)), values.get((model, way, BASELINE_BITS))
-                known = all(value is not None for value in (whole, rounded, reached, base))
-                if known and rounded > whole:
+                base, reached = (values.get((model, way, k), np.nan) for k in (BASELINE_BITS, bits))
+                if rounded > whole and np.isfinite(reached - base):  # NaN is larger than nothing
                     own.append(1 - (reached - base) / (rounded - whole))
         named = ", ".join(f"{way} {np.mean(own):.0%}" for way, own in shares.items() if own)
         parts += [f"at {bits} bits {named}"] if named else []

@@ -86,10 +86,9 @@ def tabulate_qlora(results: pd.DataFrame) -> pd.DataFrame:
 
 def name_bases(rows: pd.DataFrame) -> pd.Series[str]:
     """Return the name of each row's quantizer at its bits, with the settings that are not usual."""
-    names = pd.Series("16-bit", rows.index, dtype=object)
     quantized = complete_settings(rows[rows["bits"] != BASELINE_BITS].assign(training=None))
-    names[quantized.index] = name_quantizers(quantized)
-    return names
+    names = pd.Series(name_quantizers(quantized), quantized.index, dtype=object)
+    return names.reindex(rows.index, fill_value="16-bit")
 
 
 def summarize(data: pd.DataFrame) -> pd.DataFrame:

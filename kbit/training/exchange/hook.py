@@ -27,7 +27,7 @@ class _State:
 
 
 # torch asks for these very types here, which annotations that are strings are not: this file imports no annotations
-def _exchange_bucket(state: _State, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _exchange_bucket(state: _State, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """Put the mean gradients into a bucket's buffer. The result is there at once: nothing overlaps."""
     replica = state.replica
     if replica.exchange.replicas > 1:
@@ -142,17 +142,17 @@ def _send_to_each(replica: Replica, data: list[Bytes], sizes: list[int]) -> list
     received = torch.empty(sum(sizes), dtype=torch.uint8)
     dist.all_to_all_single(received, torch.cat(data), sizes, [len(part) for part in data])
     replica.sent += sum(len(part) for number, part in enumerate(data) if number != replica.number)
-    return list(received.split(sizes))
+    return list(received.split(sizes))  # type: ignore[no-untyped-call]
 
 
 def _average(replica: Replica, everyones: list[Bytes], lengths: list[int]) -> list[Tensor]:
     sizes = [_count_all([length], replica.exchange) for length in lengths]
-    of_parameters = zip(*(data.split(sizes) for data in everyones), strict=True)
+    of_parameters = zip(*(data.split(sizes) for data in everyones), strict=True)  # type: ignore[no-untyped-call]
     return [replica.average(data, length) for data, length in zip(of_parameters, lengths, strict=True)]
 
 
 def _decode_all(data: Bytes, lengths: list[int], exchange: Exchange) -> list[Tensor]:
-    parts = data.split([_count_all([length], exchange) for length in lengths])
+    parts = data.split([_count_all([length], exchange) for length in lengths])  # type: ignore[no-untyped-call]
     return [
         decode(part, (length,), exchange.spec) if length else torch.empty(0)
         for part, length in zip(parts, lengths, strict=True)

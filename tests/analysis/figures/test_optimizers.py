@@ -71,7 +71,7 @@ def test_states_are_read_from_the_fields_of_a_training() -> None:
 def test_the_ablation_counts_what_diverged_and_pairs_the_rest_by_seed() -> None:
     data = tabulate_ablation(make_ablation())
     assert len(data) == 15
-    summary = summarize(data).set_index(["states", "block", "stable"])
+    summary: Any = summarize(data).set_index(["states", "block", "stable"])
     assert summary["unstable"].to_dict() == {
         ("32-bit", "", False): 0,
         ("32-bit", "", True): 0,

@@ -64,7 +64,7 @@ def make_products() -> pd.DataFrame:
 def test_products_are_named_by_their_fields() -> None:
     mx = {"bits": 4, "exponent_bits": 2, "block_size": 32, "layout": "row", "scale_format": "e8m0"}
     rows = {"bits": 8, "data_type": "int", "block_size": None, "layout": "row", "scale_format": "fp32"}
-    names = [
+    names: list[tuple[dict[str, Any], str | None]] = [
         ({}, "float32"),
         ({"fast": {}}, "FAST 0.6/0.3"),
         ({"fast": {"alpha": 0.9, "low": 3}}, "FAST 0.9/0.3 m=3/4"),
@@ -75,7 +75,7 @@ def test_products_are_named_by_their_fields() -> None:
         ({"exchange": rows}, None),
     ]
     for fields, name in names:
-        assert name_products(RECIPE | fields) == name
+        assert name_products({**RECIPE, **fields}) == name
     exchange = {"bits": 8, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
     assert name_exchange(RECIPE) is None
     assert name_exchange(RECIPE | {"replicas": 2}) == "float32"
@@ -92,9 +92,9 @@ def test_losses_are_paired_by_seed_with_students_interval() -> None:
     table = tabulate_formats(make_products(), "passes_per_mac", name_products, frozenset({"fast", *RECIPE_ROLES}))
     assert list(dict.fromkeys(table["format"])) == ["float32", "FAST 0.9/0.3", "BFP m=2"]
     lost = find_differences(table)
-    assert lost.loc["BFP m=2"].tolist() == pytest.approx([1.0, 0.1, 0.1, 0.1, 2])
+    assert list(lost.loc["BFP m=2"]) == pytest.approx([1.0, 0.1, 0.1, 0.1, 2])
     half = 12.7062 * 0.01  # t of one degree of freedom, and the standard error of .01 and .03
-    assert lost.loc["FAST 0.9/0.3"].tolist() == pytest.approx([3.5, 0.02, 0.02 - half, 0.02 + half, 2], abs=1e-5)
+    assert list(lost.loc["FAST 0.9/0.3"]) == pytest.approx([3.5, 0.02, 0.02 - half, 0.02 + half, 2], abs=1e-5)
 
 
 def test_products_are_drawn_without_a_store() -> None:

@@ -71,12 +71,8 @@ def test_ways_are_told_by_fields() -> None:
         PTQ, PTQ, CONTROL, QAT,
     ]  # fmt: skip
     assert (name_way({}, "gptq"), name_way({}, "awq"), name_way(QAT_FIELDS | {"lora": {}})) == (GPTQ, None, QLORA)
-    for other in (
-        {"lora": {}, "momentum": {}},
-        {"start": "random"},
-        {"momentum": {}},
-        {"weights": {}, "activations": {}},
-    ):
+    others: list[dict[str, Any]] = [{"lora": {}, "momentum": {}}, {"start": "random"}, {"momentum": {}}]
+    for other in (*others, {"weights": {}, "activations": {}}):
         assert name_way(QAT_FIELDS | other) is None
 
 
@@ -127,7 +123,7 @@ def test_gptq_and_adapters_are_panels_of_their_own() -> None:
     bits = make_row("small", 3, 3.05, lora) | {"task": "training", "metric": "adapter_bits", "value": 7000.0}
     table = tabulate_qat(pd.concat([make_study(shift=0.0), pd.DataFrame([*rows, bits])])).set_index("way")
     assert table.loc[[GPTQ], "value"].tolist() == [3.1, 3.0, 2.5]  # and the checkpoints at 16 bits
-    assert table.loc[QLORA, ["value", "total_bits"]].tolist() == [3.05, 3_007_000]
+    assert list(table.loc[QLORA, ["value", "total_bits"]]) == [3.05, 3_007_000]
 
 
 def test_other_figures_and_findings_leave_trained_models_out() -> None:
@@ -183,9 +179,9 @@ def make_adapters() -> pd.DataFrame:
 def test_differences_to_16_bits_are_paired_by_seed() -> None:
     summary = summarize(tabulate_qlora(make_adapters())).set_index("base")
     assert summary["mean"].to_dict() == pytest.approx({"16-bit": 0, "nf4": 0.01, "int4": 0.03})
-    assert summary.loc["nf4", ["low", "high"]].tolist() == pytest.approx([0.01, 0.01])
+    assert list(summary.loc["nf4", ["low", "high"]]) == pytest.approx([0.01, 0.01])
     half = 12.7062 * 0.01  # t of one degree, and the standard error of .02 and .04
-    assert summary.loc["int4", ["low", "high"]].tolist() == pytest.approx([0.03 - half, 0.03 + half], abs=1e-5)
+    assert list(summary.loc["int4", ["low", "high"]]) == pytest.approx([0.03 - half, 0.03 + half], abs=1e-5)
     assert summary["before"].to_dict() == pytest.approx({"16-bit": 3.0, "nf4": 3.1, "int4": 3.3})
     assert summary.loc["16-bit", "mmlu"] == 53.0
     figure = draw_figure("qlora", make_adapters())
