@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_random_rounding_goes_on_where_a_saved_optimizer_was() -> None:
     q = torch.nn.Parameter(p.detach().clone())
     other = optim.SGD([q], lr=0.1, momentum=0.9)
     quantize_states(other, spec)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the tensors
     for seed in (2, 3):
         step(p, optimizer, seed)
         step(q, other, seed)
