@@ -13,9 +13,12 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from kbit.analysis.curves.settings import USUAL_BLOCK, complete_settings, name_block, name_quantizers
 from kbit.evaluation.measurement import quantile_95
+from kbit.numerics.spec import BASELINE_BITS
 from kbit.training.config import ROLES
 
+TASK: Final = "training"  # of what is known of a training itself
 UNTRAINED: Final = "untrained"
 # Ways in which a model comes to its rounded weights, as figures name them.
 PTQ, GPTQ, QLORA = "rounded (PTQ)", "GPTQ", "adapters beside it (QLoRA)"
@@ -54,13 +57,35 @@ def name_way(fields: Mapping[str, Any], method: object = "rtn") -> str | None:
     roles = {role for role in ROLES if role in fields}
     if not fields:
         return GPTQ if method == "gptq" else PTQ if method == "rtn" or pd.isna(method) else None  # type: ignore[call-overload]
-    if method == "gptq":
+    if not (method == "rtn" or pd.isna(method)):  # type: ignore[call-overload]
         return None
     if "lora" in fields and not roles:
         return QLORA
     if "lora" in fields or "fast" in fields or roles - {"weights"} or fields.get("start") == "random":
         return None
     return QAT if roles else CONTROL
+
+
+def add_diverged(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of one measurement with a column diverged, and a row without a value for each diverged training."""
+    ends = results[(results["task"] == TASK) & (results["metric"] == "diverged") & (results["value"] > 0)]
+    ends = ends[~ends["key"].isin(rows["key"])].drop_duplicates("key")
+    if ends.empty:
+        return rows.assign(diverged=False)
+    return pd.concat([rows.assign(diverged=False), ends.assign(value=np.nan, diverged=True)], ignore_index=True)
+
+
+def read_blocks(rows: pd.DataFrame) -> list[int | None]:
+    """Return the block size of each row, or None of a whole tensor."""
+    return [None if pd.isna(block) else int(block) for block in rows["block_size"]]
+
+
+def name_bases(rows: pd.DataFrame) -> pd.Series[str]:
+    """Return the name of each row's quantizer at its bits, with the settings and the block that are not usual."""
+    quantized = complete_settings(rows[rows["bits"] != BASELINE_BITS].assign(training=None))
+    blocks = ["" if block == USUAL_BLOCK else f" {name_block(block)}" for block in read_blocks(quantized)]
+    names = [name + block for name, block in zip(name_quantizers(quantized), blocks, strict=True)]
+    return pd.Series(names, quantized.index, dtype=object).reindex(rows.index, fill_value="16-bit")
 
 
 def describe_seeds(values: pd.Series[float]) -> tuple[float, float, float]:

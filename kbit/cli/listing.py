@@ -57,9 +57,11 @@ def choose_columns(table: pd.DataFrame) -> list[str]:
     quantized = table[table["data_type"].notna()]
     of_types = ("exponent_bits", "float_bias", "table")
     settings = [name for name in _SETTINGS if quantized[name].nunique(dropna=name in of_types) > 1]
+    # Models of 16 bits are trained, too. That other models have no training is a difference, and no seed is none.
+    trainings = [name for name in ("training", "train_seed") if table[name].nunique(dropna=name != "training") > 1]
     ways = table.groupby(["task", "metric"])["evaluation"].nunique()
     evaluation = ["evaluation"] if (ways > 1).any() else []
-    return [*QUANTIZER, *settings, *evaluation, *_MEASURED]
+    return [*QUANTIZER, *settings, *trainings, *evaluation, *_MEASURED]
 
 
 def show_failures(failures: pd.DataFrame, width: int) -> str:

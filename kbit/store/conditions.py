@@ -29,7 +29,11 @@ _COMBINE: Final[dict[type[ast.operator], Callable[[Any, Any], Any]]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
 }  # fmt: skip
-QUANTIZER_COLUMNS: Final = ("bits", "bits_per_param", *SETTING_COLUMNS)  # of which a 16-bit baseline has none to choose
+_OF_TRAININGS: Final = ("training", "train_seed")  # which a 16-bit model has as any other
+# of which a 16-bit baseline has none to choose
+QUANTIZER_COLUMNS: Final = (
+    "bits", "bits_per_param", *(name for name in SETTING_COLUMNS if name not in _OF_TRAININGS),
+)  # fmt: skip
 _WORDS: Final = {"&": "and", "|": "or", "~": "not"}  # pandas' own query takes these too
 _GRAMMAR: Final = "columns, values, == != < <= > >= in, and or not, + - * / // % and parentheses are allowed"
 _TRUTH: Final = "boolean"  # the dtype of what is true, false or neither

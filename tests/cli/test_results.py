@@ -19,6 +19,7 @@ from kbit.models.config import ModelConfig
 from kbit.store.conditions import select_rows
 from kbit.store.readers import list_keys, read_failures, read_results
 from kbit.store.store import Store
+from kbit.training.config import TrainConfig
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py, which starts in tmp_path
 
@@ -152,6 +153,12 @@ def test_what_tells_results_apart_is_shown(tmp_path: Path) -> None:
     assert set(read_results(tmp_path)["table"].dropna()) == {"[-1, 0.3, 0.5, 1]", "[-1, 0, 1]"}
     assert shown(dataclasses.replace(same.quant, scale_format="bf16")) == plain | {"table", "scale_format"}
     assert shown(dataclasses.replace(same.quant, method="hqq")) == plain | {"table", "scale_format", "method"}
+    seeds = [TrainConfig(steps=3, text="t", seed=seed) for seed in (0, 1)]
+    for trainings, more in ((seeds[:1], {"training"}), (seeds[1:], {"training", "train_seed"})):
+        for train in trainings:
+            trained = dataclasses.replace(same, quant=QuantConfig(bits=16), train=train)
+            store.write(dataclasses.replace(make_result(0), key=f"{train.seed:064d}", experiment=trained))
+        assert set(choose_columns(read_results(tmp_path))) == plain | {"table", "scale_format", "method"} | more
     limited = dataclasses.replace(same, eval=EvalConfig(limit=3))
     store.write(dataclasses.replace(make_result(0), key=find_key(limited), experiment=limited))
     assert "evaluation" in choose_columns(read_results(tmp_path))

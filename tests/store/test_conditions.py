@@ -76,6 +76,14 @@ def test_a_filter_on_quantizers_keeps_the_baseline_of_a_figure(table: pd.DataFra
         assert select_rows(table, where, keep_baseline=True).empty  # what is no setting of a quantizer counts
 
 
+def test_a_filter_on_trainings_counts_for_16_bits(table: pd.DataFrame) -> None:
+    seeds = table.assign(training="trained 3 steps", train_seed=[0, 1] * (len(table) // 2))
+    rows = select_rows(seeds, "train_seed == 1", keep_baseline=True)
+    assert set(rows["train_seed"]) == {1}
+    assert 16 in set(rows["bits"])
+    assert select_rows(seeds, "training == 'trained 4 steps' and bits == 4", keep_baseline=True).empty
+
+
 @pytest.mark.parametrize(
     "where",
     [

@@ -12,13 +12,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
-from kbit.analysis.curves.settings import complete_settings, make_labels
+from kbit.analysis.curves.settings import WHOLE, complete_settings, make_labels
 from kbit.analysis.curves.trainings import (
     CONTROL,
     GPTQ,
     PTQ,
     QAT,
     QLORA,
+    add_diverged,
     describe_seeds,
     name_way,
     read_fields,
@@ -38,7 +39,7 @@ CLAIM: Final = (
 )
 WAYS: Final = (PTQ, GPTQ, QLORA, QAT, CONTROL)
 USUAL: Final = {"training": None, "method": "rtn", "method_options": ""}  # what ways differ in
-COLUMNS: Final = ["family", "model", "way", "label", "bits", "seed", "total_bits", "value", "key"]
+COLUMNS: Final = ["family", "model", "way", "label", "bits", "seed", "total_bits", "value", "diverged", "key"]
 
 
 class Lead(NamedTuple):
@@ -70,19 +71,20 @@ def draw_qat(results: pd.DataFrame, page: Page) -> PaperFigure:
     if data.empty:
         needs = "models that were rounded, and trained for the same quantizer (train=qat)"
         raise MissingResults(describe_lack("qat", needs, ("nano/qat",)))
-    panels = [(family, way) for family in data["family"].unique() for way in WAYS if _has(data, family, way)]
-    styles = style_precisions(sorted(data["bits"].unique()))
+    done = data[~data["diverged"]]
+    panels = [(family, way) for family in done["family"].unique() for way in WAYS if _has(done, family, way)]
+    styles = style_precisions(sorted(done["bits"].unique()))
     sheet = make_sheet(page, len(panels), (3.2, 3.4), 3, styles)
     for axes, (family, way) in zip(sheet.add_axes(len(panels)), panels, strict=True):
-        rows = data[(data["family"] == family) & (data["way"] == way)]
+        rows = done[(done["family"] == family) & (done["way"] == way)]
         draw_way(axes, rows, styles)
-        set_log_axis(axes, data["total_bits"], format_bits)
-        low, high = data["value"].min(), data["value"].max()
+        set_log_axis(axes, done["total_bits"], format_bits)
+        low, high = done["value"].min(), done["value"].max()
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
         sheet.write_title(axes, f"{family}: {way}")
     sheet.label("total model bits", "cross entropy (nats per token)")
     draw_legend(sheet.fig.body, styles, page)
-    return PaperFigure("qat", sheet.fig, data, CLAIM, judge_qat(data), describe_qat(data))
+    return PaperFigure("qat", sheet.fig, data, CLAIM, judge_qat(done), describe_qat(data))
 
 
 def _has(data: pd.DataFrame, family: str, way: str) -> bool:
@@ -107,23 +109,25 @@ def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
     """Return COLUMNS, a row for each experiment of a model and a quantizer that were both rounded and trained for.
 
     The 16-bit rows are the checkpoint in PTQ and GPTQ, and the trained control in QAT. Adapters add their bits.
+    A training that diverged has no value.
     """
     measure = find_cross_entropy(results)
     if measure is None or "train_fields" not in results:
         return pd.DataFrame()
-    rows = pick_rows(results, measure.metric, measure.task)
+    rows = add_diverged(pick_rows(results, measure.metric, measure.task), results)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
     ways = pd.Series(list(map(name_way, fields, rows["method"])), rows.index, dtype=object)
     rows = rows.assign(way=ways, seed=[own.get("seed", 0) for own in fields])
     rows = choose_kinds(add_adapters(rows[rows["way"].notna()], results))
     quantized = rows[rows["bits"] != BASELINE_BITS]
     quantized = quantized.assign(label=make_labels(complete_settings(quantized.assign(**USUAL))))
-    aware = quantized[quantized["way"] == QAT]
+    quantized = quantized.assign(block=quantized["block_size"].fillna(WHOLE).astype("int64"))
+    aware = quantized[(quantized["way"] == QAT) & ~quantized["diverged"]]
     if aware.empty:
         return pd.DataFrame()
     label = aware["label"].value_counts().sort_index().idxmax()
-    block = aware.loc[aware["label"] == label, "block_size"].value_counts().sort_index().idxmax()
-    quantized = quantized[(quantized["label"] == label) & (quantized["block_size"] == block)]
+    block = aware.loc[aware["label"] == label, "block"].value_counts().sort_index().idxmax()
+    quantized = choose_options(quantized[(quantized["label"] == label) & (quantized["block"] == block)])
     quantized = quantized[quantized["model"].isin(aware["model"])]
     base = rows[(rows["bits"] == BASELINE_BITS) & rows["model"].isin(aware["model"])].assign(label=None)
     copies = [base[base["way"] == way].assign(way=other) for way, other in ((CONTROL, QAT), (PTQ, GPTQ))]
@@ -144,6 +148,15 @@ def choose_kinds(rows: pd.DataFrame) -> pd.DataFrame:
             usual = found.value_counts().sort_index().idxmax()
             chosen &= ~rows["way"].isin(others) | (kinds == usual)
     return rows[chosen]
+
+
+def choose_options(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with GPTQ's most frequent options only."""
+    if "method_options" not in rows or not (rows["way"] == GPTQ).any():
+        return rows
+    options = rows["method_options"].fillna("")
+    usual = options[rows["way"] == GPTQ].value_counts().sort_index().idxmax()
+    return rows[(rows["way"] != GPTQ) | (options == usual)]
 
 
 def add_adapters(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
@@ -227,18 +240,24 @@ def describe_recovery(data: pd.DataFrame) -> str:
                     own.append(1 - (reached - base) / (rounded - whole))
         named = ", ".join(f"{way} {np.mean(own):.0%}" for way, own in shares.items() if own)
         parts += [f"at {bits} bits {named}"] if named else []
+    if not parts:
+        return "No model shows what rounding loses and what is won back: this needs 16 bits, rounded and trained."
     return f"Won back of what rounding loses: {'; '.join(parts)}."
 
 
 def describe_qat(data: pd.DataFrame) -> tuple[str, ...]:
     """Return the notes: what is drawn, and how much it rests on."""
-    seeds = data[data["way"] == QAT]["seed"].nunique()
-    experiments = count_things(data["key"].nunique(), "experiment")
+    aware = data[(data["way"] == QAT) & (data["bits"] != BASELINE_BITS)]
+    seeds = int(aware[~aware["diverged"]].groupby(["model", "bits"])["seed"].nunique().min())
+    lost = int(data.drop_duplicates("key")["diverged"].sum())
+    diverged = f" {count_things(lost, 'experiment')} more diverged in training." if lost else ""
+    experiments = count_things(data.loc[~data["diverged"], "key"].nunique(), "experiment")
     models = count_things(data["model"].nunique(), "model")
     return (
         "Lines are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds. The 16-bit line "
         "beside trained models is the control, which was trained as long at the same learning rate.",
-        "Of trainings that differ in more than seed and precision the most frequent kind is drawn.",
-        f"Data: {experiments} on {models}, {count_things(seeds, 'seed')} of each training. Between models a line is "
-        "linear in log bits.",
+        "Of trainings that differ in more than seed and precision the most frequent kind is drawn, and of "
+        "GPTQ the most frequent options.",
+        f"Data: {experiments} on {models}, {count_things(seeds, 'seed')} of each training at least.{diverged} Between "
+        "models a line is linear in log bits.",
     )

@@ -9,8 +9,7 @@ import pandas as pd
 
 from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.published import read_published
-from kbit.analysis.curves.settings import complete_settings, name_quantizers
-from kbit.analysis.curves.trainings import describe_seeds, read_fields
+from kbit.analysis.curves.trainings import add_diverged, describe_seeds, name_bases, read_fields
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
 from kbit.analysis.figures.tables import finish_table
 from kbit.numerics.spec import BASELINE_BITS
@@ -20,7 +19,7 @@ CLAIM: Final = (
     "and not with FP4 (QLoRA, Table 4: mean MMLU 53.1, 52.2 and 53.0)."
 )
 UNSEEN: Final = "training/unseen"  # the rest of the text that adapters were trained on
-COLUMNS: Final = ["model", "base", "bits_per_param", "seed", "before", "after", "unseen", "key"]
+COLUMNS: Final = ["model", "base", "bits_per_param", "seed", "before", "after", "unseen", "diverged", "key"]
 
 
 def draw_qlora(results: pd.DataFrame) -> PaperFigure:
@@ -46,13 +45,13 @@ def draw_qlora(results: pd.DataFrame) -> PaperFigure:
             "MMLU (paper)": summary["mmlu"].map("{:.1f}".format).replace("nan", "-"),
         }
     )
-    seeds = data.groupby(["model", "base"])["seed"].nunique().min()
-    experiments = count_things(data["key"].nunique(), "experiment")
+    seeds = data[~data["diverged"]].groupby(["model", "base"])["seed"].nunique().min()
+    experiments = count_things(data.loc[~data["diverged"], "key"].nunique(), "experiment")
     models = count_things(data["model"].nunique(), "model")
     sample = (
         f"Data: {experiments} on {models}. Differences are paired by seed ({int(seeds)} at least), with "
         "Student's 95% intervals over seeds. Before: the quantized base without adapters. Its own text: what was "
-        "held back of the adapters' text."
+        f"held back of the adapters' text.{describe_diverged(data)}"
     )
     return finish_table("qlora", data, shown, "Adapters beside a quantized base", CLAIM, judge_qlora(summary), sample)
 
@@ -60,12 +59,13 @@ def draw_qlora(results: pd.DataFrame) -> PaperFigure:
 def tabulate_qlora(results: pd.DataFrame) -> pd.DataFrame:
     """Return COLUMNS, a row for each model, base and seed of one kind of training, the most frequent one.
 
-    Models without adapters beside the 16-bit base are left out.
+    Experiments that differ in what they measure share a training. Models without adapters beside the 16-bit base are
+    left out.
     """
     measure = find_cross_entropy(results)
     if measure is None or "train_fields" not in results:
         return pd.DataFrame()
-    rows = pick_rows(results, measure.metric, measure.task)
+    rows = add_diverged(pick_rows(results, measure.metric, measure.task), results)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
     rows = rows.assign(seed=[own.get("seed", 0) for own in fields], has_adapters=["lora" in own for own in fields])
     rows = rows.assign(base=name_bases(rows))
@@ -73,7 +73,8 @@ def tabulate_qlora(results: pd.DataFrame) -> pd.DataFrame:
     if tuned.empty:
         return pd.DataFrame()
     tuned = tuned[tuned["training"] == tuned["training"].value_counts().sort_index().idxmax()]
-    tuned = tuned[tuned["model"].isin(tuned.loc[tuned["bits"] == BASELINE_BITS, "model"])]
+    tuned = tuned[tuned["model"].isin(tuned.loc[(tuned["bits"] == BASELINE_BITS) & ~tuned["diverged"], "model"])]
+    tuned = tuned.drop_duplicates(["model", "base", "seed"])
     if (tuned["bits"] == BASELINE_BITS).all():
         return pd.DataFrame()
     plain = rows[rows["training"].isna()].drop_duplicates(["model", "base"]).set_index(["model", "base"])["value"]
@@ -84,15 +85,12 @@ def tabulate_qlora(results: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["parameters", "model", "bits_per_param", "base", "seed"], ignore_index=True)[COLUMNS]
 
 
-def name_bases(rows: pd.DataFrame) -> pd.Series[str]:
-    """Return the name of each row's quantizer at its bits, with the settings that are not usual."""
-    quantized = complete_settings(rows[rows["bits"] != BASELINE_BITS].assign(training=None))
-    names = pd.Series(name_quantizers(quantized), quantized.index, dtype=object)
-    return names.reindex(rows.index, fill_value="16-bit")
-
-
 def summarize(data: pd.DataFrame) -> pd.DataFrame:
-    """Return a row for each model and base: means over seeds, and the difference to the 16-bit base, paired by seed."""
+    """Return a row for each model and base: means over seeds, and the difference to the 16-bit base, paired by seed.
+
+    Trainings that diverged are left out.
+    """
+    data = data[~data["diverged"]]
     published = read_published("qlora").set_index("base")["mmlu"]
     rows = []
     for (model, base), own in data.groupby(["model", "base"], sort=False):
@@ -111,18 +109,38 @@ def show(mean: float, low: float, high: float) -> str:
 
 
 def judge_qlora(summary: pd.DataFrame) -> str:
-    """Say which bases cost adapters a measurable loss, and which share of the base's loss they win back."""
+    """Say how the loss beside each base differs from that beside 16 bits, and which share of the base's is won back."""
     quantized = summary[summary["base"] != "16-bit"]
-    worse, level = quantized[quantized["low"] > 0], quantized[~(quantized["low"] > 0)]
+    low, high = quantized["low"], quantized["high"]
+    kinds = (
+        (low > 0, "adapters end above those beside 16 bits"),
+        (high < 0, "adapters end below those beside 16 bits"),
+        ((low <= 0) & (high >= 0), "no difference is shown"),
+        (low.isna(), "there is one seed, which shows no difference or likeness"),
+    )
     parts = []
-    if len(worse):
-        parts.append(f"Beside {', '.join(dict.fromkeys(worse['base']))} adapters end above those beside 16 bits")
-    if len(level):
-        parts.append(f"Beside {', '.join(dict.fromkeys(level['base']))} no difference is shown")
+    for holds, words in kinds:
+        if holds.any():
+            parts.append(f"Beside {', '.join(_name_each(quantized[holds], summary['model'].nunique()))} {words}")
     whole = summary[summary["base"] == "16-bit"].set_index("model")
     lost = quantized["before"].to_numpy() - whole["before"].reindex(quantized["model"]).to_numpy()
     left = quantized["mean"].to_numpy()
-    known = np.isfinite(lost) & (lost > 0)
+    known = np.isfinite(lost) & (lost > 0) & np.isfinite(left)
     if known.any():
         parts.append(f"On average they win back {np.mean(1 - left[known] / lost[known]):.0%} of what rounding loses")
     return ". ".join(parts) + "."
+
+
+def _name_each(rows: pd.DataFrame, models: int) -> list[str]:
+    """Return the bases of rows, with their models if there are several."""
+    return list(rows["base"]) if models == 1 else [f"{row.base} ({row.model})" for row in rows.itertuples()]
+
+
+def describe_diverged(data: pd.DataFrame) -> str:
+    """Say how many trainings of each base diverged, or nothing if none did."""
+    parts = [
+        f"{base} {int(own['diverged'].sum())} of {len(own)}"
+        for base, own in data.groupby("base", sort=False)
+        if own["diverged"].any()
+    ]
+    return f" Trainings that diverged, and are left out: {', '.join(parts)}." if parts else ""

@@ -25,8 +25,9 @@ from kbit.analysis.curves.trainings import (
 from kbit.analysis.figures.canvas.page import OWN_PAGE
 from kbit.analysis.figures.drawing import MissingResults
 from kbit.analysis.figures.registry import FIGURES, TRAINED, draw_figure
-from kbit.analysis.figures.training.qat import judge_qat, list_leads, tabulate_qat
-from kbit.analysis.figures.training.qlora import summarize, tabulate_qlora
+from kbit.analysis.figures.training import training_curves
+from kbit.analysis.figures.training.qat import describe_recovery, judge_qat, list_leads, tabulate_qat
+from kbit.analysis.figures.training.qlora import judge_qlora, summarize, tabulate_qlora
 from kbit.analysis.statistics.findings import finding
 
 SIZES = {"small": 1_000_000, "large": 4_000_000}  # parameters
@@ -70,6 +71,8 @@ def test_ways_are_told_by_fields() -> None:
     assert [name_way(read_fields(cell)) for cell in (None, np.nan, '{"steps": 3}', '{"steps": 3, "weights": {}}')] == [
         PTQ, PTQ, CONTROL, QAT,
     ]  # fmt: skip
+    for method in ("gptq", "awq", "hqq"):
+        assert name_way(QAT_FIELDS | {"weights": {"bits": 3}}, method) is None
     assert (name_way({}, "gptq"), name_way({}, "awq"), name_way(QAT_FIELDS | {"lora": {}})) == (GPTQ, None, QLORA)
     others: list[dict[str, Any]] = [{"lora": {}, "momentum": {}}, {"start": "random"}, {"momentum": {}}]
     for other in (*others, {"weights": {}, "activations": {}}):
@@ -162,6 +165,47 @@ def test_qat_is_drawn() -> None:
     assert "Student's 95% intervals over seeds" in figure.notes[0]
 
 
+def test_qat_of_whole_tensors_is_found() -> None:
+    study = make_study(shift=0.0)
+    whole = tabulate_qat(study.assign(block_size=None))
+    assert whole["value"].tolist() == tabulate_qat(study)["value"].tolist()
+
+
+def test_gptq_is_of_its_most_frequent_options() -> None:
+    rows = [
+        make_row(model, bits, 3.1, method="gptq", method_options=options)
+        for model, bits, options in (
+            ("small", 3, "desc_act=True"),
+            ("small", 3, ""),
+            ("large", 3, ""),
+            ("large", 4, ""),
+        )
+    ]
+    rows[0]["value"] = 9.0
+    table = tabulate_qat(pd.concat([make_study(shift=0.0), pd.DataFrame(rows)]))
+    assert table.loc[(table["way"] == GPTQ) & (table["bits"] < 16), "value"].tolist() == [3.1, 3.1, 3.1]
+
+
+def test_what_nothing_won_back_is_said() -> None:
+    study = make_study(shift=0.0)
+    trained = study[(study["bits"] != 16) | study["training"].notna()]
+    assert describe_recovery(tabulate_qat(trained)).startswith("No model shows what rounding loses")
+
+
+def end(row: dict[str, Any], *, diverged: bool, tokens: float = 0.0) -> list[dict[str, Any]]:
+    """The rows of how a training ended."""
+    numbers = {"diverged": float(diverged), "loss_spikes": 0.0, "tokens": tokens}
+    return [row | {"task": "training", "metric": name, "value": value} for name, value in numbers.items()]
+
+
+def test_diverged_trainings_are_counted() -> None:
+    """Seed 2 of 3 bits diverged, so that the fewest seeds are two and not three."""
+    extra = [make_row("small", 4, 3.01, QAT_FIELDS | {"seed": 2, "weights": {"bits": 4}})]
+    lost = make_row("small", 3, 0.0, QAT_FIELDS | {"seed": 2, "weights": {"bits": 3}})
+    figure = draw_figure("qat", pd.concat([make_study(0.01), pd.DataFrame([*extra, *end(lost, diverged=True)])]))
+    assert "2 seeds of each training at least. 1 experiment more diverged in training." in figure.notes[-1]
+
+
 # ---- adapters
 
 
@@ -187,3 +231,66 @@ def test_differences_to_16_bits_are_paired_by_seed() -> None:
     figure = draw_figure("qlora", make_adapters())
     assert figure.verdict.startswith("Beside nf4 adapters end above those beside 16 bits. Beside int4 no difference is")
     assert "win back 90%" in figure.verdict  # 1 - .01 / .1 and 1 - .03 / .3
+
+
+def test_bases_of_other_blocks_are_bases_of_their_own() -> None:
+    """Blocks of 256 cost .05, and a second experiment on a training that measures more is no second seed."""
+    rows = []
+    for seed in (0, 1):
+        lora = {"steps": 9, "text": "t", "lora": {"rank": 2}} | ({"seed": seed} if seed else {})
+        rows += [make_row("small", 4, 2.95 + seed, lora, block_size=block) for block in (256, None)]
+        rows.append(make_row("small", 4, 2.91 + seed, lora) | {"key": f"other tasks {seed}"})
+    data = tabulate_qlora(pd.concat([make_adapters(), pd.DataFrame(rows)]))
+    assert data.groupby("base").size().to_dict() == {
+        "16-bit": 2, "nf4": 2, "nf4 block 256": 2, "nf4 whole tensor": 2, "int4": 2,
+    }  # fmt: skip
+    means = summarize(data).set_index("base")["mean"]
+    assert means[["nf4", "nf4 block 256"]].tolist() == pytest.approx([0.01, 0.05])
+
+
+def test_one_seed_and_better_bases_are_said() -> None:
+    table = make_adapters()
+    one = judge_qlora(summarize(tabulate_qlora(table[table["train_seed"] != 1])))
+    assert one.startswith("Beside nf4, int4 there is one seed, which shows no difference or likeness. On average")
+    better = table.assign(value=table["value"] - 0.1 * ((table["data_type"] == "nf") & table["training"].notna()))
+    assert judge_qlora(summarize(tabulate_qlora(better))).startswith(
+        "Beside nf4 adapters end below those beside 16 bits. Beside int4 no difference is shown."
+    )
+
+
+def test_diverged_adapters_are_named() -> None:
+    table = make_adapters()
+    lost = make_row("small", 4, 0.0, {"steps": 9, "text": "t", "lora": {"rank": 2}, "seed": 2})
+    figure = draw_figure("qlora", pd.concat([table, pd.DataFrame(end(lost, diverged=True))]))
+    assert any("left out: nf4 1 of 3." in note for note in figure.notes)
+
+
+# ---- curves
+
+
+def test_curves_tell_bases_and_end_where_trainings_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bases of one training: one ended at step 60 of 400, one with a loss that is no number."""
+    lora = {"steps": 400, "text": "t", "lora": {"rank": 2}}
+    step = 8 * 32  # tokens
+    whole, shared = make_row("small", 16, 3.0, lora), make_row("small", 16, 3.0, lora) | {"key": "more tasks"}
+    early, infinite = make_row("small", 4, 3.0, lora), make_row("small", 3, 3.0, lora)
+    rows = [whole, *end(whole, diverged=False, tokens=400 * step), *end(shared, diverged=False, tokens=400 * step)]
+    rows += end(early, diverged=True, tokens=60 * step) + end(infinite, diverged=True, tokens=9 * step)
+    curves = {whole["key"]: np.linspace(4, 3, 50), early["key"]: np.linspace(4, 40, 50)}
+    monkeypatch.setattr(training_curves, "read_items", lambda *_: curves)
+    results = pd.DataFrame(rows)
+    results.attrs["store"] = "somewhere"
+    figure = draw_figure("training_curves", results)
+    assert figure.verdict == "2 of 3 trainings diverged. None had a loss spike."
+    ends = figure.data.groupby("training")["step"].max()
+    assert sorted(ends) == pytest.approx([60 - 0.6, 400 - 4])
+    assert [name.rpartition(" beside ")[2] for name in ends.sort_values().index] == ["nf4", "16-bit"]
+    assert "1 training without a finite curve cannot be drawn." in figure.notes[0]
+
+
+def test_aware_trainings_of_other_tensors_are_told_apart() -> None:
+    aware = QAT_FIELDS | {"weights": {"bits": 3}}
+    rows = [make_row("small", 3, 3.0, aware, include=include) for include in (None, "mlp")]
+    rows += [make_row("small", bits, 3.0, QAT_FIELDS) for bits in (3, 4, 16)]  # one control
+    ends = [one for row in rows for one in end(row, diverged=False)]
+    assert len(training_curves.list_trainings(pd.DataFrame(ends))) == 3
