@@ -35,7 +35,7 @@ EXACT_BITS: Final = 32  # a state that is not quantized
 NO_STATE: Final = 0  # bits of a state that the rule does not have
 NOT_RANDOM: Final = -1
 _USUAL_CHUNK: Final = 2048  # elements. Measured: 1024 takes 16% longer, 256 40%, and 4096 3%
-_TASK: Final = 2**15  # elements that a thread takes at once
+TASK: Final = 2**15  # elements that a thread takes at once
 
 Values = Float[np.ndarray, " n"]
 Codes = UInt8[np.ndarray, " bytes"]
@@ -137,7 +137,7 @@ def _choose_chunk(*block_sizes: int) -> int:
 @jit(parallel=True)
 def _step(words, gradients, kind, momentum, variance, momentum_scales, variance_scales, rule, chunk, whole_blocks):
     n = np.int64(words.size)
-    per_task = max(np.int64(1), _TASK // chunk) * chunk
+    per_task = max(np.int64(1), TASK // chunk) * chunk
     for task in prange((n + per_task - 1) // per_task):
         start, end = task * per_task, min(n, (task + 1) * per_task)
         _step_task(

@@ -114,6 +114,7 @@ def _list_notes(request: Request) -> Iterator[str]:
     from kbit.engine.plan import list_own_code
     from kbit.experiments.config import RayConfig
     from kbit.methods.config import find_idle_fields
+    from kbit.training.config import find_idle_keys
 
     for path in list_own_code(request.configs):
         yield f"{path} runs Python code of its own (!function)"
@@ -123,6 +124,11 @@ def _list_notes(request: Request) -> Iterator[str]:
     for name, quant in find_idle_fields([config.quant for config in request.configs]).items():
         beside = f"quant.data_type={quant.data_type} and quant.method={quant.method}"
         yield f"quant.{name} was set and changes nothing beside {beside}"
+    trainings = [config.train for config in request.configs]
+    is_trained = any(train.steps for train in trainings)
+    why = "beside the other keys of train" if is_trained else "at train.steps=0, which is no training"
+    for name in find_idle_keys(trainings):
+        yield f"train.{name} was set and changes nothing {why}"
 
 
 def _open_store(path: str, engine: str) -> Store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -37,7 +37,7 @@ class Variant:
     Attributes:
         model: the model.
         precision: what tables call it.
-        bits: the bits of its quantized weights, or 16.
+        bits: the bits of its quantized weights, or those of the dtype of plain ones: 16 or 32.
         load: a function that returns the model and the bits that are counted for it, or None where nothing counts.
     """
 
@@ -53,10 +53,11 @@ class Benched:
 
     Attributes:
         variant: the variant.
-        reason: why there is nothing else: memory ran out while it was loaded. Otherwise "".
+        reason: why there is nothing else: memory ran out while it was loaded, perhaps beside others. Otherwise "".
         dtype: the dtype that it computes in.
         record: the machine, memory and paths.
         measurements: the numbers as a store has them.
+        rounds: milliseconds per token in each round, by batch. The rounds of all variants are the same.
     """
 
     variant: Variant
@@ -64,6 +65,7 @@ class Benched:
     dtype: str = ""
     record: SpeedRecord | None = None
     measurements: tuple[Measurement, ...] = ()
+    rounds: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
 
 def make_variant(model: ModelConfig, quant: QuantConfig, device: str) -> Variant:
@@ -83,7 +85,8 @@ def make_variant(model: ModelConfig, quant: QuantConfig, device: str) -> Variant
             report = quantize_model(loaded.model, quant, loaded.tokenizer)
         return loaded.model, report.total_bits
 
-    return Variant(model, f"{_name_quantizer(quant)} ({model.dtype})", quant.bits, load)
+    bits = 8 * getattr(torch, model.dtype).itemsize if quant.is_baseline else quant.bits
+    return Variant(model, f"{_name_quantizer(quant)} ({model.dtype})", bits, load)
 
 
 def _name_quantizer(quant: QuantConfig) -> str:
@@ -103,7 +106,7 @@ def make_rival(model: ModelConfig, name: str, device: str) -> Variant:
         return Variant(model, "bitsandbytes nf4 (bfloat16)", 4, lambda: (_load_bitsandbytes(model, device), None))
     plain = ModelConfig(**{**vars(model), "dtype": DTYPES[name]})
     made = make_variant(plain, QuantConfig(bits=BASELINE_BITS), device)
-    return Variant(model, name, BASELINE_BITS, made.load)
+    return Variant(model, name, made.bits, made.load)
 
 
 def check_rival(name: str) -> None:
@@ -133,16 +136,20 @@ def bench_model(
 ) -> Iterator[Benched]:
     """Load all variants of a model, time them in turns, and yield what was measured, in their order.
 
-    Every repetition goes through all variants and batches once, so that other work on the machine meets all alike.
+    Every repetition goes through all variants and batches once, so that other work on the machine meets all alike. What
+    runs out of memory does so beside the others, and its reason says so: alone it might fit.
     """
     loaded: dict[Variant, tuple[Any, int | None, float]] = {}
+    unloaded: dict[Variant, str] = {}
     for variant in variants:
         start = time.perf_counter()
         found = attempt(variant.load)
-        if found is not None:
+        if found is None:
+            unloaded[variant] = _explain(len(loaded))
+        else:
             loaded[variant] = (*found, time.perf_counter() - start)
     if not loaded:
-        yield from (Benched(variant, OUT_OF_MEMORY) for variant in variants)
+        yield from (Benched(variant, unloaded[variant]) for variant in variants)
         return
     device = next(iter(loaded.values()))[0].device
     clock = make_clock(device)
@@ -153,11 +160,16 @@ def bench_model(
     ceilings = (before, measure_ceilings(device, clock))
     for variant in variants:
         if variant not in loaded:
-            yield Benched(variant, OUT_OF_MEMORY)
+            yield Benched(variant, unloaded[variant])
             continue
         of_variant = {work: done.get((variant, work), []) for work in works}
-        missing = {work: reasons.get((variant, work), "") for work in works}
+        missing = {work: _explain(len(loaded) - 1) if (variant, work) in reasons else "" for work in works}
         yield _describe(variant, loaded[variant], config, ceilings, of_variant, missing)
+
+
+def _explain(others: int) -> str:
+    """Return the reason of what ran out of memory beside so many other models."""
+    return f"{OUT_OF_MEMORY} beside {others} other{'s' if others > 1 else ''}" if others else OUT_OF_MEMORY
 
 
 def _describe(
@@ -176,5 +188,6 @@ def _describe(
         if generations:
             numbers += measure.list_batch_numbers(work, generations)[0]
     numbers += measure.list_peaks(batches)
+    rounds = {work.batch: tuple(one.find_ms_per_token(work) for one in of_work) for work, of_work in done.items()}
     dtype = str(model.dtype).removeprefix("torch.")
-    return Benched(variant, "", dtype, record, tuple(numbers))
+    return Benched(variant, "", dtype, record, tuple(numbers), rounds)

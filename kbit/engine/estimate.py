@@ -3,8 +3,7 @@
     cost = (tokens + 3 x trained tokens) x parameters
     seconds = median of alike experiments, or that of the nearest cost, in proportion
 
-Experiments are alike if they have the same model, evaluation, method and training. Without a finished one time is
-unknown.
+Experiments are alike if model, evaluation, method and training are the same. Without a finished one time is unknown.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ from kbit.store.rows import name_model
 from kbit.training.config import TrainConfig
 
 _KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
+_ALIKE: Final = ["model", "dtype", "method", "evaluation", "training"]  # columns that tell cost classes apart
 _STORED: Final = 4  # results of alike experiments that are read from a store
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes that a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
@@ -110,14 +110,14 @@ def estimate_training(size: ModelSize, train: TrainConfig) -> int:
 
         gradients and states of each parameter + activations of each token + logits, their softmax and their gradient
 
-    Everything has 32 bits. Adapters count as nothing, and so do states of fewer bits, which save less than the
-    activations take.
+    Everything has 32 bits. Quantization-aware training keeps the rounded weights as well. Adapters count as nothing,
+    and so do states of fewer bits, which save less than the activations take.
     """
     if not train.steps:
         return 0
     tokens = train.batch_size * (train.context or min(size.context, MAX_WINDOW))
     layers = size.parameters / (_BLOCK_MATRICES * size.hidden**2)  # at most: embeddings count as blocks here
-    states = 0 if train.lora.rank else _STATES * size.parameters
+    states = 0 if train.lora.rank else (_STATES + train.is_aware) * size.parameters
     kept = tokens * (_KEPT_PER_LAYER * layers * size.hidden + _LOGITS * (size.vocabulary or _USUAL_VOCABULARY))
     return round(_BYTES["float32"] * (states + kept))
 
@@ -220,7 +220,7 @@ class Estimator:
         try:
             table = read_results(store_path).drop_duplicates("key")
             mine = table[table["model"].isin({name_model(experiment.model) for experiment in experiments})]
-            alike = (table if mine.empty else mine).groupby(["model", "dtype", "method", "evaluation"], dropna=False)
+            alike = (table if mine.empty else mine).groupby(_ALIKE, dropna=False)
             results = list(load_results(store_path, set(alike.tail(_STORED)["key"])))
         except (ValueError, OSError):  # there is no store yet, or a damaged file, which readers of the store will name
             return

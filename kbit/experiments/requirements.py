@@ -19,6 +19,7 @@ from kbit.models.catalog import STUDIED, locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
 from kbit.models.config import MAX_WINDOW, ModelConfig
 from kbit.models.size import find_cached_folder, find_context, find_packed, find_size, is_of_other_tool
+from kbit.training.held_out import count_needed
 
 # No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
 _LONG_TOKEN: Final = 32
@@ -139,8 +140,8 @@ def check_lengths(experiment: Experiment) -> None:
 
     Raises:
         ValueError: a calibration window, or what eval.speed generates, is longer than the model's context. Or a text is
-            shorter than one window, than all windows that are drawn from it, or than a batch and a window that a
-            training holds back.
+            shorter than one window, than all windows that are drawn from it, or than a batch and the windows that
+            a training holds back.
     """
     context = find_context(experiment.model.name)
     if experiment.eval.speed.measure:
@@ -165,7 +166,8 @@ def _check_training(experiment: Experiment, context: int | None) -> None:
     if train.context is not None and context is not None and train.context > context:
         raise ValueError(f"train.context={train.context} is beyond the model's context of {context} tokens")
     length = train.context or min(context or 1, MAX_WINDOW)
-    _check_text(train.text, length, experiment.model, train.batch_size + 1, "train.text", "train.batch_size + 1")
+    needed = count_needed(train.batch_size)
+    _check_text(train.text, length, experiment.model, needed, "train.text", "train.batch_size + held-back windows")
 
 
 def _check_text(

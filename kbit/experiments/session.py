@@ -138,10 +138,9 @@ class Session:
     def _copy_what_changes(self, experiment: Experiment) -> dict[str, torch.Tensor]:
         """Return copies of what is quantized. A training without adapters changes every parameter."""
         model, train = self._loaded.model, experiment.train
-        changed = copy_weights(model, plan_quantization(model, experiment.quant))
         if train.steps and not train.lora.rank:
-            changed = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
-        return changed
+            return {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
+        return copy_weights(model, plan_quantization(model, experiment.quant))
 
     def _quantize_and_measure(
         self, experiment: Experiment, key: str, subject: Subject, files: TrainingFiles | None

@@ -31,6 +31,7 @@ from kbit.methods.quantize_model import quantize_model, restore_weights
 from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.config import MAX_WINDOW
 from kbit.models.loading import LoadedModel
+from kbit.models.size import CONTEXT_FIELDS
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.optim.stable_embedding import embedding_stable
 from kbit.training.adapters import adapters_in, save_adapters
@@ -103,8 +104,7 @@ def trained_and_quantized(
     if train.lora.rank:
         report = quantize_model(model, quant, loaded.tokenizer)
         with adapters_in(model, train.lora, train.seed):
-            trained = train_model(model, text, train, **kept)
-            round_trained(model, loaded.checkpoint_dtype)
+            trained = round_trained(model, train_model(model, text, train, **kept), loaded.checkpoint_dtype)
             if files is not None and not trained.diverged:
                 save_adapters(model, files.adapters)
             yield TrainedModel(report, trained, text, sha256)
@@ -134,11 +134,12 @@ def train_weights(
     if last.trained is not None and last.content == content:
         restore_weights(model, last.weights)
         return last.trained
+    last.content, last.trained, last.weights = (), None, {}  # its memory is free while the model trains
     with all_trained(model):
         if train.start == "random":
             randomize(model, train.seed, stable_embedding=train.stable_embedding)
         trained = train_model(model, text, train, rounded=rounded, **kept)
-        round_trained(model, loaded.checkpoint_dtype)
+        trained = round_trained(model, trained, loaded.checkpoint_dtype)
     last.content, last.trained = content, trained
     last.weights = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
     return trained
@@ -163,8 +164,7 @@ def read_training_text(train: TrainConfig, loaded: LoadedModel, memory: Memory) 
 def find_context(model: Any) -> int:
     """Return the most tokens that a model's positions are for, or MAX_WINDOW if it has no limit."""
     config = model.config.get_text_config(decoder=True)
-    names = ("max_position_embeddings", "n_positions", "seq_length")
-    return next((int(value) for name in names if (value := getattr(config, name, None))), MAX_WINDOW)
+    return next((int(value) for name in CONTEXT_FIELDS if (value := getattr(config, name, None))), MAX_WINDOW)
 
 
 def list_rounded(model: nn.Module, train: TrainConfig, quant: QuantConfig) -> list[str]:
@@ -199,11 +199,18 @@ def all_trained(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def round_trained(model: nn.Module, dtype: str) -> None:
-    """Round what was trained to 16 bits, as every model is that kbit loads: its bits are counted so."""
+def round_trained(model: nn.Module, trained: Trained, dtype: str) -> Trained:
+    """Round what was trained to 16 bits, as every model is that kbit loads: its bits are counted so.
+
+    Returns:
+        How the training went. One whose weights are not finite, or are beyond the dtype, has diverged.
+    """
+    is_finite = True
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.copy_(parameter.to(getattr(torch, dtype)))
+            is_finite &= bool(parameter.isfinite().all())
+    return dataclasses.replace(trained, diverged=trained.diverged or not is_finite)
 
 
 def measure_training(model: Any, done: TrainedModel, budget: TokenBudget) -> Measured:

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from kbit.kernels import cpu_states
 from kbit.kernels.cpu_states import Rule
 from kbit.numerics.backend import choose_backend, torch_threads_kept
-from kbit.optim.states import MIN_SIZE, States, mix_seed, read_states, start_state, view_state
+from kbit.optim.states import MIN_SIZE, ROLES, States, mix_seed, read_states, start_state, view_state
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_USED = "used_state"  # a group's `state` from its first step on, so that state_dict has it
 
 
 class CodedOptimizer(Optimizer):
@@ -28,7 +29,8 @@ class CodedOptimizer(Optimizer):
     A group of parameters may have a `state`, `min_size` and `paged` of its own, such as state="32bit" for embeddings.
     """
 
-    roles: ClassVar[tuple[str, ...]] = ("momentum", "variance")
+    rule: ClassVar[str]  # its name, which tells saved states of one rule from those of another
+    roles: ClassVar[tuple[str, ...]] = ROLES
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, see torch.optim.Optimizer.
@@ -37,11 +39,13 @@ class CodedOptimizer(Optimizer):
             ValueError: an option or a dtype that does not go. The message names it.
         """
         group = self.defaults | param_group
-        states = group["state"] if isinstance(group["state"], States) else read_states(group["state"])
-        param_group["state"] = states.as_text()
+        param_group.pop(_USED, None)  # of another optimizer's group
+        param_group["state"], param_group["rule"] = read_states(group["state"]).as_text(), self.rule
         param_group["paged"] = None if group["paged"] is None else str(group["paged"])
         if group["min_size"] < 0:
             raise ValueError(f"min_size={group['min_size']} is not >= 0")
+        if group["paged"] is not None and not Path(group["paged"]).is_dir():
+            raise ValueError(f"paged={group['paged']} is no folder: make it first")
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.dtype not in _DTYPES:
@@ -57,7 +61,8 @@ class CodedOptimizer(Optimizer):
         """Change every parameter that has a gradient. The loss of the closure, if there is one, is returned.
 
         Raises:
-            ValueError: a sparse gradient.
+            ValueError: a sparse gradient, one of another type than its parameter, or a group whose `state` was changed
+                after its first step.
         """
         loss = None
         if closure is not None:
@@ -66,9 +71,9 @@ class CodedOptimizer(Optimizer):
         number = 0
         with torch_threads_kept():
             for group in self.param_groups:
-                states = read_states(group["state"])
+                states = _read_unchanged(group)
                 for p in group["params"]:
-                    if p.grad is not None:
+                    if p.grad is not None and p.numel():
                         self._step_parameter(p, group, states, number)
                     number += 1
         return loss
@@ -76,16 +81,22 @@ class CodedOptimizer(Optimizer):
     def _step_parameter(self, p: Tensor, group: dict[str, Any], states: States, number: int) -> None:
         if p.grad is None or p.grad.layout != torch.strided:
             raise ValueError(f"a gradient of layout {p.grad.layout if p.grad is not None else None} is not dense")
+        if (p.grad.dtype, p.grad.shape, p.grad.device) != (p.dtype, p.shape, p.device):
+            raise ValueError(
+                f"the gradient is {p.grad.dtype} {tuple(p.grad.shape)} on {p.grad.device}, and its parameter {p.dtype} "
+                f"{tuple(p.shape)} on {p.device}: convert one of them"
+            )
         if not self.state[p]:
             self.state[p].update(self._start(p, group, states))
         state = self.state[p]
         state["step"] += 1
         backend, elements = choose_backend(p.device), p.numel()
         arrays = {name: backend.view(tensor) for name, tensor in state.items() if isinstance(tensor, Tensor)}
-        views = [
-            view_state(role, spec, arrays, elements, mix_seed(spec.seed if spec else 0, number, state["step"]))
-            for role, spec in (("momentum", states.momentum), ("variance", states.variance))
-        ]
+        views = [cpu_states.ABSENT] * len(ROLES)
+        for place, role in enumerate(self.roles):
+            spec = getattr(states, role)
+            seed = mix_seed(spec.seed if spec else 0, role, number, state["step"])
+            views[place] = view_state(role, spec, arrays, elements, seed)
         flat, gradient = p.detach().contiguous().view(-1), p.grad.detach().contiguous().view(-1)
         kernels = import_module("kbit.kernels.cuda_states") if backend.is_gpu else cpu_states
         kernels.take_step(backend.view(flat), backend.view(gradient), *views, self.make_rule(group, state["step"]))
@@ -112,23 +123,28 @@ class CodedOptimizer(Optimizer):
         torch's own would cast codes and scales to the parameter's dtype.
 
         Raises:
-            ValueError: the states are of other quantizers or of other parameters.
+            ValueError: the states are of another rule, of other quantizers or of other parameters. Nothing is changed
+                then.
         """
-        own = [dict(group) for group in self.param_groups]
-        for mine, saved in zip(own, state_dict["param_groups"], strict=False):
+        own, saved_groups = [dict(group) for group in self.param_groups], state_dict["param_groups"]
+        counts = [[len(group["params"]) for group in groups] for groups in (saved_groups, own)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"the saved optimizer has groups of {counts[0]} parameters, and this one of {counts[1]}")
+        restored = {}
+        for mine, saved in zip(own, saved_groups, strict=True):
             _check_same_states(mine, saved)
+            for number, p in zip(saved["params"], mine["params"], strict=True):
+                if state := state_dict["state"].get(number):
+                    restored[p] = self._restore(p, mine, state)
         super().load_state_dict(state_dict | {"state": {}})
-        numbers = [number for saved in state_dict["param_groups"] for number in saved["params"]]
-        groups = [group | {"paged": mine["paged"]} for group, mine in zip(self.param_groups, own, strict=True)]
-        owners = [(p, group) for group in groups for p in group["params"]]
         for group, mine in zip(self.param_groups, own, strict=True):
             group["paged"] = mine["paged"]
-        for number, (p, group) in zip(numbers, owners, strict=True):
-            if (saved := state_dict["state"].get(number)) is not None:
-                self.state[p] = self._restore(p, group, saved)
+        self.state.update(restored)
 
     def _restore(self, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         state = self._start(p, group, read_states(group["state"]))
+        if extra := sorted(saved.keys() - state.keys()):
+            raise ValueError(f"the saved state has {', '.join(extra)}, which this optimizer has not")
         for name, made in state.items():
             if not isinstance(made, Tensor):
                 state[name] = saved[name]
@@ -150,12 +166,27 @@ class CodedOptimizer(Optimizer):
 
 
 def _check_same_states(mine: dict[str, Any], saved: dict[str, Any]) -> None:
-    for name in ("state", "min_size"):
+    for name in ("state", "min_size", "rule"):
         if name not in saved:
             raise ValueError(f"the saved optimizer has no {name}: it is none of kbit.optim")
-        if mine[name] != saved[name]:
-            theirs, ours = ((read_states(g[name]).label() if name == "state" else g[name]) for g in (saved, mine))
-            raise ValueError(f"the saved optimizer has {name} {theirs}, and this one {ours}: make it with the same")
+        theirs, ours = (read_states(group[name]) if name == "state" else group[name] for group in (saved, mine))
+        if ours != theirs:
+            labels = [x.label() if isinstance(x, States) else x for x in (theirs, ours)]
+            raise ValueError(
+                f"the saved optimizer has {name} {labels[0]}, and this one {labels[1]}: make it with the same"
+            )
+
+
+def _read_unchanged(group: dict[str, Any]) -> States:
+    """Return the states of a group, and keep them in mind: codes that are there would mean other values in others."""
+    states = read_states(group["state"])
+    used = read_states(group.setdefault(_USED, group["state"]))
+    if states != used:
+        raise ValueError(
+            f"a group's state is {states.label()}, and its states are stored as {used.label()} since its first step: "
+            "make another optimizer"
+        )
+    return states
 
 
 class AdamW(CodedOptimizer):
@@ -167,7 +198,7 @@ class AdamW(CodedOptimizer):
         betas: the decay of the running means of gradients and of their squares.
         eps: is added to the root of the variance.
         weight_decay: share of lr by which a step shrinks the parameters.
-        state: how states are stored. A name of kbit.optim.STATES, or kbit.optim.States.
+        state: how states are stored. A name of kbit.optim.STATES, or kbit.optim.States. None is float32.
         min_size: parameters with fewer elements have float32 states.
         paged: a folder on a disk in whose files the states lie, so that the system can take their memory. None is
             memory. The files have no names and end with the optimizer.
@@ -176,6 +207,7 @@ class AdamW(CodedOptimizer):
         ValueError: a value outside its range, or a parameter that is no float32, float16 or bfloat16.
     """
 
+    rule = "AdamW"
     is_decoupled: ClassVar[bool] = True
 
     def __init__(
@@ -186,7 +218,7 @@ class AdamW(CodedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        state: str | States = "adam8bit",
+        state: str | States | None = "adam8bit",
         min_size: int = MIN_SIZE,
         paged: str | Path | None = None,
     ) -> None:
@@ -206,6 +238,7 @@ class AdamW(CodedOptimizer):
 class Adam(AdamW):
     """Adam (Kingma & Ba 2015), as torch.optim.Adam: weight decay is added to the gradient. See AdamW for arguments."""
 
+    rule = "Adam"
     is_decoupled = False
 
     def __init__(
@@ -216,7 +249,7 @@ class Adam(AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        state: str | States = "adam8bit",
+        state: str | States | None = "adam8bit",
         min_size: int = MIN_SIZE,
         paged: str | Path | None = None,
     ) -> None:
@@ -231,6 +264,7 @@ class SGD(CodedOptimizer):
         nesterov: whether the step looks ahead by one momentum.
     """
 
+    rule = "SGD"
     roles = ("momentum",)
 
     def __init__(
@@ -241,7 +275,7 @@ class SGD(CodedOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        state: str | States = "sgd8bit",
+        state: str | States | None = "sgd8bit",
         min_size: int = MIN_SIZE,
         paged: str | Path | None = None,
     ) -> None:
@@ -264,6 +298,7 @@ class Lion(CodedOptimizer):
     Its step is the sign of beta1 m + (1 - beta1) g, and m decays by beta2. Weight decay is decoupled.
     """
 
+    rule = "Lion"
     roles = ("momentum",)
 
     def __init__(
@@ -273,7 +308,7 @@ class Lion(CodedOptimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         *,
-        state: str | States = "lion8bit",
+        state: str | States | None = "lion8bit",
         min_size: int = MIN_SIZE,
         paged: str | Path | None = None,
     ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+_OPTIONS: Final = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
 class StableEmbedding(nn.Embedding):
@@ -40,15 +42,18 @@ def make_embedding_stable(model: Any) -> StableEmbedding:
     A head that shares the embedding's weight shares the new one.
 
     Raises:
-        ValueError: the model's input embedding is no plain torch.nn.Embedding.
+        ValueError: the model's input embedding is no plain torch.nn.Embedding, or is frozen.
     """
     old = model.get_input_embeddings()
     if type(old) is not nn.Embedding:
         raise ValueError(f"the input embedding is a {type(old).__name__}, not a torch.nn.Embedding")
+    if not old.weight.requires_grad:
+        raise ValueError("the input embedding is frozen (requires_grad=False): its new weights would stay random")
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is old.weight
-    places: dict[str, Any] = {"device": old.weight.device, "dtype": old.weight.dtype}
-    new = StableEmbedding(old.num_embeddings, old.embedding_dim, padding_idx=old.padding_idx, **places)
+    options: dict[str, Any] = {name: getattr(old, name) for name in _OPTIONS}
+    options |= {"device": old.weight.device, "dtype": old.weight.dtype}
+    new = StableEmbedding(old.num_embeddings, old.embedding_dim, **options)
     model.set_input_embeddings(new.train(old.training))
     if is_tied:
         head.weight = new.weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -73,11 +74,17 @@ class States:
 
 
 @functools.lru_cache(maxsize=64)
-def read_states(text: str) -> States:
-    """Return the states of a name, or of what States.as_text wrote."""
-    if not text.startswith("{"):
-        return States.from_name(text)
-    fields = json.loads(text)
+def read_states(state: str | States | None) -> States:
+    """Return the states of a name, or of what States.as_text wrote. None is float32.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if state is None or isinstance(state, States):
+        return state or States()
+    if not str(state).startswith("{"):
+        return States.from_name(state)
+    fields = json.loads(state)
     return States(**{role: None if fields[role] is None else QuantSpec.from_json(fields[role]) for role in ROLES})
 
 
@@ -128,27 +135,39 @@ def start_state(
         device: the parameter's device.
         folder: where the tensors lie in files, or None for memory.
     """
+    sizes = _count_values(role, spec, elements)
+    dtypes = {name: torch.uint8 if name.endswith("_codes") else torch.float32 for name in sizes}
+    return {name: _allocate(size, dtypes[name], device, folder) for name, size in sizes.items()}
+
+
+def _count_values(role: str, spec: QuantSpec | None, elements: int) -> dict[str, int]:
+    """Return the sizes of a state's tensors by their names. Any code of a block of scale 0 is 0."""
     if spec is None:
-        return {role: _allocate(elements, torch.float32, device, folder)}
-    code_bytes, blocks = math.ceil(elements * spec.bits / 8), spec.count_blocks((elements,))
-    return {
-        f"{role}_codes": _allocate(code_bytes, torch.uint8, device, folder),  # any code of a block of scale 0 is 0
-        f"{role}_scales": _allocate(blocks, torch.float32, device, folder),
-    }
+        return {role: elements}
+    codes, scales = math.ceil(elements * spec.bits / 8), spec.count_blocks((elements,))
+    return {f"{role}_codes": codes, f"{role}_scales": scales}
 
 
 def _allocate(count: int, dtype: torch.dtype, device: torch.device, folder: str | None) -> Tensor:
     """Return zeros, in memory or in a file that has no name any more and ends with the tensor.
 
-    Pages of a file need no swap space: the system writes them to the file and reads them again as needed.
+    Pages of a file need no swap space: the system writes them to the file and reads them again as needed. The disk's
+    space is taken at once, because a disk that is full later would end the process by a signal.
+
+    Raises:
+        OSError: the disk has too little space.
     """
     if folder is None:
         return torch.zeros(count, dtype=dtype, device=device)
     handle, path = tempfile.mkstemp(dir=folder, prefix="kbit-state-")
-    os.close(handle)
     try:
+        if hasattr(os, "posix_fallocate"):  # macOS and Windows lack it
+            os.posix_fallocate(handle, 0, count * dtype.itemsize)
         return torch.from_file(path, shared=True, size=count, dtype=dtype)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} for a state in the folder of paged", path) from error
     finally:
+        os.close(handle)
         Path(path).unlink()
 
 
@@ -157,13 +176,18 @@ def view_state(role: str, spec: QuantSpec | None, tensors: Mapping[str, Any], el
 
     Args:
         role, spec, elements: see start_state.
-        tensors: the arrays of the optimizer's state on the device, by name. A state that is not there is absent.
+        tensors: the arrays of the optimizer's state on the device, by name.
         seed: seed of stochastic rounding in this step.
+
+    Raises:
+        ValueError: the arrays are not those of this quantizer and this number of elements.
     """
-    if role in tensors:
+    held = None if role in tensors else spec  # a small parameter has exact states
+    wanted = _count_values(role, held, elements)
+    if (found := {name: tensors[name].shape[0] for name in wanted if name in tensors}) != wanted:
+        raise ValueError(f"a parameter of {elements} elements has the states {found}, and its group asks for {wanted}")
+    if held is None or spec is None:
         return cpu_states.EXACT._replace(values=tensors[role])
-    if spec is None or f"{role}_codes" not in tensors:
-        return cpu_states.ABSENT
     state = _make_template(spec)._replace(codes=tensors[f"{role}_codes"], scales=tensors[f"{role}_scales"])
     if spec.block_size is None:
         state = state._replace(block_size=elements)
@@ -176,6 +200,10 @@ def _make_template(spec: QuantSpec) -> State:
     return cpu_states.make_state(spec.bits, spec.block_size or 1, codebook, spec.make_thresholds(codebook))
 
 
-def mix_seed(seed: int, number: int, step: int) -> int:
-    """Return the seed of stochastic rounding of one parameter's state in one step."""
-    return (seed + 1_000_003 * number + 1_000_000_007 * step) % 2**63
+def mix_seed(seed: int, name: str, number: int, step: int) -> int:
+    """Return the seed of stochastic rounding of one tensor of a parameter's state in one step.
+
+    The states of a parameter must not share random numbers: their errors would depend on each other.
+    """
+    own = hashlib.blake2b(f"{name}/{number}/{step}".encode(), digest_size=8).digest()
+    return (seed + int.from_bytes(own, "big")) % 2**63

@@ -17,6 +17,7 @@ file is gone since it was listed.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import uuid
 from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
@@ -104,6 +105,23 @@ class Store:
         if (files := self.training_files(key)) is not None:
             files.checkpoint.unlink(missing_ok=True)
 
+    def _remove_trainings(self, keys: Collection[str]) -> None:
+        """Remove the checkpoints and adapters of these experiments."""
+        for key in keys:
+            if (files := self.training_files(key)) is not None:
+                files.checkpoint.unlink(missing_ok=True)
+                shutil.rmtree(files.adapters, ignore_errors=True)
+
+    def _copy_adapters(self, root: str, keys: Collection[str]) -> None:
+        """Copy the adapters of these experiments from another local store, if there are some."""
+        for key in () if is_url(root) else keys:
+            source, files = Path(root) / "adapters" / key, self.training_files(key)
+            if files is not None and source.is_dir():
+                part = files.adapters.with_name(f"{key}.{uuid.uuid4().hex}.part")
+                shutil.copytree(source, part)
+                shutil.rmtree(files.adapters, ignore_errors=True)
+                part.replace(files.adapters)
+
     def write(self, result: Result) -> None:
         """Write a result, and forget an earlier failure of the same experiment."""
         self._forget_deletion([result.key])
@@ -146,7 +164,7 @@ class Store:
         return compacted
 
     def delete(self, keys: Collection[str]) -> int:
-        """Delete the results of these experiments and return their number.
+        """Delete the results of these experiments, with their adapters, and return their number.
 
         Those in a file from which nothing can be taken stay, with a warning that names the file.
         """
@@ -156,6 +174,7 @@ class Store:
                 self._files.create(f"deleted/{key}.json", b"{}")
             self._remove_results(deleted)
             left = self._list_finished(has_lock=True)
+            self._remove_trainings(deleted - left)
         return len(deleted - left)
 
     def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
@@ -180,14 +199,15 @@ class Store:
         return len(removed)
 
     def delete_failures(self, keys: Collection[str]) -> int:
-        """Forget the failures of these experiments and return their number."""
+        """Forget the failures of these experiments, and trainings that did not end. Return the number of failures."""
         deleted = sorted(set(self._files.names("failures", ".json")) & {f"failures/{key}.json" for key in keys})
         for name in deleted:
             self._files.remove(name)
+        self._remove_trainings({Path(name).stem for name in deleted} - self.finished_keys())
         return len(deleted)
 
     def merge(self, path: str | Path) -> tuple[int, int]:
-        """Copy the results and failures of another store that this one lacks.
+        """Copy the results, with their adapters, and failures of another store that this one lacks.
 
         Returns:
             The number of copied results, and the number of results that this store had already.
@@ -203,6 +223,7 @@ class Store:
             self._forget_deletion(fresh["key"].to_pylist())
             mine.update(fresh["key"].to_pylist())
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
+            self._copy_adapters(other.root, fresh["key"].to_pylist())
             self._replace([], fresh)
         for _, record in find_records(other, "failures", None):
             if record["key"] not in mine:

@@ -6,7 +6,9 @@ A model is quantized, and its bits are counted, before adapters are put in. Afte
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,10 +63,10 @@ def adapters_in(model: nn.Module, config: LoraConfig, seed: int) -> Iterator[Non
     transposed = isinstance(model.get_submodule(names[0]), Conv1D)
     asked = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names, fan_in_fan_out=transposed)  # type: ignore[arg-type]  # alpha need not be whole
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(asked, model)
     try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(asked, model)
         yield
     finally:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -77,12 +79,21 @@ def adapters_in(model: nn.Module, config: LoraConfig, seed: int) -> Iterator[Non
 
 
 def save_adapters(model: Any, folder: Path) -> None:
-    """Write a model's adapters as peft does, for `model.adapter=FOLDER` or for peft itself."""
+    """Write a model's adapters as peft does, for `model.adapter=FOLDER` or for peft itself.
+
+    They were trained beside the quantized base. kbit merges an adapter into the 16-bit base before it quantizes, which
+    makes another model than the one that was measured.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")  # so that the folder is there as a whole or not at all
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     weights = get_peft_model_state_dict(model).items()
     named = {f"base_model.model.{name}": value.contiguous() for name, value in weights}  # as peft has it
-    save_file(named, folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)
+    save_file(named, part / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(part)
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.replace(folder)

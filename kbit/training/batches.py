@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 
 from kbit.training.config import MAX_STEPS
+from kbit.training.held_out import count_held
 
 Tokens = Int64[torch.Tensor, " tokens"]
-
-_HELD_WINDOWS: Final = 64  # held back from a training. With 256 tokens each the interval of their mean is +-0.06 nats
-_HELD_SHARE: Final = 1 / 16  # of a text, at most
 
 
 def tokenize_stream(documents: Iterable[str], tokenizer: Any) -> Tokens:
@@ -51,12 +49,12 @@ class TrainingText:
 
 
 def split_text(stream: Tokens, *, batch_size: int, context: int, name: str) -> TrainingText:
-    """Hold back windows from the end of a stream: 64, or a sixteenth of a short text and at least one.
+    """Hold back windows from the end of a stream, see count_held.
 
     Raises:
         ValueError: what is left has fewer tokens than a batch.
     """
-    held = max(1, min(_HELD_WINDOWS, int(len(stream) // context * _HELD_SHARE)))
+    held = count_held(len(stream) // context)
     kept = len(stream) - held * context
     if kept < batch_size * context:
         raise ValueError(

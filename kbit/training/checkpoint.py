@@ -33,7 +33,7 @@ def read_checkpoint(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | N
     if not path.exists():
         return None
     try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # of a file that was cut
         raise ValueError(f"{path} is damaged ({error}): remove it to train from the start") from error
     if saved.get("config") != config:

@@ -116,7 +116,7 @@ class TrainConfig:
         start: what is trained: the model's checkpoint, or random weights of its architecture.
         text: the text to train on: an embedded text, a path, or a text of the hub. See eval.perplexity.
         batch_size: number of windows in a step.
-        context: tokens of a window. None is the model's context, at most 2048.
+        context: tokens of a window. None is the model's context, at most 2048. Setting that number gives another key.
         lr: the highest learning rate.
         warm_up: share of the steps in which the learning rate rises linearly to lr. A cosine then lets it fall.
         last_lr: share of lr at which the cosine ends.
@@ -310,6 +310,8 @@ class TrainConfig:
     def _idle_names(self) -> set[str]:
         """Return the names of fields and roles that change nothing beside the others."""
         names = {"checkpoint_every"}
+        if self.optimizer == "adam" and not self.weight_decay:
+            names |= {"optimizer"}  # which differs from adamw by how weights decay alone
         if "variance" not in OPTIMIZER_STATES[self.optimizer]:
             names |= {"eps"} | ({"beta2"} if self.optimizer == "sgd" else set())
         if not any(self.quantizes(name) for name in STATES):
@@ -323,6 +325,19 @@ class TrainConfig:
         if not self.quantizes("exchange"):
             names |= {"error_feedback"}
         return names
+
+    @property
+    def set_fields(self) -> dict[str, bool]:
+        """The keys below train that are not at their default, such as weights.bits, and whether each has an effect."""
+        default, idle = TrainConfig(), self._idle_names() - {"checkpoint_every"}
+        idle |= {role for role in ROLES if not self.quantizes(role)}
+        idle |= (set() if self.lora.rank else {"lora"}) | (set() if self.fast.adapt else {"fast"})
+        effects: dict[str, bool] = {}
+        for name in non_defaults(self, default):
+            parts = non_defaults(getattr(self, name), getattr(default, name)) if _is_nested(name) else ()
+            keys = [f"{name}.{part}" for part in parts] or [name]
+            effects |= dict.fromkeys(keys, self.steps > 0 and name not in idle)
+        return effects
 
     def label(self) -> str:
         """Return a short description for people, such as 'trained 300 steps weights=nf3', or "" without training."""
@@ -358,6 +373,15 @@ def _is_nested(name: str) -> bool:
 def _check_range(name: str, value: float, least: float, most: float) -> None:
     if not least <= value <= most:
         raise ValueError(f"train.{name}={value:g} is not in {least:g}..{most:g}")
+
+
+def find_idle_keys(configs: Iterable[TrainConfig]) -> list[str]:
+    """Return the keys that are set and change nothing in any of these trainings, such as weights.bits."""
+    effects: dict[str, bool] = {}
+    for config in dict.fromkeys(configs):
+        for name, counts in config.set_fields.items():
+            effects[name] = effects.get(name, False) or counts
+    return sorted(name for name, counts in effects.items() if not counts)
 
 
 def list_texts(configs: Iterable[TrainConfig]) -> list[str]:

@@ -45,7 +45,21 @@ class Rounding(nn.Module):
         self._owner = [owner]  # in a list, as a layer is no part of its own weight
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the values that quantize_model would write into the weight."""
+        """Return the values that quantize_model would write into the weight.
+
+        Raises:
+            FloatingPointError: the training has brought the weight to values that the quantizer cannot represent.
+        """
+        try:
+            return self._quantize(weight)
+        except ValueError as error:
+            raise FloatingPointError(f"a trained weight cannot be rounded: {error}") from error
+
+    def check(self, weight: torch.Tensor) -> None:
+        """Raise ValueError if the quantizer cannot represent an untrained weight."""
+        self._quantize(weight)
+
+    def _quantize(self, weight: torch.Tensor) -> torch.Tensor:
         rounded = weight.detach().clone()
         for matrix in split_matrices(rounded, self._owner[0]):
             matrix.copy_(fake_quantize(matrix, self._spec))
@@ -67,7 +81,8 @@ def rounded_weights(model: nn.Module, spec: QuantSpec, names: Iterable[str]) -> 
         names: names of the parameters that are rounded.
 
     Raises:
-        ValueError: the rounding draws random numbers, which would be the same ones at each step.
+        ValueError: the rounding draws random numbers, which would be the same ones at each step. Or the quantizer
+            cannot represent a weight as it is now.
     """
     if spec.rounding == "stochastic":
         raise ValueError("train.weights.rounding=stochastic would round with the same random numbers at each step")
@@ -76,7 +91,9 @@ def rounded_weights(model: nn.Module, spec: QuantSpec, names: Iterable[str]) -> 
         for name in names:
             owner, attribute = owner_of(model, name), name.rpartition(".")[2]
             order = [own for own, _ in owner.named_parameters(recurse=False)]
-            parametrize.register_parametrization(owner, attribute, Rounding(spec, owner), unsafe=True)
+            rounding = Rounding(spec, owner)
+            rounding.check(owner.get_parameter(attribute))
+            parametrize.register_parametrization(owner, attribute, rounding, unsafe=True)
             placed.append((owner, attribute, order))
         yield
     finally:

@@ -37,7 +37,7 @@ class Trained:
     Attributes:
         losses: the loss before each step, in nats a token. A diverged training has those up to the last step.
         diverged: whether a loss was not finite or more than three times that of a uniform guess, or the gradients were
-            not finite. The training ended there.
+            not finite, or a weight was beyond what rounds it. The training ended there.
         tokens: number of tokens trained on.
         trainable: number of trained parameters.
         state_bits: bits of the optimizer's states.
@@ -87,12 +87,12 @@ class QuantizedGradients:
         self.config, self.step = config, 0
         self.products: QuantizedProducts | None = None
         self.exchange: SimulatedExchange | None = None
-        if config.quantizes_products:
-            self.products = quantize_products(model, make_policy(config), include=config.include or IN_DECODER_LAYERS)
         if config.replicas > 1:
             trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             exchange = Exchange(config.exchange, config.replicas, config.exchange_form, config.error_feedback)
             self.exchange = SimulatedExchange(trained, exchange)
+        if config.quantizes_products:  # last, as nothing restores the model if there is an error after it
+            self.products = quantize_products(model, make_policy(config), include=config.include or IN_DECODER_LAYERS)
 
     def compute(self, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:
         """Give the parameters the gradients of a batch, and return the loss, infinite if a value was not finite."""

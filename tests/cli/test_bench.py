@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kbit.costs.bench import Benched, Variant
+from kbit.costs.bench import Benched, Variant, make_rival
 from kbit.costs.bench_tables import tabulate_bench, write_costs, write_times
 from kbit.evaluation.measurement import Measurement
 from kbit.evaluation.speed.record import BatchRecord, SpeedRecord
@@ -32,11 +33,13 @@ def make_benched(name: str, bits: int, milliseconds: dict[int, float]) -> Benche
     for batch, ms in milliseconds.items():
         measurements.append(Measurement(f"speed/batch_{batch}", "ms_per_token", ms, ms, ms, 7))
         measurements.append(Measurement(f"speed/batch_{batch}", "prompt_tokens_per_second", 100.0 * batch, 0, 0, 7))
-    return Benched(Variant(MODEL, name, bits, lambda: (None, None)), "", "bfloat16", record, tuple(measurements))
+    variant = Variant(MODEL, name, bits, lambda: (None, None))
+    rounds = {batch: (0.9 * ms, 2 * ms, *[ms] * 5) for batch, ms in milliseconds.items()}
+    return Benched(variant, "", "bfloat16", record, tuple(measurements), rounds)
 
 
-def test_the_table_has_times_beside_the_fastest_16_bit_variant() -> None:
-    gone = Benched(Variant(MODEL, "fp32", 16, lambda: (None, None)), "oom")
+def test_the_table_has_times_beside_the_fastest_plain_variant() -> None:
+    gone = Benched(Variant(MODEL, "fp32", 32, lambda: (None, None)), "oom beside 3 others")
     table = tabulate_bench(
         [
             make_benched("nf4", 4, {1: 4.0, 8: 1.0}),
@@ -47,14 +50,45 @@ def test_the_table_has_times_beside_the_fastest_16_bit_variant() -> None:
     )
     times = write_times(table)
     assert times["precision"].tolist() == ["nf4", "bf16", "fp16", "fp32"]
-    assert times["batch 1"].tolist() == ["4 (1.50x)", "8 (0.75x)", "6 (1.00x)", "oom"]
-    assert times["batch 8"].tolist() == ["1 (1.50x)", "1.5 (1.00x)", "2 (0.75x)", "oom"]
-    assert times["batch 32"].tolist() == ["oom"] * 4
+    assert times["batch 1"].tolist() == ["4 (1.50x)", "8 (0.75x)", "6 (1.00x)", "oom beside 3 others"]
+    assert times["batch 8"].tolist() == ["1 (1.50x)", "1.5 (1.00x)", "2 (0.75x)", "oom beside 3 others"]
+    assert times["batch 32"].tolist() == [*["oom"] * 3, "oom beside 3 others"]
     first = table.iloc[0]
     assert first["read_share"] == pytest.approx(8e6 / (4e-3 * 4e9))  # a step of 4 ms could read 16 MB
     assert table.iloc[1]["read_share"] == pytest.approx(8e6 / (8 * 1e-3 * 4e9))  # a step of batch 8 takes 8 ms
     costs = write_costs(table)
     assert costs.iloc[0].tolist() == [MODEL.name, "nf4", "8", "7.5", "9", "0.5", "800", "50%", "fused 8"]
+
+
+def test_a_speedup_is_that_of_the_rounds() -> None:
+    """Both are slow in the same rounds, so that the ratios tell them apart, and the medians' intervals do not."""
+    slow, noise = make_benched("bf16", 16, {1: 4.0}), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    plain = dataclasses.replace(slow, rounds={1: noise})
+    faster = dataclasses.replace(make_benched("nf4", 4, {1: 3.6}), rounds={1: tuple(0.9 * value for value in noise)})
+    alike = dataclasses.replace(make_benched("nf3", 3, {1: 4.0}), rounds={1: (2.0, 1.0, 3.0, 4.0, 5.0, 7.0, 6.0)})
+    table = tabulate_bench([plain, faster, alike])
+    assert write_times(table)["batch 1"].tolist() == ["4 (1.00x)", "3.6 (1.11x)", "4 (1.00x, not told apart)"]
+
+
+def test_plain_float32_has_32_bits() -> None:
+    assert [make_rival(MODEL, name, "cpu").bits for name in ("bf16", "fp32")] == [16, 32]
+    table = tabulate_bench([make_benched("fp32", 32, {1: 2.0}), make_benched("bf16", 16, {1: 4.0})])
+    assert table[table["batch"] == 1]["speedup"].tolist() == [1.0, 0.5]
+
+
+def test_what_does_not_fit_beside_others_is_kept_and_says_so(
+    kbit: Kbit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("kbit.costs.bench._load_bitsandbytes", fail)
+    monkeypatch.setattr("kbit.costs.bench.check_rival", lambda name: None)
+    done = kbit("bench", "quant=nf4", "bench.against=bf16,bitsandbytes", *QUICK, "out=there")
+    assert done.code == 0, done.err
+    [row] = [line for line in (tmp_path / "there" / "bench.md").read_text().splitlines() if "bitsandbytes nf4" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2:] == ["oom beside 2 others"] * 2 + ["-"] * 7
 
 
 def test_variants_are_measured_side_by_side_and_written(kbit: Kbit, tmp_path: Path) -> None:
@@ -88,6 +122,12 @@ def test_variants_are_measured_side_by_side_and_written(kbit: Kbit, tmp_path: Pa
         (("eval.speed.batches=[0]",), "eval.speed.batches=[0] are not one or several different numbers >= 1"),
         (("eval.speed.prompt=8,9",), "eval.speed and device are the same for all that is measured side by side"),
         (("model.name=nano-neox-98x",), "nano-neox-98k"),
+        (("train=qat", "train.steps=3"), "kbit bench takes no key train:"),
+        (("packed=false",), "kbit bench takes no key packed:"),
+        (("eval.perplexity=nano",), "kbit bench takes no key eval.perplexity:"),
+        (("eval.speed.measure=false",), "kbit bench takes no key eval.speed.measure:"),
+        (("+sweeps=nano/speed",), "kbit bench takes no key +sweeps:"),
+        (("quant.rules=[{match:dense_4h_to_h,bits:8}]",), "a packed model has one quantizer for all of its weights"),
     ],
 )
 def test_wrong_arguments_are_named(kbit: Kbit, arguments: tuple[str, ...], message: str) -> None:

@@ -123,6 +123,11 @@ def test_a_key_that_changes_nothing_in_any_experiment_is_named(kbit: Kbit) -> No
     assert kbit("plan", "quant.exponent_bits=2", "quant.data_type=nf,float").err == ""
 
 
+def test_a_key_of_a_training_that_changes_nothing_is_named(kbit: Kbit) -> None:
+    note = "kbit: note: train.weights.bits was set and changes nothing at train.steps=0"
+    assert note in kbit("plan", "train.weights.bits=3").err
+
+
 def test_plan_counts_what_is_done(kbit: Kbit, study: Path) -> None:
     done = kbit("plan", "quant.bits=3,4", "quant.data_type=int", *SMALL)
     assert done.out.splitlines()[0] == "2 asked, 2 distinct, 1 done, 1 to run"

@@ -161,7 +161,8 @@ def test_every_command_is_in_its_reference() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     text = (DOCS / "reference" / "api.md").read_text()
-    assert {name for name in kbit.__all__ if f"::: kbit.{name}\n" not in text} == set()
+    named = set(re.findall(r"::: kbit\.(\w+)", text))  # of kbit.optim the names within it
+    assert set(kbit.__all__) - named == set()
 
 
 def test_every_choice_is_in_its_reference() -> None:

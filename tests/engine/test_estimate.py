@@ -18,6 +18,7 @@ from kbit.engine.estimate import (
     Estimator,
     estimate_memory,
     estimate_tokens,
+    estimate_training,
     format_count,
     format_seconds,
 )
@@ -29,6 +30,7 @@ from kbit.experiments.identity import find_key
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.models.size import ModelSize, find_size
+from kbit.numerics.spec import QuantSpec
 from kbit.store.damage import DamagedRecordWarning
 from kbit.store.store import Store
 from kbit.training.config import LoraConfig, TrainConfig
@@ -294,3 +296,18 @@ def test_memory_of_a_training_is_above_what_was_measured() -> None:
     assert estimate_memory(size, dataclasses.replace(trained, train=adapters), "cpu") == (
         estimate_memory(size, trained, "cpu") - 12 * size.parameters
     )
+    aware = dataclasses.replace(trained.train, weights=QuantSpec(bits=3))
+    assert estimate_training(size, aware) == estimate_training(size, trained.train) + 4 * size.parameters
+
+
+def test_recent_results_without_a_training_hide_no_trainings(tmp_path: Path) -> None:
+    train = TrainConfig(steps=10)
+    trained = dataclasses.replace(make_experiment(), train=train)
+    others = [make_experiment(bits=bits) for bits in range(2, 9)]
+    for experiment in (trained, *others):
+        result = dataclasses.replace(make_result(0), experiment=experiment, key=find_key(experiment))
+        Store(tmp_path).write(dataclasses.replace(result, device="x86_64, 1 threads", seconds_evaluate=50.0))
+    estimator = Estimator()
+    estimator.learn_stored(str(tmp_path), [trained], threads=1)
+    assert estimator.predict_seconds(CostClass.of(trained)) == 50.0 + result.seconds_quantize
+    assert estimator.learned == 5

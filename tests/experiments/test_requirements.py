@@ -17,6 +17,8 @@ from kbit.experiments.requirements import check_download_space, check_lengths, c
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.models.catalog import EMBEDDED
 from kbit.models.config import ModelConfig
+from kbit.training.config import TrainConfig
+from kbit.training.held_out import count_held, count_needed
 
 YAML = """
 task: mine
@@ -115,6 +117,22 @@ def test_a_text_with_too_few_calibration_windows_is_refused(tmp_path: Path) -> N
     more = dataclasses.replace(quant, calibration=dataclasses.replace(calibration, samples=21))
     with pytest.raises(ValueError, match=r"short\.txt' has 20 windows of 100 tokens, less than .*samples=21"):
         check_lengths(Experiment(quant=more))
+
+
+def test_a_text_without_a_batch_beside_what_is_held_back_is_refused(tmp_path: Path) -> None:
+    """Of 64 windows 4 are held back, so that a batch has 60 at most."""
+    path = tmp_path / "short.txt"
+    path.write_text("a b " * 320)  # 640 tokens and one for the document: 64 windows of 10
+    train = TrainConfig(steps=1, text=str(path), context=10, batch_size=60)
+    check_lengths(Experiment(train=train))
+    with pytest.raises(ValueError, match=r"short\.txt' has 64 windows of 10 tokens, less than .*held-back windows=65"):
+        check_lengths(Experiment(train=dataclasses.replace(train, batch_size=61)))
+
+
+@pytest.mark.parametrize(("batch_size", "windows"), [(1, 2), (30, 31), (31, 33), (60, 63), (61, 65), (2000, 2064)])
+def test_the_least_text_of_a_batch(batch_size: int, windows: int) -> None:
+    assert count_needed(batch_size) == windows
+    assert windows - count_held(windows) >= batch_size > windows - 1 - count_held(windows - 1)
 
 
 def test_a_download_larger_than_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from kbit.data.texts import read_documents
 from kbit.engine.worker import Worker
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import decode_items
+from kbit.experiments import training
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
@@ -140,8 +141,15 @@ def test_random_weights_are_compared_with_no_checkpoint(session: Session, make: 
     assert ("nano_held_out", "kl_divergence") not in numbers
 
 
-def test_a_diverged_training_is_a_result_without_a_loss(make: Callable[..., Experiment], tmp_path: Path) -> None:
-    experiment = make(3, lr=1e6, optimizer="sgd", clip=None)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"weights": NF3}, {"steps": 1, "lr": 1e8}],  # the last one has a finite loss, and weights beyond float16
+    ids=["loss", "rounded", "last_step"],
+)
+def test_a_diverged_training_is_a_result_without_a_loss(
+    make: Callable[..., Experiment], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    experiment = make(3, **({"lr": 1e6, "optimizer": "sgd", "clip": None} | fields))
     worker = Worker(str(tmp_path), "cpu")
     assert worker.run(experiment, find_key(experiment)).error == ""
     (result,) = load_results(tmp_path)
@@ -151,6 +159,27 @@ def test_a_diverged_training_is_a_result_without_a_loss(make: Callable[..., Expe
     assert result.bits_per_param == 3.25
     table = read_results(tmp_path)
     assert set(table["training"]) == {experiment.train.label()}
+
+
+@pytest.mark.parametrize("broken", ["train_model", "quantize_model", "adapters"])
+def test_the_session_has_its_model_back_after_an_error(
+    session: Session, make: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """The training, the quantizer behind it, or the training of adapters fails, after the weights have changed."""
+
+    def fail(model: Any, *_: Any, **__: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1)
+        raise RuntimeError("broken")
+
+    is_adapted = broken == "adapters"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_model" if is_adapted else broken, fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            session.run(make(3, seed=5, **({"lora": LoraConfig(rank=2)} if is_adapted else {})))
+    assert get_weights(session) == hash_weights(load_model("nano-neox-98k").model)
 
 
 # ---- adapters

@@ -13,10 +13,11 @@ from state_cases import draw_gradients, make_rule, make_specs, start
 
 from kbit.kernels import cpu_states
 from kbit.kernels.cpu_chunks import CHUNK
-from kbit.kernels.cpu_states import State
+from kbit.kernels.cpu_states import TASK, State
 from kbit.numerics import reference
 
 RAGGED = 2 * CHUNK + 37
+TASKS = 2 * TASK + RAGGED  # three tasks for the threads, the last of them ragged
 # name -> elements of the tensor, for a test of all blocks in little time
 BLOCKS: dict[int | None, int] = {1: 613, 64: RAGGED, 100: RAGGED, 256: RAGGED, 1001: RAGGED, 2048: RAGGED, None: RAGGED}
 
@@ -37,24 +38,33 @@ def assert_equal_steps(kind: int, momentum: State, variance: State, n: int, *, s
             np.testing.assert_array_equal(mine.values.view(np.uint32), other.values.view(np.uint32))
 
 
-@pytest.fixture(params=[1, 2, 3], autouse=True)
-def threads(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """All sizes but that of the test of threads are one task."""
     before = numba.get_num_threads()
-    if request.param > numba.config.NUMBA_NUM_THREADS:  # type: ignore[attr-defined]
-        pytest.skip("NUMBA_NUM_THREADS allows no more threads")
-    numba.set_num_threads(request.param)
-    yield request.param
+    numba.set_num_threads(1)
+    yield
     numba.set_num_threads(before)
 
 
 @pytest.mark.parametrize("data_type", ["int", "dynamic", "nf", "table"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_adam_equals_the_twin(bits: int, data_type: str, threads: int) -> None:
-    """The blocks take turns over the threads, so that each block and each number of threads has every type."""
-    for number, (block, n) in enumerate(BLOCKS.items()):
-        if number % 3 == (bits + threads) % 3:
-            momentum, variance = make_specs(bits, data_type, block)
-            assert_equal_steps(cpu_states.ADAM, start(momentum, n), start(variance, n), n)
+def test_adam_equals_the_twin(bits: int, data_type: str) -> None:
+    for block, n in BLOCKS.items():
+        momentum, variance = make_specs(bits, data_type, block)
+        assert_equal_steps(cpu_states.ADAM, start(momentum, n), start(variance, n), n)
+
+
+@pytest.mark.parametrize(("bits", "block"), [(3, 100), (8, 256), (5, 1001), (4, None)])
+def test_tasks_of_several_threads_equal_the_twin(bits: int, block: int | None) -> None:
+    """One pass and two, with codes of whole bytes and of parts, and random numbers that go by the element."""
+    threads = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    if threads < 3:
+        pytest.skip("NUMBA_NUM_THREADS allows no 3 threads")
+    numba.set_num_threads(3)
+    for rounding in ("nearest", "stochastic"):
+        momentum, variance = make_specs(bits, "int", block, rounding)
+        assert_equal_steps(cpu_states.ADAM, start(momentum, TASKS), start(variance, TASKS), TASKS, steps=2)
 
 
 @pytest.mark.parametrize("kind", [cpu_states.SGD, cpu_states.LION])

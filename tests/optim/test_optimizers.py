@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
+import os
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 import torch
 
 import kbit
+from kbit.numerics.backend import choose_backend
 from kbit.numerics.spec import QuantSpec
 from kbit.optim import SGD, STATES, Adam, AdamW, Lion, States
 from kbit.optim.states import read_states
@@ -180,6 +185,62 @@ def test_a_step_evaluates_the_closure_and_tells_autograd_of_the_change() -> None
         loss.backward()  # type: ignore[no-untyped-call]
 
 
+def test_momentum_and_variance_have_random_numbers_of_their_own() -> None:
+    """Equal decays and gradients of 0 and 1 give both equal values: at the first step without a rounding."""
+    for rounding, shared in (("nearest", True), ("stochastic", False)):
+        spec = make_spec(data_type="int", rounding=rounding)
+        optimizer = AdamW([p := make_parameter()], betas=(0.5, 0.5), state=States(spec, spec))
+        for seed in (1, 2):
+            p.grad = (draw(N, seed) > 0).float()
+            optimizer.step()
+        state = optimizer.state[p]
+        assert torch.equal(state["momentum_scales"], state["variance_scales"])
+        assert torch.equal(state["momentum_codes"], state["variance_codes"]) == shared
+
+
+def test_the_device_decides_whose_kernel_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    gpu = dataclasses.replace(choose_backend(torch.device("cpu")), is_gpu=True)
+    kernels = types.SimpleNamespace(take_step=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("kbit.optim.optimizers.choose_backend", lambda device: gpu)
+    monkeypatch.setitem(sys.modules, "kbit.kernels.cuda_states", kernels)  # type: ignore[arg-type]
+    p = make_parameter()
+    assert torch.equal(train(p, AdamW([p]), range(1)), draw(N, 0))
+    assert len(calls) == 1
+
+
+def test_a_gradient_of_another_type_is_refused() -> None:
+    p = make_parameter(dtype=torch.bfloat16)
+    p.grad = draw(N, 1).bfloat16()
+    p.data = p.data.float()
+    with pytest.raises(
+        ValueError, match=r"gradient is torch\.bfloat16 \(10000,\) on cpu, and its parameter torch\.float32"
+    ):
+        AdamW([p]).step()
+
+
+def test_the_quantizers_of_states_that_are_there_cannot_change() -> None:
+    optimizer = AdamW([p := make_parameter()])
+    optimizer.param_groups[0]["state"] = "4bit"  # nothing is stored yet
+    train(p, optimizer, range(1))
+    before = p.detach().clone()
+    for state in ("8bit", "32bit", States(make_spec(data_type="int"), make_spec(signed=False))):
+        optimizer.param_groups[0]["state"] = state
+        with pytest.raises(ValueError, match="stored as momentum dynamic4 block 256, variance udynamic4-nonzero"):
+            train(p, optimizer, range(1, 2))
+    assert torch.equal(p, before)
+    optimizer.param_groups[0]["state"] = "4bit"
+    p.data = torch.zeros(2 * N)
+    with pytest.raises(ValueError, match="a parameter of 20000 elements has the states"):
+        train(p, optimizer, range(1, 2))
+
+
+def test_a_parameter_without_elements_has_no_step() -> None:
+    p = torch.nn.Parameter(torch.zeros(0, 4))
+    train(p, optimizer := AdamW([p], min_size=0, state=States(make_spec(block_size=None))), range(1))
+    assert not optimizer.state
+
+
 # ---- saved and loaded ----
 
 
@@ -214,9 +275,14 @@ def test_states_of_other_quantizers_are_refused_when_loaded() -> None:
         (AdamW([p], state="adam4bit"), "state momentum dynamic8 block 256, variance udynamic8-nonzero block 256, and"),
         (AdamW([p], min_size=1), "min_size 4096, and this one 1"),
         (AdamW([make_parameter(N + 1)]), "momentum_codes of a parameter of shape (10001,), not torch.uint8 (10001,)"),
+        (Adam([p]), "the saved optimizer has rule AdamW, and this one Adam: make it with the same"),
+        (Lion([p]), "the saved optimizer has rule AdamW, and this one Lion"),
+        (AdamW([p, make_parameter()]), "groups of [1] parameters, and this one of [2]"),
     ):
+        other.param_groups[0]["lr"] = 0.125
         with pytest.raises(ValueError, match=re.escape(message)):
             other.load_state_dict(saved)
+        assert other.param_groups[0]["lr"] == 0.125  # nothing is taken over
     with pytest.raises(ValueError, match="has no state: it is none of kbit"):
         AdamW([p]).load_state_dict(torch.optim.AdamW([p]).state_dict())
 
@@ -256,6 +322,16 @@ def test_states_in_files_take_no_memory_and_give_the_same_numbers(tmp_path: Path
     assert torch.equal(*codes)
 
 
+def test_a_full_disk_is_an_error_of_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(handle: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fill, raising=False)
+    with pytest.raises(OSError, match="No space left on device for a state in the folder of paged"):
+        train(p := make_parameter(), AdamW([p], paged=str(tmp_path)), range(1))
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- what is refused ----
 
 
@@ -285,6 +361,7 @@ def test_bad_options_are_refused_by_name() -> None:
         (lambda: AdamW([p], betas=(0.9, 1.0)), "a decay of 1.0"),
         (lambda: SGD([p], momentum=0), "momentum=0 leaves no state"),
         (lambda: AdamW([p], min_size=-1), "min_size=-1"),
+        (lambda: AdamW([p], paged="/no/such/folder"), "paged=/no/such/folder is no folder"),
         (lambda: AdamW([torch.nn.Parameter(torch.zeros(9, dtype=torch.float64))]), "a parameter of torch.float64"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -304,3 +381,4 @@ def test_the_public_name_is_there() -> None:
     optimizer = kbit.optim.AdamW([p], state="adam8bit")
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert read_states(optimizer.param_groups[0]["state"]) == STATES["adam8bit"]
+    assert read_states(AdamW([p], state=None).param_groups[0]["state"]) == STATES["32bit"]

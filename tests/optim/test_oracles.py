@@ -42,7 +42,7 @@ def test_twenty_steps_have_torchaos_codes(decades: int) -> None:
         numbers = (torch.tensor(1e-3), 0.9, 0.95, 0.1, 1e-8)
         single_param_adam(theirs, g, torch.tensor(float(step)), m, v, None, *numbers, True, False)
     move, apart = (theirs - start).abs().max(), (ours.detach() - theirs).abs()
-    assert (move > 1) == (decades == 4)
+    assert (move > 0.1) == (decades == 4)  # twenty steps of 1e-3 move by 0.02
     assert apart.max() <= 0.02 * move
     assert (apart > 1e-4 * move).float().mean() <= 0.005
     for name, state in (("momentum", m), ("variance", v)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -107,6 +108,37 @@ def test_groups_of_32_bits_and_small_tensors_are_left_alone() -> None:
     assert not torch.equal(optimizer.state[q]["momentum_buffer"], take_gradient(q))
 
 
+def test_states_of_a_parameter_have_random_numbers_of_their_own() -> None:
+    """Two tensors of one role with equal values, then two roles with the values of equal decays and g = g^2."""
+    spec = QuantSpec(bits=4, data_type="int", block_size=64, scale_format="fp32", rounding="stochastic")
+    for options, names in (({"amsgrad": True}, ("exp_avg_sq", "max_exp_avg_sq")), ({}, ("exp_avg", "exp_avg_sq"))):
+        p = make_matrix()
+        optimizer = optim.Adam([p], betas=(0.5, 0.5), **options)
+        quantize_states(optimizer, None if options else spec, spec)
+        for seed in range(1 if options else 2):
+            values = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            p.grad = values if options else (values > 0).float()
+            optimizer.step()
+        first, second = (optimizer.state[p][name] for name in names)
+        assert (first - second).abs().gt(1e-3 * first.abs().max()).float().mean() > 0.1
+
+
+def test_an_optimizer_without_a_state_is_refused_at_its_step() -> None:
+    p = make_matrix()
+    optimizer = optim.SGD([p])
+    quantize_states(optimizer, FOUR.momentum)
+    optimizer.step()  # no gradient, so that nothing is known yet
+    with pytest.raises(ValueError, match="SGD keeps no momentum: its states are none"):
+        step(p, optimizer, 0)
+
+
+def test_states_without_a_role_are_counted_as_they_are() -> None:
+    for name, expected in (("Rprop", 2 * 32.0), ("Adadelta", 2 * (4 + 32 / 256))):
+        optimizer = getattr(optim, name)([p := make_matrix()])
+        step(p, optimizer, 0)
+        assert count_state_bits(optimizer, FOUR) == expected * p.numel()
+
+
 def test_random_rounding_goes_on_where_a_saved_optimizer_was() -> None:
     spec = QuantSpec(bits=2, data_type="int", block_size=64, scale_format="fp32", rounding="stochastic")
     p = make_matrix()
@@ -116,7 +148,7 @@ def test_random_rounding_goes_on_where_a_saved_optimizer_was() -> None:
     q = torch.nn.Parameter(p.detach().clone())
     other = optim.SGD([q], lr=0.1, momentum=0.9)
     quantize_states(other, spec)
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the tensors
     for seed in (2, 3):
         step(p, optimizer, seed)
         step(q, other, seed)

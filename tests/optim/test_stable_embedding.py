@@ -37,3 +37,15 @@ def test_a_model_gets_one_and_a_shared_head_shares_it(architecture: str, build_t
     assert layer.norm.weight.grad.abs().sum() > 0
     with pytest.raises(ValueError, match=r"is a StableEmbedding, not a torch\.nn\.Embedding"):
         make_embedding_stable(model)
+
+
+def test_options_of_the_embedding_are_kept_and_a_frozen_one_is_refused(build_tiny: Callable[..., Any]) -> None:
+    model = build_tiny("gpt2")
+    old = model.get_input_embeddings()
+    old.max_norm, old.norm_type, old.scale_grad_by_freq, old.sparse = 0.5, 1.0, True, True
+    new = make_embedding_stable(model)
+    assert (new.max_norm, new.norm_type, new.scale_grad_by_freq, new.sparse) == (0.5, 1.0, True, True)
+    frozen = build_tiny("gpt2")
+    frozen.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(ValueError, match="the input embedding is frozen"):
+        make_embedding_stable(frozen)

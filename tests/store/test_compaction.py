@@ -223,3 +223,36 @@ def test_a_failure_is_no_result(tmp_path: Path) -> None:
     store.write_failure(find_key(other), other, "no", "")
     assert store.delete_failures(list_keys(tmp_path)[1]) == 1
     assert list_keys(tmp_path)[1] == set()
+
+
+def keep_training(store: Store, key: str) -> tuple[Path, Path]:
+    """Leave a checkpoint and adapters as a training does, and return where they are."""
+    files = store.training_files(key)
+    assert files is not None
+    files.checkpoint.parent.mkdir(exist_ok=True)
+    files.checkpoint.write_text("weights")
+    files.adapters.mkdir(parents=True)
+    (files.adapters / "adapter_config.json").write_text(key)
+    return files.checkpoint, files.adapters
+
+
+def test_what_a_training_left_goes_with_its_record(tmp_path: Path) -> None:
+    store = fill(tmp_path, range(2))
+    kept, gone = (keep_training(store, make_result(number).key) for number in range(2))
+    failed = make_result(3)
+    store.write_failure(failed.key, failed.experiment, "no", "")
+    forgotten = keep_training(store, failed.key)
+    assert store.delete([make_result(1).key]) == 1
+    assert [path.exists() for path in (*kept, *gone, *forgotten)] == [True, True, False, False, True, True]
+    assert store.delete_failures([failed.key]) == 1
+    assert [path.exists() for path in (*kept, *forgotten)] == [True, True, False, False]
+
+
+def test_merging_copies_adapters(tmp_path: Path) -> None:
+    other, store = fill(tmp_path / "b", range(2)), fill(tmp_path / "a", range(1))
+    for number in range(2):
+        keep_training(other, make_result(number).key)
+    assert store.merge(tmp_path / "b") == (1, 1)
+    key = make_result(1).key
+    assert [path.name for path in (tmp_path / "a" / "adapters").iterdir()] == [key]
+    assert (tmp_path / "a" / "adapters" / key / "adapter_config.json").read_text() == key

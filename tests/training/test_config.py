@@ -20,7 +20,7 @@ from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.serialize import from_json, write_json
 from kbit.methods.config import QuantConfig
 from kbit.numerics.spec import QuantSpec
-from kbit.training.config import FastConfig, LoraConfig, TrainConfig
+from kbit.training.config import FastConfig, LoraConfig, TrainConfig, find_idle_keys
 
 INT3 = QuantSpec(bits=3, data_type="int")
 NF4 = QuantSpec(bits=4)
@@ -131,7 +131,7 @@ def test_a_field_without_effect_is_no_part_of_the_key(fields: dict[str, Any]) ->
     "fields",
     [
         {"steps": 6}, {"start": "random"}, {"text": "nano_calibration"}, {"batch_size": 4}, {"context": 128},
-        {"lr": 1e-3}, {"warm_up": 0.1}, {"last_lr": 0.2}, {"optimizer": "adam"}, {"beta1": 0.8}, {"beta2": 0.9},
+        {"lr": 1e-3}, {"warm_up": 0.1}, {"last_lr": 0.2}, {"optimizer": "sgd"}, {"beta1": 0.8}, {"beta2": 0.9},
         {"eps": 1e-6}, {"weight_decay": 0.1}, {"clip": None}, {"seed": 1}, {"dtype": "bfloat16"},
         {"stable_embedding": True, "start": "random"}, {"weights": NF4}, {"activations": NF4},
         {"gradients": dataclasses.replace(NF4, scale_format="fp32")},
@@ -144,6 +144,27 @@ def test_a_field_without_effect_is_no_part_of_the_key(fields: dict[str, Any]) ->
 )  # fmt: skip
 def test_a_field_that_decides_the_weights_is_part_of_the_key(fields: dict[str, Any]) -> None:
     assert find_train_key(**fields) != find_train_key()
+
+
+def test_adam_and_adamw_are_one_without_weight_decay() -> None:
+    assert find_train_key(optimizer="adam") == find_train_key()
+    assert find_train_key(optimizer="adam", weight_decay=0.1) != find_train_key(weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "idle"),
+    [
+        ([{"weights": INT3}], ["weights.bits", "weights.data_type"]),
+        ([{"lr": 1e-3}, {"lr": 1e-3, "steps": 9}], []),
+        ([{"steps": 9, "checkpoint_every": 7, "weights": INT3}], []),
+        ([{"steps": 9, "lora": LoraConfig(alpha=3), "fast": FastConfig(low=1)}], ["fast.low", "lora.alpha"]),
+        ([{"steps": 9, "optimizer": "sgd", "eps": 1e-6, "beta2": 0.5}], ["beta2", "eps"]),
+        ([{"steps": 9, "error_feedback": True}], ["error_feedback"]),
+    ],
+    ids=range(6),
+)
+def test_keys_without_an_effect_are_found(fields: list[dict[str, Any]], idle: list[str]) -> None:
+    assert find_idle_keys(TrainConfig(**one) for one in fields) == idle
 
 
 def test_the_roles_have_the_canonical_form_of_a_quantizer() -> None:

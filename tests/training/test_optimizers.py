@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kbit.models.parameters import hash_weights
 from kbit.numerics.spec import QuantSpec
 from kbit.optim import SGD, Adam, AdamW, Lion, StableEmbedding, embedding_stable
 from kbit.optim.states import read_states
@@ -113,3 +114,17 @@ def test_trainings_with_states_of_few_bits_run_and_record_them(kbit: Callable[..
             assert 29 < value < 32  # the embedding, 28% of the parameters, has 64
     losses = results[(results["task"] == "nano_held_out") & (results["metric"] == "cross_entropy")]
     assert losses["value"].between(5, 9).all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"momentum": FOUR}], ids=["exact", "coded"])
+def test_adam_and_adamw_are_one_without_weight_decay(fields: dict[str, Any], build_tiny: Any) -> None:
+    """Which is why both have one key."""
+    hashes = set()
+    for name in ("adam", "adamw"):
+        model = build_tiny("gpt_neox")
+        optimizer = make_optimizer(configure(optimizer=name, **fields), model)
+        for _ in range(2):
+            model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
+            optimizer.step()
+        hashes.add(hash_weights(model))
+    assert len(hashes) == 1

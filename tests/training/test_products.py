@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from kbit.methods.quantize_model import quantize_model
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
-from kbit.training.products.fast import block_float, make_roles
+from kbit.training.products.fast import Fast, block_float, make_roles
 from kbit.training.products.linear import QuantizedProducts, Roles, count_chunks, quantize_products
 
 TOKENS, INPUTS, OUTPUTS = 48, 96, 80
@@ -230,11 +230,31 @@ def test_stochastic_rounding_of_an_operand_is_unbiased_below_the_top_and_clipped
     assert abs(float(inner.mean()) - 0.3) < 4 * error
 
 
-def test_values_of_a_diverged_training_are_no_user_error() -> None:
+def test_an_evaluation_within_a_step_leaves_the_training_its_random_numbers() -> None:
+    model, x = make_layer(), draw(TOKENS, INPUTS)
+    with quantized(model, block_float(2, rounding="stochastic")) as products:
+        products.begin_step(0, 10)
+        expected = dense(model)(x)
+        products.begin_step(0, 10)
+        with torch.no_grad():
+            evaluated = [dense(model)(x) for _ in range(2)]
+        assert torch.equal(dense(model)(x), expected)
+    assert not torch.equal(*evaluated)
+
+
+def test_gradient_checkpointing_is_refused(build_tiny: Callable[..., Any]) -> None:
+    model = build_tiny("gpt2")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"call model\.gradient_checkpointing_disable"):
+        quantized(model, block_float(2))
+
+
+@pytest.mark.parametrize("policy", [Roles(None, block_float(2)), Fast()], ids=["roles", "fast"])
+def test_values_of_a_diverged_training_are_no_user_error(policy: Roles | Fast) -> None:
     model, x = make_layer(), draw(TOKENS, INPUTS)
     x[3, 5] = torch.inf
     where = r"layers\.0\.dense, step 7, activations: 1 of 4608 values are NaN"
-    with quantized(model, None, block_float(2)) as products:
+    with quantize_products(model, policy) as products:
         products.begin_step(7, 10)
         with pytest.raises(FloatingPointError, match=where):
             dense(model)(x)
@@ -304,7 +324,9 @@ def test_layers_are_chosen_by_pattern(build_tiny: Callable[..., Any]) -> None:
     model = build_tiny("gpt2")
     with quantized(model, block_float(2), include=r"mlp", exclude=r"\.1\.") as products:
         assert [layer.name for layer in products.layers] == ["transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"]
-        with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp\.c_fc has another product in place of its own"):
+        with pytest.raises(
+            ValueError, match=r"transformer\.h\.0\.mlp\.c_fc has another forward in place of its class's"
+        ):
             quantized(model, block_float(2))
     with pytest.raises(ValueError, match=r"include='nothing' and exclude=None leave no linear layer"):
         quantized(model, block_float(2), include="nothing")

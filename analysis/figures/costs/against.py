@@ -18,8 +18,8 @@ from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
-from kbit.analysis.figures.canvas.styles import scale_marker, style_precisions
-from kbit.analysis.figures.costs.points import STUDIES, choose_variant, gather_costs
+from kbit.analysis.figures.canvas.styles import scale_marker
+from kbit.analysis.figures.costs.points import STUDIES, choose_variant, gather_costs, style_points
 from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
@@ -67,7 +67,7 @@ COST_FIGURES: Final = (
 
 
 def draw_costs(definition: CostFigure, results: pd.DataFrame, page: Page) -> PaperFigure:
-    """Draw quality against each cost of the smallest batch, a line for each precision, a row for each family.
+    """Draw quality against each cost of the smallest batch, a line for each series, a row for each family.
 
     Raises:
         MissingResults: no experiment has the quality and the costs.
@@ -75,12 +75,12 @@ def draw_costs(definition: CostFigure, results: pd.DataFrame, page: Page) -> Pap
     costs = choose_variant(gather_costs(results, definition.name))
     measure = ZERO_SHOT if definition.of_accuracy else find_cross_entropy(results)
     points = _join(costs.points, results, measure)
-    if measure is None or points.empty or points.groupby("family")["bits"].nunique().max() < 2:
+    if measure is None or points.empty or points.groupby("family")["series"].nunique().max() < 2:
         what = "mean zero-shot accuracy" if definition.of_accuracy else "cross entropy"
         needs = f"{what}, and measured time and memory of the same experiments (eval.speed.measure=true packed=true)"
         raise MissingResults(describe_lack(definition.name, needs, STUDIES))
     families = list(dict.fromkeys(points["family"]))
-    styles = style_precisions(sorted(points["bits"].unique()))
+    styles = style_points(points)
     sheet = make_sheet(page, len(COSTS) * len(families), (3.2, 2.8), len(COSTS), styles)
     panels = iter(sheet.add_axes(len(COSTS) * len(families)))
     thin = 0.5 * float(matplotlib.rcParams["lines.linewidth"])
@@ -88,8 +88,8 @@ def draw_costs(definition: CostFigure, results: pd.DataFrame, page: Page) -> Pap
         of_family = points[points["family"] == family]
         for column, label in COSTS.items():
             axes = next(panels)
-            for bits, curve in of_family.groupby("bits"):
-                line, style = curve.sort_values(column), styles[f"{bits}-bit"]
+            for series, curve in of_family.groupby("series"):
+                line, style = curve.sort_values(column), styles[str(series)]
                 error = np.nan_to_num([line["value"] - line["value_low"], line["value_high"] - line["value"]])
                 axes.errorbar(
                     line[column], line["value"], yerr=error, color=style.color, marker=style.marker,
@@ -119,17 +119,17 @@ def _join(points: pd.DataFrame, results: pd.DataFrame, measure: Measure | None) 
     return points.join(quality, on="key", how="inner")
 
 
-def find_shares(curves: pd.DataFrame, cost: str, *, higher_is_better: bool) -> dict[int, float] | None:
-    """Return over which share of the budgets each precision is best, or None if no budget is reached by all of them.
+def find_shares(curves: pd.DataFrame, cost: str, *, higher_is_better: bool) -> dict[str, float] | None:
+    """Return over which share of the budgets each series is best, or None if no budget is reached by all of them.
 
     Budgets are evenly spaced in their logarithm. Between two models a curve is linear in the logarithm of its cost. A
-    precision with one model has no curve, and counts as none.
+    series with one model has no curve, and counts as none.
     """
-    lines: dict[int, tuple[Floats, Floats]] = {}
-    for bits, curve in curves.groupby("bits"):
+    lines: dict[str, tuple[Floats, Floats]] = {}
+    for series, curve in curves.groupby("series"):
         line = curve.sort_values(cost).drop_duplicates(cost)
         if len(line) > 1:
-            lines[int(str(bits))] = np.log(line[cost].to_numpy(float)), line["value"].to_numpy(float)
+            lines[str(series)] = np.log(line[cost].to_numpy(float)), line["value"].to_numpy(float)
     if len(lines) < 2:
         return None
     low, high = max(x[0] for x, _ in lines.values()), min(x[-1] for x, _ in lines.values())
@@ -138,7 +138,7 @@ def find_shares(curves: pd.DataFrame, cost: str, *, higher_is_better: bool) -> d
     budgets = np.linspace(low, high, _BUDGETS)
     values = np.stack([np.interp(budgets, x, y) for x, y in lines.values()])
     best = values.argmax(0) if higher_is_better else values.argmin(0)
-    return {bits: float((best == place).mean()) for place, bits in enumerate(lines)}
+    return {series: float((best == place).mean()) for place, series in enumerate(lines)}
 
 
 def judge_costs(points: pd.DataFrame, measure: Measure) -> str:
@@ -151,7 +151,7 @@ def judge_costs(points: pd.DataFrame, measure: Measure) -> str:
             if shares is None:
                 words.append(f"by {label} no budget is reached by all")
             else:
-                bits = max(shares, key=lambda bits: shares[bits])
-                words.append(f"by {label} {bits}-bit ({shares[bits]:.0%})")
+                best = max(shares, key=lambda series: shares[series])
+                words.append(f"by {label} {best} ({shares[best]:.0%})")
         parts.append(f"{family}, best over most budgets: {', '.join(words)}")
     return ". ".join(parts) + "."

@@ -17,9 +17,10 @@ from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions
-from kbit.analysis.figures.costs.points import NEEDS, STUDIES, describe_left, gather_costs
+from kbit.analysis.figures.costs.points import NEEDS, STUDIES, choose_variant, gather_costs, leave_int8
 from kbit.analysis.figures.costs.times import set_time_axis
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
+from kbit.numerics.spec import BASELINE_BITS
 
 CLAIM: Final = (
     "Inference costs what loading the bits costs: a step's time is proportional to the weights' bytes (section 2.1)."
@@ -67,12 +68,16 @@ def fit_slope(points: pd.DataFrame, batch: int) -> Slope | None:
 
 
 def judge_slope(found: Slope) -> str:
-    """Say whether a slope's interval means that time is in proportion to bytes, less than that, or not related."""
+    """Say what a slope's interval means: time is in proportion to bytes, or follows them less, more, or not at all."""
     if found.low >= 1 - _NEAR and found.high <= 1 + _NEAR:
         return "in proportion"
-    if found.low > 0:
-        return "less than in proportion" if found.high < 1 else "rises with the bytes, perhaps in proportion"
-    return "does not rise with the bytes" if found.high < 1 else "undecided"
+    if found.low > 1:
+        return "more than in proportion"
+    if found.high <= 0:
+        return "does not rise with the bytes"
+    if found.high < 1:
+        return "less than in proportion" if found.low > 0 else "less than in proportion, perhaps not at all"
+    return "rises with the bytes, perhaps in proportion" if found.low > 0 else "undecided"
 
 
 def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
@@ -81,12 +86,8 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
     Raises:
         MissingResults: too few models were timed at several precisions.
     """
-    costs = gather_costs(results, "time_by_bits")
-    dtype = costs.points["dtype"].mode()[0]
-    points = costs.points[costs.points["dtype"] == dtype]
-    left = describe_left(
-        costs.points["key"].nunique() - points["key"].nunique(), f"that compute in others than {dtype}"
-    )
+    costs = leave_int8(choose_variant(gather_costs(results, "time_by_bits")))
+    points = costs.points
     slopes = [found for batch in sorted(points["batch"].unique()) if (found := fit_slope(points, int(batch)))]
     if not slopes:
         raise MissingResults(describe_lack("time_by_bits", f"{NEEDS}, three of them at least", STUDIES))
@@ -99,26 +100,28 @@ def draw_slope(results: pd.DataFrame, page: Page) -> PaperFigure:
         sheet.write_title(axes, f"batch {found.batch}: slope {found.slope:.2f}")
     sheet.label("weights that a step reads (MB)", "ms per step")
     draw_legend(sheet.fig.body, styles, page, lines=False)
-    verdict = "; ".join(
-        f"at batch {s.batch} slope {s.slope:.2f} ({s.low:.2f} to {s.high:.2f}): {judge_slope(s)}" for s in slopes
-    )
     first = slopes[0]
-    short = (
-        f"At batch {first.batch} the slope is {first.slope:.2f} ({first.low:.2f} to {first.high:.2f}), where 1 is in "
-        "proportion."
-    )
-    note = (
-        f"Slope: of log time against log bytes within a model, from precision to precision ({first.points} points of "
-        f"{first.models} models), with its 95% interval by residuals. Grey lines join the precisions of a model."
-    )
+    verdict = "; ".join(f"at batch {s.batch} slope {_write(s)}: {judge_slope(s)}" for s in slopes)
+    short = f"At batch {first.batch} the slope is {_write(first)}, where 1 is in proportion."
+    notes = (_describe_slopes(points, first), *costs.notes)
     return PaperFigure(
-        "time_by_bits",
-        sheet.fig,
-        points,
-        CLAIM,
-        f"{verdict}.{costs.warning}",
-        (note, *costs.notes, *left),
-        short + costs.warning,
+        "time_by_bits", sheet.fig, points, CLAIM, f"{verdict}.{costs.warning}", notes, short + costs.warning
+    )
+
+
+def _write(found: Slope) -> str:
+    return f"{found.slope:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _describe_slopes(points: pd.DataFrame, first: Slope) -> str:
+    """Say what the slopes are of, and what they are without the 16-bit weights, which another kernel multiplies."""
+    packed = points[points["bits"] < BASELINE_BITS]
+    within = [found for batch in sorted(packed["batch"].unique()) if (found := fit_slope(packed, int(batch)))]
+    without = ", ".join(f"{_write(found)} at batch {found.batch}" for found in within)
+    return (
+        f"Slope: of log time against log bytes within a model, from precision to precision ({first.points} points of "
+        f"{first.models} models), with its 95% interval by residuals. Grey lines join the precisions of a model. "
+        f"Weights of 16 bits are multiplied by another kernel. Slope of packed weights alone: {without or 'too few'}."
     )
 
 

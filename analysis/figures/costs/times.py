@@ -14,30 +14,31 @@ from matplotlib.ticker import LogLocator
 from kbit.analysis.figures.canvas.axes import label_plainly
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
-from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_precisions, style_series
-from kbit.analysis.figures.costs.points import NEEDS, STUDIES, choose_variant, gather_costs
+from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_series
+from kbit.analysis.figures.costs.points import NEEDS, STUDIES, choose_variant, gather_costs, style_points
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
 from kbit.numerics.spec import BASELINE_BITS
 
 CLAIM: Final = "How long does a token take at each precision, by the number of sequences at once?"
 MOST_PANELS: Final = 6
+_PLAIN: Final = f"{BASELINE_BITS}-bit"
 
 
 def draw_times(results: pd.DataFrame, page: Page) -> PaperFigure:
-    """Draw milliseconds per token against the batch, a line for each precision, a panel for each model.
+    """Draw milliseconds per token against the batch, a line for each precision and int8 method, a panel for each model.
 
     Raises:
         MissingResults: no model was timed at two precisions.
     """
     costs = choose_variant(gather_costs(results, "time_per_token"))
-    points = costs.points.assign(series=[f"{bits}-bit" for bits in costs.points["bits"]])
-    if points.groupby("model")["bits"].nunique().max() < 2:
+    points = costs.points
+    if points.groupby("model")["series"].nunique().max() < 2:
         raise MissingResults(describe_lack("time_per_token", NEEDS, STUDIES))
     largest = points.drop_duplicates("model").nlargest(MOST_PANELS, "parameters").sort_values("parameters")["model"]
     left = points["model"].nunique() - len(largest)
     notes = (*costs.notes, *([f"{left} smaller models are not shown."] if left else []))
     points = points[points["model"].isin(largest)]
-    styles = style_precisions(sorted(points["bits"].unique()))
+    styles = style_points(points)
     fig = _draw_panels(points, list(largest), styles, page)
     verdict = judge_times(points) + costs.warning
     table = write_table(points)
@@ -96,19 +97,20 @@ def _draw_curve(axes: Axes, curve: pd.DataFrame, style: LineStyle) -> None:
 
 
 def judge_times(points: pd.DataFrame) -> str:
-    """Say how many times as fast each precision is as 16 bits, at the smallest and the largest batch."""
+    """Say how many times as fast each series is as plain weights, at the smallest and the largest batch."""
     ends = sorted({points["batch"].min(), points["batch"].max()})
     parts = []
     for batch in ends:
-        at = points[points["batch"] == batch].set_index(["model", "bits"])["ms_per_token"]
-        at = at[~at.index.duplicated()].unstack("bits")
-        if BASELINE_BITS not in at:
-            return "No 16-bit model was timed beside them."
-        gains = {bits: at[BASELINE_BITS] / at[bits] for bits in at if bits != BASELINE_BITS}
-        words = [f"{bits}-bit {gain.min():.2f} to {gain.max():.2f}" for bits, gain in sorted(gains.items())]
+        at = points[points["batch"] == batch].set_index(["model", "series"])["ms_per_token"]
+        at = at[~at.index.duplicated()].unstack("series")
+        if _PLAIN not in at:
+            return "No plain model was timed beside them."
+        gains = {series: (at[_PLAIN] / at[series]).dropna() for series in at if series != _PLAIN}
+        words = [f"{series} {gain.min():.2f} to {gain.max():.2f}" for series, gain in gains.items() if len(gain)]
         parts.append(f"at batch {batch} {', '.join(words)}")
     count = points["model"].nunique()
-    return f"Times as fast as 16 bits, over {count} model{'s' if count > 1 else ''}: {'; '.join(parts)}."
+    plain = f"plain {points['dtype'].iloc[0]} weights"
+    return f"Times as fast as {plain}, over {count} model{'s' if count > 1 else ''}: {'; '.join(parts)}."
 
 
 def judge_bench(points: pd.DataFrame) -> str:
@@ -123,11 +125,11 @@ def judge_bench(points: pd.DataFrame) -> str:
 
 
 def write_table(points: pd.DataFrame) -> pd.DataFrame:
-    """Return milliseconds per token for reading: a row for each model and precision, a column for each batch."""
-    index = ["parameters", "model", "bits"]
+    """Return milliseconds per token for reading: a row for each model and series, a column for each batch."""
+    index = ["parameters", "model", "bits", "series"]
     table = points.drop_duplicates([*index, "batch"]).pivot(index=index, columns="batch", values="ms_per_token")
-    shown = table.sort_index(ascending=[True, True, False]).map(
+    shown = table.sort_index(ascending=[True, True, False, True]).map(
         lambda value: "-" if np.isnan(value) else f"{value:.3g}"
     )
     shown.columns = pd.Index([f"batch {batch}" for batch in shown])
-    return shown.reset_index().drop(columns="parameters")
+    return shown.reset_index().drop(columns=["parameters", "bits"]).rename(columns={"series": "precision"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION: Final = """\
 Measure time per token and memory of a model at several precisions, side by side: all are loaded and take turns, so that
-other work on the machine meets them alike. Quantized models are packed, as by `kbit pack`. The keys are those of
-`kbit run -m --help`, and these:
+other work on the machine meets them alike. Quantized models are packed, as by `kbit pack`. The keys are model.*,
+quant.*, device and eval.speed.* of `kbit run -m --help`, and these:
 
   bench.against=bf16,fp16,fp32   plain models in these dtypes, and bitsandbytes (NF4 layers), or none
   eval.speed.batches=[1,8,32]    sequences at once
@@ -27,7 +28,9 @@ other work on the machine meets them alike. Quantized models are packed, as by `
   eval.speed.repetitions=7       how often each is measured, in turns. Fewer than 6 give no interval
   out=bench                      the folder for the table (CSV, Markdown) and the figure
 
-Times are medians. In brackets stands how many times as fast a variant is as the fastest one with 16-bit weights.
+Times are medians. In brackets stands how many times as fast a variant is as the fastest plain one (16 or 32 bits), by
+the median of the rounds' ratios, and `not told apart` where the 95% interval of that holds 1. All variants are in
+memory at once: `oom beside 3 others` may fit alone.
 `reads` is the share of the speed at which this machine reads memory that the first batch's weights take. It is above
 100% where the weights stay in the cache. Prompts are of the fastest batch, and peaks of the one that takes most.
 """
@@ -38,13 +41,14 @@ examples:
   kbit bench model.name=/models/llama quant=nf4 bench.against=bf16,bitsandbytes
 """
 _USUAL: Final = "bf16,fp16,fp32"
+_GROUPS: Final = ("model", "quant", "device", "eval.speed")  # what the keys may be of
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare `kbit bench`."""
     parser = commands.add_parser(
         "bench",
-        usage="kbit bench [keys of run] [bench.against=A,B] [out=FOLDER]",
+        usage="kbit bench [model.KEY=...] [quant.KEY=...] [eval.speed.KEY=...] [bench.against=A,B] [out=FOLDER]",
         help="time models at several precisions side by side, with their memory",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -83,14 +87,14 @@ def run_bench(options: argparse.Namespace) -> None:
         f"\nms per token ({', '.join(conditions)}):\n{times.to_string(index=False)}\n\n{costs.to_string(index=False)}"
     )
     print(f"\n{_describe_machine(table)}")
-    _write_files(table, times.merge(costs), Path(own["out"]))
+    _write_files(table, times.merge(costs, how="left").fillna("-"), Path(own["out"]))
 
 
 def _split_own(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return the keys of run, and the values of bench's own.
 
     Raises:
-        ValueError: a key of bench's is unknown.
+        ValueError: a key of bench's is unknown, or one of run's would change nothing here.
     """
     own, keys = {"bench.against": _USUAL, "out": "bench"}, []
     for argument in arguments:
@@ -102,8 +106,20 @@ def _split_own(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         if key in own:
             own[key] = value
         else:
+            _check_key(key)
             keys.append(argument)
     return keys, own
+
+
+def _check_key(key: str) -> None:
+    """Raise ValueError if a key of run is not about what is measured here. Flags are Hydra's."""
+    name = re.split("[@/]", key.lstrip("+~"))[0]
+    is_known = any(name == group or name.startswith(f"{group}.") for group in _GROUPS)
+    if not key.startswith("-") and (not is_known or name == "eval.speed.measure"):
+        raise ValueError(
+            f"kbit bench takes no key {key}: it measures time and memory of packed and plain models, and its keys are "
+            f"those of {', '.join(_GROUPS)}, bench.against and out"
+        )
 
 
 def _compose(keys: Sequence[str]) -> list[RunConfig]:
@@ -121,6 +137,8 @@ def _compose(keys: Sequence[str]) -> list[RunConfig]:
         raise ValueError("eval.speed and device are the same for all that is measured side by side: give one value")
     for config in configs:
         check_experiment(config.experiment)
+        if not config.quant.is_baseline and config.quant.scheme is None:
+            config.quant.check_packable()
     check_device(configs[0].device)
     return configs
 

@@ -31,6 +31,10 @@ class Generation:
     prompt_seconds: float
     step_seconds: float
 
+    def find_ms_per_token(self, work: Workload) -> float:
+        """Return the milliseconds of a step by its number of sequences."""
+        return 1e3 * self.step_seconds / (work.new * work.batch)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -101,8 +105,8 @@ def find_options(forward: Callable[..., Any]) -> Options:
 
 
 def prepare(model: Any, work: Workload, clock: Clock) -> Callable[[], Generation]:
-    """Return the call that generates. Its tokens are drawn now."""
-    return functools.partial(generate, model, work, work.draw_tokens(model), clock)
+    """Return the call that generates. It draws its tokens before the clock runs, where lack of memory is its own."""
+    return lambda: generate(model, work, work.draw_tokens(model), clock)
 
 
 def measure_allocated(model: Any, work: Workload) -> int:
@@ -113,7 +117,7 @@ def measure_allocated(model: Any, work: Workload) -> int:
     outside of torch, which is a product's outputs at most, is not in it.
     """
     whole = Workload(work.batch, work.prompt + work.new - 1, 1)
-    call = prepare(model, whole, clock=float)
+    call = functools.partial(generate, model, whole, whole.draw_tokens(model), clock=float)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)

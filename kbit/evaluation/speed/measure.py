@@ -14,7 +14,6 @@ from kbit.evaluation.speed.generation import Generation, Workload, measure_alloc
 from kbit.evaluation.speed.machine import describe_processor
 from kbit.evaluation.speed.record import TASK, BatchRecord, SpeedRecord, name_batch
 from kbit.evaluation.speed.timing import (
-    OUT_OF_MEMORY,
     Ceilings,
     Clock,
     attempt,
@@ -81,12 +80,14 @@ class Speed(Measure):
 
 
 def record_batch(model: Any, work: Workload, reason: str) -> BatchRecord:
-    """Return how a batch went, and the memory that it took if it fitted."""
+    """Return how a batch went, and the memory that it takes if it fitted.
+
+    The peak is that of a longer prompt than the timed one. A batch that was timed keeps its times if that does not fit.
+    """
     step, prompt = (describe_path(model, rows, model.dtype) for rows in (work.batch, work.batch * work.prompt))
     allocated = None if reason else attempt(lambda: measure_allocated(model, work))
-    if allocated is None:
-        return BatchRecord(work.batch, reason or OUT_OF_MEMORY, step, prompt)
-    return BatchRecord(work.batch, "", step, prompt, peak_bytes=count_bytes(model) + allocated)
+    peak = None if allocated is None else count_bytes(model) + allocated
+    return BatchRecord(work.batch, reason, step, prompt, peak)
 
 
 def make_record(
@@ -129,7 +130,7 @@ def list_batch_numbers(work: Workload, done: Sequence[Generation]) -> tuple[list
     """
     task = name_batch(work.batch)
     values = {
-        "ms_per_token": [1e3 * one.step_seconds / (work.new * work.batch) for one in done],
+        "ms_per_token": [one.find_ms_per_token(work) for one in done],
         "prompt_tokens_per_second": [work.batch * work.prompt / one.prompt_seconds for one in done],
     }
     return (

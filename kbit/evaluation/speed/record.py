@@ -25,9 +25,11 @@ class BatchRecord:
 
     Attributes:
         batch: the number of sequences.
-        reason: why there is no number ("oom": memory ran out), or "".
+        reason: why there are no times ("oom": memory ran out, "oom beside 3 others" of models that are in memory at
+            once), or "".
         step_path, prompt_path: how many linear layers took which path in a step and in the prompt: "fused 24, plain 1".
-        peak_bytes: the weights, and the most that was allocated beside them. It is None where there is no number.
+        peak_bytes: the weights, and the most that was allocated beside them. It is None where there are no times, and
+            where memory ran out while it was measured.
     """
 
     batch: int

@@ -47,19 +47,22 @@ def interleave(
 ) -> tuple[dict[Name, list[Done]], dict[Name, str]]:
     """Return what each call returned in each round, and the reason of each that ran out of memory.
 
-    All calls take turns in each round. The first round, in which kernels compile and caches fill, is left out. A call
-    that ran out of memory has a reason and no results.
+    All calls take turns in each round. Each round begins with the next call, so that none is always first. The first
+    round, in which kernels compile and caches fill, is left out. A call that ran out of memory has a reason and no
+    results.
     """
     done: dict[Name, list[Done]] = {name: [] for name in calls}
     reasons: dict[Name, str] = {}
+    order = list(calls.items())
     for repetition in range(-1, repetitions):
-        for name, call in calls.items():
+        for name, call in order:
             if name not in reasons:
                 result = attempt(call)
                 if result is None:
                     reasons[name] = OUT_OF_MEMORY
                 elif repetition >= 0:
                     done[name].append(result)
+        order = [*order[1:], *order[:1]]
     return {name: results for name, results in done.items() if name not in reasons}, reasons
 
 
@@ -92,11 +95,11 @@ def measure_median(task: str, metric: str, values: Sequence[float]) -> Measureme
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine does at its best, measured now.
+    """What a machine does now in two fixed pieces of work, which a model's own kernels and dtypes may exceed.
 
     Attributes:
-        gigaflops: 10^9 operations per second in a product of float32 matrices.
-        gigabytes_per_second: 10^9 bytes per second that are read from memory.
+        gigaflops: 10^9 operations per second in a product of float32 matrices with 768 rows and columns.
+        gigabytes_per_second: 10^9 bytes per second of 128 MB that are read. Larger caches hold part of them.
     """
 
     gigaflops: float
@@ -104,7 +107,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device | str, clock: Clock) -> Ceilings:
-    """Return the ceilings of a device, by the fastest of a few trials of fixed work."""
+    """Return the speeds of a device, by the fastest of a few trials of fixed work."""
     a, b = torch.full((2, _PRODUCT, _PRODUCT), 0.5, device=device)
     read = torch.ones(_READ_BYTES // 4, device=device)
     product = min(_time(functools.partial(torch.mm, a, b), clock) for _ in range(_TRIALS))

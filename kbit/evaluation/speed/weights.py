@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -12,19 +13,43 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.layers.int8_linear import Int8Linear
+from kbit.layers.int8_linear import Int8Linear, list_products
 from kbit.layers.packed_weight import PackedWeight
 from kbit.layers.quantized_experts import QuantizedExperts
 from kbit.layers.quantized_linear import QuantizedLinear
 
 
 def list_weights(model: nn.Module) -> list[Tensor]:
-    """Return each tensor of the weights once: parameters, and the scales and constants of packed ones."""
-    found = {parameter.data_ptr(): parameter.detach() for parameter in model.parameters()}
+    """Return each tensor of the weights once: parameters, scales and constants, and what int8 products keep."""
+    tensors = [parameter.detach() for parameter in model.parameters()]
     for module in model.modules():
         if isinstance(module, PackedWeight):
-            found |= {buffer.data_ptr(): buffer for buffer in module.buffers() if buffer.numel()}
-    return list(found.values())
+            tensors += module.buffers()
+    for _, product in list_products(model):
+        tensors += _list_codes(product) + ([] if product.wide is None else [product.wide])
+    tensors += _list_outside(model)
+    return list({tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}.values())
+
+
+def _list_codes(product: Int8Linear) -> list[Tensor]:
+    """Return the codes of an int8 product's weight, and their constants."""
+    values = (getattr(product.weight, field.name) for field in dataclasses.fields(product.weight))
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _list_outside(model: nn.Module) -> list[Tensor]:
+    """Return the constants of bitsandbytes' weights, which hang on the parameters and are no buffers.
+
+    Constants that are quantized themselves have a state of their own, state2.
+    """
+    found = []
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        while state is not None:
+            values = (getattr(state, name, None) for name in ("absmax", "code", "offset"))
+            found += [value for value in values if isinstance(value, Tensor)]
+            state = getattr(state, "state2", None)
+    return found
 
 
 def count_bytes(model: nn.Module) -> int:
@@ -35,7 +60,8 @@ def count_bytes(model: nn.Module) -> int:
 def count_read_bytes(model: Any) -> int | None:
     """Return the bytes of the weights that a step reads, or None of a model with experts, where the tokens decide.
 
-    An embedding that is not the head as well is left out: a step takes one row of it for each token.
+    An embedding that is not the head as well is left out: a step takes one row of it for each token. An int8 product
+    reads its codes instead of the layer's parameter, and those columns of its 16-bit weight that it needed so far.
     """
     if any(isinstance(module, QuantizedExperts) for module in model.modules()):
         return None
@@ -43,7 +69,15 @@ def count_read_bytes(model: Any) -> int | None:
         return None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and head.weight.data_ptr() == embedding.weight.data_ptr()
-    return count_bytes(model) - (0 if is_tied else count_bytes(embedding))
+    unread = [] if is_tied else list_weights(embedding)
+    columns = 0
+    for name, product in list_products(model):
+        unread.append(model.get_submodule(name).weight)
+        if product.wide is not None:
+            unread.append(product.wide)
+            columns += product.wide[:, 0].numel() * product.wide.element_size() * int(product.met.sum())
+    left_out = {tensor.data_ptr() for tensor in unread}
+    return columns + sum(tensor.nbytes for tensor in list_weights(model) if tensor.data_ptr() not in left_out)
 
 
 def find_packed_share(model: nn.Module) -> float:

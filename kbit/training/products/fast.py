@@ -109,13 +109,21 @@ class Fast:
         return self.alpha - self.beta * use.step / use.steps - self.beta * use.number / use.layers
 
     def choose(self, role: str, use: Use, values: Float[Tensor, "rows columns"]) -> QuantSpec | None:
-        """Return the quantizer of an operand by its values, and count the choice."""
+        """Return the quantizer of an operand by its values, and count the choice.
+
+        Raises:
+            FloatingPointError: a value is NaN or Inf, as those of a training that diverges are.
+            ValueError: a block is beyond the scales' range.
+        """
         low: QuantSpec | None = getattr(self.low, role)
         high: QuantSpec | None = getattr(self.high, role)
         if low is None or high is None:
             return None
         threshold = self.find_threshold(use)
-        is_high = find_improvement(values, low, high) >= threshold
+        try:
+            is_high = find_improvement(values, low, high) >= threshold
+        except ValueError as error:
+            raise use.explain(values, role, error) from error
         if use.trains:
             place = (role, use.number, use.step * PERIODS // (use.steps or 1))
             self.uses[place] += 1

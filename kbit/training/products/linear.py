@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, Self, cast
 
@@ -100,7 +101,7 @@ class Use:
         step: the step of the training, from 0.
         steps: the number of steps of the training, or None while begin_step was never called.
         replica: the number of the replica that computes, or of the micro-batch that stands for it.
-        count: how often the layer was used in this step before.
+        count: how often the layer was used in this step before, in training or in evaluation alone.
         trains: whether gradients are computed. What is only evaluated is not counted as training.
     """
 
@@ -128,11 +129,16 @@ class Use:
         """
         if spec is None:
             return values
-        label = f"{self.name}/{product}/{role}/{self.step}/{self.replica}/{self.count}"
+        count = f"{self.count}" if self.trains else f"evaluated/{self.count}"
+        label = f"{self.name}/{product}/{role}/{self.step}/{self.replica}/{count}"
         try:
             return fake_quantize(values, with_own_seed(spec, label))
         except ValueError as error:
-            raise explain_refusal(values, f"{self.name}, step {self.step}, {role}", error) from error
+            raise self.explain(values, role, error) from error
+
+    def explain(self, values: Tensor, role: str, error: ValueError) -> Exception:
+        """Return the error of an operand that no quantizer takes, with its place."""
+        return explain_refusal(values, f"{self.name}, step {self.step}, {role}", error)
 
 
 @dataclass
@@ -203,7 +209,7 @@ class QuantizedProducts:
             raise ValueError(f"step={step} is not in 0..{steps - 1}")
         self.step, self.steps, self.replica = step, steps, replica
         for layer in self.layers:
-            layer.uses = 0
+            layer.uses.clear()
 
     def restore(self) -> None:
         """Give every layer its own forward again. A second call does nothing."""
@@ -223,6 +229,9 @@ def quantize_products(
 ) -> QuantizedProducts:
     """Let linear layers compute with quantized operands, forward and backward.
 
+    Gradient checkpointing computes the forward products twice, as two uses with other random numbers. A model that has
+    it is refused. torch.utils.checkpoint within a model is not seen, and fits only rounding that is not stochastic.
+
     Args:
         model: any Hugging Face model. Its parameters stay as they are.
         policy: the quantizer of each role (Roles), or a rule that chooses them.
@@ -232,9 +241,14 @@ def quantize_products(
 
     Raises:
         ValueError: the pattern finds no linear layer, or finds fused experts, which have no product of their own. A
-            layer's product was replaced already. Or a dimension that a product sums is smaller than a block. Nothing is
-            changed then.
+            layer's forward was replaced already. The model has gradient checkpointing. Or a dimension that a product
+            sums is smaller than a block. Nothing is changed then.
     """
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing would compute the forward products again with other random numbers: call "
+            "model.gradient_checkpointing_disable() first"
+        )
     towers = tuple(f"{tower}." for tower in find_towers(model))
     found = [
         (name, module)
@@ -284,16 +298,20 @@ class LinearProduct:
         name: its name in the model.
         number: its number among the quantized layers.
         products: what it shares with the other layers.
-        uses: how often it was used in this step.
+        uses: how often it was used in this step, in training (True) and in evaluation alone (False).
     """
 
     def __init__(self, module: nn.Module, name: str, number: int, products: QuantizedProducts) -> None:
-        self.module, self.name, self.number, self.products, self.uses = module, name, number, products, 0
+        self.module, self.name, self.number, self.products = module, name, number, products
+        self.uses: Counter[bool] = Counter()
 
     def check(self) -> None:
         """Raise ValueError if the layer cannot compute with one of the possible quantizers."""
         if "forward" in vars(self.module):
-            raise ValueError(f"{self.name} has another product in place of its own already: restore that one first")
+            raise ValueError(
+                f"{self.name} has another forward in place of its class's (quantized products, or a hook such as those "
+                "of accelerate): remove that one first"
+            )
         outputs, inputs = as_matrix(cast(Tensor, self.module.weight), self.module).shape
         for roles in self.products.policy.possible:
             if roles.activations or roles.gradients:
@@ -325,8 +343,8 @@ class LinearProduct:
                 check_blocks("gradients", roles.gradients, tokens, over_tokens)
 
     def _begin_use(self, *, trains: bool) -> Use:
-        shared, count = self.products, self.uses
-        self.uses += 1
+        shared, count = self.products, self.uses[trains]
+        self.uses[trains] += 1
         layers = len(shared.layers)
         return Use(self.name, self.number, layers, shared.step, shared.steps, shared.replica, count, trains)
 

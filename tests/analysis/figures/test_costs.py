@@ -23,7 +23,13 @@ COST_FIGURES = ("cost_accuracy", "cost_loss", "time_per_token", "time_by_bits", 
 
 
 def plant(
-    model: str, bits: int, *, slope: float = 0.5, packed: bool = True, machine: str = MACHINE
+    model: str,
+    bits: int,
+    *,
+    slope: float = 0.5,
+    packed: bool = True,
+    machine: str = MACHINE,
+    method: str = "rtn",
 ) -> list[dict[str, Any]]:
     """The rows of one experiment. A step takes 10 ms x (MB)^slope at batch 1, and at 8 bits do not matter."""
     parameters = SIZES[model]
@@ -31,10 +37,11 @@ def plant(
     megabytes = parameters * per_param / 8e6
     quality = -3.5 + 0.25 * np.log(parameters) - 2.0 ** (1 - bits)
     shared = {
-        "key": f"{model}-{bits}-{packed}-{machine}", "model": model, "family": "toy", "architecture": "Toy",
+        "key": f"{model}-{bits}-{packed}-{machine}-{method}", "model": model, "family": "toy", "architecture": "Toy",
         "parameters": parameters,
-        "bits": bits, "data_type": None if bits == 16 else "nf", "block_size": pd.NA if bits == 16 else 64,
-        "exponent_bits": pd.NA, "method": None if bits == 16 else "rtn", "dtype": "bfloat16",
+        "bits": bits, "data_type": None if bits == 16 else "nf" if method == "rtn" else "int",
+        "block_size": pd.NA if bits == 16 or method != "rtn" else 64,
+        "exponent_bits": pd.NA, "method": None if bits == 16 else method, "dtype": "bfloat16",
         "total_bits": int(parameters * per_param), "bits_per_param": per_param,
     }  # fmt: skip
     numbers = [
@@ -94,9 +101,8 @@ def test_the_slope_is_the_planted_one(results: pd.DataFrame) -> None:
     assert flat.slope == pytest.approx(0, abs=1e-12)
     figure = draw_figure("time_by_bits", results)
     assert "at batch 1 slope 0.50 (0.50 to 0.50): less than in proportion" in figure.verdict
-    assert "at batch 8 slope 0.00 (0.00 to 0.00): does not rise with the bytes" in figure.verdict.replace(
-        "-0.00", "0.00"
-    )
+    assert "at batch 8 slope 0.00 (0.00 to 0.00): " in figure.verdict.replace("-0.00", "0.00")
+    assert "Slope of packed weights alone: 0.50 (0.50 to 0.50) at batch 1" in figure.notes[0]
 
 
 def test_the_interval_of_the_slope_is_least_squares(results: pd.DataFrame) -> None:
@@ -121,7 +127,9 @@ def test_the_interval_of_the_slope_is_least_squares(results: pd.DataFrame) -> No
         (0.9, 1.1, "in proportion"),
         (0.1, 0.4, "less than in proportion"),
         (0.3, 1.5, "rises with the bytes, perhaps in proportion"),
-        (-0.2, 0.3, "does not rise with the bytes"),
+        (-0.05, 0.95, "less than in proportion, perhaps not at all"),
+        (1.3, 1.6, "more than in proportion"),
+        (-0.4, -0.1, "does not rise with the bytes"),
         (-0.5, 1.5, "undecided"),
     ],
 )
@@ -140,10 +148,38 @@ def test_only_one_machine_is_compared_and_only_weights_in_their_bits(results: pd
     assert any(note.startswith("Left out: 1 experiment that are quantized and not packed") for note in costs.notes)
 
 
+def test_int8_methods_are_series_of_their_own(results: pd.DataFrame) -> None:
+    """They are never packed, and beside packed 8 bits."""
+    methods = ("llm_int8", "absmax")
+    int8 = make_results(*(plant(model, 8, packed=False, method=name) for model in SIZES for name in methods))
+    both = pd.concat([results, int8], ignore_index=True)
+    times = draw_figure("time_per_token", both)
+    assert times.table is not None
+    assert times.table["precision"].tolist()[:6] == ["16-bit", "8-bit", "absmax", "llm_int8", "4-bit", "3-bit"]
+    assert "llm_int8 1.39 to 1.39" in times.verdict  # (16 / 8.25)^0.5, as planted
+    assert not any("plain numbers" in note for note in times.notes)
+    assert {"llm_int8", "absmax"} < set(draw_figure("cost_accuracy", both).data["series"])
+    slope = draw_figure("time_by_bits", both)
+    assert slope.verdict == draw_figure("time_by_bits", results).verdict
+    assert any(note.startswith("Left out: 6 experiments that multiply in int8") for note in slope.notes)
+    alone = draw_figure("time_per_token", pd.concat([results[results["bits"] == 16], int8], ignore_index=True))
+    assert any("Shown: absmax, llm_int8, computed in bfloat16" in note for note in alone.notes)
+    assert "measured" not in set(draw_figure("figure_16", int8).data["source"])
+
+
+def test_the_slope_is_of_one_quantizer(results: pd.DataFrame) -> None:
+    gptq = make_results(*(plant(model, 4, method="gptq", slope=3) for model in SIZES))
+    mixed = draw_figure("time_by_bits", pd.concat([results, gptq], ignore_index=True))
+    assert mixed.verdict == draw_figure("time_by_bits", results).verdict
+    assert "Left out: 3 experiments with other settings (choose with --where)." in mixed.notes
+
+
 def test_shares_of_budgets_are_those_of_the_lines() -> None:
     """4 bits are better below a cost of 10^1.5, halfway of the budgets, where the lines cross."""
-    curves = pd.DataFrame({"bits": [4, 4, 8, 8], "cost": [10, 100, 10, 100], "value": [0.5, 0.6, 0.45, 0.65]})
-    assert find_shares(curves, "cost", higher_is_better=True) == {4: 0.5, 8: 0.5}
+    curves = pd.DataFrame(
+        {"series": ["4-bit", "4-bit", "8-bit", "8-bit"], "cost": [10, 100, 10, 100], "value": [0.5, 0.6, 0.45, 0.65]}
+    )
+    assert find_shares(curves, "cost", higher_is_better=True) == {"4-bit": 0.5, "8-bit": 0.5}
     apart = curves.assign(cost=[1, 2, 10, 100])
     assert find_shares(apart, "cost", higher_is_better=True) is None
 
@@ -178,9 +214,9 @@ def test_the_roofline_has_this_machine_with_what_was_measured(results: pd.DataFr
 def test_the_table_has_a_cell_for_each_batch(results: pd.DataFrame) -> None:
     table = draw_figure("time_per_token", results).table
     assert table is not None
-    assert list(table) == ["model", "bits", "batch 1", "batch 8"]
-    assert table["bits"].tolist() == [16, 8, 4, 3] * 3
-    assert table.iloc[0].tolist() == ["toy-1m", 16, f"{10 * 2**0.5:.3g}", "0.625"]
+    assert list(table) == ["model", "precision", "batch 1", "batch 8"]
+    assert table["precision"].tolist() == ["16-bit", "8-bit", "4-bit", "3-bit"] * 3
+    assert table.iloc[0].tolist() == ["toy-1m", "16-bit", f"{10 * 2**0.5:.3g}", "0.625"]
 
 
 def test_what_bench_measured_is_drawn() -> None:

@@ -29,8 +29,10 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
 from kbit.experiments.session import Session
+from kbit.layers.int8_linear import list_products
 from kbit.layers.quantized_linear import QuantizedLinear
 from kbit.methods.config import QuantConfig
+from kbit.methods.quantize_model import quantize_model
 from kbit.models.config import ModelConfig
 from kbit.store.items import read_items
 from kbit.store.readers import read_results
@@ -221,6 +223,53 @@ def test_weights_are_counted_once_as_they_are_in_memory(build_tiny: Callable[...
         assert count_read_bytes(model) == width * (count - (0 if tied else 259 * 64))
         assert find_packed_share(model) == 0
     assert count_read_bytes(build_tiny("mixtral")) is None
+
+
+@pytest.mark.parametrize(("method", "is_wide"), [("llm_int8", True), ("vectorwise", False)])
+def test_what_int8_products_keep_and_read_is_counted(
+    build_tiny: Callable[..., Any], method: str, is_wide: bool
+) -> None:
+    """By hand: a code for each weight, a float32 scale for each output, and another 16-bit weight for outliers."""
+    model = build_tiny("llama", tie_word_embeddings=False)
+    plain = count_bytes(model)
+    quantize_model(model, QuantConfig(bits=8, method=method), None)
+    shapes = [tuple(model.get_submodule(name).weight.shape) for name, _ in list_products(model)]
+    weights = sum(rows * columns for rows, columns in shapes)
+    codes = weights + 4 * sum(rows for rows, _ in shapes)
+    assert count_bytes(model) == plain + codes + (4 * weights if is_wide else 0)
+    read = plain - 4 * 259 * 64 - 4 * weights + codes
+    assert count_read_bytes(model) == read
+    name, product = list_products(model)[0]
+    product.met[:3] = True  # three columns that were multiplied at 16 bits
+    assert count_read_bytes(model) == read + (3 * 4 * len(model.get_submodule(name).weight) if is_wide else 0)
+
+
+def test_the_constants_of_bitsandbytes_are_counted(build_tiny: Callable[..., Any]) -> None:
+    """They hang on the parameter, and those that are quantized themselves have a state of their own."""
+    model = build_tiny("llama")
+    before = count_bytes(model), count_read_bytes(model)
+    nested = SimpleNamespace(absmax=torch.ones(5), code=torch.ones(256), offset=None, state2=None)
+    first, second = [parameter for parameter in model.parameters() if parameter.dim() == 2][-2:]
+    first.quant_state = SimpleNamespace(absmax=torch.ones(7), code=torch.ones(16), offset=None)
+    second.quant_state = SimpleNamespace(
+        absmax=torch.ones(9, dtype=torch.uint8), code=nested.code, offset=torch.ones(1), state2=nested
+    )
+    added = 4 * (7 + 16) + 9 + 4 * (256 + 1 + 5)
+    assert (count_bytes(model), count_read_bytes(model)) == (before[0] + added, before[1] + added)
+
+
+def test_a_timed_batch_keeps_its_times_where_its_peak_does_not_fit(
+    build_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: Any, work: Workload) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("kbit.evaluation.speed.measure.measure_allocated", fail)
+    measured = measure_model(build_tiny("llama"), dataclasses.replace(FAST, batches=(1,), repetitions=1))
+    [batch] = measured.records["speed"].batches
+    assert (batch.reason, batch.peak_bytes) == ("", None)
+    assert find(measured, "speed/batch_1", "ms_per_token").value > 0
+    assert not [m for m in measured.measurements if m.metric == "peak_megabytes"]
 
 
 @pytest.mark.parametrize(
