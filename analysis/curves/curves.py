@@ -78,6 +78,8 @@ LOSSES: Final = (
 
 def find_cross_entropy(results: pd.DataFrame) -> Measure | None:
     """Return the cross entropy of the text with the most results (ties: first by name), or None without any."""
+    if results.empty:
+        return None
     measured = results.loc[results["metric"] == "cross_entropy", "task"]
     texts = measured[~measured.str.startswith("training/")].value_counts().sort_index()
     return None if texts.empty else Measure("cross entropy", "cross_entropy", str(texts.idxmax()), False)

@@ -52,12 +52,12 @@ def test_captions_are_as_long_as_asked_for_and_nothing_is_lost(kbit: Kbit, tmp_p
         texts[caption] = " ".join(svg.split())
         markdown = (tmp_path / caption / "figure_16.md").read_text()
         assert "Memory-bound up to batch" in markdown
-        assert "Computed, not measured" in markdown
+        assert "Lines are computed, not measured" in markdown
     assert "Paper (figure 16)" not in texts["none"]
     assert "lasts for small batches only. These results: Holds by the roofline" in texts["short"]
     assert "Memory-bound up to batch" not in texts["short"]
     assert "Memory-bound up to batch" in texts["full"]
-    assert "Computed, not measured" in texts["full"]
+    assert "Lines are computed, not measured" in texts["full"]
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_unknown_command_names_the_commands(kbit: Kbit) -> None:
     done = kbit("rnu")
     assert done.code == 1
     assert "'rnu'" in done.err
-    assert "run, plan, figures, report, results, outliers, fit, pack, export, models" in done.err
+    assert "run, plan, figures, report, results, outliers, fit, bench, pack, export, models" in done.err
 
 
 def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:

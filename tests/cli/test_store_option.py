@@ -14,7 +14,7 @@ import kbit as package
 from kbit.cli.main import make_parser
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
-WITHOUT = {"fit", "pack", "export", "models", "completion"}  # these have no store, or name it in another way
+WITHOUT = {"fit", "bench", "pack", "export", "models", "completion"}  # these have no store, or name it in another way
 READERS = [
     ["results"],
     ["results", "list"],

@@ -211,6 +211,7 @@ def test_every_field_belongs_to_a_measure_and_to_the_key(measure: str, tmp_path:
     assert fields == {field.name for field in dataclasses.fields(EvalConfig)} - {"batch_size"}
     usual = Experiment()
     changes = CHANGES | {"measures": (measure,), "features": dataclasses.replace(usual.eval.features, measure=True)}
+    changes["speed"] = dataclasses.replace(usual.eval.speed, measure=True)
     assert changes.keys() == fields - {"task_path"}
     for name, value in changes.items():
         assert find_key(Experiment(eval=dataclasses.replace(usual.eval, **{name: value}))) != find_key(usual)

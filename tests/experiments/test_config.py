@@ -16,6 +16,7 @@ from kbit.models.config import ModelConfig
 # Of each field: what else must be set so that it means something, and another value than its default.
 DISTINCT: dict[str, tuple[dict[str, Any], Any]] = {
     "bits": ({}, 5),
+    "rules": ({}, ({"match": "lm_head", "bits": 6},)),
     "data_type": ({}, "int"),
     "exponent_bits": ({}, 2),
     "float_bias": ({"exponent_bits": 2}, "bnb"),

@@ -143,7 +143,7 @@ def test_random_weights_are_compared_with_no_checkpoint(session: Session, make: 
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"weights": NF3}, {"steps": 1, "lr": 1e8}],  # the last one has a finite loss, and weights beyond float16
+    [{}, {"weights": NF3, "lr": 1e9}, {"steps": 1, "lr": 1e9}],  # the last: a finite loss, and weights beyond float16
     ids=["loss", "rounded", "last_step"],
 )
 def test_a_diverged_training_is_a_result_without_a_loss(

@@ -91,6 +91,7 @@ def test_every_figure_is_drawn_readable_and_judged(
         "int8_methods",
         "features",
         *("cost_accuracy", "cost_loss", "time_per_token", "time_by_bits"),
+        *("qat", "qlora", "training_curves", "optimizer_ablation", "states", "fast_precision", "exchange"),
     ):  # not in the planted store: tested by themselves
         with pytest.raises(MissingResults, match=f"{name} needs"):
             FIGURES[name](planted)
