@@ -71,7 +71,7 @@ def add_diverged(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
     ends = results[(results["task"] == TASK) & (results["metric"] == "diverged") & (results["value"] > 0)]
     ends = ends[~ends["key"].isin(rows["key"])].drop_duplicates("key")
     if ends.empty:
-        return rows.assign(diverged=False)
+        return rows.assign(diverged=False).reset_index(drop=True)
     return pd.concat([rows.assign(diverged=False), ends.assign(value=np.nan, diverged=True)], ignore_index=True)
 
 
