@@ -203,7 +203,7 @@ def test_the_device_decides_whose_kernel_steps(monkeypatch: pytest.MonkeyPatch) 
     gpu = dataclasses.replace(choose_backend(torch.device("cpu")), is_gpu=True)
     kernels = types.SimpleNamespace(take_step=lambda *arguments: calls.append(arguments))
     monkeypatch.setattr("kbit.optim.optimizers.choose_backend", lambda device: gpu)
-    monkeypatch.setitem(sys.modules, "kbit.kernels.cuda_states", kernels)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "kbit.kernels.cuda_states", kernels)
     p = make_parameter()
     assert torch.equal(train(p, AdamW([p]), range(1)), draw(N, 0))
     assert len(calls) == 1

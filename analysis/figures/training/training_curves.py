@@ -74,7 +74,7 @@ def list_trainings(results: pd.DataFrame) -> pd.DataFrame:
     trained = trained.assign(training=[name_training(own, row, base) for own, row, base in parts])
     first = ~trained.duplicated(["model", "training", "train_seed"])
     trained = trained.assign(diverged=trained["diverged"] > 0, spikes=trained["loss_spikes"].fillna(0))
-    return count_steps(trained.assign(fields=fields)[first])
+    return count_steps(trained.assign(fields=pd.Series(fields, trained.index, dtype=object))[first])
 
 
 def name_training(fields: Mapping[str, Any], row: Mapping[Any, Any], base: str) -> str:

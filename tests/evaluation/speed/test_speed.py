@@ -248,6 +248,7 @@ def test_the_constants_of_bitsandbytes_are_counted(build_tiny: Callable[..., Any
     """They hang on the parameter, and those that are quantized themselves have a state of their own."""
     model = build_tiny("llama")
     before = count_bytes(model), count_read_bytes(model)
+    assert before[1] is not None
     nested = SimpleNamespace(absmax=torch.ones(5), code=torch.ones(256), offset=None, state2=None)
     first, second = [parameter for parameter in model.parameters() if parameter.dim() == 2][-2:]
     first.quant_state = SimpleNamespace(absmax=torch.ones(7), code=torch.ones(16), offset=None)
