@@ -63,13 +63,12 @@ def list_trainings(results: pd.DataFrame) -> pd.DataFrame:
     steps, those that were taken. Steps are missing where nothing tells them.
     """
     trained = find_trained(results)
+    if trained.empty:
+        return trained
     ends = trained[trained["task"] == TASK].drop_duplicates(["key", "metric"]).pivot(
         index="key", columns="metric", values="value"
     ).reindex(columns=["diverged", "loss_spikes", "tokens"])  # fmt: skip
-    trained = trained.drop_duplicates("key").reset_index(drop=True)
-    if trained.empty:
-        return trained
-    trained = trained.join(ends, on="key")
+    trained = trained.drop_duplicates("key").reset_index(drop=True).join(ends, on="key")
     fields = [read_fields(cell) for cell in trained["train_fields"]]
     parts = zip(fields, trained.to_dict("records"), name_bases(trained), strict=True)
     trained = trained.assign(training=[name_training(own, row, base) for own, row, base in parts])
