@@ -36,6 +36,7 @@ class Record:
 
     key: str
     value: str
+    experiment: Experiment = field(default_factory=Experiment)
 
 
 def list_experiments(first: int, last: int) -> list[Experiment]:
