@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from contextlib import closing
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
