@@ -61,7 +61,7 @@ def measure(name: str, bits: int, batch: int) -> dict[str, Any]:
     from kbit.costs.memory import Use, count_memory
     from kbit.costs.shapes import find_shape
     from kbit.evaluation.speed.generation import Workload, generate, measure_allocated
-    from kbit.evaluation.speed.weights import count_bytes
+    from kbit.evaluation.speed.weights import count_held_bytes
     from kbit.methods.config import QuantConfig
 
     torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def measure(name: str, bits: int, batch: int) -> dict[str, Any]:
     return {
         "bits": bits, "batch": batch, "prompt": PROMPT, "new": NEW,
         "formula_weights": formula.weights, "formula_total": formula.total,
-        "weights": count_bytes(model), "peak": count_bytes(model) + measure_allocated(model, work),
+        "weights": count_held_bytes(model), "peak": count_held_bytes(model) + measure_allocated(model, work),
         "process_loaded": loaded, "process_peak": peak[0],
     }  # fmt: skip
 

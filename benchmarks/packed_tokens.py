@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kbit.checkpoints.loading import pack_model
-from kbit.checkpoints.packing import count_bytes
+from kbit.checkpoints.packing import count_stored_bytes
 from kbit.kernels.simd import find_isa
 from kbit.methods.config import QuantConfig
 
@@ -76,7 +76,11 @@ def measure(models: dict[str, Any], tokens: int, rounds: int) -> dict[str, dict[
                 found[name].append(milliseconds)
     rows = {}
     for name, times in found.items():
-        rows[name] = {"milliseconds": statistics.median(times), "least": min(times), "bytes": count_bytes(models[name])}
+        rows[name] = {
+            "milliseconds": statistics.median(times),
+            "least": min(times),
+            "bytes": count_stored_bytes(models[name]),
+        }
         for plain in ("bfloat16", "float16"):
             ratios = [own / other for own, other in zip(times, found[plain], strict=True)]
             rows[name][f"over {plain}"] = statistics.median(ratios)

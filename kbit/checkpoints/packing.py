@@ -236,7 +236,7 @@ def _report_weight(tensor: TensorReport, weight: PackedWeight) -> TensorReport:
     return TensorReport(tensor.name, weight.layout.shape, in_block, quantized=True, reason="", bits=bits)
 
 
-def count_bytes(model: nn.Module) -> int:
+def count_stored_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's parameters and saved buffers in memory. Tied ones count once."""
     tensors = {(tensor.data_ptr(), tensor.nbytes): tensor for tensor in model.state_dict().values()}
     return sum(tensor.nbytes for tensor in tensors.values())

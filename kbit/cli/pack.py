@@ -141,7 +141,7 @@ def _read_result(source: str) -> Result:
 def _pack(experiment: Experiment, device: str, out: Path, result: Result | None) -> str:
     """Pack the model of an experiment into a folder, and return what there is to say."""
     from kbit.checkpoints.loading import load_model, pack_loaded
-    from kbit.checkpoints.packing import count_bytes
+    from kbit.checkpoints.packing import count_stored_bytes
     from kbit.checkpoints.saving import describe_bytes, save_packed
     from kbit.experiments.requirements import check_model_files, check_not_packed
 
@@ -159,7 +159,7 @@ def _pack(experiment: Experiment, device: str, out: Path, result: Result | None)
     measured = "" if result is None else _tabulate(result)
     save_packed(loaded.model, loaded.tokenizer, out, made_of=experiment.model.name, measured=measured)
     checked = "" if result is None else f"\nits weights are those that {result.key} measured ({weights_hash})"
-    sizes = describe_bytes(report.total_bits, count_bytes(loaded.model), out)
+    sizes = describe_bytes(report.total_bits, count_stored_bytes(loaded.model), out)
     return f"{out}: {experiment.label()}, {report.bits_per_param:.4g} bits per packed parameter, {sizes}{checked}"
 
 

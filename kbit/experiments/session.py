@@ -13,7 +13,7 @@ import torch
 
 from kbit.checkpoints.foreign import find_stored_report
 from kbit.checkpoints.loading import load_model
-from kbit.checkpoints.packing import compute_exactly, count_bytes, find_packed_report, hash_values
+from kbit.checkpoints.packing import compute_exactly, count_stored_bytes, find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.scorer import Scorer
@@ -246,7 +246,7 @@ def _measure_bytes(model: ModelConfig, loaded: LoadedModel) -> dict[str, int]:
         return {}
     folder = find_packed(model.name, model.revision)
     stored = 0 if folder is None else sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"bytes_in_memory": count_bytes(loaded.model)} | ({"bytes_on_disk": stored} if stored else {})
+    return {"bytes_in_memory": count_stored_bytes(loaded.model)} | ({"bytes_on_disk": stored} if stored else {})
 
 
 def _add(result: Result, measured: list[Measured]) -> Result:

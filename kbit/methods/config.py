@@ -14,7 +14,7 @@ from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.methods.options import OPTION_GROUPS
 from kbit.methods.options import CalibrationConfig as CalibrationConfig
 from kbit.methods.options import GptqConfig as GptqConfig
-from kbit.methods.selection.rules import PATTERN, Rule, read_rules, write_rules
+from kbit.methods.selection.rules import PATTERN, finds_any, list_changes, read_rules, write_rule, write_rules
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
 # The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
@@ -164,7 +164,7 @@ class QuantConfig(QuantSpec):
             try:
                 changed = self.follow(number)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"quant.rules[{number}] ({Rule(rule)}): {error}") from None
+                raise ValueError(f"quant.rules[{number}] ({write_rule(rule)}): {error}") from None
             if changed.method != self.method and (changed.traits.needs_text or changed.scheme is not None):
                 raise ValueError(
                     f"quant.rules[{number}]: method={changed.method} needs a calibration text or multiplies int8 by "
@@ -187,12 +187,12 @@ class QuantConfig(QuantSpec):
 
     def follow(self, number: int | None) -> QuantConfig:
         """Return the quantizer of the tensors that this rule is for, None of those without a rule."""
-        changes = {} if number is None else Rule(self.rules[number]).changes
+        changes = {} if number is None else list_changes(self.rules[number])
         return dataclasses.replace(self, rules=(), **changes) if self.rules else self
 
     def find_rule(self, names: Sequence[str]) -> int | None:
         """Return the number of the first rule for the tensor with these names, or None."""
-        return next((number for number, rule in enumerate(self.rules) if Rule(rule).matches(names)), None)
+        return next((number for number, rule in enumerate(self.rules) if finds_any(rule, names)), None)
 
     @property
     def traits(self) -> Method:
@@ -302,7 +302,7 @@ class QuantConfig(QuantSpec):
         if "table" in others:
             others["table"] = write_table(others["table"])
         if "rules" in others:
-            others["rules"] = f"({write_rules(map(Rule, self.rules))})"
+            others["rules"] = f"({write_rules(self.rules)})"
         if self.traits.needs_text and not self.is_baseline:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
         return others | _with_prefix("gptq", self.identity_fields.get("gptq", {}))

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +20,18 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.checks import tabulate_html
 from kbit.methods.config import QuantConfig
-from kbit.methods.selection.rules import PATTERN, Rule
+from kbit.methods.selection.rules import PATTERN, write_rule
 from kbit.methods.weight import Codes, ExpertCodes
-from kbit.models.parameters import distinct_parameters, find_towers, is_experts, owner_of, split_matrices
+from kbit.models.parameters import (
+    OUTSIDE,
+    distinct_parameters,
+    find_towers,
+    is_experts,
+    owner_of,
+    split_matrices,
+    why_outside,
+)
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
-
-OUTSIDE: Final = "outside the transformer blocks"
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,13 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
 def _check_rules(config: QuantConfig, tensors: Sequence[TensorReport]) -> None:
     """Raise ValueError if a rule applies to no tensor that could be quantized."""
     applied = {tensor.rule for tensor in tensors}
-    for number, rule in enumerate(map(Rule, config.rules)):
+    for number, rule in enumerate(config.rules):
         if number not in applied:
             found = _names_any(rule[PATTERN], tensors)
             why = "finds only tensors that are not quantized, or that an earlier rule takes" if found else "finds none"
-            raise ValueError(f"quant.rules[{number}] ({rule}) applies to none of the model's tensors: its match {why}")
+            raise ValueError(
+                f"quant.rules[{number}] ({write_rule(rule)}) applies to none of the model's tensors: its match {why}"
+            )
 
 
 def describe_vain_exclude(report: QuantizationReport, exclude: str | None) -> str:
@@ -160,7 +168,7 @@ def _names_any(pattern: str, tensors: Sequence[TensorReport]) -> bool:
 def _plan_tensor(
     names: list[str], parameter: nn.Parameter, owner: nn.Module, config: QuantConfig, towers: Sequence[str]
 ) -> TensorReport:
-    is_baseline, outside = config.spec.is_baseline, _why_outside(names[0], towers)
+    is_baseline, outside = config.spec.is_baseline, why_outside(names[0], towers)
     matrices = split_matrices(parameter, owner)
     is_matrix = _is_matrix(matrices[0])
     rule = config.find_rule(names)
@@ -204,18 +212,6 @@ def _why_not(
     if (is_plain and isinstance(owner, nn.Linear | Conv1D)) or (not is_plain and is_experts(owner)):
         return ""
     return f"matrix of {type(owner).__name__}, which is neither a linear layer nor fused experts"
-
-
-def _why_outside(name: str, towers: Sequence[str]) -> str:
-    """Return why a parameter is no part of the language model's transformer blocks, or an empty string if it is.
-
-    A block is a numbered member of a list such as layers or h.
-    """
-    if any(name.startswith(f"{tower}.") for tower in towers):
-        return "part of a vision or audio tower"
-    if any(part.startswith("lora_") for part in name.split(".")):
-        return "a LoRA matrix that was not merged"
-    return "" if re.search(r"\.\d+\.", name) else OUTSIDE
 
 
 def _is_matrix(values: torch.Tensor) -> bool:

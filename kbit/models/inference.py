@@ -1,9 +1,9 @@
-"""A model while it is measured: in evaluation mode, and causal."""
+"""A model in evaluation or training mode, and whether it is causal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import torch
@@ -18,17 +18,26 @@ _TOLERANCE: Final = 1e-3
 _ROUNDINGS: Final = 8  # of a 16-bit dtype, whose sums of other groups differ more
 
 
-@contextmanager
-def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Put all modules into evaluation mode (no dropout), and those that trained back into training mode afterwards."""
-    trained = [module for module in model.modules() if module.training]
-    for module in trained:
-        module.training = False
+    return _in_mode(model, training=False)
+
+
+def in_training_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Put all modules into training mode, and those that did not train back into evaluation mode afterwards."""
+    return _in_mode(model, training=True)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    others = [module for module in model.modules() if module.training != training]
+    for module in others:
+        module.training = training
     try:
         yield
     finally:
-        for module in trained:
-            module.training = True
+        for module in others:
+            module.training = not training
 
 
 @torch.no_grad()

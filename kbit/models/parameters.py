@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ _TOWERS: Final = (
     *("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower"),
     *("audio_tower", "audio_encoder", "speech_encoder", "embed_vision", "embed_audio", "multi_modal_projector"),
 )
+OUTSIDE: Final = "outside the transformer blocks"
 _TRANSPOSED_EXPERTS: Final = ("Llama4TextExperts",)  # classes that store [experts, in, out] and do not say so
 
 
@@ -83,6 +85,18 @@ def find_towers(model: nn.Module) -> list[str]:
         if name.rpartition(".")[2] in _TOWERS
         or (own and isinstance(module, PreTrainedModel) and type(module.config) not in own)
     ]
+
+
+def why_outside(name: str, towers: Sequence[str]) -> str:
+    """Return why a parameter is no part of the language model's transformer blocks, or an empty string if it is.
+
+    A block is a numbered member of a list such as layers or h.
+    """
+    if any(name.startswith(f"{tower}.") for tower in towers):
+        return "part of a vision or audio tower"
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return "a LoRA matrix that was not merged"
+    return "" if re.search(r"\.\d+\.", name) else OUTSIDE
 
 
 def is_experts(owner: nn.Module) -> bool:

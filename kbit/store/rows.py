@@ -21,7 +21,7 @@ from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.serialize import write_json
 from kbit.methods.config import QuantConfig
 from kbit.methods.options import OPTION_GROUPS
-from kbit.methods.selection.rules import Rule, write_rules
+from kbit.methods.selection.rules import write_rules
 from kbit.models.catalog import STUDIED, name_run
 from kbit.models.config import ModelConfig
 from kbit.numerics.spec import write_table
@@ -103,7 +103,7 @@ def make_row(result: Result) -> dict[str, Any]:
         row |= {name: value for name, value in dataclasses.asdict(spec).items() if name in EXPERIMENT_COLUMNS}
         row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
-        row |= {"rules": write_rules(map(Rule, quant.rules)) or None}
+        row |= {"rules": write_rules(quant.rules) or None}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
     content = _describe_contents(result)

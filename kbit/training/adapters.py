@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.models.parameters import find_towers
+from kbit.models.parameters import find_towers, why_outside
 from kbit.training.config import LoraConfig
 
 
@@ -34,11 +34,7 @@ def list_targets(model: nn.Module, targets: str | None) -> list[str]:
     """
     towers = find_towers(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    inside = [
-        name
-        for name in linear
-        if re.search(r"\.\d+\.", name) and not any(name.startswith(f"{tower}.") for tower in towers)
-    ]
+    inside = [name for name in linear if not why_outside(name, towers)]
     found = [name for name in inside if targets is None or re.search(targets, name)]
     if not found:
         kinds = ", ".join(sorted({re.sub(r".*\.\d+\.", "", name) for name in inside})) or "none"

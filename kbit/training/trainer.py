@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from kbit.models.inference import in_training_mode
 from kbit.models.parameters import count_embedded
 from kbit.optim.stable_embedding import make_embedding_stable
 from kbit.training.batches import TrainingText
@@ -237,18 +238,6 @@ def train_model(
         tokens = state.step * config.batch_size * context
         bits = count_state_bits(state.optimizer)
         return Trained(tuple(losses), diverged, tokens, trainable, bits, quantized.numbers, quantized.curves)
-
-
-@contextlib.contextmanager
-def in_training_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules into training mode, and back as they were."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _list_trained(model: nn.Module) -> dict[str, nn.Parameter]:

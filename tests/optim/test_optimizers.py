@@ -298,7 +298,7 @@ def read_memory() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what backs a process' memory")
 def test_states_in_files_take_no_memory_and_give_the_same_numbers(tmp_path: Path) -> None:
-    n, grown, results = 2**23, {}, []
+    n, grown, results = 2**25, {}, []  # glibc maps 32 MiB anew and never takes memory that earlier tests gave back
     warm = make_parameter()
     train(warm, AdamW([warm]), range(1))  # compiles
     g = draw(n, 1)
@@ -312,7 +312,7 @@ def test_states_in_files_take_no_memory_and_give_the_same_numbers(tmp_path: Path
         optimizer.step()
         results.append((p.detach(), optimizer.state_dict()))
     assert torch.equal(results[0][0], results[1][0])
-    assert grown[None] > 0.4 * 2 * n  # one of the two states may lie in memory that earlier tests gave back
+    assert grown[None] > 0.9 * 2 * n
     assert grown[tmp_path] < 0.1 * 2 * n
     assert list(tmp_path.iterdir()) == []
     again = AdamW([torch.nn.Parameter(results[0][0])], paged=tmp_path)

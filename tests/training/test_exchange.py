@@ -25,7 +25,7 @@ from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.hook import check_group, register_exchange
 from kbit.training.exchange.pipeline import cut_pipeline
 from kbit.training.exchange.replicas import Exchange, SimulatedExchange
-from kbit.training.exchange.wire import count_bytes, decode, encode
+from kbit.training.exchange.wire import count_sent_bytes, decode, encode
 
 PARAMETERS: Final = sum(p.numel() for p in make_model().parameters())
 
@@ -187,7 +187,7 @@ def test_bytes_decode_to_what_was_quantized(shape: tuple[int, ...], normalizatio
         )  # fmt: skip
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         data = encode(x, spec, "x")
-        assert len(data) == count_bytes(shape, spec)
+        assert len(data) == count_sent_bytes(shape, spec)
         assert torch.equal(decode(data, shape, spec), fake_quantize(x, spec))
     assert torch.equal(decode(encode(x, None, "x"), shape, None), x)
 

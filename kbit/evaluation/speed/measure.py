@@ -23,7 +23,7 @@ from kbit.evaluation.speed.timing import (
     measure_median,
 )
 from kbit.evaluation.speed.weights import (
-    count_bytes,
+    count_held_bytes,
     count_read_bytes,
     describe_path,
     fastest_paths,
@@ -86,7 +86,7 @@ def record_batch(model: Any, work: Workload, reason: str) -> BatchRecord:
     """
     step, prompt = (describe_path(model, rows, model.dtype) for rows in (work.batch, work.batch * work.prompt))
     allocated = None if reason else attempt(lambda: measure_allocated(model, work))
-    peak = None if allocated is None else count_bytes(model) + allocated
+    peak = None if allocated is None else count_held_bytes(model) + allocated
     return BatchRecord(work.batch, reason, step, prompt, peak)
 
 
@@ -102,7 +102,7 @@ def make_record(
         repetitions=config.repetitions,
         gigaflops=tuple(found.gigaflops for found in ceilings),
         gigabytes_per_second=tuple(found.gigabytes_per_second for found in ceilings),
-        weight_bytes=count_bytes(model),
+        weight_bytes=count_held_bytes(model),
         counted_bytes=None if counted_bits is None else counted_bits / 8,
         read_bytes=count_read_bytes(model),
         packed_share=find_packed_share(model),

@@ -52,7 +52,7 @@ def _list_outside(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def count_bytes(model: nn.Module) -> int:
+def count_held_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights in memory, tied ones once."""
     return sum(tensor.nbytes for tensor in list_weights(model))
 

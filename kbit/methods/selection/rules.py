@@ -21,17 +21,20 @@ class Rule(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]  # dict says None
         return hash(json.dumps(self, sort_keys=True))
 
-    def __str__(self) -> str:
-        return " ".join([f"{self[PATTERN]}:", *(f"{name}={value}" for name, value in self.changes.items())])
 
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The fields of the quantizer that the rule changes."""
-        return {name: value for name, value in self.items() if name != PATTERN}
+def list_changes(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the quantizer that a rule changes."""
+    return {name: value for name, value in rule.items() if name != PATTERN}
 
-    def matches(self, names: Iterable[str]) -> bool:
-        """Whether the pattern finds one of a tensor's names."""
-        return any(re.search(self[PATTERN], name) for name in names)
+
+def finds_any(rule: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether a rule's pattern finds one of a tensor's names."""
+    return any(re.search(rule[PATTERN], name) for name in names)
+
+
+def write_rule(rule: Mapping[str, Any]) -> str:
+    """Return a rule in a line for people and tables, such as "mlp: bits=3 data_type=int"."""
+    return " ".join([f"{rule[PATTERN]}:", *(f"{name}={value}" for name, value in list_changes(rule).items())])
 
 
 def read_rules(values: Sequence[Mapping[str, Any]], fields: Collection[str]) -> tuple[Rule, ...]:
@@ -64,6 +67,6 @@ def _read_rule(number: int, value: Mapping[str, Any], fields: Collection[str]) -
     return Rule({name: tuple(item) if isinstance(item, list) else item for name, item in value.items()})
 
 
-def write_rules(rules: Iterable[Rule]) -> str:
-    """Return rules in a line for people and tables, such as "lm_head: bits=6; mlp: bits=3 data_type=int"."""
-    return "; ".join(map(str, rules))
+def write_rules(rules: Iterable[Mapping[str, Any]]) -> str:
+    """Return rules in a line, such as "lm_head: bits=6; mlp: bits=3 data_type=int"."""
+    return "; ".join(map(write_rule, rules))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kbit.numerics.spec import QuantSpec
 from kbit.training.exchange.replicas import Exchange, Replica
-from kbit.training.exchange.wire import Bytes, count_bytes, decode, encode
+from kbit.training.exchange.wire import Bytes, count_sent_bytes, decode, encode
 
 
 class _State:
@@ -95,7 +95,7 @@ def receive_values(shape: tuple[int, ...], spec: QuantSpec | None, source: int) 
         ValueError: there is no process group.
     """
     check_group()
-    data = torch.empty(count_bytes(shape, spec), dtype=torch.uint8)
+    data = torch.empty(count_sent_bytes(shape, spec), dtype=torch.uint8)
     dist.recv(data, source)
     return decode(data, shape, spec)
 
@@ -160,4 +160,4 @@ def _decode_all(data: Bytes, lengths: list[int], exchange: Exchange) -> list[Ten
 
 
 def _count_all(lengths: list[int], exchange: Exchange) -> int:
-    return sum(count_bytes((length,), exchange.spec) for length in lengths if length)
+    return sum(count_sent_bytes((length,), exchange.spec) for length in lengths if length)

@@ -29,7 +29,7 @@ from torch import Tensor
 from kbit.checks import check_choice
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import EXCHANGE_FORMS
-from kbit.training.exchange.wire import Bytes, count_bytes, decode, encode
+from kbit.training.exchange.wire import Bytes, count_sent_bytes, decode, encode
 from kbit.training.products.transient import check_transient, with_own_seed
 
 Flat = Float[Tensor, " n"]
@@ -215,7 +215,7 @@ class SimulatedExchange:
             mean = self.replicas[part].average(data, elements)
             if self.exchange.form == "two_shot":
                 mean = self._send_mean(mean, name, part)
-            self._count(part, count_bytes((elements,), self.exchange.spec) if elements else 0)
+            self._count(part, count_sent_bytes((elements,), self.exchange.spec) if elements else 0)
             means.append(mean)
         return torch.cat(means).to(gradients[0].dtype)
 

@@ -58,7 +58,7 @@ def decode(data: Bytes, shape: tuple[int, ...], spec: QuantSpec | None) -> Float
     return q.dequantize()
 
 
-def count_bytes(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
+def count_sent_bytes(shape: tuple[int, ...], spec: QuantSpec | None) -> int:
     """Return the number of bytes that encode makes of a tensor of this shape."""
     if spec is None:
         return 4 * math.prod(shape)

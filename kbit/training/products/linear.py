@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from kbit.models.parameters import as_matrix, find_towers, is_experts
+from kbit.models.parameters import OUTSIDE, as_matrix, find_towers, is_experts, why_outside
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 from kbit.training.products.transient import check_transient, explain_refusal, with_own_seed
@@ -249,11 +249,11 @@ def quantize_products(
             "gradient checkpointing would compute the forward products again with other random numbers: call "
             "model.gradient_checkpointing_disable() first"
         )
-    towers = tuple(f"{tower}." for tower in find_towers(model))
+    towers = find_towers(model)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if _is_wanted(name, include, exclude) and not name.startswith(towers) and ".lora_" not in name
+        if _is_wanted(name, include, exclude) and why_outside(name, towers) in ("", OUTSIDE)
     ]
     if experts := [name for name, module in found if is_experts(module)]:
         raise ValueError(f"{experts[0]} computes the products of its experts itself: leave it out by exclude")

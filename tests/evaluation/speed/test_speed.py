@@ -24,7 +24,7 @@ from kbit.evaluation.measures import MEASURES
 from kbit.evaluation.speed.generation import Workload, generate, measure_allocated
 from kbit.evaluation.speed.measure import Speed
 from kbit.evaluation.speed.record import SpeedRecord
-from kbit.evaluation.speed.weights import count_bytes, count_read_bytes, find_packed_share
+from kbit.evaluation.speed.weights import count_held_bytes, count_read_bytes, find_packed_share
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.experiments.result import Result
@@ -219,7 +219,7 @@ def test_weights_are_counted_once_as_they_are_in_memory(build_tiny: Callable[...
     for tied in (True, False):
         model = build_tiny("llama", tie_word_embeddings=tied).to(getattr(torch, dtype))
         count = sum(parameter.numel() for parameter in model.parameters())
-        assert count_bytes(model) == width * count
+        assert count_held_bytes(model) == width * count
         assert count_read_bytes(model) == width * (count - (0 if tied else 259 * 64))
         assert find_packed_share(model) == 0
     assert count_read_bytes(build_tiny("mixtral")) is None
@@ -231,12 +231,12 @@ def test_what_int8_products_keep_and_read_is_counted(
 ) -> None:
     """By hand: a code for each weight, a float32 scale for each output, and another 16-bit weight for outliers."""
     model = build_tiny("llama", tie_word_embeddings=False)
-    plain = count_bytes(model)
+    plain = count_held_bytes(model)
     quantize_model(model, QuantConfig(bits=8, method=method), None)
     shapes = [tuple(model.get_submodule(name).weight.shape) for name, _ in list_products(model)]
     weights = sum(rows * columns for rows, columns in shapes)
     codes = weights + 4 * sum(rows for rows, _ in shapes)
-    assert count_bytes(model) == plain + codes + (4 * weights if is_wide else 0)
+    assert count_held_bytes(model) == plain + codes + (4 * weights if is_wide else 0)
     read = plain - 4 * 259 * 64 - 4 * weights + codes
     assert count_read_bytes(model) == read
     name, product = list_products(model)[0]
@@ -247,7 +247,7 @@ def test_what_int8_products_keep_and_read_is_counted(
 def test_the_constants_of_bitsandbytes_are_counted(build_tiny: Callable[..., Any]) -> None:
     """They hang on the parameter, and those that are quantized themselves have a state of their own."""
     model = build_tiny("llama")
-    before = count_bytes(model), count_read_bytes(model)
+    before = count_held_bytes(model), count_read_bytes(model)
     assert before[1] is not None
     nested = SimpleNamespace(absmax=torch.ones(5), code=torch.ones(256), offset=None, state2=None)
     first, second = [parameter for parameter in model.parameters() if parameter.dim() == 2][-2:]
@@ -256,7 +256,7 @@ def test_the_constants_of_bitsandbytes_are_counted(build_tiny: Callable[..., Any
         absmax=torch.ones(9, dtype=torch.uint8), code=nested.code, offset=torch.ones(1), state2=nested
     )
     added = 4 * (7 + 16) + 9 + 4 * (256 + 1 + 5)
-    assert (count_bytes(model), count_read_bytes(model)) == (before[0] + added, before[1] + added)
+    assert (count_held_bytes(model), count_read_bytes(model)) == (before[0] + added, before[1] + added)
 
 
 def test_a_timed_batch_keeps_its_times_where_its_peak_does_not_fit(
@@ -282,6 +282,6 @@ def test_memory_is_within_5_percent_of_what_is_predicted(name: str, bits: int) -
     model = load_model(name, dtype="bfloat16", packed_as=None if quant.is_baseline else quant).model
     shape, work = find_shape(name), Workload(8, 120, 8)
     predicted = count_memory(shape, quant, Use(context=128, batch=8))
-    assert count_bytes(model) == pytest.approx(predicted.weights, rel=0.005)
-    measured = count_bytes(model) + measure_allocated(model, work)
+    assert count_held_bytes(model) == pytest.approx(predicted.weights, rel=0.005)
+    measured = count_held_bytes(model) + measure_allocated(model, work)
     assert measured == pytest.approx(predicted.total, rel=0.05)
