@@ -28,8 +28,7 @@ from kbit.data.tasks import complete_definition, find_data
 from kbit.evaluation.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.token_budget import TokenBudget
-from kbit.methods.config import QuantConfig
-from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.methods.quantize_model import quantize_model
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class QuantizedLM(Scorer):
         self.quant = read_options(quant)
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
         packed = find_packed_report(loaded.model)
-        if packed is not None and quant and not self.quant.is_baseline:
+        if packed is not None and quant and not self.quant.is_unchanged:
             raise ValueError(
                 f"pretrained={pretrained} is packed by kbit already, and is not quantized again: leave out "
                 f"{', '.join(quant)}, or give bits=16"

@@ -1,15 +1,15 @@
-"""Options that some methods have: the text that they calibrate on, and GPTQ's own."""
+"""What is known of each method, and the groups of fields below quant, such as the text that methods calibrate on."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
-
-if TYPE_CHECKING:
-    from kbit.numerics.spec import QuantSpec
+from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
+from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 
 UNSEEN: Final = ("error", "rtn")
 
@@ -76,4 +76,47 @@ class GptqConfig:
             )
 
 
-OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig
+RUN_TIME: Final = ("activations", "kv_cache")  # fields of QuantConfig: what is rounded while the model runs
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the rest of kbit asks about a method.
+
+    It imports nothing heavy. The function that quantizes is in kbit.methods.quantize_model.METHOD_FUNCTIONS.
+
+    Attributes:
+        name: the method's name in quant.method.
+        options: field of QuantConfig with the method's own options, or None.
+        needs_text: whether the method sees a calibration text.
+        minimises_error: whether the method minimises an error, which rounding=stochastic would add to.
+        scales_inputs: whether each matrix stores a 16-bit scale for each of its inputs.
+        scheme: how the method multiplies in int8, or None. A scheme decides the quantizer.
+    """
+
+    name: str
+    options: str | None = None
+    needs_text: bool = False
+    minimises_error: bool = False
+    scales_inputs: bool = False
+    scheme: Scheme | None = None
+
+    def count_extra_bits(self, shape: Sequence[int]) -> int:
+        """Return the bits of a matrix [..., out, in] beyond its codes and scales: input scales and zero points."""
+        bits = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.scales_inputs else 0
+        if self.scheme is not None and self.scheme.zero_point:
+            bits += ZERO_POINT_BITS * (math.prod(shape[:-1]) if self.scheme.weight_rows else 1)
+        return bits
+
+
+METHODS: Final[dict[str, Method]] = {
+    method.name: method
+    for method in (
+        Method("rtn"),
+        Method("mse", minimises_error=True),
+        Method("hqq", minimises_error=True),
+        Method("awq", needs_text=True, scales_inputs=True),
+        Method("gptq", options="gptq", needs_text=True, minimises_error=True),
+        *(Method(name, scheme=scheme) for name, scheme in SCHEMES.items()),
+    )
+}

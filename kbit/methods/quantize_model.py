@@ -14,14 +14,17 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.layers.int8_linear import undo_products
+from kbit.layers.forwards import undo_forwards
 from kbit.layers.int8_schemes import SCHEMES
+from kbit.layers.quantized_cache import CachedForward, make_cached_forwards
+from kbit.layers.quantized_inputs import QuantizedInput, make_quantized_inputs
+from kbit.layers.rotation import Rotation, make_rotation
 from kbit.methods.awq import scale_by_activations
 from kbit.methods.config import METHODS, Method, QuantConfig
 from kbit.methods.gptq import quantize_by_gptq
@@ -82,7 +85,8 @@ def quantize_model(
     Raises:
         ValueError: the model is quantized already, in another way or without the codes that are asked for. The coverage
             is too low. A weight holds NaN or Inf, or is beyond scale_format's range. An include finds nothing.
-            Outliers are chosen by proxy, and what comes before a weight is not known. In all these cases the model is
+            Outliers are chosen by proxy, and what comes before a weight is not known. The inputs of a weight's product,
+            or the model's cache, cannot be quantized. In all these cases the model is
             unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it quantized in part.
     """
     config = QuantConfig.of(quant)
@@ -96,28 +100,64 @@ def quantize_model(
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
     check_finite(model)
+    inputs, caches, notes = _prepare_run_time(model, report, config)
     weights = find_weights(model, report, config)
     norm = sum(sum_squares(weight.values) for weight in weights)
-    job = Job(model, weights, config, tokenizer)
+    job = Job(model, weights, config, tokenizer, notes)
     with in_evaluation_mode(model):  # calibration would see dropout
-        bits, codes = _replace_weights(job, keep_codes=keep_codes) if weights else ({}, {})
+        bits, codes = _replace_weights(job, inputs, keep_codes=keep_codes) if weights else ({}, {})
+    for product in inputs.values():
+        product.install(product.layer)
+    for cache in caches:
+        cache.install(cache.trunk)
     lost = sum(weight.squared_error for weight in weights)
     report = dataclasses.replace(
         report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
     )
-    if not config.is_baseline:
+    if not config.is_unchanged:
         model.kbit_quantized = (config, report)  # type: ignore[assignment]
     return report
 
 
-def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes | ExpertCodes]]:
-    """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep."""
+def _prepare_run_time(
+    model: nn.Module, report: QuantizationReport, config: QuantConfig
+) -> tuple[dict[str, QuantizedInput], list[CachedForward], dict[str, Any]]:
+    """Return the forwards that quantize inputs, by their weights' names, those with a cache, and what is recorded.
+
+    They are installed when the weights are quantized, so that a method with calibration data sees 16-bit inputs.
+    """
+    inputs: list[QuantizedInput] = []
+    caches: list[CachedForward] = []
+    notes: dict[str, Any] = {}
+    if not config.activations.is_baseline:
+        inputs = make_quantized_inputs(model, report.products, config.activations, _rotate_by(config))
+    if not config.kv_cache.is_baseline:
+        caches, notes = make_cached_forwards(model, config.kv_cache)
+    return {product.name: product for product in inputs}, caches, notes
+
+
+def _rotate_by(config: QuantConfig) -> Callable[[int], Rotation | None]:
+    """Return the function from a number of inputs to their rotation."""
+    return lambda inputs: make_rotation(config.rotation, inputs, config.rotation_seed)
+
+
+def _replace_weights(
+    job: Job, inputs: Mapping[str, QuantizedInput], *, keep_codes: bool
+) -> tuple[dict[str, int], dict[str, Codes | ExpertCodes]]:
+    """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep.
+
+    The inputs that are quantized at run time learn what of them stays at 16 bits, and by what they are divided.
+    """
     bits: Counter[str] = Counter()
     kept: dict[str, Codes | ExpertCodes] = {}
     for weight, codes in _run_methods(job):
         if len(weight.outlier_columns):
             codes = codes.keep_columns(weight.outlier_columns, weight.copy_outliers())
         weight.replace(codes.dequantize())
+        if weight.name in inputs:
+            product = inputs[weight.name]
+            product.outlier_columns = weight.outlier_columns if len(weight.outlier_columns) else None
+            product.input_scales = getattr(codes, "input_scales", None)
         bits[weight.name] += codes.count_bits()
         if keep_codes:
             before = kept.get(weight.name)
@@ -149,8 +189,8 @@ def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torc
 
 
 def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put the copies and the layers' own products back, and forget that the model was quantized."""
-    undo_products(model)
+    """Put the copies and the modules' own forwards back, and forget that the model was quantized."""
+    undo_forwards(model)
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
         parameters[name].detach().copy_(weight)
@@ -190,6 +230,7 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
         for number, values in enumerate(split_matrices(parameter, owner_of(model, name))):
             weight = make_weight(name, values, quant.spec, number if values.ndim < parameter.ndim else None)
             weight.method = quant.method if quant.method != config.method else None
+            weight.rotation = _rotate_by(config)(values.shape[-1]) if values.ndim > 1 else None
             if name in outliers:
                 weight.outlier_columns = outliers[name][number]
             weights.append(weight)
