@@ -272,12 +272,13 @@ def test_a_figure_that_fails_is_named_and_the_others_are_written(
     def fail(results: object, page: object) -> None:
         raise TypeError("'<' not supported")
 
-    two = {"verdicts": fail, "figure_16": FIGURES["figure_16"]}
-    monkeypatch.setattr("kbit.analysis.figures.registry.FIGURES", two)
+    three = {"verdicts": fail} | {name: FIGURES[name] for name in ("figure_16", "figure_3")}
+    monkeypatch.setattr("kbit.analysis.figures.registry.FIGURES", three)
     done = kbit("figures", "--out", str(tmp_path))
     assert done.code == 1
     assert "verdicts: not drawn: TypeError: '<' not supported (test_main.py, line " in done.out
     assert (tmp_path / "figure_16.png").is_file()
+    assert re.search(r"Not drawn, as these results lack what they show .*:\n  figure_3\n", done.out)
     assert done.err.splitlines()[-1].endswith("not drawn: verdicts")
 
 
