@@ -96,7 +96,9 @@ def draw_figures(options: argparse.Namespace) -> None:
     print("Markdown, and tables as LaTeX")
     lacking = ", ".join(figure.name for figure in figures if figure.lacks)
     if lacking and not options.names:
-        print("\nNot drawn, as these results lack what they show (`kbit figures NAME` says what, and which study has it):")
+        print(
+            "\nNot drawn, as these results lack what they show (`kbit figures NAME` says what, and which study has it):"
+        )
         print(textwrap.fill(lacking, 100, initial_indent="  ", subsequent_indent="  "))
     print(f"\n{finding(results)}")
     missing = [figure.name for figure in figures if figure.failed or (options.names and figure.skipped)]
