@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_a_training_is_measured_beside_the_text(aware: Result, text: str) -> Non
     numbers = get_numbers(aware)
     assert numbers["training", "trainable"] == 231_168
     assert numbers["training", "tokens"] == 4 * 2 * 64
+    assert numbers["training", "steps"] == 4
+    assert aware.training_text is not None
+    assert aware.training_text.sha256 == hashlib.sha256(Path(text).read_bytes()).hexdigest()
     assert numbers["training", "state_bits_per_param"] == 64
     assert numbers["training", "diverged"] == numbers["training", "loss_spikes"] == 0
     assert numbers["training", "adapter_bits"] == 0
@@ -285,4 +289,6 @@ def test_trainings_have_columns(session: Session, aware: Result, adapted: Result
     assert str(rows.loc["0" * 16, "training"]) == str(rows.loc[aware.key, "training"])
     assert rows.loc["0" * 16, "train_seed"] == 3
     ways = read_results(tmp_path).groupby("task")["evaluation"].unique()
-    assert ways["training"].tolist() == [f"float32, {aware.experiment.train.text}"]
+    assert aware.training_text is not None
+    digest = aware.training_text.sha256[:8]
+    assert ways["training"].tolist() == [f"float32, {aware.experiment.train.text} {digest}, windows of 64 tokens"]
