@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
-    from kbit.checkpoints.peft_private import adapt_packed_layers as adapt_packed_layers
     from kbit.checkpoints.saving import save_packed as save_packed
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
+    from kbit.layers.peft_private import adapt_packed_layers as adapt_packed_layers
     from kbit.methods.config import QuantConfig as QuantConfig
     from kbit.methods.quantize_model import quantize_model as quantize_model
     from kbit.notebook.comparison import compare as compare
@@ -57,7 +57,7 @@ _PUBLIC = {
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
-    "adapt_packed_layers": "kbit.checkpoints.peft_private:adapt_packed_layers",
+    "adapt_packed_layers": "kbit.layers.peft_private:adapt_packed_layers",
     "compare": "kbit.notebook.comparison:compare",
     "codebook": "kbit.numerics.quantizer:codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",

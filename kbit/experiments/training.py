@@ -82,7 +82,12 @@ class TrainedModel:
 
 @contextmanager
 def trained_and_quantized(
-    experiment: Experiment, key: str, loaded: LoadedModel, memory: Memory, files: TrainingFiles | None
+    experiment: Experiment,
+    key: str,
+    loaded: LoadedModel,
+    stored: QuantizationReport | None,
+    memory: Memory,
+    files: TrainingFiles | None,
 ) -> Iterator[TrainedModel]:
     """Train and quantize a model, which is what the experiment measures within the block.
 
@@ -92,6 +97,7 @@ def trained_and_quantized(
         experiment: the experiment, with a training.
         key: its key, by which a checkpoint is its own.
         loaded: the model.
+        stored: the report of a model that was loaded quantized, or None of one that is to be quantized.
         memory: what is kept between experiments on one model.
         files: where to keep the training. None keeps nothing.
 
@@ -103,7 +109,7 @@ def trained_and_quantized(
     record = TextRecord(train.text, sha256, *text.held.shape)
     kept: dict[str, Any] = {"checkpoint": files.checkpoint if files else None, "content": {"key": key}}
     if train.lora.rank:
-        report = quantize_model(model, quant, loaded.tokenizer)
+        report = stored or quantize_model(model, quant, loaded.tokenizer)
         with adapters_in(model, train.lora, train.seed):
             trained = round_trained(model, train_model(model, text, train, **kept), loaded.checkpoint_dtype)
             if files is not None and not trained.diverged:

@@ -210,6 +210,26 @@ def test_adapters_leave_nothing_behind(session: Session, adapted: Result) -> Non
     assert get_weights(session) == hash_weights(load_model("nano-neox-98k").model)
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_adapters_beside_packed_layers_end_as_beside_rounded_weights(
+    session: Session, make: Callable[..., Experiment], bits: int
+) -> None:
+    rounded = make(bits, lora=LoraConfig(rank=2))
+    packed = dataclasses.replace(rounded, packed=True)
+    found = Session(ModelConfig(), packed_as=packed.packed_as).run(packed)
+    expected = session.run(rounded)
+    assert (found.key, found.total_bits, found.weights_hash) == (
+        expected.key,
+        expected.total_bits,
+        expected.weights_hash,
+    )
+    numbers = get_numbers(expected)
+    assert get_numbers(found) == {name: numbers[name] for name in get_numbers(found)}
+    assert {metric for _, metric in set(numbers) - set(get_numbers(found))} == {"kl_divergence", "top1_agreement"}
+    with pytest.raises(ValueError, match="packed=true computes with packed layers, which are not trained"):
+        dataclasses.replace(packed, train=dataclasses.replace(packed.train, lora=LoraConfig()))
+
+
 # ---- the worker
 
 
