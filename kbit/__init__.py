@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kbit import figures as figures
     from kbit import optim as optim
+    from kbit.analysis.statistics.recommendation import recommend as recommend
     from kbit.checkpoints.foreign import read_quantized as read_quantized
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
@@ -79,6 +80,7 @@ _PUBLIC = {
     "read_quantized": "kbit.checkpoints.foreign:read_quantized",
     "read_results": "kbit.store:read_results",
     "save_packed": "kbit.checkpoints.saving:save_packed",
+    "recommend": "kbit.analysis.statistics.recommendation:recommend",
     "run_experiment": "kbit.experiments.session:run_experiment",
 }
 
