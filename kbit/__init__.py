@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
     from kbit.methods.config import QuantConfig as QuantConfig
+    from kbit.methods.quantize_model import allocate_bits as allocate_bits
     from kbit.methods.quantize_model import quantize_model as quantize_model
     from kbit.notebook.comparison import compare as compare
     from kbit.notebook.drawing import plot as plot
@@ -57,6 +58,7 @@ _PUBLIC = {
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
+    "allocate_bits": "kbit.methods.quantize_model:allocate_bits",
     "adapt_packed_layers": "kbit.checkpoints.peft_private:adapt_packed_layers",
     "compare": "kbit.notebook.comparison:compare",
     "codebook": "kbit.numerics.quantizer:codebook",
