@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
+    from kbit.methods.allocation.config import AllocationConfig as AllocationConfig
     from kbit.methods.config import QuantConfig as QuantConfig
     from kbit.methods.quantize_model import allocate_bits as allocate_bits
     from kbit.methods.quantize_model import quantize_model as quantize_model
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 
 # Each public name, and the module that defines it, or that it is. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
+    "AllocationConfig": "kbit.methods.allocation.config:AllocationConfig",
     "Experiment": "kbit.experiments.config:Experiment",
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",

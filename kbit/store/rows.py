@@ -43,6 +43,7 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "method_options": pa.string(), "outlier_fraction": pa.float64(), "outlier_selection": pa.string(),
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
     "include": pa.string(), "exclude": pa.string(), "rules": pa.string(), "allocation": pa.string(),
+    "objective": pa.string(),
     "training": pa.string(), "train_seed": pa.int64(), "train_fields": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
     "checkpoint": pa.string(),
@@ -103,7 +104,7 @@ def make_row(result: Result) -> dict[str, Any]:
         row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"rules": write_rules(quant.rules) or None}
-        row |= {"bits": round(result.bits_per_param), "allocation": quant.allocation.label()} if quant.allocates else {}
+        row |= _describe_allocation(result) if quant.allocates else {}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
     content = _describe_contents(result)
@@ -112,6 +113,12 @@ def make_row(result: Result) -> dict[str, Any]:
         for measurement in result.measurements
     ]
     return row
+
+
+def _describe_allocation(result: Result) -> dict[str, Any]:
+    """Return the budget that was distributed, and the whole number next to the bits that each parameter got of it."""
+    config = result.experiment.quant.allocation
+    return {"bits": round(result.bits_per_param), "allocation": config.label(), "objective": config.objective}
 
 
 def _describe_training(experiment: Experiment) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kbit.methods.allocation import allocate as allocate_module
 from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import allocate_bits, quantize_model
-from kbit.methods.report import plan_quantization
+from kbit.methods.report import QuantizationReport, plan_quantization
 from kbit.models.loading import load_model
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec
@@ -43,6 +43,10 @@ def copy_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def list_sizes(report: QuantizationReport) -> list[tuple[str, int, bool]]:
+    return [(tensor.name, tensor.bits, tensor.quantized) for tensor in report.tensors]
+
+
 def test_the_map_is_that_of_rules_and_of_tensors_one_by_one(build_tiny: Callable[..., Any]) -> None:
     choices = [2, 3, 5, "mxfp4", {"bits": 3, "block_size": 16}]
     quant = ask(3.4, choices=choices)
@@ -54,9 +58,7 @@ def test_the_map_is_that_of_rules_and_of_tensors_one_by_one(build_tiny: Callable
     # the rules alone, as they are in the record
     rules = json.loads(json.dumps(notes["rules"]))
     by_rules = quantize_model(ruled, QuantConfig(rules=rules))
-    assert [(t.name, t.bits, t.quantized) for t in by_rules.tensors] == [
-        (t.name, t.bits, t.quantized) for t in report.tensors
-    ]
+    assert list_sizes(by_rules) == list_sizes(report)
     for (name, ours), theirs in zip(model.named_parameters(), ruled.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
 
@@ -107,12 +109,10 @@ def test_a_larger_budget_never_loses_more(build_tiny: Callable[..., Any]) -> Non
 
 def test_fused_experts_are_one_tensor(build_tiny: Callable[..., Any]) -> None:
     model, ruled = build_tiny("mixtral"), build_tiny("mixtral")
-    report = quantize_model(
-        model, ask(3.0, choices=(2, 3, 4), quant={"outlier_fraction": 0.05, "outlier_selection": "column"})
-    )
-    base = QuantConfig(outlier_fraction=0.05, outlier_selection="column", rules=report.notes["allocation"]["rules"])
-    quantize_model(ruled, base)
-    assert report.bits_per_param <= 3.0
+    outliers: dict[str, Any] = {"outlier_fraction": 0.05, "outlier_selection": "column"}
+    report = quantize_model(model, ask(3.5, choices=(2, 3, 4), quant=outliers))
+    quantize_model(ruled, QuantConfig(**outliers, rules=report.notes["allocation"]["rules"]))
+    assert report.bits_per_param <= 3.5
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ruled.parameters(), strict=True))
 
 
@@ -160,8 +160,8 @@ def test_a_damaged_measurement_is_made_again(build_tiny: Callable[..., Any], tmp
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 2.0}, r"bits=2\.0 is below what the choices 2, 3 can take, which is 2\.25 to 3\.25 bits per quantized"),
-        ({"bits": 3.5}, r"bits=3\.5 is above what the choices 2, 3 can take, which is 2\.25 to 3\.25 bits per quantized"),
+        ({"bits": 2.0}, r"bits=2\.0 is below what the choices 2, 3 can take, which is 2\.25 to 3\.25 bits per"),
+        ({"bits": 3.5}, r"bits=3\.5 is above what the choices 2, 3 can take, which is 2\.25 to 3\.25 bits per"),
         ({"total_bits": 1000}, r"total_bits=1000 \(1,000 bits\) is below .* bits of the whole model"),
         ({"memory": "6GB"}, r"memory=6GB \(48,000,000,000 bits\) is above"),
     ],
@@ -186,9 +186,9 @@ def test_a_budget_out_of_reach_is_refused_with_the_numbers(
         (lambda: ask(3, choices=(4, "4")), r"choices=\[4\] leaves nothing to choose"),
         (lambda: ask(3, choices=(3, 9)), r"choices: 9 is not in 2\.\.8, nor 16"),
         (lambda: ask(3, choices=(3, "nf4_qd")), r"choices='nf4_qd' is not one of: .*; did you mean nf4_dq\?"),
-        (lambda: ask(3, choices=(3, {"bit": 4})), r"\(bit=4\): 'bit' is no field of a tensor's quantizer; did you mean bits"),
+        (lambda: ask(3, choices=(3, {"bit": 4})), r"\(bit=4\): 'bit' is no field of a tensor's quantizer; did you"),
         (lambda: ask(3, choices=(3, {"exclude": "mlp"})), "'exclude' is no field of a tensor's quantizer"),
-        (lambda: ask(3, choices=(3, {"method": "gptq"})), "method=gptq is for a whole model; allowed are rtn, mse, hqq"),
+        (lambda: ask(3, choices=(3, {"method": "gptq"})), "method=gptq is for a whole model; allowed are rtn, mse,"),
         (lambda: ask(3, quant={"bits": 16}), "quantizes nothing, so that quant.allocation has nothing to distribute"),
         (lambda: ask(3, quant={"bits": 8, "method": "llm_int8"}), "method=llm_int8 decides the quantizer"),
         (lambda: ask(3, quant={"outlier_zscore": 4.0}), "outlier_zscore takes bits that only the weights' values tell"),
@@ -201,7 +201,7 @@ def test_what_cannot_be_allocated_is_refused(make: Callable[[], QuantConfig], me
 
 def test_what_knows_no_weights_refuses_an_allocation(build_tiny: Callable[..., Any]) -> None:
     model = build_tiny("llama")
-    with pytest.raises(ValueError, match="only kbit.allocate_bits tells what each tensor gets"):
+    with pytest.raises(ValueError, match=r"only kbit\.allocate_bits tells what each tensor gets"):
         plan_quantization(model, ask(3))
     with pytest.raises(ValueError, match=r"quant\.allocation has no budget"):
         allocate_bits(model, QuantConfig())
@@ -209,9 +209,9 @@ def test_what_knows_no_weights_refuses_an_allocation(build_tiny: Callable[..., A
         quantize_model(model, ask(3, "kl"))
     with pytest.raises(ValueError, match="rules are for all of them"):
         quantize_model(model, ask(3, quant={"rules": ({"match": "layers", "bits": 3},)}))
-    with pytest.raises(ValueError, match="one quantizer for all of its weights: it has no quant.allocation"):
+    with pytest.raises(ValueError, match=r"one quantizer for all of its weights: it has no quant\.allocation"):
         ask(3).check_packable()
-    with pytest.raises(ValueError, match="give quant.rules of kbit.allocate_bits"):
+    with pytest.raises(ValueError, match=r"give quant\.rules of kbit\.allocate_bits"):
         Experiment(quant=ask(3), train=TrainConfig(steps=1))
 
 
@@ -243,7 +243,7 @@ def test_a_record_and_a_label_have_the_budget() -> None:
 
 def test_a_run_keeps_the_map(kbit: Callable[..., Any], tmp_path: Any) -> None:
     done = kbit(
-        "run", "quant.allocation.bits=3.4", "quant.allocation.objective=fisher", "quant.allocation.choices=[2,3,nf4_dq]",
+        "run", "quant.allocation={bits: 3.4, objective: fisher, choices: [2, 3, nf4_dq]}",
         "quant.calibration.samples=1", "quant.calibration.length=32", "eval.tasks=[]", "eval.perplexity_windows=1",
     )  # fmt: skip
     assert done.code == 0, done.err
