@@ -16,7 +16,7 @@ LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 
 def add_mix(results: pd.DataFrame, gained: float, size: float = 1.0, **columns: object) -> pd.DataFrame:
     """Results with a copy of every 3-bit experiment that loses less and takes another size."""
-    mix = results[results["bits"] == 3].copy()
+    mix = results[(results["bits"] == 3) & results["objective"].isna()].copy()
     mix["key"] = "mix" + "-".join(map(str, columns.values())) + mix["key"]
     mix["total_bits"] = (mix["total_bits"] * size).astype("int64")
     for column in ("value", "low", "high"):
