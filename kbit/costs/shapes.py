@@ -163,5 +163,6 @@ def _count_cached(model: Any) -> int:
     import torch
 
     with torch.no_grad():
-        cache = model(torch.zeros((1, 1), dtype=torch.long, device="meta"), use_cache=True).past_key_values
+        output = model(torch.zeros((1, 1), dtype=torch.long, device="meta"), use_cache=True)
+    cache = output["cache" if "cache" in output else "past_key_values"]  # its name in earlier releases
     return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)

@@ -49,8 +49,11 @@ class Experiment:
             )
         if self.quant.allocates:
             raise ValueError("a training goes on from one map of bits: give quant.rules of kbit.allocate_bits")
-        if self.packed:
-            raise ValueError("packed=true computes with packed layers, which are not trained: packed=false")
+        if self.packed and not self.train.lora.rank:
+            raise ValueError(
+                "packed=true computes with packed layers, which are not trained: packed=false, or train=qlora, which "
+                "trains adapters beside them"
+            )
         if self.train.lora.rank and self.quant.scheme is not None and not self.quant.is_baseline:
             raise ValueError(f"quant.method={self.quant.method} multiplies in int8, which no gradient goes through")
 

@@ -180,7 +180,8 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
     if task == "training" or task.startswith("training/"):
-        return f"{dtype}, {result.experiment.train.text}"
+        text, name = result.training_text, result.experiment.train.text
+        return f"{dtype}, {name}" + (f" {text.sha256[:_HASH]}, windows of {text.window_length} tokens" if text else "")
     items = f"{dtype}, {evaluation.limit or 'all'} items{_describe_prompting(evaluation)}"
     if task in content or task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))
