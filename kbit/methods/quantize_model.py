@@ -14,7 +14,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -92,7 +92,8 @@ def quantize_model(
         if keep_codes and not done.codes:
             raise ValueError("the model is quantized already, without its codes being kept: restore its weights first")
         return done
-    asked, notes = config, {}
+    asked = config
+    notes: dict[str, Any] = {}
     if config.allocates:
         allocation = allocate_bits(model, config, tokenizer)
         config, notes = allocation.quant, {"allocation": allocation.notes}

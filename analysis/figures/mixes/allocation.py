@@ -126,7 +126,7 @@ def measure_gains(points: pd.DataFrame, measure: Measure, results: pd.DataFrame)
 def find_rivals(points: pd.DataFrame) -> pd.Series[int]:
     """Return the place of each mix's rival among the points: the best uniform one of its model and no more bits."""
     uniform = points[points["kind"] == UNIFORM]
-    found = {}
+    found: dict[Any, Any] = {}
     for place, mix in points[points["kind"] != UNIFORM].iterrows():
         small = (uniform["model"] == mix["model"]) & (uniform["total_bits"] <= SLACK * mix["total_bits"])
         if small.any():

@@ -117,7 +117,11 @@ def allocate(
     taken = int(np.take_along_axis(bits, chosen[:, None], 1).sum())
     loss = float(np.take_along_axis(losses, chosen[:, None], 1).sum())
     final = problem.apply(groups)
-    notes = {"objective": quant.allocation.objective, "budget_bits": budget + apart, "left_bits": budget - taken}
+    notes: dict[str, Any] = {
+        "objective": quant.allocation.objective,
+        "budget_bits": budget + apart,
+        "left_bits": budget - taken,
+    }
     notes |= {"loss": loss, "rules": [dict(rule) for rule in final.rules]}
     if windows is not None:
         samples, length = windows.tokens.shape
