@@ -99,8 +99,8 @@ def allocate(
         find_weights, run_methods: the functions of kbit.methods.quantize_model, which imports this module.
 
     Raises:
-        ValueError: nothing is to be quantized, the budget is below the smallest choices or above the largest, a loss is
-            not finite, or see plan_quantization and draw_windows. All but the last are found before anything runs.
+        ValueError: nothing is to be quantized, the budget is below the smallest choices or above the largest, or see
+            plan_quantization and draw_windows. A loss that is not finite is found once it is measured.
     """
     plan = plan_quantization(model, quant.without_allocation())
     problem = _Problem(model, quant, tokenizer, plan, _group_units(plan, quant.allocation.unit))
@@ -114,19 +114,22 @@ def allocate(
     groups: dict[Choice, list[str]] = {choice: [] for choice in plans}
     for names, choice in zip(problem.names, chosen, strict=True):
         groups[quant.allocation.choices[choice]] += names
-    taken = int(np.take_along_axis(bits, chosen[:, None], 1).sum())
-    loss = float(np.take_along_axis(losses, chosen[:, None], 1).sum())
+    taken, loss = (float(np.take_along_axis(table, chosen[:, None], 1).sum()) for table in (bits, losses))
     final = problem.apply(groups)
     notes: dict[str, Any] = {
         "objective": quant.allocation.objective,
         "budget_bits": budget + apart,
-        "left_bits": budget - taken,
+        "left_bits": budget - int(taken),
     }
-    notes |= {"loss": loss, "rules": [dict(rule) for rule in final.rules]}
-    if windows is not None:
-        samples, length = windows.tokens.shape
-        notes["text"] = {"text": windows.name, "sha256": windows.sha256, "samples": samples, "length": length}
+    notes |= {"loss": loss, "rules": [dict(rule) for rule in final.rules]} | _describe_text(windows)
     return Allocation(final, losses, notes)
+
+
+def _describe_text(windows: Windows | None) -> dict[str, Any]:
+    if windows is None:
+        return {}
+    samples, length = windows.tokens.shape
+    return {"text": {"text": windows.name, "sha256": windows.sha256, "samples": samples, "length": length}}
 
 
 def _name(tensor: TensorReport) -> str:
