@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
     from kbit.layers.peft_private import adapt_packed_layers as adapt_packed_layers
+    from kbit.methods.allocation.config import AllocationConfig as AllocationConfig
     from kbit.methods.config import QuantConfig as QuantConfig
+    from kbit.methods.quantize_model import allocate_bits as allocate_bits
     from kbit.methods.quantize_model import quantize_model as quantize_model
     from kbit.notebook.comparison import compare as compare
     from kbit.notebook.drawing import plot as plot
@@ -54,10 +56,12 @@ if TYPE_CHECKING:
 
 # Each public name, and the module that defines it, or that it is. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
+    "AllocationConfig": "kbit.methods.allocation.config:AllocationConfig",
     "Experiment": "kbit.experiments.config:Experiment",
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
+    "allocate_bits": "kbit.methods.quantize_model:allocate_bits",
     "adapt_packed_layers": "kbit.layers.peft_private:adapt_packed_layers",
     "compare": "kbit.notebook.comparison:compare",
     "codebook": "kbit.numerics.quantizer:codebook",

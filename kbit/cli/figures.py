@@ -20,7 +20,7 @@ FIGURE_NAMES: Final = (
     "figure_1", "figure_2", "figure_3", "figure_4", "outliers", "figure_5", "figure_7", "figure_8", "figure_9",
     "figure_10", "figure_11", "figure_12", "figure_13", "figure_14", "figure_15", "methods", "figure_16", "table_1",
     "table_2", "verdicts", "frontier", "laws", "data_types_map", "perplexity_accuracy", "kl_accuracy",
-    "error_accuracy", "error_loss", "sensitivity", "int8_methods", "features", "cost_accuracy",
+    "error_accuracy", "error_loss", "sensitivity", "allocation", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
     "qat", "qlora", "optimizer_ablation", "states", "training_curves", "fast_precision", "exchange",
 )  # fmt: skip

@@ -55,6 +55,8 @@ class ModelShape:
         """
         if quant.rules:
             raise ValueError("quant.rules choose tensors by their names, and the shapes of models have none")
+        if quant.allocates:
+            raise ValueError("quant.allocation needs the values of weights, and the shapes of models have none")
         if quant.is_baseline:
             return BASELINE_BITS * self.parameters
         rest = self.parameters - sum(math.prod(shape) * count for shape, count in self.matrices.items())

@@ -141,7 +141,7 @@ class Session:
         model, train = self._loaded.model, experiment.train
         if train.steps and not train.lora.rank:
             return {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
-        return copy_weights(model, plan_quantization(model, experiment.quant))
+        return copy_weights(model, plan_quantization(model, experiment.quant.without_allocation()))
 
     def _quantize_and_measure(
         self, experiment: Experiment, key: str, subject: Subject, files: TrainingFiles | None
