@@ -37,6 +37,7 @@ SETTINGS: Final = (
     ("kv_cache", None, "cache {}"),
     ("cache_bits", None, "at {:.0f} bits"),
     ("rotation", None, "{}"),
+    ("allocation", None, "{}"),
     ("training", None, "{}"),
 )
 

@@ -8,7 +8,7 @@ and in whether input dimensions with large activations are taken out and multipl
 
 The left product takes the 16-bit weights, as in the paper, so it needs them in memory. bitsandbytes takes the
 dequantized int8 ones. The tokens that share a constant or decide O are those of one call, so kbit gives models with
-such products (forwards.sees_whole_input) one text at a time.
+such products (kbit.layers.run_time.forwards) one text at a time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 
-from kbit.layers.forwards import Forward, list_forwards
 from kbit.layers.int8_schemes import ZERO_POINT_BITS, Scheme
+from kbit.layers.run_time.forwards import Forward, list_forwards
 
 OUTLIER_BITS: Final = 16  # a value that is not quantized
 LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code of x negated

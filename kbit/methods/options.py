@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
+
+if TYPE_CHECKING:
+    from kbit.methods.config import QuantConfig
 
 UNSEEN: Final = ("error", "rtn")
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The text that a method with data sees. Nothing of it should be in the text that is measured.
+    """The text that a method with data, or an allocation, sees. Nothing of it should be in the text that is measured.
 
     Attributes:
         text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train). See eval.perplexity.
@@ -77,6 +80,28 @@ class GptqConfig:
 
 
 RUN_TIME: Final = ("activations", "kv_cache")  # fields of QuantConfig: what is rounded while the model runs
+ROTATIONS: Final = ("hadamard",)  # see kbit.layers.run_time.rotation
+
+
+def check_run_time(quant: QuantConfig) -> None:
+    """Raise ValueError if activations or a rotation do not go with the rest of a quantizer."""
+    has_scheme = quant.scheme is not None and not quant.is_baseline
+    if has_scheme and not quant.activations.is_baseline:
+        raise ValueError(
+            f"quant.method={quant.method} quantizes its inputs itself: quant.activations.bits={quant.activations.bits} "
+            "goes with methods that leave them, such as rtn with quant=int8_rowwise"
+        )
+    if quant.rotation is None:
+        return
+    check_choice("quant.rotation", quant.rotation, ROTATIONS)
+    if not 0 <= quant.rotation_seed < 2**63:
+        raise ValueError(f"quant.rotation_seed={quant.rotation_seed} is not in 0..2^63 - 1")
+    if has_scheme:
+        raise ValueError(f"quant.method={quant.method} quantizes inputs as they are: it has no quant.rotation")
+    if quant.keeps_outliers:
+        raise ValueError(
+            f"quant.rotation={quant.rotation} mixes all inputs, so that no quant.outlier_* can stay at 16 bits"
+        )
 
 
 @dataclass(frozen=True)

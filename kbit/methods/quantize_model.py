@@ -20,11 +20,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.layers.forwards import undo_forwards
 from kbit.layers.int8_schemes import SCHEMES
-from kbit.layers.quantized_cache import CachedForward, make_cached_forwards
-from kbit.layers.quantized_inputs import QuantizedInput, make_quantized_inputs
-from kbit.layers.rotation import Rotation, make_rotation
+from kbit.layers.run_time.forwards import undo_forwards
+from kbit.layers.run_time.quantized_cache import CachedForward, make_cached_forwards
+from kbit.layers.run_time.quantized_inputs import QuantizedInput, make_quantized_inputs
+from kbit.layers.run_time.rotation import Rotation, make_rotation
+from kbit.methods.allocation.allocate import Allocation, allocate
 from kbit.methods.awq import scale_by_activations
 from kbit.methods.config import METHODS, Method, QuantConfig
 from kbit.methods.gptq import quantize_by_gptq
@@ -83,24 +84,30 @@ def quantize_model(
             kbit.methods.weight.ExpertCodes.
 
     Raises:
-        ValueError: the model is quantized already, in another way or without the codes that are asked for. The coverage
-            is too low. A weight holds NaN or Inf, or is beyond scale_format's range. An include finds nothing.
-            Outliers are chosen by proxy, and what comes before a weight is not known. The inputs of a weight's product,
-            or the model's cache, cannot be quantized. In all these cases the model is
-            unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it quantized in part.
+        ValueError: the model is quantized already, in another way or without the codes that are asked for. A budget of
+            bits cannot be kept (quant.allocation). The coverage is too low. A weight holds NaN or Inf, or is beyond
+            scale_format's range. An include finds nothing. Outliers are chosen by proxy, and what comes before a weight
+            is not known. The inputs of a weight's product, or the model's cache, cannot be quantized. In all these
+            cases the model is unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it
+            quantized in part.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:
         if keep_codes and not done.codes:
             raise ValueError("the model is quantized already, without its codes being kept: restore its weights first")
         return done
+    asked = config
+    notes: dict[str, Any] = {}
+    if config.allocates:
+        allocation = allocate_bits(model, config, tokenizer)
+        config, notes = allocation.quant, {"allocation": allocation.notes}
     report = plan_quantization(model, config)
     if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
         log.warning(warning)
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
     check_finite(model)
-    inputs, caches, notes = _prepare_run_time(model, report, config)
+    inputs, caches = _prepare_run_time(model, report, config, notes)
     weights = find_weights(model, report, config)
     norm = sum(sum_squares(weight.values) for weight in weights)
     job = Job(model, weights, config, tokenizer, notes)
@@ -115,25 +122,44 @@ def quantize_model(
         report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
     )
     if not config.is_unchanged:
-        model.kbit_quantized = (config, report)  # type: ignore[assignment]
+        model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
 
 
+def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Allocation:
+    """Distribute the budget of quant.allocation over a model's tensors, and quantize nothing.
+
+    The result has the configuration with rules in place of the allocation. quantize_model makes the same of both.
+
+    Args:
+        model, quant, tokenizer: see quantize_model.
+
+    Raises:
+        ValueError: there is no budget, or see quantize_model. The model is unchanged.
+    """
+    if not quant.allocates:
+        raise ValueError("quant.allocation has no budget: give bits, total_bits or memory")
+    refuse_quantized(model)
+    check_finite(model)
+    with in_evaluation_mode(model):
+        return allocate(model, quant, tokenizer, plan_quantization, find_weights, run_methods)
+
+
 def _prepare_run_time(
-    model: nn.Module, report: QuantizationReport, config: QuantConfig
-) -> tuple[dict[str, QuantizedInput], list[CachedForward], dict[str, Any]]:
-    """Return the forwards that quantize inputs, by their weights' names, those with a cache, and what is recorded.
+    model: nn.Module, report: QuantizationReport, config: QuantConfig, notes: dict[str, Any]
+) -> tuple[dict[str, QuantizedInput], list[CachedForward]]:
+    """Return the forwards that quantize inputs, by their weights' names, and those with a cache, of which notes tell.
 
     They are installed when the weights are quantized, so that a method with calibration data sees 16-bit inputs.
     """
     inputs: list[QuantizedInput] = []
     caches: list[CachedForward] = []
-    notes: dict[str, Any] = {}
     if not config.activations.is_baseline:
         inputs = make_quantized_inputs(model, report.products, config.activations, _rotate_by(config))
     if not config.kv_cache.is_baseline:
-        caches, notes = make_cached_forwards(model, config.kv_cache)
-    return {product.name: product for product in inputs}, caches, notes
+        caches, noted = make_cached_forwards(model, config.kv_cache)
+        notes |= noted
+    return {product.name: product for product in inputs}, caches
 
 
 def _rotate_by(config: QuantConfig) -> Callable[[int], Rotation | None]:
@@ -150,9 +176,7 @@ def _replace_weights(
     """
     bits: Counter[str] = Counter()
     kept: dict[str, Codes | ExpertCodes] = {}
-    for weight, codes in _run_methods(job):
-        if len(weight.outlier_columns):
-            codes = codes.keep_columns(weight.outlier_columns, weight.copy_outliers())
+    for weight, codes in run_methods(job):
         weight.replace(codes.dequantize())
         if weight.name in inputs:
             product = inputs[weight.name]
@@ -167,10 +191,11 @@ def _replace_weights(
     return bits, kept
 
 
-def _run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
-    """Yield each weight with its codes: first those of methods that rules name, then those of the job's own method.
+def run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with its codes, which have its outlier columns.
 
-    A method with calibration data thus sees the weights of the rules as they will be.
+    Methods that rules name go first, then the job's own, so that one with calibration data sees the weights of the
+    rules as they will be.
     """
     own = job.quant.follow(None)
     methods = sorted({weight.method for weight in job.weights if weight.method is not None})
@@ -178,7 +203,10 @@ def _run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
         weights = [weight for weight in job.weights if weight.method == method]
         quant = own if method is None else dataclasses.replace(own, method=method)
         if weights:
-            yield from METHOD_FUNCTIONS[quant.method](dataclasses.replace(job, weights=weights, quant=quant))
+            for weight, codes in METHOD_FUNCTIONS[quant.method](dataclasses.replace(job, weights=weights, quant=quant)):
+                columns = weight.outlier_columns
+                yield weight, codes.keep_columns(columns, weight.copy_outliers()) if len(columns) else codes
+                del codes  # before those of the next weight are made
 
 
 def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.layers.rotation import Rotation
+from kbit.layers.run_time.rotation import Rotation
 from kbit.models.parameters import label_matrix
 from kbit.numerics.spec import QuantSpec
 
@@ -115,6 +115,10 @@ class Weight:
         """Return a copy of the outlier columns."""
         return self.values[..., self.outlier_columns]  # indexing by numbers copies
 
+    def turn_back(self, quantized: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch out in"]:
+        """Return quantized values as the model multiplies them: rotated back."""
+        return quantized if self.rotation is None else self.rotation.rotate_back(quantized)
+
     def replace(self, quantized: Float[Tensor, "*batch out in"]) -> None:
         """Write quantized values into the weight, in its own dtype and memory, and count the error.
 
@@ -122,7 +126,7 @@ class Weight:
             ValueError: a value that is beyond the weight's dtype. The weight is then lost.
         """
         before = self.values.to(torch.float32, copy=True)
-        self.values.copy_(quantized if self.rotation is None else self.rotation.rotate_back(quantized))
+        self.values.copy_(self.turn_back(quantized))
         self.squared_error += sum_squares(before.sub_(self.values))
         if not math.isfinite(self.squared_error):
             raise ValueError(f"{self.label}: quantized values are beyond {self.values.dtype}: load a wider type")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
-from kbit.layers.transient import check_transient, describe_role
+from kbit.layers.run_time.transient import check_transient, describe_role
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 
 STARTS: Final = ("checkpoint", "random")

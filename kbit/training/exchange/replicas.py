@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kbit.checks import check_choice
-from kbit.layers.transient import check_transient, with_own_seed
+from kbit.layers.run_time.transient import check_transient, with_own_seed
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.wire import Bytes, count_sent_bytes, decode, encode

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kbit.layers.transient import explain_refusal
+from kbit.layers.run_time.transient import explain_refusal
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.quantizer import quantize
 from kbit.numerics.spec import QuantSpec

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from kbit.layers.transient import check_blocks, check_transient, explain_refusal, with_own_seed
+from kbit.layers.run_time.transient import check_blocks, check_transient, explain_refusal, with_own_seed
 from kbit.models.parameters import OUTSIDE, as_matrix, find_towers, is_experts, why_outside
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec

@@ -4,7 +4,7 @@ The product is that of the layer as it is, so that Q is a simulation of the numb
 speed. Scales are found anew for each call (dynamic). Input dimensions that stay at 16 bits in the weight do so in the
 input, and decide no scale, as in int8 products (kbit.layers.int8_linear). Where a weight has a scale for each input
 (AWQ), x / s is what is quantized, since the codes are those of W s. Where a weight is quantized in a rotation, the
-input is, too (kbit.layers.rotation).
+input is, too (kbit.layers.run_time.rotation).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kbit.layers.forwards import Forward
-from kbit.layers.rotation import Rotation
-from kbit.layers.straight_through import round_straight
-from kbit.layers.transient import ActivationConfig, check_blocks, sees_whole_tensor, with_own_seed
+from kbit.layers.run_time.forwards import Forward
+from kbit.layers.run_time.rotation import Rotation
+from kbit.layers.run_time.straight_through import round_straight
+from kbit.layers.run_time.transient import ActivationConfig, check_blocks, sees_whole_tensor, with_own_seed
 from kbit.models.parameters import as_matrix, owner_of
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import QuantSpec

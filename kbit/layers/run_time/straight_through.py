@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kbit.layers.transient import explain_refusal
+from kbit.layers.run_time.transient import explain_refusal
 
 Round = Callable[[Tensor], Tensor]
 

@@ -12,8 +12,8 @@ import torch
 from transformers import DynamicCache
 
 from kbit.evaluation.scorer import Scorer
-from kbit.layers.forwards import list_forwards
-from kbit.layers.quantized_cache import QuantizedCache
+from kbit.layers.run_time.forwards import list_forwards
+from kbit.layers.run_time.quantized_cache import QuantizedCache
 from kbit.methods.config import CacheConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model, restore_weights
 from kbit.models.inference import find_cache_name

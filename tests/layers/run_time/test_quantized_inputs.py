@@ -19,8 +19,8 @@ from kbit.evaluation.zero_shot import evaluate
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.experiments.serialize import from_json, to_json
-from kbit.layers.forwards import list_forwards
-from kbit.layers.quantized_inputs import QuantizedInput
+from kbit.layers.run_time.forwards import list_forwards
+from kbit.layers.run_time.quantized_inputs import QuantizedInput
 from kbit.lmeval import read_options
 from kbit.methods.config import ActivationConfig, CacheConfig, QuantConfig
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kbit.layers.forwards import Forward
-from kbit.layers.straight_through import round_straight
-from kbit.layers.transient import CacheConfig, check_blocks
+from kbit.layers.run_time.forwards import Forward
+from kbit.layers.run_time.straight_through import round_straight
+from kbit.layers.run_time.transient import CacheConfig, check_blocks
 from kbit.models.inference import find_cache_name, in_evaluation_mode
 from kbit.models.parameters import count_embedded
 from kbit.numerics.quantizer import fake_quantize

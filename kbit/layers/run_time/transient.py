@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 AXES: Final = ("token", "channel")
-ROTATIONS: Final = ("hadamard",)  # see kbit.layers.rotation
 
 
 @dataclass(frozen=True)

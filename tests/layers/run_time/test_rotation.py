@@ -13,7 +13,7 @@ from scipy.linalg import hadamard
 
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
-from kbit.layers.rotation import find_block, find_paley_order, make_paley, make_rotation
+from kbit.layers.run_time.rotation import find_block, find_paley_order, make_paley, make_rotation
 from kbit.methods.config import ActivationConfig, CalibrationConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model
 from kbit.models.loading import load_model
