@@ -60,7 +60,8 @@ def test_kl_is_the_divergence_with_one_tensor_quantized(loaded: LoadedModel) -> 
     assert all(torch.equal(weight, was) for weight, was in zip(list_matrices(loaded), before, strict=True))
 
     def predict() -> torch.Tensor:
-        return loaded.model(windows.tokens).logits.double().log_softmax(-1)
+        logits: torch.Tensor = loaded.model(windows.tokens).logits
+        return logits.double().log_softmax(-1)
 
     exact = predict()
     for unit in (0, 3, 7):
