@@ -93,9 +93,9 @@ __all__ = sorted(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # takes a moment, which the command line need not wait for
+        from kbit.version import find_version  # takes a moment, which the command line need not wait for
 
-        return version("kbit")
+        return find_version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'kbit' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

@@ -109,7 +109,7 @@ def quantize(
 ) -> DeviceArray:
     """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.numerics.reference."""
     require_device()
-    with device_of(x):
+    with device_of(x, scales, offsets):
         codes = new_array(x, count_values(x), "uint8")
         layout = plan_words(x, row, block_size, codes=codes)
         kernel = make_encode(layout.kind, layout.lanes, count_steps(codebook), seed is not None)
@@ -135,7 +135,7 @@ def dequantize(
     require_device()
     if bits != 8:
         codes = unpack(codes, bits, count_values(out))
-    with device_of(out):
+    with device_of(out, codes, scales, offsets):
         layout = plan_words(out, row, block_size, codes=codes)
         kernel = make_decode(layout.kind, layout.lanes, count_steps(codebook))
         launch(
@@ -158,7 +158,7 @@ def fake_quantize(
 ) -> DeviceArray:
     """Fill out with dequantize(quantize(x)), without codes. See kbit.numerics.reference.fake_quantize."""
     require_device()
-    with device_of(x):
+    with device_of(x, scales, offsets, out):
         layout = plan_words(x, row, block_size, out)
         kernel = make_encode_decode(layout.kind, layout.lanes, count_steps(codebook), seed is not None)
         launch(
@@ -194,7 +194,7 @@ def fake_quantize_absmax(
     block_size = min(block_size, row)
     if block_size > MAX_FUSED_BLOCK:
         scales, high = block_extremes(x, row, block_size)
-        with device_of(x):
+        with device_of(x, refused):
             offsets, blocks = high, count_values(scales)  # the kernel turns the extremes into scales and zeros
             launch(
                 make_absmax_scales(),
@@ -206,7 +206,7 @@ def fake_quantize_absmax(
                 as_numba(refused),
             )
         return fake_quantize(x, scales, offsets, codebook, thresholds, row, block_size, None, out)
-    with device_of(x):
+    with device_of(x, out, refused):
         layout = plan_words(x, row, block_size, out)
         group = group_size(layout.block)
         kernel = make_absmax(layout.kind, layout.lanes, count_steps(codebook), group, divide_up(layout.block, group))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,14 +50,25 @@ def require_device() -> None:
 
 
 @contextlib.contextmanager
-def device_of(x: DeviceArray) -> Iterator[None]:
-    """Make the tensor's GPU the current one, for torch and for numba. Leave it as it is for other arrays."""
+def device_of(x: DeviceArray, *others: DeviceArray) -> Iterator[None]:
+    """Make the tensor's GPU the current one, for torch and for numba. Leave it as it is for other arrays.
+
+    Arrays become numba's within this block alone: numba asks the current GPU for their memory.
+
+    Raises:
+        TypeError: a tensor is in the CPU's memory.
+        ValueError: tensors are on several devices. A kernel would read an address that its GPU does not have.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         yield
         return
-    if not x.is_cuda:
-        raise TypeError(f"kbit.kernels.cuda takes arrays in a GPU's memory, not on device {x.device}")
+    devices = {array.device for array in (x, *others) if isinstance(array, torch.Tensor)}
+    found = ", ".join(sorted(map(str, devices)))
+    if not all(device.type == "cuda" for device in devices):
+        raise TypeError(f"kbit.kernels.cuda takes arrays in a GPU's memory, not on device {found}")
+    if len(devices) > 1:
+        raise ValueError(f"kbit.kernels.cuda takes arrays of one device, not of {found}: move them to {x.device}")
     with torch.cuda.device(x.device), cuda.gpus[x.device.index]:
         yield
 
@@ -67,6 +79,8 @@ def plan_words(x: DeviceArray, row: int, block_size: int, *values: DeviceArray, 
     kind, lanes, n, block = KINDS[str(view.dtype)], 8 // view.dtype.itemsize, view.size, min(block_size, row)
     aligned = all(_address(array) % 8 == 0 for array in (x, *values))
     aligned &= codes is None or _address(codes) % lanes == 0
+    if n == 0:
+        return Layout(kind, 1, 0, 1, 1, 0, 0)
     if row % block == 0:
         row = n  # the blocks of all rows follow each other
     if not aligned or n % lanes or row % lanes or block % lanes:
@@ -77,7 +91,14 @@ def plan_words(x: DeviceArray, row: int, block_size: int, *values: DeviceArray, 
 
 
 def as_numba(x: DeviceArray, dtype: Any = None) -> Any:
-    """Return the array as numba's own, its memory as numbers of this dtype, without waiting for its stream."""
+    """Return the array as numba's own, its memory as numbers of this dtype, without waiting for its stream.
+
+    Raises:
+        ValueError: the address is no multiple of a number's bytes. A GPU would end the process' use of it.
+    """
+    if dtype is not None and _address(x) % np.dtype(dtype).itemsize:
+        name = np.dtype(dtype).name
+        raise ValueError(f"an array at address {_address(x):#x} cannot be read as {name}: copy it, x.clone()")
     if isinstance(x, np.ndarray) and SIMULATED:
         return x.view(dtype or x.dtype)
     array = cuda.as_cuda_array(x.detach() if hasattr(x, "detach") else x, sync=False)
@@ -95,7 +116,7 @@ def _address(x: DeviceArray) -> int:
 
 
 def count_values(x: DeviceArray) -> int:
-    return int(as_numba(x).size)
+    return int(x.numel() if hasattr(x, "numel") else x.size)
 
 
 def new_array(like: DeviceArray, n: int, dtype: str) -> DeviceArray:
@@ -153,13 +174,28 @@ def launch_groups(kernel: Any, group: int, blocks: int, *args: Any) -> None:
 
 
 def launch(kernel: Any, tasks: int, *args: Any, threads: int | None = None) -> None:
-    """Start a kernel on torch's current stream. Its threads loop, so the grid need not cover the tasks."""
+    """Start a kernel on torch's current stream. Its threads loop, so the grid need not cover the tasks.
+
+    Without tasks nothing starts, since a GPU refuses an empty grid. A GPU reports what goes wrong in a kernel at any
+    later call, of torch's too. If CUDA_LAUNCH_BLOCKING is 1, this waits for the kernel, and the error names it.
+    """
+    if not tasks:
+        return
     threads = threads or thread_count()
-    grid = min(divide_up(tasks, threads), _largest_grid())
+    grid, stream = min(divide_up(tasks, threads), _largest_grid()), _current_stream()
     with warnings.catch_warnings():  # numba advises against small grids, but a small tensor has no other
         warnings.filterwarnings("ignore", message="Grid size .* will likely")
-        launcher = kernel[grid, threads, _current_stream()]
-    launcher(*args)
+        launcher = kernel[grid, threads, stream]
+    is_blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1" and not SIMULATED
+    try:
+        launcher(*args)
+        if is_blocking:
+            stream.synchronize()
+    except Exception as error:
+        name = f"kbit's CUDA kernel {kernel.__name__} ({grid} x {threads} threads)"
+        cause = "failed" if is_blocking else "or one before it failed: CUDA_LAUNCH_BLOCKING=1 tells which"
+        error.add_note(f"{name} {cause}")
+        raise
 
 
 def thread_count() -> int:
@@ -171,10 +207,22 @@ def _largest_grid() -> int:
 
 
 def _current_stream() -> Any:
-    """Return torch's current stream, or the default one without torch."""
+    """Return torch's current stream, or the default one without torch.
+
+    Torch's default stream is the legacy one, also where numba is told to take a stream of each thread for its own.
+    """
+    if SIMULATED:
+        return 0
     torch = sys.modules.get("torch")
-    handle = torch.cuda.current_stream().cuda_stream if torch is not None and torch.cuda.is_available() else 0
-    return cuda.external_stream(handle) if handle else 0
+    if torch is None or not torch.cuda.is_available():
+        return cuda.default_stream()
+    return _find_stream(torch.cuda.current_stream().cuda_stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _find_stream(handle: int) -> Any:
+    """Return numba's object for a stream, the same one each time: numba keeps what a launch needs by it."""
+    return cuda.external_stream(handle) if handle else cuda.legacy_default_stream()
 
 
 def divide_up(a: int, b: int) -> int:

@@ -16,6 +16,7 @@ from kbit.kernels.cuda_arrays import (
     DeviceArray,
     as_numba,
     count_steps,
+    count_values,
     device_of,
     launch,
     new_array,
@@ -39,14 +40,15 @@ def multiply(x: DeviceArray, matrix: Matrix) -> DeviceArray:
         ValueError: another batch than those of BATCHES.
     """
     require_device()
-    columns, view = matrix.blocks.columns, as_numba(x)
-    if view.size // columns not in BATCHES or view.size % columns:
-        raise ValueError(f"{view.size / columns:g} inputs at once are none of {', '.join(map(str, BATCHES))}")
-    batch, n = view.size // columns, matrix.rows * columns
-    with device_of(x):
+    columns, size, scales, offsets = matrix.blocks.columns, count_values(x), matrix.scales, matrix.offsets
+    if size // columns not in BATCHES or size % columns:
+        raise ValueError(f"{size / columns:g} inputs at once are none of {', '.join(map(str, BATCHES))}")
+    batch, n = size // columns, matrix.rows * columns
+    with device_of(x, matrix.codes, scales.stored, offsets.stored):
+        view = as_numba(x)
         out, codebook = new_array(x, batch * matrix.rows, "float32"), matrix.codebook[: 2**matrix.bits]
-        group, scales, offsets = min(32, thread_count()), matrix.scales, matrix.offsets
-        kinds = DOUBLED if np.size(scales.second) else scales.kind, offsets.kind
+        group = min(32, thread_count())
+        kinds = DOUBLED if count_values(scales.second) else scales.kind, offsets.kind
         kernel = make_multiply(matrix.bits, count_steps(codebook), batch, group, *kinds)
         launch(
             kernel, matrix.rows * group, as_numba(matrix.codes), place_table(codebook), _as_words(scales),

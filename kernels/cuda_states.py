@@ -39,7 +39,8 @@ def take_step(p: DeviceArray, g: DeviceArray, momentum: State, variance: State, 
     The arrays of the states are on the device of p, but for their tables.
     """
     require_device()
-    with device_of(p):
+    coded = [array for state in (momentum, variance) if _is_coded(state) for array in (state.codes, state.scales)]
+    with device_of(p, g, *coded):
         states = [_fill_places(state, p) for state in (momentum, variance)]
         group = _choose_group([state for state in states if _is_coded(state)])
         scales = [as_numba(state.scales) for state in states]

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Final
 
 import torch
@@ -32,6 +31,7 @@ from kbit.models.parameters import (
 )
 from kbit.models.transformers_private import forget_conversions, use_eager_experts
 from kbit.numerics.quantized_tensor import QuantizedTensor
+from kbit.version import find_version
 
 # Other classes are not trusted to compute what the packed layer does: a router derived from nn.Linear returns choices.
 _LAYERS: Final = (nn.Linear, Conv1D, nn.Embedding)
@@ -191,7 +191,7 @@ def attach(model: Any, quantizer: Any) -> None:
     """
     asked: KbitConfig = quantizer.quantization_config
     layouts = {_label(name, module): module.layout for name, module in list_packed(model).items()}
-    made_by = asked.made_by or {"kbit": version("kbit"), "model": str(model.config.name_or_path)}
+    made_by = asked.made_by or {"kbit": find_version(), "model": str(model.config.name_or_path)}
     config = KbitConfig.of(asked.quant, made_by=made_by)
     config.note_layouts(layouts)
     for label, layout in layouts.items():

@@ -86,9 +86,10 @@ def diagnose(configs: Sequence[RunConfig]) -> Iterator[Finding]:
     """
     from importlib.metadata import version
 
-    yield Finding(
-        "versions", ", ".join(f"{name} {version(name)}" for name in ("kbit", "torch", "transformers", "lm-eval"))
-    )
+    from kbit.version import find_version
+
+    others = [f"{name} {version(name)}" for name in ("torch", "transformers", "lm-eval")]
+    yield Finding("versions", ", ".join([f"kbit {find_version()}", *others]))
     yield from (_find_devices(device) for device in _distinct(c.device for c in configs))
     yield from (_try("ray", _describe_ray, address) for address in _distinct(c.ray.address for c in configs))
     yield _find_hub()
@@ -141,7 +142,7 @@ def _local_tasks(task_path: str | None) -> dict[str, Path]:
 def _try(subject: str, describe: Callable[..., str], *arguments: str | ModelConfig | None) -> Finding:
     try:
         return Finding(subject, describe(*arguments))
-    except (OSError, ValueError) as error:  # what loading raises for what is not there or not right
+    except (ImportError, OSError, ValueError) as error:  # what is raised for what is not there or not right
         return Finding(subject, str(error), missing=True)
 
 

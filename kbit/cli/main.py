@@ -197,9 +197,9 @@ class _PrintVersion(argparse.Action):
     """Prints the version. argparse's own action would need it before it is asked for, which takes a moment."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
+        from kbit.version import find_version
 
-        print(f"kbit {version('kbit')}")
+        print(f"kbit {find_version()}")
         parser.exit()
 
 

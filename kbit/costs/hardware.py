@@ -9,6 +9,7 @@ from typing import Final
 from kbit.checks import suggest
 
 GB: Final = 10**9
+CARD_OVERHEAD: Final = GB  # bytes that a card loses to its driver and libraries: assumed, not measured
 
 # Memory of one card in GB, as its vendor states it. A vendor's GB has 2^30 bytes for most cards. Here it has 10^9: up
 # to 7% of a card stay free. Cards that come in two sizes have the size in their name.
@@ -29,11 +30,13 @@ class Hardware:
         name: the name as it was asked for.
         cards: the number of cards.
         card_bytes: the memory of one.
+        is_card: whether cards were named, and not an amount of memory.
     """
 
     name: str
     cards: int
     card_bytes: float
+    is_card: bool = False
 
     def count_available(self, overhead: float) -> float:
         """Return the bytes that are left when each card has its overhead. Layers are taken to divide evenly."""
@@ -52,7 +55,7 @@ def parse_hardware(text: str, option: str = "--hardware") -> Hardware:
         memory = _MEMORY.fullmatch(what)
         size = float(memory[1]) / (1 if memory[2] in "gG" else 1000) if memory else CARDS.get(what.lower(), 0)
         if cards and size:
-            return Hardware(asked, cards, size * GB)
+            return Hardware(asked, cards, size * GB, memory is None)
     raise ValueError(
         f"{option} {asked!r} is neither an amount of memory (24GB, 4x24GB) nor a card (rtx3090, 4xrtx3090); "
         f"{suggest(asked.lower(), CARDS)}"

@@ -162,8 +162,7 @@ class CostClass(NamedTuple):
     Attributes:
         model: the model.
         evaluation: the evaluation.
-        method: the quantization method, with the objective that a budget of bits is distributed by. The baseline counts
-            as "rtn", rounding to nearest without the rounding.
+        method: the quantization method. The baseline counts as "rtn", rounding to nearest without the rounding.
         train: the training. Seeds and learning rates do not count.
     """
 
@@ -179,9 +178,7 @@ class CostClass(NamedTuple):
         train = _UNTRAINED
         if experiment.train.steps:
             train = dataclasses.replace(experiment.train, seed=0, lr=_UNTRAINED.lr)
-        method = "rtn" if quant.is_baseline else quant.method
-        method += f" by {quant.allocation.objective}" if quant.allocates else ""
-        return CostClass(experiment.model, experiment.eval, method, train)
+        return CostClass(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method, train)
 
 
 class Estimator:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from kbit.data.windows import Windows
@@ -255,6 +254,8 @@ def measure_proxy(model: Any, seen: Observations) -> list[Measurement]:
 
     The first layer of a model with parallel residuals reads the embedding, not a layer, and is left out.
     """
+    from scipy.stats import spearmanr  # not at the top: it takes a second, and other measures need none of it
+
     sources, layers = find_sources(model), list_decoder_layers(model)
     embedding = sources[f"{layers[0].attention[0]}.weight"]
     by_relation: dict[str, list[float]] = {}
@@ -262,7 +263,7 @@ def measure_proxy(model: Any, seen: Observations) -> list[Measurement]:
         relation, reader = _name_relation(layers[index], place)
         if relation and sources[f"{reader}.weight"] is not embedding:
             deviation = measure_deviation(model, sources[f"{reader}.weight"]).cpu()
-            rho = float(stats.spearmanr(deviation.numpy(), extremes.magnitude.numpy()).statistic)
+            rho = float(spearmanr(deviation.numpy(), extremes.magnitude.numpy()).statistic)
             by_relation.setdefault(relation, []).append(rho)
     means = [measure_mean(f"proxy/{name}", "spearman_weight_std", values) for name, values in by_relation.items()]
     return [dataclasses.replace(m, low=max(m.low, -1.0), high=min(m.high, 1.0)) for m in means]  # as a rho is

@@ -12,13 +12,16 @@ from typing import Final
 
 import torch
 
-_PACKAGES: Final = ("kbit", "torch", "transformers", "lm-eval", "datasets", "numba", "numpy")
+from kbit.version import find_version
+
+_PACKAGES: Final = ("torch", "transformers", "lm-eval", "datasets", "numba", "numpy")
 
 
 @functools.cache
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide the numbers, by name."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    own = {"python": platform.python_version(), "kbit": find_version()}
+    return own | {name: version(name) for name in _PACKAGES}
 
 
 @functools.cache

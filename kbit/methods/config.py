@@ -152,7 +152,7 @@ class QuantConfig(QuantSpec):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
 
-    def without_allocation(self, rules: Sequence[Mapping[str, Any]] = ()) -> QuantConfig:
+    def without_allocation(self, rules: Sequence[dict[str, Any]] = ()) -> QuantConfig:
         """Return the configuration with further rules in place of its allocation."""
         return dataclasses.replace(self, allocation=AllocationConfig(), rules=(*self.rules, *rules))
 

@@ -73,6 +73,15 @@ def list_cases() -> list[Case]:
 
 CASES = list_cases()
 
+# for a GPU: the simulator would take hours
+LARGE = [
+    Case(name, bits, block_size, n, n, dtype, rounding=rounding)
+    for name, bits in (("int", 3), ("nf", 4), ("dynamic", 8))
+    for block_size, n in ((16, 40960), (64, 40007), (100, 40000), (4096, 40960), (5000, 40000), (40000, 40000))
+    for dtype in DTYPES
+    for rounding in ("nearest", "stochastic")
+]
+
 
 # ---- inputs and expectations, from kbit.numerics.reference ----
 
@@ -170,6 +179,20 @@ def check_pack(put: Any, get: Any) -> list[str]:
             differences += compare(f"pack {bits} {n}", get(packed), reference.pack(codes, bits))
             differences += compare(f"unpack {bits} {n}", get(kernels.unpack(packed, bits, n)), codes)
     return differences
+
+
+def check_nothing(put: Any, get: Any) -> list[str]:
+    """Arrays without elements give arrays without elements, and leave the flag of refused blocks alone."""
+    nothing, codebook = put(np.zeros(0, np.float32)), make_codebook("int", 4)
+    thresholds, refused = decision_thresholds(codebook), put(np.zeros(1, np.uint8))
+    low, high = kernels.block_extremes(nothing, 0, 64)
+    codes = kernels.quantize(nothing, low, high, codebook, thresholds, 0, 64, None, 4)
+    kernels.dequantize(codes, low, high, codebook, 0, 64, nothing, 4)
+    kernels.fake_quantize(nothing, low, high, codebook, thresholds, 0, 64, None, nothing)
+    kernels.fake_quantize_absmax(nothing, codebook, thresholds, 0, 64, "fp16", nothing, refused)
+    sizes = {"low": get(low).size, "high": get(high).size, "codes": get(codes).size}
+    sizes["refused"] = int(get(refused)[0])
+    return [f"{name}: {size}" for name, size in sizes.items() if size]
 
 
 def check_tiny_scales(put: Any, get: Any) -> list[str]:

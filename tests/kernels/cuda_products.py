@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from kbit.numerics.quantizer import quantize
 from kbit.numerics.spec import QuantSpec
 
 Array = NDArray[Any]
+Case = tuple[int, tuple[int, int], dict[str, Any]]
 
 # every kind of constants, blocks across and within rows, each number of bits, batch and an odd number of rows
-CASES: tuple[tuple[int, tuple[int, int], dict[str, Any]], ...] = (
+CASES: tuple[Case, ...] = (
     (1, (3, 64), {"bits": 4, "data_type": "nf", "block_size": 64}),
     (2, (2, 48), {"bits": 3, "data_type": "int", "block_size": 32, "scale_format": "bf16", "normalization": "minmax"}),
     (1, (2, 80), {"bits": 5, "data_type": "nf", "block_size": 32, "layout": "row", "scale_format": "fp32"}),
@@ -28,8 +29,10 @@ CASES: tuple[tuple[int, tuple[int, int], dict[str, Any]], ...] = (
 )
 
 
-def find_wrong_products(put: Callable[[Array], Any], get: Callable[[Any], Array]) -> list[str]:
-    return [wrong for case in CASES for wrong in _find_wrong(*case, put, get)]
+def find_wrong_products(
+    put: Callable[[Array], Any], get: Callable[[Any], Array], cases: Sequence[Case] = CASES
+) -> list[str]:
+    return [wrong for case in cases for wrong in _find_wrong(*case, put, get)]
 
 
 def _find_wrong(

@@ -6,26 +6,23 @@ functions with these kernels in the place of the CPU's.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import os
 import sys
-import warnings
 from collections.abc import Iterator
-from typing import Any
-from unittest.mock import patch
+from contextlib import ExitStack, contextmanager
+from unittest.mock import MagicMock, patch
 
 import cuda_cases
 import cuda_products
-import numba
 import numpy as np
 import state_cases
 import torch
-from cuda_cases import DTYPES, Array, as_words, compare
+from cuda_cases import DTYPES, as_words, compare
+from simulator import prepare_simulator
 
 from kbit.kernels import cuda as kernels
-from kbit.kernels import cuda_arrays
+from kbit.kernels import cuda_arrays, cuda_linear, cuda_states
 from kbit.numerics import quantized_tensor, quantizer, reference
 from kbit.numerics.backend import Backend, choose_backend
 from kbit.numerics.grid import make_grid
@@ -114,28 +111,54 @@ def find_wrong_groups() -> list[str]:
     return wrong
 
 
-def find_shared_array(shared: Any, shape: int, dtype: Any) -> Array:
-    """Return a thread block's array for the line that calls this, the same one to all of its threads.
+def find_arrays_without_device() -> list[str]:
+    """Return who makes numba's arrays outside device_of: numba would ask another GPU for their memory."""
+    inside, wrong, as_numba = [False], [], cuda_arrays.as_numba
 
-    Takes the place of the simulator's own, which looks the array up and stores a new one in two steps: threads that
-    come at the same time each keep an array of their own there. dict.setdefault is one step.
-    """
-    caller = sys._getframe(1)
-    line = caller.f_code.co_filename, caller.f_lineno
-    array: Array = shared._allocations.setdefault(line, np.empty(shape, numba.np.numpy_support.as_dtype(dtype)))
-    return array
+    @contextmanager
+    def enter(*_: Any) -> Iterator[None]:
+        before, inside[0] = inside[0], True
+        yield
+        inside[0] = before
+
+    def note(x: Any, dtype: Any = None) -> Any:
+        if not inside[0]:
+            wrong.append(sys._getframe(1).f_code.co_name)
+        return as_numba(x, dtype)
+
+    with ExitStack() as patches:
+        for module in (kernels, cuda_arrays, cuda_linear, cuda_states):
+            for name, watched in (("device_of", enter), ("as_numba", note)):
+                patches.enter_context(patch.object(module, name, watched))
+        for limit in (4096, 8):  # fused, and in two passes
+            wrong += cuda_cases.check_case(cuda_cases.Case(row=32, n=32, limit=limit), np.array, np.asarray)
+        wrong += cuda_products.find_wrong_products(np.array, np.asarray, cuda_products.CASES[3:4])
+        wrong += state_cases.find_wrong_steps(np.array, np.asarray, state_cases.STEPS[1:3])
+    return wrong
+
+
+def find_missing_notes() -> list[str]:
+    """An error at a launch says which kernel it was, and how to find an earlier one."""
+    kernel = MagicMock(__name__="broken")
+    kernel.__getitem__.return_value.side_effect = RuntimeError("an illegal memory access")
+    try:
+        cuda_arrays.launch(kernel, 3)
+    except RuntimeError as error:
+        expected = "kbit's CUDA kernel broken (1 x 8 threads) or one before it failed: CUDA_LAUNCH_BLOCKING=1 tells"
+        return [note for note in error.__notes__ if not note.startswith(expected)]
+    return ["no error"]
 
 
 def main() -> None:
-    importlib.import_module("numba.cuda.simulator.kernelapi").FakeCUDAShared.array = find_shared_array
-    if hasattr(os, "sched_setaffinity"):  # Linux. The simulated threads take turns: on several cores, four times slower
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    sys.setswitchinterval(1e-5)  # seconds; the simulator polls its threads, and would keep them waiting for 5 ms
-    warnings.simplefilter("ignore")  # NumPy's, of overflow in integers that are meant to wrap
+    prepare_simulator()
     results = {str(case): cuda_cases.check_case(case, np.array, np.asarray) for case in cuda_cases.CASES}
     results["pack"] = cuda_cases.check_pack(np.array, np.asarray)
     results["special"] = cuda_cases.check_special_values(np.array, np.asarray)
     results["tiny"] = cuda_cases.check_tiny_scales(np.array, np.asarray)
+    results["nothing"] = cuda_cases.check_nothing(np.array, np.asarray)
+    results["nothing"] += state_cases.find_wrong_empty_steps(np.array, np.asarray)
+    results["devices"] = find_arrays_without_device()
+    results["error"] = find_missing_notes()
     results["groups"] = find_wrong_groups()
     results["steps"] = state_cases.find_wrong_steps(np.array, np.asarray)
     results["products"] = cuda_products.find_wrong_products(np.array, np.asarray)

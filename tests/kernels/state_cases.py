@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,8 @@ def draw_gradients(n: int, step: int) -> Array:
 
 # rule, elements, dtype, momentum and variance: bits, data type, block size and rounding, or None for exact states
 Coding = tuple[int, str, int | None, str] | None
-STEPS: tuple[tuple[int, int, str, Coding, Coding], ...] = (
+Case = tuple[int, int, str, Coding, Coding]
+STEPS: tuple[Case, ...] = (
     (cpu_states.ADAM, 203, "float32", (8, "dynamic", 64, "nearest"), (8, "dynamic", 64, "nearest")),
     (cpu_states.ADAM, 96, "bfloat16", (4, "dynamic", 16, "nearest"), (4, "int", 16, "nearest")),
     (cpu_states.ADAM, 75, "float32", (3, "nf", 8, "nearest"), None),
@@ -72,14 +73,29 @@ STEPS: tuple[tuple[int, int, str, Coding, Coding], ...] = (
 )
 
 
-def find_wrong_steps(put: Callable[[Array], Any], get: Callable[[Any], Array]) -> list[str]:
+def find_wrong_steps(
+    put: Callable[[Array], Any], get: Callable[[Any], Array], cases: Sequence[Case] = STEPS
+) -> list[str]:
     """Return how two steps on the device differ from the twin's. put and get copy an array there and back."""
     from kbit.kernels import cuda_states
 
-    return [wrong for case in STEPS for wrong in _find_wrong(case, cuda_states.take_step, put, get)]
+    return [wrong for case in cases for wrong in _find_wrong(case, cuda_states.take_step, put, get)]
 
 
-def _find_wrong(case: tuple[int, int, str, Coding, Coding], take_step: Any, put: Any, get: Any) -> Iterator[str]:
+def find_wrong_empty_steps(put: Callable[[Array], Any], get: Callable[[Any], Array]) -> list[str]:
+    """Take a step of no parameters, in one pass and in two, and return what came of them."""
+    from kbit.kernels import cuda_states
+
+    p, wrong = put(np.zeros(0, np.float32)), []
+    for blocks in ((64, 64), (64, 100)):
+        made = [start(make_specs(8, "dynamic", block)[role], 0) for role, block in enumerate(blocks)]
+        states = [state._replace(codes=put(state.codes), scales=put(state.scales)) for state in made]
+        cuda_states.take_step(p, p, *states, make_rule(cpu_states.ADAM, 1))
+        wrong += [f"{blocks}: {state}" for state in states if get(state.codes).size or get(state.scales).size]
+    return wrong
+
+
+def _find_wrong(case: Case, take_step: Any, put: Any, get: Any) -> Iterator[str]:
     kind, n, dtype, *codings = case
     ours = [_start_coded(coding, n, role) for role, coding in enumerate(codings)]
     if kind != cpu_states.ADAM:

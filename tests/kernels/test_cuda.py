@@ -21,6 +21,7 @@ from cuda_cases import DTYPES, Array, Case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kbit.kernels import cuda as kernels
+from kbit.kernels import cuda_arrays
 from kbit.numerics import quantizer
 from kbit.numerics.backend import choose_backend
 from kbit.numerics.codebooks import decision_thresholds
@@ -30,7 +31,9 @@ from kbit.numerics.spec import QuantSpec
 numba_cuda: Any = importlib.import_module("numba.cuda")  # Any: it and torch.cuda are only partly annotated
 torch_cuda: Any = torch.cuda
 
-SIMULATED = [str(case) for case in cuda_cases.CASES] + ["pack", "special", "tiny", "products", "groups", "steps"]
+SIMULATED = [str(case) for case in cuda_cases.CASES] + [
+    *("pack", "special", "tiny", "products", "groups", "steps", "nothing", "devices", "error")
+]
 
 
 # ---- the simulator ----
@@ -107,6 +110,25 @@ def test_a_tensor_on_a_gpu_goes_to_the_cuda_kernels(function: Callable[[torch.Te
         function(x, QuantSpec())
 
 
+def test_tensors_on_several_devices_are_an_error() -> None:
+    """A kernel would read an address that its GPU does not have."""
+    with FakeTensorMode():
+        there = [torch.ones(64, device=device) for device in ("cuda:0", "cuda:1", "cpu")]
+    with pytest.raises(ValueError, match=r"of one device, not of cuda:0, cuda:1: move them to cuda:0"):
+        cuda_arrays.device_of(*there[:2]).__enter__()
+    with pytest.raises(TypeError, match="not on device cpu, cuda:0"):
+        cuda_arrays.device_of(there[0], there[2]).__enter__()
+
+
+def test_an_address_between_numbers_is_an_error() -> None:
+    """A GPU's load of several bytes must be aligned: it would end the process' use of the GPU."""
+    array = np.zeros(16, np.uint8)
+    with pytest.raises(ValueError, match="cannot be read as uint16: copy it"):
+        cuda_arrays.as_numba(array[1:5], np.uint16)
+    with pytest.raises(ValueError, match="cannot be read as uint64: copy it"):
+        cuda_arrays.as_numba(array[4:12] if array.ctypes.data % 8 == 0 else array[:8], np.uint64)
+
+
 def test_other_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="device mps has no kernels: quantize on cpu or cuda"):
         choose_backend(torch.device("mps"))
@@ -122,17 +144,8 @@ def gpu() -> torch.device:
     return torch.device("cuda", torch_cuda.current_device())
 
 
-LARGE = [
-    Case(name, bits, block_size, n, n, dtype, rounding=rounding)
-    for name, bits in (("int", 3), ("nf", 4), ("dynamic", 8))
-    for block_size, n in ((16, 40960), (64, 40007), (100, 40000), (4096, 40960), (5000, 40000), (40000, 40000))
-    for dtype in DTYPES
-    for rounding in ("nearest", "stochastic")
-]
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cuda_cases.CASES + LARGE, ids=str)
+@pytest.mark.parametrize("case", cuda_cases.CASES + cuda_cases.LARGE, ids=str)
 def test_kernels_on_gpu_equal_reference(case: Case, gpu: torch.device) -> None:
     assert (
         cuda_cases.check_case(case, lambda array: torch.from_numpy(array).to(gpu), lambda tensor: tensor.cpu().numpy())
@@ -147,6 +160,7 @@ def test_packing_and_special_values_on_gpu(gpu: torch.device) -> None:
 
     assert cuda_cases.check_pack(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_cases.check_special_values(put, lambda tensor: tensor.cpu().numpy()) == []
+    assert cuda_cases.check_nothing(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_cases.check_tiny_scales(put, lambda tensor: tensor.cpu().numpy()) == []
     assert cuda_products.find_wrong_products(put, lambda tensor: tensor.cpu().numpy()) == []
     assert state_cases.find_wrong_steps(put, lambda tensor: tensor.cpu().numpy()) == []

@@ -32,13 +32,13 @@ class Gain(NamedTuple):
 
     Attributes:
         family, kind: whose mixes they are.
-        count: how many mixes there are.
+        mixes: how many they are.
         mean, low, high: nats gained, and the 95% interval.
     """
 
     family: str
     kind: str
-    count: int
+    mixes: int
     mean: float
     low: float
     high: float
@@ -150,7 +150,7 @@ def describe_gains(gains: list[Gain], measure: Measure) -> str:
     lost = sum(gain.high < 0 for gain in gains)
     head = f"Mixes beat one precision in {won} of {len(gains)} comparisons beyond the interval, and lose in {lost}."
     parts = [
-        f"{gain.family}, {gain.kind} ({gain.count}): {describe_lead(gain.mean, gain.low, gain.high, measure)}"
+        f"{gain.family}, {gain.kind} ({gain.mixes}): {describe_lead(gain.mean, gain.low, gain.high, measure)}"
         for gain in gains
     ]
     return f"{head} {'; '.join(parts)}."

@@ -241,7 +241,8 @@ def _round_to_nearest(quant: QuantConfig) -> QuantConfig:
 
 def _describe_content(problem: _Problem, windows: Windows | None) -> dict[str, Any]:
     """Return what decides the losses, beside the choice."""
-    quant, config = problem.quant, getattr(problem.model, "config", None)
+    quant = problem.quant
+    config: Any = getattr(problem.model, "config", None)
     outliers = (quant.outlier_fraction, quant.outlier_selection, quant.seed) if quant.keeps_outliers else ()
     return {
         "objective": quant.allocation.objective,

@@ -72,7 +72,7 @@ class AllocationConfig:
         if found is None:
             raise ValueError(f"quant.allocation.memory={self.memory!r} is no number of KB, MB, GB, TB or KiB, MiB, ...")
         base = 1024 if found[2].endswith("i") else 1000
-        return math.floor(float(found[1]) * base ** _POWERS[found[2][0]] * _BYTE)
+        return math.floor(float(found[1]) * float(base ** _POWERS[found[2][0]]) * _BYTE)
 
     @property
     def needs_text(self) -> bool:

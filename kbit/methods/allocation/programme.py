@@ -44,7 +44,7 @@ def choose_least_loss(
     ]
     found: Any = milp(
         _scale(losses).ravel(),
-        integrality=np.ones(losses.size),
+        integrality=np.ones(losses.size, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=limits,
         options={"mip_rel_gap": 0.0},
@@ -61,4 +61,4 @@ def _scale(losses: Float64[np.ndarray, "units choices"]) -> NDArray[np.float64]:
     """Return the losses above each unit's least one, so that their largest add up to _SCALE."""
     above = losses - losses.min(axis=1, keepdims=True)
     total = above.max(axis=1).sum()
-    return above * (_SCALE / total) if total > 0 else above
+    return np.asarray(above * (_SCALE / total) if total > 0 else above, dtype=np.float64)

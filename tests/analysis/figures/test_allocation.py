@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import pytest
 from toy_curves import make_results
@@ -14,7 +16,7 @@ from kbit.analysis.figures.registry import FIGURES
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 
 
-def add_mix(results: pd.DataFrame, gained: float, size: float = 1.0, **columns: object) -> pd.DataFrame:
+def add_mix(results: pd.DataFrame, gained: float, size: float = 1.0, **columns: Any) -> pd.DataFrame:
     """Results with a copy of every 3-bit experiment that loses less and takes another size."""
     mix = results[(results["bits"] == 3) & results["objective"].isna()].copy()
     mix["key"] = "mix" + "-".join(map(str, columns.values())) + mix["key"]
@@ -37,7 +39,8 @@ def test_a_mix_is_beside_the_best_uniform_model_of_its_bits(mixed: pd.DataFrame)
     assert set(points["kind"]) == {"one precision", "rules", "allocated by kl"}
     rivals = find_rivals(points)
     assert len(rivals) == 6  # two mixes of three models
-    for mix, rival in rivals.items():
+    pairs: list[tuple[Any, Any]] = list(rivals.items())
+    for mix, rival in pairs:
         assert points.loc[mix, "model"] == points.loc[rival, "model"]
         assert points.loc[rival, "bits"] == 3  # 4 bits take more
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def _shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(name: str) -> ModelShape:
         if name == "stranger":
             raise ValueError("unknown")
-        return ModelShape(name, 10**6, 2, 16, 2, CACHED, 100, 256, {(16, 16): 2})
+        context = 256 if name == "short" else None
+        return ModelShape(name, 10**6, 2, 16, 2, CACHED, 100, context, {(16, 16): 2})
 
     monkeypatch.setattr(recommendation, "find_shape", find)
 
@@ -68,8 +70,9 @@ def test_the_best_that_fits_is_recommended(results: pd.DataFrame) -> None:
     text = describe_recommendation(table)
     assert text[0].startswith("4 of 5 measured models and quantizers fit into 2.1MB")
     assert text[1].startswith("Take large nf4 block 64: mean zero-shot accuracy 0.6 (95% interval 0.5804 to 0.6196)")
-    assert text[-2].startswith("From 8 MB on: large 16-bit, +0.02")
-    assert text[-1].startswith("Below 2 MB: small nf8 block 64, -0.08")
+    assert text[-3].startswith("From 8 MB on: large 16-bit, +0.02")
+    assert text[-2].startswith("Below 2 MB: small nf8 block 64, -0.08")
+    assert text[-1].startswith("Measured: float32, all items. Differences: unpaired")
 
 
 def test_the_context_takes_memory_too(results: pd.DataFrame) -> None:
@@ -90,7 +93,10 @@ def test_chances_are_those_of_independent_intervals() -> None:
     table = recommend(rows, "2MB", context=0)
     assert table["chance"].tolist() == pytest.approx([0.76, 0.24], abs=0.04)
     assert table["items_to_settle"].iloc[1] == pytest.approx(768, rel=0.1)
-    assert any("about 7" in line or "about 8" in line for line in describe_recommendation(table))
+    (line,) = [line for line in describe_recommendation(table) if line.startswith("Undecided")]
+    found = re.search(r"About (\d+) items or windows .* all 100 were measured: other tasks or texts must decide", line)
+    assert found is not None
+    assert int(found[1]) == table["items_to_settle"].iloc[1]
 
 
 def test_differences_are_paired_by_items(results: pd.DataFrame, tmp_path: Path) -> None:
@@ -126,10 +132,26 @@ def test_what_cannot_be_recommended_is_said(results: pd.DataFrame) -> None:
     more = pd.concat([results, make_results(make_point("stranger", 4, 0.9))], ignore_index=True)
     table = recommend(more, "2.1MB", context=0)
     assert "stranger" not in set(table["model"])
-    assert describe_recommendation(table)[-1] == "Left out, as their shapes are not known here: stranger."
+    assert describe_recommendation(table)[-1] == "Left out: stranger (its shape is not known here)."
+
+
+def test_a_model_is_not_used_beyond_its_context(results: pd.DataFrame) -> None:
+    more = pd.concat([results, make_results(make_point("short", 4, 0.9))], ignore_index=True)
+    assert recommend(more, "1GB", context=256)["model"].iloc[0] == "short"
+    table = recommend(more, "1GB", context=257)
+    assert table["model"].iloc[0] == "large"
+    assert describe_recommendation(table)[-1] == "Left out: short (it takes 256 tokens)."
+    with pytest.raises(KbitError, match=r"with a context of 257 tokens: short \(it takes 256 tokens\)"):
+        recommend(more[more["model"] == "short"], "1GB", context=257)
+
+
+def test_a_card_loses_some_memory_and_an_amount_does_not(results: pd.DataFrame) -> None:
+    assert recommend(results, "24GB").attrs["available"] == 24e9
+    assert recommend(results, "2xrtx3090").attrs["available"] == 2 * 23e9
 
 
 def test_only_one_way_of_measuring_is_compared(results: pd.DataFrame) -> None:
     other = make_results(make_point("small", 4, 0.99, key="other", evaluation="float32, 8 items"))
     table = recommend(pd.concat([results, other], ignore_index=True), "2.1MB", context=0)
     assert 0.99 not in table["value"].tolist()
+    assert "Left out, as they were measured in another way: 1 experiments." in describe_recommendation(table)
