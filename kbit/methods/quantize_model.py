@@ -102,10 +102,7 @@ def quantize_model(
         allocation = allocate_bits(model, config, tokenizer)
         config, notes = allocation.quant, {"allocation": allocation.notes}
     report = plan_quantization(model, config)
-    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
-        log.warning(warning)
-    if not config.is_baseline and report.coverage < config.min_coverage:
-        raise ValueError(describe_low_coverage(report, config.min_coverage))
+    _check_coverage(report, config)
     check_finite(model)
     inputs, caches = _prepare_run_time(model, report, config, notes)
     weights = find_weights(model, report, config)
@@ -124,6 +121,16 @@ def quantize_model(
     if not config.is_unchanged:
         model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
+
+
+def _check_coverage(report: QuantizationReport, config: QuantConfig) -> None:
+    """Raise ValueError if too little is quantized. Warn of an exclude that finds nothing."""
+    if config.is_baseline:
+        return
+    if warning := describe_vain_exclude(report, config.exclude):
+        log.warning(warning)
+    if report.coverage < config.min_coverage:
+        raise ValueError(describe_low_coverage(report, config.min_coverage))
 
 
 def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Allocation:
