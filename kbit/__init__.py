@@ -23,16 +23,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kbit import figures as figures
     from kbit import optim as optim
+    from kbit.analysis.statistics.recommendation import recommend as recommend
     from kbit.checkpoints.foreign import read_quantized as read_quantized
     from kbit.checkpoints.loading import KbitConfig as KbitConfig
     from kbit.checkpoints.loading import load_model as load_model
     from kbit.checkpoints.loading import pack_model as pack_model
-    from kbit.checkpoints.peft_private import adapt_packed_layers as adapt_packed_layers
     from kbit.checkpoints.saving import save_packed as save_packed
     from kbit.evaluation.zero_shot import evaluate as evaluate
     from kbit.experiments.config import Experiment as Experiment
     from kbit.experiments.session import run_experiment as run_experiment
+    from kbit.layers.peft_private import adapt_packed_layers as adapt_packed_layers
+    from kbit.methods.allocation.config import AllocationConfig as AllocationConfig
     from kbit.methods.config import QuantConfig as QuantConfig
+    from kbit.methods.quantize_model import allocate_bits as allocate_bits
     from kbit.methods.quantize_model import quantize_model as quantize_model
     from kbit.notebook.comparison import compare as compare
     from kbit.notebook.drawing import plot as plot
@@ -53,11 +56,13 @@ if TYPE_CHECKING:
 
 # Each public name, and the module that defines it, or that it is. `kbit.quantize` and `kbit.evaluate` are functions.
 _PUBLIC = {
+    "AllocationConfig": "kbit.methods.allocation.config:AllocationConfig",
     "Experiment": "kbit.experiments.config:Experiment",
     "QuantConfig": "kbit.methods.config:QuantConfig",
     "QuantSpec": "kbit.numerics.spec:QuantSpec",
     "QuantizedTensor": "kbit.numerics.quantized_tensor:QuantizedTensor",
-    "adapt_packed_layers": "kbit.checkpoints.peft_private:adapt_packed_layers",
+    "allocate_bits": "kbit.methods.quantize_model:allocate_bits",
+    "adapt_packed_layers": "kbit.layers.peft_private:adapt_packed_layers",
     "compare": "kbit.notebook.comparison:compare",
     "codebook": "kbit.numerics.quantizer:codebook",
     "dequantize": "kbit.numerics.quantizer:dequantize",
@@ -79,6 +84,7 @@ _PUBLIC = {
     "read_quantized": "kbit.checkpoints.foreign:read_quantized",
     "read_results": "kbit.store:read_results",
     "save_packed": "kbit.checkpoints.saving:save_packed",
+    "recommend": "kbit.analysis.statistics.recommendation:recommend",
     "run_experiment": "kbit.experiments.session:run_experiment",
 }
 

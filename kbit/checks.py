@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import html
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 
 class KbitError(Exception):
@@ -24,11 +24,16 @@ class KbitError(Exception):
         self.reasons = reasons
 
 
+_LONG: Final = 200  # characters of a list behind which the nearest word would not be found
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value is one of the allowed words. The message names the nearest one, if any."""
     if value not in allowed:
-        near = ask_for_nearest(str(value), allowed)
-        raise ValueError(f"{name}={value!r} is not one of: {', '.join(allowed)}{f'; {near}' if near else ''}")
+        near, listed = ask_for_nearest(str(value), allowed), ", ".join(allowed)
+        if near and len(listed) > _LONG:
+            raise ValueError(f"{name}={value!r}: {near} It is not one of: {listed}")
+        raise ValueError(f"{name}={value!r} is not one of: {listed}{f'; {near}' if near else ''}")
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

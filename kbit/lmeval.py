@@ -28,8 +28,7 @@ from kbit.data.tasks import complete_definition, find_data
 from kbit.evaluation.config import NANO_TASKS, TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.token_budget import TokenBudget
-from kbit.methods.config import QuantConfig
-from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.methods.quantize_model import quantize_model
 
 log = logging.getLogger(__name__)

@@ -32,6 +32,7 @@ SETTINGS: Final = (
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),
     ("rules", None, "rules ({})"),
+    ("allocation", None, "{}"),
     ("training", None, "{}"),
 )
 

@@ -25,6 +25,7 @@ from kbit.analysis.figures.emergence import draw_features
 from kbit.analysis.figures.int8 import draw_int8_methods
 from kbit.analysis.figures.law_table import draw_laws
 from kbit.analysis.figures.maps import draw_data_types_map, draw_sensitivity
+from kbit.analysis.figures.mixes.allocation import draw_allocation
 from kbit.analysis.figures.paper import CURVE_FIGURES
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
@@ -92,6 +93,7 @@ PLAIN: Final[dict[str, Draw]] = {
     "data_types_map": draw_data_types_map,
     **{relation.name: partial(draw_relation, relation) for relation in RELATIONS},
     "sensitivity": draw_sensitivity,
+    "allocation": draw_allocation,
     "int8_methods": draw_int8_methods,
     "features": draw_features,
     **{definition.name: partial(draw_costs, definition) for definition in COST_FIGURES},

@@ -105,12 +105,13 @@ def read_weight_error(results: pd.DataFrame) -> pd.Series[float]:
     """Return the relative error of the quantized weights, sqrt(sum (w - w')^2 / sum w^2), of each experiment.
 
     Left out are experiments whose loss has other causes than the error of all weights: those that quantize a part of
-    the layers or several quantizers (include, exclude, rules), and int8 methods, which round activations too.
+    the layers or have several quantizers (include, exclude, rules, allocation), and int8 methods, which round
+    activations too.
     """
     if "weight_rmse" not in results:
         return pd.Series(dtype=np.float64)
     is_whole = (results["bits"] < BASELINE_BITS) & ~results["method"].isin(SCHEMES)
-    for part in ("include", "exclude", "rules"):
+    for part in ("include", "exclude", "rules", "allocation"):
         is_whole &= results[part].isna() if part in results else True
     rows = results[is_whole].drop_duplicates("key")
     return rows.set_index("key")["weight_rmse"].dropna().astype(np.float64)

@@ -48,6 +48,7 @@ class SavedFigure:
         paths: the pictures, the CSV, the Markdown and a table's LaTeX. Empty if the figure was skipped.
         claim, verdict: as in PaperFigure. Empty if the figure was skipped.
         skipped: why the figure was not drawn, or None if it was.
+        lacks: whether it was skipped as the results lack what it shows.
         failed: whether drawing or writing it raised an error that says nothing about the results.
     """
 
@@ -56,6 +57,7 @@ class SavedFigure:
     claim: str
     verdict: str
     skipped: str | None = None
+    lacks: bool = False
     failed: bool = False
 
 
@@ -66,7 +68,7 @@ def save_figure(
     try:
         return write_figure(draw(), out, page, files)
     except (MissingResults, AmbiguousResults, TooManyCurves) as error:
-        return SavedFigure(name, (), "", "", skipped=str(error))
+        return SavedFigure(name, (), "", "", skipped=str(error), lacks=isinstance(error, MissingResults))
     except TooSmallPage as error:
         return SavedFigure(name, (), "", "", skipped=str(error), failed=True)
     except Exception as error:  # an error of one figure, of whatever kind, must not lose the others

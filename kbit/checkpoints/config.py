@@ -14,8 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from kbit.checks import non_defaults, suggest
 from kbit.layers.packed_weight import PackedLayout
-from kbit.methods.config import QuantConfig
-from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.models.checkpoint_files import PACKED_METHOD
 from kbit.models.transformers_private import let_configurations_meet
 from kbit.numerics.scale_formats import name_dtype

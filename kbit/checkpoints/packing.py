@@ -289,11 +289,24 @@ def check_complete(model: Any) -> None:
 
 
 def hash_values(model: nn.Module) -> str:
-    """Return the hash of a model's weights, packed ones as the values that they stand for: see hash_weights."""
+    """Return the hash of a model's weights, packed ones as the values that they stand for: see hash_weights.
+
+    Beside adapters, fused experts are hashed as their codes.
+    """
     packed = list_packed(model)
     if not packed or not isinstance(model, PreTrainedModel):
         return hash_weights(model)
-    return hash_tensors(_list_values(model))
+    has_adapters = any(".base_layer." in name for name, _ in model.named_parameters())
+    return hash_tensors(_list_own_values(model) if has_adapters else _list_values(model))
+
+
+def _list_own_values(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield the parameters that a packed model has itself, those of packed layers as their values."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for names, parameter in distinct_parameters(model):
+        path, _, attribute = names[0].rpartition(".")
+        owner = modules[path]
+        yield names, restore_matrix(owner) if isinstance(owner, PackedWeight) and attribute == "weight" else parameter
 
 
 def _list_values(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:

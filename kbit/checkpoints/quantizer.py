@@ -7,8 +7,11 @@ Methods that see a text, or choose outliers by other weights, need the whole mod
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -189,12 +192,24 @@ class QuantizeOnLoad(ConversionOps):
         self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         """Return the tensors of packed layers in place of the weights that were read."""
+        _release_freed_memory()
         tensors: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             tensors |= self.quantizer.pack_tensor(model, name, value[0] if isinstance(value, list) else value)
             if missing_keys is not None:
                 missing_keys.discard(name)
         return tensors
+
+
+def _release_freed_memory() -> None:
+    """Give the pages of freed tensors back to the system.
+
+    glibc keeps those that lie below a tensor that stays, and codes stay. Without this the process grows to the size of
+    the plain model.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantize_alone(model: Any, name: str, values: Tensor, quant: QuantConfig, expert: int | None) -> QuantizedTensor:

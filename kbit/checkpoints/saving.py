@@ -82,7 +82,10 @@ def describe_bytes(total_bits: int, memory: int, folder: Path) -> str:
     """
     paths, counted = sorted(folder.glob("*.safetensors")), total_bits / 8
     stored = sum(path.stat().st_size for path in paths)
-    headers = sum(_HEADER_LENGTH + int.from_bytes(path.open("rb").read(_HEADER_LENGTH), "little") for path in paths)
+    headers = 0
+    for path in paths:
+        with path.open("rb") as file:
+            headers += _HEADER_LENGTH + int.from_bytes(file.read(_HEADER_LENGTH), "little")
     return (
         f"{total_bits:,} bits counted in all; {memory:,} bytes in memory ({memory / counted - 1:+.2%}), "
         f"{stored:,} bytes of weight files ({stored / counted - 1:+.2%}), {headers:,} of them headers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,7 +20,7 @@ FIGURE_NAMES: Final = (
     "figure_1", "figure_2", "figure_3", "figure_4", "outliers", "figure_5", "figure_7", "figure_8", "figure_9",
     "figure_10", "figure_11", "figure_12", "figure_13", "figure_14", "figure_15", "methods", "figure_16", "table_1",
     "table_2", "verdicts", "frontier", "laws", "data_types_map", "perplexity_accuracy", "kl_accuracy",
-    "error_accuracy", "error_loss", "sensitivity", "int8_methods", "features", "cost_accuracy",
+    "error_accuracy", "error_loss", "sensitivity", "allocation", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
     "qat", "qlora", "optimizer_ablation", "states", "training_curves", "fast_precision", "exchange",
 )  # fmt: skip
@@ -82,6 +83,8 @@ def draw_figures(options: argparse.Namespace) -> None:
     figures = []
     for figure in save_figures(results, options.out, options.names or None, measure, page, files):
         figures.append(figure)
+        if figure.lacks and not options.names:
+            continue  # listed below, as nobody asked for it
         shown = f"not drawn: {figure.skipped}" if figure.skipped else f"{figure.paths[0]}\n    {figure.verdict}"
         print(f"{figure.name}: {shown}", flush=True)
     if not any(figure.paths for figure in figures):
@@ -91,6 +94,12 @@ def draw_figures(options: argparse.Namespace) -> None:
         f"{options.out.absolute()} has each as {', '.join(files.formats)}, what is drawn as CSV, its whole caption as"
     )
     print("Markdown, and tables as LaTeX")
+    lacking = ", ".join(figure.name for figure in figures if figure.lacks)
+    if lacking and not options.names:
+        print(
+            "\nNot drawn, as these results lack what they show (`kbit figures NAME` says what, and which study has it):"
+        )
+        print(textwrap.fill(lacking, 100, initial_indent="  ", subsequent_indent="  "))
     print(f"\n{finding(results)}")
     missing = [figure.name for figure in figures if figure.failed or (options.names and figure.skipped)]
     if missing:

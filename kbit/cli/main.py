@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from kbit.checks import KbitError, suggest
 from kbit.cli import completion, doctor, figures, models, pack, results, run
-from kbit.cli.costs import bench, fit
+from kbit.cli.costs import bench, fit, recommend
 from kbit.store.damage import DamagedRecordWarning
 
 # Each declares one command. The modules import Hydra, torch and other large libraries only when their command runs.
@@ -31,6 +31,7 @@ COMMANDS: Final[tuple[Callable[[argparse._SubParsersAction[argparse.ArgumentPars
     results.add_results,
     run.add_outliers,
     fit.add_fit,
+    recommend.add_recommend,
     bench.add_bench,
     pack.add_pack,
     pack.add_export,

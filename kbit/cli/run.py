@@ -251,7 +251,22 @@ def _describe_results(store_path: str, key: str) -> str:
     first = rows.iloc[0]
     head = f"{first['model']}: {first['total_bits'] / 1e6:.2f} Mbit in all, {first['bits_per_param']:.2f} bits/param"
     table = rows[["task", "metric", "value", "low", "high", "n"]].to_string(index=False)
-    return "\n".join([head, table, *_explain_control(rows), *_describe_features(store_path, key)])
+    others = (*_describe_budget(store_path, key), *_explain_control(rows), *_describe_features(store_path, key))
+    return "\n".join([head, table, *others])
+
+
+def _describe_budget(store_path: str, key: str) -> list[str]:
+    """Return what is left of a budget of bits, and where its map is, or nothing without a budget."""
+    from kbit.experiments.result import Result
+    from kbit.store.records import read_as
+
+    notes = [result.method_notes.get("allocation") for result in read_as(Result, store_path, keys=[key])]
+    return [
+        f"of a budget of {note['budget_bits']:,} bits, {note['left_bits']:,} are left; the map of its "
+        f"{len(note['rules'])} rules is in the record (method_notes.allocation.rules)"
+        for note in notes
+        if note is not None
+    ]
 
 
 def _explain_control(rows: pd.DataFrame) -> list[str]:

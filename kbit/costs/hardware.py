@@ -9,6 +9,7 @@ from typing import Final
 from kbit.checks import suggest
 
 GB: Final = 10**9
+CARD_OVERHEAD: Final = GB  # bytes that a card loses to its driver and libraries: assumed, not measured
 
 # Memory of one card in GB, as its vendor states it. A vendor's GB has 2^30 bytes for most cards. Here it has 10^9: up
 # to 7% of a card stay free. Cards that come in two sizes have the size in their name.
@@ -18,7 +19,7 @@ CARDS: Final = {
     "rtxa6000": 48, "a100-40gb": 40, "a100-80gb": 80, "h100": 80, "h200": 141, "b200": 192, "mi300x": 192,
 }  # fmt: skip
 _COUNTED: Final = (re.compile(r"(?P<cards>\d+)x(?P<what>.+)"), re.compile(r"(?P<what>.+)x(?P<cards>\d+)"))
-_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?)gb", re.IGNORECASE)
+_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?)([gm])b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,21 @@ class Hardware:
         name: the name as it was asked for.
         cards: the number of cards.
         card_bytes: the memory of one.
+        is_card: whether cards were named, and not an amount of memory.
     """
 
     name: str
     cards: int
     card_bytes: float
+    is_card: bool = False
 
     def count_available(self, overhead: float) -> float:
         """Return the bytes that are left when each card has its overhead. Layers are taken to divide evenly."""
         return self.cards * max(0.0, self.card_bytes - overhead)
 
 
-def parse_hardware(text: str) -> Hardware:
-    """Return the hardware that is named, such as rtx3090, rtx3090x4, 4xrtx3090, 24GB or 8x24GB.
+def parse_hardware(text: str, option: str = "--hardware") -> Hardware:
+    """Return the hardware that is named, such as rtx3090, rtx3090x4, 4xrtx3090, 24GB, 800MB or 8x24GB.
 
     Raises:
         ValueError: it names neither a known card nor an amount of memory.
@@ -50,10 +53,10 @@ def parse_hardware(text: str) -> Hardware:
     found = [match for pattern in _COUNTED if (match := pattern.fullmatch(asked))]
     for cards, what in [(1, asked), *((int(match["cards"]), match["what"]) for match in found)]:
         memory = _MEMORY.fullmatch(what)
-        size = float(memory[1]) if memory else CARDS.get(what.lower(), 0)
+        size = float(memory[1]) / (1 if memory[2] in "gG" else 1000) if memory else CARDS.get(what.lower(), 0)
         if cards and size:
-            return Hardware(asked, cards, size * GB)
+            return Hardware(asked, cards, size * GB, memory is None)
     raise ValueError(
-        f"--hardware {asked!r} is neither an amount of memory (24GB, 4x24GB) nor a card (rtx3090, 4xrtx3090); "
+        f"{option} {asked!r} is neither an amount of memory (24GB, 4x24GB) nor a card (rtx3090, 4xrtx3090); "
         f"{suggest(asked.lower(), CARDS)}"
     )

@@ -55,6 +55,8 @@ class ModelShape:
         """
         if quant.rules:
             raise ValueError("quant.rules choose tensors by their names, and the shapes of models have none")
+        if quant.allocates:
+            raise ValueError("quant.allocation needs the values of weights, and the shapes of models have none")
         if quant.is_baseline:
             return BASELINE_BITS * self.parameters
         rest = self.parameters - sum(math.prod(shape) * count for shape, count in self.matrices.items())
@@ -161,5 +163,6 @@ def _count_cached(model: Any) -> int:
     import torch
 
     with torch.no_grad():
-        cache = model(torch.zeros((1, 1), dtype=torch.long, device="meta"), use_cache=True).past_key_values
+        output = model(torch.zeros((1, 1), dtype=torch.long, device="meta"), use_cache=True)
+    cache = output["cache" if "cache" in output else "past_key_values"]  # its name in earlier releases
     return sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)

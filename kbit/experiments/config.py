@@ -47,8 +47,13 @@ class Experiment:
                 f"model.dtype={self.model.dtype} is too coarse to train in: model.dtype=float32, and "
                 "train.dtype=bfloat16 for products in 16 bits"
             )
-        if self.packed:
-            raise ValueError("packed=true computes with packed layers, which are not trained: packed=false")
+        if self.quant.allocates:
+            raise ValueError("a training goes on from one map of bits: give quant.rules of kbit.allocate_bits")
+        if self.packed and not self.train.lora.rank:
+            raise ValueError(
+                "packed=true computes with packed layers, which are not trained: packed=false, or train=qlora, which "
+                "trains adapters beside them"
+            )
         if self.train.lora.rank and self.quant.scheme is not None and not self.quant.is_baseline:
             raise ValueError(f"quant.method={self.quant.method} multiplies in int8, which no gradient goes through")
 
@@ -108,8 +113,7 @@ class Experiment:
     @property
     def seen_texts(self) -> dict[str, str]:
         """The text that the method is calibrated on, and the one that the model is trained on, by their keys."""
-        calibrates = self.quant.traits.needs_text and not self.quant.is_baseline
-        texts = {"quant.calibration.text": self.quant.calibration.text} if calibrates else {}
+        texts = {"quant.calibration.text": self.quant.calibration.text} if self.quant.sees_text else {}
         return texts | ({"train.text": self.train.text} if self.train.steps else {})
 
     def label(self) -> str:

@@ -147,7 +147,7 @@ def check_lengths(experiment: Experiment) -> None:
     if experiment.eval.speed.measure:
         experiment.eval.speed.check_context(context)
     calibration, quant = experiment.quant.calibration, experiment.quant
-    if quant.traits.needs_text and not quant.is_baseline:
+    if quant.sees_text:
         if calibration.length is not None and context is not None and calibration.length > context:
             raise ValueError(
                 f"quant.calibration.length={calibration.length} is beyond the model's context of {context} tokens"

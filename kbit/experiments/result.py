@@ -58,6 +58,7 @@ class Result:
         method_notes: what the method reports about itself, see QuantizationReport.notes.
         measures: the measures of eval.measures, with what they say of themselves.
         speed: what time and memory were measured of, if eval.speed asks for them.
+        training_text: what a training was trained on, and the windows of it that are held back.
     """
 
     key: str
@@ -95,6 +96,7 @@ class Result:
     measures: tuple[MeasureRecord, ...] = ()
     checkpoint_quantization: str = ""
     speed: SpeedRecord | None = None
+    training_text: TextRecord | None = None
 
     def _repr_html_(self) -> str:
         """Return a small table for notebooks: the experiment, and each number with its interval."""

@@ -122,12 +122,13 @@ class Session:
         """Return the report of a model that is evaluated as it was loaded, or None of one that is to be changed.
 
         The values of a GGUF file may be trained, and quantized again, as transformers makes a plain model of them.
+        Adapters are trained beside a model that stays as it was loaded.
 
         Raises:
             ValueError: a model would be trained, or quantized again, whose weights are codes.
         """
         is_as_asked = experiment.quant.is_baseline or self._packed_as is not None
-        if self._stored is None or (is_as_asked and not experiment.train.steps):
+        if self._stored is None or (is_as_asked and not (experiment.train.steps and not experiment.train.lora.rank)):
             return self._stored
         if self._loaded.checkpoint_quantization.startswith("gguf"):
             return None
@@ -140,7 +141,7 @@ class Session:
         model, train = self._loaded.model, experiment.train
         if train.steps and not train.lora.rank:
             return {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters()}
-        return copy_weights(model, plan_quantization(model, experiment.quant))
+        return copy_weights(model, plan_quantization(model, experiment.quant.without_allocation()))
 
     def _quantize_and_measure(
         self, experiment: Experiment, key: str, subject: Subject, files: TrainingFiles | None
@@ -166,7 +167,7 @@ class Session:
         """Train the model, if the experiment asks for it, and quantize it."""
         stored = self._find_stored(experiment)
         if experiment.train.steps:
-            with trained_and_quantized(experiment, key, self._loaded, self._memory, files) as done:
+            with trained_and_quantized(experiment, key, self._loaded, stored, self._memory, files) as done:
                 yield done.report, done
         else:
             yield stored or quantize_model(self._loaded.model, experiment.quant, self._loaded.tokenizer), None

@@ -21,7 +21,7 @@ from torch import nn
 from kbit.data.texts import read_documents
 from kbit.data.windows import Windows
 from kbit.evaluation.measure import Measured, Memory, check_read
-from kbit.evaluation.measurement import Measurement, encode_items, measure_mean
+from kbit.evaluation.measurement import Measurement, TextRecord, encode_items, measure_mean
 from kbit.evaluation.perplexity import measure_cross_entropy
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.experiments.config import Experiment
@@ -71,18 +71,23 @@ class TrainedModel:
         report: what was quantized. Of a diverged training it is the plan.
         trained: how the training went.
         text: what it was trained on.
-        text_sha256: the hash of the whole text.
+        text_record: the name and hash of the whole text, and the windows that are held back.
     """
 
     report: QuantizationReport
     trained: Trained
     text: TrainingText
-    text_sha256: str
+    text_record: TextRecord
 
 
 @contextmanager
 def trained_and_quantized(
-    experiment: Experiment, key: str, loaded: LoadedModel, memory: Memory, files: TrainingFiles | None
+    experiment: Experiment,
+    key: str,
+    loaded: LoadedModel,
+    stored: QuantizationReport | None,
+    memory: Memory,
+    files: TrainingFiles | None,
 ) -> Iterator[TrainedModel]:
     """Train and quantize a model, which is what the experiment measures within the block.
 
@@ -92,6 +97,7 @@ def trained_and_quantized(
         experiment: the experiment, with a training.
         key: its key, by which a checkpoint is its own.
         loaded: the model.
+        stored: the report of a model that was loaded quantized, or None of one that is to be quantized.
         memory: what is kept between experiments on one model.
         files: where to keep the training. None keeps nothing.
 
@@ -100,20 +106,21 @@ def trained_and_quantized(
     """
     model, train, quant = loaded.model, experiment.train, experiment.quant
     text, sha256 = read_training_text(train, loaded, memory)
+    record = TextRecord(train.text, sha256, *text.held.shape)
     kept: dict[str, Any] = {"checkpoint": files.checkpoint if files else None, "content": {"key": key}}
     if train.lora.rank:
-        report = quantize_model(model, quant, loaded.tokenizer)
+        report = stored or quantize_model(model, quant, loaded.tokenizer)
         with adapters_in(model, train.lora, train.seed):
             trained = round_trained(model, train_model(model, text, train, **kept), loaded.checkpoint_dtype)
             if files is not None and not trained.diverged:
                 save_adapters(model, files.adapters)
-            yield TrainedModel(report, trained, text, sha256)
+            yield TrainedModel(report, trained, text, record)
         return
     with embedding_stable(model) if train.stable_embedding else contextlib.nullcontext():
         trained = train_weights(loaded, train, quant, text, memory.recall(KeptTraining), **kept)
         make_report = plan_quantization if trained.diverged else quantize_model
         arguments = (model, quant) if trained.diverged else (model, quant, loaded.tokenizer)
-        yield TrainedModel(make_report(*arguments), trained, text, sha256)
+        yield TrainedModel(make_report(*arguments), trained, text, record)
 
 
 def train_weights(
@@ -220,6 +227,7 @@ def measure_training(model: Any, done: TrainedModel, budget: TokenBudget) -> Mea
     exact = {
         "diverged": float(trained.diverged),
         "loss_spikes": trained.spikes,
+        "steps": len(trained.losses),
         "trainable": trained.trainable,
         "tokens": trained.tokens,
         "adapter_bits": adapters,
@@ -230,12 +238,15 @@ def measure_training(model: Any, done: TrainedModel, budget: TokenBudget) -> Mea
     items = [encode_items(TASK, "curve", trained.curve)] if all(map(math.isfinite, trained.losses)) else []
     items += [encode_items(TASK, metric, values) for metric, values in trained.curves.items()]
     if trained.diverged:
-        return Measured(numbers, items)
+        return Measured(numbers, items, records={"training_text": done.text_record})
     numbers.insert(0, measure_mean(TASK, "loss", trained.last))
-    unseen = Windows(UNSEEN, done.text_sha256, done.text.held, 1.0)  # bytes_per_token: bits per byte are left out
+    unseen = Windows(
+        UNSEEN, done.text_record.sha256, done.text.held, 1.0
+    )  # bytes_per_token: bits per byte are left out
     scores = measure_cross_entropy(model, unseen, budget)
     numbers += [measured for measured in scores.measurements if measured.metric != "bits_per_byte"]
-    return Measured(numbers, [*items, *scores.items], unseen.tokens.numel())
+    records = {"training_text": done.text_record}
+    return Measured(numbers, [*items, *scores.items], unseen.tokens.numel(), records)
 
 
 def _has_adapters(model: nn.Module) -> bool:

@@ -183,9 +183,9 @@ def draw_windows(model: Any, quant: QuantConfig, tokenizer: PreTrainedTokenizerB
     """
     config = quant.calibration
     if tokenizer is None:
-        raise ValueError(
-            f"quant.method={quant.method} calibrates on a text: quantize_model needs the model's tokenizer"
-        )
+        needs = "method" if quant.traits.needs_text else "allocation.objective"
+        value = quant.method if quant.traits.needs_text else quant.allocation.objective
+        raise ValueError(f"quant.{needs}={value} calibrates on a text: quantize_model needs the model's tokenizer")
     context = resolve_max_length(model.config, tokenizer)
     length = config.length or min(MAX_WINDOW, context)
     if length > context:

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
-from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.options import CalibrationConfig as CalibrationConfig
 from kbit.methods.options import GptqConfig as GptqConfig
-from kbit.methods.selection.rules import PATTERN, finds_any, list_changes, read_rules, write_rule, write_rules
+from kbit.methods.selection.rules import PATTERN, check_rules, finds_any, list_changes, read_rules, write_rules
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
 # The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
@@ -66,6 +66,11 @@ METHODS: Final[dict[str, Method]] = {
 }
 
 
+OPTION_GROUPS: Final[dict[str, Any]] = {  # fields of QuantConfig that are configurations of their own
+    "calibration": CalibrationConfig,
+    "gptq": GptqConfig,
+    "allocation": AllocationConfig,
+}
 RULE_FIELDS: Final = (*(f.name for f in dataclasses.fields(QuantSpec)), "method")  # what quant.rules may change
 
 
@@ -94,6 +99,7 @@ class QuantConfig(QuantSpec):
         rules: other fields of the quantizer for some tensors, such as {match: lm_head, bits: 6}. The first rule whose
             regular expression finds a tensor's name applies to it. It changes fields of QuantSpec, or the method to one
             without data. bits=16 leaves the tensor as it is. A rule also quantizes embeddings and the head.
+        allocation: a budget of bits to distribute over the tensors that no rule is for. quant.bits then means nothing.
         min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
     """
 
@@ -107,6 +113,7 @@ class QuantConfig(QuantSpec):
     include: str | None = None
     exclude: str | None = None
     rules: tuple[dict[str, Any], ...] = ()
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
     min_coverage: float = 0.9
 
     def __post_init__(self) -> None:
@@ -117,6 +124,7 @@ class QuantConfig(QuantSpec):
         self._check_outliers()
         self._check_method()
         self._check_rules()
+        self.allocation.check_quantizer(self)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
         for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
@@ -152,24 +160,8 @@ class QuantConfig(QuantSpec):
 
     def _check_rules(self) -> None:
         """Check the rules, and keep them in a form that can be hashed."""
-        if not self.rules:
-            object.__setattr__(self, "rules", ())
-            return
-        object.__setattr__(self, "rules", read_rules(self.rules, RULE_FIELDS))
-        if self.is_baseline:
-            raise ValueError("quant.bits=16 quantizes nothing, so that quant.rules have nothing to change")
-        if self.scheme is not None:
-            raise ValueError(f"quant.method={self.method} decides the quantizer of every weight: it has no quant.rules")
-        for number, rule in enumerate(self.rules):
-            try:
-                changed = self.follow(number)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"quant.rules[{number}] ({write_rule(rule)}): {error}") from None
-            if changed.method != self.method and (changed.traits.needs_text or changed.scheme is not None):
-                raise ValueError(
-                    f"quant.rules[{number}]: method={changed.method} needs a calibration text or multiplies int8 by "
-                    f"int8, which one method does for a whole model. Allowed are rtn, mse, hqq and {self.method}"
-                )
+        object.__setattr__(self, "rules", read_rules(self.rules, RULE_FIELDS) if self.rules else ())
+        check_rules(self)
 
     @staticmethod
     def from_name(name: str) -> QuantConfig:
@@ -184,6 +176,10 @@ class QuantConfig(QuantSpec):
         if isinstance(spec, QuantConfig):
             return spec
         return QuantConfig(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(QuantSpec)})
+
+    def without_allocation(self, rules: Sequence[dict[str, Any]] = ()) -> QuantConfig:
+        """Return the configuration with further rules in place of its allocation."""
+        return dataclasses.replace(self, allocation=AllocationConfig(), rules=(*self.rules, *rules))
 
     def follow(self, number: int | None) -> QuantConfig:
         """Return the quantizer of the tensors that this rule is for, None of those without a rule."""
@@ -205,6 +201,16 @@ class QuantConfig(QuantSpec):
         return self.traits.scheme
 
     @property
+    def allocates(self) -> bool:
+        """Whether a budget of bits is to be distributed before anything is quantized."""
+        return self.allocation.budget_bits is not None
+
+    @property
+    def sees_text(self) -> bool:
+        """Whether a calibration text decides the quantized model."""
+        return not self.is_baseline and (self.traits.needs_text or self.allocation.needs_text)
+
+    @property
     def keeps_outliers(self) -> bool:
         """Whether input dimensions stay at 16 bits that are chosen before anything runs."""
         return not self.is_baseline and bool(self.outlier_fraction or self.outlier_zscore)
@@ -220,6 +226,8 @@ class QuantConfig(QuantSpec):
             raise ValueError(f"quant.bits={self.bits} quantizes nothing: there is nothing to pack")
         if self.rules:
             raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.rules")
+        if self.allocates:
+            raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.allocation")
         if self.scheme is not None:
             raise ValueError(
                 f"quant.method={self.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be "
@@ -256,6 +264,9 @@ class QuantConfig(QuantSpec):
         names: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
         if self.rules:
             names["rules"] = [self._describe_rule(number) for number in range(len(self.rules))]
+        if self.allocates:
+            names["allocation"] = self.allocation.identify(self)
+            del fields["bits"]  # which the choices say
         return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
 
     def _describe_rule(self, number: int) -> dict[str, Any]:
@@ -283,7 +294,7 @@ class QuantConfig(QuantSpec):
     @property
     def method_options(self) -> dict[str, Any]:
         """The options that mean something to the method, canonical; empty for a method without any."""
-        options: dict[str, Any] = {"calibration": self.calibration.identity_fields} if self.traits.needs_text else {}
+        options: dict[str, Any] = {"calibration": self.calibration.identity_fields} if self.sees_text else {}
         if (group := self.traits.options) and (own := non_defaults(getattr(self, group), OPTION_GROUPS[group]())):
             options[group] = own
         return options
@@ -303,7 +314,9 @@ class QuantConfig(QuantSpec):
             others["table"] = write_table(others["table"])
         if "rules" in others:
             others["rules"] = f"({write_rules(self.rules)})"
-        if self.traits.needs_text and not self.is_baseline:
+        if "allocation" in others:
+            others["allocation"] = f"({self.allocation.label()})"
+        if self.sees_text:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
         return others | _with_prefix("gptq", self.identity_fields.get("gptq", {}))
 
@@ -345,6 +358,7 @@ class QuantConfig(QuantSpec):
     def label(self) -> str:
         """Return the short name of a bare quantizer, or the int8 method's, and what of outliers is kept."""
         name = self.method if self.scheme is not None and not self.is_baseline else super().label()
+        name = self.data_type if self.allocates else name
         if not self.keeps_outliers:
             return name
         share = f"{self.outlier_fraction:.3g}" if self.outlier_fraction else f"z > {self.outlier_zscore:g}"

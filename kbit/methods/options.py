@@ -16,7 +16,7 @@ UNSEEN: Final = ("error", "rtn")
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The text that a method with data sees. Nothing of it should be in the text that is measured.
+    """The text that a method with data, or an allocation, sees. Nothing of it should be in the text that is measured.
 
     Attributes:
         text: an embedded text, a path, or a text of the hub (wikitext2_train, c4_train). See eval.perplexity.
@@ -74,6 +74,3 @@ class GptqConfig:
                 "quant.gptq.act_order=true with blocks needs quant.gptq.static_groups=true: blocks of reordered "
                 "columns would need an index for each column, which total_bits does not count"
             )
-
-
-OPTION_GROUPS: Final[dict[str, Any]] = {"calibration": CalibrationConfig, "gptq": GptqConfig}  # fields of QuantConfig

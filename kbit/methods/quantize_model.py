@@ -14,7 +14,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kbit.layers.int8_linear import undo_products
 from kbit.layers.int8_schemes import SCHEMES
+from kbit.methods.allocation.allocate import Allocation, allocate
 from kbit.methods.awq import scale_by_activations
 from kbit.methods.config import METHODS, Method, QuantConfig
 from kbit.methods.gptq import quantize_by_gptq
@@ -80,16 +81,22 @@ def quantize_model(
             kbit.methods.weight.ExpertCodes.
 
     Raises:
-        ValueError: the model is quantized already, in another way or without the codes that are asked for. The coverage
-            is too low. A weight holds NaN or Inf, or is beyond scale_format's range. An include finds nothing.
-            Outliers are chosen by proxy, and what comes before a weight is not known. In all these cases the model is
-            unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it quantized in part.
+        ValueError: the model is quantized already, in another way or without the codes that are asked for. A budget of
+            bits cannot be kept (quant.allocation). The coverage is too low. A weight holds NaN or Inf, or is beyond
+            scale_format's range. An include finds nothing. Outliers are chosen by proxy, and what comes before a weight
+            is not known. In all these cases the model is unchanged. What a method finds wrong half-way
+            (kbit.methods.calibration) leaves it quantized in part.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:
         if keep_codes and not done.codes:
             raise ValueError("the model is quantized already, without its codes being kept: restore its weights first")
         return done
+    asked = config
+    notes: dict[str, Any] = {}
+    if config.allocates:
+        allocation = allocate_bits(model, config, tokenizer)
+        config, notes = allocation.quant, {"allocation": allocation.notes}
     report = plan_quantization(model, config)
     if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
         log.warning(warning)
@@ -98,7 +105,7 @@ def quantize_model(
     check_finite(model)
     weights = find_weights(model, report, config)
     norm = sum(sum_squares(weight.values) for weight in weights)
-    job = Job(model, weights, config, tokenizer)
+    job = Job(model, weights, config, tokenizer, notes)
     with in_evaluation_mode(model):  # calibration would see dropout
         bits, codes = _replace_weights(job, keep_codes=keep_codes) if weights else ({}, {})
     lost = sum(weight.squared_error for weight in weights)
@@ -106,17 +113,34 @@ def quantize_model(
         report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
     )
     if not config.is_baseline:
-        model.kbit_quantized = (config, report)  # type: ignore[assignment]
+        model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
+
+
+def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Allocation:
+    """Distribute the budget of quant.allocation over a model's tensors, and quantize nothing.
+
+    The result has the configuration with rules in place of the allocation. quantize_model makes the same of both.
+
+    Args:
+        model, quant, tokenizer: see quantize_model.
+
+    Raises:
+        ValueError: there is no budget, or see quantize_model. The model is unchanged.
+    """
+    if not quant.allocates:
+        raise ValueError("quant.allocation has no budget: give bits, total_bits or memory")
+    refuse_quantized(model)
+    check_finite(model)
+    with in_evaluation_mode(model):
+        return allocate(model, quant, tokenizer, find_weights, run_methods)
 
 
 def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes | ExpertCodes]]:
     """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep."""
     bits: Counter[str] = Counter()
     kept: dict[str, Codes | ExpertCodes] = {}
-    for weight, codes in _run_methods(job):
-        if len(weight.outlier_columns):
-            codes = codes.keep_columns(weight.outlier_columns, weight.copy_outliers())
+    for weight, codes in run_methods(job):
         weight.replace(codes.dequantize())
         bits[weight.name] += codes.count_bits()
         if keep_codes:
@@ -127,10 +151,11 @@ def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dic
     return bits, kept
 
 
-def _run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
-    """Yield each weight with its codes: first those of methods that rules name, then those of the job's own method.
+def run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
+    """Yield each weight with its codes, which have its outlier columns.
 
-    A method with calibration data thus sees the weights of the rules as they will be.
+    Methods that rules name go first, then the job's own, so that one with calibration data sees the weights of the
+    rules as they will be.
     """
     own = job.quant.follow(None)
     methods = sorted({weight.method for weight in job.weights if weight.method is not None})
@@ -138,7 +163,10 @@ def _run_methods(job: Job) -> Iterator[tuple[Weight, Codes]]:
         weights = [weight for weight in job.weights if weight.method == method]
         quant = own if method is None else dataclasses.replace(own, method=method)
         if weights:
-            yield from METHOD_FUNCTIONS[quant.method](dataclasses.replace(job, weights=weights, quant=quant))
+            for weight, codes in METHOD_FUNCTIONS[quant.method](dataclasses.replace(job, weights=weights, quant=quant)):
+                columns = weight.outlier_columns
+                yield weight, codes.keep_columns(columns, weight.copy_outliers()) if len(columns) else codes
+                del codes  # before those of the next weight are made
 
 
 def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torch.Tensor]:

@@ -129,9 +129,12 @@ def plan_quantization(model: nn.Module, quant: QuantSpec) -> QuantizationReport:
         quant: see quantize_model.
 
     Raises:
-        ValueError: an include that finds nothing, or a rule that applies to no tensor.
+        ValueError: an include that finds nothing, a rule that applies to no tensor, or a budget (quant.allocation), of
+            which the weights and a text tell what each tensor gets (kbit.allocate_bits).
     """
     config, towers = QuantConfig.of(quant), find_towers(model)
+    if config.allocates:
+        raise ValueError("quant.allocation: only kbit.allocate_bits tells what each tensor gets of the budget")
     tensors = [
         _plan_tensor(names, parameter, owner_of(model, names[0]), config, towers)
         for names, parameter in distinct_parameters(model)

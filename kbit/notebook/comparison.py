@@ -230,7 +230,7 @@ def _measure_module(module: nn.Module, named: Mapping[str, QuantConfig], inputs:
 
     def run(quant: QuantConfig) -> Row:
         config = _with_all_matrices(quant, module)
-        original = copy_weights(module, plan_quantization(module, config))
+        original = copy_weights(module, plan_quantization(module, config.without_allocation()))
         try:
             report = quantize_model(module, config)
             if not (config.is_baseline or report.quantized_parameters):

@@ -75,6 +75,8 @@ def error_table(tensor: Any, quantizers: Iterable[Quantizer]) -> pd.DataFrame:
     for name, config in name_quantizers(quantizers).items():
         if config.rules:
             raise ValueError(f"{name}: quant.rules choose a model's tensors by their names, and this is one tensor")
+        if config.allocates:
+            raise ValueError(f"{name}: quant.allocation is for a model's tensors, and this is one tensor")
         error = (fake_quantize(values, config.spec).double() - exact).abs()
         rows.append(
             {

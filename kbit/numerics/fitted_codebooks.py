@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 _GRID: Final = 20_001  # points of [-1, 1] on which the distribution is tabulated: spacing 1e-4, interpolated
 _TOLERANCE: Final = 1e-8  # largest move of a value in the last round: below float32's spacing near 1
 _MAX_ROUNDS: Final = 20_000
+_FEW: Final = 1024  # distinct values, of which the best groups are found in a second
+_WEIGHT_OF_ZERO: Final = 2**40  # a count with which the mean of its group stays at 0
 _LEARNED_SAMPLE: Final = 2**18  # values that k-means sees: its centres move by less than float16 rounding beyond that
 
 
@@ -68,13 +70,17 @@ def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> N
 
     The algorithm starts from the values' quantiles, on a seeded sample (sample_indices). One centre stays on 0, so that
     zero blocks are exact: the one nearest 0. Where quantiles coincide, as they do if most values are 0, the others
-    start from those of the distinct values beside 0, or are these values if there are no more than centres.
+    start from those of the distinct values beside 0. If these are few, it starts from the best groups of them: centres
+    cannot move past values that lie far apart, and the error was up to 13 times that of evenly spaced values.
     """
     ordered = np.sort(values[sample_indices(values.size, seed)].astype(np.float64))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
     centres = np.unique(np.quantile(ordered, (np.arange(2**bits) + 0.5) / 2**bits))
-    if len(centres) < 2**bits:
-        centres = np.union1d(_spread_distinct(ordered, 2**bits - 1), 0.0)
+    distinct, counts = np.unique(ordered[ordered != 0], return_counts=True)
+    if len(distinct) < min(8 * 2**bits, _FEW):
+        centres = _group(np.append(distinct, 0.0), np.append(counts, _WEIGHT_OF_ZERO), 2**bits)
+    elif len(centres) < 2**bits:
+        centres = np.union1d(np.quantile(distinct, (np.arange(2**bits - 1) + 0.5) / (2**bits - 1)), 0.0)
     zero = np.abs(centres).argmin()
     centres[zero] = 0.0
     for _ in range(_MAX_ROUNDS):
@@ -89,12 +95,32 @@ def learned_values(bits: int, values: Float32[np.ndarray, " n"], seed: int) -> N
     return _as_float16(np.clip(centres, -1, 1))
 
 
-def _spread_distinct(ordered: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """Return at most so many numbers that are spread like the distinct values beside 0."""
-    distinct = np.unique(ordered[ordered != 0])
-    if len(distinct) <= count:
+def _group(distinct: NDArray[np.float64], counts: NDArray[np.int64], wanted: int) -> NDArray[np.float64]:
+    """Return the means of the neighbours' groups, at most so many, whose squared error is least of all groupings.
+
+    Dynamic programming: the best groups of the first j values are the best of the first i and one of the others.
+    """
+    order = distinct.argsort()
+    distinct, counts = distinct[order], counts[order]
+    if len(distinct) <= wanted:
         return distinct
-    return np.unique(np.quantile(distinct, (np.arange(count) + 0.5) / count))
+    count, total, square = (
+        np.concatenate([[0.0], np.cumsum(counts * distinct**power)]) for power in (0, 1, 2)
+    )  # of the first i values
+    first, last = np.tril_indices(len(count), -1)[::-1]
+    error = np.full((len(count), len(count)), np.inf)  # of values first .. last - 1 in one group, by [last, first]
+    error[last, first] = square[last] - square[first] - (total[last] - total[first]) ** 2 / (count[last] - count[first])
+    least, starts = error[:, 0], []
+    for _ in range(wanted - 1):
+        sums = error + least
+        starts.append(sums.argmin(axis=1))
+        least = sums.min(axis=1)
+    edges = [len(distinct)]
+    for start in reversed(starts):
+        edges.append(int(start[edges[-1]]))
+    edges = sorted({0, *edges})
+    means: NDArray[np.float64] = np.diff(total[edges]) / np.diff(count[edges])
+    return means
 
 
 def sample_indices(n: int, seed: int) -> NDArray[np.int64]:

@@ -148,9 +148,12 @@ class QuantSpec:
         """Return the named quantizer of conf/quant, such as nf4_dq or mxfp4: `kbit.presets()` has them all.
 
         Raises:
-            ValueError: there is no such name.
+            ValueError: there is no such name, or it is that of a mix (QuantConfig.from_name).
         """
-        return QuantSpec.from_json(find_preset(name))  # default also names its method, round to nearest
+        fields = find_preset(name)
+        if fields.get("rules"):
+            raise ValueError(f"{name} is a mix of quantizers: QuantConfig.from_name has its rules")
+        return QuantSpec.from_json(fields)  # default also names its method, round to nearest
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> QuantSpec:

@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.serialize import write_json
-from kbit.methods.config import QuantConfig
-from kbit.methods.options import OPTION_GROUPS
+from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.methods.selection.rules import write_rules
 from kbit.models.catalog import STUDIED, name_run
 from kbit.models.config import ModelConfig
@@ -43,7 +42,8 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "scale_format": pa.string(), "rounding": pa.string(), "seed": pa.int64(), "method": pa.string(),
     "method_options": pa.string(), "outlier_fraction": pa.float64(), "outlier_selection": pa.string(),
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
-    "include": pa.string(), "exclude": pa.string(), "rules": pa.string(),
+    "include": pa.string(), "exclude": pa.string(), "rules": pa.string(), "allocation": pa.string(),
+    "objective": pa.string(),
     "training": pa.string(), "train_seed": pa.int64(), "train_fields": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
     "checkpoint": pa.string(),
@@ -77,7 +77,7 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
-ROWS_VERSION: Final = {b"kbit.rows": b"4"}
+ROWS_VERSION: Final = {b"kbit.rows": b"5"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
@@ -104,6 +104,7 @@ def make_row(result: Result) -> dict[str, Any]:
         row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"rules": write_rules(quant.rules) or None}
+        row |= _describe_allocation(result) if quant.allocates else {}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
     content = _describe_contents(result)
@@ -112,6 +113,12 @@ def make_row(result: Result) -> dict[str, Any]:
         for measurement in result.measurements
     ]
     return row
+
+
+def _describe_allocation(result: Result) -> dict[str, Any]:
+    """Return the budget that was distributed, and the whole number next to the bits that each parameter got of it."""
+    config = result.experiment.quant.allocation
+    return {"bits": round(result.bits_per_param), "allocation": config.label(), "objective": config.objective}
 
 
 def _describe_training(experiment: Experiment) -> dict[str, Any]:
@@ -141,7 +148,7 @@ def _find_family(result: Result) -> str:
 
 def _describe_options(quant: QuantConfig) -> str:
     """Return the options that the method uses and that are not at their default, see QuantConfig.method_options."""
-    groups = ["calibration"] if quant.traits.needs_text else []
+    groups = ["calibration"] if quant.sees_text else []
     groups += [quant.traits.options] if quant.traits.options else []
     changed = {group: non_defaults(getattr(quant, group), OPTION_GROUPS[group]()) for group in groups}
     return " ".join(
@@ -173,7 +180,8 @@ def _describe_evaluation(result: Result, task: str, content: Mapping[str, str]) 
     """
     evaluation, dtype = result.experiment.eval, result.experiment.model.dtype
     if task == "training" or task.startswith("training/"):
-        return f"{dtype}, {result.experiment.train.text}"
+        text, name = result.training_text, result.experiment.train.text
+        return f"{dtype}, {name}" + (f" {text.sha256[:_HASH]}, windows of {text.window_length} tokens" if text else "")
     items = f"{dtype}, {evaluation.limit or 'all'} items{_describe_prompting(evaluation)}"
     if task in content or task in evaluation.tasks:
         return ", ".join(filter(None, [items, content.get(task)]))

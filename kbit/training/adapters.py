@@ -18,12 +18,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from kbit.layers.quantized_linear import QuantizedLinear
 from kbit.models.parameters import find_towers, why_outside
 from kbit.training.config import LoraConfig
 
 
 def list_targets(model: nn.Module, targets: str | None) -> list[str]:
-    """Return the names of the linear layers that get an adapter.
+    """Return the names of the linear layers, plain or packed, that get an adapter.
 
     Args:
         model: the model.
@@ -33,12 +34,13 @@ def list_targets(model: nn.Module, targets: str | None) -> list[str]:
         ValueError: no layer matches. The message names the layers that there are.
     """
     towers = find_towers(model)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    kinds = nn.Linear | Conv1D | QuantizedLinear
+    linear = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     inside = [name for name in linear if not why_outside(name, towers)]
     found = [name for name in inside if targets is None or re.search(targets, name)]
     if not found:
-        kinds = ", ".join(sorted({re.sub(r".*\.\d+\.", "", name) for name in inside})) or "none"
-        raise ValueError(f"train.lora.targets={targets!r} matches no linear layer of the blocks, which are: {kinds}")
+        there = ", ".join(sorted({re.sub(r".*\.\d+\.", "", name) for name in inside})) or "none"
+        raise ValueError(f"train.lora.targets={targets!r} matches no linear layer of the blocks, which are: {there}")
     return found
 
 
@@ -55,6 +57,8 @@ def adapters_in(model: nn.Module, config: LoraConfig, seed: int) -> Iterator[Non
     from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from kbit.layers.peft_private import adapt_packed_layers  # imports peft
+
     names = list_targets(model, config.targets)
     transposed = isinstance(model.get_submodule(names[0]), Conv1D)
     asked = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names, fan_in_fan_out=transposed)  # type: ignore[arg-type]  # alpha need not be whole
@@ -62,7 +66,7 @@ def adapters_in(model: nn.Module, config: LoraConfig, seed: int) -> Iterator[Non
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(asked, model)
+            inject_adapter_in_model(adapt_packed_layers(asked), model)
         yield
     finally:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

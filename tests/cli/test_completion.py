@@ -27,6 +27,7 @@ COMMANDS = [
     "results",
     "outliers",
     "fit",
+    "recommend",
     "bench",
     "pack",
     "export",
@@ -46,7 +47,7 @@ printf '[%s]\\n' "${COMPREPLY[@]}"
     ("line", "words"),
     [
         ("kbit ", COMMANDS),
-        ("kbit re", ["report", "results"]),
+        ("kbit re", ["report", "results", "recommend"]),
         ("kbit x ", []),
         ("kbit figures figure_1", [name for name in FIGURES if name.startswith("figure_1")]),
         ("kbit figures --o", ["--out"]),

@@ -244,7 +244,7 @@ def test_unknown_command_names_the_commands(kbit: Kbit) -> None:
     done = kbit("rnu")
     assert done.code == 1
     assert "'rnu'" in done.err
-    assert "run, plan, figures, report, results, outliers, fit, bench, pack, export, models" in done.err
+    assert "run, plan, figures, report, results, outliers, fit, recommend, bench, pack, export, models" in done.err
 
 
 def test_unknown_figure_names_the_figures(kbit: Kbit, study: Path) -> None:
@@ -272,12 +272,13 @@ def test_a_figure_that_fails_is_named_and_the_others_are_written(
     def fail(results: object, page: object) -> None:
         raise TypeError("'<' not supported")
 
-    two = {"verdicts": fail, "figure_16": FIGURES["figure_16"]}
-    monkeypatch.setattr("kbit.analysis.figures.registry.FIGURES", two)
+    three = {"verdicts": fail} | {name: FIGURES[name] for name in ("figure_16", "figure_3")}
+    monkeypatch.setattr("kbit.analysis.figures.registry.FIGURES", three)
     done = kbit("figures", "--out", str(tmp_path))
     assert done.code == 1
     assert "verdicts: not drawn: TypeError: '<' not supported (test_main.py, line " in done.out
     assert (tmp_path / "figure_16.png").is_file()
+    assert re.search(r"Not drawn, as these results lack what they show .*:\n  figure_3\n", done.out)
     assert done.err.splitlines()[-1].endswith("not drawn: verdicts")
 
 
@@ -342,3 +343,17 @@ def test_settings_without_effect_are_said(kbit: Kbit) -> None:
         "kbit: note: ray.num_workers=4 has no effect: a single run, and hydra/launcher=basic, go without Ray",
     ]
     assert kbit("plan", "quant.bits=3,4", "ray.num_workers=4").err == ""
+
+
+def test_the_best_that_fits_is_recommended(kbit: Kbit, study: Path, tmp_path: Path) -> None:
+    done = kbit("recommend", "--memory", "1MB", "--context", "128", "--csv", str(tmp_path / "all.csv"))
+    assert done.code == 0
+    assert "measured models and quantizers fit into 1MB at a context of 128 tokens and batch 1." in done.out
+    table = pd.read_csv(tmp_path / "all.csv")
+    best = table.loc[table["fits"], "value"].max()
+    assert f"Take {table['model'].iloc[0]} {table['variant'].iloc[0]}: " in done.out
+    assert table["value"].iloc[0] == best
+    coarse = kbit("recommend", "--memory", "1GB", "--context", "128", "--where", "bits == 3")
+    assert "16-bit" not in coarse.out  # a baseline is no choice that was asked for
+    refused = kbit("recommend", "--memory", "1kB")
+    assert (refused.code, "--memory '1kB' is neither an amount of memory" in refused.err) == (1, True)

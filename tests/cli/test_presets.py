@@ -51,7 +51,9 @@ def test_every_preset_costs_what_its_bits_allow(results: pd.DataFrame) -> None:
     loss = results[results["metric"] == "cross_entropy"].set_index("key")
     baseline = loss.loc[loss["bits"] == 16, "value"].item()
     lost = loss["value"] - baseline
-    is_coarse = (loss["bits"] == 3) & (loss["rounding"] == "truncate")  # fast_m2, which is for training
-    assert lost[~is_coarse].between(-0.02, 0.5).all()
-    assert lost[is_coarse].between(0.1, 2).all()
+    is_coarse = (loss["bits"] == 3) & (loss["rounding"] == "truncate")  # fast_m2, which is for training: it loses 0.61
+    is_mix_of_two_bits = loss["bits"] == 2  # mix_q2_k, which has the embeddings in 2 bits: it loses 0.46
+    assert lost[~is_coarse & ~is_mix_of_two_bits].between(-0.02, 0.5).all()
+    assert lost[is_mix_of_two_bits].between(0.3, 0.6).all()
+    assert lost[is_coarse].between(0.55, 0.67).all()
     assert (lost[loss["bits"] >= 6] < 0.05).all()

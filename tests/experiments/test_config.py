@@ -10,6 +10,7 @@ import pytest
 
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RayConfig, RunConfig
+from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
 from kbit.models.config import ModelConfig
 
@@ -17,6 +18,7 @@ from kbit.models.config import ModelConfig
 DISTINCT: dict[str, tuple[dict[str, Any], Any]] = {
     "bits": ({}, 5),
     "rules": ({}, ({"match": "lm_head", "bits": 6},)),
+    "allocation": ({}, AllocationConfig(bits=3.25)),
     "data_type": ({}, "int"),
     "exponent_bits": ({}, 2),
     "float_bias": ({"exponent_bits": 2}, "bnb"),

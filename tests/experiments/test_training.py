@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_a_training_is_measured_beside_the_text(aware: Result, text: str) -> Non
     numbers = get_numbers(aware)
     assert numbers["training", "trainable"] == 231_168
     assert numbers["training", "tokens"] == 4 * 2 * 64
+    assert numbers["training", "steps"] == 4
+    assert aware.training_text is not None
+    assert aware.training_text.sha256 == hashlib.sha256(Path(text).read_bytes()).hexdigest()
     assert numbers["training", "state_bits_per_param"] == 64
     assert numbers["training", "diverged"] == numbers["training", "loss_spikes"] == 0
     assert numbers["training", "adapter_bits"] == 0
@@ -206,6 +210,26 @@ def test_adapters_leave_nothing_behind(session: Session, adapted: Result) -> Non
     assert get_weights(session) == hash_weights(load_model("nano-neox-98k").model)
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_adapters_beside_packed_layers_end_as_beside_rounded_weights(
+    session: Session, make: Callable[..., Experiment], bits: int
+) -> None:
+    rounded = make(bits, lora=LoraConfig(rank=2))
+    packed = dataclasses.replace(rounded, packed=True)
+    found = Session(ModelConfig(), packed_as=packed.packed_as).run(packed)
+    expected = session.run(rounded)
+    assert (found.key, found.total_bits, found.weights_hash) == (
+        expected.key,
+        expected.total_bits,
+        expected.weights_hash,
+    )
+    numbers = get_numbers(expected)
+    assert get_numbers(found) == {name: numbers[name] for name in get_numbers(found)}
+    assert {metric for _, metric in set(numbers) - set(get_numbers(found))} == {"kl_divergence", "top1_agreement"}
+    with pytest.raises(ValueError, match="packed=true computes with packed layers, which are not trained"):
+        dataclasses.replace(packed, train=dataclasses.replace(packed.train, lora=LoraConfig()))
+
+
 # ---- the worker
 
 
@@ -285,4 +309,6 @@ def test_trainings_have_columns(session: Session, aware: Result, adapted: Result
     assert str(rows.loc["0" * 16, "training"]) == str(rows.loc[aware.key, "training"])
     assert rows.loc["0" * 16, "train_seed"] == 3
     ways = read_results(tmp_path).groupby("task")["evaluation"].unique()
-    assert ways["training"].tolist() == [f"float32, {aware.experiment.train.text}"]
+    assert aware.training_text is not None
+    digest = aware.training_text.sha256[:8]
+    assert ways["training"].tolist() == [f"float32, {aware.experiment.train.text} {digest}, windows of 64 tokens"]

@@ -37,6 +37,8 @@ KINDS: Final[dict[str, Callable[[pd.DataFrame], Any]]] = {
     "float in blocks of 64": lambda d: d["series"].str.match(r"float\d-e\dm\d block 64"),
     "outliers in 16 bit": lambda d: d["series"].str.contains("outliers"),
     "the same precision without": lambda d: ~d["series"].str.contains("with"),
+    "outliers by proxy": lambda d: d["series"].str.contains(r"with \S+% outliers$"),
+    "random dimensions": lambda d: d["series"].str.contains(r"with \S+% random$"),
     "4-bit without": lambda d: d["series"] == "4-bit",
 }
 
@@ -117,10 +119,13 @@ def check_figure_3(verdict: str, data: pd.DataFrame) -> None:
 
 
 def check_figure_4(verdict: str, data: pd.DataFrame) -> None:
-    """Check the sentences of figure 4 but for those of controls."""
+    """Check the sentences of figure 4. Those of controls speak of the panels that have one."""
     is_three = data.groupby("panel")["bits"].transform("min") == 3
     for what, sentence in re.findall(r"\[(.+?)\] (.+?)(?= \[|$)", verdict):
-        if "dimensions" not in what:
+        if selection := re.search(r"than (\w+) dimensions", what):
+            has_control = data.loc[data["series"].str.endswith(f"% {selection[1]}"), "panel"]
+            check_contrasts(sentence, data[data["panel"].isin(has_control)], "better")
+        else:
             expected = "worse" if "behind" in what else "no better" if "nothing" in what else "better"
             check_contrasts(sentence, data[is_three if what.startswith("3") else ~is_three], expected)
 

@@ -13,7 +13,8 @@ from import_graph import ROOT, find_longest_chain, find_modules, read_imports
 FLOORS = [
     {"nano", "hydra_plugins"},
     {"cli", "notebook", "figures"},
-    {"engine", "analysis", "costs"},
+    {"engine", "analysis"},
+    {"costs"},
     {"store"},
     {"experiments", "lmeval"},
     {"checkpoints"},

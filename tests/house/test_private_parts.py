@@ -15,7 +15,7 @@ LIBRARIES = ("lm_eval", "transformers")
 # other name.
 GATHERED = (
     *("kbit.data.lm_eval_private", "kbit.models.hflm_private", "kbit.models.transformers_private"),
-    "kbit.checkpoints.peft_private",
+    "kbit.layers.peft_private",
 )
 OF_OTHER_LIBRARIES = (
     *("_int_mm", "_fingerprint", "_hf_hook", "_set_flag", "_get_node", "_SubParsersAction"),

@@ -11,7 +11,6 @@ from typing import Any
 import kernels_ptx
 import numba
 import numpy as np
-import pytest
 from kernels_ptx import ARCHITECTURES, VARIANTS, Compiled
 from numba.cuda import compiler
 
@@ -21,11 +20,10 @@ REGISTERS_PER_SM = 65536  # on every architecture here
 INDICES = {"i", "b", "n", "row", "block", "blocks", "start", "count", "first", "eight"}
 
 
-# The oldest and the newest: benchmarks/kernels_ptx.py compiles for those between and writes the record of all.
-@pytest.mark.parametrize("architecture", [ARCHITECTURES[0], ARCHITECTURES[-1]], ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
-def test_kernels_compile_without_driver_and_spill_nothing(architecture: tuple[int, int]) -> None:
+def test_kernels_compile_without_driver_and_spill_nothing() -> None:
+    """For the oldest architecture. benchmarks/kernels_ptx.py compiles for all, and writes the record compared here."""
     compiled = []
-    for row, ptx in kernels_ptx.compile_kernels(architecture):
+    for row, ptx in kernels_ptx.compile_kernels(ARCHITECTURES[0]):
         compiled.append(row)
         assert row.spilled == row.stack == 0
         assert row.registers * row.threads <= REGISTERS_PER_SM

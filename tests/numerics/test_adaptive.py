@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from kbit.numerics import fitted_codebooks as fitted
 from kbit.numerics import reference
@@ -75,6 +77,23 @@ def test_a_learned_table_has_room_for_few_values_beside_zero(bits: int, values: 
     x = torch.tensor(values * 48)
     assert torch.equal(fake_quantize(x, QuantSpec(bits, "learned")), x)
     assert 0 in quantize(x, QuantSpec(bits, "learned")).codebook
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_learned_table_of_few_values_is_the_best_there_is(seed: int) -> None:
+    """Beside 0 two bits leave three values: no cut of eight kinds into three groups of neighbours is better."""
+    generator = np.random.default_rng(seed)
+    kinds = np.sort(generator.uniform(-1, 1, 8)).astype(np.float16)
+    kinds /= np.abs(kinds).max()
+    x = generator.choice(kinds, 500).astype(np.float64)
+
+    def error_of(table: list[float] | NDArray[np.float64]) -> float:
+        return float((np.abs(x[:, None] - np.append(table, 0.0)).min(axis=1) ** 2).mean())
+
+    cuts = [(-2.0, first, second, 2.0) for first, second in combinations(kinds[1:], 2)]
+    tables = [[x[(x >= low) & (x < high)].mean() for low, high in pairwise(edges)] for edges in cuts]
+    found = quantize(torch.tensor(x), QuantSpec(2, "learned", block_size=None, scale_format="fp32")).codebook
+    assert error_of(found) <= min(map(error_of, tables)) * 1.001 + 2.0**-22  # the rounding of values to float16
 
 
 def test_the_mean_of_many_values_is_added_up_in_float64() -> None:

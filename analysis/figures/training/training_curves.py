@@ -14,11 +14,9 @@ from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import style_series
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
 from kbit.store.items import read_items
-from kbit.training.config import TrainConfig
 
 CLAIM: Final = "How does the loss fall, and does any training diverge?"
 COLUMNS: Final = ["model", "training", "seed", "step", "loss", "diverged", "key"]
-PARTS: Final = 50  # a curve has a point for each fiftieth of the steps, or for each step (kbit.training.trainer)
 CHOICE: Final = ("include", "exclude", "rules")  # of the tensors that quantization-aware training rounds
 
 
@@ -60,21 +58,21 @@ def list_trainings(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each training, which several experiments can share, with its end.
 
     The columns added are base (16-bit, or the quantizer beside which adapters were trained), diverged, spikes and
-    steps, those that were taken. Steps are missing where nothing tells them.
+    steps, those that were taken.
     """
     trained = find_trained(results)
     if trained.empty:
         return trained
     ends = trained[trained["task"] == TASK].drop_duplicates(["key", "metric"]).pivot(
         index="key", columns="metric", values="value"
-    ).reindex(columns=["diverged", "loss_spikes", "tokens"])  # fmt: skip
+    ).reindex(columns=["diverged", "loss_spikes", "steps"])  # fmt: skip
     trained = trained.drop_duplicates("key").reset_index(drop=True).join(ends, on="key")
     fields = [read_fields(cell) for cell in trained["train_fields"]]
     parts = zip(fields, trained.to_dict("records"), name_bases(trained), strict=True)
     trained = trained.assign(training=[name_training(own, row, base) for own, row, base in parts])
     first = ~trained.duplicated(["model", "training", "train_seed"])
     trained = trained.assign(diverged=trained["diverged"] > 0, spikes=trained["loss_spikes"].fillna(0))
-    return count_steps(trained.assign(fields=pd.Series(fields, trained.index, dtype=object))[first])
+    return trained[first]
 
 
 def name_training(fields: Mapping[str, Any], row: Mapping[Any, Any], base: str) -> str:
@@ -88,22 +86,6 @@ def name_training(fields: Mapping[str, Any], row: Mapping[Any, Any], base: str) 
     return words
 
 
-def count_steps(trainings: pd.DataFrame) -> pd.DataFrame:
-    """Return trainings with the steps that each took: as many as asked, or up to its end if it diverged.
-
-    The tokens of a step are those of the windows, or of a training of the model that did not diverge.
-    """
-    usual = TrainConfig()
-    asked = [own["steps"] for own in trainings["fields"]]
-    batch = [own.get("batch_size", usual.batch_size) for own in trainings["fields"]]
-    context = [own.get("context", usual.context) or 0 for own in trainings["fields"]]
-    table = trainings.assign(steps=np.array(asked, float), batch=batch, context=context)
-    of_step = (table["tokens"] / table["steps"]).where(~table["diverged"])
-    of_step = of_step.groupby([table["model"], table["batch"], table["context"]]).transform("first")
-    of_step = (table["batch"] * table["context"]).where(table["context"] > 0, of_step)
-    return table.assign(steps=table["steps"].where(~table["diverged"], table["tokens"] / of_step))
-
-
 def tabulate_curves(trainings: pd.DataFrame, store: str | None) -> pd.DataFrame:
     """Return COLUMNS, a row for each point of each training's curve."""
     if trainings.empty or store is None:
@@ -112,9 +94,9 @@ def tabulate_curves(trainings: pd.DataFrame, store: str | None) -> pd.DataFrame:
     parts = []
     for row in trainings.sort_values(["parameters", "model", "training", "train_seed"]).to_dict("records"):
         curve = curves.get(row["key"])
-        if curve is None or (np.isnan(row["steps"]) and len(curve) >= PARTS):
+        if curve is None or np.isnan(row["steps"]):
             continue
-        width = 1.0 if len(curve) < PARTS else row["steps"] / len(curve)
+        width = row["steps"] / len(curve)
         points = pd.DataFrame({"step": width * (np.arange(len(curve)) + 0.5), "loss": curve})
         about = {name: row[name] for name in ("model", "training", "diverged", "key")}
         parts.append(points.assign(seed=row["train_seed"], **about))

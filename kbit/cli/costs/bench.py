@@ -31,6 +31,9 @@ quant.*, device and eval.speed.* of `kbit run -m --help`, and these:
 Times are medians. In brackets stands how many times as fast a variant is as the fastest plain one (16 or 32 bits), by
 the median of the rounds' ratios, and `not told apart` where the 95% interval of that holds 1. All variants are in
 memory at once: `oom beside 3 others` may fit alone.
+A packed model computes in model.dtype, which stands beside its name: model.dtype=bfloat16 compares it with bf16 by the
+same arithmetic. `weights` are bytes in memory, `counted` are the bits that figures count (16 for a plain weight), and
+`path` is how many layers take which kernel.
 `reads` is the share of the speed at which this machine reads memory that the first batch's weights take. It is above
 100% where the weights stay in the cache. Prompts are of the fastest batch, and peaks of the one that takes most.
 """

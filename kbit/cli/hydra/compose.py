@@ -2,8 +2,8 @@
 
 Hydra takes 30 ms or more to compose a job's configuration, and spends nearly all of it on choosing files. Here Hydra
 composes each distinct choice of files once. Plain values (quant.bits=4) are then set on a copy of that configuration.
-OmegaConf still checks each distinct value against the schema and converts it, once. Overrides that are not plain values
-take Hydra's own way.
+OmegaConf still checks each distinct value against the schema and converts it, once, and resolves what depends on them.
+Overrides that are not plain values take Hydra's own way.
 """
 
 from __future__ import annotations
@@ -130,8 +130,13 @@ class Composer:
         files, plain = self._split(overrides)
         base = self._base(files)
         leaves = [self._leaf(files, override) for override in plain]
-        if base.interpolates or None in leaves:
+        if None in leaves:
             return read_values(self._load(overrides))
+        if base.interpolates:
+            config = copy.deepcopy(base.config)
+            for override in map(self._parse, plain):
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
+            return read_values(config)
         values = copy_nodes(base.values)
         for path, value in typing.cast(list[tuple[list[str], Any]], leaves):
             node = values

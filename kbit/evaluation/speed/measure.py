@@ -11,7 +11,7 @@ from kbit.evaluation.config import SpeedConfig
 from kbit.evaluation.measure import Measure, Measured, Subject
 from kbit.evaluation.measurement import ItemValues, Measurement, encode_items
 from kbit.evaluation.speed.generation import Generation, Workload, measure_allocated, prepare
-from kbit.evaluation.speed.machine import describe_processor
+from kbit.evaluation.speed.machine import describe_processor, identify_host
 from kbit.evaluation.speed.record import TASK, BatchRecord, SpeedRecord, name_batch
 from kbit.evaluation.speed.timing import (
     Ceilings,
@@ -107,6 +107,7 @@ def make_record(
         read_bytes=count_read_bytes(model),
         packed_share=find_packed_share(model),
         batches=tuple(batches),
+        host=identify_host(),
     )
 
 

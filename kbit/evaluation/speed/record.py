@@ -45,6 +45,8 @@ class SpeedRecord:
 
     Attributes:
         processor: the name of the CPU or of the card.
+        host: a word for the computer since its last start, so that two of one kind are not taken for one. "" in records
+            of earlier versions.
         threads: the threads of torch and of the kernels.
         prompt, new, repetitions: see kbit.evaluation.config.SpeedConfig.
         gigaflops: the speed of one fixed product of float32 matrices, before and after: the noise of the clock.
@@ -69,8 +71,10 @@ class SpeedRecord:
     read_bytes: int | None
     packed_share: float
     batches: tuple[BatchRecord, ...]
+    host: str = ""
 
     def describe_conditions(self) -> str:
         """Return what two measurements must share to be compared: the machine, and how many tokens were generated."""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.processor}, {threads}, {self.prompt} + {self.new} tokens"
+        host = f" ({self.host})" if self.host else ""
+        return f"{self.processor}{host}, {threads}, {self.prompt} + {self.new} tokens"

@@ -27,6 +27,8 @@ OUT_OF_MEMORY: Final = "oom"
 _OUTSIDE: Final = 0.025  # on each side of a 95% interval
 _PRODUCT: Final = 768  # rows and columns: 0.9 billion operations
 _READ_BYTES: Final = 128 * 2**20  # several times the last cache of a core complex (32 MB), so that memory is read
+_LEAST_SECONDS: Final = 0.005  # of one trial
+_MOST_CALLS: Final = 512
 _TRIALS: Final = 3
 
 
@@ -116,6 +118,13 @@ def measure_ceilings(device: torch.device | str, clock: Clock) -> Ceilings:
 
 
 def _time(call: Callable[[], object], clock: Clock) -> float:
-    start = clock()
-    call()
-    return clock() - start
+    """Return the seconds of a call, of so many in a row that a clock with pauses, as a card's, tells them well."""
+    calls = 1
+    while True:
+        start = clock()
+        for _ in range(calls):
+            call()
+        seconds = clock() - start
+        if seconds >= _LEAST_SECONDS or calls >= _MOST_CALLS:
+            return seconds / calls
+        calls *= 8

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kbit.checks import suggest
+
+if TYPE_CHECKING:
+    from kbit.methods.config import QuantConfig
 
 PATTERN: Final = "match"
 
@@ -37,21 +40,23 @@ def write_rule(rule: Mapping[str, Any]) -> str:
     return " ".join([f"{rule[PATTERN]}:", *(f"{name}={value}" for name, value in list_changes(rule).items())])
 
 
-def read_rules(values: Sequence[Mapping[str, Any]], fields: Collection[str]) -> tuple[Rule, ...]:
+def read_rules(
+    values: Sequence[Mapping[str, Any]], fields: Collection[str], key: str = "quant.rules"
+) -> tuple[Rule, ...]:
     """Return rules from plain mappings, as YAML, JSON and Python give them.
 
     Args:
         values: the mappings. Each has `match`, a regular expression of tensor names, and fields to change.
         fields: the names of the fields that a rule may change.
+        key: the key that has them, for messages.
 
     Raises:
         ValueError: an entry is no mapping, has no pattern or an impossible one, or names an unknown field.
     """
-    return tuple(_read_rule(number, value, fields) for number, value in enumerate(values))
+    return tuple(_read_rule(f"{key}[{number}]", value, fields) for number, value in enumerate(values))
 
 
-def _read_rule(number: int, value: Mapping[str, Any], fields: Collection[str]) -> Rule:
-    where = f"quant.rules[{number}]"
+def _read_rule(where: str, value: Mapping[str, Any], fields: Collection[str]) -> Rule:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}={value!r} is no mapping such as {{match: lm_head, bits: 6}}")
     pattern = value.get(PATTERN)
@@ -70,3 +75,23 @@ def _read_rule(number: int, value: Mapping[str, Any], fields: Collection[str]) -
 def write_rules(rules: Iterable[Mapping[str, Any]]) -> str:
     """Return rules in a line, such as "lm_head: bits=6; mlp: bits=3 data_type=int"."""
     return "; ".join(map(write_rule, rules))
+
+
+def check_rules(quant: QuantConfig) -> None:
+    """Raise ValueError if a configuration's rules do not go with the rest of it."""
+    if not quant.rules:
+        return
+    if quant.is_baseline:
+        raise ValueError("quant.bits=16 quantizes nothing, so that quant.rules have nothing to change")
+    if quant.scheme is not None:
+        raise ValueError(f"quant.method={quant.method} decides the quantizer of every weight: it has no quant.rules")
+    for number, rule in enumerate(quant.rules):
+        try:
+            changed = quant.follow(number)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"quant.rules[{number}] ({write_rule(rule)}): {error}") from None
+        if changed.method != quant.method and (changed.traits.needs_text or changed.scheme is not None):
+            raise ValueError(
+                f"quant.rules[{number}]: method={changed.method} needs a calibration text or multiplies int8 by "
+                f"int8, which one method does for a whole model. Allowed are rtn, mse, hqq and {quant.method}"
+            )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pandas as pd
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
-from random_stores import Shape, draw_shapes, make_store
+from random_stores import SETTINGS, Shape, draw_shapes, make_store
 from sentence_races import check_finding
 from sentences import check_sentences
 
@@ -47,3 +49,15 @@ def test_any_figure_of_any_store_is_drawn_and_says_what_is_true(shape: Shape, ch
             check_sentences(name, figure.verdict, caption, figure.data, store)
             texts = [text for text in figure.fig.findobj(Text) if isinstance(text, Text)]
             assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
+
+
+def test_what_outliers_gain_beside_a_control_is_true() -> None:
+    kept = tuple(place for place, setting in enumerate(SETTINGS) if setting.get("outlier_fraction"))
+    store = make_store(Shape((3,), (3, 4, 16), (0, *kept), 0, 0, 0, 1, 6, False, 1))
+    for name in ("figure_4", "outliers"):
+        figure = FIGURES[name](store)
+        caption = " ".join(figure.write_paragraphs("full"))
+        control = re.findall(r"over 4-bit with 2% random: ([+-][.\d]+)", figure.verdict)[0]
+        check_sentences(name, figure.verdict, caption, figure.data, store)
+        with pytest.raises(AssertionError):
+            check_sentences(name, figure.verdict.replace(control, "+0.9"), caption, figure.data, store)

@@ -88,6 +88,7 @@ def test_every_figure_is_drawn_readable_and_judged(
         "anchors",
         "table_2",
         "sensitivity",
+        "allocation",
         "int8_methods",
         "features",
         *("cost_accuracy", "cost_loss", "time_per_token", "time_by_bits"),

@@ -192,9 +192,9 @@ def test_what_nothing_won_back_is_said() -> None:
     assert describe_recovery(tabulate_qat(trained)).startswith("No model shows what rounding loses")
 
 
-def end(row: dict[str, Any], *, diverged: bool, tokens: float = 0.0) -> list[dict[str, Any]]:
+def end(row: dict[str, Any], *, diverged: bool, steps: float = 9.0) -> list[dict[str, Any]]:
     """The rows of how a training ended."""
-    numbers = {"diverged": float(diverged), "loss_spikes": 0.0, "tokens": tokens}
+    numbers = {"diverged": float(diverged), "loss_spikes": 0.0, "steps": steps}
     return [row | {"task": "training", "metric": name, "value": value} for name, value in numbers.items()]
 
 
@@ -271,11 +271,10 @@ def test_diverged_adapters_are_named() -> None:
 def test_curves_tell_bases_and_end_where_trainings_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three bases of one training: one ended at step 60 of 400, one with a loss that is no number."""
     lora = {"steps": 400, "text": "t", "lora": {"rank": 2}}
-    step = 8 * 32  # tokens
     whole, shared = make_row("small", 16, 3.0, lora), make_row("small", 16, 3.0, lora) | {"key": "more tasks"}
     early, infinite = make_row("small", 4, 3.0, lora), make_row("small", 3, 3.0, lora)
-    rows = [whole, *end(whole, diverged=False, tokens=400 * step), *end(shared, diverged=False, tokens=400 * step)]
-    rows += end(early, diverged=True, tokens=60 * step) + end(infinite, diverged=True, tokens=9 * step)
+    rows = [whole, *end(whole, diverged=False, steps=400), *end(shared, diverged=False, steps=400)]
+    rows += end(early, diverged=True, steps=60) + end(infinite, diverged=True, steps=9)
     curves = {whole["key"]: np.linspace(4, 3, 50), early["key"]: np.linspace(4, 40, 50)}
     monkeypatch.setattr(training_curves, "read_items", lambda *_: curves)
     results = pd.DataFrame(rows)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_ceilings_are_work_by_time() -> None:
     found = measure_ceilings("cpu", lambda: float(next(readings)))
     assert found.gigaflops == pytest.approx(2 * 768**3 / 1e9)
     assert found.gigabytes_per_second == pytest.approx(128 * 2**20 / 1e9)
+
+
+def test_short_work_is_repeated_until_it_can_be_timed() -> None:
+    def tell() -> Iterator[float]:
+        now = 0.0
+        for calls in itertools.cycle((1, 8)):  # of a trial that takes 1 ms a call
+            yield now
+            now += calls / 1000
+            yield now
+
+    readings = tell()
+    assert measure_ceilings("cpu", lambda: next(readings)).gigaflops == pytest.approx(2 * 768**3 / 0.001 / 1e9)
 
 
 def test_the_clock_runs_on() -> None:

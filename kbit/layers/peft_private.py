@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 from peft import LoraConfig
@@ -12,6 +13,11 @@ from kbit.layers.quantized_linear import QuantizedLinear
 
 class PackedLora(Linear):
     """A LoRA adapter beside a packed layer: y = QuantizedLinear(x) + B A x scaling. Gradients reach A, B and x."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        with warnings.catch_warnings():  # peft does not know the class, which has all that it asks of one
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            super().__init__(*arguments, **options)
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse to merge the adapter: codes take no further summand.
