@@ -85,7 +85,7 @@ def compare_devices(card: Card, study: Sequence[str]) -> Iterator[dict[str, Any]
         allowed = 0.0 if row["metric"].startswith("acc") else TOLERANCE * max(1.0, row["value_cpu"])
         label = f"{row['model']} {row['data_type']}{row['bits']} {row['task']} {row['metric']}"
         values = {"cpu": row["value_cpu"], "card": row["value_card"], "difference": difference}
-        yield {"name": label, **values, "wrong": [] if is_close else [f"differs by {difference:.2g}"]}
+        yield {"name": label, **values, "wrong": [] if difference <= allowed else [f"differs by {difference:.2g}"]}
 
 
 def compare_scorers(card: Card, sizes: Sizes) -> Iterator[dict[str, Any]]:
