@@ -101,8 +101,7 @@ def quantize_model(
     if config.allocates:
         allocation = allocate_bits(model, config, tokenizer)
         config, notes = allocation.quant, {"allocation": allocation.notes}
-    report = plan_quantization(model, config)
-    _check_coverage(report, config)
+    report = _plan(model, config)
     check_finite(model)
     inputs, caches = _prepare_run_time(model, report, config, notes)
     weights = find_weights(model, report, config)
@@ -114,23 +113,25 @@ def quantize_model(
         product.install(product.layer)
     for cache in caches:
         cache.install(cache.trunk)
-    lost = sum(weight.squared_error for weight in weights)
-    report = dataclasses.replace(
-        report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
-    )
+    rmse = math.sqrt(sum(weight.squared_error for weight in weights) / norm) if norm else 0.0
+    report = dataclasses.replace(report.with_bits(bits), notes=job.notes, weight_rmse=rmse, codes=codes)
     if not config.is_unchanged:
         model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
 
 
-def _check_coverage(report: QuantizationReport, config: QuantConfig) -> None:
-    """Raise ValueError if too little is quantized. Warn of an exclude that finds nothing."""
-    if config.is_baseline:
-        return
-    if warning := describe_vain_exclude(report, config.exclude):
+def _plan(model: nn.Module, config: QuantConfig) -> QuantizationReport:
+    """Return the plan, after a warning of an exclude that finds nothing.
+
+    Raises:
+        ValueError: its coverage is too low.
+    """
+    report = plan_quantization(model, config)
+    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
         log.warning(warning)
-    if report.coverage < config.min_coverage:
+    if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
+    return report
 
 
 def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Allocation:

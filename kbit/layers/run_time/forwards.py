@@ -28,7 +28,7 @@ class Forward(ABC):
     def install(self, module: nn.Module) -> None:
         """Take the place of a module's forward."""
         self.before, self.replaced = module.forward, vars(module).get("forward")
-        module.forward = self
+        module.forward = self  # type: ignore[assignment]
 
 
 def list_forwards(model: nn.Module) -> list[tuple[str, Forward]]:

@@ -32,7 +32,7 @@ _PROBE: Final = 2  # tokens
 _BY_TOKEN: Final = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
 
 
-class QuantizedCache(DynamicCache):  # type: ignore[misc]  # transformers is not typed
+class QuantizedCache(DynamicCache):
     """transformers' growing cache, whose keys and values are rounded.
 
     Attributes:
@@ -178,7 +178,7 @@ def _probe(model: Any, trunk: Any, quantizer: CacheConfig) -> tuple[Tensor, Tens
     tokens = torch.arange(_PROBE, device=model.device)[None] % count_embedded(model)
     with in_evaluation_mode(model):
         trunk(tokens, **{find_cache_name(trunk.forward): cache})
-    kept = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    kept: list[Any] = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if not kept:
         raise ValueError(f"{_ROLE}: {type(model).__name__} puts no keys and values into transformers' cache")
     if quantizer.has_blocks_of_tokens and (others := {type(layer).__name__ for layer in kept if not _grows(layer)}):

@@ -59,7 +59,7 @@ class Rotation:
         parts = x.reshape(*x.shape[:-1], -1, self.block // order, order) @ (paley.T if transposed else paley)
         half = 1
         while half < parts.shape[-2]:  # the fast Walsh-Hadamard transform, which is its own transpose
-            pairs = parts.unflatten(-2, (-1, 2, half))
+            pairs = parts.reshape(*parts.shape[:-2], -1, 2, half, order)
             first, second = pairs.unbind(-3)
             parts = torch.stack([first + second, first - second], dim=-3).flatten(-4, -2)
             half *= 2

@@ -33,7 +33,8 @@ def quantize_cache(model: Any, cache: CacheConfig) -> Any:
 def round_rows(x: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
     """Integers of 3 bits, -3..3, that share a float16 scale along an axis."""
     largest = np.abs(x).max(axis=axis, keepdims=True).astype(np.float16).astype(np.float64)
-    return np.clip(np.sign(x) * np.floor(np.abs(x) / largest * 3 + 0.5), -3, 3) / 3 * largest
+    rounded: np.ndarray[Any, Any] = np.clip(np.sign(x) * np.floor(np.abs(x) / largest * 3 + 0.5), -3, 3) / 3 * largest
+    return rounded
 
 
 @pytest.mark.parametrize("cache", [PER_TOKEN, PER_CHANNEL, dataclasses.replace(PER_CHANNEL, values="channel")])
@@ -79,7 +80,8 @@ def test_a_text_at_once_is_the_text_token_by_token(
         plain = model.double()(TOKENS).logits
         quantize_cache(model, cache)
         at_once = model(TOKENS, use_cache=False).logits
-        kept, steps = {}, []
+        kept: dict[str, Any] = {}
+        steps = []
         for token in TOKENS.T:
             output = model(token[:, None], use_cache=True, **kept)
             kept = {name: getattr(output, name)}
