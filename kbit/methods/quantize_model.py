@@ -128,8 +128,6 @@ def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTok
     Raises:
         ValueError: there is no budget, or see quantize_model. The model is unchanged.
     """
-    if not quant.allocates:
-        raise ValueError("quant.allocation has no budget: give bits, total_bits or memory")
     refuse_quantized(model)
     check_finite(model)
     with in_evaluation_mode(model):
