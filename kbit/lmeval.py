@@ -71,7 +71,7 @@ class QuantizedLM(Scorer):
         self.quant = read_options(quant)
         loaded = load_model(pretrained, dtype=dtype, device=_choose_device(device))
         packed = find_packed_report(loaded.model)
-        if packed is not None and quant and not self.quant.is_baseline:
+        if packed is not None and quant and not self.quant.is_unchanged:
             raise ValueError(
                 f"pretrained={pretrained} is packed by kbit already, and is not quantized again: leave out "
                 f"{', '.join(quant)}, or give bits=16"

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 import kbit.kernels.cpu
+from kbit.version import find_version
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("conf", "kernels", "analysis", "sweeps")
@@ -70,6 +71,15 @@ def test_transformers_does_not_take_the_folder_for_a_package() -> None:
 
 def test_modules_are_named_below_kbit() -> None:
     assert kbit.kernels.cpu.__name__ == "kbit.kernels.cpu"
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert find_version() == importlib.metadata.version("kbit")
+    monkeypatch.setattr("kbit.version.version", refuse)
+    assert find_version() == importlib.metadata.version("kbit") + "+source"  # the tests' kbit is this checkout's
 
 
 def test_plugin_that_every_hydra_application_imports_is_light() -> None:

@@ -32,6 +32,11 @@ SETTINGS: Final = (
     ("include", None, "with {}"),
     ("exclude", None, "without {}"),
     ("rules", None, "rules ({})"),
+    ("activations", None, "activations {}"),
+    ("activation_bits", None, "at {:.0f} bits"),
+    ("kv_cache", None, "cache {}"),
+    ("cache_bits", None, "at {:.0f} bits"),
+    ("rotation", None, "{}"),
     ("allocation", None, "{}"),
     ("training", None, "{}"),
 )

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
+from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.costs.against import COST_FIGURES, draw_costs
@@ -29,6 +30,8 @@ from kbit.analysis.figures.mixes.allocation import draw_allocation
 from kbit.analysis.figures.paper import CURVE_FIGURES
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
+from kbit.analysis.figures.run_time.activations import draw_activations_map
+from kbit.analysis.figures.run_time.cache import draw_cache_bits
 from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_figure
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.figures.training.exchange import draw_exchange
@@ -82,6 +85,11 @@ def of_untrained(draw: Draw) -> Draw:
     return lambda results, page: draw(leave_out_trained(results), page)
 
 
+def of_whole(draw: Draw) -> Draw:
+    """Return the function that draws a figure in which 16 bits mean that nothing is rounded."""
+    return lambda results, page: draw(leave_out_rounded(results), page)
+
+
 PLAIN: Final[dict[str, Draw]] = {
     **{definition.name: partial(draw_curves, definition) for definition in CURVE_FIGURES},
     "figure_16": draw_roofline,
@@ -110,14 +118,20 @@ TRAINED: Final[dict[str, Draw]] = {
     "fast_precision": draw_fast_precision,
     "exchange": draw_exchange,
 }
-FIGURES: Final = style_figures({name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED)
+RUN_TIME: Final[dict[str, Draw]] = {
+    "activations_map": of_untrained(draw_activations_map),
+    "cache_bits": of_untrained(draw_cache_bits),
+}
+_WHOLE: Final = {name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED
+FIGURES: Final = style_figures({name: of_whole(draw) for name, draw in _WHOLE.items()} | RUN_TIME)
 
 
 def list_figures(measure: Measure | None = None) -> dict[str, DrawStyled]:
     """Return every figure, or those of curves on another measure than their own."""
     if measure is None:
         return FIGURES
-    return style_figures({f.name: of_untrained(partial(draw_curves, f, measure=measure)) for f in CURVE_FIGURES})
+    curves = {f.name: partial(draw_curves, f, measure=measure) for f in CURVE_FIGURES}
+    return style_figures({name: of_whole(of_untrained(draw)) for name, draw in curves.items()})
 
 
 def draw_figure(name: str, results: pd.DataFrame, page: Page = OWN_PAGE, measure: Measure | None = None) -> PaperFigure:

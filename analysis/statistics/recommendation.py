@@ -72,7 +72,7 @@ def recommend(
     points, left_out = _add_memory(points, use)
     points["fits"] = points["gigabytes"] * GB <= available
     if not points["fits"].any():
-        least = points.loc[points["gigabytes"].idxmin()]
+        least = points.sort_values("gigabytes", kind="stable").iloc[0]
         raise KbitError(
             f"nothing that was measured fits into {memory} at a context of {context} tokens and batch {batch}: the "
             f"smallest, {least['model']} {least['variant']}, takes {format_size(least['gigabytes'])}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 torch_cuda: Any = torch.cuda  # partly annotated
 Call = Callable[[int], Any]  # of the number of the tensor
 
-PAUSE_CYCLES = 400_000_000  # about 0.2 s: longer than it takes to queue the calls
+PAUSE_CYCLES = 100_000_000  # about 50 ms: longer than it takes to queue the calls
 WARM_UP = 3
 PACKAGES = ("torch", "transformers", "numba", "numba-cuda", "lm-eval", "numpy", "bitsandbytes")
 

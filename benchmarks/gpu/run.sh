@@ -11,7 +11,7 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
   trap 'rm -rf "$extra"' EXIT
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$extra" "$wheels"/*.whl
 fi
-# Installed packages win over nothing of this: kbit is the checkout, and its tests' cases are those of the stages.
+# kbit is the checkout, whatever is installed, and the cases of its tests are those of the stages.
 export PYTHONPATH=$root:$root/tests/kernels:$root/benchmarks/gpu${extra:+:$extra}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 "$python" "$root/benchmarks/gpu/needs.py" || exit 3

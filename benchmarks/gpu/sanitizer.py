@@ -14,6 +14,7 @@ from typing import Any
 from card import Card, Report
 
 TOOLS = ("memcheck", "synccheck", "racecheck")
+TOOLKIT = "/usr/local/cuda/bin"
 CASES = Path(__file__).with_name("kernel_results.py")
 
 
@@ -31,7 +32,7 @@ READY = Sizes("no such program", 1)
 
 def run(card: Card, report: Report, sizes: Sizes) -> None:
     """Run the tools, one after the other, or say that they are not there."""
-    program = shutil.which(sizes.program)
+    program = shutil.which(sizes.program) or shutil.which(sizes.program, path=TOOLKIT)
     if program is None:
         report.add(tool=sizes.program, seconds=0.0, wrong=[], note="not found")
         return

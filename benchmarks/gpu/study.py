@@ -82,12 +82,10 @@ def compare_devices(card: Card, study: Sequence[str]) -> Iterator[dict[str, Any]
     joined = tables["cpu"].merge(tables["card"], on=JOIN, how="outer", suffixes=("_cpu", "_card"))
     for row in joined.to_dict("records"):
         difference = abs(row["value_cpu"] - row["value_card"])
-        is_close = (
-            difference == 0 if row["metric"].startswith("acc") else difference <= TOLERANCE * max(1.0, row["value_cpu"])
-        )
+        allowed = 0.0 if row["metric"].startswith("acc") else TOLERANCE * max(1.0, row["value_cpu"])
         label = f"{row['model']} {row['data_type']}{row['bits']} {row['task']} {row['metric']}"
         values = {"cpu": row["value_cpu"], "card": row["value_card"], "difference": difference}
-        yield {"name": label, **values, "wrong": [] if is_close else [f"differs by {difference:.2g}"]}
+        yield {"name": label, **values, "wrong": [] if difference <= allowed else [f"differs by {difference:.2g}"]}
 
 
 def compare_scorers(card: Card, sizes: Sizes) -> Iterator[dict[str, Any]]:

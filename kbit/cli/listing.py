@@ -17,7 +17,7 @@ _WIDE: Final = ["label", "bits_per_param", "total_bits"]
 _SETTINGS: Final = [
     "dtype", "exponent_bits", "float_bias", "table", "layout", "normalization", "centering", "scale_format", "rounding",
     "seed", "method", "method_options", "outlier_fraction", "outlier_selection", "outlier_zscore",
-    "activation_threshold", "include", "exclude", "rules", "allocation",
+    "activation_threshold", "include", "exclude", "rules", "allocation", "activations", "kv_cache", "rotation",
 ]  # fmt: skip
 
 

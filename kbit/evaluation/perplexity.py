@@ -45,7 +45,7 @@ from kbit.evaluation.measurement import (
 )
 from kbit.evaluation.scorer import Scorer, splits_at_head
 from kbit.evaluation.token_budget import TokenBudget
-from kbit.layers.int8_linear import sees_whole_input
+from kbit.layers.run_time.forwards import sees_whole_input
 
 
 @dataclass(frozen=True)

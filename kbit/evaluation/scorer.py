@@ -45,7 +45,7 @@ from kbit.evaluation.prefix_sharing import (
     take_batch,
 )
 from kbit.evaluation.token_budget import TokenBudget
-from kbit.layers.int8_linear import sees_whole_input
+from kbit.layers.run_time.forwards import sees_whole_input
 from kbit.models.architectures import check_ids
 from kbit.models.hflm_private import OpenHFLM, Request
 from kbit.models.inference import check_causal, in_evaluation_mode

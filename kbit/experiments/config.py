@@ -40,6 +40,11 @@ class Experiment:
             self._check_training()
             if self.train.is_aware:
                 self._check_rounding()
+        if self.eval.speed.measure and self.quant.run_time_fields:
+            raise ValueError(
+                f"quant.{next(iter(self.quant.run_time_fields))} simulates numbers, and not their speed: "
+                "eval.speed.measure=true would time the simulation"
+            )
 
     def _check_training(self) -> None:
         if self.model.dtype != "float32":

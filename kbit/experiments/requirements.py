@@ -66,7 +66,7 @@ def check_download_space(models: Iterable[ModelConfig]) -> None:
 
 def check_not_packed(experiments: Iterable[Experiment]) -> None:
     """Raise ValueError if a model would be quantized again that kbit packed, or that another tool quantized."""
-    for model in {experiment.model for experiment in experiments if not experiment.quant.is_baseline}:
+    for model in {experiment.model for experiment in experiments if not experiment.quant.is_unchanged}:
         is_packed = find_packed(model.name, model.revision) is not None
         if is_packed or is_of_other_tool(model.name, model.revision):
             raise ValueError(describe_packed(model.name))

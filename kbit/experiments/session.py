@@ -127,7 +127,7 @@ class Session:
         Raises:
             ValueError: a model would be trained, or quantized again, whose weights are codes.
         """
-        is_as_asked = experiment.quant.is_baseline or self._packed_as is not None
+        is_as_asked = experiment.quant.is_unchanged or self._packed_as is not None
         if self._stored is None or (is_as_asked and not (experiment.train.steps and not experiment.train.lora.rank)):
             return self._stored
         if self._loaded.checkpoint_quantization.startswith("gguf"):

@@ -8,7 +8,7 @@ and in whether input dimensions with large activations are taken out and multipl
 
 The left product takes the 16-bit weights, as in the paper, so it needs them in memory. bitsandbytes takes the
 dequantized int8 ones. The tokens that share a constant or decide O are those of one call, so kbit gives models with
-such products (sees_whole_input) one text at a time.
+such products (kbit.layers.run_time.forwards) one text at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor, nn
 
 from kbit.layers.int8_schemes import ZERO_POINT_BITS, Scheme
+from kbit.layers.run_time.forwards import Forward, list_forwards
 
 OUTLIER_BITS: Final = 16  # a value that is not quantized
 LEVELS: Final = 127  # codes are -127..127: symmetric, so that -x has the code of x negated
@@ -132,7 +133,7 @@ def multiply_quantized(a: Int8Matrix, b: Int8Matrix) -> Float[Tensor, "m n"]:
     return total.float().mul_(a.scale).mul_(b.scale.t())
 
 
-class Int8Linear:
+class Int8Linear(Forward):
     """The forward of a linear layer whose product is in int8: takes the place of module.forward.
 
     Attributes:
@@ -161,6 +162,11 @@ class Int8Linear:
         self.met: Bool[Tensor, " in"] = torch.zeros(wide.shape[-1], dtype=torch.bool, device=outlier_columns.device)
         self.met[self.outlier_columns] = True
 
+    @property
+    def sees_whole_input(self) -> bool:
+        """Whether tokens of one call share a constant, or decide together what stays at 16 bits."""
+        return self.scheme.sees_whole_input
+
     def __call__(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Return x W^T + bias in x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
@@ -184,20 +190,9 @@ class Int8Linear:
         return is_outlier.nonzero().flatten()
 
 
-def sees_whole_input(model: nn.Module) -> bool:
-    """Whether some layer's output depends on what else is in the batch: texts must be given one at a time."""
-    return any(product.scheme.sees_whole_input for _, product in list_products(model))
-
-
-def undo_products(model: nn.Module) -> None:
-    """Give every layer its own forward again."""
-    for name, _ in list_products(model):
-        del model.get_submodule(name).forward
-
-
 def list_products(model: nn.Module) -> list[tuple[str, Int8Linear]]:
-    found = ((name, vars(module).get("forward")) for name, module in model.named_modules())
-    return [(name, forward) for name, forward in found if isinstance(forward, Int8Linear)]
+    """Return the int8 products, with the names of their layers."""
+    return [(name, forward) for name, forward in list_forwards(model) if isinstance(forward, Int8Linear)]
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import bisect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kbit.data.windows import Windows, make_windows
-from kbit.methods.config import QuantConfig
 from kbit.methods.options import TOKENS_AT_ONCE
 from kbit.methods.weight import Weight
 from kbit.models.config import MAX_WINDOW
 from kbit.models.transformers_private import experts_one_by_one
+
+if TYPE_CHECKING:
+    from kbit.methods.config import QuantConfig
 
 _MATMULS: Final = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CHOICE: Final = 8  # windows of the text's beginning for each sample that is drawn from them
@@ -67,7 +69,8 @@ class _Sums:
         hessian = self.squares * (2 / self.tokens)
         if not torch.isfinite(hessian).all():
             raise ValueError(f"{self.weight.label}: its inputs on the calibration text hold NaN or Inf")
-        return hessian
+        rotation = self.weight.rotation
+        return hessian if rotation is None else rotation.rotate_square(hessian)
 
 
 class _Recorder(TorchFunctionMode):

@@ -10,10 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
-from kbit.layers.int8_schemes import SCHEMES, ZERO_POINT_BITS, Scheme
+from kbit.layers.int8_schemes import Scheme
+from kbit.layers.run_time.transient import ActivationConfig as ActivationConfig
+from kbit.layers.run_time.transient import CacheConfig as CacheConfig
+from kbit.layers.run_time.transient import describe_role
 from kbit.methods.allocation.config import AllocationConfig, describe_choice
+from kbit.methods.options import METHODS as METHODS
+from kbit.methods.options import RUN_TIME, check_run_time
 from kbit.methods.options import CalibrationConfig as CalibrationConfig
 from kbit.methods.options import GptqConfig as GptqConfig
+from kbit.methods.options import Method as Method
 from kbit.methods.selection.rules import PATTERN, Rule, check_rules, finds_any, list_changes, read_rules, write_rules
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
@@ -23,53 +29,12 @@ KEY_BASE: Final = QuantSpec(data_type="float")
 OUTLIER_SELECTIONS: Final = ("proxy", "column", "random")  # see kbit.methods.selection.outlier_columns
 
 
-@dataclass(frozen=True)
-class Method:
-    """What the rest of kbit asks about a method.
-
-    It imports nothing heavy. The function that quantizes is in kbit.methods.quantize_model.METHOD_FUNCTIONS.
-
-    Attributes:
-        name: the method's name in quant.method.
-        options: field of QuantConfig with the method's own options, or None.
-        needs_text: whether the method sees a calibration text.
-        minimises_error: whether the method minimises an error, which rounding=stochastic would add to.
-        scales_inputs: whether each matrix stores a 16-bit scale for each of its inputs.
-        scheme: how the method multiplies in int8, or None. A scheme decides the quantizer.
-    """
-
-    name: str
-    options: str | None = None
-    needs_text: bool = False
-    minimises_error: bool = False
-    scales_inputs: bool = False
-    scheme: Scheme | None = None
-
-    def count_extra_bits(self, shape: Sequence[int]) -> int:
-        """Return the bits of a matrix [..., out, in] beyond its codes and scales: input scales and zero points."""
-        bits = BASELINE_BITS * math.prod(shape[:-2]) * shape[-1] if self.scales_inputs else 0
-        if self.scheme is not None and self.scheme.zero_point:
-            bits += ZERO_POINT_BITS * (math.prod(shape[:-1]) if self.scheme.weight_rows else 1)
-        return bits
-
-
-METHODS: Final[dict[str, Method]] = {
-    method.name: method
-    for method in (
-        Method("rtn"),
-        Method("mse", minimises_error=True),
-        Method("hqq", minimises_error=True),
-        Method("awq", needs_text=True, scales_inputs=True),
-        Method("gptq", options="gptq", needs_text=True, minimises_error=True),
-        *(Method(name, scheme=scheme) for name, scheme in SCHEMES.items()),
-    )
-}
-
-
 OPTION_GROUPS: Final[dict[str, Any]] = {  # fields of QuantConfig that are configurations of their own
     "calibration": CalibrationConfig,
     "gptq": GptqConfig,
     "allocation": AllocationConfig,
+    "activations": ActivationConfig,
+    "kv_cache": CacheConfig,
 }
 RULE_FIELDS: Final = (*(f.name for f in dataclasses.fields(QuantSpec)), "method")  # what quant.rules may change
 
@@ -101,6 +66,11 @@ class QuantConfig(QuantSpec):
             without data. bits=16 leaves the tensor as it is. A rule also quantizes embeddings and the head.
         allocation: a budget of bits to distribute over the tensors that no rule is for. quant.bits then means nothing,
             but to a rule without bits.
+        activations: quantizer of the inputs of the quantized products, or if quant.bits is 16 of those that would be.
+        kv_cache: quantizer of the keys and values that attention keeps of each token.
+        rotation: hadamard quantizes weights, and activations if they are quantized, after a rotation of each product's
+            inputs, which spreads outliers: random signs, then a Hadamard matrix. None is no rotation.
+        rotation_seed: seed of the random signs.
         min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
     """
 
@@ -115,6 +85,10 @@ class QuantConfig(QuantSpec):
     exclude: str | None = None
     rules: tuple[dict[str, Any], ...] = ()
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    activations: ActivationConfig = field(default_factory=ActivationConfig)
+    kv_cache: CacheConfig = field(default_factory=CacheConfig)
+    rotation: str | None = None
+    rotation_seed: int = 0
     min_coverage: float = 0.9
 
     def __post_init__(self) -> None:
@@ -126,6 +100,7 @@ class QuantConfig(QuantSpec):
         self._check_method()
         self._check_rules()
         self.allocation.check_quantizer(self)
+        check_run_time(self)
         if not 0 <= self.min_coverage <= 1:
             raise ValueError(f"quant.min_coverage={self.min_coverage:g} is not in 0..1")
         for name, pattern in [("include", self.include), ("exclude", self.exclude)]:
@@ -225,6 +200,11 @@ class QuantConfig(QuantSpec):
         """Raise ValueError if the quantizer gives no k-bit codes to pack."""
         if self.is_baseline:
             raise ValueError(f"quant.bits={self.bits} quantizes nothing: there is nothing to pack")
+        if self.run_time_fields or self.rotation is not None:
+            raise ValueError(
+                "a packed model computes with its inputs, keys and values as they are: it has no quant.activations, "
+                "quant.kv_cache or quant.rotation"
+            )
         if self.rules:
             raise ValueError("a packed model has one quantizer for all of its weights: it has no quant.rules")
         if self.allocates:
@@ -234,6 +214,21 @@ class QuantConfig(QuantSpec):
                 f"quant.method={self.method} multiplies int8 by int8 and keeps its 16-bit weights: it cannot be "
                 "packed. Use quant=int8_rowwise for its codes"
             )
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the model is the 16-bit one: its weights are, and so is what it computes with at run time."""
+        return self.is_baseline and not self.run_time_fields
+
+    @property
+    def run_time_fields(self) -> dict[str, Any]:
+        """What decides the rounding at run time, by group, canonical. A group at 16 bits is left out."""
+        return {group: fields for group in RUN_TIME if (fields := getattr(self, group).identity_fields)}
+
+    @property
+    def run_time_words(self) -> dict[str, str]:
+        """What is rounded at run time, in words, such as {"activations": "int8"}."""
+        return {group: describe_role(getattr(self, group), OPTION_GROUPS[group]()) for group in self.run_time_fields}
 
     @property
     def decomposes(self) -> bool:
@@ -257,19 +252,22 @@ class QuantConfig(QuantSpec):
         kbit.experiments.identity puts its content in the name's place.
         """
         spec = self.spec.canonical()
+        names: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
         if spec.is_baseline:
-            return {"bits": BASELINE_BITS}
+            changes_products = not self.activations.is_baseline  # the inputs of which, include and exclude say
+            others = names | self._rotation_fields if changes_products else {}
+            return {"bits": BASELINE_BITS} | self.run_time_fields | others
         fields = non_defaults(spec, KEY_BASE) | {"bits": spec.bits}
         if spec.data_type == "quantile" and spec.normalization == "signed_absmax":
             fields["revision"] = 2  # the first one fitted its codebook to other values: its results are not these
-        names: dict[str, Any] = {name: getattr(self, name) for name in ("include", "exclude") if getattr(self, name)}
         if self.rules:
             names["rules"] = [self._describe_rule(number) for number in range(len(self.rules))]
         if self.allocates:
             names["allocation"] = self.allocation.identify(self)
             for name in ("bits", "exponent_bits", "float_bias"):  # which the choices say, each for its bits
                 fields.pop(name, None)
-        return fields | {"method": self.method} | self.method_options | names | self._outlier_fields()
+        others = names | self._outlier_fields() | self._rotation_fields | self.run_time_fields
+        return fields | {"method": self.method} | self.method_options | others
 
     def _describe_rule(self, number: int) -> dict[str, Any]:
         """Return a rule with what it changes, canonical."""
@@ -323,7 +321,18 @@ class QuantConfig(QuantSpec):
             others["allocation"] = f"({self.allocation.label()})"
         if self.sees_text:
             others |= _with_prefix("calibration", non_defaults(self.calibration, CalibrationConfig()))
-        return others | _with_prefix("gptq", self.identity_fields.get("gptq", {}))
+        return others | self.run_time_words | _with_prefix("gptq", self.identity_fields.get("gptq", {}))
+
+    @property
+    def rotation_words(self) -> str | None:
+        """The rotation in words, such as "hadamard seed 1", or None of a model that has none, or nothing to rotate."""
+        is_idle = self.is_baseline and self.activations.is_baseline
+        return None if is_idle else " seed ".join(map(str, self._rotation_fields.values())) or None
+
+    @property
+    def _rotation_fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {} if self.rotation is None else {"rotation": self.rotation}
+        return fields | ({"rotation_seed": self.rotation_seed} if fields and self.rotation_seed else {})
 
     def _outlier_fields(self) -> dict[str, Any]:
         fields: dict[str, Any] = {}

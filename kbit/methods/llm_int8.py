@@ -27,7 +27,7 @@ def quantize_products(job: Job) -> Iterator[tuple[Weight, Codes]]:
     for weight in job.weights:
         owner = owner_of(job.model, weight.name)
         product = make_product(weight, cast(Tensor | None, owner.bias), job.quant)
-        owner.forward = product
+        product.install(owner)
         yield weight, product.weight
 
 

@@ -20,8 +20,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.layers.int8_linear import undo_products
 from kbit.layers.int8_schemes import SCHEMES
+from kbit.layers.run_time.forwards import undo_forwards
+from kbit.layers.run_time.quantized_cache import CachedForward, make_cached_forwards
+from kbit.layers.run_time.quantized_inputs import QuantizedInput, make_quantized_inputs
+from kbit.layers.run_time.rotation import Rotation, make_rotation
 from kbit.methods.allocation.allocate import Allocation, allocate
 from kbit.methods.awq import scale_by_activations
 from kbit.methods.config import METHODS, Method, QuantConfig
@@ -84,8 +87,9 @@ def quantize_model(
         ValueError: the model is quantized already, in another way or without the codes that are asked for. A budget of
             bits cannot be kept (quant.allocation). The coverage is too low. A weight holds NaN or Inf, or is beyond
             scale_format's range. An include finds nothing. Outliers are chosen by proxy, and what comes before a weight
-            is not known. In all these cases the model is unchanged. What a method finds wrong half-way
-            (kbit.methods.calibration) leaves it quantized in part.
+            is not known. The inputs of a weight's product, or the model's cache, cannot be quantized. In all these
+            cases the model is unchanged. What a method finds wrong half-way (kbit.methods.calibration) leaves it
+            quantized in part.
     """
     config = QuantConfig.of(quant)
     if (done := _find_earlier_report(model, config)) is not None:
@@ -97,24 +101,41 @@ def quantize_model(
     if config.allocates:
         allocation = allocate_bits(model, config, tokenizer)
         config, notes = allocation.quant, {"allocation": allocation.notes}
-    report = plan_quantization(model, config)
-    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
-        log.warning(warning)
-    if not config.is_baseline and report.coverage < config.min_coverage:
-        raise ValueError(describe_low_coverage(report, config.min_coverage))
+    report = _plan(model, config)
     check_finite(model)
+    inputs, caches = _prepare_run_time(model, report, config, notes)
     weights = find_weights(model, report, config)
     norm = sum(sum_squares(weight.values) for weight in weights)
     job = Job(model, weights, config, tokenizer, notes)
     with in_evaluation_mode(model):  # calibration would see dropout
-        bits, codes = _replace_weights(job, keep_codes=keep_codes) if weights else ({}, {})
-    lost = sum(weight.squared_error for weight in weights)
-    report = dataclasses.replace(
-        report.with_bits(bits), notes=job.notes, weight_rmse=math.sqrt(lost / norm) if norm else 0.0, codes=codes
-    )
-    if not config.is_baseline:
+        bits, codes = _replace_weights(job, inputs, keep_codes=keep_codes) if weights else ({}, {})
+    for product in inputs.values():
+        product.install(product.layer)
+    for cache in caches:
+        cache.install(cache.trunk)
+    rmse = math.sqrt(sum(weight.squared_error for weight in weights) / norm) if norm else 0.0
+    report = dataclasses.replace(report.with_bits(bits), notes=job.notes, weight_rmse=rmse, codes=codes)
+    if not config.is_unchanged:
         model.kbit_quantized = (asked, report)  # type: ignore[assignment]
     return report
+
+
+def _plan(model: nn.Module, config: QuantConfig) -> QuantizationReport:
+    """Return the plan, after a warning of an exclude that finds nothing.
+
+    Raises:
+        ValueError: its coverage is too low.
+    """
+    report = plan_quantization(model, config)
+    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
+        log.warning(warning)
+    _check_coverage(report, config)
+    return report
+
+
+def _check_coverage(report: QuantizationReport, config: QuantConfig) -> None:
+    if not config.is_baseline and report.coverage < config.min_coverage:
+        raise ValueError(describe_low_coverage(report, config.min_coverage))
 
 
 def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Allocation:
@@ -129,17 +150,49 @@ def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTok
         ValueError: there is no budget, or see quantize_model. The model is unchanged.
     """
     refuse_quantized(model)
+    _check_coverage(plan_quantization(model, quant.without_allocation()), quant)
     check_finite(model)
     with in_evaluation_mode(model):
-        return allocate(model, quant, tokenizer, find_weights, run_methods)
+        return allocate(model, quant, tokenizer, plan_quantization, find_weights, run_methods)
 
 
-def _replace_weights(job: Job, *, keep_codes: bool) -> tuple[dict[str, int], dict[str, Codes | ExpertCodes]]:
-    """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep."""
+def _prepare_run_time(
+    model: nn.Module, report: QuantizationReport, config: QuantConfig, notes: dict[str, Any]
+) -> tuple[dict[str, QuantizedInput], list[CachedForward]]:
+    """Return the forwards that quantize inputs, by their weights' names, and those with a cache, of which notes tell.
+
+    They are installed when the weights are quantized, so that a method with calibration data sees 16-bit inputs.
+    """
+    inputs: list[QuantizedInput] = []
+    caches: list[CachedForward] = []
+    if not config.activations.is_baseline:
+        inputs = make_quantized_inputs(model, report.products, config.activations, _rotate_by(config))
+    if not config.kv_cache.is_baseline:
+        caches, noted = make_cached_forwards(model, config.kv_cache)
+        notes |= noted
+    return {product.name: product for product in inputs}, caches
+
+
+def _rotate_by(config: QuantConfig) -> Callable[[int], Rotation | None]:
+    """Return the function from a number of inputs to their rotation."""
+    return lambda inputs: make_rotation(config.rotation, inputs, config.rotation_seed)
+
+
+def _replace_weights(
+    job: Job, inputs: Mapping[str, QuantizedInput], *, keep_codes: bool
+) -> tuple[dict[str, int], dict[str, Codes | ExpertCodes]]:
+    """Write into each weight what its codes stand for. Return each parameter's bits, and the codes to keep.
+
+    The inputs that are quantized at run time learn what of them stays at 16 bits, and by what they are divided.
+    """
     bits: Counter[str] = Counter()
     kept: dict[str, Codes | ExpertCodes] = {}
     for weight, codes in run_methods(job):
         weight.replace(codes.dequantize())
+        if weight.name in inputs:
+            product = inputs[weight.name]
+            product.outlier_columns = weight.outlier_columns if len(weight.outlier_columns) else None
+            product.input_scales = getattr(codes, "input_scales", None)
         bits[weight.name] += codes.count_bits()
         if keep_codes:
             before = kept.get(weight.name)
@@ -175,8 +228,8 @@ def copy_weights(model: nn.Module, report: QuantizationReport) -> dict[str, torc
 
 
 def restore_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Put the copies and the layers' own products back, and forget that the model was quantized."""
-    undo_products(model)
+    """Put the copies and the modules' own forwards back, and forget that the model was quantized."""
+    undo_forwards(model)
     parameters = dict(model.named_parameters())
     for name, weight in weights.items():
         parameters[name].detach().copy_(weight)
@@ -216,6 +269,7 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
         for number, values in enumerate(split_matrices(parameter, owner_of(model, name))):
             weight = make_weight(name, values, quant.spec, number if values.ndim < parameter.ndim else None)
             weight.method = quant.method if quant.method != config.method else None
+            weight.rotation = _rotate_by(config)(values.shape[-1]) if values.ndim > 1 else None
             if name in outliers:
                 weight.outlier_columns = outliers[name][number]
             weights.append(weight)

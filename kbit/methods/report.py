@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ from kbit.models.parameters import (
     why_outside,
 )
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
+
+_AT_BASELINE: Final = "16-bit baseline"  # the reason why nothing is quantized
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ class QuantizationReport:
         return dataclasses.replace(self, tensors=tuple(tensors))
 
     @property
+    def products(self) -> list[str]:
+        """The first name of each tensor that is quantized, or that would be if the weights were not at 16 bits."""
+        return [t.name.split(" = ")[0] for t in self.tensors if t.quantized or t.reason == _AT_BASELINE]
+
+    @property
     def coverage(self) -> float:
         """Share of the block matrices' parameters that is quantized, 0 for the baseline."""
         in_blocks = sum(_elements(t) for t in self.tensors if t.in_block)
@@ -187,7 +194,7 @@ def _plan_tensor(
     if quantized:  # a vector has no input dimensions that could stay at 16 bits
         bits = sum(config.count_bits(matrix.shape, 0 if matrix.ndim < 2 else None) for matrix in matrices)
     in_block = not outside and is_matrix and not isinstance(owner, nn.Embedding)
-    reason = "16-bit baseline" if is_baseline and not reason else reason
+    reason = _AT_BASELINE if is_baseline and not reason else reason
     return TensorReport(" = ".join(names), tuple(parameter.shape), in_block, quantized, reason, bits, applied)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
@@ -59,3 +60,8 @@ def check_causal(model: Any) -> None:
             "the largest, so that it gives no log-likelihoods of texts; use a causal model (or is_decoder=true in its "
             "config.json, if it was trained as a decoder)"
         )
+
+
+def find_cache_name(forward: Callable[..., Any]) -> str:
+    """Return what a forward function calls its cache of keys and values: another name before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

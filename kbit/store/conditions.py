@@ -19,6 +19,7 @@ from typing import Any, Final
 import pandas as pd
 
 from kbit.checks import ask_for_nearest
+from kbit.methods.options import RUN_TIME
 from kbit.store.rows import SETTING_COLUMNS
 
 _COMPARE: Final[dict[type[ast.cmpop], Callable[[Any, Any], Any]]] = {
@@ -73,9 +74,9 @@ def count_undecided(table: pd.DataFrame, where: str) -> int:
 
 
 def is_baseline(table: pd.DataFrame) -> pd.Series[bool]:
-    """Return which rows of a table of results are a 16-bit model's, which has no quantizer and no quantized weights."""
-    unquantized = table["data_type"].isna()
-    return unquantized & table["checkpoint"].isna() if "checkpoint" in table.columns else unquantized
+    """Return which rows of a table of results are a 16-bit model's, of which nothing is quantized."""
+    changes = [name for name in ("data_type", "checkpoint", *RUN_TIME) if name in table.columns]
+    return table[changes].isna().all(axis=1)
 
 
 def _evaluate(table: pd.DataFrame, where: str) -> pd.Series[bool]:

@@ -45,6 +45,8 @@ EXPERIMENT_COLUMNS: Final[dict[str, pa.DataType]] = {
     "outlier_zscore": pa.float64(), "activation_threshold": pa.float64(),
     "include": pa.string(), "exclude": pa.string(), "rules": pa.string(), "allocation": pa.string(),
     "objective": pa.string(),
+    "activations": pa.string(), "activation_bits": pa.int64(), "kv_cache": pa.string(), "cache_bits": pa.int64(),
+    "rotation": pa.string(),
     "training": pa.string(), "train_seed": pa.int64(), "train_fields": pa.string(),
     "bits_per_param": pa.float64(), "total_bits": pa.int64(), "weight_rmse": pa.float64(),
     "checkpoint": pa.string(),
@@ -83,7 +85,7 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
-ROWS_VERSION: Final = {b"kbit.rows": b"6"}
+ROWS_VERSION: Final = {b"kbit.rows": b"7"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
@@ -103,7 +105,9 @@ def make_row(result: Result) -> dict[str, Any]:
     row = {name: getattr(result, name) for name in _RESULT_COLUMNS}
     row |= {"model": name_model(model), "dtype": model.dtype, "bits": quant.bits}
     row |= {"family": _find_family(result), "checkpoint": result.checkpoint_quantization or None}
-    row |= _describe_training(result.experiment)
+    row |= _describe_training(result.experiment) | _describe_run_time(quant)
+    if not quant.activations.is_baseline:
+        row |= {name: getattr(quant, name) for name in ("include", "exclude")}
     spec = quant.spec.canonical()
     if not spec.is_baseline:
         row |= {name: value for name, value in dataclasses.asdict(spec).items() if name in EXPERIMENT_COLUMNS}
@@ -169,6 +173,17 @@ def _describe_options(quant: QuantConfig) -> str:
         for group, options in changed.items()
         for name, value in options.items()
     )
+
+
+def _describe_run_time(quant: QuantConfig) -> dict[str, Any]:
+    """Return what is rounded while the model runs: bits and, in words, all else. At 16 bits columns are missing."""
+    columns: dict[str, Any] = {"rotation": quant.rotation_words}
+    for group, bits in (("activations", "activation_bits"), ("kv_cache", "cache_bits")):
+        if fields := quant.run_time_fields.get(group):
+            others = {name: value for name, value in fields.items() if name not in ("bits", "data_type")}
+            words = [getattr(quant, group).data_type, *(f"{name}={value}" for name, value in others.items())]
+            columns |= {group: " ".join(words), bits: fields["bits"]}
+    return columns
 
 
 def _describe_outliers(quant: QuantConfig) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
+from kbit.layers.run_time.transient import check_transient, describe_role
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
-from kbit.training.products.transient import check_transient
 
 STARTS: Final = ("checkpoint", "random")
 DTYPES: Final = ("float32", "bfloat16")
@@ -356,14 +356,6 @@ class TrainConfig:
             else:
                 parts.append(f"{name}={value}")
         return " ".join(parts)
-
-
-def describe_role(spec: QuantSpec, default: QuantSpec) -> str:
-    """Return a role's quantizer in a few characters: its name, and what is not at the role's default."""
-    told = ("bits", "data_type", "exponent_bits", "signed", "zero")  # of which the name tells
-    others = {name: value for name, value in non_defaults(spec.canonical(), default).items() if name not in told}
-    more = ",".join(f"{name}={value}" for name, value in others.items())
-    return spec.label() + (f"({more})" if more else "")
 
 
 def _is_nested(name: str) -> bool:

@@ -32,7 +32,8 @@ WITHOUT_WORK = {
     "hostname": "echo fe80::1 127.0.1.1 10.0.0.1 10.0.0.2\n",
     "ray": 'echo "$RAY_AUTH_TOKEN $RAY_worker_niceness $*" >>ray.log\n'
     "trap 'echo ended >>ended.log; exit' TERM\nwhile :; do sleep 0.1; done\n",
-    "python": 'while [[ $(wc -l <ray.log) != 2 ]]; do sleep 0.1; done; echo "$*" >python.log; cat >program.py\n',
+    "python": "while [[ $(cat ray.log 2>/dev/null | wc -l) != 2 ]]; do sleep 0.1; done\n"
+    'echo "$*" >python.log; cat >program.py\n',
     "kbit": 'printf "%s\\n" "$@" >kbit.log; exit 3\n',
 }
 JOB = {

@@ -11,7 +11,7 @@ import pytest
 from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RayConfig, RunConfig
 from kbit.methods.allocation.config import AllocationConfig
-from kbit.methods.config import CalibrationConfig, GptqConfig, QuantConfig
+from kbit.methods.config import ActivationConfig, CacheConfig, CalibrationConfig, GptqConfig, QuantConfig
 from kbit.models.config import ModelConfig
 
 # Of each field: what else must be set so that it means something, and another value than its default.
@@ -39,6 +39,10 @@ DISTINCT: dict[str, tuple[dict[str, Any], Any]] = {
     "activation_threshold": ({"bits": 8, "method": "llm_int8"}, 3.0),
     "include": ({}, "embed"),
     "exclude": ({}, "mlp"),
+    "activations": ({}, ActivationConfig(bits=8)),
+    "kv_cache": ({}, CacheConfig(bits=8)),
+    "rotation": ({}, "hadamard"),
+    "rotation_seed": ({"rotation": "hadamard"}, 1),
     "min_coverage": ({}, 0.5),
 }
 

@@ -90,7 +90,7 @@ def find_wrong_empty_steps(put: Callable[[Array], Any], get: Callable[[Any], Arr
     for blocks in ((64, 64), (64, 100)):
         made = [start(make_specs(8, "dynamic", block)[role], 0) for role, block in enumerate(blocks)]
         states = [state._replace(codes=put(state.codes), scales=put(state.scales)) for state in made]
-        cuda_states.take_step(p, p, *states, make_rule(cpu_states.ADAM, 1))
+        cuda_states.take_step(p, p, states[0], states[1], make_rule(cpu_states.ADAM, 1))
         wrong += [f"{blocks}: {state}" for state in states if get(state.codes).size or get(state.scales).size]
     return wrong
 

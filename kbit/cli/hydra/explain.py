@@ -18,12 +18,11 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from kbit.checks import KbitError, ask_for_nearest, suggest
-from kbit.cli.hydra.options import describe_kind
+from kbit.cli.hydra.options import describe_kind, is_role
 from kbit.data.task_files import find_local_tasks
 from kbit.experiments.config import RunConfig
 from kbit.methods.config import METHODS
 from kbit.numerics.data_types import DATA_TYPES
-from kbit.numerics.spec import QuantSpec
 
 _WRITING: Final = "values are written a,b or [a,b], special characters in quotes"
 STUDY_HINT: Final = "study.grids and study.exclude are lists of mappings, study.unite is a list of names"
@@ -65,7 +64,7 @@ def _list_keys(schema: Any, within: str = "") -> Iterator[str]:
     """Yield the dotted name of every key of a configuration that takes a value."""
     for part, node in typing.get_type_hints(schema).items():
         if dataclasses.is_dataclass(node):
-            if node is not QuantSpec:  # a role of a training has the keys that quant has
+            if not is_role(node):  # a role of a training has the keys that quant has
                 yield from _list_keys(node, f"{within}{part}.")
         else:
             yield within + part

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from kbit.checks import KbitError
 from kbit.experiments.config import RunConfig
+from kbit.methods.config import QuantConfig
 from kbit.numerics.spec import QuantSpec
 
 _WORDS: Final = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -78,17 +79,31 @@ def list_sections(schema: Any = RunConfig, name: str = "") -> Iterator[Section]:
     names = [field.name for field in dataclasses.fields(schema)]
     inner = [part for part in names if dataclasses.is_dataclass(kinds[part])]
     keys = tuple(Key(prefix + n, describe_kind(kinds[n]), meanings[n]) for n in names if n not in inner)
-    roles = tuple(_describe_role(prefix + part, meanings[part]) for part in inner if kinds[part] is QuantSpec)
-    yield Section(name, inspect.cleandoc(schema.__doc__).splitlines()[0].rstrip("."), keys + roles)
+    roles = [
+        key
+        for part in inner
+        if is_role(kinds[part])
+        for key in _describe_role(prefix + part, kinds[part], meanings[part])
+    ]
+    yield Section(name, inspect.cleandoc(schema.__doc__).splitlines()[0].rstrip("."), (*keys, *roles))
     for part in inner:
-        if kinds[part] is not QuantSpec:
+        if not is_role(kinds[part]):
             yield from list_sections(kinds[part], prefix + part)
 
 
-def _describe_role(name: str, meaning: str) -> Key:
-    """Return the key that stands for all keys of a quantizer that is one of several."""
+def is_role(kind: Any) -> bool:
+    """Whether a type of a field is a quantizer that is one of several, whose keys are those of quant and few more."""
+    return kind is not QuantConfig and isinstance(kind, type) and issubclass(kind, QuantSpec)
+
+
+def _describe_role(name: str, kind: Any, meaning: str) -> Iterator[Key]:
+    """Yield the key that stands for all keys of a quantizer that is one of several, and the keys of its own."""
     rest = f"16 bits are none. {name}.data_type and so on are as in quant, and quant@{name}=NAME takes a named one."
-    return Key(f"{name}.bits", describe_kind(int), f"{meaning} {rest}")
+    yield Key(f"{name}.bits", describe_kind(int), f"{meaning} {rest}")
+    shared = {field.name for field in dataclasses.fields(QuantSpec)}
+    kinds, meanings = typing.get_type_hints(kind), _read_meanings(kind)
+    own = [field.name for field in dataclasses.fields(kind) if field.name not in shared]
+    yield from (Key(f"{name}.{part}", describe_kind(kinds[part]), meanings[part]) for part in own)
 
 
 def describe_kind(kind: Any) -> str:

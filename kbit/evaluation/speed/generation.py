@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from kbit.evaluation.speed.timing import Clock
+from kbit.models.inference import find_cache_name
 from kbit.models.parameters import count_embedded
 
 _QUIET: Final = ("KINETO_LOG_LEVEL", "6")  # no lines on standard error when a profiler starts and stops
@@ -101,7 +102,7 @@ def find_options(forward: Callable[..., Any]) -> Options:
     """Return what this forward function calls its arguments."""
     names = inspect.signature(forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    return Options("cache" if "cache" in names else "past_key_values", last)
+    return Options(find_cache_name(forward), last)
 
 
 def prepare(model: Any, work: Workload, clock: Clock) -> Callable[[], Generation]:

@@ -34,10 +34,10 @@ class AllocationConfig:
         memory: budget in bytes of the whole model's weights, such as 6GB (10^9) or 6GiB (2^30).
         choices: precisions, which change quant.bits alone, named quantizers of conf/quant, and mappings of bits and
             other fields, such as {bits: 3, block_size: 32}.
-        objective: what a choice loses. kl is the divergence from the 16-bit model in nats per token of
-            quant.calibration.text, with one unit quantized at a time. fisher is the squared error weighted by squared
-            gradients on that text, with one backward pass for each window, of tokens that are drawn from the model's
-            own predictions. error is the squared error of the weights alone.
+        objective: what a choice loses, with activations and cache at 16 bits. kl is the divergence from the 16-bit
+            model in nats per token of quant.calibration.text, with one unit quantized at a time. fisher is the squared
+            error weighted by squared gradients on that text, with one backward pass for each window, of tokens that are
+            drawn from the model's own predictions. error is the squared error of the weights alone.
         unit: what is chosen for at once: tensor, or layer, for which kl needs fewer passes.
     """
 

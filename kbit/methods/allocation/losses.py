@@ -43,7 +43,7 @@ class Candidate:
     def round_unit(self, unit: int) -> Iterator[tuple[Weight, Tensor]]:
         """Yield each weight of a unit with the values that its codes stand for, in the weight's dtype."""
         for weight, codes in self.quantize(self.units[unit]):
-            yield weight, codes.dequantize().to(weight.values.dtype)
+            yield weight, weight.turn_back(codes.dequantize()).to(weight.values.dtype)
 
     @contextmanager
     def replaced(self, unit: int) -> Iterator[None]:

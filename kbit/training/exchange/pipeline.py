@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from kbit.layers.run_time.transient import check_transient, with_own_seed
 from kbit.numerics.spec import QuantSpec
 from kbit.training.exchange.wire import decode, encode
-from kbit.training.products.transient import check_transient, with_own_seed
 
 
 @dataclass

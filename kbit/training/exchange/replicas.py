@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kbit.checks import check_choice
+from kbit.layers.run_time.transient import check_transient, with_own_seed
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.wire import Bytes, count_sent_bytes, decode, encode
-from kbit.training.products.transient import check_transient, with_own_seed
 
 Flat = Float[Tensor, " n"]
 

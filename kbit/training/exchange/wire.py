@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from kbit.layers.run_time.transient import explain_refusal
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.quantizer import quantize
 from kbit.numerics.spec import QuantSpec
-from kbit.training.products.transient import explain_refusal
 
 Bytes = UInt8[Tensor, " bytes"]
 _CENTER: dict[str, tuple[type[np.generic], int]] = {"center": (np.float16, 1)}

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from kbit.layers.run_time.transient import check_blocks, check_transient, explain_refusal, with_own_seed
 from kbit.models.parameters import OUTSIDE, as_matrix, find_towers, is_experts, why_outside
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
-from kbit.training.products.transient import check_transient, explain_refusal, with_own_seed
 
 IN_DECODER_LAYERS: Final = r"\.\d+\."  # a numbered member of a list such as layers or h
 
@@ -268,26 +268,6 @@ def quantize_products(
         layer.module.forward = layer
     products.layers = layers
     return products
-
-
-def check_blocks(role: str, spec: QuantSpec | None, length: int, what: str) -> None:
-    """Raise ValueError unless a quantizer's blocks lie within a dimension that a product sums.
-
-    Args:
-        role: the operand's role.
-        spec: its quantizer.
-        length: the length of the dimension.
-        what: the product and the dimension, for the message.
-    """
-    if spec is None or spec.block_size is None:
-        return
-    if length < spec.block_size:
-        raise ValueError(f"{what}, fewer than the {spec.block_size} of a block of {role}: lower block_size")
-    if spec.layout == "flat" and length % spec.block_size:
-        raise ValueError(
-            f"{what}, which blocks of {spec.block_size} do not divide: layout=flat would let blocks of {role} run over "
-            "several sums; take layout=row"
-        )
 
 
 class LinearProduct:

@@ -1,0 +1,85 @@
+"""The figures of rounded inputs and caches, on planted losses, and that such models are no baselines elsewhere."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from kbit.analysis.curves.run_time import leave_out_rounded
+from kbit.analysis.figures.drawing import MissingResults
+from kbit.analysis.figures.registry import FIGURES
+
+QUANTIZED = {"data_type": "int", "block_size": 64, "method": "rtn"}
+NOTHING: dict[str, Any] = dict.fromkeys(
+    ("activations", "activation_bits", "kv_cache", "cache_bits", "rotation", "data_type")
+)
+
+
+@pytest.fixture(scope="module")
+def base(planted: pd.DataFrame) -> pd.DataFrame:
+    """The 16-bit rows of one family, with the columns that a store has today."""
+    rows = planted[(planted["bits"] == 16) & (planted["family"] == "opt") & (planted["metric"] == "cross_entropy")]
+    return rows.assign(**NOTHING)
+
+
+def add(base: pd.DataFrame, loss: float, **columns: Any) -> pd.DataFrame:
+    """The same models with other settings, that add so much to the cross entropy."""
+    moved = {name: base[name] + loss for name in ("value", "low", "high")}
+    return base.assign(**moved, key=base["key"] + str(sorted(columns.items())), **columns)
+
+
+def test_the_map_has_what_each_pair_of_bits_adds(base: pd.DataFrame) -> None:
+    rows = [base]
+    for weights, inputs in product((4, 8, 16), (4, 8, 16)):
+        loss = 0.4 / weights + 1.6 / inputs - 0.125
+        columns: dict[str, Any] = {"bits": weights} | (QUANTIZED if weights < 16 else {})
+        columns |= {"activations": "int", "activation_bits": inputs} if inputs < 16 else {}
+        rows += [add(base, loss, **columns)] if (weights, inputs) != (16, 16) else []
+    rows.append(add(base, 9.0, bits=4, **QUANTIZED, activations="nf", activation_bits=4))  # measured less often
+    rows.append(add(base, 9.0, bits=16, kv_cache="int", cache_bits=2))
+    figure = FIGURES["activations_map"](pd.concat(rows, ignore_index=True))
+    assert len(figure.data) == 3 * 8
+    for row in figure.data.itertuples():
+        expected = 0.4 / float(row.weight_bits) + 1.6 / float(row.activation_bits) - 0.125  # type: ignore[arg-type]
+        assert row.lost == pytest.approx(expected)
+        assert float(row.low) < float(row.lost) < float(row.high)  # type: ignore[arg-type]
+    assert set(figure.data["weights"]) == {"int block 64"}
+    assert figure.verdict == (
+        "Rounding to 8 bits beside weights of 16 bits adds less than 0.01 nats per token: does not hold in 3, and "
+        "more: holds in 3 (+0.1000 to +0.1000); Rounding to 4 bits beside weights of 16 bits adds less than 0.01 nats "
+        "per token: does not hold in 3, and more: holds in 3 (+0.3000 to +0.3000)."
+    )
+
+
+def test_the_cache_has_a_line_for_each_model_and_kind(base: pd.DataFrame) -> None:
+    rows = [base, add(base, 7.0, bits=4, **QUANTIZED, kv_cache="int", cache_bits=4)]  # of quantized weights
+    for bits, cache in product((2, 8), ("int", "int keys=channel")):
+        rows.append(add(base, 2.0 if bits == 2 else 0.0005, kv_cache=cache, cache_bits=bits))
+    figure = FIGURES["cache_bits"](pd.concat(rows, ignore_index=True))
+    assert figure.data.groupby("series").size().tolist() == [2] * 6
+    assert sorted(set(figure.data["lost"].astype(float).round(4))) == [0.0005, 2.0]
+    assert figure.verdict.startswith(
+        "A cache of 8 bits (int) adds less than 0.01 nats per token: holds in 3, and more: does not hold in 3 (+0.0005 "
+    )
+    assert (
+        "A cache of 2 bits (int keys=channel) adds less than 0.01 nats per token: does not hold in 3" in figure.verdict
+    )
+
+
+def test_a_16_bit_model_with_a_rounded_cache_is_no_baseline_of_other_figures(base: pd.DataFrame) -> None:
+    rounded = add(base, 5.0, kv_cache="int", cache_bits=2)
+    both = pd.concat([base, rounded], ignore_index=True)
+    assert leave_out_rounded(both)["key"].tolist() == base["key"].tolist()
+    quantized = [add(base, loss, bits=bits, **QUANTIZED) for bits, loss in ((3, 0.5), (4, 0.1))]
+    without = FIGURES["figure_13"](pd.concat([base, *quantized], ignore_index=True)).data
+    assert FIGURES["figure_13"](pd.concat([both, *quantized], ignore_index=True)).data.equals(without)
+
+
+@pytest.mark.parametrize("name", ["activations_map", "cache_bits"])
+def test_without_such_models_the_study_is_named(name: str, base: pd.DataFrame, planted: pd.DataFrame) -> None:
+    for results in (base, planted, planted.iloc[:0]):
+        with pytest.raises(MissingResults, match=f"{name} needs .*nano/"):
+            FIGURES[name](results)
