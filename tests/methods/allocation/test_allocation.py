@@ -152,6 +152,15 @@ def test_fused_experts_are_one_tensor(build_tiny: Callable[..., Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ruled.parameters(), strict=True))
 
 
+def test_the_losses_of_a_rotated_model_are_those_of_its_own_weights(build_tiny: Callable[..., Any]) -> None:
+    model = build_tiny("llama")
+    before = copy_parameters(model)
+    quant = ask(3.4, choices=(2, 3, 4), quant={"rotation": "hadamard"})
+    loss = quantize_model(model, quant).notes["allocation"]["loss"]
+    changed = sum(float((p.detach() - before[name]).square().sum()) for name, p in model.named_parameters())
+    assert loss == pytest.approx(changed, rel=1e-4)
+
+
 def test_a_method_with_data_gets_the_map_that_rounding_measured() -> None:
     calibration = CalibrationConfig(samples=2, length=32)
     loaded, apart = load_model("nano-neox-98k"), load_model("nano-neox-98k")
