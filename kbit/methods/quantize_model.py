@@ -127,7 +127,7 @@ def _plan(model: nn.Module, config: QuantConfig) -> QuantizationReport:
         ValueError: its coverage is too low.
     """
     report = plan_quantization(model, config)
-    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
+    if not config.is_unchanged and (warning := describe_vain_exclude(report, config.exclude)):
         log.warning(warning)
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
