@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import html
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -46,6 +47,18 @@ def ask_for_nearest(word: str, allowed: Iterable[str]) -> str:
     """Return "did you mean WORD?" with the nearest of the allowed words, or "" if none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1)
     return f"did you mean {near[0]}?" if near else ""
+
+
+_AMOUNT: Final = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt])(i?)b", re.IGNORECASE)
+_POWERS: Final = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def read_bytes(text: str) -> float | None:
+    """Return an amount of memory in bytes: "6GB" and "6 gb" are 6 x 10^9, "6GiB" 6 x 2^30. None: it is no amount."""
+    found = _AMOUNT.fullmatch(text.strip())
+    if found is None:
+        return None
+    return float(found[1]) * float((1024 if found[3] else 1000) ** _POWERS[found[2].lower()])
 
 
 def non_defaults(value: Any, default: Any) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def select_precisions(points: pd.DataFrame, bits: Sequence[int] = (), *, tied: b
     )
     return mark(
         points.merge(chosen[VARIANT].drop_duplicates(), on=VARIANT),
-        lambda row: f"{row['family']}, {name_variant(row['label'], row['block_size'])}",
+        lambda row: f"{row['family']}, {name_variant(row['label'], row['block_size'], row.get('allocation'))}",
         lambda row: f"{row['bits']}-bit",
         ["bits"],
         "bits",

@@ -118,9 +118,16 @@ def name_quantizer(row: Mapping[Any, Any], *, but: Mapping[str, object] | None =
     return " ".join([name, *list_settings(row)])
 
 
-def name_variant(label: object, block_size: object) -> str:
-    """Return for example "nf block 64", "int whole tensor". BASELINE_ONLY stands where nothing was quantized."""
-    return BASELINE_ONLY if is_missing(label) else f"{label} {name_block(block_size)}"
+def name_variant(label: object, block_size: object, allocation: object = None) -> str:
+    """Return for example "nf block 64", "int whole tensor". BASELINE_ONLY stands where nothing was quantized.
+
+    The choices of an allocation, which the label names, may differ in their blocks: it then has no block size.
+    """
+    if is_missing(label):
+        return BASELINE_ONLY
+    if is_missing(block_size) and not is_missing(allocation):
+        return str(label)
+    return f"{label} {name_block(block_size)}"
 
 
 def name_block(block_size: object) -> str:

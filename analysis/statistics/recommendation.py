@@ -18,7 +18,7 @@ import pandas as pd
 
 from kbit.analysis.curves.curves import TIE, ZERO_SHOT, Measure, find_cross_entropy, find_measures, precision_curves
 from kbit.analysis.curves.run_time import is_rounded, leave_out_run_time
-from kbit.analysis.curves.settings import name_block, name_quantizer
+from kbit.analysis.curves.settings import name_quantizer, name_variant
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.statistics.frontier import draw_values, find_pareto_frontier, share_wins
 from kbit.checks import KbitError, check_choice
@@ -118,7 +118,9 @@ def _list_candidates(results: pd.DataFrame, asked: str | None) -> tuple[Measure,
     is_plain = points["bits"] == BASELINE_BITS
     points = points[~(is_plain & points.duplicated(["bits", "model"]))].reset_index(drop=True)
     names = [
-        "16-bit" if row["bits"] == BASELINE_BITS else f"{name_quantizer(row)} {name_block(row['block_size'])}"
+        "16-bit"
+        if row["bits"] == BASELINE_BITS
+        else name_variant(name_quantizer(row), row["block_size"], row.get("allocation"))
         for row in points.to_dict("records")
     ]
     items = rows.drop_duplicates("key").set_index("key")["n"]

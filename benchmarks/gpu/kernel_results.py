@@ -67,6 +67,9 @@ READY = Sizes((*READY_CASES, "tiny scales", "no elements"), 1, 64)
 def run(card: Card, report: Report, sizes: Sizes) -> None:
     """Check torch's side first, then the cases."""
     for name, check in TORCH_CHECKS.items():
+        if check is check_other_devices and not card.list_others():
+            report.add(case=name, wrong=[], note="one card: not checked")
+            continue
         report.add(case=name, wrong=_try(functools.partial(check, card, sizes.values)))
     if sizes.processes == 1:
         _check_few(card, report)
@@ -136,7 +139,7 @@ def check_public_functions(card: Card, n: int) -> list[str]:
 
 def _find_public_differences(card: Card, n: int) -> Iterator[str]:
     specs = (QuantSpec(4, "nf"), QuantSpec(3, "int", block_size=None), QuantSpec(8, "dynamic", scale_format="dq8"))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if card.is_real else 1]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         values = torch.from_numpy(cuda_cases.awkward_values(n + 1)).to(dtype)
         for spec in specs:
             for skip in (0, 1):
@@ -145,12 +148,18 @@ def _find_public_differences(card: Card, n: int) -> Iterator[str]:
                 if not torch.equal(q.codes.cpu(), expected.codes):
                     yield f"quantize, {spec}, {dtype}, from {skip}"
                 fake, expected_values = quantizer.fake_quantize(there, spec), quantizer.fake_quantize(x, spec)
-                if not torch.equal(fake.cpu(), expected_values) or not torch.equal(q.dequantize(), fake):
+                same = _equal_bits(fake.cpu(), expected_values) and _equal_bits(q.dequantize(), fake)
+                if not same:
                     yield f"fake_quantize, {spec}, {dtype}, from {skip}"
 
 
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same bits: -0 is not 0."""
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 def check_other_devices(card: Card, n: int) -> list[str]:
-    """Tensors of another card than the current one are quantized there."""
+    """Tensors of another card than the current one are quantized there. With one card nothing can be checked."""
     return [
         f"{other.device}: {wrong}"
         for other in card.list_others()
@@ -191,7 +200,10 @@ TORCH_CHECKS: dict[str, Callable[[Card, int], list[str]]] = {
 def summarize(rows: list[dict[str, object]]) -> Iterator[str]:
     """Yield what a reader wants to know."""
     wrong = [str(row["case"]) for row in rows if row["wrong"]]
-    yield f"{len(rows) - len(wrong)} of {len(rows)} checks are right"
+    noted = [f"{row['case']}: {row['note']}" for row in rows if "note" in row]
+    made = len(rows) - len(noted)
+    yield f"{made - len(wrong)} of {made} checks are right"
+    yield from noted
     yield from (f"wrong: {name}" for name in wrong)
 
 

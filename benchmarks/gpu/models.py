@@ -19,7 +19,7 @@ LLAMA_7B = (4096, 11008, 32, 32, 32000)
 LLAMA_TINY = (32, 64, 2, 2, 2048)
 QUANTIZERS = {
     "nf4": QuantConfig(4, "nf", block_size=64),
-    "int3 centered minmax": QuantConfig(3, "int", block_size=128, normalization="minmax"),
+    "int3 centered minmax": QuantConfig(3, "int", block_size=128, normalization="minmax", centering=True),
     "nf4 dq8": QuantConfig(4, "nf", block_size=64, scale_format="dq8"),
 }
 

@@ -30,7 +30,8 @@ SPECS = {
     f"{name}{bits}": QuantSpec(bits, name, block_size=64)
     for name, bits in (("nf", 4), ("int", 4), ("nf", 3), ("int", 8), ("nf", 2))
 }
-LARGEST_ERROR = 1e-5  # of the kernel, in norms of a row: float32's sums of 11008 products
+# In norms of a row: the kernel adds 11008 products up in float32, and the layer's inputs and results are bfloat16.
+LARGEST_ERROR = {"kernel": 1e-5, "layer": 2.0**-6}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def run(card: Card, report: Report, sizes: Sizes) -> None:
                         name=f"kbit {name} {kind}", shape=f"{out} x {columns}", batch=batch, path=path,
                         **asdict(timing), packed_bytes=q.nbytes, gigabytes_per_second=speed, of_copy=speed / copied,
                         times_as_fast_as_torch=times[batch] / timing.microseconds, error=error,
-                        wrong=[] if error < LARGEST_ERROR or kind == "layer" else [f"error {error:.1e}"],
+                        wrong=[] if error < LARGEST_ERROR[kind] else [f"error {error:.1e}"],
                     )  # fmt: skip
 
 
@@ -122,5 +123,7 @@ def summarize(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"{name}, batch {batch}: {min(shares):.0%} to {max(shares):.0%} of the copy, {min(ratios):.2f} to "
             f"{max(ratios):.2f} times as fast as torch's bfloat16"
         )
-    yield f"aim: {AIM:.0%} of the copy for the kernel at batch 1"
+    aimed = [row for row in rows if "of_copy" in row and row["batch"] == 1 and row["name"].endswith(" kernel")]
+    below = [row for row in aimed if row["of_copy"] < AIM]
+    yield f"below the aim of {AIM:.0%} of the copy for the kernel at batch 1: {len(below)} of {len(aimed)}"
     yield from (f"{row['name']}, {row['shape']}: {row['wrong'][0]}" for row in rows if row.get("wrong"))

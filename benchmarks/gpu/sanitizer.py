@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -38,17 +40,26 @@ def run(card: Card, report: Report, sizes: Sizes) -> None:
         return
     for tool in TOOLS:
         start = time.perf_counter()
-        wrong = find_errors([program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(CASES)], sizes.limit)
-        report.add(tool=tool, seconds=time.perf_counter() - start, wrong=wrong, note="")
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, str(CASES)]
+        wrong, note = find_errors(command, sizes.limit)
+        report.add(tool=tool, seconds=time.perf_counter() - start, wrong=wrong, note=note)
 
 
-def find_errors(command: list[str], limit: float) -> list[str]:
-    """Return the end of what the program prints, if it finds something."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return [f"not done in {limit:g} s"]
-    return [(done.stdout + done.stderr)[-4000:]] if done.returncode else []
+def find_errors(command: list[str], limit: float) -> tuple[list[str], str]:
+    """Return the end of what the program prints, if it finds something, and a note if it does not come to its end.
+
+    Without torch's cache each tensor has memory of its own, beyond which an address is wrong.
+    """
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    ) as done:
+        try:
+            printed, _ = done.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)  # the program that is examined, too
+            return [], f"not done in {limit:g} s"
+    return ([printed[-4000:]] if done.returncode else []), ""
 
 
 def summarize(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -40,7 +40,10 @@ JOIN = ["model", "bits", "data_type", "task", "metric"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What runs: the study's arguments, and the shape, dtype, tasks and items of the scorers' model."""
+    """What runs: the study's arguments, and the shape, dtype, tasks and items of the scorers' model.
+
+    score_tolerance is the share of a log-likelihood by which scorers may differ, which batch in other ways.
+    """
 
     study: tuple[str, ...]
     shape: tuple[int, int, int, int, int]
@@ -48,15 +51,16 @@ class Sizes:
     tasks: tuple[str, ...]
     items: int
     repeats: int
+    score_tolerance: float
 
 
 FULL = Sizes(
     ("quant.bits=4,16", "quant.data_type=int,nf", "model.name=nano-neox-98k,nano-neox-1m", "eval.limit=100"),
-    NEOX_1_4B, torch.bfloat16, ("nano_cloze", "nano_choice", "nano_endings"), 200, 3,
+    NEOX_1_4B, torch.bfloat16, ("nano_cloze", "nano_choice", "nano_endings"), 200, 3, 0.02,
 )  # fmt: skip
 READY = Sizes(
     ("quant.bits=4", "eval.limit=2", "eval.perplexity_windows=1", "eval.tasks=[nano_cloze]"),
-    NEOX_TINY, torch.float32, ("nano_cloze",), 3, 1,
+    NEOX_TINY, torch.float32, ("nano_cloze",), 3, 1, 1e-4,
 )  # fmt: skip
 
 
@@ -108,7 +112,10 @@ def compare_scorers(card: Card, sizes: Sizes) -> Iterator[dict[str, Any]]:
     taken = {name: statistics.median(found) for name, found in seconds.items()}
     for name in scorers:
         worst = max(abs(a - b) for a, b in zip(scores["kbit"], scores[name], strict=True))
-        yield {"name": name, "items_per_second": items / taken[name], "difference_from_kbit": worst}
+        share = max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(scores["kbit"], scores[name], strict=True))
+        wrong = [] if share <= sizes.score_tolerance else [f"log-likelihoods differ by {worst:.2g}"]
+        row = {"name": name, "items_per_second": items / taken[name], "difference_from_kbit": worst}
+        yield row | {"wrong": wrong}
     yield {"name": "kbit / best hflm", "ratio": min(taken[name] for name in theirs) / taken["kbit"], "path": mine.path}
 
 
@@ -137,7 +144,7 @@ def _score(lm: Any, tasks: list[PreparedTask], card: Card) -> tuple[list[float],
 def summarize(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yield how far the devices are apart, and the scorers' ratio."""
     compared = [row for row in rows if "difference" in row]
-    wrong = [row["name"] for row in compared if row["wrong"]]
+    wrong = [row["name"] for row in rows if row.get("wrong")]
     if compared:
         largest = max(row["difference"] for row in compared)
         yield f"{len(compared)} measurements on card and CPU: largest difference {largest:.2g}" + (

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from kbit.checks import suggest
+from kbit.checks import read_bytes, suggest
 
 GB: Final = 10**9
 CARD_OVERHEAD: Final = GB  # bytes that a card loses to its driver and libraries: assumed, not measured
@@ -19,7 +19,6 @@ CARDS: Final = {
     "rtxa6000": 48, "a100-40gb": 40, "a100-80gb": 80, "h100": 80, "h200": 141, "b200": 192, "mi300x": 192,
 }  # fmt: skip
 _COUNTED: Final = (re.compile(r"(?P<cards>\d+)x(?P<what>.+)"), re.compile(r"(?P<what>.+)x(?P<cards>\d+)"))
-_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?)([gm])b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Hardware:
 
 
 def parse_hardware(text: str, option: str = "--hardware") -> Hardware:
-    """Return the hardware that is named, such as rtx3090, rtx3090x4, 4xrtx3090, 24GB, 800MB or 8x24GB.
+    """Return the hardware that is named, such as rtx3090, rtx3090x4, 4xrtx3090, 24GB, 24GiB, 800MB or 8x24GB.
 
     Raises:
         ValueError: it names neither a known card nor an amount of memory.
@@ -52,10 +51,10 @@ def parse_hardware(text: str, option: str = "--hardware") -> Hardware:
     asked = text.strip()
     found = [match for pattern in _COUNTED if (match := pattern.fullmatch(asked))]
     for cards, what in [(1, asked), *((int(match["cards"]), match["what"]) for match in found)]:
-        memory = _MEMORY.fullmatch(what)
-        size = float(memory[1]) / (1 if memory[2] in "gG" else 1000) if memory else CARDS.get(what.lower(), 0)
+        memory = read_bytes(what)
+        size = GB * CARDS.get(what.lower(), 0) if memory is None else memory
         if cards and size:
-            return Hardware(asked, cards, size * GB, memory is None)
+            return Hardware(asked, cards, size, memory is None)
     raise ValueError(
         f"{option} {asked!r} is neither an amount of memory (24GB, 4x24GB) nor a card (rtx3090, 4xrtx3090); "
         f"{suggest(asked.lower(), CARDS)}"

@@ -1,9 +1,10 @@
 """Estimates of what a study takes: tokens to score, memory and time. Time is learned from finished experiments.
 
-    cost = (tokens + 3 x trained tokens) x parameters
+    cost = (tokens + 3 x trained tokens + allocation's tokens) x parameters
     seconds = median of alike experiments, or that of the nearest cost, in proportion
 
-Experiments are alike if model, evaluation, method and training are the same. Without a finished one time is unknown.
+Experiments are alike if model, evaluation, method, allocation and training are the same. Without a finished one time is
+unknown.
 """
 
 from __future__ import annotations
@@ -21,6 +22,14 @@ from typing import Final, NamedTuple
 
 from kbit.data.task_files import EMBEDDED_TASKS, find_local_tasks
 from kbit.data.texts import locate_text, read_documents
+from kbit.engine.estimate_passes import (
+    BACKWARD,
+    BYTES,
+    USUAL_VOCABULARY,
+    AllocationClass,
+    estimate_allocation,
+    estimate_training,
+)
 from kbit.evaluation.config import TOKENS_PER_SEQUENCE, EvalConfig
 from kbit.experiments.config import Experiment
 from kbit.methods.config import QuantConfig
@@ -34,9 +43,8 @@ from kbit.store.rows import name_model
 from kbit.training.config import TrainConfig
 
 _KEPT: Final = 32  # latest durations of alike experiments that count, as a machine's load changes
-_ALIKE: Final = ["model", "dtype", "method", "evaluation", "training"]  # columns that tell cost classes apart
+_ALIKE: Final = ("model", "dtype", "method", "objective", "evaluation", "training")  # columns that tell classes apart
 _STORED: Final = 4  # results of alike experiments that are read from a store
-_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes that a worker takes beside its model. CPU: 0.72 to 0.82 GB, measured with models of 0.2 to 8 million parameters.
 # GPU: the driver's context and the libraries' workspaces. This is assumed, because no GPU has been measured.
 _PROCESS_BYTES: Final = {"cpu": 800_000_000, "cuda": 1_000_000_000}
@@ -46,12 +54,6 @@ _REQUEST_BYTES, _TOKEN_BYTES = 6_300, 48
 # Of each element of a matrix that GPTQ inverts (kbit.methods.gptq.factor_inverse): five copies in float64, three in
 # float32.
 _FACTOR_BYTES: Final = 5 * 8 + 3 * 4
-_USUAL_VOCABULARY: Final = 50_000  # of a model that is not here
-_BACKWARD: Final = 3  # a training step takes three forward passes: one, and two products where it has one
-_STATES: Final = 3  # a gradient, a momentum and a variance
-_BLOCK_MATRICES: Final = 12  # h^2 parameters of a block: 4 of attention, 8 of the feed-forward layer
-_KEPT_PER_LAYER: Final = 17  # values of h that a block keeps of a token for its backward pass (34 bytes at 16 bits)
-_LOGITS: Final = 3
 
 
 def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int:
@@ -61,13 +63,13 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
 
     On a CPU the parameters count twice, as the weights to restore lie there, and the tasks' requests and the states of
     a calibration text are added. The embedding is copied when the weights are hashed, and calibration adds up products
-    of inputs. A training adds what estimate_training says. The estimate leaves out a quantizer's own work on one tensor
-    (GPTQ's excepted), and tasks that do not ship with kbit.
+    of inputs. A training adds what estimate_training says, and an allocation what estimate_allocation says. The
+    estimate leaves out a quantizer's own work on one tensor (GPTQ's excepted), and tasks that do not ship with kbit.
 
     With packed=true the parameters count as _estimate_packed says, and none are kept to be restored.
     """
     kind = device.partition(":")[0]
-    width = _BYTES[experiment.model.dtype]
+    width = BYTES[experiment.model.dtype]
     window = min(size.context, MAX_WINDOW)
     tokens = max(window, experiment.eval.batch_size * TOKENS_PER_SEQUENCE[kind])
     copies, beside = 1, 0
@@ -78,11 +80,12 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
         weights = _estimate_packed(size, experiment.packed_as, width)
     states = width * (_count_embedding(size) + STATES_PER_TOKEN * tokens * size.hidden)
     more = _estimate_sums(experiment.quant, size) + estimate_training(size, experiment.train)
-    return _PROCESS_BYTES[kind] + weights + states + beside + more
+    more += estimate_allocation(size, experiment.quant, width)
+    return _PROCESSBYTES[kind] + weights + states + beside + more
 
 
 def _count_embedding(size: ModelSize) -> int:
-    return size.hidden * (size.vocabulary or _USUAL_VOCABULARY)
+    return size.hidden * (size.vocabulary or USUAL_VOCABULARY)
 
 
 def _estimate_packed(size: ModelSize, quant: QuantConfig, width: int) -> int:
@@ -105,23 +108,6 @@ def _estimate_packed(size: ModelSize, quant: QuantConfig, width: int) -> int:
     return packed + 2 * width * (size.largest or max(_count_embedding(size), 4 * size.hidden**2))
 
 
-def estimate_training(size: ModelSize, train: TrainConfig) -> int:
-    """Estimate the bytes that a training takes beside the model.
-
-        gradients and states of each parameter + activations of each token + logits, their softmax and their gradient
-
-    Everything has 32 bits. Quantization-aware training keeps the rounded weights as well. Adapters count as nothing,
-    and so do states of fewer bits, which save less than the activations take.
-    """
-    if not train.steps:
-        return 0
-    tokens = train.batch_size * (train.context or min(size.context, MAX_WINDOW))
-    layers = size.parameters / (_BLOCK_MATRICES * size.hidden**2)  # at most: embeddings count as blocks here
-    states = 0 if train.lora.rank else (_STATES + train.is_aware) * size.parameters
-    kept = tokens * (_KEPT_PER_LAYER * layers * size.hidden + _LOGITS * (size.vocabulary or _USUAL_VOCABULARY))
-    return round(_BYTES["float32"] * (states + kept))
-
-
 def _estimate_requests(evaluation: EvalConfig, size: ModelSize) -> int:
     """Estimate the bytes of the shipped tasks' requests, as lm-eval makes them and the scorer keeps them."""
     total, column = 0.0, _choose_column(size)
@@ -137,7 +123,7 @@ def _estimate_calibration(experiment: Experiment, size: ModelSize) -> int:
     if quant.is_baseline or not quant.traits.needs_text:
         return 0
     length = text.length or min(size.context, MAX_WINDOW)
-    return 2 * text.samples * length * size.hidden * _BYTES[experiment.model.dtype]
+    return 2 * text.samples * length * size.hidden * BYTES[experiment.model.dtype]
 
 
 def _estimate_sums(quant: QuantConfig, size: ModelSize) -> int:
@@ -164,12 +150,14 @@ class CostClass(NamedTuple):
         evaluation: the evaluation.
         method: the quantization method. The baseline counts as "rtn", rounding to nearest without the rounding.
         train: the training. Seeds and learning rates do not count.
+        allocation: what measures the losses of an allocation. Budgets do not count.
     """
 
     model: ModelConfig
     evaluation: EvalConfig
     method: str
     train: TrainConfig = _UNTRAINED
+    allocation: AllocationClass | None = None
 
     @staticmethod
     def of(experiment: Experiment) -> CostClass:
@@ -178,7 +166,8 @@ class CostClass(NamedTuple):
         train = _UNTRAINED
         if experiment.train.steps:
             train = dataclasses.replace(experiment.train, seed=0, lr=_UNTRAINED.lr)
-        return CostClass(experiment.model, experiment.eval, "rtn" if quant.is_baseline else quant.method, train)
+        method = "rtn" if quant.is_baseline else quant.method
+        return CostClass(experiment.model, experiment.eval, method, train, AllocationClass.of(quant))
 
 
 class Estimator:
@@ -220,7 +209,7 @@ class Estimator:
         try:
             table = read_results(store_path).drop_duplicates("key")
             mine = table[table["model"].isin({name_model(experiment.model) for experiment in experiments})]
-            alike = (table if mine.empty else mine).groupby(_ALIKE, dropna=False)
+            alike = (table if mine.empty else mine).groupby([*_ALIKE], dropna=False)
             results = list(load_results(store_path, set(alike.tail(_STORED)["key"])))
         except (ValueError, OSError):  # there is no store yet, or a damaged file, which readers of the store will name
             return
@@ -236,8 +225,10 @@ class Estimator:
         return counted or (None if size is None else self._tokens(alike.evaluation, size))
 
     def cost(self, alike: CostClass) -> float:
-        """Return (tokens + 3 x trained tokens) x parameters. An unknown factor counts as 1."""
-        tokens = (self.count_tokens(alike) or 1) + _BACKWARD * self.count_trained(alike)
+        """Return (tokens + 3 x trained tokens + allocation's tokens) x parameters. An unknown factor counts as 1."""
+        tokens = (self.count_tokens(alike) or 1) + BACKWARD * self.count_trained(alike)
+        size = self._size(alike.model.name, alike.model.size)
+        tokens += alike.allocation.count_tokens(size) if alike.allocation and size else 0
         return tokens * self.count_parameters(alike.model)
 
     def count_trained(self, alike: CostClass) -> int:
@@ -259,7 +250,7 @@ class Estimator:
         """Return the bytes that a worker needs for the largest experiment, or None if a model's size is unknown."""
         largest = 0
         for experiment in {
-            (e.model, e.eval, e.quant.method, e.quant.calibration, e.packed_as, e.train): e for e in experiments
+            (CostClass.of(e), e.quant.calibration, e.packed_as, e.train): e for e in experiments
         }.values():
             if (size := self._size(experiment.model.name, experiment.model.size)) is None:
                 return None

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from kbit.data.windows import Windows, make_windows
+from kbit.methods.options import TOKENS_AT_ONCE
 from kbit.methods.weight import Weight
 from kbit.models.config import MAX_WINDOW
 from kbit.models.transformers_private import experts_one_by_one
@@ -35,7 +36,6 @@ from kbit.models.transformers_private import experts_one_by_one
 if TYPE_CHECKING:
     from kbit.methods.config import QuantConfig
 
-TOKENS_AT_ONCE: Final = 2048  # of a forward pass: one of the published code's sequences
 _MATMULS: Final = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CHOICE: Final = 8  # windows of the text's beginning for each sample that is drawn from them
 

@@ -14,13 +14,13 @@ from kbit.layers.int8_schemes import Scheme
 from kbit.layers.run_time.transient import ActivationConfig as ActivationConfig
 from kbit.layers.run_time.transient import CacheConfig as CacheConfig
 from kbit.layers.run_time.transient import describe_role
-from kbit.methods.allocation.config import AllocationConfig
+from kbit.methods.allocation.config import AllocationConfig, describe_choice
 from kbit.methods.options import METHODS as METHODS
 from kbit.methods.options import RUN_TIME, check_run_time
 from kbit.methods.options import CalibrationConfig as CalibrationConfig
 from kbit.methods.options import GptqConfig as GptqConfig
 from kbit.methods.options import Method as Method
-from kbit.methods.selection.rules import PATTERN, check_rules, finds_any, list_changes, read_rules, write_rules
+from kbit.methods.selection.rules import PATTERN, Rule, check_rules, finds_any, list_changes, read_rules, write_rules
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, find_preset, write_table
 
 # The values that keys leave out: the first defaults. They stay as they are when a default changes, so that the results
@@ -49,7 +49,7 @@ class QuantConfig(QuantSpec):
             int8 (absmax, zeropoint, rowwise, vectorwise, zeropoint_vectorwise, rowwise_decomposition, llm_int8,
             zeropoint_llm_int8). An int8 method needs bits=8 and decides the quantizer: data type, block size and
             scale format mean nothing to it.
-        calibration: the text that awq and gptq see.
+        calibration: the text that awq and gptq see, and allocations by kl and fisher.
         gptq: options that only gptq has.
         outlier_fraction: share p of each matrix' input dimensions that stay at 16 bits, 0 <= p < 1, where 0 is none. It
             costs p (16 - bits) bits per parameter, and is rounded to the nearest count, at least one dimension.
@@ -64,7 +64,8 @@ class QuantConfig(QuantSpec):
         rules: other fields of the quantizer for some tensors, such as {match: lm_head, bits: 6}. The first rule whose
             regular expression finds a tensor's name applies to it. It changes fields of QuantSpec, or the method to one
             without data. bits=16 leaves the tensor as it is. A rule also quantizes embeddings and the head.
-        allocation: a budget of bits to distribute over the tensors that no rule is for. quant.bits then means nothing.
+        allocation: a budget of bits to distribute over the tensors that no rule is for. quant.bits then means nothing,
+            but to a rule without bits.
         activations: quantizer of the inputs of the quantized products, or if quant.bits is 16 of those that would be.
         kv_cache: quantizer of the keys and values that attention keeps of each token.
         rotation: hadamard quantizes weights, and activations if they are quantized, after a rotation of each product's
@@ -159,7 +160,7 @@ class QuantConfig(QuantSpec):
     def follow(self, number: int | None) -> QuantConfig:
         """Return the quantizer of the tensors that this rule is for, None of those without a rule."""
         changes = {} if number is None else list_changes(self.rules[number])
-        return dataclasses.replace(self, rules=(), **changes) if self.rules else self
+        return dataclasses.replace(self, rules=(), allocation=AllocationConfig(), **changes) if self.rules else self
 
     def find_rule(self, names: Sequence[str]) -> int | None:
         """Return the number of the first rule for the tensor with these names, or None."""
@@ -263,16 +264,20 @@ class QuantConfig(QuantSpec):
             names["rules"] = [self._describe_rule(number) for number in range(len(self.rules))]
         if self.allocates:
             names["allocation"] = self.allocation.identify(self)
-            del fields["bits"]  # which the choices say
+            for name in ("bits", "exponent_bits", "float_bias"):  # which the choices say, each for its bits
+                fields.pop(name, None)
         others = names | self._outlier_fields() | self._rotation_fields | self.run_time_fields
         return fields | {"method": self.method} | self.method_options | others
 
     def _describe_rule(self, number: int) -> dict[str, Any]:
         """Return a rule with what it changes, canonical."""
+        rule = self.rules[number]
+        if self.allocates:  # no other tensor has the usual quantizer, so that a rule is told whole
+            return {PATTERN: rule[PATTERN], **describe_choice(self, Rule(list_changes(rule)))}
         changed, usual = self.follow(number), self.follow(None)
         changes = non_defaults(changed.spec.canonical(), usual.spec.canonical())
         changes |= {} if changed.is_baseline or changed.method == usual.method else {"method": changed.method}
-        return {PATTERN: self.rules[number][PATTERN], **dict(sorted(changes.items()))}
+        return {PATTERN: rule[PATTERN], **dict(sorted(changes.items()))}
 
     @property
     def idle_fields(self) -> set[str]:

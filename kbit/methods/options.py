@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kbit.methods.config import QuantConfig
 
 UNSEEN: Final = ("error", "rtn")
+TOKENS_AT_ONCE: Final = 2048  # of a forward pass over a calibration text: one of GPTQ's published code's sequences
 
 
 @dataclass(frozen=True)

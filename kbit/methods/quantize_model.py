@@ -81,7 +81,7 @@ def quantize_model(
         tokenizer: the model's tokenizer, for methods with calibration data.
         keep_codes: whether the report holds the codes of each weight, which take memory beside the model's own. They
             are in the layout that is quantized (kbit.models.parameters.split_matrices), and those of fused experts are
-            kbit.methods.weight.ExpertCodes.
+            kbit.methods.weight.ExpertCodes. With quant.rotation they stand for the rotated weights.
 
     Raises:
         ValueError: the model is quantized already, in another way or without the codes that are asked for. A budget of
@@ -129,9 +129,13 @@ def _plan(model: nn.Module, config: QuantConfig) -> QuantizationReport:
     report = plan_quantization(model, config)
     if not config.is_unchanged and (warning := describe_vain_exclude(report, config.exclude)):
         log.warning(warning)
+    _check_coverage(report, config)
+    return report
+
+
+def _check_coverage(report: QuantizationReport, config: QuantConfig) -> None:
     if not config.is_baseline and report.coverage < config.min_coverage:
         raise ValueError(describe_low_coverage(report, config.min_coverage))
-    return report
 
 
 def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Allocation:
@@ -145,9 +149,8 @@ def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTok
     Raises:
         ValueError: there is no budget, or see quantize_model. The model is unchanged.
     """
-    if not quant.allocates:
-        raise ValueError("quant.allocation has no budget: give bits, total_bits or memory")
     refuse_quantized(model)
+    _check_coverage(plan_quantization(model, quant.without_allocation()), quant)
     check_finite(model)
     with in_evaluation_mode(model):
         return allocate(model, quant, tokenizer, plan_quantization, find_weights, run_methods)

@@ -62,8 +62,9 @@ def read_results(path: str | Path = "results", *, words: bool = False, wide: boo
         outlier_fraction, outlier_selection, outlier_zscore, activation_threshold: dimensions that stay at 16 bits.
         include, exclude: regular expressions of tensor names.
         rules: the rules for some tensors in a line, such as "lm_head: bits=6", or None.
-        allocation: the budget that was distributed over the tensors, such as "3.25 bits by kl of 2,3,4", or None. bits
-            is then the whole number next to bits_per_param.
+        allocation: the budget that was distributed over the tensors, such as "3.25 bits by kl of 2, 3, 4", or None.
+            bits is then the whole number next to bits_per_param, at most 8, and settings that the choices differ in are
+            missing, block_size among them.
         objective: what the budget was distributed by: kl, fisher or error, or None.
         evaluation: dtype, items or windows, and the beginning of a hash of their content. Two values compare only
             where their evaluations are equal.

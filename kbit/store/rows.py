@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from kbit.checks import non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig
 from kbit.experiments.serialize import write_json
+from kbit.methods.allocation.config import choose
 from kbit.methods.config import OPTION_GROUPS, QuantConfig
 from kbit.methods.selection.rules import write_rules
 from kbit.models.catalog import STUDIED, name_run
@@ -56,6 +57,11 @@ _RESULT_COLUMNS: Final = (
     *("bits_per_param", "total_bits", "weight_rmse"),
 )  # named as in a Result
 
+_MOST_BITS: Final = 8  # of a quantized parameter
+_CHOSEN: Final = (  # settings that the choices of an allocation may differ in
+    *("exponent_bits", "block_size", "layout", "normalization", "centering", "scale_format", "rounding"),
+)
+
 # The columns of a quantizer, and of its method, that can be missing.
 SETTING_COLUMNS: Final = tuple(
     name for name in EXPERIMENT_COLUMNS if name not in (*_RESULT_COLUMNS, "model", "dtype", "bits", "train_fields")
@@ -79,7 +85,7 @@ ROW_SCHEMA: Final = pa.schema(
 )
 
 # The version of what the columns mean. The rows of a file with another version are made again from its records.
-ROWS_VERSION: Final = {b"kbit.rows": b"6"}
+ROWS_VERSION: Final = {b"kbit.rows": b"7"}
 PART_SCHEMA: Final = ROW_SCHEMA.append(pa.field("record", pa.string())).with_metadata(ROWS_VERSION)
 
 
@@ -108,8 +114,8 @@ def make_row(result: Result) -> dict[str, Any]:
         row |= {name: getattr(quant, name) for name in ("method", "include", "exclude")}
         row |= {} if spec.data_type == "float" else {"float_bias": None}
         row |= {"rules": write_rules(quant.rules) or None}
-        row |= _describe_allocation(result) if quant.allocates else {}
         row |= {"table": None if spec.table is None else write_table(spec.table)}
+        row |= _describe_allocation(result) if quant.allocates else {}
         row |= {"method_options": _describe_options(quant)} | _describe_outliers(quant)
     content = _describe_contents(result)
     row["measurements"] = [
@@ -120,9 +126,16 @@ def make_row(result: Result) -> dict[str, Any]:
 
 
 def _describe_allocation(result: Result) -> dict[str, Any]:
-    """Return the budget that was distributed, and the whole number next to the bits that each parameter got of it."""
-    config = result.experiment.quant.allocation
-    return {"bits": round(result.bits_per_param), "allocation": config.label(), "objective": config.objective}
+    """Return the budget that was distributed, and what all choices have in common. Settings that differ are missing.
+
+    The bits are the whole number next to those that each parameter got, and at most 8, as 16 bits are a baseline's.
+    """
+    quant, config = result.experiment.quant, result.experiment.quant.allocation
+    specs = [spec for choice in config.choices if not (spec := choose(quant, choice).spec.canonical()).is_baseline]
+    values = {name: {getattr(spec, name) for spec in specs} for name in _CHOSEN}
+    shared = {name: found.pop() if len(found) == 1 else None for name, found in values.items()}
+    bits = min(round(result.bits_per_param), _MOST_BITS)
+    return shared | {"bits": bits, "allocation": config.label(), "objective": config.objective}
 
 
 def _describe_training(experiment: Experiment) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def widen(rows: pd.DataFrame, path: str | Path) -> pd.DataFrame:
 
 def write_words(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table of read_results in which the settings that a quantizer does not have are words."""
-    whole = table["block_size"].isna() & table["data_type"].notna()
+    whole = table["block_size"].isna() & table["data_type"].notna() & table["allocation"].isna()
     named = {name: table[name].astype(object).where(table[name].notna(), "none") for name in SETTING_COLUMNS}
     return table.assign(**named | {"block_size": named["block_size"].mask(whole, "whole")})
 

@@ -133,6 +133,8 @@ def test_cards_and_totals_agree() -> None:
         ("8xrtx3090", 8, 24),
         ("RTX3090x2", 2, 24),
         ("1.5GB", 1, 1.5),
+        ("800mb", 1, 0.8),
+        ("2x6 GiB", 2, 6 * 1.073741824),
     ],
 )
 def test_hardware_is_read(text: str, cards: int, gigabytes: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,15 +19,16 @@ from kbit.engine.estimate import (
     Estimator,
     estimate_memory,
     estimate_tokens,
-    estimate_training,
     format_count,
     format_seconds,
 )
+from kbit.engine.estimate_passes import estimate_training
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.scorer import Scorer
 from kbit.evaluation.zero_shot import prepare_task
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
+from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.config import CalibrationConfig, QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.models.size import ModelSize, find_size
@@ -97,6 +99,49 @@ def test_requests_and_calibration_states_take_memory_on_a_cpu() -> None:
     assert calibrated - usual == 2 * 128 * 2048 * 2048 * 4 + sums + 52 * 8192**2
     on_gpu = [estimate_memory(HUB, make_experiment(method=method), "cuda") for method in ("rtn", "awq")]
     assert on_gpu[1] - on_gpu[0] == sums
+
+
+def allocate(objective: str, samples: int = 128, **fields: Any) -> Experiment:
+    quant = QuantConfig(
+        calibration=CalibrationConfig(samples=samples),
+        allocation=AllocationConfig(objective=objective, **{"bits": 3} | fields),
+    )
+    return dataclasses.replace(make_experiment(), quant=quant)
+
+
+def test_losses_of_an_allocation_take_memory() -> None:
+    """By hand: float32 logits of 2,048 tokens, and of fisher information, gradients and what backward passes keep."""
+    plain = estimate_memory(HUB, make_experiment(), "cuda")
+    added = {name: estimate_memory(HUB, allocate(name), "cuda") - plain for name in ("error", "kl", "fisher")}
+    logits = 3 * 4 * 2048 * 50_000
+    layers = 10**9 / (12 * 2048**2)
+    assert added["error"] == 0
+    assert added["kl"] == logits
+    assert added["fisher"] == pytest.approx(2 * 4 * 10**9 + 4 * 2048 * 17 * layers * 2048 + logits, abs=1)
+    few, none = (estimate_memory(NANO, each, "cpu") for each in (allocate("kl", samples=4), make_experiment()))
+    assert few - none == 3 * 4 * 4 * 256 * 1024  # four windows of 256 tokens, not eight
+    both = [allocate(name) for name in ("error", "kl", "fisher")]
+    each = [Estimator().predict_memory([experiment]) for experiment in both]
+    assert Estimator().predict_memory(both) == Estimator().predict_memory(both[::-1]) == max(filter(None, each))
+
+
+def test_an_allocation_takes_a_pass_for_each_tensor_and_choice() -> None:
+    size = find_size("nano-neox-98k") or NANO
+    layers = size.parameters / (12 * size.hidden**2)
+    text = 128 * size.context
+    estimator = Estimator()
+
+    def count(experiment: Experiment) -> float:
+        more = estimator.cost_of(experiment) - estimator.cost_of(make_experiment())
+        return more / size.parameters
+
+    assert count(allocate("error")) == 0
+    assert count(allocate("fisher")) == 3 * text
+    assert count(allocate("kl")) == pytest.approx((1 + 7 * layers * 6) * text, abs=1)
+    assert count(allocate("kl", unit="layer", choices=(2, 4, 16))) == pytest.approx((1 + layers * 2) * text, abs=1)
+    assert CostClass.of(allocate("kl")) == CostClass.of(allocate("kl", bits=4))  # which keeps its losses
+    classes = [allocate("error"), allocate("fisher"), allocate("kl"), allocate("kl", samples=9), make_experiment()]
+    assert len(set(map(CostClass.of, classes))) == 5
 
 
 def test_a_packed_model_takes_its_packed_weights_and_two_tensors() -> None:

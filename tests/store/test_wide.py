@@ -11,6 +11,7 @@ import pytest
 from toy_results import fill, make_result
 
 from kbit.experiments.identity import find_key
+from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.store.readers import read_results
@@ -64,3 +65,19 @@ def test_rows_are_in_the_order_of_model_bits_type_and_block(tmp_path: Path) -> N
     rows = [(3, "int", 64), (3, "nf", 64), *((4, "nf", size) for size in (64, 128, 1024, 4096, "whole"))]
     expected = [(name, *row) for name in ("toy-10", "toy-9") for row in [*rows, (16, "none", "none")]]
     assert list(zip(*(table[name] for name in ("model", "bits", "data_type", "block_size")), strict=True)) == expected
+
+
+def test_settings_that_choices_differ_in_are_no_setting(tmp_path: Path) -> None:
+    """Of a budget, "whole" would be the tensor as a block. Not even 16 bits for all make it the baseline."""
+    store, result = Store(tmp_path), make_result(0)
+    mixed = (2, {"bits": 4, "block_size": 32}, {"bits": 8, "block_size": None, "scale_format": "dq8"})
+    for choices, bits in (((2, 16), 16.0), (mixed, 3.2), ((2, "int3"), 2.4)):
+        quant = QuantConfig(allocation=AllocationConfig(bits=3, choices=choices, objective="error"))
+        experiment = dataclasses.replace(result.experiment, quant=quant)
+        key = find_key(experiment)
+        store.write(dataclasses.replace(result, key=key, experiment=experiment, bits_per_param=bits))
+    table = read_results(tmp_path, wide=True).sort_values("bits")
+    assert table["bits"].tolist() == [2, 3, 8]
+    assert table["block_size"].tolist() == [64, "none", 64]
+    assert table["scale_format"].tolist() == ["fp16", "none", "fp16"]
+    assert table["layout"].tolist() == ["flat"] * 3

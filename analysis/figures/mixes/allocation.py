@@ -2,53 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from kbit.analysis.curves.curves import Measure, find_cross_entropy, pick_rows
-from kbit.analysis.curves.settings import complete_settings, is_missing, make_labels, name_block
+from kbit.analysis.curves.settings import complete_settings, is_missing, make_labels, name_variant
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_series
 from kbit.analysis.figures.drawing import LIMIT, MissingResults, PaperFigure, describe_lack, describe_sample
-from kbit.analysis.statistics.frontier import Draws, draw_values, find_pareto_frontier, mean_interval
-from kbit.analysis.statistics.grades import describe_lead
+from kbit.analysis.figures.mixes.gains import ALLOCATED, RULES, UNIFORM, describe_gains, measure_gains
+from kbit.analysis.statistics.frontier import find_pareto_frontier
 from kbit.numerics.spec import BASELINE_BITS
 
 CLAIM: Final = "Do mixes of precisions beat one precision for all matrices at equal total bits?"
-UNIFORM: Final = "one precision"
-RULES: Final = "rules"
-COLUMNS: Final = ["family", "model", "kind", "label", "bits", "total_bits", "value", "low", "high", "key"]
-SLACK: Final = 1.005  # a uniform model may be larger by so much: a budget is not spent to the last bit
-
-
-class Gain(NamedTuple):
-    """What mixes of one kind gain in one family, as a mean over them, against the best uniform model of their bits.
-
-    Attributes:
-        family, kind: whose mixes they are.
-        mixes: how many they are.
-        mean, low, high: nats gained, and the 95% interval.
-    """
-
-    family: str
-    kind: str
-    mixes: int
-    mean: float
-    low: float
-    high: float
+COLUMNS: Final = ["family", "model", "kind", "budget", "label", "bits", "total_bits", "value", "low", "high", "key"]
 
 
 def draw_allocation(results: pd.DataFrame, page: Page) -> PaperFigure:
     """Draw cross entropy against total bits, a panel for each family: all experiments, and the frontier of each kind.
 
     Raises:
-        MissingResults: no model has both a mix and a uniform precision of as many bits or less.
+        MissingResults: no model has both a mix and an experiment with one precision.
     """
     measure = find_cross_entropy(results)
     points = pd.DataFrame() if measure is None else tabulate_kinds(results, measure)
@@ -70,8 +49,10 @@ def draw_allocation(results: pd.DataFrame, page: Page) -> PaperFigure:
     gains = measure_gains(points, measure, results)
     verdict = describe_gains(gains, measure)
     note = "Markers: experiments. Lines: the frontier of each kind, which no other experiment of the kind beats. "
-    note += "A gain is against the best experiment with one precision for all matrices of the same model that takes at "
-    note += f"most {SLACK - 1:.1%} more bits, a mean over the mixes."
+    note += "Left out: experiments with exclude, and those with one precision that include other tensors. A gain is a "
+    note += "mean over mixes, against one precision for all matrices of the same model at the mix' total bits. That is "
+    note += "the frontier of these experiments, and between two of them a straight line in log bits, which flatters a "
+    note += "mix where losses fall ever more slowly. A mix that is smaller, or larger, than all of them has no gain."
     notes = (note, f"{describe_sample(results, points['key'], measure)} {LIMIT}")
     return PaperFigure("allocation", sheet.fig, points, CLAIM, verdict, notes)
 
@@ -86,16 +67,19 @@ def _draw_kind(axes: Axes, rows: pd.DataFrame, style: LineStyle) -> None:
 def tabulate_kinds(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     """Return COLUMNS, a row for each quantized experiment of a model that has mixes and uniform precisions.
 
-    The kind is "one precision", "rules", or the objective of an allocated budget ("allocated by kl").
+    The kind is "one precision", "rules", or the objective of an allocated budget ("allocated by kl"). The budget is as
+    it was asked for ("3.25 bits"), and of rules the precision that they change ("3 bits"). Parts of a model are left
+    out: whatever has an exclude, and uniform precisions with an include, which mixes may have.
     """
     rows = complete_settings(pick_rows(results, measure.metric, measure.task))
-    is_part = rows["include"].notna() | rows["exclude"].notna()
-    rows = rows[(rows["bits"] < BASELINE_BITS) & ~is_part]
+    rows = rows[(rows["bits"] < BASELINE_BITS) & rows["exclude"].isna()]
     if rows.empty or "objective" not in rows:
         return pd.DataFrame()
     kinds = [name_kind(objective, rules) for objective, rules in zip(rows["objective"], rows["rules"], strict=True)]
-    blocks = rows["block_size"].map(name_block)
-    rows = rows.assign(kind=kinds, label=make_labels(rows) + " " + blocks)
+    labels = [name_variant(*row) for row in zip(make_labels(rows), rows["block_size"], rows["allocation"], strict=True)]
+    budgets = [name_budget(*row) for row in zip(rows["allocation"], rows["bits"], strict=True)]
+    rows = rows.assign(kind=kinds, label=labels, budget=budgets)
+    rows = rows[(rows["kind"] != UNIFORM) | rows["include"].isna()]
     mixed = set(rows.loc[rows["kind"] != UNIFORM, "model"]) & set(rows.loc[rows["kind"] == UNIFORM, "model"])
     rows = rows[rows["model"].isin(mixed)]
     return rows.sort_values(["family", "total_bits", "kind", "key"], ignore_index=True)[COLUMNS]
@@ -104,53 +88,10 @@ def tabulate_kinds(results: pd.DataFrame, measure: Measure) -> pd.DataFrame:
 def name_kind(objective: object, rules: object) -> str:
     """Return the kind of a quantized model, see tabulate_kinds."""
     if not is_missing(objective):
-        return f"allocated by {objective}"
+        return f"{ALLOCATED}{objective}"
     return UNIFORM if is_missing(rules) else RULES
 
 
-def measure_gains(points: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> list[Gain]:
-    """Return what the mixes of each family and kind gain. Mixes that no uniform precision is as small as are left out.
-
-    The uniform rival is the best by value, so that its luck counts against the mixes.
-    """
-    gains = []
-    for family, own in points.groupby("family", sort=False):
-        own = own.reset_index(drop=True)
-        draws, rivals = draw_values(own, measure, results), find_rivals(own)
-        for kind, places in rivals.groupby(own["kind"], sort=False):
-            if kind != UNIFORM and len(places):
-                gains.append(_average(str(family), str(kind), places, own, draws))
-    return gains
-
-
-def find_rivals(points: pd.DataFrame) -> pd.Series[int]:
-    """Return the place of each mix's rival among the points: the best uniform one of its model and no more bits."""
-    uniform = points[points["kind"] == UNIFORM]
-    found: dict[Any, Any] = {}
-    for place, mix in points[points["kind"] != UNIFORM].iterrows():
-        small = (uniform["model"] == mix["model"]) & (uniform["total_bits"] <= SLACK * mix["total_bits"])
-        if small.any():
-            found[place] = uniform.loc[small, "value"].idxmin()
-    return pd.Series(found, dtype="int64")
-
-
-def _average(family: str, kind: str, rivals: pd.Series[int], points: pd.DataFrame, draws: Draws) -> Gain:
-    weights = np.zeros(len(points))
-    np.add.at(weights, rivals.to_numpy(), 1 / len(rivals))
-    np.add.at(weights, rivals.index.to_numpy(), -1 / len(rivals))
-    low, high = mean_interval(draws, weights)
-    return Gain(family, kind, len(rivals), float(weights @ points["value"].to_numpy(dtype=np.float64)), low, high)
-
-
-def describe_gains(gains: list[Gain], measure: Measure) -> str:
-    """Say which kinds beat one precision beyond the interval, and each gain."""
-    if not gains:
-        return "No mix has as many bits as a model with one precision for all matrices."
-    won = sum(gain.low > 0 for gain in gains)
-    lost = sum(gain.high < 0 for gain in gains)
-    head = f"Mixes beat one precision in {won} of {len(gains)} comparisons beyond the interval, and lose in {lost}."
-    parts = [
-        f"{gain.family}, {gain.kind} ({gain.mixes}): {describe_lead(gain.mean, gain.low, gain.high, measure)}"
-        for gain in gains
-    ]
-    return f"{head} {'; '.join(parts)}."
+def name_budget(allocation: object, bits: object) -> str:
+    """Return the budget of a quantized model, see tabulate_kinds."""
+    return f"{bits} bits" if is_missing(allocation) else str(allocation).partition(" by ")[0]

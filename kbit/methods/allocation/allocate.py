@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from kbit.data.windows import Windows
-from kbit.methods.allocation.config import Choice, describe_choice, find_changes, name_choice
+from kbit.methods.allocation.config import Choice, choose, describe_choice, drop_method, find_changes, name_choice
 from kbit.methods.allocation.kept import hash_content, keep_losses, read_losses
 from kbit.methods.allocation.losses import Candidate, Losses, measure_divergences, measure_errors, weigh_errors
 from kbit.methods.allocation.programme import choose_least_loss
-from kbit.methods.calibration import TOKENS_AT_ONCE, draw_windows
+from kbit.methods.calibration import draw_windows
 from kbit.methods.config import QuantConfig
-from kbit.methods.selection.rules import PATTERN
+from kbit.methods.options import TOKENS_AT_ONCE
+from kbit.methods.selection.rules import PATTERN, Rule
 from kbit.methods.weight import Codes, Job, Weight
 from kbit.models.parameters import hash_weights
 
 if TYPE_CHECKING:
     from kbit.methods.report import QuantizationReport, TensorReport
 
+log = logging.getLogger(__name__)
 Plan = Callable[[nn.Module, QuantConfig], "QuantizationReport"]
 FindWeights = Callable[[nn.Module, "QuantizationReport", QuantConfig], list[Weight]]
 RunMethods = Callable[[Job], Iterator[tuple[Weight, Codes]]]
+_ALWAYS_TRUE: Final = ("signed", "zero")  # of a model's weights
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,11 @@ class Allocation:
     """The quantizer of each tensor that a budget leads to.
 
     Attributes:
-        quant: the configuration with rules in place of its allocation.
+        quant: the configuration with rules in place of its allocation. Its min_coverage is 0, as allocate_bits
+            checks it before, and what a choice leaves at 16 bits is no lack.
         losses: what each unit loses with each choice, by the objective.
-        notes: the record: budget, what is left of it, the sum of losses, and the rules.
+        notes: the record: budget, what is left of it, the sum of losses, the choices whose losses were kept from
+            before, and the rules.
     """
 
     quant: QuantConfig
@@ -115,17 +121,18 @@ def allocate(
     budget, apart = _find_budget(problem)
     _check_budget(problem, bits, budget, apart)
     windows = draw_windows(model, quant, tokenizer) if quant.allocation.needs_text else None
-    losses = _find_losses(problem, plans, windows, find_weights, run_methods)
+    losses, kept = _find_losses(problem, plans, windows, find_weights, run_methods)
     chosen = choose_least_loss(losses, bits, budget)
     groups: dict[Choice, list[str]] = {choice: [] for choice in plans}
     for names, choice in zip(problem.names, chosen, strict=True):
         groups[quant.allocation.choices[choice]] += names
     taken, loss = (float(np.take_along_axis(table, chosen[:, None], 1).sum()) for table in (bits, losses))
-    final = problem.apply(groups)
+    final = dataclasses.replace(problem.apply(groups), min_coverage=0.0)
     notes: dict[str, Any] = {
         "objective": quant.allocation.objective,
         "budget_bits": budget + apart,
         "left_bits": budget - int(taken),
+        "kept": [name_choice(choice) for choice in kept],
     }
     notes |= {"loss": loss, "rules": [dict(rule) for rule in final.rules]} | _describe_text(windows)
     return Allocation(final, losses, notes)
@@ -159,10 +166,16 @@ def _group_units(plan: QuantizationReport, unit: str) -> list[list[TensorReport]
 
 
 def _write_rule(quant: QuantConfig, choice: Choice, names: Sequence[str]) -> dict[str, Any]:
-    """Return the rule that gives some parameters a choice: its bits, and what else is not as in the configuration."""
-    changes = {"bits": quant.bits} | find_changes(quant, choice)
-    others = {name: value for name, value in changes.items() if name != "bits" and value != getattr(quant, name)}
-    return {PATTERN: f"^({'|'.join(map(re.escape, names))})$", "bits": changes["bits"], **others}
+    """Return the rule that gives some parameters a choice: its whole quantizer, so that it serves beside any other."""
+    chosen = choose(quant, choice)
+    spec = chosen.spec.canonical()
+    fields: dict[str, Any] = {PATTERN: f"^({'|'.join(map(re.escape, names))})$", "bits": spec.bits}
+    if spec.is_baseline:
+        return fields
+    for name, value in dataclasses.asdict(spec).items():
+        if name not in _ALWAYS_TRUE and (value is not None or name == "block_size"):
+            fields[name] = value
+    return fields | ({"method": chosen.method} if chosen.method != quant.method else {})
 
 
 def _count_bits(plan: QuantizationReport, names: Sequence[str]) -> int:
@@ -170,14 +183,20 @@ def _count_bits(plan: QuantizationReport, names: Sequence[str]) -> int:
 
 
 def _find_budget(problem: _Problem) -> tuple[int, int]:
-    """Return the bits for the units, and those of what else counts towards the budget."""
+    """Return the bits for the units, and those of what else counts towards the budget.
+
+    Raises:
+        ValueError: there is no budget.
+    """
     config, plan = problem.quant.allocation, problem.plan
+    if config.budget_bits is None:
+        raise ValueError("quant.allocation has no budget: give bits, total_bits or memory")
     own = {_name(tensor) for unit in problem.units for tensor in unit}
     counted = [tensor for tensor in plan.tensors if tensor.quantized or config.bits is None]
     apart = sum(tensor.bits for tensor in counted if _name(tensor) not in own)
     if config.bits is not None:
         return math.floor(config.bits * plan.quantized_parameters) - apart, apart
-    return math.floor(config.budget_bits or 0) - apart, apart
+    return math.floor(config.budget_bits) - apart, apart
 
 
 def _check_budget(problem: _Problem, bits: Any, budget: int, apart: int) -> None:
@@ -204,21 +223,26 @@ def _find_losses(
     windows: Windows | None,
     find_weights: FindWeights,
     run_methods: RunMethods,
-) -> Losses:
-    """Return what each unit loses with each choice: as it was kept, or measured and kept.
+) -> tuple[Losses, list[Choice]]:
+    """Return what each unit loses with each choice, kept from before or measured, and the choices that were kept.
 
-    A method with calibration data is measured by round to nearest, since it sees all weights at once.
+    A method with calibration data is measured by round to nearest, since it sees all weights at once. Nothing is lost
+    with 16 bits.
 
     Raises:
         ValueError: a loss is not finite.
     """
     content = _describe_content(problem, windows)
     rounded = _round_to_nearest(problem.quant)
-    columns: dict[Choice, list[float]] = {}
-    names = {choice: hash_content(content | {"choice": describe_choice(rounded, choice)}) for choice in plans}
-    for choice, name in names.items():
-        if (kept := read_losses(name, len(problem.units))) is not None:
-            columns[choice] = kept
+    columns = {choice: [0.0] * len(problem.units) for choice in plans if choose(rounded, choice).is_baseline}
+    names: dict[Choice, str] = {}
+    kept: list[Choice] = []
+    for choice in plans:
+        changes = Rule(drop_method(find_changes(problem.quant, choice), problem.quant.method))
+        names[choice] = hash_content(content | {"choice": describe_choice(rounded, changes)})
+        if choice not in columns and (before := read_losses(names[choice], len(problem.units))) is not None:
+            columns[choice] = before
+            kept.append(choice)
     missing = [choice for choice in plans if choice not in columns]
     if missing:
         candidates = [_make_candidate(problem, plans[choice], choice, find_weights, run_methods) for choice in missing]
@@ -232,11 +256,27 @@ def _find_losses(
         for choice, values in zip(missing, measured.T.tolist(), strict=True):
             columns[choice] = values
             keep_losses(names[choice], values)
-    return np.array([columns[choice] for choice in plans]).T
+    losses = np.array([columns[choice] for choice in plans]).T
+    _warn_of_unreached(problem, losses)
+    return losses, kept
+
+
+def _warn_of_unreached(problem: _Problem, losses: Losses) -> None:
+    """Tell which units lose nothing with any choice, as an expert does that the text never reaches."""
+    free = [names[0] for names, row in zip(problem.names, losses, strict=True) if not row.any()]
+    if free:
+        log.warning(
+            f"quant.allocation: {len(free)} of {len(problem.units)} units, such as {free[0]}, lose nothing with any "
+            "choice and get the smallest: they are 0, or the text does not reach them (quant.calibration.samples)"
+        )
 
 
 def _round_to_nearest(quant: QuantConfig) -> QuantConfig:
-    return dataclasses.replace(quant, method="rtn") if quant.traits.needs_text else quant
+    """Return the configuration by which losses are measured. Its rules name no method that sees a text either."""
+    if not quant.traits.needs_text:
+        return quant.without_allocation()
+    rules = tuple(drop_method(rule, quant.method) for rule in quant.rules)
+    return dataclasses.replace(quant.without_allocation(), method="rtn", rules=rules)
 
 
 def _describe_content(problem: _Problem, windows: Windows | None) -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from kbit.checks import check_choice, suggest
+from kbit.checks import check_choice, read_bytes, suggest
 from kbit.data.presets import list_presets, read_preset
 from kbit.methods.selection.rules import Rule
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 OBJECTIVES: Final = ("kl", "fisher", "error")
 UNITS: Final = ("tensor", "layer")
 _BUDGETS: Final = ("bits", "total_bits", "memory")
-_MEMORY: Final = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)B")
-_POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 _BYTE: Final = 8  # bits
 
 
@@ -35,11 +32,12 @@ class AllocationConfig:
         bits: budget in bits per quantized parameter, with scales. A tensor that a choice leaves at 16 bits counts.
         total_bits: budget in bits of the whole model, with what is not quantized.
         memory: budget in bytes of the whole model's weights, such as 6GB (10^9) or 6GiB (2^30).
-        choices: precisions, which change quant.bits alone, named quantizers of conf/quant, and mappings of fields such
-            as {bits: 3, block_size: 32}.
-        objective: what a choice loses. kl is the divergence from the 16-bit model in nats per token of
-            quant.calibration.text, with one unit quantized at a time. fisher is the squared error weighted by squared
-            gradients on that text, from one backward pass. error is the squared error of the weights alone.
+        choices: precisions, which change quant.bits alone, named quantizers of conf/quant, and mappings of bits and
+            other fields, such as {bits: 3, block_size: 32}.
+        objective: what a choice loses, with activations and cache at 16 bits. kl is the divergence from the 16-bit
+            model in nats per token of quant.calibration.text, with one unit quantized at a time. fisher is the squared
+            error weighted by squared gradients on that text, with one backward pass for each window, of tokens that are
+            drawn from the model's own predictions. error is the squared error of the weights alone.
         unit: what is chosen for at once: tensor, or layer, for which kl needs fewer passes.
     """
 
@@ -60,6 +58,10 @@ class AllocationConfig:
             raise ValueError(f"quant.allocation has one budget, and {' and '.join(given)} are given")
         if self.budget_bits is not None and not 0 < self.budget_bits < math.inf:
             raise ValueError(f"quant.allocation.{given[0]}={getattr(self, given[0])} is not a finite number > 0")
+        if self.bits is not None:  # 3 and 3.0 are one budget, with one key
+            object.__setattr__(self, "bits", float(self.bits))
+        if self.total_bits is not None:
+            object.__setattr__(self, "total_bits", math.floor(self.total_bits))
         if len(choices) < 2:
             raise ValueError(f"quant.allocation.choices={choices} leaves nothing to choose: give two or more")
 
@@ -68,11 +70,9 @@ class AllocationConfig:
         """The budget in bits: per quantized parameter if `bits` gives it, else of the whole model."""
         if self.memory is None:
             return self.bits if self.bits is not None else self.total_bits
-        found = _MEMORY.fullmatch(self.memory.strip())
-        if found is None:
+        if (size := read_bytes(self.memory)) is None:
             raise ValueError(f"quant.allocation.memory={self.memory!r} is no number of KB, MB, GB, TB or KiB, MiB, ...")
-        base = 1024 if found[2].endswith("i") else 1000
-        return math.floor(float(found[1]) * float(base ** _POWERS[found[2][0]]) * _BYTE)
+        return math.floor(size * _BYTE)
 
     @property
     def needs_text(self) -> bool:
@@ -111,7 +111,7 @@ class AllocationConfig:
             budget = self.memory
         else:
             budget = f"{self.budget_bits:g} bits" if self.bits is not None else f"{self.total_bits:,} bits in all"
-        units = f" {self.unit}s" if self.unit != "tensor" else ""
+        units = f" by {self.unit}" if self.unit != "tensor" else ""
         return f"{budget} by {self.objective} of {', '.join(map(name_choice, self.choices))}{units}"
 
 
@@ -160,6 +160,11 @@ def find_changes(quant: QuantConfig, choice: Choice) -> dict[str, Any]:
     return changes | {name: value for name, value in read_preset(choice).items() if name == "method"}
 
 
+def drop_method(fields: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Return the fields without `method` if it is this one, which a configuration has anyway."""
+    return {name: value for name, value in fields.items() if (name, value) != ("method", method)}
+
+
 def choose(quant: QuantConfig, choice: Choice) -> QuantConfig:
     """Return the quantizer of the tensors that get this choice."""
     return dataclasses.replace(quant, allocation=AllocationConfig(), rules=(), **find_changes(quant, choice))
@@ -171,6 +176,8 @@ def _check_choice(quant: QuantConfig, choice: Choice) -> None:
     for name in choice if isinstance(choice, Rule) else ():
         if name not in allowed:
             raise ValueError(f"{name!r} is no field of a tensor's quantizer; {suggest(str(name), allowed)}")
+    if isinstance(choice, Rule) and "bits" not in choice:
+        raise ValueError("it has no bits, and quant.bits means nothing to the tensors of an allocation: give bits")
     chosen = choose(quant, choice)
     if chosen.method != quant.method and (chosen.traits.needs_text or chosen.scheme is not None):
         raise ValueError(f"method={chosen.method} is for a whole model; allowed are rtn, mse, hqq and {quant.method}")

@@ -14,9 +14,12 @@ import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 log = logging.getLogger(__name__)
+# The revision of the numbers. Raise it when a change of a codebook, a method or an objective changes a loss: losses of
+# other revisions are not read. A version of kbit stays the same over many commits.
+REVISION: Final = 1
 
 
 def find_folder() -> Path:
@@ -27,8 +30,8 @@ def find_folder() -> Path:
 
 
 def hash_content(content: Mapping[str, Any]) -> str:
-    """Return the name of what was measured with this content, by this version of kbit."""
-    text = json.dumps(dict(content) | {"kbit": version("kbit")}, sort_keys=True)
+    """Return the name of what was measured with this content, by this version of kbit and REVISION."""
+    text = json.dumps(dict(content) | {"kbit": version("kbit"), "revision": REVISION}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

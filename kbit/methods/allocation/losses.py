@@ -64,7 +64,8 @@ def measure_errors(candidates: Sequence[Candidate]) -> Losses:
 
 
 def _sum_errors(candidate: Candidate, unit: int) -> float:
-    return sum(sum_squares(values.float() - weight.values.float()) for weight, values in candidate.round_unit(unit))
+    errors = (values.float() - weight.values.float() for weight, values in candidate.round_unit(unit))
+    return sum(map(sum_squares, errors), start=0.0)
 
 
 @torch.no_grad()
@@ -82,6 +83,7 @@ def measure_divergences(model: Any, candidates: Sequence[Candidate], windows: Wi
         logits = _predict(model, tokens)
         chances = logits.softmax(-1)
         own = _sum_surprises(chances, logits)
+        del logits  # which are as large as the next ones
         for unit in _list_units(candidates):
             for choice, candidate in enumerate(candidates):
                 if candidate.units[unit]:
@@ -120,6 +122,8 @@ def weigh_errors(model: Any, candidates: Sequence[Candidate], windows: Windows, 
 def measure_information(model: Any, names: Sequence[str], windows: Windows, seed: int) -> dict[str, Tensor]:
     """Return the diagonal of Fisher's information of these parameters, per token, in float32.
 
+    It is 0 of a parameter that no window reaches, such as an expert that is never chosen.
+
     Args:
         model: a causal language model.
         names: its parameters.
@@ -133,9 +137,13 @@ def measure_information(model: Any, names: Sequence[str], windows: Windows, seed
         for tokens in windows.tokens:
             log_p = _predict(model, tokens[None]).log_softmax(-1)
             drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            gradients = torch.autograd.grad(-log_p.gather(1, drawn).sum(), parameters)
+            surprise = -log_p.gather(1, drawn).sum()
+            if not surprise.requires_grad:  # the window reaches none of the parameters
+                continue
+            gradients = torch.autograd.grad(surprise, parameters, allow_unused=True)
             for total, gradient in zip(sums, gradients, strict=True):
-                total.addcmul_(gradient.float(), gradient.float())
+                if gradient is not None:
+                    total.addcmul_(gradient.float(), gradient.float())
     return {name: total / windows.tokens.numel() for name, total in zip(names, sums, strict=True)}
 
 

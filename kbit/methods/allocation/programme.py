@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from kbit.checks import KbitError
+
 # HiGHS stops at an absolute gap of 1e-6, which no option of scipy's changes. Losses are scaled to add up to this.
 _SCALE: Final = 1e6
 
@@ -29,7 +31,7 @@ def choose_least_loss(
         budget: the most bits in all, at least those of the smallest choices.
 
     Raises:
-        RuntimeError: HiGHS does not prove an optimum, or its solution is beyond the budget.
+        KbitError: HiGHS does not prove an optimum, or its solution is beyond the budget.
     """
     units, choices = losses.shape
     divisor = int(np.gcd.reduce(bits.ravel()))  # small whole numbers are exact in HiGHS' tolerances
@@ -50,10 +52,13 @@ def choose_least_loss(
         options={"mip_rel_gap": 0.0},
     )
     if found.status != 0:
-        raise RuntimeError(f"the integer programme of {units} units was not solved: {found.message}")
+        raise KbitError(
+            f"quant.allocation: the integer programme of {units} units and {choices} choices was not solved: "
+            f"{found.message} Fewer quant.allocation.choices, or unit=layer, make it smaller"
+        )
     chosen = np.asarray(found.x.reshape(losses.shape).argmax(1), dtype=np.int64)
     if (taken := int(bits[np.arange(units), chosen].sum())) > budget:
-        raise RuntimeError(f"the integer programme takes {taken} bits of {budget}")
+        raise KbitError(f"quant.allocation: the solution of the integer programme takes {taken} bits of {budget}")
     return chosen
 
 

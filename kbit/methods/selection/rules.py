@@ -40,20 +40,17 @@ def write_rule(rule: Mapping[str, Any]) -> str:
     return " ".join([f"{rule[PATTERN]}:", *(f"{name}={value}" for name, value in list_changes(rule).items())])
 
 
-def read_rules(
-    values: Sequence[Mapping[str, Any]], fields: Collection[str], key: str = "quant.rules"
-) -> tuple[Rule, ...]:
+def read_rules(values: Sequence[Mapping[str, Any]], fields: Collection[str]) -> tuple[Rule, ...]:
     """Return rules from plain mappings, as YAML, JSON and Python give them.
 
     Args:
         values: the mappings. Each has `match`, a regular expression of tensor names, and fields to change.
         fields: the names of the fields that a rule may change.
-        key: the key that has them, for messages.
 
     Raises:
         ValueError: an entry is no mapping, has no pattern or an impossible one, or names an unknown field.
     """
-    return tuple(_read_rule(f"{key}[{number}]", value, fields) for number, value in enumerate(values))
+    return tuple(_read_rule(f"quant.rules[{number}]", value, fields) for number, value in enumerate(values))
 
 
 def _read_rule(where: str, value: Mapping[str, Any], fields: Collection[str]) -> Rule:

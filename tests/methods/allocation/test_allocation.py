@@ -17,6 +17,7 @@ from kbit.experiments.identity import find_key
 from kbit.experiments.serialize import from_json, to_json
 from kbit.lmeval import read_options
 from kbit.methods.allocation import allocate as allocate_module
+from kbit.methods.allocation import kept
 from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.allocation.losses import measure_errors
 from kbit.methods.config import CalibrationConfig, QuantConfig
@@ -85,14 +86,14 @@ def test_the_map_is_that_of_rules_and_of_tensors_one_by_one(build_tiny: Callable
 
 @pytest.mark.parametrize(
     "fields",
-    [{"total_bits": 1_600_000}, {"memory": "200 KB"}, {"memory": "195.3125KiB"}],
+    [{"total_bits": 1_600_000}, {"memory": "200 kb"}, {"memory": "195.3125KiB"}],
     ids=["total bits", "memory", "binary memory"],
 )
 def test_a_budget_of_the_whole_model_counts_what_is_not_quantized(
     fields: dict[str, Any], build_tiny: Callable[..., Any]
 ) -> None:
     rules = ({"match": "lm_head", "bits": 6},)
-    quant = ask(**fields, choices=(2, 4, 8, 16), quant={"rules": rules, "min_coverage": 0.0})
+    quant = ask(**fields, choices=(2, 4, 8, 16), quant={"rules": rules})
     model = build_tiny("llama")
     report = quantize_model(model, quant)
     assert report.notes["allocation"]["budget_bits"] == 1_600_000
@@ -100,6 +101,39 @@ def test_a_budget_of_the_whole_model_counts_what_is_not_quantized(
     (head,) = [t for t in report.tensors if t.name == "lm_head.weight"]
     assert head.bits == QuantSpec(bits=6).count_bits(head.shape)  # its own rule goes first
     assert report.notes["allocation"]["rules"][0] == rules[0]
+
+
+def test_the_coverage_is_checked_before_anything_is_measured(
+    build_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_tiny("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(allocate_module, "measure_errors", None)
+        with pytest.raises(ValueError, match=r"would be quantized, quant\.min_coverage=0\.9; skipped 7 tensors"):
+            quantize_model(model, ask(3, quant={"exclude": r"layers\.0"}))
+    # what a choice leaves at 16 bits is no lack
+    found = allocate_bits(model, ask(12, choices=(4, 16)))
+    report = quantize_model(model, found.quant)
+    assert 0 < report.coverage < 0.9
+    assert list_sizes(quantize_model(build_tiny("llama"), ask(12, choices=(4, 16)))) == list_sizes(report)
+
+
+@pytest.mark.parametrize("base", [{}, {"data_type": "int", "block_size": 16, "scale_format": "fp32"}])
+def test_the_rules_of_a_record_serve_beside_any_quantizer(base: dict[str, Any], build_tiny: Callable[..., Any]) -> None:
+    asked = {"data_type": "float", "block_size": 32, "layout": "row", "normalization": "minmax"}
+    report = quantize_model(build_tiny("llama"), ask(4, choices=(2, 3, 5), quant=asked))
+    rules = json.loads(json.dumps(report.notes["allocation"]["rules"]))
+    by_rules = quantize_model(build_tiny("llama"), QuantConfig(**base, rules=rules))
+    assert list_sizes(by_rules) == list_sizes(report)
+    assert by_rules.weight_rmse == report.weight_rmse
+
+
+def test_a_rule_may_leave_a_tensor_at_16_bits(build_tiny: Callable[..., Any]) -> None:
+    rules = ({"match": r"layers\.0\.mlp\.down_proj", "bits": 16},)
+    report = quantize_model(build_tiny("llama"), ask(3, quant={"rules": rules, "min_coverage": 0.5}))
+    (left,) = [t for t in report.tensors if t.name == "model.layers.0.mlp.down_proj.weight"]
+    assert not left.quantized
+    assert report.bits_per_param <= 3
 
 
 def test_a_larger_budget_never_loses_more(build_tiny: Callable[..., Any]) -> None:
@@ -118,6 +152,15 @@ def test_fused_experts_are_one_tensor(build_tiny: Callable[..., Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ruled.parameters(), strict=True))
 
 
+def test_the_losses_of_a_rotated_model_are_those_of_its_own_weights(build_tiny: Callable[..., Any]) -> None:
+    model = build_tiny("llama")
+    before = copy_parameters(model)
+    quant = ask(3.4, choices=(2, 3, 4), quant={"rotation": "hadamard"})
+    loss = quantize_model(model, quant).notes["allocation"]["loss"]
+    changed = sum(float((p.detach() - before[name]).square().sum()) for name, p in model.named_parameters())
+    assert loss == pytest.approx(changed, rel=1e-4)
+
+
 def test_a_method_with_data_gets_the_map_that_rounding_measured() -> None:
     calibration = CalibrationConfig(samples=2, length=32)
     loaded, apart = load_model("nano-neox-98k"), load_model("nano-neox-98k")
@@ -127,6 +170,17 @@ def test_a_method_with_data_gets_the_map_that_rounding_measured() -> None:
     assert allocate_bits(apart.model, rounded, apart.tokenizer).rules == rules
     quantize_model(apart.model, QuantConfig(method="gptq", calibration=calibration, rules=rules), apart.tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), apart.model.parameters(), strict=True))
+
+
+def test_a_rule_and_a_choice_may_name_the_method_that_all_have(build_tiny: Callable[..., Any]) -> None:
+    choices = (2, {"bits": 4, "method": "gptq"})
+    quant = {"method": "gptq", "rules": ({"match": "lm_head", "method": "gptq", "bits": 6},)}
+    found = allocate_bits(build_tiny("llama"), ask(3, choices=choices, quant=quant))
+    plain = ask(3, choices=(2, 4), quant={"rules": ({"match": "lm_head", "bits": 6},)})
+    again = allocate_bits(build_tiny("llama"), plain)
+    assert (again.losses == found.losses).all()
+    assert again.rules[1:] == found.rules[1:]
+    assert again.notes["kept"] == ["2", "4"]
 
 
 def test_one_measurement_serves_every_budget_and_no_other_weights(
@@ -148,6 +202,9 @@ def test_one_measurement_serves_every_budget_and_no_other_weights(
     assert measured == [6, 1]
     allocate_bits(build_tiny("llama", seed=1), ask(3.25))
     assert measured == [6, 1, 6]
+    assert (first.notes["kept"], again.notes["kept"]) == ([], ["2", "3", "4", "5", "6", "8"])
+    monkeypatch.setattr(kept, "REVISION", kept.REVISION + 1)  # as after a mended codebook
+    assert allocate_bits(model, ask(3.25)).notes["kept"] == []
 
 
 def test_a_damaged_measurement_is_made_again(build_tiny: Callable[..., Any], tmp_path: Any) -> None:
@@ -189,7 +246,8 @@ def test_a_budget_out_of_reach_is_refused_with_the_numbers(
         (lambda: ask(3, choices=(3, "nf4_qd")), r"choices='nf4_qd': did you mean nf4_dq\?"),
         (lambda: ask(3, choices=(3, {"bit": 4})), r"\(bit=4\): 'bit' is no field of a tensor's quantizer; did you"),
         (lambda: ask(3, choices=(3, {"exclude": "mlp"})), "'exclude' is no field of a tensor's quantizer"),
-        (lambda: ask(3, choices=(3, {"method": "gptq"})), "method=gptq is for a whole model; allowed are rtn, mse,"),
+        (lambda: ask(3, choices=(3, {"bits": 2, "method": "gptq"})), "method=gptq is for a whole model; allowed"),
+        (lambda: ask(3, choices=(3, {"block_size": 32})), r"choices: \(block_size=32\): it has no bits, and quant"),
         (lambda: ask(3, quant={"bits": 16}), "quantizes nothing, so that quant.allocation has nothing to distribute"),
         (lambda: ask(3, quant={"bits": 8, "method": "llm_int8"}), "method=llm_int8 decides the quantizer"),
         (lambda: ask(3, quant={"outlier_zscore": 4.0}), "outlier_zscore takes bits that only the weights' values tell"),
@@ -223,6 +281,15 @@ def test_the_key_has_what_decides_the_map_and_no_more() -> None:
     base = key(ask(3))
     assert key(QuantConfig(allocation=AllocationConfig(choices=(2, 4), objective="error"))) == key(QuantConfig())
     assert key(ask(3, quant={"bits": 7})) == base  # which no tensor has
+    assert key(ask(3.0)) == base
+    assert key(ask(total_bits=8e5)) == key(ask(total_bits=800000))  # type: ignore[arg-type]
+    for fields in ({"data_type": "float"}, {"data_type": "float", "float_bias": "bnb"}):
+        assert len({key(ask(3, quant={"bits": bits, **fields})) for bits in (2, 3, 4, 5)}) == 1
+    assert key(ask(3, quant={"data_type": "float", "exponent_bits": 1})) != key(ask(3, quant={"data_type": "float"}))
+    head = ({"match": "lm_head", "block_size": 32},)  # whose bits are quant.bits
+    assert key(ask(3, quant={"bits": 5, "rules": head})) != key(ask(3, quant={"bits": 7, "rules": head}))
+    whole = ({"match": "lm_head", "block_size": 32, "bits": 5},)
+    assert len({key(ask(3, quant={"bits": bits, "rules": whole})) for bits in (4, 5)}) == 1
     assert key(ask(3, choices=("8", 6, 5, 4, 3, "2"))) == base
     assert key(ask(memory="1KB")) == key(ask(total_bits=8000))
     assert key(ask(3, choices=("nf3", {"bits": 4}))) == key(ask(3, choices=(3, 4)))
@@ -239,6 +306,8 @@ def test_a_record_and_a_label_have_the_budget() -> None:
     assert experiment.label() == (
         "nano-neox-98k nf block 64 allocation=(3.25 bits by kl of 2, 3, nf4_dq, (bits=3 block_size=32))"
     )
+    layers = AllocationConfig(memory="6 gb", choices=(2, 3), objective="fisher", unit="layer")
+    assert layers.label() == "6 gb by fisher of 2, 3 by layer"
     assert read_options({"allocation.bits": 3.25, "allocation.choices": [2, 3]}) == ask(3.25, "kl", choices=(2, 3))
 
 
@@ -252,5 +321,7 @@ def test_a_run_keeps_the_map(kbit: Callable[..., Any], tmp_path: Any) -> None:
     row = read_results(tmp_path / "results").iloc[0]
     assert row["allocation"] == "3.4 bits by fisher of 2, 3, nf4_dq"
     assert row["bits"] == 3
+    assert row["block_size"] == 64  # of all choices, which differ in their scales
+    assert row["scale_format"] is None
     assert 3.2 < row["bits_per_param"] <= 3.4
     assert row["method_options"] == "calibration.samples=1 calibration.length=32"

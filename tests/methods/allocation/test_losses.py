@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kbit.data.windows import Windows
+from kbit.methods.allocation import allocate as allocate_module
 from kbit.methods.allocation.config import AllocationConfig
 from kbit.methods.allocation.losses import measure_information
 from kbit.methods.calibration import draw_windows
@@ -34,7 +36,7 @@ def loaded() -> LoadedModel:
 
 
 def ask(objective: str, **fields: Any) -> QuantConfig:
-    allocation = AllocationConfig(bits=4.25, choices=(2, 4, 8), objective=objective, **fields)
+    allocation = AllocationConfig(bits=4.25, objective=objective, **{"choices": (2, 4, 8)} | fields)
     return QuantConfig(calibration=CALIBRATION, allocation=allocation)
 
 
@@ -77,8 +79,12 @@ def test_kl_is_the_divergence_with_one_tensor_quantized(loaded: LoadedModel) -> 
 def test_the_units_of_kl_may_be_layers(loaded: LoadedModel) -> None:
     found = allocate_bits(loaded.model, ask("kl", unit="layer"), loaded.tokenizer)
     assert found.losses.shape == (2, 3)
-    for rule in found.rules:
-        assert rule["match"].count("layers") % 4 == 0  # all four matrices of a layer
+    names = [name for name, p in loaded.model.named_parameters() if "layers" in name and p.ndim == 2]
+    for layer in ("layers.0.", "layers.1."):
+        matrices = [name for name in names if layer in name]
+        found_by = [[n for n, rule in enumerate(found.rules) if re.search(rule["match"], name)] for name in matrices]
+        assert len(matrices) == 4
+        assert all(len(numbers) == 1 and numbers == found_by[0] for numbers in found_by)
 
 
 def test_fisher_is_half_the_error_in_the_metric_of_the_information(loaded: LoadedModel) -> None:
@@ -92,6 +98,31 @@ def test_fisher_is_half_the_error_in_the_metric_of_the_information(loaded: Loade
         for loss, bits in zip(row, (2, 4, 8), strict=True):
             error = fake_quantize(values, QuantSpec(bits=bits)) - values
             assert loss == pytest.approx(float((information[name] * error.square()).sum() / 2), rel=1e-5)
+
+
+def test_16_bits_lose_nothing_and_measure_nothing(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    for objective in ("error", "fisher", "kl"):
+        asked = {choices: ask(objective, choices=choices) for choices in ((2, 8), (2, 8, 16))}
+        first = allocate_bits(loaded.model, asked[2, 8], loaded.tokenizer)
+        with monkeypatch.context() as patch:
+            for function in ("measure_errors", "weigh_errors", "measure_divergences"):
+                patch.setattr(allocate_module, function, None)  # nothing is left to measure
+            second = allocate_bits(loaded.model, asked[2, 8, 16], loaded.tokenizer)
+        assert first.notes["kept"] == []
+        assert second.notes["kept"] == ["2", "8"]
+        assert (second.losses[:, :2] == first.losses).all()
+        assert (second.losses[:, 2] == 0).all()
+
+
+def test_a_parameter_that_no_window_reaches_has_no_information(build_tiny: Callable[..., Any]) -> None:
+    model = build_tiny("gpt2", vocab_size=11, n_layer=1, n_embd=8, n_head=2, n_positions=16)
+    model.spare = torch.nn.Linear(3, 2)
+    names = ["transformer.h.0.mlp.c_fc.weight", "spare.weight"]
+    windows = Windows("text", "", torch.tensor([[3, 1, 4]]), 1.0)
+    found = measure_information(model, names, windows, seed=0)
+    assert float(found[names[0]].sum()) > 0
+    assert torch.equal(found["spare.weight"], torch.zeros(2, 3))
+    assert torch.equal(measure_information(model, names[1:], windows, seed=0)["spare.weight"], torch.zeros(2, 3))
 
 
 def test_the_information_is_that_of_the_models_own_predictions(build_tiny: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""The mixes of conf/quant give each matrix what llama.cpp gives it."""
+"""The mixes of conf/quant give each matrix of LLaMA-2 7B what llama.cpp gives it, and other models something else."""
 
 from __future__ import annotations
 
@@ -29,23 +29,36 @@ FORMATS = {2: 84 * 8 / 256, 3: 110 * 8 / 256, 4: 144 * 8 / 256, 5: 176 * 8 / 256
 NORM_BITS = 32
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    """LLaMA-2 7B without values."""
+def make_llama(hidden: int, inner: int, layers: int, shared: int = 1) -> Any:
+    """A LLaMA-2 without values, of which so many heads share keys and values."""
     config = transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-    )
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 128 // shared, vocab_size=32000,
+    )  # fmt: skip
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """LLaMA-2 7B."""
+    return make_llama(4096, 11008, 32)
+
+
+def count_published(model: Any, quant: QuantConfig) -> float:
+    """Return the bits per weight in llama.cpp's formats, with the bits that this mix gives each matrix."""
+    report = plan_quantization(model, quant)
+    bits = [FORMATS[quant.follow(t.rule).bits] if t.quantized else NORM_BITS for t in report.tensors]
+    total = sum(each * math.prod(tensor.shape) for each, tensor in zip(bits, report.tensors, strict=True))
+    return total / report.parameters
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_mix_has_the_published_bits_in_the_published_formats(name: str, llama: Any) -> None:
     quant = QuantConfig.from_name(f"mix_{name}")
     report = plan_quantization(llama, quant)
-    bits = [FORMATS[quant.follow(t.rule).bits] if t.quantized else NORM_BITS for t in report.tensors]
-    total = sum(each * math.prod(tensor.shape) for each, tensor in zip(bits, report.tensors, strict=True))
-    assert total / report.parameters == pytest.approx(PUBLISHED[name], abs=0.0075)  # two decimals, and rounded sizes
+    # two decimals, and rounded sizes
+    assert count_published(llama, quant) == pytest.approx(PUBLISHED[name], abs=0.0075)
     assert report.total_bits / report.parameters == pytest.approx(OWN[name], abs=0.005)
 
 
@@ -60,6 +73,32 @@ def test_every_mix_finds_its_matrices_in_every_architecture(model: str) -> None:
         assert report.coverage == 1
         head = [t for t in report.tensors if "lm_head" in t.name or "embed_out" in t.name]
         assert [quant.follow(tensor.rule).bits for tensor in head] == [6]
+
+
+@pytest.mark.parametrize(
+    ("shape", "here", "there"),
+    [((4096, 11008, 32), 4.844, 4.844), ((5120, 13824, 40), 4.773, 4.834), ((8192, 28672, 80, 8), 4.625, 4.804)],
+    ids=["7B", "13B", "70B"],
+)
+def test_q4_k_m_is_that_of_7b_in_larger_models_too(shape: tuple[int, ...], here: float, there: float) -> None:
+    """llama.cpp chooses the first and last eighth of the layers and every third between, and has a rule for 70B."""
+    model, quant = make_llama(*shape), QuantConfig.from_name("mix_q4_k_m")
+    assert count_published(model, quant) == pytest.approx(here, abs=0.0005)
+    layers = model.config.num_hidden_layers
+
+    def choose(name: str) -> int:
+        if "lm_head" in name:
+            return 6
+        if "v_proj" not in name and "down_proj" not in name:
+            return 4
+        layer = int(name.split(".")[2])
+        if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
+            return 6
+        return 5 if layers == 80 and "v_proj" in name else 4
+
+    named = list(model.named_parameters())
+    total = sum(p.numel() * (NORM_BITS if p.ndim == 1 else FORMATS[choose(name)]) for name, p in named)
+    assert total / sum(p.numel() for _, p in named) == pytest.approx(there, abs=0.0005)
 
 
 def test_a_mix_is_no_single_quantizer() -> None:
