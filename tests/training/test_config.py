@@ -262,13 +262,19 @@ def test_each_role_takes_a_named_quantizer(config_store: None) -> None:
     assert [config.quant.spec for config in swept] == [config.train.weights for config in swept]
 
 
-@pytest.mark.parametrize(("role", "block"), [("momentum", 256), ("variance", 256), ("exchange", 256), ("weights", 64)])
-def test_a_quantizer_without_blocks_takes_those_of_the_role(role: str, block: int, config_store: None) -> None:
-    """The key of such an experiment holds the block size, so that another one would not find old results."""
-    (config,) = compose_all(f"quant@train.{role}=nf4", "train.steps=5", "quant.bits=16")
-    assert getattr(config.train, role).block_size == block
-    fields = config.train.identity_fields[role]
-    assert fields.get("block_size", 64) == block
+@pytest.mark.parametrize(
+    ("role", "fields"),
+    [
+        ("momentum", {"data_type": "nf", "block_size": 256, "scale_format": "fp32", "bits": 4}),
+        ("exchange", {"data_type": "nf", "block_size": 256, "scale_format": "fp32", "bits": 4}),
+        ("activations", {"data_type": "nf", "layout": "row", "scale_format": "fp32", "bits": 4}),
+        ("weights", {"data_type": "nf", "bits": 4}),  # the key leaves out blocks of 64
+    ],
+)
+def test_a_named_quantizer_without_blocks_keeps_its_key(role: str, fields: dict[str, Any], config_store: None) -> None:
+    """Blocks are the role's own. A preset that named a size would no longer find old results."""
+    (config,) = compose_all(f"quant@train.{role}=nf4", "train.steps=5", "train.replicas=2", "quant.bits=16")
+    assert config.train.identity_fields[role] == fields
 
 
 def test_inputs_and_caches_take_the_blocks_of_named_quantizers(config_store: None) -> None:

@@ -118,6 +118,9 @@ class CachedForward(Forward):
     def _run_blocks(self, given: Mapping[str, Any], cache: QuantizedCache) -> Any:
         """Run the trunk on the rest of a block that is not full yet, then on block after block."""
         _check_rows(given)
+        returns_dict = given.get("return_dict")
+        if not (self.trunk.config.return_dict if returns_dict is None else returns_dict):
+            raise ValueError(f"{_ROLE}: blocks of tokens have outputs that are joined by name: give return_dict=True")
         tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         past, size = cache.get_seq_length(), self.quantizer.block_tokens
         end = past + tokens.shape[1]
@@ -144,8 +147,6 @@ def _check_rows(given: Mapping[str, Any]) -> None:
             f"{_ROLE}: tokens of a block share scales, so that a row must be one text: give no position_ids, or "
             f"consecutive ones [rows, tokens], not of shape {list(positions.shape)} with other steps or axes"
         )
-    if given.get("return_dict") is False:
-        raise ValueError(f"{_ROLE}: with blocks of tokens the outputs are joined by name: return_dict=False has none")
 
 
 def _cut(given: Mapping[str, Any], first: int, last: int, past: int) -> dict[str, Any]:

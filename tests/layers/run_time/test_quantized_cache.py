@@ -147,7 +147,7 @@ def test_bits_are_those_of_all_layers_and_each_must_have_room_for_blocks() -> No
         ({"attention_mask": {"full_attention": None}}, "a row may hold no padding"),
         ({"position_ids": torch.arange(21).expand(3, 2, 21)}, r"not of shape \[3, 2, 21\]"),
         ({"position_ids": torch.tensor([[*range(10), *range(11)]] * 2)}, "a row must be one text"),
-        ({"return_dict": False}, "return_dict=False has none"),
+        ({"return_dict": False}, "give return_dict=True"),
     ],
     ids=["left", "right", "four axes", "dict", "three axes", "two texts", "tuple"],
 )
