@@ -15,11 +15,24 @@ BITS: Final = ("activation_bits", "cache_bits")
 
 def leave_out_rounded(results: pd.DataFrame) -> pd.DataFrame:
     """Return the results without models whose weights alone are at 16 bits, which would pass for 16-bit baselines."""
+    return _leave_out(results, (results["bits"] == BASELINE_BITS) & is_rounded(results))
+
+
+def leave_out_run_time(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the results without models that round anything while they run, whatever their weights are."""
+    return _leave_out(results, is_rounded(results))
+
+
+def is_rounded(results: pd.DataFrame) -> pd.Series[bool]:
+    """Return, for each row, whether its model rounds inputs of products, or keys and values, while it runs."""
     known = [name for name in RUN_TIME if name in results]
-    is_rounded = (results["bits"] == BASELINE_BITS) & results[known].notna().any(axis=1) if known else None
-    if is_rounded is None or not is_rounded.any():
+    return results[known].notna().any(axis=1).astype(bool)
+
+
+def _leave_out(results: pd.DataFrame, rows: pd.Series[bool]) -> pd.DataFrame:
+    if not rows.any():
         return results
-    kept = results[~is_rounded]
+    kept = results[~rows]
     kept.attrs = results.attrs
     return kept
 
@@ -35,7 +48,7 @@ def split_bits(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def name_weights(rows: pd.DataFrame) -> pd.Series[str]:
-    """Return the name of each row's quantizer of weights, without its bits, what runs, and the rotation."""
+    """Return the name of each row's quantizer of weights. It tells neither their bits nor a rotation."""
     others = ["activations", "kv_cache", *BITS, "rotation"]
     labels = make_labels(rows.assign(bits=rows["weight_bits"]).drop(columns=others))
     names = [

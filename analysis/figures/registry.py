@@ -118,12 +118,12 @@ TRAINED: Final[dict[str, Draw]] = {
     "fast_precision": draw_fast_precision,
     "exchange": draw_exchange,
 }
-RUN_TIME: Final[dict[str, Draw]] = {
+_RUN_TIME: Final[dict[str, Draw]] = {
     "activations_map": of_untrained(draw_activations_map),
     "cache_bits": of_untrained(draw_cache_bits),
 }
 _WHOLE: Final = {name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED
-FIGURES: Final = style_figures({name: of_whole(draw) for name, draw in _WHOLE.items()} | RUN_TIME)
+FIGURES: Final = style_figures({name: of_whole(draw) for name, draw in _WHOLE.items()} | _RUN_TIME)
 
 
 def list_figures(measure: Measure | None = None) -> dict[str, DrawStyled]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import pandas as pd
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
+from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.drawing import PaperFigure, count_things
 from kbit.analysis.figures.law_table import compare_laws
@@ -68,7 +69,7 @@ def build_page(
     """
     everything = split_families(results)
     results = leave_out_checkpoints(everything)
-    plain = leave_out_trained(results)
+    plain = leave_out_rounded(leave_out_trained(results))
     template = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         style=(FOLDER / "page.css").read_text(encoding="utf-8"),

@@ -19,6 +19,7 @@ from kbit.analysis.curves.curves import (
     split_families,
     split_variants,
 )
+from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.curves.settings import is_missing, name_variant
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.statistics.grades import describe_lead, describe_share
@@ -29,9 +30,12 @@ def finding(results: pd.DataFrame) -> str:
     """Return what the results say about the best precision at equal bits, a plain sentence per family."""
     if results.empty:
         return "No results yet."
-    results = split_families(leave_out_trained(results))
-    if results.empty:
+    untrained = leave_out_trained(results)
+    if untrained.empty:
         return "Every model was trained: `kbit figures qat qlora optimizer_ablation states training_curves` shows them."
+    results = split_families(leave_out_rounded(untrained))
+    if results.empty:
+        return "Only inputs or caches were rounded: `kbit figures activations_map cache_bits` shows what that adds."
     families = sorted(results["family"].unique())
     return " ".join(describe_family(results[results["family"] == family], str(family)) for family in families)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.curves import TIE, ZERO_SHOT, Measure, find_cross_entropy, find_measures, precision_curves
+from kbit.analysis.curves.run_time import is_rounded, leave_out_run_time
 from kbit.analysis.curves.settings import name_quantizer, name_variant
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.statistics.frontier import draw_values, find_pareto_frontier, share_wins
@@ -44,7 +45,8 @@ def recommend(
     """Return the measured models and quantizers with the memory they take, the best of those that fit first.
 
     Experiments compare if they were measured in one way: the way with the most of them is taken. Models that were
-    trained, checkpoints that were quantized before, and models whose own context is shorter are left out.
+    trained, checkpoints that were quantized before, models that round inputs or caches while they run, and models whose
+    own context is shorter are left out.
 
     Args:
         results: long form, one row per experiment and measurement (kbit.read_results).
@@ -91,7 +93,8 @@ def _list_candidates(results: pd.DataFrame, asked: str | None) -> tuple[Measure,
     Raises:
         KbitError: nothing was measured by it, or cross entropies of several families do not compare.
     """
-    results = leave_out_trained(leave_out_checkpoints(results))
+    untrained = leave_out_trained(leave_out_checkpoints(results))
+    results = leave_out_run_time(untrained)
     found = find_measures(results)
     if asked is not None:
         check_choice("--measure", asked, MEASURES)
@@ -123,6 +126,7 @@ def _list_candidates(results: pd.DataFrame, asked: str | None) -> tuple[Measure,
     items = rows.drop_duplicates("key").set_index("key")["n"]
     first = points["key"].str.split().str[0]
     about = {"evaluation": way, "otherwise": of_all - rows["key"].nunique()}
+    about["rounded"] = untrained.loc[is_rounded(untrained), "key"].nunique()
     return found[0], points.assign(variant=names, items=items.reindex(first).to_numpy()), about
 
 
@@ -209,6 +213,11 @@ def describe_recommendation(table: pd.DataFrame) -> list[str]:
     ]
     if about["otherwise"]:
         lines.append(f"Left out, as they were measured in another way: {about['otherwise']} experiments.")
+    if about["rounded"]:
+        lines.append(
+            f"Left out, as they simulate rounded inputs or caches, which take no less memory: {about['rounded']} "
+            "experiments."
+        )
     if about["left_out"]:
         lines.append(f"Left out: {_join(about['left_out'])}.")
     return lines

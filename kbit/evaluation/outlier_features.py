@@ -141,7 +141,11 @@ def observe(model: Any, windows: Windows, budget: TokenBudget, magnitude: float)
     def keep(place: tuple[int, str], x: Tensor) -> None:
         values = x.detach().float().flatten(0, -2)
         is_large = values.abs() >= magnitude
-        pending[place] = _Extremes(values.amax(0).cpu(), values.amin(0).cpu(), is_large.sum(0).cpu())
+        extremes = _Extremes(values.amax(0).cpu(), values.amin(0).cpu(), is_large.sum(0).cpu())
+        if place in pending:  # a text is read in pieces (quant.kv_cache.keys=channel)
+            pending[place].add(extremes)
+        else:
+            pending[place] = extremes
         if place[1] in STREAM:
             large.append((is_large.nonzero()[:, 1], values[is_large]))
 

@@ -75,6 +75,16 @@ class Experiment:
             raise ValueError(
                 "train.weights rounds every layer in one way: it goes neither with quant.rules nor with quant.outlier_*"
             )
+        if self.quant.rotation_words is not None:
+            raise ValueError(
+                f"train.weights rounds weights as they are, and quant.rotation={self.quant.rotation} would round in a "
+                "rotation, for which the model was not trained: quant.rotation=null"
+            )
+        if not self.quant.activations.is_baseline:
+            raise ValueError(
+                f"train=qat rounds weights alone, and quant.activations.bits={self.quant.activations.bits} would round "
+                "inputs, for which the model was not trained: quant.activations.bits=16"
+            )
 
     @property
     def packed_as(self) -> QuantConfig | None:

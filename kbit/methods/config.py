@@ -228,7 +228,7 @@ class QuantConfig(QuantSpec):
     @property
     def run_time_words(self) -> dict[str, str]:
         """What is rounded at run time, in words, such as {"activations": "int8"}."""
-        return {group: describe_role(getattr(self, group), OPTION_GROUPS[group]()) for group in self.run_time_fields}
+        return {group: describe_role(getattr(self, group), fields) for group, fields in self.run_time_fields.items()}
 
     @property
     def decomposes(self) -> bool:

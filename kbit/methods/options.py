@@ -92,6 +92,11 @@ def check_run_time(quant: QuantConfig) -> None:
             f"quant.method={quant.method} quantizes its inputs itself: quant.activations.bits={quant.activations.bits} "
             "goes with methods that leave them, such as rtn with quant=int8_rowwise"
         )
+    if quant.is_baseline and not quant.activations.is_baseline and (quant.outlier_fraction or quant.outlier_zscore):
+        raise ValueError(
+            f"quant.bits={quant.bits} keeps no dimensions of weights apart, so that quant.activations would round the "
+            "inputs of quant.outlier_*, too: set quant.outlier_fraction=0 and quant.outlier_zscore=null"
+        )
     if quant.rotation is None:
         return
     check_choice("quant.rotation", quant.rotation, ROTATIONS)

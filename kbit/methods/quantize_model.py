@@ -81,7 +81,7 @@ def quantize_model(
         tokenizer: the model's tokenizer, for methods with calibration data.
         keep_codes: whether the report holds the codes of each weight, which take memory beside the model's own. They
             are in the layout that is quantized (kbit.models.parameters.split_matrices), and those of fused experts are
-            kbit.methods.weight.ExpertCodes.
+            kbit.methods.weight.ExpertCodes. With quant.rotation they stand for the rotated weights.
 
     Raises:
         ValueError: the model is quantized already, in another way or without the codes that are asked for. A budget of
@@ -127,7 +127,7 @@ def _plan(model: nn.Module, config: QuantConfig) -> QuantizationReport:
         ValueError: its coverage is too low.
     """
     report = plan_quantization(model, config)
-    if not config.is_baseline and (warning := describe_vain_exclude(report, config.exclude)):
+    if not config.is_unchanged and (warning := describe_vain_exclude(report, config.exclude)):
         log.warning(warning)
     _check_coverage(report, config)
     return report

@@ -241,7 +241,7 @@ class TrainConfig:
         for name in ("activations", "gradients", "exchange"):
             if self.quantizes(name) and (name == "exchange" or not self.fast.adapt):
                 try:
-                    check_transient(name, getattr(self, name))
+                    check_transient(name, getattr(self, name), is_gradient=name != "activations")
                 except ValueError as error:
                     raise ValueError(f"train.{error}") from None
         if self.quantizes("exchange") and self.replicas == 1:
@@ -350,7 +350,8 @@ class TrainConfig:
         for name, value in fields.items():
             if name in ROLES:
                 spec = self.find_state(name) or getattr(self, name)
-                parts.append(f"{name}={describe_role(spec, getattr(TrainConfig(), name))}")
+                others = non_defaults(spec.canonical(), getattr(TrainConfig(), name))
+                parts.append(f"{name}={describe_role(spec, others)}")
             elif isinstance(value, dict):
                 parts += [f"{name}.{inner}={own}" for inner, own in value.items()]
             else:

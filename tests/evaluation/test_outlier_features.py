@@ -21,7 +21,8 @@ from kbit.evaluation.token_budget import TokenBudget
 from kbit.experiments.config import Experiment
 from kbit.experiments.identity import find_key
 from kbit.experiments.session import Session
-from kbit.methods.config import QuantConfig
+from kbit.methods.config import CacheConfig, QuantConfig
+from kbit.methods.quantize_model import quantize_model
 from kbit.models.config import ModelConfig
 from kbit.store.readers import read_features, read_results
 from kbit.store.store import Store
@@ -127,6 +128,27 @@ def test_streaming_changes_nothing_and_memory_does_not_grow(build_tiny: Build) -
         assert more.inputs[place].high.shape == extremes.high.shape
     assert more.histogram.shape == whole.histogram.shape
     assert len(more.inputs) == len(whole.inputs) == 8
+
+
+def test_a_text_that_is_read_in_pieces_is_seen_whole(build_tiny: Build) -> None:
+    """Channels of a cache share scales in blocks of 8 tokens, so that the trunk is called for 8 tokens at a time."""
+    model, windows = build_tiny("opt"), make_windows(count=2)
+    quantize_model(model, QuantConfig(bits=16, kv_cache=CacheConfig(bits=8, keys="channel", block_tokens=8)))
+    pieces: list[torch.Tensor] = []
+    hook = model.get_submodule("model.decoder.layers.1.fc1").register_forward_pre_hook(
+        lambda _, inputs: pieces.append(inputs[0].detach().flatten(0, -2))
+    )
+    with torch.no_grad():
+        model(windows.tokens[:, :-1])
+    hook.remove()
+    whole = torch.cat(pieces)
+    assert len(pieces) == 4
+    assert len(whole) == 64
+    seen = observe(model, windows, BUDGET, magnitude=1.0).inputs[1, "feed_forward"]
+    assert torch.equal(seen.high, whole.amax(0))
+    assert torch.equal(seen.low, whole.amin(0))
+    assert torch.equal(seen.large, (whole.abs() >= 1).sum(0))
+    assert not torch.equal(seen.high, pieces[-1].amax(0))
 
 
 def test_a_batch_that_runs_out_of_memory_is_not_counted_twice(

@@ -18,7 +18,7 @@ from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.serialize import from_json, write_json
-from kbit.methods.config import QuantConfig
+from kbit.methods.config import ActivationConfig, QuantConfig
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import FastConfig, LoraConfig, TrainConfig, find_idle_keys
 
@@ -206,6 +206,14 @@ def test_trained_for_one_quantizer_and_rounded_by_another_is_refused() -> None:
     assert Experiment(train=both).train is both
     with pytest.raises(ValueError, match=r"neither with quant.rules nor with quant.outlier_"):
         Experiment(train=aware, quant=QuantConfig(bits=3, data_type="int", outlier_fraction=0.1))
+    rotated = QuantConfig(bits=3, data_type="int", rotation="hadamard")
+    with pytest.raises(ValueError, match=r"quant\.rotation=hadamard would round in a rotation"):
+        Experiment(train=aware, quant=rotated)
+    for bits in (3, 16):
+        inputs = QuantConfig(bits=bits, data_type="int", activations=ActivationConfig(bits=8))
+        with pytest.raises(ValueError, match=r"quant\.activations\.bits=8 would round inputs"):
+            Experiment(train=aware, quant=inputs)
+    assert Experiment(train=TrainConfig(steps=5), quant=rotated).quant is rotated  # rounded after the training alone
     with pytest.raises(ValueError, match="packed=true"):
         Experiment(train=TrainConfig(steps=5), packed=True)
 
@@ -252,6 +260,32 @@ def test_each_role_takes_a_named_quantizer(config_store: None) -> None:
     swept = compose_all("-m", "train=qat", "quant@train.weights=nf4,int4,mxfp4")
     assert [config.quant.label() for config in swept] == ["nf4", "int4", "float4-e2m1"]
     assert [config.quant.spec for config in swept] == [config.train.weights for config in swept]
+
+
+@pytest.mark.parametrize(
+    ("role", "fields"),
+    [
+        ("momentum", {"data_type": "nf", "block_size": 256, "scale_format": "fp32", "bits": 4}),
+        ("exchange", {"data_type": "nf", "block_size": 256, "scale_format": "fp32", "bits": 4}),
+        ("activations", {"data_type": "nf", "layout": "row", "scale_format": "fp32", "bits": 4}),
+        ("weights", {"data_type": "nf", "bits": 4}),  # the key leaves out blocks of 64
+    ],
+)
+def test_a_named_quantizer_without_blocks_keeps_its_key(role: str, fields: dict[str, Any], config_store: None) -> None:
+    """Blocks are the role's own. A preset that named a size would no longer find old results."""
+    (config,) = compose_all(f"quant@train.{role}=nf4", "train.steps=5", "train.replicas=2", "quant.bits=16")
+    assert config.train.identity_fields[role] == fields
+
+
+def test_inputs_and_caches_take_the_blocks_of_named_quantizers(config_store: None) -> None:
+    """NormalFloat's are those of weights. What is given besides goes first, wherever it stands."""
+    swept = compose_all("-m", "quant@quant.activations=nf4,int4,mxfp4", "quant@quant.kv_cache=nf3")
+    assert [config.quant.activations.block_size for config in swept] == [64, 64, 32]
+    assert {config.quant.kv_cache.block_size for config in swept} == {64}
+    (own,) = compose_all("quant.activations.block_size=16", "quant@quant.activations=nf4")
+    assert (own.quant.activations.block_size, own.quant.activations.data_type) == (16, "nf")
+    (bare,) = compose_all("quant.activations.bits=4", "quant.activations.data_type=nf")
+    assert bare.quant.activations.block_size is None
 
 
 @pytest.mark.parametrize(

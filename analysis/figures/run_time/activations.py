@@ -22,7 +22,8 @@ from kbit.numerics.spec import BASELINE_BITS
 CLAIM: Final = "How many bits do the inputs of products need beside those of the weights?"
 COLUMNS: Final = ["panel", "model", "weights", "inputs", "weight_bits", "activation_bits", "lost", "low", "high", "key"]
 MOST_PANELS: Final = 6  # the models with the most cells
-_VARIANT: Final = ["weights", "inputs", "rotation"]
+_CHOSEN: Final = ["include", "exclude"]  # which products: the name of 16-bit weights does not tell
+_VARIANT: Final = ["weights", "inputs", "rotation", *_CHOSEN]
 
 
 def draw_activations_map(results: pd.DataFrame, page: Page) -> PaperFigure:
@@ -58,18 +59,21 @@ def draw_activations_map(results: pd.DataFrame, page: Page) -> PaperFigure:
 def pick_cells(lost: pd.DataFrame) -> pd.DataFrame:
     """Return COLUMNS of each model's most measured pair of quantizers of weights and inputs."""
     lost = lost[lost["kv_cache"].isna()]
-    lost = lost.assign(weights=name_weights(lost), inputs=lost["activations"], rotation=lost["rotation"].fillna(""))
+    words = {name: lost[name].fillna("") if name in lost else "" for name in ("rotation", *_CHOSEN)}
+    lost = lost.assign(weights=name_weights(lost), inputs=lost["activations"], **words)
     parts = []
     for model, group in lost.groupby("model", sort=False):
         is_wide, is_whole = group["weight_bits"] == BASELINE_BITS, group["inputs"].isna()
         both = group[~is_wide & ~is_whole]
         if both.empty:
             continue
-        weights, inputs, rotation = both[_VARIANT].value_counts().index[0]
+        # of equally frequent ones the first by name
+        weights, inputs, rotation, *products = both[_VARIANT].value_counts(sort=False).sort_index().idxmax()
         chosen = group[
             (is_wide | (group["weights"] == weights))
             & (is_whole | (group["inputs"] == inputs))
             & (group["rotation"] == rotation)
+            & (group[_CHOSEN] == products).all(axis=1)
         ]
         words = {"weights": weights, "inputs": f"{inputs} {rotation}".strip(), "panel": str(model)}
         parts.append(chosen.drop_duplicates(["weight_bits", "activation_bits"]).assign(**words))

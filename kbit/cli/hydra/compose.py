@@ -25,11 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kbit.cli.hydra.explain import STUDY_HINT, check_grid, explain
 from kbit.cli.hydra.private import list_combinations
+from kbit.data.presets import list_presets
 from kbit.experiments.check_types import check_types
 from kbit.experiments.config import RunConfig, StudyConfig
 from kbit.experiments.serialize import Values, from_json
+from kbit.methods.options import RUN_TIME
+from kbit.numerics.spec import QuantSpec, find_preset
 
 _RECORDED: Final = ("model", "quant", "eval", "train")  # the sections that a record of the store keeps
+_RUN_TIME_ROLES: Final = tuple(f"quant.{name}" for name in RUN_TIME)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Composer:
 
     def _compose_values(self, overrides: Sequence[str]) -> Values:
         """Return a configuration's values. They need not be valid together."""
+        overrides = [*self._spell_blocks(overrides), *overrides]
         files, plain = self._split(overrides)
         base = self._base(files)
         leaves = [self._leaf(files, override) for override in plain]
@@ -144,6 +149,17 @@ class Composer:
                 node = node[part]
             node[path[-1]] = value
         return values
+
+    def _spell_blocks(self, overrides: Sequence[str]) -> Iterator[str]:
+        """Yield the block size of each named quantizer that is given to a role at run time, and that says none.
+
+        It is meant for the blocks that weights have (nf4), and would have the role's own: one scale for each token.
+        """
+        for override in map(self._parse, overrides):
+            role, name = override.package or "", override.value()
+            is_named = override.key_or_group == "quant" and role in _RUN_TIME_ROLES and name in list_presets()
+            if is_named and "block_size" not in find_preset(name):
+                yield f"{role}.block_size={QuantSpec.block_size}"
 
     def _list_points(self, grid: Mapping[str, Any]) -> list[list[str]]:
         """Return the overrides of each point of a grid. Its values are lists, or text as on Hydra's command line."""

@@ -10,7 +10,7 @@ block, each of which sees the blocks before it rounded, as generation does that 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, Final
 
@@ -117,6 +117,10 @@ class CachedForward(Forward):
 
     def _run_blocks(self, given: Mapping[str, Any], cache: QuantizedCache) -> Any:
         """Run the trunk on the rest of a block that is not full yet, then on block after block."""
+        _check_rows(given)
+        returns_dict = given.get("return_dict")
+        if not (self.trunk.config.return_dict if returns_dict is None else returns_dict):
+            raise ValueError(f"{_ROLE}: blocks of tokens have outputs that are joined by name: give return_dict=True")
         tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         past, size = cache.get_seq_length(), self.quantizer.block_tokens
         end = past + tokens.shape[1]
@@ -130,6 +134,21 @@ class CachedForward(Forward):
         return outputs[-1]
 
 
+def _check_rows(given: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each row is one text from its beginning, whose tokens may share scales."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and bool(mask.bool().all())):
+        raise ValueError(
+            f"{_ROLE}: tokens of a block share scales, so that a row may hold no padding: give rows of one length, and "
+            "no attention_mask or one of ones [rows, tokens]"
+        )
+    if positions is not None and (positions.ndim != 2 or bool((positions.diff(dim=-1) != 1).any())):
+        raise ValueError(
+            f"{_ROLE}: tokens of a block share scales, so that a row must be one text: give no position_ids, or "
+            f"consecutive ones [rows, tokens], not of shape {list(positions.shape)} with other steps or axes"
+        )
+
+
 def _cut(given: Mapping[str, Any], first: int, last: int, past: int) -> dict[str, Any]:
     """Return the arguments of a trunk for tokens first .. last - 1, after so many that are in the cache already."""
     cut = dict(given)
@@ -138,13 +157,8 @@ def _cut(given: Mapping[str, Any], first: int, last: int, past: int) -> dict[str
             cut[name] = given[name][:, first:last]
     if given.get("cache_position") is not None:
         cut["cache_position"] = given["cache_position"][first:last]
-    mask = given.get("attention_mask")
-    if mask is not None:
-        if mask.ndim != 2:
-            raise ValueError(
-                f"{_ROLE}: blocks of tokens need rows of one text, which a mask of {mask.ndim} axes has not"
-            )
-        cut["attention_mask"] = mask[:, : past + last]
+    if given.get("attention_mask") is not None:
+        cut["attention_mask"] = given["attention_mask"][:, : past + last]
     return cut
 
 
@@ -157,19 +171,14 @@ def make_cached_forwards(model: Any, quantizer: CacheConfig) -> tuple[list[Cache
     trunk = model.base_model
     if find_cache_name(trunk.forward) not in inspect.signature(trunk.forward).parameters:
         raise ValueError(f"{_ROLE}: {type(model).__name__} keeps no cache of keys and values")
-    keys, values = _probe(model, trunk, quantizer)
-    for states, axis in ((keys, quantizer.keys), (values, quantizer.values)):
-        if axis == "token":
-            size = states.shape[-1]
-            check_blocks(_ROLE, quantizer, size, f"a token has {size} numbers in one head")
+    bits = count_cache_bits(_probe(model, trunk, quantizer), quantizer)
     modules = {id(module): module for module in (trunk, trunk.get_decoder())}  # OPT's model goes past its trunk
-    bits = (_count_bits(keys, quantizer, quantizer.keys) + _count_bits(values, quantizer, quantizer.values)) / 2
     return [CachedForward(module, quantizer) for module in modules.values()], {"cache_bits_per_value": bits}
 
 
 @torch.no_grad()
-def _probe(model: Any, trunk: Any, quantizer: CacheConfig) -> tuple[Tensor, Tensor]:
-    """Return the keys and values that the first layer with a cache stores of a few tokens.
+def _probe(model: Any, trunk: Any, quantizer: CacheConfig) -> list[tuple[Tensor, Tensor]]:
+    """Return the keys and values that each layer with a cache stores of a few tokens.
 
     Raises:
         ValueError: there is none, or a layer's cache is of another kind than blocks of tokens are for.
@@ -183,7 +192,7 @@ def _probe(model: Any, trunk: Any, quantizer: CacheConfig) -> tuple[Tensor, Tens
         raise ValueError(f"{_ROLE}: {type(model).__name__} puts no keys and values into transformers' cache")
     if quantizer.has_blocks_of_tokens and (others := {type(layer).__name__ for layer in kept if not _grows(layer)}):
         raise ValueError(f"{_ROLE}: keys or values per channel need full attention, and there is {', '.join(others)}")
-    return kept[0].keys, kept[0].values
+    return [(layer.keys, layer.values) for layer in kept]
 
 
 def _grows(layer: object) -> bool:
@@ -191,7 +200,24 @@ def _grows(layer: object) -> bool:
     return type(layer) is DynamicLayer
 
 
+def count_cache_bits(layers: Iterable[tuple[Tensor, Tensor]], quantizer: CacheConfig) -> float:
+    """Return the mean bits of a stored number, scales included, for the keys and values of each layer.
+
+    Raises:
+        ValueError: a block is longer than a head of some layer.
+    """
+    numbers, bits = 0, 0.0
+    for keys, values in layers:
+        for states, axis in ((keys, quantizer.keys), (values, quantizer.values)):
+            _, heads, _, size = states.shape
+            if axis == "token":
+                check_blocks(_ROLE, quantizer, size, f"a token has {size} numbers in one head")
+            numbers += heads * size
+            bits += heads * size * _count_bits(states, quantizer, axis)
+    return bits / numbers
+
+
 def _count_bits(states: Float[Tensor, "batch heads tokens channels"], quantizer: CacheConfig, axis: str) -> float:
-    """Return the bits of a stored number, scales included."""
+    """Return the bits of a stored number of one layer, scales included."""
     spec, row = (quantizer, states.shape[-1]) if axis == "token" else (quantizer.of_channels, quantizer.block_tokens)
     return spec.count_bits((1, row)) / row

@@ -67,10 +67,10 @@ class QuantizedInput(Forward):
             values = values.float() / self.input_scales.float()
         values = fake_quantize(values, self.spec)
         if self.input_scales is not None:
-            values = (values * self.input_scales.float()).to(x.dtype)
+            values = values * self.input_scales.float()
         if kept is not None:
-            values[..., kept] = x.detach()[..., kept]
-        return values if self.rotation is None else self.rotation.rotate_back(values).to(x.dtype)
+            values[..., kept] = x.detach()[..., kept].to(values.dtype)
+        return (values if self.rotation is None else self.rotation.rotate_back(values)).to(x.dtype)
 
 
 def make_quantized_inputs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -133,22 +134,23 @@ def sees_whole_tensor(spec: QuantSpec) -> bool:
     return is_one_block or is_shared or spec.centering or spec.rounding == "stochastic"
 
 
-def check_transient(role: str, spec: QuantSpec) -> None:
-    """Raise ValueError if a quantizer cannot be for values that are other ones each time.
+def check_transient(role: str, spec: QuantSpec, *, is_gradient: bool = False) -> None:
+    """Raise ValueError if a quantizer cannot be for values that change with each call.
 
     A fitted table would have to be fitted anew each time. Gradients are small: a mean over thousands of tokens puts
     whole blocks below 6e-8, where float16 scales end.
 
     Args:
-        role: what is quantized. Activations and what begins with quant are no gradients.
-        spec: the quantizer.
+        role: what is quantized.
+        spec: its quantizer.
+        is_gradient: whether gradients are quantized.
     """
     if spec.data_type in ADAPTIVE:
         raise ValueError(
-            f"{role}: data_type={spec.data_type} is fitted to a tensor, and its values are other ones each time: take "
+            f"{role}: data_type={spec.data_type} is fitted to a tensor, and these values change with each call: take "
             "a data type with a fixed table, such as int, float, nf or dynamic"
         )
-    if role != "activations" and not role.startswith("quant.") and spec.scale_format == "fp16":
+    if is_gradient and spec.scale_format == "fp16":
         raise ValueError(f"{role}: scale_format=fp16 ends at 6e-8, and gradients are smaller: take fp32, bf16 or e8m0")
 
 
@@ -186,9 +188,9 @@ def check_blocks(role: str, spec: QuantSpec | None, length: int, what: str) -> N
         )
 
 
-def describe_role(spec: QuantSpec, default: QuantSpec) -> str:
-    """Return a role's quantizer in a few characters: its name, and what is not at the role's default."""
-    told = ("bits", "data_type", "exponent_bits", "signed", "zero")  # of which the name tells
-    others = {name: value for name, value in non_defaults(spec.canonical(), default).items() if name not in told}
+def describe_role(spec: QuantSpec, fields: Mapping[str, Any]) -> str:
+    """Return a role's quantizer in a few characters: its name, and of the fields what the name does not tell."""
+    told = ("bits", "data_type", "exponent_bits", "signed", "zero")
+    others = {name: value for name, value in fields.items() if name not in told}
     more = ",".join(f"{name}={value}" for name, value in others.items())
     return spec.label() + (f"({more})" if more else "")

@@ -93,7 +93,7 @@ def cut_pipeline(
 def _check(role: str, spec: QuantSpec | None) -> QuantSpec | None:
     if spec is None or spec.is_baseline:
         return None
-    check_transient(role, spec)
+    check_transient(role, spec, is_gradient=role == "gradients")
     return spec
 
 

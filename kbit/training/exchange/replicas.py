@@ -61,7 +61,7 @@ class Exchange:
         if self.spec is not None and self.spec.is_baseline:
             object.__setattr__(self, "spec", None)
         elif self.spec is not None:
-            check_transient("exchange", self.spec)
+            check_transient("exchange", self.spec, is_gradient=True)
 
     def find_parts(self, elements: int) -> list[slice]:
         """Return the part of a flat parameter that each replica owns, in whole blocks, or the whole as one part.

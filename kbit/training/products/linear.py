@@ -60,7 +60,7 @@ class Roles:
             if spec is None or spec.is_baseline:
                 object.__setattr__(self, role.name, None)
             elif role.name != "weights":
-                check_transient(role.name, spec)
+                check_transient(role.name, spec, is_gradient=role.name == "gradients")
 
     @property
     def possible(self) -> tuple[Roles, ...]:

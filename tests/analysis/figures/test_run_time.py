@@ -11,6 +11,7 @@ import pytest
 from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.figures.drawing import MissingResults
 from kbit.analysis.figures.registry import FIGURES
+from kbit.analysis.statistics.findings import finding
 
 QUANTIZED = {"data_type": "int", "block_size": 64, "method": "rtn"}
 NOTHING: dict[str, Any] = dict.fromkeys(
@@ -54,6 +55,16 @@ def test_the_map_has_what_each_pair_of_bits_adds(base: pd.DataFrame) -> None:
     )
 
 
+def test_the_map_keeps_products_apart_that_exclude_leaves_out(base: pd.DataFrame) -> None:
+    """The name of 16-bit weights does not tell which inputs are rounded. Of equally frequent pairs "" comes first."""
+    rows = [base]
+    for exclude, loss in (("mlp", 9.0), (None, 0.1)):
+        inputs = {"activations": "int", "activation_bits": 8, "exclude": exclude}
+        rows += [add(base, loss, **inputs), add(base, loss, bits=4, **QUANTIZED, **inputs)]
+    figure = FIGURES["activations_map"](pd.concat(rows, ignore_index=True))
+    assert figure.data["lost"].astype(float).round(6).tolist() == [0.1] * 6
+
+
 def test_the_cache_has_a_line_for_each_model_and_kind(base: pd.DataFrame) -> None:
     rows = [base, add(base, 7.0, bits=4, **QUANTIZED, kv_cache="int", cache_bits=4)]  # of quantized weights
     for bits, cache in product((2, 8), ("int", "int keys=channel")):
@@ -76,6 +87,13 @@ def test_a_16_bit_model_with_a_rounded_cache_is_no_baseline_of_other_figures(bas
     quantized = [add(base, loss, bits=bits, **QUANTIZED) for bits, loss in ((3, 0.5), (4, 0.1))]
     without = FIGURES["figure_13"](pd.concat([base, *quantized], ignore_index=True)).data
     assert FIGURES["figure_13"](pd.concat([both, *quantized], ignore_index=True)).data.equals(without)
+
+
+def test_such_a_model_is_no_baseline_of_the_finding(base: pd.DataFrame) -> None:
+    quantized = [add(base, loss, bits=bits, **QUANTIZED) for bits, loss in ((3, 0.5), (4, 0.1))]
+    plain, rounded = pd.concat([base, *quantized], ignore_index=True), add(base, 5.0, kv_cache="int", cache_bits=2)
+    assert finding(pd.concat([plain, rounded], ignore_index=True)) == finding(plain)
+    assert finding(rounded).startswith("Only inputs or caches were rounded: ")
 
 
 @pytest.mark.parametrize("name", ["activations_map", "cache_bits"])

@@ -156,6 +156,22 @@ def test_checkpoints_of_other_tools_are_in_the_chart_and_in_no_figure(small: pd.
     assert read_data(alone)["experiments"]["key"] == ["other"]
 
 
+def test_a_16_bit_model_with_a_rounded_cache_is_no_baseline_of_the_page(small: pd.DataFrame) -> None:
+    """Beside the plain model it would make each finding, verdict and law ambiguous."""
+    plain = small.assign(kv_cache=None, cache_bits=pd.NA)
+    worse = plain[plain["bits"] == 16]
+    worse = worse.assign(kv_cache="int", cache_bits=2, key=worse["key"] + "-rounded", value=1.2 * worse["value"])
+    with_rounded, without = (
+        build_page(rows, FAILURES, ORIGIN, {}) for rows in (pd.concat([plain, worse], ignore_index=True), plain)
+    )
+    findings = [re.search(r'<ul class="findings">(.*?)</ul>', text, re.DOTALL) for text in (with_rounded, without)]
+    tables = [re.search(r"<h2>Which precision.*?<h2>Failed", text, re.DOTALL) for text in (with_rounded, without)]
+    for first, second in (findings, tables):
+        assert first is not None
+        assert second is not None
+        assert first[0] == second[0]
+
+
 def test_a_store_without_results_is_refused(tmp_path: Path, small: pd.DataFrame) -> None:
     for nothing in (small[:0], small[:2].assign(value=float("nan"))):
         with pytest.raises(ValueError, match="no finished experiment"):

@@ -75,6 +75,21 @@ def test_the_best_that_fits_is_recommended(results: pd.DataFrame) -> None:
     assert text[-1].startswith("Measured: float32, all items. Differences: unpaired")
 
 
+def test_models_that_round_while_they_run_are_left_out(results: pd.DataFrame) -> None:
+    """A cache of 4 bits is none of 16 bits in memory, and a 16-bit model with one is not the plain model."""
+    rounded = [
+        make_point("large", 16, 0.9, kv_cache="int", cache_bits=4, key="cache"),
+        make_point("small", 16, 0.9, activations="int", activation_bits=4, key="inputs"),
+        make_point("small", 4, 0.9, activations="int", activation_bits=8, key="both"),
+    ]
+    table = recommend(make_results(*results.to_dict("records"), *rounded), "2.1MB", context=0)
+    plain = recommend(results, "2.1MB", context=0)
+    assert table["key"].tolist() == plain["key"].tolist()
+    text = describe_recommendation(table)
+    told = "Left out, as they simulate rounded inputs or caches, which take no less memory: 3 experiments."
+    assert text == [*describe_recommendation(plain), told]
+
+
 def test_the_context_takes_memory_too(results: pd.DataFrame) -> None:
     """At 1,000 tokens and batch 3 the cache of both models has 64 x 2 x 3,000 bytes."""
     table = recommend(results, "1GB", context=1000, batch=3).set_index(["model", "variant"])

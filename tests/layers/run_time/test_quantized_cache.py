@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from kbit.evaluation.scorer import Scorer
 from kbit.layers.run_time.forwards import list_forwards
-from kbit.layers.run_time.quantized_cache import QuantizedCache
+from kbit.layers.run_time.quantized_cache import QuantizedCache, count_cache_bits
 from kbit.methods.config import CacheConfig, QuantConfig
 from kbit.methods.quantize_model import quantize_model, restore_weights
 from kbit.models.inference import find_cache_name
@@ -126,6 +126,41 @@ def test_bits_of_a_stored_number_are_recorded(build_tiny: Callable[..., Any]) ->
     assert per_token.notes == {"cache_bits_per_value": 3 + 16 / 16}  # heads have 16 channels
     mixed = quantize_model(build_tiny("llama"), QuantConfig(bits=16, kv_cache=PER_CHANNEL))
     assert mixed.notes == {"cache_bits_per_value": 3 + (16 / 16 + 16 / 8) / 2}
+
+
+def test_bits_are_those_of_all_layers_and_each_must_have_room_for_blocks() -> None:
+    """One layer keeps 2 heads of 16 numbers, the other keys of 8 and values of 32: 48, 24 and 56 of them."""
+    first = torch.zeros(1, 2, 3, 16)
+    layers = [(first, first), (torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 32))]
+    bits = (64 * (3 + 1) + 8 * (3 + 2) + 32 * (3 + 0.5)) / 104
+    assert count_cache_bits(layers, PER_TOKEN) == pytest.approx(bits)
+    with pytest.raises(ValueError, match="a token has 8 numbers in one head, fewer than the 16"):
+        count_cache_bits(layers, CacheConfig(bits=4, block_size=16))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"attention_mask": torch.tensor([[0] * 3 + [1] * 18, [1] * 21])}, "a row may hold no padding"),
+        ({"attention_mask": torch.tensor([[1] * 21, [1] * 18 + [0] * 3])}, "a row may hold no padding"),
+        ({"attention_mask": torch.ones(2, 1, 21, 21)}, "a row may hold no padding"),
+        ({"attention_mask": {"full_attention": None}}, "a row may hold no padding"),
+        ({"position_ids": torch.arange(21).expand(3, 2, 21)}, r"not of shape \[3, 2, 21\]"),
+        ({"position_ids": torch.tensor([[*range(10), *range(11)]] * 2)}, "a row must be one text"),
+        ({"return_dict": False}, "give return_dict=True"),
+    ],
+    ids=["left", "right", "four axes", "dict", "three axes", "two texts", "tuple"],
+)
+def test_rows_that_are_no_whole_texts_have_no_blocks_of_tokens(
+    given: dict[str, Any], message: str, build_tiny: Callable[..., Any]
+) -> None:
+    model = build_tiny("llama", num_hidden_layers=1)
+    quantize_cache(model, PER_CHANNEL)
+    with pytest.raises(ValueError, match=message):
+        model.model(TOKENS, **given)
+    ones = {"attention_mask": torch.ones(2, 21, dtype=torch.long), "position_ids": torch.arange(21).expand(2, 21)}
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS, **ones).logits, model(TOKENS).logits)
 
 
 @pytest.mark.parametrize(

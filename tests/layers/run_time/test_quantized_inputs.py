@@ -21,6 +21,7 @@ from kbit.experiments.identity import find_key
 from kbit.experiments.serialize import from_json, to_json
 from kbit.layers.run_time.forwards import list_forwards
 from kbit.layers.run_time.quantized_inputs import QuantizedInput
+from kbit.layers.run_time.rotation import make_rotation
 from kbit.lmeval import read_options
 from kbit.methods.config import ActivationConfig, CacheConfig, QuantConfig
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
@@ -91,6 +92,29 @@ def test_weights_with_a_scale_for_each_input_have_it_taken_from_the_input() -> N
     assert product.round(x).tolist() == [[4.0, 1.0, -8.0, 1.0]]  # x / s is 1, 1, -1, 0.5
     product.outlier_columns = torch.tensor([2])
     assert product.round(x).tolist() == [[4.0, 1.0, -8.0, 1.0]]
+
+
+def test_rotated_and_scaled_inputs_are_rounded_to_bfloat16_once() -> None:
+    """x R -> Q(x R / s) s R^T in float32, by NumPy, and only then in the layer's type."""
+    rotation = make_rotation("hadamard", 64, 0)
+    assert rotation is not None
+    product = QuantizedInput(nn.Linear(64, 2), "layer.weight", ActivationConfig(bits=8), rotation)
+    product.input_scales = torch.rand(64, generator=torch.Generator().manual_seed(2)).add(0.5).half()
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    matrix, scales = rotation.rotate(torch.eye(64)).double().numpy(), product.input_scales.double().numpy()
+    mixed = x.double().numpy() @ matrix / scales
+    expected = (round_tokens(mixed, 127, 64) * scales) @ matrix.T
+    found = product.round(x).double().numpy()
+    # an error of at most half of bfloat16's spacing, which is 2^-7 of a value at most, and of float32's sums
+    assert product.round(x).dtype == torch.bfloat16
+    assert (np.abs(found - expected) <= np.abs(expected) * 2.0**-8 + 1e-5).mean() > 0.99
+
+
+def test_an_exclude_that_finds_nothing_is_told_at_16_bits_too(
+    build_tiny: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize_model(build_tiny("opt"), QuantConfig(bits=16, activations=INT8, exclude="nowhere"))
+    assert "quant.exclude='nowhere' finds none of the model's" in caplog.text
 
 
 def test_gradients_go_straight_through_the_rounding() -> None:
@@ -170,6 +194,23 @@ def test_scores_do_not_depend_on_the_batch(fields: dict[str, Any], *, one_by_one
     assert np.allclose([s for s, _ in together], [s for s, _ in alone], rtol=0, atol=1e-6)
 
 
+def test_in_float32_the_batch_moves_scores_by_far_less_than_the_rounding() -> None:
+    """A batch sums in another order, which may move a value over the threshold between two codes."""
+    loaded = load_model("nano-neox-98k")
+    generator = torch.Generator().manual_seed(4)
+    draw = torch.randint(5, 1000, (24, 30), generator=generator).tolist()
+    requests = [(None, tokens[: 10 + number % 15], tokens[-5:]) for number, tokens in enumerate(draw)]
+    plain = np.array([score for score, _ in Scorer(loaded.model, loaded.tokenizer).score_tokens(requests)])
+    quantize_model(loaded.model, QuantConfig(bits=16, activations=INT8))
+    scorer = Scorer(loaded.model, loaded.tokenizer)
+    together = np.array([score for score, _ in scorer.score_tokens(requests)])
+    alone = np.array([scorer.score_tokens([request])[0][0] for request in requests])
+    by_rounding, by_batch = np.abs(alone - plain), np.abs(together - alone)
+    print("MEASURED", by_rounding.mean(), by_rounding.max(), by_batch.mean(), by_batch.max())
+    assert by_rounding.mean() > 1e-3
+    assert by_batch.mean() < by_rounding.mean() / 4
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -179,6 +220,8 @@ def test_scores_do_not_depend_on_the_batch(fields: dict[str, Any], *, one_by_one
         (lambda: ActivationConfig(bits=4, exclude="("), r"quant\.activations\.exclude='\(' is no regular expression"),
         (lambda: ActivationConfig(bits=1), "bits=1 is not in 2..8"),
         (lambda: QuantConfig(bits=8, method="vectorwise", activations=INT8), "quantizes its inputs itself"),
+        (lambda: QuantConfig(bits=16, outlier_fraction=0.1, activations=INT8), r"would round the inputs of quant\.out"),
+        (lambda: QuantConfig(bits=16, outlier_zscore=4.0, activations=INT8), r"would round the inputs of quant\.out"),
         (lambda: read_options({"activations.bit": 4}), "no key 'activations.bit'"),
     ],
 )
@@ -242,6 +285,8 @@ def test_record_label_and_figures_name_what_is_rounded_at_run_time() -> None:
     words = "activations=int8(block_size=32) kv_cache=int4(keys=channel)"
     assert experiment.label() == f"nano-neox-98k nf4 block 64 {words}"
     assert Experiment(quant=QuantConfig(bits=16, activations=INT8)).label() == "nano-neox-98k 16-bit activations=int8"
+    idle = CacheConfig(bits=4, block_tokens=64)  # of which the key knows nothing
+    assert Experiment(quant=QuantConfig(bits=16, kv_cache=idle)).label() == "nano-neox-98k 16-bit kv_cache=int4"
     row = {"bits": 4, "data_type": "nf", "exponent_bits": None, "activations": "int block_size=32"}
     row |= {"activation_bits": 8, "kv_cache": "int keys=channel", "cache_bits": 4}
     assert make_label(row) == "nf activations int block_size=32 at 8 bits cache int keys=channel at 4 bits"
