@@ -282,7 +282,7 @@ def test_the_key_has_what_decides_the_map_and_no_more() -> None:
     assert key(QuantConfig(allocation=AllocationConfig(choices=(2, 4), objective="error"))) == key(QuantConfig())
     assert key(ask(3, quant={"bits": 7})) == base  # which no tensor has
     assert key(ask(3.0)) == base
-    assert key(ask(total_bits=8e5)) == key(ask(total_bits=800000))  # type: ignore[arg-type]
+    assert key(ask(total_bits=8e5)) == key(ask(total_bits=800000))
     for fields in ({"data_type": "float"}, {"data_type": "float", "float_bias": "bnb"}):
         assert len({key(ask(3, quant={"bits": bits, **fields})) for bits in (2, 3, 4, 5)}) == 1
     assert key(ask(3, quant={"data_type": "float", "exponent_bits": 1})) != key(ask(3, quant={"data_type": "float"}))
