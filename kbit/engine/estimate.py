@@ -81,7 +81,7 @@ def estimate_memory(size: ModelSize, experiment: Experiment, device: str) -> int
     states = width * (_count_embedding(size) + STATES_PER_TOKEN * tokens * size.hidden)
     more = _estimate_sums(experiment.quant, size) + estimate_training(size, experiment.train)
     more += estimate_allocation(size, experiment.quant, width)
-    return _PROCESSBYTES[kind] + weights + states + beside + more
+    return _PROCESS_BYTES[kind] + weights + states + beside + more
 
 
 def _count_embedding(size: ModelSize) -> int:

@@ -101,11 +101,9 @@ def test_requests_and_calibration_states_take_memory_on_a_cpu() -> None:
     assert on_gpu[1] - on_gpu[0] == sums
 
 
-def allocate(objective: str, samples: int = 128, **fields: Any) -> Experiment:
-    quant = QuantConfig(
-        calibration=CalibrationConfig(samples=samples),
-        allocation=AllocationConfig(objective=objective, **{"bits": 3} | fields),
-    )
+def allocate(objective: str, samples: int = 128, bits: float = 3, **fields: Any) -> Experiment:
+    allocation = AllocationConfig(bits=bits, objective=objective, **fields)
+    quant = QuantConfig(calibration=CalibrationConfig(samples=samples), allocation=allocation)
     return dataclasses.replace(make_experiment(), quant=quant)
 
 

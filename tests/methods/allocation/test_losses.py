@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,8 +35,8 @@ def loaded() -> LoadedModel:
     return load_model("nano-neox-98k")
 
 
-def ask(objective: str, **fields: Any) -> QuantConfig:
-    allocation = AllocationConfig(bits=4.25, objective=objective, **{"choices": (2, 4, 8)} | fields)
+def ask(objective: str, choices: Sequence[int] = (2, 4, 8), unit: str = "tensor") -> QuantConfig:
+    allocation = AllocationConfig(bits=4.25, objective=objective, choices=tuple(choices), unit=unit)
     return QuantConfig(calibration=CALIBRATION, allocation=allocation)
 
 
