@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import OptimizeResult
 
 from kbit.checks import KbitError
 from kbit.methods.allocation import programme
@@ -45,6 +45,8 @@ def test_equal_losses_still_keep_the_budget(losses: np.ndarray) -> None:
 
 
 def test_an_unsolved_programme_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programme, "milp", lambda *_, **__: OptimizeResult({"status": 1, "message": "Time limit reached."}))
+    monkeypatch.setattr(
+        programme, "milp", lambda *_, **__: SimpleNamespace(status=1, message="Time limit reached.", x=None)
+    )
     with pytest.raises(KbitError, match=r"of 1 units and 2 choices was not solved: Time limit reached\. Fewer"):
         choose_least_loss(np.array([[0.0, 1.0]]), np.array([[3, 2]]), 3)
