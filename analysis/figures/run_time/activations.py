@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -68,7 +68,8 @@ def pick_cells(lost: pd.DataFrame) -> pd.DataFrame:
         if both.empty:
             continue
         # of equally frequent ones the first by name
-        weights, inputs, rotation, *products = both[_VARIANT].value_counts(sort=False).sort_index().idxmax()
+        most: Any = both[_VARIANT].value_counts(sort=False).sort_index().idxmax()
+        weights, inputs, rotation, *products = most
         chosen = group[
             (is_wide | (group["weights"] == weights))
             & (is_whole | (group["inputs"] == inputs))

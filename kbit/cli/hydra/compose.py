@@ -156,7 +156,7 @@ class Composer:
         It is meant for the blocks that weights have (nf4), and would have the role's own: one scale for each token.
         """
         for override in map(self._parse, overrides):
-            role, name = override.package or "", override.value()
+            role, name = override.package or "", str(override.value())
             is_named = override.key_or_group == "quant" and role in _RUN_TIME_ROLES and name in list_presets()
             if is_named and "block_size" not in find_preset(name):
                 yield f"{role}.block_size={QuantSpec.block_size}"

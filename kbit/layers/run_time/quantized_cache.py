@@ -119,7 +119,8 @@ class CachedForward(Forward):
         """Run the trunk on the rest of a block that is not full yet, then on block after block."""
         _check_rows(given)
         returns_dict = given.get("return_dict")
-        if not (self.trunk.config.return_dict if returns_dict is None else returns_dict):
+        config: Any = self.trunk.config
+        if not (config.return_dict if returns_dict is None else returns_dict):
             raise ValueError(f"{_ROLE}: blocks of tokens have outputs that are joined by name: give return_dict=True")
         tokens = next(given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None)
         past, size = cache.get_seq_length(), self.quantizer.block_tokens

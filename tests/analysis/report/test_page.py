@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -158,7 +159,7 @@ def test_checkpoints_of_other_tools_are_in_the_chart_and_in_no_figure(small: pd.
 
 def test_a_16_bit_model_with_a_rounded_cache_is_no_baseline_of_the_page(small: pd.DataFrame) -> None:
     """Beside the plain model it would make each finding, verdict and law ambiguous."""
-    plain = small.assign(kv_cache=None, cache_bits=pd.NA)
+    plain = small.assign(kv_cache=None, cache_bits=np.nan)
     worse = plain[plain["bits"] == 16]
     worse = worse.assign(kv_cache="int", cache_bits=2, key=worse["key"] + "-rounded", value=1.2 * worse["value"])
     with_rounded, without = (

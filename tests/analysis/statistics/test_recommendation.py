@@ -82,7 +82,7 @@ def test_models_that_round_while_they_run_are_left_out(results: pd.DataFrame) ->
         make_point("small", 16, 0.9, activations="int", activation_bits=4, key="inputs"),
         make_point("small", 4, 0.9, activations="int", activation_bits=8, key="both"),
     ]
-    table = recommend(make_results(*results.to_dict("records"), *rounded), "2.1MB", context=0)
+    table = recommend(pd.concat([results, make_results(*rounded)], ignore_index=True), "2.1MB", context=0)
     plain = recommend(results, "2.1MB", context=0)
     assert table["key"].tolist() == plain["key"].tolist()
     text = describe_recommendation(table)
