@@ -161,7 +161,8 @@ def test_every_command_is_in_its_reference() -> None:
 
 def test_every_public_name_is_in_the_reference() -> None:
     text = (DOCS / "reference" / "api.md").read_text()
-    named = set(re.findall(r"::: kbit\.(\w+)", text))  # of kbit.optim the names within it
+    # of kbit.optim the names within it; what lies behind a link (analysis) is described by hand
+    named = set(re.findall(r"^(?:::: |### `)kbit\.(\w+)", text, re.MULTILINE))
     assert set(kbit.__all__) - named == set()
 
 
