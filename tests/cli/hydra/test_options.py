@@ -11,18 +11,21 @@ import pytest
 
 from kbit.cli.hydra.options import describe_kind, list_sections, write_help, write_page, write_value
 from kbit.experiments.config import RunConfig
+from kbit.numerics.spec import QuantSpec
 from kbit.training.config import ROLES
 
 Kbit = Callable[..., Any]  # the fixture kbit of conftest.py
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS = dataclasses.asdict(RunConfig())
+SPEC = {field.name for field in dataclasses.fields(QuantSpec)}
 
 
 def list_leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """The dotted name of every value of nested dicts."""
     for name, value in values.items():
-        if prefix == "train." and name in ROLES:
-            yield f"{prefix}{name}.bits"  # which stands for the role's other keys, those of quant
+        if f"{prefix}{name}" in {*(f"train.{role}" for role in ROLES), "quant.activations", "quant.kv_cache"}:
+            yield f"{prefix}{name}.bits"  # which stands for the other keys of a quantizer
+            yield from (f"{prefix}{name}.{own}" for own in value if own not in SPEC)
         elif isinstance(value, dict):
             yield from list_leaves(value, f"{prefix}{name}.")
         else:
