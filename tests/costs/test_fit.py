@@ -139,7 +139,8 @@ def test_cards_and_totals_agree() -> None:
 )
 def test_hardware_is_read(text: str, cards: int, gigabytes: float) -> None:
     hardware = parse_hardware(text)
-    assert (hardware.cards, hardware.card_bytes) == (cards, pytest.approx(gigabytes * GB))
+    assert hardware.cards == cards
+    assert hardware.card_bytes == pytest.approx(gigabytes * GB)
 
 
 def test_the_command_prints_and_writes(kbit: Kbit) -> None:
