@@ -158,7 +158,7 @@ def name_type(row: dict[Any, Any]) -> str:
     """Return the name of one experiment's data type with its settings. A float has its exponent bits in it."""
     if is_missing(row["data_type"]):
         weights = UNQUANTIZED if is_missing(row.get("checkpoint")) else str(row["checkpoint"])
-        return " ".join([weights, *list_settings(row)])
+        return " ".join([weights, *list_settings(row | {"method": None})])
     name = str(row["data_type"])
     if name == "float":
         exponent = PAPER_EXPONENT_BITS[row["bits"]] if is_missing(row["exponent_bits"]) else row["exponent_bits"]

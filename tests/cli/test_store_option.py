@@ -22,6 +22,7 @@ READERS = [
     ["results", "delete", "--yes", "--where", "bits == 99"],
     ["figures", "figure_16"],
     ["report"],
+    ["recommend", "--memory", "1GB"],
 ]
 RUNNERS = [["run", "hydra.launcher.plan_only=true", "-m"], ["plan"], ["outliers", "-m"], ["doctor"]]
 

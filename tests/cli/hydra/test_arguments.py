@@ -23,7 +23,7 @@ REFUSED: list[tuple[list[str], str]] = [
     (["quant.bits=", "4"], "quant.bits= 4: a key and its value are one argument, without blanks"),
     (["--quant.bits", "4"], "--quant.bits 4: a key is given as quant.bits=4"),
     (["--quant.bits=4"], "--quant.bits=4: a key has no dashes: quant.bits=4"),
-    (["bits=4"], "bits: no key 'bits'; did you mean quant.bits?"),
+    (["bits=4"], "bits: no key 'bits'; did you mean quant.bits or quant.allocation.bits?"),
     (["seed=1"], "seed: no key 'seed'; did you mean quant.seed or quant.calibration.seed or train.seed?"),
     (["blocksize=4"], "blocksize: no key 'blocksize'; did you mean quant.block_size?"),
     (["quant.samples=4"], "quant.samples: no key 'samples'; did you mean quant.calibration.samples?"),
