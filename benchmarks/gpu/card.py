@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 torch_cuda: Any = torch.cuda  # partly annotated
@@ -50,6 +51,12 @@ class Card:
     @property
     def name(self) -> str:
         return torch_cuda.get_device_name(self.device) if self.is_real else "numba's simulator"
+
+    def make_model(self, config: transformers.PretrainedConfig, dtype: torch.dtype) -> Any:
+        """Return a random causal language model, made on the device."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     def put(self, array: NDArray[Any]) -> Any:
         """Return a copy of the array as the kernels take it."""

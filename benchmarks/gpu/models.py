@@ -49,7 +49,7 @@ def run(card: Card, report: Report, sizes: Sizes) -> None:
 
 def measure(card: Card, sizes: Sizes, name: str, quant: QuantConfig) -> dict[str, Any]:
     """Return the seconds and bytes of one quantization. The first one compiles kernels."""
-    model = make_llama(sizes.shape, sizes.dtype, card.device)
+    model = make_llama(sizes.shape, sizes.dtype, card)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     tokenizer = load_model("nano-neox-98k").tokenizer if quant.traits.needs_text else None
     card.reset_peak()
@@ -67,16 +67,14 @@ def measure(card: Card, sizes: Sizes, name: str, quant: QuantConfig) -> dict[str
     }  # fmt: skip
 
 
-def make_llama(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a random Llama, made on the device."""
+def make_llama(shape: tuple[int, int, int, int, int], dtype: torch.dtype, card: Card) -> Any:
+    """Return a random Llama, made on the card."""
     hidden, inner, layers, heads, vocabulary = shape
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         vocab_size=vocabulary, max_position_embeddings=2048,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return card.make_model(config, dtype)
 
 
 def summarize(rows: list[dict[str, Any]]) -> Iterator[str]:

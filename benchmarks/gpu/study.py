@@ -95,7 +95,7 @@ def compare_devices(card: Card, study: Sequence[str]) -> Iterator[dict[str, Any]
 def compare_scorers(card: Card, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Yield each scorer's items per second, and the largest difference of their log-likelihoods."""
     tokenizer = load_model("nano-neox-98k").tokenizer
-    model = make_neox(sizes.shape, sizes.dtype, card.device)
+    model = make_neox(sizes.shape, sizes.dtype, card)
     tasks = [prepare_task(task, sizes.items) for task in load_tasks(sizes.tasks)]
     items = sum(len({instance.doc_id for instance in task.instances}) for task in tasks)
     mine: Any = Scorer(model, tokenizer)
@@ -119,16 +119,14 @@ def compare_scorers(card: Card, sizes: Sizes) -> Iterator[dict[str, Any]]:
     yield {"name": "kbit / best hflm", "ratio": min(taken[name] for name in theirs) / taken["kbit"], "path": mine.path}
 
 
-def make_neox(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a random GPT-NeoX, made on the device."""
+def make_neox(shape: tuple[int, int, int, int, int], dtype: torch.dtype, card: Card) -> Any:
+    """Return a random GPT-NeoX, made on the card."""
     hidden, layers, heads, inner, vocabulary = shape
     config = transformers.GPTNeoXConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner,
         vocab_size=vocabulary, max_position_embeddings=2048,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return card.make_model(config, dtype)
 
 
 def _score(lm: Any, tasks: list[PreparedTask], card: Card) -> tuple[list[float], float]:

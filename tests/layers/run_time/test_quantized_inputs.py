@@ -206,9 +206,10 @@ def test_in_float32_the_batch_moves_scores_by_far_less_than_the_rounding() -> No
     together = np.array([score for score, _ in scorer.score_tokens(requests)])
     alone = np.array([scorer.score_tokens([request])[0][0] for request in requests])
     by_rounding, by_batch = np.abs(alone - plain), np.abs(together - alone)
-    print("MEASURED", by_rounding.mean(), by_rounding.max(), by_batch.mean(), by_batch.max())
-    assert by_rounding.mean() > 1e-3
-    assert by_batch.mean() < by_rounding.mean() / 4
+    assert by_rounding.mean() > 1e-3  # .079 was measured
+    assert (
+        by_batch.mean() < by_rounding.mean() / 4
+    )  # 1e-6 was measured; a value beyond a threshold moves one score by .1
 
 
 @pytest.mark.parametrize(
