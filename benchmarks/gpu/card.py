@@ -56,7 +56,8 @@ class Card:
         """Return a random causal language model, made on the device."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            return model.eval()
 
     def put(self, array: NDArray[Any]) -> Any:
         """Return a copy of the array as the kernels take it."""
