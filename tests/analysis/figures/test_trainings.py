@@ -109,6 +109,24 @@ def test_the_verdict_says_whether_the_optimum_moves() -> None:
     assert "(one seed)" in judge_qat(tabulate_qat(one[one["train_seed"] != 1]))
 
 
+def test_what_the_control_does_as_well_is_not_the_roundings_doing() -> None:
+    """The control leads by as little as the training for few bits, or by as much as rounding: + .05 - (- .09)."""
+    for at_3, at_4, head in ((0.02, 0.01, "These trainings do not show"), (0.2, 0.05, "Training moves the optimal")):
+        rows = []
+        for model, whole in (("small", 3.0), ("large", 2.5)):
+            for seed in (0, 1):
+                seeded = QAT_FIELDS | ({"seed": seed} if seed else {})
+                rows += [make_row(model, bits, whole + lost, seeded) for bits, lost in ((3, at_3), (4, at_4))]
+        study = make_study(shift=0.0)
+        known = (
+            study["training"].notna() & (study["bits"] == 3) & ~study["train_fields"].str.contains("weights", na=False)
+        )
+        verdict = judge_qat(tabulate_qat(pd.concat([study[~known], pd.DataFrame(rows)])))
+        assert verdict.startswith(head)
+        lead = "-0.094 (-0.094 to -0.094)" if at_3 == 0.02 else "+0.046 (+0.046 to +0.046)"
+        assert f"Trained, then rounded, they lead by {lead}" in verdict
+
+
 def test_qat_is_of_one_quantizer_and_of_models_that_have_both() -> None:
     study = make_study(shift=0.0)
     extra = pd.DataFrame([make_row("large", 3, 9.0, data_type="int"), make_row("small", 3, 9.0, block_size=128)])
