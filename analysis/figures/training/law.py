@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kbit.analysis.curves.curves import Floats
 from kbit.analysis.curves.roles import LAW_ROLES, tabulate_roles
 from kbit.analysis.curves.trainings import describe_seeds
 from kbit.analysis.figures.canvas.page import Page
@@ -32,7 +33,8 @@ CLAIM: Final = (
 )
 ALL_PRODUCTS, ALL_ROLES, MIXED = "all products", "all roles", "mixed"
 SERIES: Final = (*LAW_ROLES, ALL_PRODUCTS, ALL_ROLES)
-GAIN_BITS: Final = 3  # one more bit is compared from here on, if that was measured
+GAIN_BITS: Final = 3  # one more bit is compared from here on
+LEAST_LOSS: Final = 1e-3  # nats. A role that loses less at its fewest bits does not tell how it falls with bits
 Laws = Mapping[int, TrainingLaw]
 
 
@@ -45,9 +47,9 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
         MissingResults: no trainings of one recipe differ in the bits of a role.
     """
     points = tabulate_roles(results)
-    points = points.assign(series=[name_series(row) for row in points.to_dict("records")])
-    if points["series"].nunique() < 2:
-        needs = "trainings that differ in the bits of weights, activations, gradients or states"
+    points = subtract_exact(points.assign(series=[name_series(row) for row in points.to_dict("records")]))
+    if points.loc[points["added"].notna(), "series"].nunique() < 2:
+        needs = "trainings in float32, and with few bits of weights, activations, gradients or states"
         raise MissingResults(describe_lack("training_law", needs, ("nano/training_law", "nano/product_precision")))
     laws, reason = try_law(points)
     models = list(dict.fromkeys(points["model"]))
@@ -58,12 +60,12 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
         draw_model(axes, points[points["model"] == model], styles, laws)
         sheet.write_title(axes, model)
         axes.set_xlabel("bits of the quantized roles")
-    axes_of_all[0].set_ylabel("training loss (nats per token)")
+    axes_of_all[0].set_ylabel("added by few bits (nats per token)")
     if laws:
         draw_fit(axes_of_all[-1], points, laws)
         sheet.write_title(axes_of_all[-1], "the law beside what was measured")
     draw_legend(sheet.fig.body, styles, page)
-    data = points.assign(law=predict_mean(laws, points) if laws else np.nan)
+    data = points.assign(law=predict_added(laws, points) if laws else np.nan)
     verdict = " ".join([*judge_law(data, laws, reason), *judge_equal_work(points)])
     return PaperFigure("training_law", sheet.fig, data, CLAIM, verdict, describe(points, laws))
 
@@ -91,23 +93,25 @@ def try_law(points: pd.DataFrame) -> tuple[Laws, str]:
         return {}, str(error)
 
 
+def subtract_exact(points: pd.DataFrame) -> pd.DataFrame:
+    """Return points with the column added: the loss above that of the model's float32 training of the same seed."""
+    exact = points[points["series"].isna()].groupby(["model", "seed"])["value"].mean()
+    own = pd.MultiIndex.from_frame(points[["model", "seed"]])
+    return points.assign(added=points["value"] - exact.reindex(own).to_numpy(dtype=np.float64))
+
+
 def draw_model(axes: Axes, points: pd.DataFrame, styles: Mapping[str, LineStyle], laws: Laws) -> None:
-    """Draw dots for seeds, means with bars over seeds, the law as lines, and the band of trainings without roles."""
-    exact = points.loc[points["series"].isna(), "value"].dropna()
-    if len(exact):
-        mean, low, high = describe_seeds(exact)
-        axes.axhline(mean, color="0.5", linewidth=0.8)
-        if np.isfinite(low):
-            axes.axhspan(low, high, color="0.9", zorder=0)
-    drawn = points[points["series"].isin(list(styles))]
+    """Draw what few bits add to a model's loss: dots for seeds, means with bars over seeds, and the law as lines."""
+    axes.axhline(0, color="0.5", linewidth=0.8)
+    drawn = points[points["series"].isin(list(styles)) & points["added"].notna()]
+    bits = drawn[list(LAW_ROLES)].min(axis=1)
     for place, (series, style) in enumerate(styles.items()):
-        own = drawn[(drawn["series"] == series) & drawn["value"].notna()]
+        own = drawn[drawn["series"] == series]
         if own.empty:
             continue
-        bits = own[list(LAW_ROLES)].min(axis=1)
         shift = 0.06 * (place - (len(styles) - 1) / 2)  # so that bars stand side by side
-        axes.plot(bits + shift, own["value"], ".", color=style.color, markersize=3, alpha=0.6)
-        found = [(k, *describe_seeds(values)) for k, values in own["value"].groupby(bits)]
+        axes.plot(bits[own.index] + shift, own["added"], ".", color=style.color, markersize=3, alpha=0.6)
+        found = [(k, *describe_seeds(values)) for k, values in own["added"].groupby(bits[own.index])]
         places, means, lows, highs = np.array(found).T
         error = np.nan_to_num([means - lows, highs - means])
         axes.errorbar(
@@ -115,13 +119,18 @@ def draw_model(axes: Axes, points: pd.DataFrame, styles: Mapping[str, LineStyle]
             markersize=scale_marker(style),
         )  # fmt: skip
         if laws:
-            line = make_line(own, np.linspace(bits.min(), bits.max(), 30))
-            axes.plot(line.pop("at") + shift, predict_mean(laws, line), color=style.color, linestyle=style.dashes)
-    if len(drawn):
-        axes.set_xticks(sorted(drawn[list(LAW_ROLES)].min(axis=1).unique()))
+            line = make_line(own, np.linspace(places.min(), places.max(), 30))
+            axes.plot(line["at"] + shift, predict_added(laws, line), color=style.color, linestyle=style.dashes)
+    axes.set_xticks(sorted(bits.unique()))
 
 
-def make_line(own: pd.DataFrame, at: np.ndarray[tuple[int], np.dtype[np.float64]]) -> pd.DataFrame:
+def predict_added(laws: Laws, points: pd.DataFrame) -> Floats:
+    """Return what few bits add to the loss by the law, the mean over the seeds' laws."""
+    exact = points.assign(**dict.fromkeys(LAW_ROLES, np.inf))
+    return predict_mean(laws, points) - predict_mean(laws, exact)
+
+
+def make_line(own: pd.DataFrame, at: Floats) -> pd.DataFrame:
     """Return points of a series at any bits, with the column at."""
     first = own.iloc[0]
     roles = {role: at if np.isfinite(first[role]) else np.full(len(at), np.inf) for role in LAW_ROLES}
@@ -143,12 +152,9 @@ def tabulate_added(points: pd.DataFrame, laws: Laws) -> pd.DataFrame:
 
     Both are means over the seeds that the law was fitted to.
     """
-    own = points[points["seed"].isin(list(laws)) & points["value"].notna()]
-    own = own.assign(law=predict_mean(laws, own))
-    exact = own[own["series"].isna()].groupby("model")[["value", "law"]].mean()
-    few = own[own["series"].notna()].groupby(["model", *LAW_ROLES])[["value", "law"]].mean()
-    added = few - exact.reindex(few.index.get_level_values("model")).to_numpy()
-    return added.rename(columns={"value": "measured"}).reset_index()
+    own = points[points["seed"].isin(list(laws)) & points["added"].notna() & points["series"].notna()]
+    own = own.assign(law=predict_added(laws, own), measured=own["added"])
+    return own.groupby(["model", *LAW_ROLES], as_index=False)[["measured", "law"]].mean()
 
 
 def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
@@ -156,7 +162,11 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     if not laws:
         return [f"No law: {reason}."]
     table, added = describe_law(laws), tabulate_added(data, laws)
-    named = ", ".join(f"{role} {show(row)}" for role, row in table.drop(index="exponent").iterrows())
+    lost = find_losses(data, laws)
+    named = ", ".join(
+        f"{role} {show(row) if lost[str(role)] > LEAST_LOSS else 'none, as nothing is lost'}"
+        for role, row in table.drop(index="exponent").iterrows()
+    )
     miss = float(np.sqrt(np.mean((added["measured"] - added["law"]) ** 2)))
     spread = float(np.sqrt(np.mean(added["measured"] ** 2)))
     largest = float(data["parameters"].max())
@@ -168,6 +178,13 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
         f"{show(table.loc['exponent'])}.",
         f"The law misses what few bits add by {miss:.3f} nats, and that is {spread:.3f} (roots of mean squares).",
     ]
+
+
+def find_losses(data: pd.DataFrame, laws: Laws) -> dict[str, float]:
+    """Return what each role alone loses by the law at its fewest bits, on the smallest model."""
+    exact = dict.fromkeys(LAW_ROLES, np.inf) | {"parameters": float(data["parameters"].min())}
+    roles = next(iter(laws.values())).decays
+    return {role: float(predict_added(laws, pd.DataFrame([exact | {role: data[role].min()}]))[0]) for role in roles}
 
 
 def judge_gains(gains: pd.DataFrame, parameters: float) -> str:
@@ -183,8 +200,8 @@ def judge_gains(gains: pd.DataFrame, parameters: float) -> str:
 
 
 def judge_equal_work(points: pd.DataFrame) -> list[str]:
-    """Say which format is best at equal bit operations, a sentence for each model and set of bits."""
-    found = compare_equal_work(points)
+    """Say which format of the largest model is best at equal bit operations, a sentence for each set of bits."""
+    found = compare_equal_work(points[points["parameters"] == points["parameters"].max()])
     sentences = []
     for (model, _), group in found.groupby(["model", "work"], sort=False):
         best, *others = group.to_dict("records")
@@ -208,15 +225,15 @@ def show_range(low: float, high: float, how: str = "+.4f") -> str:
 def describe(points: pd.DataFrame, laws: Laws) -> tuple[str, ...]:
     """Return the notes: what is drawn, and how much it rests on."""
     lines = "Lines are the law, as the mean over seeds, each fitted by itself. " if laws else ""
-    mixed = " Formats with other bits in each operand are in the verdict and in the last panel alone." * bool(
+    mixed = "Formats with other bits in each operand are in the verdict and in the last panel alone." * bool(
         (points["series"] == MIXED).any()
     )
     lost = int(points["diverged"].sum())
     diverged = f" {count_things(lost, 'training')} diverged and left out." if lost else ""
     return (
-        "The loss is that of the training in its own arithmetic, the mean of the last twentieth of the steps. Marks "
-        "are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds, the grey band is without "
-        f"quantized roles. {lines}Differences and the law are paired by seed, which bars are not.{mixed}",
+        "The loss is that of the training in its own arithmetic, the mean of the last twentieth of the steps, less "
+        "that of the float32 training of the same seed. Marks are means over seeds, dots are seeds, bars are Student's 95% "
+        f"intervals over seeds. {lines}{mixed}".strip(),
         "Bit operations are those of a multiply-accumulate, the mean of a layer's three products. A role without a "
         "quantizer counts 16 bits.",
         f"Data: {count_things(len(points), 'training')} on {count_things(points['model'].nunique(), 'model')}, "

@@ -57,8 +57,8 @@ def test_a_planted_law_is_drawn_and_said() -> None:
     assert "The exponent of the effective parameters is 0.25 (0." in figure.verdict
     assert "At 13 bit operations on large W3 A3 G5 is best, and above it are W5 A3 G3 +0.0" in figure.verdict
     assert "1 training diverged and left out." in figure.notes[-1]
-    added = figure.data["law"] - figure.data["value"]
-    assert added.dropna().abs().max() < 0.11  # the mean over seeds, which are 0.1 apart
+    apart = figure.data["law"] - figure.data["added"]
+    assert 0 < apart.dropna().abs().max() < 1e-3  # the noise
 
 
 def test_one_size_has_no_law_but_comparisons_at_equal_work() -> None:
@@ -73,6 +73,17 @@ def test_seeds_that_differ_more_than_operands_tell_nothing() -> None:
     noise = np.random.default_rng(1).normal(0, 0.05, len(results))
     noisy = results.assign(value=results["value"] + noise * (results["metric"] == "loss"))
     assert draw_figure("training_law", noisy).verdict.startswith("By the law no operand is shown to deserve the bits")
+
+
+def test_a_role_that_loses_nothing_has_no_bits_to_fall_by() -> None:
+    """Momentum of 3 bits ends below float32, which the law cannot say: it takes the loss as none."""
+    more = []
+    for model in SIZES:
+        for seed in range(3):
+            value = PLANTED.predict(pd.DataFrame([{"parameters": SIZES[model]} | dict.fromkeys(LAW_ROLES, np.inf)]))[0]
+            more += make_rows(model, seed, value + 0.1 * seed - 0.01, momentum={"bits": 3, "data_type": "dynamic"})
+    verdict = draw_figure("training_law", pd.concat([make_results(), pd.DataFrame(more)])).verdict
+    assert "momentum none, as nothing is lost" in verdict
 
 
 def test_series_are_named_by_what_is_quantized() -> None:
