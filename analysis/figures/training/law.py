@@ -232,8 +232,8 @@ def describe(points: pd.DataFrame, laws: Laws) -> tuple[str, ...]:
     diverged = f" {count_things(lost, 'training')} diverged and left out." if lost else ""
     return (
         "The loss is that of the training in its own arithmetic, the mean of the last twentieth of the steps, less "
-        "that of the float32 training of the same seed. Marks are means over seeds, dots are seeds, bars are Student's 95% "
-        f"intervals over seeds. {lines}{mixed}".strip(),
+        "that of the float32 training of the same seed. Marks are means over seeds, dots are seeds, bars are "
+        f"Student's 95% intervals over seeds. {lines}{mixed}".strip(),
         "Bit operations are those of a multiply-accumulate, the mean of a layer's three products. A role without a "
         "quantizer counts 16 bits.",
         f"Data: {count_things(len(points), 'training')} on {count_things(points['model'].nunique(), 'model')}, "
