@@ -2,11 +2,10 @@
 
     L = E + A N_eff^-a,    N_eff = N (1 - exp(-P_w / g_w)) (1 - exp(-P_a / g_a)) ...
 
-Training with P bits in a role leaves a model of N parameters with an effective number of them (Kumar et al. 2024,
-"Scaling laws for precision", arXiv 2411.04330, for weights, activations and the cache). Here gradients and the states
-of the optimizer have a factor of the same form, and a role that is not quantized has the factor 1. g is how many bits a
-role takes for its loss to fall by the factor e. The term of the data is part of E, as all trainings of a study have as
-many tokens.
+is the law "effective" of kbit.analysis.statistics.bit_laws (Kumar et al. 2024, "Scaling laws for precision", arXiv
+2411.04330, for weights, activations and the cache). Here gradients and the states of the optimizer have a factor of the
+same form, and a role that is not quantized has the factor 1. g is how many bits a role takes for its loss to fall by
+the factor e. The term of the data is part of E, as all trainings of a study have as many tokens.
 
 Each seed is fitted by itself. Every interval is Student's over the seeds.
 """
@@ -24,6 +23,7 @@ from scipy.optimize import least_squares, nnls
 from kbit.analysis.curves.curves import Floats
 from kbit.analysis.curves.roles import LAW_ROLES
 from kbit.analysis.curves.trainings import describe_seeds
+from kbit.analysis.statistics.bit_laws import make_terms
 from kbit.analysis.statistics.laws import MIN_SPARE, TooFewPoints
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.training.config import PRODUCTS
@@ -51,19 +51,8 @@ class TrainingLaw:
 
     def predict(self, points: pd.DataFrame) -> Floats:
         """Return the loss of trainings: rows with the columns parameters and each role of the law."""
-        size = points["parameters"].to_numpy(dtype=np.float64)
-        shrunk = shrink(get_bits(points, list(self.decays)), np.array(list(self.decays.values())))
-        return np.asarray(self.floor + self.scale * (size * shrunk) ** -self.exponent)
-
-
-def get_bits(points: pd.DataFrame, roles: Sequence[str]) -> Floats:
-    """Return the bits of roles, [points, roles]."""
-    return points[list(roles)].to_numpy(dtype=np.float64)
-
-
-def shrink(bits: Floats, decays: Floats) -> Floats:
-    """Return N_eff / N of trainings with these bits, [points, roles]."""
-    return np.asarray(np.prod(-np.expm1(-bits / decays), axis=1))
+        terms, decays = make_terms("effective", points, list(self.decays)), np.log(list(self.decays.values()))
+        return terms.predict(np.array([np.log(max(self.scale, 1e-300)), self.exponent, *decays, self.floor]))
 
 
 def fit_seed(points: pd.DataFrame) -> TrainingLaw:
@@ -88,25 +77,24 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
         )
     if exact.iloc[-1] >= exact.iloc[0]:
         raise TooFewPoints("the largest model does not have the lowest loss: it was trained too shortly for a law")
-    y, bits = points["value"].to_numpy(dtype=np.float64), get_bits(points, roles)
-    size = points["parameters"].to_numpy(dtype=np.float64) / float(exact.index[0])
+    y, terms = points["value"].to_numpy(dtype=np.float64), make_terms("effective", points, roles)
 
     def solve(theta: Floats) -> tuple[Floats, Floats]:
-        power = (size * shrink(bits, np.exp(theta[1:]))) ** -np.exp(theta[0])
-        terms = np.stack([np.ones(len(y)), power], axis=1)
-        return terms, nnls(terms, y)[0]
+        power = terms.predict(np.array([0.0, np.exp(theta[0]), *theta[1:], 0.0]))
+        columns = np.stack([np.ones(len(y)), power / power.max()], axis=1)
+        linear = nnls(columns, y)[0]
+        return columns @ linear, linear / [1, power.max()]
 
     def miss(theta: Floats) -> Floats:
-        terms, linear = solve(theta)
-        return np.asarray(terms @ linear - y)
+        return solve(theta)[0] - y
 
     bounds = np.log([EXPONENTS, *[DECAYS] * len(roles)]).T
     starts = [np.log([a, *[g] * len(roles)]) for a, g in _STARTS]
     fits = [least_squares(miss, start, bounds=bounds, x_scale="jac") for start in starts]
     best = min(fits, key=lambda fit: float(fit.cost)).x
-    exponent, (floor, scale) = float(np.exp(best[0])), solve(best)[1]
+    floor, scale = solve(best)[1]
     decays = dict(zip(roles, np.exp(best[1:]).tolist(), strict=True))
-    return TrainingLaw(float(floor), float(scale * float(exact.index[0]) ** exponent), exponent, decays)
+    return TrainingLaw(float(floor), float(scale), float(np.exp(best[0])), decays)
 
 
 def fit_seeds(points: pd.DataFrame) -> dict[int, TrainingLaw]:
