@@ -214,7 +214,9 @@ def judge_qat(data: pd.DataFrame) -> str:
     if flipped:
         head = "Training moves the optimal precision: fewer bits become better at equal bits"
     elif moved:
-        head = "Training moves precisions together: more bits lead by less at equal bits"
+        stays = all(describe_seeds(lead.trained)[1] > 0 for lead in leads if lead.rounded > 0)
+        optimum = "the optimal one stays" if stays else "seeds do not tell which is best now"
+        head = f"Training moves precisions together, and {optimum}: more bits lead by less at equal bits"
     else:
         head = "These trainings do not show that the optimal precision moves"
     return ". ".join([head, *map(describe_lead, leads), describe_recovery(data)])
