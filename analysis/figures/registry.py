@@ -38,6 +38,7 @@ from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_f
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.figures.training.exchange import draw_exchange
 from kbit.analysis.figures.training.fast_precision import draw_fast_precision
+from kbit.analysis.figures.training.law import draw_training_law
 from kbit.analysis.figures.training.optimizer_ablation import draw_optimizer_ablation
 from kbit.analysis.figures.training.qat import draw_qat
 from kbit.analysis.figures.training.qlora import draw_qlora
@@ -119,6 +120,7 @@ TRAINED: Final[dict[str, Draw]] = {
     "training_curves": draw_training_curves,
     "fast_precision": draw_fast_precision,
     "exchange": draw_exchange,
+    "training_law": draw_training_law,
 }
 _RUN_TIME: Final[dict[str, Draw]] = {
     "activations_map": of_untrained(draw_activations_map),

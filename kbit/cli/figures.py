@@ -23,6 +23,7 @@ FIGURE_NAMES: Final = (
     "error_accuracy", "error_loss", "sensitivity", "allocation", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
     "qat", "qlora", "optimizer_ablation", "states", "training_curves", "fast_precision", "exchange",
+    "training_law",
     "activations_map", "cache_bits", "rotation", "bit_laws",
 )  # fmt: skip
 
