@@ -27,6 +27,6 @@ def describe_stopped(results: pd.DataFrame) -> str:
     least, most = f"{min(shares):.3g}", f"{max(shares):.3g}"
     share = f"a share of {least}" if least == most else f"shares of {least} to {most}"
     return (
-        f"{count} stopped early (study.until.decided), after {share} of their items. Their values are those of others that "
-        "went on, with the differences on the items that both measured, and their intervals are of these items."
+        f"{count} stopped early (study.until.decided), after {share} of their items. Their values are those of others "
+        "that went on, with the differences on the items that both measured, and their intervals are of these items."
     )

@@ -96,17 +96,15 @@ def dispatch(
     """Keep actors busy until no experiment waits, and replace an actor that died. ValueError if one cannot start.
 
     Args:
-        plan: the plan.
+        plan, rounds: the plan, and its rounds (None: one).
         start_worker: a function that starts an actor with a method run(experiment, key, goals) -> Outcome.
         count: the number of actors.
         store: the store, which gets the failure of an experiment whose actors died.
         cost: a function that returns the cost of an experiment (see Schedule).
-        rounds: the rounds, of which each begins when all experiments of the one before have ended. None: one.
     """
     import ray
 
-    rounds = rounds or Rounds(plan)
-    waiting = Schedule(rounds.start_next(), cost)
+    waiting = Schedule((rounds := rounds or Rounds(plan)).start_next(), cost)
     tries: Counter[Experiment] = Counter()
     last: dict[Any, Experiment] = {}  # the experiment that each worker was given last, whose model it holds
     running: dict[Any, tuple[Any, Experiment]] = {}
@@ -114,10 +112,9 @@ def dispatch(
     while waiting or running:
         while waiting and idle:
             worker = idle.popleft()
-            experiment = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
-            last[worker] = experiment
-            job = worker.run.remote(experiment, plan.keys[experiment], rounds.find_goals(experiment))
-            running[job] = (worker, experiment)
+            experiment = last[worker] = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
+            goals = rounds.find_goals(experiment)
+            running[worker.run.remote(experiment, plan.keys[experiment], goals)] = (worker, experiment)
         ready, _ = ray.wait(list(running), num_returns=1)
         worker, experiment = running.pop(ready[0])
         working = tuple(other for _, other in running.values())

@@ -325,19 +325,14 @@ def _score_sample(scorer: Scorer, prepared: PreparedTask, sample: Sample) -> dic
     """Score the items that a sample adds, and return each metric's values of all items measured so far."""
     numbers, name = prepared.list_items(), prepared.loaded.name
     if prepared.loaded.groups:
-        raise ValueError(
-            f"the group {prepared.loaded.groups[0].name!r} weighs its tasks in its own way, which some of their items "
-            "do not give: name its tasks in eval.tasks one by one, or study.until.decided=false"
-        )
+        group = prepared.loaded.groups[0].name
+        raise ValueError(f"the group {group!r} has a mean of its own: in rounds, name its tasks in eval.tasks instead")
     asked = {numbers[place] for place in sample.list_new(TASKS, len(numbers))}
     instances = [instance for instance in prepared.instances if instance.doc_id in asked]
     values = _score_task(scorer, prepared, instances) if asked else {}
     for metric, of_items in values.items():
         if not _are_numbers(of_items):
-            raise ValueError(
-                f"the task {name!r} measures {metric}, which is no mean over items, so that some of them say nothing: "
-                "study.until.decided=false"
-            )
+            raise ValueError(f"{metric} of the task {name!r} is no mean over items: study.until.decided=false")
     return dict(sample.join(TASKS, name, len(numbers), values))
 
 

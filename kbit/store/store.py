@@ -136,7 +136,7 @@ class Store:
 
     def find_stopped(self, key: str) -> Result | None:
         """Return what earlier rounds measured of an experiment that is not finished, if anything."""
-        return load_stopped(self._files, [key]).get(key)
+        return load_stopped(self._files, [key], Result).get(key)
 
     def stopped_keys(self) -> set[str]:
         """Return the keys of experiments that have measured a part of their items."""
@@ -252,7 +252,7 @@ class Store:
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
             self._copy_adapters(other.root, fresh["key"].to_pylist())
             self._replace([], fresh)
-        for result in load_stopped(other, list_stopped(other).keys() - mine).values():
+        for result in load_stopped(other, list_stopped(other).keys() - mine, Result).values():
             self.write(result)
         for _, record in find_records(other, "failures", None):
             if record["key"] not in mine:

@@ -48,6 +48,7 @@ def describe_bounds(plan: Plan, estimator: Estimator, store_path: str) -> str:
 def describe_study(plan: Plan, settings: RunConfig, store: Store, estimator: Estimator) -> Iterator[str]:
     """Yield lines: what is known, from how many items, and how much was measured."""
     from kbit.analysis.statistics.stopping.looks import look_at_store
+    from kbit.experiments.result import Result
     from kbit.store.filesystem import open_files
     from kbit.store.results import load_results
     from kbit.store.stopped.records import list_stopped, load_stopped
@@ -57,7 +58,7 @@ def describe_study(plan: Plan, settings: RunConfig, store: Store, estimator: Est
     yield from (decision.describe() for decision in decisions[:_SHOWN])
     if len(decisions) > _SHOWN:
         yield f"and {len(decisions) - _SHOWN} more verdicts: {_count(decisions)}"
-    early = load_stopped(files := open_files(store.root), list_stopped(files).keys() & keys)
+    early = load_stopped(files := open_files(store.root), list_stopped(files).keys() & keys, Result)
     spent = sum(result.tokens for result in [*early.values(), *load_results(store.root, keys - early.keys())])
     counts = [estimator.count_tokens(estimator.classify(experiment)) for experiment in plan.keys]
     whole = sum(count or 0 for count in counts)

@@ -16,26 +16,51 @@ where the last part is 0 for an item that e lacks.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.evaluation.measurement import Measurement, decode_items, exponentiate, mean_accuracy, measure_mean
-from kbit.evaluation.rounds.order import LAST, SHARES, list_places
-from kbit.experiments.result import Result
+from kbit.evaluation.measurement import ItemValues, decode_items
+from kbit.evaluation.rounds.order import LAST, list_places
+from kbit.evaluation.rounds.sample import SampledPart
+from kbit.store.damage import DamagedRecord, set_aside
 from kbit.store.filesystem import open_files
-from kbit.store.records import list_finished, retry
-from kbit.store.results import load_results
+from kbit.store.records import find_records, list_finished, retry
 from kbit.store.stopped.records import list_stopped, load_stopped
 
 Floats = NDArray[np.float64]
+Numbers = dict[tuple[str, str], Floats]  # by task and metric
 Group = tuple[str, str, str, int]  # task, metric, family, number of all items
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The name of a Result's model."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """The model of a Result's experiment."""
+
+    model: _Model
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The fields of a Result that hold its items, and say of what they are."""
+
+    key: str
+    experiment: _Experiment
+    family: str
+    items: tuple[ItemValues, ...] = ()
+    sampled: tuple[SampledPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,25 +76,20 @@ class Measured:
 def read_completed(path: str | Path, metric: str, keys: Collection[str]) -> dict[str, dict[str, Floats]]:
     """Return for each task the numbers [N] of those of these experiments that stopped early, by key."""
     found: dict[str, dict[str, Floats]] = {}
-    for key, (_, items) in complete_store(path).items():
+    for key, numbers in complete_store(path).items():
         if key in keys:
-            for (task, of), values in items.items():
+            for (task, of), values in numbers.items():
                 if of == metric:
                     found.setdefault(task, {})[key] = values
     return found
 
 
-def find_share(result: Result) -> float:
-    """Return the share of its items that an experiment measured that stopped early: the least of its parts."""
-    return min(SHARES[part.rounds - 1] for part in result.sampled)
-
-
 def read_measured(path: str | Path, keys: Collection[str]) -> dict[str, dict[str, dict[str, Floats]]]:
     """Return what was measured by metric, task and key: the value of each item [N], NaN where it was not measured."""
     files = open_files(path)
-    early = load_stopped(files, list_stopped(files).keys() & set(keys))
+    early = load_stopped(files, list_stopped(files).keys() & set(keys), _Items)
     found: dict[str, dict[str, dict[str, Floats]]] = {}
-    for result in [*early.values(), *load_results(path, set(keys) - early.keys())]:
+    for result in [*early.values(), *_read_whole(path, set(keys) - early.keys())]:
         for (task, metric), (rounds, total, values) in _list_values(result).items():
             whole = np.full(total, np.nan)
             whole[list_places(total, rounds)] = values
@@ -77,15 +97,8 @@ def read_measured(path: str | Path, keys: Collection[str]) -> dict[str, dict[str
     return found
 
 
-Completed = dict[str, tuple[Result, dict[tuple[str, str], Floats]]]
-
-
-def complete_store(path: str | Path) -> Completed:
-    """Return each experiment that stopped early as a result on all items, and the numbers behind it by task and metric.
-
-    Its measurements are the means of these numbers, a perplexity and the mean accuracy where there was one. Their n
-    is the number of items that were measured. What is no such mean is left out.
-    """
+def complete_store(path: str | Path) -> dict[str, Numbers]:
+    """Return the numbers on all items of each experiment that stopped early."""
     files = open_files(path)
     names = list_stopped(files)
     if not names:
@@ -95,25 +108,40 @@ def complete_store(path: str | Path) -> Completed:
 
 
 @functools.lru_cache(maxsize=4)
-def _complete(path: str, names: tuple[str, ...], finished: frozenset[str]) -> Completed:
+def _complete(path: str, names: tuple[str, ...], finished: frozenset[str]) -> dict[str, Numbers]:
     """Return complete_store of a store with these files, which never change."""
     files = open_files(path)
-    stopped = load_stopped(files, list_stopped(files))
+    stopped = load_stopped(files, list_stopped(files), _Items)
     families = {result.family for result in stopped.values()}
-    whole = [result for result in load_results(path, finished) if result.family in families]
+    whole = (result for result in _read_whole(path, finished) if result.family in families)
+    numbers: dict[str, Numbers] = {key: {} for key in stopped}
+    for (task, metric, _, total), group in _group([*stopped.values(), *whole]).items():
+        for key, values in complete_items(group, total).items():
+            if key in numbers:
+                numbers[key][task, metric] = values
+    return numbers
+
+
+def _group(results: Iterable[_Items]) -> dict[Group, list[Measured]]:
+    """Return what was measured by what can be compared."""
     groups: dict[Group, list[Measured]] = defaultdict(list)
-    for result in [*stopped.values(), *whole]:
+    for result in results:
         for (task, metric), (rounds, total, values) in _list_values(result).items():
             own = Measured(result.key, result.experiment.model.name, rounds, values)
             groups[task, metric, result.family, total].append(own)
-    numbers: dict[str, dict[tuple[str, str], Floats]] = defaultdict(dict)
-    for (task, metric, _, total), group in groups.items():
-        for key, values in complete_items(group, total).items():
-            numbers[key][task, metric] = values
-    return {key: (_measure(result, numbers[key]), numbers[key]) for key, result in stopped.items()}
+    return groups
 
 
-def _list_values(result: Result) -> dict[tuple[str, str], tuple[int, int, Floats]]:
+def _read_whole(path: str | Path, keys: Collection[str]) -> Iterator[_Items]:
+    """Yield the items of finished experiments, and warn of those that cannot be read."""
+    for source, record in find_records(open_files(path), "experiments", keys):
+        try:
+            yield source.read(_Items, record)
+        except DamagedRecord as error:
+            set_aside(error)
+
+
+def _list_values(result: _Items) -> dict[tuple[str, str], tuple[int, int, Floats]]:
     """Return the rounds, the number of all items, and the measured values, by task and metric."""
     parts = {task: (part.rounds, total) for part in result.sampled for task, total in part.totals.items()}
     found = {}
@@ -152,17 +180,3 @@ def complete_items(group: list[Measured], total: int) -> dict[str, Floats]:
         numbers[places] += total / places.size * (difference - difference.mean())
         done[own.key] = numbers
     return done
-
-
-def _measure(result: Result, numbers: Mapping[tuple[str, str], Floats]) -> Result:
-    """Return a result with the measurements that follow from its numbers on all items."""
-    counts = {(m.task, m.metric): m.n for m in result.measurements}
-    found: list[Measurement] = []
-    for (task, metric), values in numbers.items():
-        value = dataclasses.replace(measure_mean(task, metric, values.tolist()), n=counts[task, metric])
-        found += [value, *(exponentiate(value, "perplexity") if metric == "cross_entropy" else [])]
-    mean = counts.get(("mean_zero_shot", "acc"))
-    if mean is not None and not any(task.groups for task in result.tasks):  # in a mean, a group counts as one task
-        accuracies = [m for m in found if m.metric == "acc"]
-        found.append(dataclasses.replace(mean_accuracy(accuracies), n=mean))
-    return dataclasses.replace(result, measurements=tuple(found))

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from kbit.experiments.result import Result
 from kbit.store.damage import DamagedRecord, Source, set_aside
 from kbit.store.filesystem import CannotOpenError, Files
 from kbit.store.records import list_finished, retry
 
+if TYPE_CHECKING:
+    from kbit.experiments.result import Result
+
+T = TypeVar("T")
 FOLDER: Final = "stopped"
 
 
@@ -42,15 +45,21 @@ def list_stopped(files: Files) -> dict[str, str]:
     return {key: name for name in list_names(files) if (key := _find_key(name)) not in finished}
 
 
-def load_stopped(files: Files, keys: Collection[str]) -> dict[str, Result]:
-    """Return what has been measured of experiments, by key. It warns of what cannot be read, and leaves it out."""
-    found: dict[str, Result] = {}
+def load_stopped(files: Files, keys: Collection[str], kind: type[T]) -> dict[str, T]:
+    """Return what has been measured of experiments, by key. It warns of what cannot be read, and leaves it out.
+
+    Args:
+        files: the store's files.
+        keys: the experiments.
+        kind: Result, or a dataclass with some of its fields.
+    """
+    found: dict[str, T] = {}
     for name in list_names(files):  # more rounds come later
         if (key := _find_key(name)) in keys:
             source = Source(files.root, name, key)
             try:
                 with files.open(name) as file:
-                    found[key] = source.read(Result, source.parse(file.read()))
+                    found[key] = source.read(kind, source.parse(file.read()))
             except CannotOpenError as error:
                 set_aside(source.refuse(f"cannot be opened: {error.strerror}", is_foreign=True))
             except FileNotFoundError:  # the next round has taken its place
