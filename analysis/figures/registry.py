@@ -15,6 +15,7 @@ import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
 from kbit.analysis.curves.run_time import leave_out_rounded
+from kbit.analysis.curves.stopped import describe_stopped
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.canvas.page import OWN_PAGE, Page, apply_style
 from kbit.analysis.figures.costs.against import COST_FIGURES, draw_costs
@@ -158,6 +159,8 @@ def draw_figure(name: str, results: pd.DataFrame, page: Page = OWN_PAGE, measure
     if name not in figures:
         raise ValueError(f"unknown figure {name!r}; {suggest(name, figures)}")
     figure, left_out = leave_out_ambiguous(lambda rows: figures[name](rows, page), results)
+    if early := describe_stopped(results):
+        figure = replace(figure, notes=(*figure.notes, early))
     if not left_out:
         return figure
     reasons = [f"Left out: {reason}" for reason in left_out.values()]
