@@ -33,6 +33,7 @@ from kbit.methods.options import RUN_TIME
 from kbit.numerics.spec import QuantSpec, find_preset
 
 _RECORDED: Final = ("model", "quant", "eval", "train")  # the sections that a record of the store keeps
+_OF_UNION: Final = ("sweeps", "study.grids", "study.exclude", "study.unite")  # the studies united have their own
 _RUN_TIME_ROLES: Final = tuple(f"quant.{name}" for name in RUN_TIME)
 
 
@@ -103,7 +104,7 @@ class Composer:
         check_study(study)
         if study["unite"]:
             check_union(study, within)
-            others = [o for o in overrides if self._parse(o).key_or_group.partition(".")[0] not in ("sweeps", "study")]
+            others = [o for o in overrides if not self._parse(o).key_or_group.startswith(_OF_UNION)]
             for name in study["unite"]:
                 yield from self.expand([f"+sweeps={name}", *others], (*within, name))
         elif study["grids"]:
@@ -273,6 +274,8 @@ def check_union(study: Values, within: tuple[str, ...]) -> None:
     for key in ("grids", "exclude"):
         if study[key]:
             raise ValueError(f"a study with study.unite={study['unite']} has no study.{key}, but here are {study[key]}")
+    if study["until"]["decided"]:
+        raise ValueError("a study with study.unite has no study.until of its own: give it on the command line")
     if again := sorted(set(study["unite"]) & set(within)):
         raise ValueError(f"study.unite={study['unite']}: {again[0]!r} unites itself, by way of {' > '.join(within)}")
 
