@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from kbit.numerics.spec import QuantSpec
@@ -105,10 +105,10 @@ def _numbers(step: int) -> Iterator[tuple[int, bool]]:
     return ((number, number == count - 1) for number in range(count))
 
 
-def train_peer(rank: int, state: Any, hook: Any) -> dict[str, Tensor]:
+def train_peer(rank: int, hook: Any) -> dict[str, Tensor]:
     """Train this process' replica by one of torch's own hooks, and return its weights."""
     model = DistributedDataParallel(make_model(), find_unused_parameters=True)
-    model.register_comm_hook(state, hook)
+    model.register_comm_hook(None, hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(STEPS):
         for number, last in _numbers(step):
@@ -121,13 +121,9 @@ def train_peer(rank: int, state: Any, hook: Any) -> dict[str, Tensor]:
 
 def try_peers(rank: int) -> dict[str, Any]:
     """Return what torch's own hooks make of the training, or the words by which one refuses gloo."""
-    compress = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=10)
-    found: dict[str, Any] = {
-        "fp16": train_peer(rank, None, default_hooks.fp16_compress_hook),
-        "PowerSGD": train_peer(rank, compress, powerSGD_hook.powerSGD_hook),
-    }
+    found: dict[str, Any] = {"fp16": train_peer(rank, default_hooks.fp16_compress_hook)}
     try:
-        train_peer(rank, None, default_hooks.bf16_compress_hook)
+        train_peer(rank, default_hooks.bf16_compress_hook)
     except (TypeError, RuntimeError) as error:
         found["bf16"] = str(error)
     return found
