@@ -15,6 +15,7 @@ from kbit.analysis.curves.families import find_curves
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
 from kbit.analysis.curves.settings import FLOATS
+from kbit.analysis.curves.stopped import is_stopped
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.panels import draw_panels, find_offsets
 from kbit.analysis.figures.drawing import (
@@ -64,6 +65,7 @@ def draw_curves(
     if measure is None or curves.empty:
         what = measure.name if measure else "cross entropy" if definition.loss else ZERO_SHOT.name
         raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
+    curves = curves.assign(stopped=is_stopped(curves, results))
     parts = definition.judge(curves, measure, results)
     published = match_published(curves, measure)
     differences, unpaired = compare_with_best(curves, measure, results)
@@ -72,7 +74,7 @@ def draw_curves(
     sign = SIGN if own else describe_direction(measure)
     sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
     notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(curves, differences, unpaired, fig), sample]
-    notes += [*describe_choice(points, curves), describe_sources(published)]
+    notes += [*describe_choice(points, curves), describe_sources(published), describe_hollow(curves)]
     return PaperFigure(
         definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_"),
         fig,
@@ -82,6 +84,12 @@ def draw_curves(
         tuple(note for note in notes if note),
         shorten_parts(parts),
     )
+
+
+def describe_hollow(curves: pd.DataFrame) -> str:
+    """Say what hollow markers are, if there are any."""
+    count = int(curves["stopped"].sum())
+    return f"Hollow: {count} of {len(curves)} points stopped early." if count else ""
 
 
 def shorten_parts(parts: Sequence[Part]) -> str:

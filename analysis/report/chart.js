@@ -33,8 +33,8 @@ class Chart {
     this.box = null; // being dragged
   }
 
-  // scene: groups [{look, points}], curves [{look, line}], frontiers [{points}], x, y, low, high (functions of a point), xTitle,
-  // yTitle, intervals, selected.
+  // scene: groups [{look, points}], curves [{look, line}], frontiers [{points}], x, y, low, high, isStopped (functions of a
+  // point), xTitle, yTitle, intervals, selected.
   draw(scene) {
     this.scene = scene;
     const style = getComputedStyle(this.canvas);
@@ -186,9 +186,22 @@ class Chart {
         for (const [right, down] of corners) pen.lineTo(x + right, y + down);
         pen.closePath();
         pen.fill();
-        if (size > 3) pen.stroke();
+        if (scene.isStopped(point)) this.hollow(x, y, corners);
+        else if (size > 3) pen.stroke();
       }
     }
+  }
+
+  // Leave of a filled marker its edge: the point stopped early.
+  hollow(x, y, corners) {
+    const { pen } = this;
+    const color = pen.fillStyle;
+    pen.fillStyle = this.paper;
+    pen.beginPath();
+    for (const [right, down] of corners) pen.lineTo(x + right * 0.6, y + down * 0.6);
+    pen.closePath();
+    pen.fill();
+    pen.fillStyle = color;
   }
 
   drawFrontiers() {

@@ -32,9 +32,13 @@ const COLUMNS = {
     title: "95% interval", cell: (p) => measure.low[p], isNumber: true,
     text: (low, p) => (low === null ? "-" : `${formatValue(low)} to ${formatValue(measure.high[p])}`),
   },
-  evaluation: { title: "evaluation", cell: (p) => measure.evaluations[measure.evaluation[p]] },
+  evaluation: { title: "evaluation", cell: (p) => measure.evaluations[measure.evaluation[p]] + (isStopped(p) ? ", stopped early" : "") },
   key: { title: "experiment", cell: (p) => data.experiments.key[measure.point[p]] },
 };
+
+function isStopped(point) {
+  return data.experiments.stopped[measure.point[point]] === 1;
+}
 
 function asNumber(name) {
   return name !== "" && !isNaN(name) ? Number(name) : name;
@@ -160,7 +164,7 @@ function draw() {
     y: (p) => measure.value[p], low: (p) => measure.low[p], high: (p) => measure.high[p],
     xTitle: "total model bits",
     yTitle: measure.axis + (measure.lower === null ? "" : measure.lower ? ", lower is better" : ", higher is better"),
-    intervals: byId("intervals").checked, selected: findPoint(view.key),
+    intervals: byId("intervals").checked, selected: findPoint(view.key), isStopped,
   });
   const of = byId("evaluation").value === "" ? measure.point.length : measure.evaluation.filter((c) => measure.evaluations[c] === byId("evaluation").value).length;
   const count = `${shown.length.toLocaleString("en")} of ${of.toLocaleString("en")} experiments shown`;

@@ -18,6 +18,7 @@ import pandas as pd
 
 from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
 from kbit.analysis.curves.run_time import leave_out_rounded
+from kbit.analysis.curves.stopped import describe_stopped
 from kbit.analysis.curves.trainings import leave_out_trained
 from kbit.analysis.figures.drawing import PaperFigure, count_things
 from kbit.analysis.figures.law_table import compare_laws
@@ -91,7 +92,8 @@ def summarize(results: pd.DataFrame, failures: pd.DataFrame, where: str | None) 
     families = results["family"].nunique()
     named = "1 family" if families == 1 else f"{families:,} families"
     count = f"{experiments} on {count_things(results['model'].nunique(), 'model')} of {named}"
-    return f"{count}, {len(failures):,} failed{' in the whole store' if where else ''}."
+    early = describe_stopped(results)
+    return f"{count}, {len(failures):,} failed{' in the whole store' if where else ''}.{early and f' Hollow: {early}'}"
 
 
 def list_findings(results: pd.DataFrame) -> list[str]:

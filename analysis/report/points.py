@@ -22,6 +22,7 @@ from kbit.analysis.curves.settings import (
     rank_data_type,
     rank_label,
 )
+from kbit.analysis.curves.stopped import is_stopped
 from kbit.analysis.figures.canvas.styles import (
     LINE_STYLES,
     SERIES_STYLES,
@@ -83,6 +84,7 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
         "method": encode(methods, sort_names(methods)),
         "curve": curves.groupby(list(curves), sort=False).ngroup().tolist(),
         "key": experiments["key"].astype(str).tolist(),
+        "stopped": is_stopped(experiments, experiments).astype(int).tolist(),
         "total_bits": experiments["total_bits"].astype(int).tolist(),
         "bits_per_param": shorten(experiments["bits_per_param"]),
     }

@@ -22,6 +22,7 @@ from kbit.analysis.curves.curves import TIE, VARIANT, ZERO_SHOT, Floats, Measure
 from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.store.items import read_items_by_task
+from kbit.store.stopped.complete import read_completed
 
 CHOICE: Final = ["total_bits", "label", "block_size", "bits", "value", "low", "high", "chance"]
 SAME_MEAN: Final = 1e-6  # items are float32, exact to 1e-7, and one of the paper's 18,300 moves the mean by 2e-5
@@ -110,9 +111,12 @@ def read_scores(store: str, metric: str, keys: tuple[str, ...]) -> dict[str, dic
 
     They are cached because several figures ask for the same points, and what a key stands for does not change.
     """
-    if not read_items_by_task(store, metric, keys[:1]):  # a store without items need not be read whole
-        return {}
-    return read_items_by_task(store, metric, keys)
+    found = read_completed(store, metric, keys)  # of those that stopped early
+    whole = tuple(key for key in keys if not any(key in task for task in found.values()))
+    if read_items_by_task(store, metric, whole[:1]):  # a store without items need not be read whole
+        for task, values in read_items_by_task(store, metric, whole).items():
+            found[task] = values | found.get(task, {})
+    return found
 
 
 def is_complete(scores: dict[str, Floats], keys: Sequence[str]) -> bool:

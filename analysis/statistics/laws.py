@@ -1,6 +1,7 @@
 """Parametric scaling laws of quantized models: fitted robustly, with intervals, and checked on the largest model.
 
-Every law here is of one form, an exponential of linear terms plus linear terms:
+Every law here is of one form, an exponential of linear terms plus linear terms. Other forms are fitted by the same
+functions, see Terms and kbit.analysis.statistics.bit_laws.
 
     y = exp(X a) + Z b                 X: design of the power law, Z: design of what is added to it
 
@@ -10,6 +11,10 @@ Every law here is of one form, an exponential of linear terms plus linear terms:
 | offset | L | C N^-p + E + e_k | a base curve and an offset per precision, e_16 = 0: the paper's "nearly parallel" |
 | kumar | L - L_16 | C N^-b exp(-k / g) | Kumar et al. 2024, arXiv 2411.04330, equation of delta_PTQ |
 | block | L - L_16 | C N^-b (log2 G)^c | arXiv 2505.14302, on quantization-aware training, G is the block size |
+| mixed | L - L_16 | C N^-b Q^q (log2 G)^c | Q is the share of the parameters that is quantized, see below |
+
+That larger models tolerate a larger share Q, as the factors N^-b and Q^q of "mixed" have it, is what "Scaling laws for
+mixed quantization" finds (arXiv 2410.06722). The powers of Q and of log2 G are this module's choice.
 
 L is the cross entropy in nats per token, N the number of parameters, and k the bits. Both laws of L - L_16 have a
 factor D^a in the training tokens D. It is part of C here, because the sizes of a family were trained on (nearly) as
@@ -20,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import pandas as pd
@@ -31,7 +36,7 @@ from kbit.analysis.curves.curves import Floats
 from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 
-LAWS: Final = ("power", "offset", "kumar", "block")
+LAWS: Final = ("power", "offset", "kumar", "block", "mixed")
 SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
 DRAWS: Final = 400
 STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
@@ -41,6 +46,23 @@ MIN_SPARE: Final = 2  # fewer points than parameters + 2 say nothing about the l
 
 class TooFewPoints(ValueError):
     """A law has more parameters than these points can tell."""
+
+
+class Terms(Protocol):
+    """What the fit of a law needs of its form at given points."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names."""
+
+    def predict(self, parameters: Floats) -> Floats:
+        """Return y for parameters [..., terms]: [..., points]."""
+
+    def slope(self, parameters: Floats) -> Floats:
+        """Return dy / dparameters: [..., points, terms]."""
+
+    def guess_starts(self, y: Floats) -> list[Floats]:
+        """Return parameters to start a fit of y from."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +100,26 @@ class Design:
         slope[..., split:] = self.added
         return grown + parameters[..., split:] @ self.added.T, slope
 
+    def guess_starts(self, y: Floats) -> list[Floats]:
+        """Return starts: a fit of log y by linear least squares, after taking away candidate constants."""
+        split = self.power.shape[1]
+        lows = (0.0,) if not self.added.shape[1] else tuple(share * float(y.min()) for share in (0.0, 0.5, 0.9))
+        starts = []
+        for low in lows:
+            positive = y > low
+            power = np.linalg.lstsq(self.power[positive], np.log(y[positive] - low))[0]
+            added = np.zeros(self.added.shape[1])
+            added[:1] = low
+            starts.append(np.concatenate([power[:split], added]))
+        return starts
+
 
 @dataclass(frozen=True)
 class Fit:
     """A fitted law.
 
     Attributes:
-        law: its name, one of LAWS.
+        law: its name.
         design: its terms at the points that it was fitted on.
         parameters: the fitted parameters, in the order of design.names.
         draws: bootstrap draws of the parameters, [draws, terms].
@@ -93,7 +128,7 @@ class Fit:
     """
 
     law: str
-    design: Design
+    design: Terms
     parameters: Floats
     draws: Floats
     residuals: Floats
@@ -115,7 +150,8 @@ def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None
 
     Args:
         law: one of LAWS.
-        points: a table with the columns parameters, bits and block_size (for "block"), one row per point.
+        points: a table with the columns parameters and bits, block_size for "block" and "mixed", and share for "mixed",
+            one row per point.
         precisions: the precisions to which "offset" gives an offset of their own. None: those of the points.
 
     Raises:
@@ -134,7 +170,10 @@ def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None
     elif law == "kumar":
         terms["1 / g"] = -bits
     elif law == "block":
-        terms["G exponent"] = np.log(np.log2(points["block_size"].to_numpy(dtype=np.float64)))
+        terms["G exponent"] = measure_block(points)
+    elif law == "mixed":
+        terms["Q exponent"] = np.log(points["share"].to_numpy(dtype=np.float64))
+        terms["G exponent"] = measure_block(points)
     else:
         raise ValueError(f"law={law!r} is not one of: {', '.join(LAWS)}")
     columns = list(added.values())
@@ -143,6 +182,11 @@ def make_design(law: str, points: pd.DataFrame, precisions: Sequence[int] | None
         np.stack(columns, axis=1) if columns else np.empty((rows, 0)),
         (*terms, *added),
     )
+
+
+def measure_block(points: pd.DataFrame) -> Floats:
+    """Return log log2 of each point's block size."""
+    return np.asarray(np.log(np.log2(points["block_size"].to_numpy(dtype=np.float64))))
 
 
 def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> Fit:
@@ -162,14 +206,28 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
         seed: the seed of the bootstrap.
 
     Raises:
+        TooFewPoints: see fit_terms.
+    """
+    return fit_terms(law, make_design(law, points), points, draws=draws, seed=seed)
+
+
+def fit_terms(law: str, design: Terms, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> Fit:
+    """Fit any form as fit_law does.
+
+    Args:
+        law: the law's name, for messages.
+        design: its terms at the points.
+        points: a table with the columns y and error, see fit_law.
+        draws, seed: see fit_law.
+
+    Raises:
         TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart, as where the
             best fit has the loss of large models fall below zero (E < 0).
     """
-    design = make_design(law, points)
     y = points["y"].to_numpy(dtype=np.float64)
     n, p = len(y), len(design.names)
     few = TooFewPoints(f"the law {law!r} has {p} parameters; {n} such points cannot tell them")
-    if n < p + MIN_SPARE or np.linalg.matrix_rank(design.power) < design.power.shape[1]:
+    if n < p + MIN_SPARE:
         raise few
     scale = choose_scale(points)
     parameters = fit_once(design, y, scale)
@@ -178,7 +236,8 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
             f"the law {law!r} has its floor at E = {floor:.3g} nats: such sizes cannot tell E and N apart"
         )
     slope = design.slope(parameters)
-    if np.linalg.matrix_rank(slope / np.linalg.norm(slope, axis=0)) < p:
+    size = np.linalg.norm(slope, axis=0)
+    if not size.all() or np.linalg.matrix_rank(slope / size) < p:
         raise few
     fitted = design.predict(parameters)
     rng = np.random.default_rng(seed)
@@ -202,7 +261,7 @@ def choose_scale(points: pd.DataFrame) -> Floats:
     return error if np.isfinite(error).all() and (error > 0).all() else np.full(len(points), float(points["y"].std()))
 
 
-def fit_once(design: Design, y: Floats, scale: Floats) -> Floats:
+def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
     """Return the parameters that fit best, from several starts, by scipy's trust-region solver."""
 
     def residuals(theta: Floats) -> Floats:
@@ -212,25 +271,11 @@ def fit_once(design: Design, y: Floats, scale: Floats) -> Floats:
         return design.slope(theta) / scale[:, None]
 
     solver: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "max_nfev": 500}
-    fits = [least_squares(residuals, start, jac=slopes, **solver) for start in guess_starts(design, y)]
+    fits = [least_squares(residuals, start, jac=slopes, **solver) for start in design.guess_starts(y)]
     return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
 
 
-def guess_starts(design: Design, y: Floats) -> list[Floats]:
-    """Return starting parameters: a fit of log y by linear least squares, after taking away candidate constants."""
-    split = design.power.shape[1]
-    lows = (0.0,) if not design.added.shape[1] else tuple(share * float(y.min()) for share in (0.0, 0.5, 0.9))
-    starts = []
-    for low in lows:
-        positive = y > low
-        power = np.linalg.lstsq(design.power[positive], np.log(y[positive] - low))[0]
-        added = np.zeros(design.added.shape[1])
-        added[:1] = low
-        starts.append(np.concatenate([power[:split], added]))
-    return starts
-
-
-def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floats:
+def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Floats:
     """Return the parameters of many samples at once: Levenberg-Marquardt on the same robust objective as fit_once.
 
     Args:
@@ -265,7 +310,7 @@ def refit(design: Design, samples: Floats, scale: Floats, start: Floats) -> Floa
     return theta
 
 
-def measure_cost(design: Design, theta: Floats, samples: Floats, scale: Floats) -> Floats:
+def measure_cost(design: Terms, theta: Floats, samples: Floats, scale: Floats) -> Floats:
     """Return the robust objective of each sample, infinite where it overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
         squared = ((samples - design.predict(theta)) / (scale * SOFTNESS)) ** 2
@@ -293,9 +338,6 @@ class HeldOut:
 def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> HeldOut:
     """Fit a law on all but the largest model and predict that one.
 
-    A prediction interval holds the uncertainty of the parameters and the scatter of the residuals: these are
-    standardized and enlarged as for fit_law, and have the standard errors of the points that are predicted.
-
     Args:
         law, draws, seed: the same as in fit_law.
         points: the same as in fit_law, with a column model.
@@ -303,25 +345,51 @@ def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: 
     Raises:
         TooFewPoints: see fit_law, or the largest model shares no precision with others.
     """
-    largest = points.sort_values("parameters")["model"].iloc[-1]
-    points = points.assign(_scale=choose_scale(points))
-    known, held = points[points["model"] != largest], points[points["model"] == largest]
+    known, held = hold_out(points)
     precisions = [int(k) for k in known["bits"].unique()]
     held = held[held["bits"].isin(precisions)]
     if held.empty:
-        raise TooFewPoints(f"the law {law!r} cannot be checked on {largest}: no other model has its precisions")
+        model = points.sort_values("parameters")["model"].iloc[-1]
+        raise TooFewPoints(f"the law {law!r} cannot be checked on {model}: no other model has its precisions")
     fit = fit_law(law, known, draws=draws, seed=seed)
-    design = make_design(law, held, precisions)
+    setting = ["bits", "block_size", *(["share"] if "share" in points else [])]
+    return judge_prediction(fit, make_design(law, held, precisions), known, held, setting, seed)
+
+
+def hold_out(points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the points without those of the largest model, and those, with a column _scale (see choose_scale)."""
+    largest = points.sort_values("parameters")["model"].iloc[-1]
+    points = points.assign(_scale=choose_scale(points))
+    return points[points["model"] != largest], points[points["model"] == largest]
+
+
+def judge_prediction(
+    fit: Fit, design: Terms, known: pd.DataFrame, held: pd.DataFrame, setting: list[str], seed: int
+) -> HeldOut:
+    """Return how well a law predicts the points of a model that it was not fitted on.
+
+    A prediction interval holds the uncertainty of the parameters and the scatter of the residuals: these are
+    standardized and enlarged as for fit_law, and have the standard errors of the points that are predicted.
+
+    Args:
+        fit: the law without that model.
+        design: its terms at the model's points.
+        known, held: the points that it was fitted on, and the model's, see hold_out.
+        setting: the columns that are equal where a smaller model has the same setting.
+        seed: the seed of the scatter.
+    """
     y = held["y"].to_numpy(dtype=np.float64)
     rng = np.random.default_rng(seed)
     standard = standardize(fit.residuals / known["_scale"].to_numpy(), len(fit.parameters))
-    scatter = rng.choice(standard, (draws, len(held))) * held["_scale"].to_numpy()
+    scatter = rng.choice(standard, (len(fit.draws), len(held))) * held["_scale"].to_numpy()
     low, high = np.quantile(design.predict(fit.draws) + scatter, [0.025, 0.975], axis=0)
     error = y - design.predict(fit.parameters)
-    smaller = known[known["parameters"] == known["parameters"].max()].set_index(["bits", "block_size"])["y"]
-    before = smaller.reindex(pd.MultiIndex.from_frame(held[["bits", "block_size"]])).to_numpy(dtype=np.float64)
+    next_one = known["parameters"] == known["parameters"].max()
+    smaller = known[next_one].drop_duplicates(setting).set_index(setting)["y"]
+    same = pd.MultiIndex.from_frame(held[setting]) if len(setting) > 1 else pd.Index(held[setting[0]])
+    before = smaller.reindex(same).to_numpy(dtype=np.float64)
     return HeldOut(
-        model=str(largest),
+        model=str(held["model"].iloc[0]),
         rmse=float(np.sqrt(np.mean(error**2))),
         inside=float(np.mean((y >= low) & (y <= high))),
         naive=float(np.sqrt(np.nanmean((y - before) ** 2))) if np.isfinite(before).any() else np.nan,

@@ -23,7 +23,8 @@ FIGURE_NAMES: Final = (
     "error_accuracy", "error_loss", "sensitivity", "allocation", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
     "qat", "qlora", "optimizer_ablation", "states", "training_curves", "fast_precision", "exchange",
-    "activations_map", "cache_bits",
+    "training_law",
+    "activations_map", "cache_bits", "rotation", "bit_laws",
 )  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def draw_figures(options: argparse.Namespace) -> None:
     from kbit.store.readers import leave_out_checkpoints, read_results
 
     page, files = _read_page(options), _read_files(options)
-    results = leave_out_checkpoints(read_results(options.results))
+    results = leave_out_checkpoints(read_results(options.results, stopped=True))
     if options.where:
         results = _select(results, options)
     measure = choose_measure(results, options.measure, lower_is_better=options.lower_is_better)
@@ -162,7 +163,7 @@ def make_report(options: argparse.Namespace) -> None:
     from kbit.analysis.report.page import write_report
     from kbit.store.readers import read_results
 
-    results = read_results(options.results)
+    results = read_results(options.results, stopped=True)
     if options.where:
         results = _select(results, options)
     write_report(results, options.results, options.out, FIGURES, options.where)

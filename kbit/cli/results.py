@@ -242,6 +242,7 @@ def _read(options: argparse.Namespace) -> pd.DataFrame:
     from kbit.store.readers import read_failures, read_results
 
     table = (read_failures if options.failures else read_results)(options.results)
+    _note_stopped(options)
     if not options.where:
         return table
     from kbit.store.conditions import count_undecided, select_rows
@@ -253,6 +254,16 @@ def _read(options: argparse.Namespace) -> pd.DataFrame:
             file=sys.stderr,
         )
     return select_rows(table, options.where)
+
+
+def _note_stopped(options: argparse.Namespace) -> None:
+    """Say that experiments are left out which have not measured all items."""
+    from kbit.store.filesystem import open_files
+    from kbit.store.stopped.records import list_stopped
+
+    if not options.failures and (count := len(list_stopped(open_files(options.results)))):
+        where = "`kbit figures` and `kbit report` show them"
+        print(f"kbit: note: {count} experiments stopped early (study.until.decided): {where}", file=sys.stderr)
 
 
 def _open(path: str) -> Store:

@@ -99,13 +99,24 @@ def run_request(request: Request) -> None:
         workers, start = _predict_workers(plan, settings, request.engine, estimator.predict_memory(plan.to_run))
         estimator.learn_stored(settings.results, plan.to_run, _count_threads(settings, request.engine))
         print(estimator.describe(plan.to_run, workers, start))
+        if settings.study.until.decided:
+            from kbit.cli.study.decided import describe_bounds
+
+            print(describe_bounds(plan, estimator, settings.results))
         left = Counter(map(estimator.classify, plan.to_run))
         expected = estimator.predict_time(left, workers or 1, start=start)
     if store is None:
         return
+    until_decided = settings.study.until.decided
     if plan.to_run:
-        _carry_out(plan, Progress(plan.to_run, estimator, store, expected), settings, request.engine, store)
-    _report_results(plan, settings, store)
+        shown = [] if until_decided else plan.to_run  # rounds say themselves what is in them
+        _carry_out(plan, Progress(shown, estimator, store, expected), settings, request.engine, store)
+    stopped = store.stopped_keys() if until_decided else set()
+    _report_results(plan, settings, store, stopped)
+    if until_decided:
+        from kbit.cli.study.decided import describe_study
+
+        print("\n".join(describe_study(plan, settings, store, estimator)))
 
 
 def _list_notes(request: Request) -> Iterator[str]:
@@ -145,7 +156,7 @@ def _carry_out(plan: Plan, progress: Progress, settings: RunConfig, engine: str,
     from kbit.engine.progress import compact_quietly
 
     try:
-        with closing(progress), closing(_start(plan, progress, settings, engine, store.root)) as outcomes:
+        with closing(progress), closing(_start(plan, progress, settings, engine, store)) as outcomes:
             for outcome in outcomes:
                 progress.take(outcome)
                 if outcome.error and settings.fail_fast:
@@ -156,23 +167,26 @@ def _carry_out(plan: Plan, progress: Progress, settings: RunConfig, engine: str,
     compact_quietly(store)
 
 
-def _start(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store_path: str) -> Generator[Outcome]:
+def _start(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store: Store) -> Generator[Outcome]:
     """Return a generator of a plan's outcomes. The work begins when the first one is asked for."""
+    from kbit.cli.study.decided import make_rounds
     from kbit.engine.ray_cluster import run_on_ray
     from kbit.engine.worker import RayWorker, run_in_process
 
+    rounds = make_rounds(plan, settings, store, progress)
     if engine == "process":
-        return run_in_process(plan, store_path, settings.device)
+        return run_in_process(plan, store.root, settings.device, rounds)
     return run_on_ray(
         plan,
         RayWorker,
-        store_path,
+        store.root,
         settings.device,
         settings.ray,
         cost=progress.estimator.cost_of,
         worker_bytes=progress.estimator.predict_memory(plan.to_run),
         announce=progress.say,
         notify=progress.show,
+        rounds=rounds,
     )
 
 
@@ -201,8 +215,14 @@ def _predict_workers(
     return workers, predict_start(engine, workers or 1, local=local)
 
 
-def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
+def _report_results(plan: Plan, settings: RunConfig, store: Store, stopped: set[str]) -> None:
     """Print how many of the asked results the store has now, and the numbers if one was asked.
+
+    Args:
+        plan: the plan.
+        settings: how it was run.
+        store: the store.
+        stopped: the keys of experiments that are not finished, and need not be.
 
     Raises:
         KbitError: an asked result is missing.
@@ -210,11 +230,13 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store) -> None:
     from kbit.store.readers import list_readable, read_failures
 
     distinct = {key: experiment for experiment, key in plan.keys.items()}
-    missing = distinct.keys() - list_readable(store.root)
+    early = distinct.keys() & stopped
+    missing = distinct.keys() - list_readable(store.root) - early
     if not missing:
         if len(distinct) == 1:
             print(_describe_results(store.root, next(iter(distinct))))
-        print(f"{len(distinct)} of {len(distinct)} asked results are in {store.root}")
+        how = f", {len(early)} of them stopped early" if early else ""
+        print(f"{len(distinct)} of {len(distinct)} asked results are in {store.root}{how}")
         if len(distinct) > 1:
             place = shlex.quote(settings.results)
             print(f"see them: kbit figures --results {place}, kbit results --results {place}")

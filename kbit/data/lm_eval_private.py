@@ -25,6 +25,12 @@ def read_definition(path: Path) -> tuple[dict[str, Any], set[Path]]:
     return definition, files
 
 
+def apply_filters(task: Any, instances: list[Any]) -> None:
+    """Filter the answers to some of a task's requests. task.apply_filters() would want an answer to all of them."""
+    for ensemble in getattr(task, "_filters", ()):
+        ensemble.apply(instances)
+
+
 def hide_progress() -> None:
     """Turn off the progress bar of lm-eval's rendering of prompts, which has no switch."""
     lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_definitions
 from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.engine.machine import count_cpus, count_gpus, count_workers
+from kbit.engine.rounds import check_decidable
 from kbit.experiments.config import Experiment, RunConfig
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.requirements import (
@@ -111,6 +113,8 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     _check_settings(configs)
     _check_device(settings, engine, plan_only=plan_only)  # first, as it takes no time
     experiments = [config.experiment for config in configs]
+    if settings.study.until.decided:
+        check_decidable(configs)
     check_not_packed(experiments)
     for experiment in experiments:
         check_packing(experiment, settings.ray.gpus_per_worker if engine == "ray" else None)
@@ -128,8 +132,8 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
 
 def _check_settings(configs: Sequence[RunConfig]) -> None:
     """Raise ValueError if the configurations differ in how to run. A sweep has one store, one device, one cluster."""
-    for name in ("results", "device", "ray", "fail_fast", "retry_failed"):
-        if len(values := {str(getattr(config, name)): None for config in configs}) > 1:
+    for name in ("results", "device", "ray", "fail_fast", "retry_failed", "study.until"):
+        if len(values := {str(operator.attrgetter(name)(config)): None for config in configs}) > 1:
             raise ValueError(f"{name} must be the same for the whole sweep, not {' and '.join(values)}")
 
 

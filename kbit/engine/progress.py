@@ -83,6 +83,15 @@ class Progress:
         self._until_closed.callback(ended.set)
         thread.start()
 
+    def begin(self, experiments: Sequence[Experiment], words: str) -> None:
+        """Add the experiments of a round, of which the words say what it is."""
+        self.say(words)
+        self._varied = find_varied(experiments)
+        self._total += len(experiments)
+        self._left.update(map(self.estimator.classify, experiments))
+        self._bar.total = self._total
+        self._bar.refresh()
+
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         tqdm.write(line, file=self._stream)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kbit.engine.machine import count_cpus, count_workers, find_free_memory, limit_by_memory
 from kbit.engine.outcome import Outcome
 from kbit.engine.ray_private import silence_raylet, started_bare
+from kbit.engine.rounds import Rounds
 from kbit.engine.schedule import Schedule
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.experiments.result import CRASHED
@@ -44,6 +45,7 @@ def run_on_ray(
     worker_bytes: int | None,
     announce: Callable[[str], None],
     notify: Callable[[str], None],
+    rounds: Rounds | None = None,
 ) -> Generator[Outcome]:
     """Run a plan's experiments on Ray workers, each of which keeps its model loaded.
 
@@ -57,6 +59,7 @@ def run_on_ray(
         worker_bytes: the estimated memory of a worker, or None if it is not known.
         announce: a function that tells the user a fact in a line, such as which cluster was joined.
         notify: a function that shows the user what goes on until the first experiment ends.
+        rounds: the rounds. None: one.
 
     Raises:
         ValueError: the cluster does not have the resources that the workers ask for, or a worker cannot be set up.
@@ -80,7 +83,7 @@ def run_on_ray(
         )
         notify(f"starting {count} worker{'s' if count > 1 else ''}")
         start = functools.partial(remote.remote, store_path, device, config)
-        yield from dispatch(plan, start, count, Store(store_path), cost)
+        yield from dispatch(plan, start, count, Store(store_path), cost, rounds)
     finally:
         ray.shutdown()
 
@@ -91,19 +94,20 @@ def dispatch(
     count: int,
     store: Store,
     cost: Callable[[Experiment], float] = lambda _: 1.0,
+    rounds: Rounds | None = None,
 ) -> Generator[Outcome]:
     """Keep actors busy until no experiment waits, and replace an actor that died. ValueError if one cannot start.
 
     Args:
-        plan: the plan.
-        start_worker: a function that starts an actor with a method run(experiment, key) -> Outcome.
+        plan, rounds: the plan, and its rounds (None: one).
+        start_worker: a function that starts an actor with a method run(experiment, key, goals) -> Outcome.
         count: the number of actors.
         store: the store, which gets the failure of an experiment whose actors died.
         cost: a function that returns the cost of an experiment (see Schedule).
     """
     import ray
 
-    waiting = Schedule(plan.to_run, cost)
+    waiting = Schedule((rounds := rounds or Rounds(plan)).start_next(), cost)
     tries: Counter[Experiment] = Counter()
     last: dict[Any, Experiment] = {}  # the experiment that each worker was given last, whose model it holds
     running: dict[Any, tuple[Any, Experiment]] = {}
@@ -111,9 +115,9 @@ def dispatch(
     while waiting or running:
         while waiting and idle:
             worker = idle.popleft()
-            experiment = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
-            last[worker] = experiment
-            running[worker.run.remote(experiment, plan.keys[experiment])] = (worker, experiment)
+            experiment = last[worker] = waiting.take(last.get(worker), Counter(e.model for e in last.values()))
+            goals = rounds.find_goals(experiment)
+            running[worker.run.remote(experiment, plan.keys[experiment], goals)] = (worker, experiment)
         ready, _ = ray.wait(list(running), num_returns=1)
         worker, experiment = running.pop(ready[0])
         working = tuple(other for _, other in running.values())
@@ -132,6 +136,8 @@ def dispatch(
                 waiting.add(experiment)
                 continue
             yield Outcome(experiment, _record_death(plan.keys[experiment], experiment, error, store), working=working)
+        if not waiting and not running:
+            waiting = Schedule(rounds.start_next(), cost)
 
 
 def _check_started(error: Exception) -> None:

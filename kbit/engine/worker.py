@@ -7,10 +7,11 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kbit.engine.outcome import Outcome
+from kbit.engine.rounds import Rounds
 from kbit.engine.worker_log import log_output
 from kbit.experiments.config import Experiment, RayConfig
 from kbit.experiments.result import CRASHED, FAILED
@@ -55,15 +56,21 @@ class Worker:
         self._open_session = functools.partial(Session, device=device, lasting=Memory(), gpus=gpus)
         self._session: Session | None = None
 
-    def run(self, experiment: Experiment, key: str) -> Outcome:
-        """Run one experiment under its planned key. An error becomes a recorded failure, never a number."""
+    def run(self, experiment: Experiment, key: str, goals: Mapping[str, int] | None = None) -> Outcome:
+        """Run one experiment under its planned key. An error becomes a recorded failure, never a number.
+
+        Args:
+            experiment: the experiment.
+            key: its key.
+            goals: the rounds that each part is to have been measured in (kbit.experiments.rounds). None: all.
+        """
         if self._store.has(key):  # another driver on this store has finished it since the plan
             return Outcome(experiment, "")
         log = self._store.log_path(key)
         start = time.monotonic()
         try:
             with log_output(log, experiment.label(), redirect=self._own_process):
-                result, (reason, *details) = self._try(experiment, key)
+                result, (reason, *details) = self._try(experiment, key, goals)
             if result is not None:
                 self._store.write(result)
                 self._store.forget_training(key)
@@ -71,18 +78,24 @@ class Worker:
                 self._store.write_failure(key, experiment, reason, *details)
         except OSError as error:  # the disk is full, or the store is out of reach
             return Outcome(experiment, f"{self._store.root} cannot be written: {error}", stored=False)
-        tokens = 0 if result is None else result.tokens
+        tokens = 0 if result is None or goals is not None else result.tokens  # those of a round say nothing of all
         return Outcome(experiment, reason, seconds=time.monotonic() - start, tokens=tokens)
 
-    def _try(self, experiment: Experiment, key: str) -> tuple[Result | None, tuple[str, str, str]]:
+    def _try(
+        self, experiment: Experiment, key: str, goals: Mapping[str, int] | None
+    ) -> tuple[Result | None, tuple[str, str, str]]:
         """Return the result, or None with the reason, the traceback and the state (see Failure)."""
         from kbit.evaluation.token_budget import is_out_of_memory  # imports torch, as the session did
+        from kbit.experiments.rounds import join_costs, make_sample
 
         try:
+            stopped = self._store.find_stopped(key)
+            sample = make_sample(experiment, goals, stopped)
             if self._session is None or not self._session.holds(experiment.model, experiment.packed_as):
                 self._session = None  # free the old model before loading the next
                 self._session = self._open_session(experiment.model, packed_as=experiment.packed_as)
-            return self._session.run(experiment, key, self._store.training_files(key)), ("", "", "")
+            result = self._session.run(experiment, key, self._store.training_files(key), sample)
+            return join_costs(result, stopped), ("", "", "")
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             if self._own_process:
                 traceback.print_exc()  # to standard error, which is the log
@@ -90,11 +103,19 @@ class Worker:
             return None, (f"{type(error).__name__}: {error}", traceback.format_exc(), state)
 
 
-def run_in_process(plan: Plan, store_path: str, device: str) -> Generator[Outcome]:
-    """Run a plan's experiments one after the other in this process, with all of torch's threads."""
-    worker = Worker(store_path, device)
-    for experiment in plan.to_run:
-        yield worker.run(experiment, plan.keys[experiment])
+def run_in_process(plan: Plan, store_path: str, device: str, rounds: Rounds | None = None) -> Generator[Outcome]:
+    """Run a plan's experiments one after the other in this process, with all of torch's threads.
+
+    Args:
+        plan: the plan.
+        store_path: the folder or URL of the store.
+        device: the device to run on.
+        rounds: the rounds. None: one.
+    """
+    worker, rounds = Worker(store_path, device), rounds or Rounds(plan)
+    while waiting := rounds.start_next():
+        for experiment in waiting:
+            yield worker.run(experiment, plan.keys[experiment], rounds.find_goals(experiment))
 
 
 class RayWorker(Worker):

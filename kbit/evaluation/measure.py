@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from kbit.data.windows import Windows, make_windows
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import ItemValues, Measurement
+from kbit.evaluation.rounds.sample import WHOLE, Sample, SampledPart
 from kbit.models.architectures import check_ids
 from kbit.models.config import MAX_WINDOW
 
@@ -79,6 +80,7 @@ class Subject:
             compares it with the 16-bit model is left out.
         load_seconds: how long the model took to load, and to be packed meanwhile. None: it was loaded before.
         counted_bits: the bits of the whole model as kbit counts them. None before it is quantized.
+        sample: which items and windows are measured. Measures that know of no rounds see WHOLE alone.
     """
 
     model: Any
@@ -93,6 +95,7 @@ class Subject:
     sees_original: bool = True
     load_seconds: float | None = None
     counted_bits: int | None = None
+    sample: Sample = WHOLE
 
     def make_windows(self) -> Windows:
         """Return the windows of eval.perplexity, which are made once for all variants of the model.
@@ -124,6 +127,7 @@ class Measured:
         tokens: the number of tokens that the model was sent.
         records: fields of kbit.experiments.result.Result, for kbit's own measures.
         notes: free remarks for the result, as plain values that JSON can hold.
+        sampled: how far the items were measured, if not all were (Subject.sample).
     """
 
     measurements: Sequence[Measurement] = ()
@@ -131,6 +135,7 @@ class Measured:
     tokens: int = 0
     records: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    sampled: tuple[SampledPart, ...] = ()
 
 
 @runtime_checkable

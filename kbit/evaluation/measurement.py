@@ -151,7 +151,7 @@ class ItemValues:
     Attributes:
         task, metric: the measurement's task and metric.
         n: the number of items (or windows), which are in order.
-        encoding: bits (every value is 0 or 1: np.packbits, big-endian) or float32 (little-endian).
+        encoding: bits (every value is 0 or 1: np.packbits, big-endian), float32 or float64 (little-endian).
         data: the bytes in base64.
     """
 
@@ -162,11 +162,16 @@ class ItemValues:
     data: str
 
 
-def encode_items(task: str, metric: str, values: Sequence[float]) -> ItemValues:
-    """Pack the values of a measurement's items: a bit for each value if all are 0 or 1, else a float32."""
+def encode_items(task: str, metric: str, values: Sequence[float], *, exactly: bool = False) -> ItemValues:
+    """Pack the values of a measurement's items: a bit for each value if all are 0 or 1, else a float32.
+
+    To go on from later, values are packed exactly: as a float64 each, if they are not all 0 or 1.
+    """
     array = np.asarray(values, dtype=np.float64)
     if np.isin(array, (0.0, 1.0)).all():
         encoding, content = "bits", np.packbits(array.astype(bool)).tobytes()
+    elif exactly:
+        encoding, content = "float64", array.astype("<f8").tobytes()
     else:
         encoding, content = "float32", array.astype("<f4").tobytes()
     return ItemValues(task, metric, len(array), encoding, base64.b64encode(content).decode("ascii"))
@@ -176,17 +181,17 @@ def decode_items(items: ItemValues) -> NDArray[np.float64]:
     """Return the values [n] in item order.
 
     Raises:
-        ValueError: the encoding is neither bits nor float32, or the data has another length than n items take.
+        ValueError: the encoding is unknown, or the data has another length than n items take.
     """
     content = base64.b64decode(items.data, validate=True)
-    sizes = {"bits": -(-items.n // 8), "float32": 4 * items.n}
+    sizes = {"bits": -(-items.n // 8), "float32": 4 * items.n, "float64": 8 * items.n}
     if items.encoding not in sizes:
-        raise ValueError(f"items of {items.task} {items.metric}: encoding {items.encoding!r} is not bits or float32")
+        raise ValueError(f"items of {items.task} {items.metric}: encoding {items.encoding!r} is not bits or a float's")
     if len(content) != sizes[items.encoding]:
         raise ValueError(f"items of {items.task} {items.metric}: {len(content)} bytes do not hold {items.n} items")
     if items.encoding == "bits":
         return np.unpackbits(np.frombuffer(content, np.uint8), count=items.n).astype(np.float64)
-    return np.frombuffer(content, "<f4").astype(np.float64)
+    return np.frombuffer(content, "<f4" if items.encoding == "float32" else "<f8").astype(np.float64)
 
 
 @dataclass(frozen=True)

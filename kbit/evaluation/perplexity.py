@@ -10,6 +10,7 @@ rolling   Every token of every document is predicted, with as much context as fi
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import functools
 import math
@@ -43,6 +44,7 @@ from kbit.evaluation.measurement import (
     measure_ratio,
     transform,
 )
+from kbit.evaluation.rounds.order import TEXT
 from kbit.evaluation.scorer import Scorer, splits_at_head
 from kbit.evaluation.token_budget import TokenBudget
 from kbit.layers.run_time.forwards import sees_whole_input
@@ -93,6 +95,10 @@ class KeptStates:
     reference: Reference | None = None
 
 
+class SampledWindows(dict[tuple[str, tuple[int, ...], bytes], Windows]):
+    """Some windows of the texts measured so far, by (hash of the text, shape of all windows, places)."""
+
+
 class Perplexity(Measure):
     """The cross entropy of a text, and in windows the divergence from the 16-bit model."""
 
@@ -116,7 +122,9 @@ class Perplexity(Measure):
             or subject.scorer.path == "hflm"
         ):
             return
-        windows = subject.make_windows()
+        windows = _take_windows(subject)
+        if not len(windows.tokens):  # all were measured in earlier rounds
+            return
         if kept.hidden is None or kept.windows is not windows:
             kept.windows = kept.hidden = None  # before the space of the next is taken
             hidden = compute_reference(subject.model, windows, subject.scorer.budget)
@@ -133,19 +141,38 @@ class Perplexity(Measure):
         name, scorer = subject.config.perplexity, subject.scorer
         if name is None:
             return Measured()
+        sample = subject.sample
         if subject.config.perplexity_kind == "rolling":
+            if not sample.is_whole:
+                raise ValueError("eval.perplexity_kind=rolling measures whole texts: study.until.decided=false")
             documents, sha256 = read_documents(name)
             check_read(name, subject.names.name_content(name, sha256), subject.identity["perplexity"])
             sent_before = scorer.sent
             scores = measure_rolling(scorer, name, documents)
             text, tokens = TextRecord(name, sha256, len(documents), 0), scorer.sent - sent_before
         else:
-            windows = subject.make_windows()
+            windows, new = subject.make_windows(), _take_windows(subject)
             kept = subject.memory.recall(KeptStates)
             reference, kept.reference = kept.reference, None  # a copied head goes with the variant
-            scores = measure_cross_entropy(subject.model, windows, scorer.budget, reference)
-            text, tokens = TextRecord(windows.name, windows.sha256, *windows.tokens.shape), windows.tokens.numel()
-        return Measured(scores.measurements, scores.items, tokens, {"text": text})
+            values = score_windows(subject.model, new, scorer.budget, reference) if len(new.tokens) else {}
+            if not sample.is_whole:
+                values = sample.join(TEXT, windows.name, len(windows.tokens), values)
+            scores = measure_windows(windows, values, exactly=not sample.is_last)
+            text, tokens = TextRecord(windows.name, windows.sha256, *windows.tokens.shape), new.tokens.numel()
+        sampled = sample.describe(TEXT, {text.name: text.windows})
+        return Measured(scores.measurements, scores.items, tokens, {"text": text}, sampled=sampled)
+
+
+def _take_windows(subject: Subject) -> Windows:
+    """Return the windows that are to be measured now, which are made once for all variants of the model."""
+    windows = subject.make_windows()
+    if subject.sample.is_whole:
+        return windows
+    places = subject.sample.list_new(TEXT, len(windows.tokens))
+    kept, wanted = subject.memory.recall(SampledWindows), (windows.sha256, windows.tokens.shape, places.tobytes())
+    if wanted not in kept:
+        kept[wanted] = dataclasses.replace(windows, tokens=windows.tokens[torch.from_numpy(places)])
+    return kept[wanted]
 
 
 def _keep_head(subject: Subject) -> nn.Linear:
@@ -201,11 +228,18 @@ def reserve_space(file: Any, size: int) -> None:
         ) from error
 
 
-@torch.no_grad()
 def measure_cross_entropy(
     model: Any, windows: Windows, budget: TokenBudget, reference: Reference | None = None
 ) -> TextScores:
-    """Measure a model on windows, and with a reference also how far it is from the 16-bit model.
+    """Measure a model on windows. It does, and raises, what score_windows does."""
+    return measure_windows(windows, score_windows(model, windows, budget, reference))
+
+
+@torch.no_grad()
+def score_windows(
+    model: Any, windows: Windows, budget: TokenBudget, reference: Reference | None = None
+) -> dict[str, list[float]]:
+    """Return each metric of each window, and with a reference also how far it is from the 16-bit model.
 
     In a window of L tokens the last L - 1 are predicted, each from those before it. The softmax is computed in float32.
     Intervals are over windows, as the tokens of one window are not independent.
@@ -229,13 +263,24 @@ def measure_cross_entropy(
         measure = functools.partial(_measure_whole_logits, model, windows)
     values = [of_windows for _, of_windows in iterate_windows(model, windows, budget, measure)]
     names = ["cross_entropy"] if reference is None else ["cross_entropy", "kl_divergence", "top1_agreement"]
-    by_metric = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
+    by_metric: dict[str, list[float]] = dict(zip(names, torch.cat(values).T.tolist(), strict=True))
     for metric, of_windows in by_metric.items():
         if not all(math.isfinite(value) for value in of_windows):
             raise NonFiniteError(f"{metric.replace('_', ' ')} on {windows.name!r} is not finite")
+    return by_metric
+
+
+def measure_windows(windows: Windows, by_metric: dict[str, list[float]], *, exactly: bool = False) -> TextScores:
+    """Return the means of what score_windows returned, perhaps of some of a text's windows.
+
+    Args:
+        windows: all windows of the text.
+        by_metric: the values of the measured windows by metric, the cross entropy first.
+        exactly: see encode_items.
+    """
     nats, *others = (measure_mean(windows.name, metric, of_windows) for metric, of_windows in by_metric.items())
     in_bits = transform(nats, "bits_per_byte", lambda x: x / (math.log(2) * windows.bytes_per_token))
-    items = [encode_items(windows.name, metric, of_windows) for metric, of_windows in by_metric.items()]
+    items = [encode_items(windows.name, metric, values, exactly=exactly) for metric, values in by_metric.items()]
     return TextScores([nats, in_bits, *exponentiate(nats, "perplexity"), *others], items)
 
 

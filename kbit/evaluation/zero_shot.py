@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from kbit.data.lm_eval_private import apply_filters
 from kbit.data.task_groups import TaskGroup
 from kbit.data.task_rows import check_rows
 from kbit.data.tasks import LoadedTask, errors_named, load_tasks
@@ -23,6 +24,8 @@ from kbit.evaluation.measurement import (
     measure_accuracy,
     measure_mean,
 )
+from kbit.evaluation.rounds.order import TASKS
+from kbit.evaluation.rounds.sample import WHOLE, Sample
 from kbit.evaluation.scorer import Asked, Scorer
 from kbit.models.hflm_private import Request
 from kbit.silence import silence_libraries
@@ -42,6 +45,10 @@ class PreparedTask:
 
     loaded: LoadedTask
     instances: list[Any]
+
+    def list_items(self) -> list[int]:
+        """Return the number of each item within the task's documents, in order."""
+        return list(dict.fromkeys(instance.doc_id for instance in self.instances))
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ class TaskScores:
 
     Attributes:
         measurements: every metric of every task, then of every group, then the mean accuracy if several tasks have one.
-        items: the correctness of each item, for each accuracy.
+        items: the correctness of each item, for each accuracy. Of tasks that are not measured in full, the value of
+            each measured item for each metric, to go on from.
         truncated: task name -> the number of its requests that lost tokens to the model's context length.
         first_tokens: task name -> the tokens that were sent for its first request. A generation task has none.
     """
@@ -116,13 +124,14 @@ class ZeroShot(Measure):
         scorer, prepared = subject.scorer, subject.lasting.recall(PreparedTasks)
         scorer.tokens = prepared.tokens_of(scorer.identify_tokenizer())
         tasks, sent_before = _prepare_tasks(subject, prepared), scorer.sent
-        scores = score_tasks(scorer, tasks)
-        records = tuple(_record_task(task.loaded, scores) for task in tasks)
+        scores = score_tasks(scorer, tasks, subject.sample)
+        records = tuple(_record_task(task, scores, subject.sample) for task in tasks)
         return Measured(
             scores.measurements,
             scores.items,
             scorer.sent - sent_before,
-            {"tasks": records, "truncated": sum(scores.truncated.values())},
+            {"tasks": records, "truncated": sum(record.truncated for record in records)},
+            sampled=subject.sample.describe(TASKS, {task.loaded.name: len(task.list_items()) for task in tasks}),
         )
 
 
@@ -180,9 +189,14 @@ def _prepare_tasks(subject: Subject, prepared: PreparedTasks) -> list[PreparedTa
     return prepared.tasks[wanted]
 
 
-def _record_task(task: LoadedTask, scores: TaskScores) -> TaskRecord:
+def _record_task(prepared: PreparedTask, scores: TaskScores, sample: Sample) -> TaskRecord:
+    """Return the record of a task, in which the requests of earlier rounds count, too."""
+    task = prepared.loaded
     sent = scores.first_tokens[task.name][:FIRST_TOKENS]
     truncated = scores.truncated[task.name]
+    if before := sample.tasks.get(task.name):
+        has_first = 0 in sample.list_new(TASKS, len(prepared.list_items()))
+        sent, truncated = sent if has_first else before.first_tokens, truncated + before.truncated
     identity = (task.name, task.version, task.source, task.sha256, task.fingerprint)
     return TaskRecord(*identity, truncated, sent, task.definition_sha256, tuple(group.name for group in task.groups))
 
@@ -262,17 +276,21 @@ def _check_examples(loaded: LoadedTask, count: int) -> None:
         raise ValueError(f"eval.num_fewshot={count}: the task {loaded.name!r} has {there} examples to draw from")
 
 
-def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
-    """Score prepared tasks and measure each and its groups.
+def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask], sample: Sample = WHOLE) -> TaskScores:
+    """Score the items of a sample of prepared tasks and measure each task and its groups.
 
     If several have the metric "acc", its mean comes last. In the mean a group that measures acc counts as one task.
+
+    Raises:
+        ValueError: see _score_task, or a metric that is no mean over items would be measured on some of them.
     """
     values: list[tuple[LoadedTask, str, list[Any]]] = []
     truncated: dict[str, int] = {}
     first_tokens: dict[str, tuple[int, ...]] = {}
     for task in tasks:
         scorer.truncated, scorer.first_tokens = 0, ()
-        values += [(task.loaded, metric, of_items) for metric, of_items in _score_task(scorer, task).items()]
+        found = _score_task(scorer, task, task.instances) if sample.is_whole else _score_sample(scorer, task, sample)
+        values += [(task.loaded, metric, of_items) for metric, of_items in found.items()]
         truncated[task.loaded.name], first_tokens[task.loaded.name] = scorer.truncated, scorer.first_tokens
     measurements = [measurement for value in values for measurement in _measure(*value)]
     groups = {group.name: group for task in tasks for group in task.loaded.groups}.values()
@@ -281,7 +299,9 @@ def score_tasks(scorer: Scorer, tasks: Sequence[PreparedTask]) -> TaskScores:
     accuracies = [m for m in measurements if m.metric == "acc" and m.task in counted]
     if len(accuracies) > 1:
         measurements.append(mean_accuracy(accuracies))
-    items = [encode_items(task.name, metric, v) for task, metric, v in values if _is_accuracy(metric, v)]
+    exactly = not sample.is_last
+    kept = [value for value in values if exactly or _is_accuracy(*value[1:])]
+    items = [encode_items(task.name, metric, of_items, exactly=exactly) for task, metric, of_items in kept]
     return TaskScores(measurements, items, truncated, first_tokens)
 
 
@@ -301,14 +321,34 @@ def _measure_group(group: TaskGroup, measurements: Sequence[Measurement]) -> lis
     return found
 
 
-def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
+def _score_sample(scorer: Scorer, prepared: PreparedTask, sample: Sample) -> dict[str, list[Any]]:
+    """Score the items that a sample adds, and return each metric's values of all items measured so far."""
+    numbers, name = prepared.list_items(), prepared.loaded.name
+    if prepared.loaded.groups:
+        group = prepared.loaded.groups[0].name
+        raise ValueError(f"the group {group!r} has a mean of its own: in rounds, name its tasks in eval.tasks instead")
+    asked = {numbers[place] for place in sample.list_new(TASKS, len(numbers))}
+    instances = [instance for instance in prepared.instances if instance.doc_id in asked]
+    values = _score_task(scorer, prepared, instances) if asked else {}
+    for metric, of_items in values.items():
+        if not _are_numbers(of_items):
+            raise ValueError(f"{metric} of the task {name!r} is no mean over items: study.until.decided=false")
+    return dict(sample.join(TASKS, name, len(numbers), values))
+
+
+def _score_task(scorer: Scorer, prepared: PreparedTask, asked: list[Any]) -> dict[str, list[Any]]:
     """Ask the model, let lm-eval filter and judge each item, and return each metric's values in item order.
+
+    Args:
+        scorer: the model.
+        prepared: the task.
+        asked: the task's requests to ask, all those of an item or none.
 
     Raises:
         ValueError: the task has no metric.
     """
     by_type: dict[str, list[Any]] = defaultdict(list)
-    for instance in prepared.instances:
+    for instance in asked:
         instance.resps = []  # those of an earlier variant are dropped
         by_type[instance.request_type] += [instance] * instance.repeats
     for request_type, instances in by_type.items():
@@ -316,12 +356,12 @@ def _score_task(scorer: Scorer, prepared: PreparedTask) -> dict[str, list[Any]]:
         for instance, response in zip(instances, responses, strict=True):
             instance.resps.append(response)
     task = prepared.loaded.task
-    task.apply_filters()
+    apply_filters(task, asked)
     items: dict[int, list[Any]] = defaultdict(list)
-    for instance in prepared.instances:
+    for instance in asked:
         items[instance.doc_id].append(instance)
     values: dict[str, list[Any]] = defaultdict(list)
-    for number, name in enumerate(prepared.instances[0].filtered_resps):
+    for number, name in enumerate(asked[0].filtered_resps):
         suffix = f",{name}" if number else ""
         for instances in items.values():
             responses = [instance.filtered_resps[name] for instance in instances]

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from kbit.checks import non_defaults
+from kbit.checks import check_choice, non_defaults
 from kbit.evaluation.config import EvalConfig, FeatureConfig, SpeedConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
 from kbit.training.config import TrainConfig
+
+CLAIMS: Final = ("precision", "setting", "frontier")  # kinds of verdicts (analysis/statistics/stopping)
+WAITED_FOR: Final = ("acc", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,32 @@ class RayConfig:
 
 
 @dataclass(frozen=True)
+class UntilConfig:
+    """When a study has measured enough.
+
+    Attributes:
+        decided: whether items and windows are measured in rounds (an eighth, a quarter, a half, all), in which only
+            those experiments go on of which a verdict is not known yet. See docs/guides/decided.md.
+        claims: the verdicts to know: precision (which precision of a data type is best at equal total bits), setting
+            (which data type or block size of a precision is), frontier (what is best at each measured size).
+        metrics: the metrics to know them by: acc (the mean accuracy of the tasks), cross_entropy (of the text). An
+            empty list takes all that are measured. What is not waited for stops after an eighth.
+    """
+
+    decided: bool = False
+    claims: tuple[str, ...] = ("precision", "setting")
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("claims", CLAIMS), ("metrics", WAITED_FOR)):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # Hydra hands over a list
+            for value in getattr(self, name):
+                check_choice(f"study.until.{name}", value, allowed)
+        if not self.claims:
+            raise ValueError("study.until.claims=[] asks for no verdict: name one or several, such as [precision]")
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """A study: a union of grids. See sweeps/.
 
@@ -192,12 +221,14 @@ class StudyConfig:
             line (3,4 or range(3,9)). The study has every combination of the first grid, then of the second, and so on.
         exclude: points to leave out. Each entry gives one value or a list for some keys, and a point is left out if it
             has all of the values.
-        unite: names of other studies to run as one. A study with this field has no other field.
+        unite: names of other studies to run as one. A study with this field has neither grids nor exclude.
+        until: when the study has measured enough.
     """
 
     grids: list[dict[str, Any]] = field(default_factory=list)
     exclude: list[dict[str, Any]] = field(default_factory=list)
     unite: list[str] = field(default_factory=list)
+    until: UntilConfig = field(default_factory=UntilConfig)
 
 
 @dataclass(frozen=True)

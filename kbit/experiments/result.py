@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from kbit.checks import tabulate_html
 from kbit.evaluation.measurement import Feature, ItemValues, Measurement, MeasureRecord, TaskRecord, TextRecord
+from kbit.evaluation.rounds.sample import SampledPart
 from kbit.evaluation.speed.record import SpeedRecord
 from kbit.experiments.config import Experiment
 
@@ -59,6 +60,8 @@ class Result:
         measures: the measures of eval.measures, with what they say of themselves.
         speed: what time and memory were measured of, if eval.speed asks for them.
         training_text: what a training was trained on, and the windows of it that are held back.
+        sampled: how far each part of the evaluation was measured, of an experiment that stopped before it had measured
+            all items (study.until.decided). Its measurements are those of the measured items, in items.
     """
 
     key: str
@@ -97,6 +100,7 @@ class Result:
     checkpoint_quantization: str = ""
     speed: SpeedRecord | None = None
     training_text: TextRecord | None = None
+    sampled: tuple[SampledPart, ...] = ()
 
     def _repr_html_(self) -> str:
         """Return a small table for notebooks: the experiment, and each number with its interval."""

@@ -16,6 +16,7 @@ from kbit.checkpoints.loading import load_model
 from kbit.checkpoints.packing import compute_exactly, count_stored_bytes, find_packed_report, hash_values
 from kbit.evaluation.measure import Measured, Memory, Subject, check_read
 from kbit.evaluation.measures import MEASURES
+from kbit.evaluation.rounds.sample import WHOLE, Sample
 from kbit.evaluation.scorer import Scorer
 from kbit.experiments import identity, provenance
 from kbit.experiments.config import Experiment
@@ -87,13 +88,20 @@ class Session:
         """Whether this session holds that model, as its files are now, and packed by that quantizer if any."""
         return model == self.config and packed_as == self._packed_as and identify_parts(model) == self._identity
 
-    def run(self, experiment: Experiment, key: str | None = None, files: TrainingFiles | None = None) -> Result:
+    def run(
+        self,
+        experiment: Experiment,
+        key: str | None = None,
+        files: TrainingFiles | None = None,
+        sample: Sample = WHOLE,
+    ) -> Result:
         """Let measures prepare, train and quantize, run the measures, restore the weights, and return the result.
 
         Args:
             experiment: what to run.
             key: the experiment's key as it was planned; None finds it now.
             files: where a training is kept, to go on from. None keeps nothing.
+            sample: which items and windows are measured now.
 
         Raises:
             ValueError: experiment.model is another model, or a file is no longer what the experiment's key was computed
@@ -110,7 +118,7 @@ class Session:
         model = self._loaded.model
         stored = self._find_stored(experiment)
         original = {} if stored else self._copy_what_changes(experiment)
-        subject = self._make_subject(experiment, fields["eval"], frozenset(original))
+        subject = self._make_subject(experiment, fields["eval"], frozenset(original), sample)
         try:
             with in_evaluation_mode(model):  # a model of the user's own may be in training
                 return self._quantize_and_measure(experiment, key, subject, files)
@@ -172,7 +180,9 @@ class Session:
         else:
             yield stored or quantize_model(self._loaded.model, experiment.quant, self._loaded.tokenizer), None
 
-    def _make_subject(self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str]) -> Subject:
+    def _make_subject(
+        self, experiment: Experiment, fields: Mapping[str, Any], quantized: frozenset[str], sample: Sample
+    ) -> Subject:
         self._scorer.set_batch_size(experiment.eval.batch_size)
         return Subject(
             self._loaded.model,
@@ -186,6 +196,7 @@ class Session:
             self._lasting,
             sees_original=self._find_stored(experiment) is None and not experiment.train.is_from_scratch,
             load_seconds=self._load_seconds,
+            sample=sample,
         )
 
     def _measure(
@@ -257,6 +268,7 @@ def _add(result: Result, measured: list[Measured]) -> Result:
         measurements=tuple(measurement for done in measured for measurement in done.measurements),
         items=tuple(items for done in measured for items in done.items),
         tokens=sum(done.tokens for done in measured),
+        sampled=tuple(part for done in measured for part in done.sampled),
         **{name: value for done in measured for name, value in done.records.items()},
     )
 

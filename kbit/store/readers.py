@@ -17,7 +17,8 @@ from kbit.experiments.names import find_varied, name_experiment
 from kbit.store.filesystem import open_files
 from kbit.store.records import list_finished, open_existing, read_as, retry
 from kbit.store.results import load_failures, read_parts
-from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements
+from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements, make_row
+from kbit.store.stopped.tables import find_share, load_completed
 from kbit.store.wide import widen, write_words
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
@@ -50,7 +51,9 @@ def list_keys(path: str | Path) -> tuple[set[str], set[str]]:
     return finished, failed - finished
 
 
-def read_results(path: str | Path = "results", *, words: bool = False, wide: bool = False) -> pd.DataFrame:
+def read_results(
+    path: str | Path = "results", *, words: bool = False, wide: bool = False, stopped: bool = False
+) -> pd.DataFrame:
     """Return the store as a table, one row for each measurement of each finished experiment.
 
     Columns:
@@ -80,22 +83,33 @@ def read_results(path: str | Path = "results", *, words: bool = False, wide: boo
     With wide=True there is one row for each experiment, with words: a column for each task and metric ("piqa acc",
     "piqa acc low", "piqa acc high"), and label, seconds, peak_memory_bytes and finished before the other columns.
 
+    With stopped=True experiments that stopped early (study.until.decided) have rows, too: values on all items as far as
+    others say (kbit.store.stopped.complete), with the n that they measured. attrs["stopped"] has the shares by key.
+
     The table's attrs["store"] is the path, with which read_items finds the items behind a value. What cannot be read is
     left out with a warning (kbit.store.damage.DamagedRecordWarning).
 
     Raises:
         FileNotFoundError: there is no store at path.
     """
+    early = load_completed(path) if stopped else {}
+    table = _read_rows(path, [make_row(result) for result in early.values()])
+    if wide or words:
+        table = widen(table, path) if wide else write_words(table)
+    table.attrs["store"] = str(path)
+    if early:
+        table.attrs["stopped"] = {key: find_share(result) for key, result in early.items()}
+    return table
+
+
+def _read_rows(path: str | Path, more: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the rows of the store's measurements, and of more experiments (rows.make_row)."""
     files = open_existing(path)
     rows = retry(files, lambda: pa.concat_tables([ROW_SCHEMA.empty_table(), *read_parts(files, ROW_SCHEMA)]))
+    if more:
+        rows = pa.concat_tables([rows, pa.Table.from_pylist(more, schema=ROW_SCHEMA)])
     table: pd.DataFrame = list_measurements(drop_repeated(rows).sort_by("key")).to_pandas()
-    table = table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
-    if wide:
-        table = widen(table, path)
-    elif words:
-        table = write_words(table)
-    table.attrs["store"] = str(path)
-    return table
+    return table.astype(dict.fromkeys(_NULLABLE_INTEGERS, "Int64"))
 
 
 def leave_out_checkpoints(results: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 results/experiments/<key>.json    a finished experiment: a Result
 results/compacted/<id>.parquet    many finished experiments: their records, and their rows for tables
+results/stopped/<key>-<n>.json    an experiment that has not measured all items (kbit.store.stopped.records)
 results/failures/<key>.json       a failed experiment: a Failure, with reason and traceback, never a number
 results/logs/<key>.log            what an experiment printed
 results/training/<key>.checkpoint a training that is not done. It is removed once there is a result
@@ -44,10 +45,11 @@ from kbit.store.results import (
     without_keys,
 )
 from kbit.store.rows import PART_SCHEMA, drop_repeated
+from kbit.store.stopped.records import list_names, list_stopped, load_stopped, name_stopped, read_rounds
 from kbit.training.files import TrainingFiles
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
-_FOLDERS: Final = ("experiments", "failures", "compacted")
+_FOLDERS: Final = ("experiments", "failures", "compacted", "stopped")
 
 
 class Store:
@@ -123,10 +125,34 @@ class Store:
                 part.replace(files.adapters)
 
     def write(self, result: Result) -> None:
-        """Write a result, and forget an earlier failure of the same experiment."""
+        """Write a result, and forget an earlier failure of the same experiment, and its earlier rounds."""
         self._forget_deletion([result.key])
-        self._files.create(f"experiments/{result.key}.json", _encode(result))
+        name = name_stopped(result) if result.sampled else f"experiments/{result.key}.json"
+        if not self._files.create(name, _encode(result)) and result.sampled:  # a round whose record could not be read
+            self._files.remove(name)
+            self._files.create(name, _encode(result))
         self._files.remove(f"failures/{result.key}.json")
+        self._remove_stopped([result.key], but=name)
+
+    def find_stopped(self, key: str) -> Result | None:
+        """Return what earlier rounds measured of an experiment that is not finished, if anything."""
+        return load_stopped(self._files, [key], Result).get(key)
+
+    def stopped_keys(self) -> set[str]:
+        """Return the keys of experiments that have measured a part of their items."""
+        return set(list_stopped(self._files))
+
+    def find_rounds(self, key: str) -> tuple[int, ...] | None:
+        """Return the rounds that each part of an experiment has been measured in, of one that is not finished."""
+        names = [] if self.has(key) else list_names(self._files, key)
+        return read_rounds(names[-1]) if names else None
+
+    def _remove_stopped(self, keys: Collection[str], but: str = "") -> None:
+        """Remove the rounds of these experiments but for one file."""
+        for key in keys:
+            for name in list_names(self._files, key):
+                if name != but:
+                    self._files.remove(name)
 
     def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str, state: str = FAILED) -> None:
         """Record that an experiment failed or crashed (see Failure), in place of an earlier failure."""
@@ -164,7 +190,7 @@ class Store:
         return compacted
 
     def delete(self, keys: Collection[str]) -> int:
-        """Delete the results of these experiments, with their adapters, and return their number.
+        """Delete the results of these experiments, with their adapters, and return their number. Rounds go, too.
 
         Those in a file from which nothing can be taken stay, with a warning that names the file.
         """
@@ -175,6 +201,7 @@ class Store:
             self._remove_results(deleted)
             left = self._list_finished(has_lock=True)
             self._remove_trainings(deleted - left)
+            self._remove_stopped(set(keys) - left)
         return len(deleted - left)
 
     def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
@@ -225,6 +252,8 @@ class Store:
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
             self._copy_adapters(other.root, fresh["key"].to_pylist())
             self._replace([], fresh)
+        for result in load_stopped(other, list_stopped(other).keys() - mine, Result).values():
+            self.write(result)
         for _, record in find_records(other, "failures", None):
             if record["key"] not in mine:
                 self._files.create(f"failures/{record['key']}.json", write_json(record, indent=1).encode())
@@ -310,8 +339,10 @@ class Store:
 
 
 def _encode(record: Result | Failure) -> bytes:
-    """Return a record as JSON. Without a training it is what it was before there were trainings."""
+    """Return a record as JSON. Without a training, or rounds, it is what it was before there were any."""
     values = dataclasses.asdict(record)
     if not record.experiment.train.steps:
         del values["experiment"]["train"]
+    if not values.get("sampled", True):
+        del values["sampled"]
     return to_json(values, schema_version=SCHEMA_VERSION)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def make_fragile_actor(ray: Any, poisoned: str) -> Any:
     """An actor class like Worker, which ends its own process at one experiment; its result is its process id."""
 
     class Fragile:  # in a function, so that Ray sends the class itself: workers cannot import this file
-        def run(self, experiment: Experiment, key: str) -> Outcome:
+        def run(self, experiment: Experiment, key: str, goals: Mapping[str, int] | None = None) -> Outcome:
             if key == poisoned:
                 os._exit(9)
             return Outcome(experiment, "")
@@ -173,7 +173,7 @@ def test_a_worker_that_cannot_start_ends_the_sweep_and_no_experiment_has_failed(
         def __init__(self) -> None:
             raise ValueError("no GPU was given")
 
-        def run(self, experiment: Experiment, key: str) -> Outcome:
+        def run(self, experiment: Experiment, key: str, goals: Mapping[str, int] | None = None) -> Outcome:
             return Outcome(experiment, "")
 
     actor = cluster.remote(Broken).options(num_cpus=1, max_restarts=0)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import field
 from pathlib import Path
@@ -38,6 +39,7 @@ class Record:
     key: str
     value: str
     experiment: Experiment = field(default_factory=Experiment)
+    sampled: tuple[str, ...] = ()
 
 
 def list_experiments(first: int, last: int) -> list[Experiment]:
@@ -62,7 +64,7 @@ class LightWorker:
         (self._store.path / "pids").mkdir(exist_ok=True)
         (self._store.path / "pids" / str(os.getpid())).touch()
 
-    def run(self, experiment: Experiment, key: str) -> Outcome:
+    def run(self, experiment: Experiment, key: str, goals: Mapping[str, int] | None = None) -> Outcome:
         """Take a moment, then store the result."""
         if self._store.has(key):
             return Outcome(experiment, "")

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
+from kbit.analysis.curves.curves import Floats
 from kbit.analysis.figures.canvas.axes import set_bits_axis, set_value_axis
 from kbit.analysis.figures.canvas.page import Page, StyledFigure, get_line_height, get_small_size, wrap_text
 from kbit.analysis.figures.canvas.sheets import Sheet, draw_legend, make_sheet
@@ -171,6 +172,15 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, column: str, name: str, style: L
     )
     for bar in bars:
         bar.set_alpha(0.55)  # bars of close curves overlap: they must not hide the markers
+    if "stopped" in curve and curve["stopped"].any():
+        draw_hollow(axes, curve.loc[curve["stopped"], "total_bits"], value[curve["stopped"].to_numpy()], style, moved)
+
+
+def draw_hollow(axes: Axes, bits: pd.Series[float], value: Floats, style: LineStyle, moved: dict[str, Any]) -> None:
+    """Draw points of experiments that stopped early over the others' markers."""
+    looks = {"linestyle": "none", "markerfacecolor": "white", "markeredgecolor": style.color, "markeredgewidth": 1.2}
+    marker = style.marker if style.marker not in "+x" else "o"
+    axes.plot(bits, value, marker=marker, markersize=scale_marker(style), zorder=3.5, **looks, **moved)
 
 
 def draw_strip(

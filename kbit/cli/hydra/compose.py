@@ -33,6 +33,7 @@ from kbit.methods.options import RUN_TIME
 from kbit.numerics.spec import QuantSpec, find_preset
 
 _RECORDED: Final = ("model", "quant", "eval", "train")  # the sections that a record of the store keeps
+_OF_UNION: Final = ("sweeps", "study.grids", "study.exclude", "study.unite")  # the studies united have their own
 _RUN_TIME_ROLES: Final = tuple(f"quant.{name}" for name in RUN_TIME)
 
 
@@ -103,7 +104,7 @@ class Composer:
         check_study(study)
         if study["unite"]:
             check_union(study, within)
-            others = [o for o in overrides if self._parse(o).key_or_group.partition(".")[0] not in ("sweeps", "study")]
+            others = [o for o in overrides if not self._parse(o).key_or_group.startswith(_OF_UNION)]
             for name in study["unite"]:
                 yield from self.expand([f"+sweeps={name}", *others], (*within, name))
         elif study["grids"]:
@@ -188,17 +189,23 @@ class Composer:
 
     def _compose_base(self, files: tuple[str, ...]) -> _Base:
         config = self._load(files)
-        return _Base(config, read_values(config), "${" in OmegaConf.to_yaml(config))
+        return _Base(config, read_values(config), "${" in str(OmegaConf.to_container(config, resolve=False)))
 
     def _find_leaf(self, files: tuple[str, ...], override: str) -> tuple[list[str], Any] | None:
         """Return the path of an override's key and the value in the schema's type, or None if Hydra refuses it."""
         parsed = self._parse(override)
-        config = copy.deepcopy(self._base(files).config)
+        section, _, key = parsed.key_or_group.rpartition(".")
         try:
-            OmegaConf.update(config, parsed.key_or_group, parsed.value(), merge=True)
+            node = self._base(files).config
+            if section and isinstance(inner := OmegaConf.select(node, section), DictConfig):
+                node = inner  # its copy knows the whole, and a copy of the whole takes fifty times as long
+            else:
+                key = parsed.key_or_group
+            node = copy.deepcopy(node)
+            OmegaConf.update(node, key, parsed.value(), merge=True)
         except OmegaConfBaseException:
             return None  # Hydra's own message names the key and what is allowed
-        return parsed.key_or_group.split("."), OmegaConf.select(config, parsed.key_or_group)
+        return parsed.key_or_group.split("."), OmegaConf.select(node, key)
 
 
 def _build_point(values: Values, point: Sequence[str], hint: str = "") -> RunConfig:
@@ -273,6 +280,8 @@ def check_union(study: Values, within: tuple[str, ...]) -> None:
     for key in ("grids", "exclude"):
         if study[key]:
             raise ValueError(f"a study with study.unite={study['unite']} has no study.{key}, but here are {study[key]}")
+    if study["until"]["decided"]:
+        raise ValueError("a study with study.unite has no study.until of its own: give it on the command line")
     if again := sorted(set(study["unite"]) & set(within)):
         raise ValueError(f"study.unite={study['unite']}: {again[0]!r} unites itself, by way of {' > '.join(within)}")
 

@@ -16,6 +16,7 @@ TRUE: dict[str, list[float]] = {
     "offset": [2.4, 0.17, 2.3, 0.12, 0.03, 0.01, 0.005],
     "kumar": [7.4, 0.34, 1.69],
     "block": [1.7, 0.36, 0.7],
+    "mixed": [1.7, 0.36, 1.2, 0.7],
 }
 NOISE = 0.01  # relative to the size of what quantization adds; of the loss, in nats
 TRIALS = 60
@@ -24,11 +25,12 @@ TRIALS = 60
 def make_points(law: str, **columns: Any) -> pd.DataFrame:
     """Points without noise: six sizes, six precisions or five block sizes."""
     sizes = 2.0 ** np.arange(17, 23)
-    if law == "block":
-        grid = list(itertools.product(sizes, [4], [16, 64, 128, 512, 2048]))
+    if law in ("block", "mixed"):
+        shares = [0.2, 0.5, 0.9] if law == "mixed" else [0.9]
+        grid = list(itertools.product(sizes, [4], [16, 64, 128, 512, 2048], shares))
     else:
-        grid = list(itertools.product(sizes, [3, 4, 5, 6] + ([16] if law in ("power", "offset") else [8]), [64]))
-    points = pd.DataFrame(grid, columns=["parameters", "bits", "block_size"])
+        grid = list(itertools.product(sizes, [3, 4, 5, 6] + ([16] if law in ("power", "offset") else [8]), [64], [0.9]))
+    points = pd.DataFrame(grid, columns=["parameters", "bits", "block_size", "share"])
     points = points.assign(model=points["parameters"].map("m{:.0f}".format), **columns)
     y = make_design(law, points).predict(np.array(TRUE[law]))
     scale = NOISE if law in ("power", "offset") else NOISE * y
@@ -133,5 +135,5 @@ def test_a_curve_that_would_fall_below_zero_is_refused() -> None:
 
 
 def test_an_unknown_law_is_refused() -> None:
-    with pytest.raises(ValueError, match="law='cubic' is not one of: power, offset, kumar, block"):
+    with pytest.raises(ValueError, match="law='cubic' is not one of: power, offset, kumar, block, mixed"):
         make_design("cubic", make_points("power"))
