@@ -323,8 +323,8 @@ def rank_variant(
 
     Args:
         variant: its label and block size.
-        own: the rows of its points.
-        data_types: of all rows.
+        own: the places of its points.
+        data_types: the data type of each row.
     """
     data_type = rank_data_type(data_types[own[0]])
     return -len(own), data_type, rank_label(variant["label"]), rank_block(variant["block_size"])

@@ -73,8 +73,7 @@ def run_on_ray(
         if config.gpus_per_worker is None:
             config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(plan, device, worker_bytes, announce))
         count = min(count_workers(config, list_nodes()), len(plan.to_run))
-        if config.address == "local" and config.num_workers is None and device == "cpu":
-            count = _limit_workers(count, worker_bytes, announce)
+        count = count if device != "cpu" else _limit_workers(count, config, worker_bytes, announce)
         remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
@@ -243,8 +242,13 @@ def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
 
 
-def _limit_workers(count: int, worker_bytes: int | None, announce: Callable[[str], None]) -> int:
-    """Return how many workers have room in this machine's memory, and say so if these are fewer."""
+def _limit_workers(count: int, config: RayConfig, worker_bytes: int | None, announce: Callable[[str], None]) -> int:
+    """Return how many workers have room in this machine's memory, and say so if these are fewer.
+
+    A cluster has the memory of other machines, and a number that was asked for stays.
+    """
+    if config.address != "local" or config.num_workers is not None:
+        return count
     free = find_free_memory()
     fitting = limit_by_memory(count, worker_bytes, free)
     if fitting < count and worker_bytes and free is not None:

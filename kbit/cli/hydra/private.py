@@ -64,5 +64,5 @@ def composed_once(arguments: Sequence[str]) -> Iterator[None]:
         (argument.startswith("-") and argument not in flags) or "hydra" in argument or "sweeps" in argument
         for argument in arguments
     )
-    with replaced(Hydra, get_mode=lambda *_: None) if is_plain else nullcontext():
+    with replaced(Hydra, get_mode=lambda *_, **__: None) if is_plain else nullcontext():
         yield

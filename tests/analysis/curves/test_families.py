@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pandas as pd
 import pytest
-from test_curves import make_row
 
 from kbit.analysis.curves.curves import ZERO_SHOT, AmbiguousResults, precision_curves
 from kbit.analysis.curves.families import find_curves, keep_curves, take_family
 
 
+def make_row(bits: int, size: int, family: str, method: str = "rtn") -> dict[str, Any]:
+    """One row of results, as kbit.read_results gives it."""
+    is_plain = bits == 16
+    value = 0.1 * bits
+    return {
+        "key": f"{family}-{method}-{bits}-{size}", "model": f"{family}-{size}", "family": family, "bits": bits,
+        "data_type": None if is_plain else "nf", "block_size": pd.NA if is_plain else 64, "exponent_bits": pd.NA,
+        "method": "none" if is_plain else method, "total_bits": size * bits, "task": ZERO_SHOT.task,
+        "metric": ZERO_SHOT.metric, "value": value, "low": value - 0.01, "high": value + 0.02,
+    }  # fmt: skip
+
+
 def make_results() -> pd.DataFrame:
     """Two families. The second has settings of its own, of which the first knows nothing."""
-    rows = [make_row(bits, size * bits, 0.1 * bits) for bits in (3, 4, 16) for size in (1, 2)]
-    others = [row | {"family": "other", "key": f"other-{row['key']}"} for row in rows]
-    return pd.DataFrame([*rows, *(row | {"method": "gptq"} for row in others if row["bits"] == 3), *others])
+    points = [(bits, size) for bits in (3, 4, 16) for size in (1, 2)]
+    rows = [make_row(bits, size, family) for family in ("toy", "other") for bits, size in points]
+    return pd.DataFrame([*rows, *(make_row(3, size, "other", "gptq") for size in (1, 2))])
 
 
 def test_a_family_taken_of_all_is_the_family_by_itself() -> None:
