@@ -72,8 +72,7 @@ def run_on_ray(
     try:
         if config.gpus_per_worker is None:
             config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(plan, device, worker_bytes, announce))
-        count = min(count_workers(config, list_nodes()), len(plan.to_run))
-        count = count if device != "cpu" else _limit_workers(count, config, worker_bytes, announce)
+        count = _count_workers(plan, device, config, worker_bytes, announce)
         remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
@@ -242,14 +241,17 @@ def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
 
 
-def _limit_workers(count: int, config: RayConfig, worker_bytes: int | None, announce: Callable[[str], None]) -> int:
-    """Return how many workers have room in this machine's memory, and say so if these are fewer.
+def _count_workers(
+    plan: Plan, device: str, config: RayConfig, worker_bytes: int | None, announce: Callable[[str], None]
+) -> int:
+    """Return how many workers to start: one an experiment at most, and as many as have room in this machine's memory.
 
-    A cluster has the memory of other machines, and a number that was asked for stays.
+    A cluster and GPUs have memory of their own, and a number of workers that was asked for stays.
     """
-    if config.address != "local" or config.num_workers is not None:
-        return count
+    count = min(count_workers(config, list_nodes()), len(plan.to_run))
     free = find_free_memory()
+    if config.address != "local" or config.num_workers is not None or device != "cpu":
+        return count
     fitting = limit_by_memory(count, worker_bytes, free)
     if fitting < count and worker_bytes and free is not None:
         announce(
