@@ -32,11 +32,14 @@ from kbit.analysis.figures.paper import CURVE_FIGURES
 from kbit.analysis.figures.relations import RELATIONS, draw_relation
 from kbit.analysis.figures.roofline import draw_roofline
 from kbit.analysis.figures.run_time.activations import draw_activations_map
+from kbit.analysis.figures.run_time.bit_law_table import draw_bit_laws
 from kbit.analysis.figures.run_time.cache import draw_cache_bits
+from kbit.analysis.figures.run_time.rotations import draw_rotation
 from kbit.analysis.figures.saving import USUAL_FILES, Files, SavedFigure, save_figure
 from kbit.analysis.figures.tables import draw_anchors, draw_frontier, draw_verdicts, table_1, table_2
 from kbit.analysis.figures.training.exchange import draw_exchange
 from kbit.analysis.figures.training.fast_precision import draw_fast_precision
+from kbit.analysis.figures.training.law import draw_training_law
 from kbit.analysis.figures.training.optimizer_ablation import draw_optimizer_ablation
 from kbit.analysis.figures.training.qat import draw_qat
 from kbit.analysis.figures.training.qlora import draw_qlora
@@ -118,10 +121,13 @@ TRAINED: Final[dict[str, Draw]] = {
     "training_curves": draw_training_curves,
     "fast_precision": draw_fast_precision,
     "exchange": draw_exchange,
+    "training_law": draw_training_law,
 }
 _RUN_TIME: Final[dict[str, Draw]] = {
     "activations_map": of_untrained(draw_activations_map),
     "cache_bits": of_untrained(draw_cache_bits),
+    "rotation": of_untrained(draw_rotation),
+    "bit_laws": of_untrained(as_table(draw_bit_laws)),
 }
 _WHOLE: Final = {name: of_untrained(draw) for name, draw in PLAIN.items()} | TRAINED
 FIGURES: Final = style_figures({name: of_whole(draw) for name, draw in _WHOLE.items()} | _RUN_TIME)

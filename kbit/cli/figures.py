@@ -23,7 +23,8 @@ FIGURE_NAMES: Final = (
     "error_accuracy", "error_loss", "sensitivity", "allocation", "int8_methods", "features", "cost_accuracy",
     "cost_loss", "time_per_token", "time_by_bits", "anchors",
     "qat", "qlora", "optimizer_ablation", "states", "training_curves", "fast_precision", "exchange",
-    "activations_map", "cache_bits",
+    "training_law",
+    "activations_map", "cache_bits", "rotation", "bit_laws",
 )  # fmt: skip
 
 

@@ -26,14 +26,25 @@ def estimate_training(size: ModelSize, train: TrainConfig) -> int:
 
         gradients and states of each parameter + activations of each token + logits, their softmax and their gradient
 
-    Everything has 32 bits. Quantization-aware training keeps the rounded weights as well. Adapters count as nothing,
-    and so do states of fewer bits, which save less than the activations take.
+    Everything has 32 bits. Quantization-aware training keeps the rounded weights as well. Replicas are computed one
+    after the other: each sees its part of the batch, and keeps its gradient until all are averaged, with error feedback
+    also what rounding lost. Adapters count as nothing, and so do states of fewer bits, which save less than the
+    activations take.
     """
     if not train.steps:
         return 0
-    tokens = train.batch_size * (train.context or min(size.context, MAX_WINDOW))
-    states = 0 if train.lora.rank else (_STATES + train.is_aware) * size.parameters
+    tokens = train.batch_size // train.replicas * (train.context or min(size.context, MAX_WINDOW))
+    states = 0 if train.lora.rank else (_STATES + train.is_aware + _count_copies(train)) * size.parameters
     return round(BYTES["float32"] * (states + tokens * (_count_activations(size) + _LOGITS * _count_vocabulary(size))))
+
+
+def _count_copies(train: TrainConfig) -> int:
+    """Return how many numbers replicas keep of each parameter: their gradients, and what rounding has lost of them."""
+    if train.replicas == 1:
+        return 0
+    has_feedback = train.error_feedback and train.quantizes("exchange")
+    second_shot = train.exchange_form == "two_shot"  # the owners' means, which are one more gradient together
+    return train.replicas + has_feedback * (train.replicas + second_shot)
 
 
 def estimate_allocation(size: ModelSize, quant: QuantConfig, width: int) -> int:

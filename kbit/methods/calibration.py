@@ -69,8 +69,8 @@ class _Sums:
         hessian = self.squares * (2 / self.tokens)
         if not torch.isfinite(hessian).all():
             raise ValueError(f"{self.weight.label}: its inputs on the calibration text hold NaN or Inf")
-        rotation = self.weight.rotation
-        return hessian if rotation is None else rotation.rotate_square(hessian)
+        basis = self.weight.basis
+        return hessian if basis is None else basis.turn_square(hessian)
 
 
 class _Recorder(TorchFunctionMode):

@@ -69,7 +69,8 @@ class QuantConfig(QuantSpec):
         activations: quantizer of the inputs of the quantized products, or if quant.bits is 16 of those that would be.
         kv_cache: quantizer of the keys and values that attention keeps of each token.
         rotation: hadamard quantizes weights, and activations if they are quantized, after a rotation of each product's
-            inputs, which spreads outliers: random signs, then a Hadamard matrix. None is no rotation.
+            inputs, which spreads outliers: random signs, then a Hadamard matrix. residual rotates the residual stream
+            too, with the gains of norms in the matrices (Llama, Mistral, Qwen2, Qwen3). None is no rotation.
         rotation_seed: seed of the random signs.
         min_coverage: least share of the block matrices' parameters that must be quantized, 0..1.
     """

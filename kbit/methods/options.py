@@ -81,7 +81,7 @@ class GptqConfig:
 
 
 RUN_TIME: Final = ("activations", "kv_cache")  # fields of QuantConfig: what is rounded while the model runs
-ROTATIONS: Final = ("hadamard",)  # see kbit.layers.run_time.rotation
+ROTATIONS: Final = ("hadamard", "residual")  # see kbit.layers.run_time, rotation.py and residual.py
 
 
 def check_run_time(quant: QuantConfig) -> None:

@@ -24,7 +24,7 @@ from kbit.layers.int8_schemes import SCHEMES
 from kbit.layers.run_time.forwards import undo_forwards
 from kbit.layers.run_time.quantized_cache import CachedForward, make_cached_forwards
 from kbit.layers.run_time.quantized_inputs import QuantizedInput, make_quantized_inputs
-from kbit.layers.run_time.rotation import Rotation, make_rotation
+from kbit.layers.run_time.residual import FindBasis, find_bases
 from kbit.methods.allocation.allocate import Allocation, allocate
 from kbit.methods.awq import scale_by_activations
 from kbit.methods.config import METHODS, Method, QuantConfig
@@ -166,16 +166,16 @@ def _prepare_run_time(
     inputs: list[QuantizedInput] = []
     caches: list[CachedForward] = []
     if not config.activations.is_baseline:
-        inputs = make_quantized_inputs(model, report.products, config.activations, _rotate_by(config))
+        inputs = make_quantized_inputs(model, report.products, config.activations, _find_bases(model, config))
     if not config.kv_cache.is_baseline:
         caches, noted = make_cached_forwards(model, config.kv_cache)
         notes |= noted
     return {product.name: product for product in inputs}, caches
 
 
-def _rotate_by(config: QuantConfig) -> Callable[[int], Rotation | None]:
-    """Return the function from a number of inputs to their rotation."""
-    return lambda inputs: make_rotation(config.rotation, inputs, config.rotation_seed)
+def _find_bases(model: nn.Module, config: QuantConfig) -> FindBasis:
+    """Return the function from a weight to what it is turned by."""
+    return find_bases(model, config.rotation, config.rotation_seed)
 
 
 def _replace_weights(
@@ -263,13 +263,13 @@ def find_weights(model: nn.Module, report: QuantizationReport, config: QuantConf
     """Return the weights that the report quantizes, fused experts one by one, checked for the range of scale_format."""
     parameters, weights = dict(model.named_parameters()), []
     rules = {tensor.name.split(" = ")[0]: tensor.rule for tensor in report.tensors if tensor.quantized}
-    outliers = choose_outliers(model, list(rules), config)
+    outliers, find_basis = choose_outliers(model, list(rules), config), _find_bases(model, config)
     for name, rule in rules.items():
         parameter, quant = parameters[name].detach(), config.follow(rule)
         for number, values in enumerate(split_matrices(parameter, owner_of(model, name))):
             weight = make_weight(name, values, quant.spec, number if values.ndim < parameter.ndim else None)
             weight.method = quant.method if quant.method != config.method else None
-            weight.rotation = _rotate_by(config)(values.shape[-1]) if values.ndim > 1 else None
+            weight.basis = find_basis(name, values.shape[-1]) if values.ndim > 1 else None
             if name in outliers:
                 weight.outlier_columns = outliers[name][number]
             weights.append(weight)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kbit.layers.run_time.rotation import Rotation
+from kbit.layers.run_time.rotation import Basis
 from kbit.models.parameters import label_matrix
 from kbit.numerics.spec import QuantSpec
 
@@ -68,8 +68,8 @@ class Weight:
         expert: the number of the expert, or None of a parameter that is one weight.
         method: the method that a rule names for it. None is the configuration's own.
         is_unseen: whether calibration did not see its inputs, so that it is rounded to nearest.
-        rotation: the rotation in which the weight is quantized, or None. The values are those of the model in each
-            case. What methods see, and return, is rotated.
+        basis: what the weight is turned by before it is quantized, or None. The values are those of the model in each
+            case. What methods see, and return, is turned.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Weight:
     expert: int | None = None
     method: str | None = None
     is_unseen: bool = False
-    rotation: Rotation | None = None
+    basis: Basis | None = None
 
     @property
     def label(self) -> str:
@@ -90,8 +90,8 @@ class Weight:
     def copy_matrix(self) -> Float[Tensor, "rows in"]:
         """Return a float32 copy of the values as a matrix. Outlier columns are 0, so that no block scale sees them."""
         matrix = self.values.reshape(-1, self.values.shape[-1]).to(torch.float32, copy=True)
-        if self.rotation is not None:
-            matrix = self.rotation.rotate(matrix)
+        if self.basis is not None:
+            matrix = self.basis.turn_weight(matrix)
         matrix[:, self.outlier_columns] = 0
         return matrix
 
@@ -99,10 +99,10 @@ class Weight:
     def outliers_at_zero(self) -> Iterator[Float[Tensor, "*batch out in"]]:
         """Yield the weight's own values with 0 in the outlier columns, and put these back afterwards.
 
-        What is yielded of a rotated weight is a copy. It has no outlier columns.
+        What is yielded of a turned weight is a copy. It has no outlier columns.
         """
-        if self.rotation is not None:
-            yield self.rotation.rotate(self.values)
+        if self.basis is not None:
+            yield self.basis.turn_weight(self.values)
             return
         outliers = self.copy_outliers()
         self.values[..., self.outlier_columns] = 0.0
@@ -116,8 +116,8 @@ class Weight:
         return self.values[..., self.outlier_columns]  # indexing by numbers copies
 
     def turn_back(self, quantized: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch out in"]:
-        """Return quantized values as the model multiplies them: rotated back."""
-        return quantized if self.rotation is None else self.rotation.rotate_back(quantized)
+        """Return quantized values as the model multiplies them: turned back."""
+        return quantized if self.basis is None else self.basis.turn_weight_back(quantized)
 
     def replace(self, quantized: Float[Tensor, "*batch out in"]) -> None:
         """Write quantized values into the weight, in its own dtype and memory, and count the error.

@@ -343,6 +343,21 @@ def test_memory_of_a_training_is_above_what_was_measured() -> None:
     assert estimate_training(size, aware) == estimate_training(size, trained.train) + 4 * size.parameters
 
 
+def test_memory_of_replicas_is_a_gradient_for_each_and_the_activations_of_one() -> None:
+    size = find_size("nano-neox-98k")
+    assert size is not None
+    one = estimate_training(size, TrainConfig(steps=10, batch_size=2))
+    exchange = QuantSpec(bits=8, data_type="dynamic", block_size=256, scale_format="fp32")
+    for fields, copies in (
+        ({}, 4),
+        ({"error_feedback": True}, 4),  # nothing is rounded, so that nothing is lost
+        ({"exchange": exchange, "error_feedback": True}, 8),
+        ({"exchange": exchange, "error_feedback": True, "exchange_form": "two_shot"}, 9),
+    ):
+        train = TrainConfig(steps=10, batch_size=8, replicas=4, **fields)
+        assert estimate_training(size, train) == one + 4 * copies * size.parameters
+
+
 def test_recent_results_without_a_training_hide_no_trainings(tmp_path: Path) -> None:
     train = TrainConfig(steps=10)
     trained = dataclasses.replace(make_experiment(), train=train)

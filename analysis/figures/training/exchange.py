@@ -73,5 +73,6 @@ def judge_exchange(data: pd.DataFrame) -> str:
     words = [describe_difference(str(name), row, "bytes") for name, row in lost.iterrows()]
     worse = [str(name) for name, row in lost.iterrows() if row["low"] > 0]
     unsure = int((~(lost["low"] > 0) & ~(lost["high"] < 0) & np.isfinite(lost["low"])).sum())
-    head = f"{' and '.join(worse)} lose to {PLAIN}" if worse else f"No exchange is shown to lose to {PLAIN}"
+    verb = "loses" if len(worse) == 1 else "lose"
+    head = f"{' and '.join(worse)} {verb} to {PLAIN}" if worse else f"No exchange is shown to lose to {PLAIN}"
     return f"{head}, {unsure} of {len(lost)} cannot be told from it. Nats lost: {', '.join(words)}."

@@ -51,6 +51,7 @@ class Lead(NamedTuple):
         budget: total bits of the family's largest model at the lower one.
         rounded: nats by which the upper precision is better after rounding alone.
         trained: the same after training for it, for each seed.
+        control: the same after as long a training without rounding, for each seed. Empty without such trainings.
     """
 
     family: str
@@ -59,6 +60,13 @@ class Lead(NamedTuple):
     budget: float
     rounded: float
     trained: pd.Series[float]
+    control: pd.Series[float]
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the lead is smaller after training for the precision than after rounding, and than the control's."""
+        less = [self.rounded - self.trained, (self.control - self.trained).dropna()]
+        return all(describe_seeds(by_seed)[1] > 0 for by_seed in less if len(by_seed))
 
 
 def draw_qat(results: pd.DataFrame, page: Page) -> PaperFigure:
@@ -169,13 +177,19 @@ def add_adapters(rows: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
 def list_leads(data: pd.DataFrame) -> Iterator[Lead]:
     """Yield the lead of each precision over the next lower one, at the bits of each family's largest model."""
     for family, rows in data[data["bits"] != BASELINE_BITS].groupby("family"):
-        rounded, trained = rows[rows["way"] == PTQ], rows[rows["way"] == QAT]
+        rounded, trained, control = (rows[rows["way"] == way] for way in (PTQ, QAT, CONTROL))
         for lower, upper in pairwise(sorted(set(trained["bits"]) & set(rounded["bits"]))):
             budget = float(trained.loc[trained["bits"] == lower, "total_bits"].max())
             before = subtract(rounded, lower, upper, budget)
-            after = pd.Series({seed: subtract(own, lower, upper, budget) for seed, own in trained.groupby("seed")})
-            if np.isfinite(before) and after.notna().any():
-                yield Lead(str(family), int(lower), int(upper), budget, before, after.dropna())
+            after, plain = (subtract_seeds(own, lower, upper, budget) for own in (trained, control))
+            if np.isfinite(before) and len(after):
+                yield Lead(str(family), int(lower), int(upper), budget, before, after, plain)
+
+
+def subtract_seeds(rows: pd.DataFrame, lower: int, upper: int, budget: float) -> pd.Series[float]:
+    """Return subtract of each seed for which it is known."""
+    found = {seed: subtract(own, lower, upper, budget) for seed, own in rows.groupby("seed")}
+    return pd.Series(found, dtype=np.float64).dropna()
 
 
 def subtract(rows: pd.DataFrame, lower: int, upper: int, budget: float) -> float:
@@ -195,23 +209,26 @@ def judge_qat(data: pd.DataFrame) -> str:
     leads = list(list_leads(data))
     if not leads:
         return f"There are too few models to compare precisions at equal bits. {describe_recovery(data)}"
-    moved = [lead for lead in leads if describe_seeds(lead.rounded - lead.trained)[1] > 0]
+    moved = [lead for lead in leads if lead.is_moved]
     flipped = [lead for lead in moved if lead.rounded > 0 and describe_seeds(lead.trained)[2] < 0]
     if flipped:
         head = "Training moves the optimal precision: fewer bits become better at equal bits"
     elif moved:
-        head = "Training moves precisions together: more bits lead by less at equal bits"
+        stays = all(describe_seeds(lead.trained)[1] > 0 for lead in leads if lead.rounded > 0)
+        optimum = "the optimal one stays" if stays else "seeds do not tell which is best now"
+        head = f"Training moves precisions together, and {optimum}: more bits lead by less at equal bits"
     else:
         head = "These trainings do not show that the optimal precision moves"
     return ". ".join([head, *map(describe_lead, leads), describe_recovery(data)])
 
 
 def describe_lead(lead: Lead) -> str:
-    """Say one lead in words: after rounding, after training, and by how much it shrank."""
+    """Say one lead in words: after rounding, after training, by how much it shrank, and the control's."""
     trained, shrunk = describe_seeds(lead.trained), describe_seeds(lead.rounded - lead.trained)
+    control = f". Trained, then rounded, they lead by {show(describe_seeds(lead.control))}" if len(lead.control) else ""
     return (
         f"{lead.family} at {format_bits(lead.budget)}: {lead.upper} bits lead {lead.lower} by {lead.rounded:+.3f} nats "
-        f"when rounded, and by {show(trained)} when trained for it, which is {show(shrunk)} less"
+        f"when rounded, and by {show(trained)} when trained for it, which is {show(shrunk)} less{control}"
     )
 
 

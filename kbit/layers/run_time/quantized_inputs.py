@@ -10,7 +10,7 @@ input is, too (kbit.layers.run_time.rotation).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final, cast
 
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kbit.layers.run_time.forwards import Forward
-from kbit.layers.run_time.rotation import Rotation
+from kbit.layers.run_time.residual import FindBasis
+from kbit.layers.run_time.rotation import Basis
 from kbit.layers.run_time.straight_through import round_straight
 from kbit.layers.run_time.transient import ActivationConfig, check_blocks, sees_whole_tensor, with_own_seed
 from kbit.models.parameters import as_matrix, owner_of
@@ -38,11 +39,11 @@ class QuantizedInput(Forward):
         outlier_columns: input dimensions that stay as they are, or None.
         input_scales: numbers that inputs are divided by before they are quantized, and multiplied by afterwards, or
             None.
-        rotation: the rotation in which the input is quantized, or None.
+        basis: what the input is turned by before it is quantized, or None.
     """
 
-    def __init__(self, layer: nn.Module, name: str, spec: QuantSpec, rotation: Rotation | None = None) -> None:
-        self.layer, self.name, self.spec, self.rotation = layer, name, with_own_seed(spec, name), rotation
+    def __init__(self, layer: nn.Module, name: str, spec: QuantSpec, basis: Basis | None = None) -> None:
+        self.layer, self.name, self.spec, self.basis = layer, name, with_own_seed(spec, name), basis
         self.outlier_columns: Tensor | None = None
         self.input_scales: Tensor | None = None
 
@@ -59,8 +60,8 @@ class QuantizedInput(Forward):
     def round(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
         """Return the input as it is multiplied."""
         values, kept = x.detach(), self.outlier_columns
-        if self.rotation is not None:
-            values = self.rotation.rotate(values)
+        if self.basis is not None:
+            values = self.basis.turn_inputs(values)
         if kept is not None:
             values = values.index_fill(-1, kept, 0.0)
         if self.input_scales is not None:
@@ -70,11 +71,11 @@ class QuantizedInput(Forward):
             values = values * self.input_scales.float()
         if kept is not None:
             values[..., kept] = x.detach()[..., kept].to(values.dtype)
-        return (values if self.rotation is None else self.rotation.rotate_back(values)).to(x.dtype)
+        return (values if self.basis is None else self.basis.turn_inputs_back(values)).to(x.dtype)
 
 
 def make_quantized_inputs(
-    model: nn.Module, names: Iterable[str], spec: ActivationConfig, rotate: Callable[[int], Rotation | None]
+    model: nn.Module, names: Iterable[str], spec: ActivationConfig, find_basis: FindBasis
 ) -> list[QuantizedInput]:
     """Return the forwards of the linear layers whose inputs are to be quantized. Nothing is changed.
 
@@ -83,7 +84,7 @@ def make_quantized_inputs(
         names: names of the weights that are quantized, or would be if weights were. An embedding among them has no
             product, and is left out.
         spec: the quantizer, and what it leaves out.
-        rotate: a function from the number of a product's inputs to their rotation, or None.
+        find_basis: what products are turned by, see kbit.layers.run_time.residual.find_bases.
 
     Raises:
         ValueError: nothing is left, exclude finds nothing, or a layer cannot have such inputs: names it.
@@ -98,7 +99,7 @@ def make_quantized_inputs(
     for name in kept:
         _check_layer(model, name, spec, get_head())
     layers = ((name, owner_of(model, name)) for name in kept)
-    return [QuantizedInput(layer, name, spec, rotate(_count_inputs(layer))) for name, layer in layers]
+    return [QuantizedInput(layer, name, spec, find_basis(name, _count_inputs(layer))) for name, layer in layers]
 
 
 def _count_inputs(layer: nn.Module) -> int:

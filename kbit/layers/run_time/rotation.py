@@ -7,7 +7,8 @@ divisor of n that is one. Known orders are m 2^k with m = 1, or by Paley's const
 p = 3 mod 4, and m = 2 (p + 1) for p = 1 mod 4.
 
 W R is what is quantized, and x R too if activations are. What is stored in the model, and multiplied, is rotated back:
-x (Q(W R) R^T)^T is the product of the rotated model to within rounding, in any architecture.
+x (Q(W R) R^T)^T is the product of the rotated model to within rounding, in any architecture. A Basis says the same of a
+model whose residual stream is rotated (kbit.layers.run_time.residual).
 """
 
 from __future__ import annotations
@@ -40,17 +41,13 @@ class Rotation:
 
     def rotate(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return x R, float32 (float64 stays)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = _widen(x)
         return self._multiply(x * self.signs.to(x), transposed=False)
 
     def rotate_back(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return x R^T, float32 (float64 stays)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = _widen(x)
         return self._multiply(x, transposed=True) * self.signs.to(x)
-
-    def rotate_square(self, h: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-        """Return R^T H R: for H = sum x^T x, that of the rotated x."""
-        return self.rotate(self.rotate(h).T).T
 
     def _multiply(self, x: Float[Tensor, "*batch n"], *, transposed: bool) -> Float[Tensor, "*batch n"]:
         """Return x by the blocks of H / sqrt(b), or of its transpose. H is the product of Sylvester's and Paley's."""
@@ -66,11 +63,53 @@ class Rotation:
         return parts.reshape(x.shape) / math.sqrt(self.block)
 
 
+@dataclass(frozen=True)
+class Basis:
+    """What a product's weight and inputs are turned by before they are quantized, and back by afterwards.
+
+        x W^T = x' W'^T S^T,    x' = x diag(g)^-1 R,    W' = S^T W diag(g) R
+
+    Attributes:
+        inputs: R, or None.
+        gain: g, [in], the gain of the norm that x comes from, or None.
+        outputs: S, or None.
+    """
+
+    inputs: Rotation
+    gain: Tensor | None = None
+    outputs: Rotation | None = None
+
+    def turn_weight(self, w: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch out in"]:
+        """Return W', float32 (float64 stays)."""
+        w = self.inputs.rotate(w if self.gain is None else _widen(w) * self.gain.to(_widen(w)))
+        return w if self.outputs is None else self.outputs.rotate(w.mT).mT.contiguous()
+
+    def turn_weight_back(self, w: Float[Tensor, "*batch out in"]) -> Float[Tensor, "*batch out in"]:
+        """Return W of W', float32 (float64 stays)."""
+        w = self.inputs.rotate_back(w if self.outputs is None else self.outputs.rotate_back(w.mT).mT)
+        return w if self.gain is None else w / self.gain.to(w)
+
+    def turn_inputs(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """Return x', float32 (float64 stays)."""
+        return self.inputs.rotate(x if self.gain is None else _widen(x) / self.gain.to(_widen(x)))
+
+    def turn_inputs_back(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch in"]:
+        """Return x of x', float32 (float64 stays)."""
+        x = self.inputs.rotate_back(x)
+        return x if self.gain is None else x * self.gain.to(x)
+
+    def turn_square(self, h: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+        """Return sum x'^T x' of H = sum x^T x."""
+        return self.turn_inputs(self.turn_inputs(h).T).T
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @functools.lru_cache(maxsize=64)
-def make_rotation(kind: str | None, size: int, seed: int) -> Rotation | None:
-    """Return the rotation of inputs of this size, or None of no kind. Products that share inputs have the same one."""
-    if kind is None:
-        return None
+def make_rotation(size: int, seed: int) -> Rotation:
+    """Return the rotation of inputs of this size. Products that share inputs have the same one."""
     signs = np.random.default_rng([seed, size]).integers(0, 2, size) * 2 - 1
     return Rotation(torch.from_numpy(signs), find_block(size))
 

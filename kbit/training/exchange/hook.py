@@ -5,8 +5,8 @@ Start the processes by torchrun or Ray Train, call torch.distributed.init_proces
     model = DistributedDataParallel(model)
     exchange = register_exchange(model, QuantSpec(bits=8, data_type="dynamic", block_size=256, scale_format="fp32"))
 
-All replicas decode the same bytes, so their parameters stay equal bit for bit. Of torch's own hooks, fp16_compress and
-PowerSGD run on gloo. bf16_compress asks for NCCL.
+All replicas decode the same bytes, so their parameters stay equal bit for bit. Of torch's own hooks, fp16_compress runs
+on gloo, and PowerSGD if every parameter is used. bf16_compress asks for NCCL.
 """
 
 import torch

@@ -91,7 +91,7 @@ def test_every_figure_is_drawn_readable_and_judged(
         "allocation",
         "int8_methods",
         "features",
-        *("activations_map", "cache_bits"),
+        *("activations_map", "cache_bits", "rotation", "bit_laws"),
         *("cost_accuracy", "cost_loss", "time_per_token", "time_by_bits"),
         *("qat", "qlora", "training_curves", "optimizer_ablation", "states", "fast_precision", "exchange"),
     ):  # not in the planted store: tested by themselves

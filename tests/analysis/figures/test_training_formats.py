@@ -116,7 +116,7 @@ def test_exchanges_are_drawn() -> None:
             rows += make_rows(whole + lost, seed, cost, "exchanged_bytes_per_param", replicas=2, exchange=role)
     figure = draw_figure("exchange", pd.DataFrame(rows))
     assert figure.verdict.startswith(
-        "dynamic4 block 256 lose to float32, 1 of 2 cannot be told from it. Nats lost: "
+        "dynamic4 block 256 loses to float32, 1 of 2 cannot be told from it. Nats lost: "
         "dynamic8 block 256 +0.0000 (-0.0025 to +0.0025) at 1.02 bytes"
     )
     assert set(figure.data["format"]) == {"float32", "dynamic8 block 256", "dynamic4 block 256"}

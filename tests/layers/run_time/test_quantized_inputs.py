@@ -21,7 +21,7 @@ from kbit.experiments.identity import find_key
 from kbit.experiments.serialize import from_json, to_json
 from kbit.layers.run_time.forwards import list_forwards
 from kbit.layers.run_time.quantized_inputs import QuantizedInput
-from kbit.layers.run_time.rotation import make_rotation
+from kbit.layers.run_time.rotation import Basis, make_rotation
 from kbit.lmeval import read_options
 from kbit.methods.config import ActivationConfig, CacheConfig, QuantConfig
 from kbit.methods.quantize_model import copy_weights, quantize_model, restore_weights
@@ -96,9 +96,8 @@ def test_weights_with_a_scale_for_each_input_have_it_taken_from_the_input() -> N
 
 def test_rotated_and_scaled_inputs_are_rounded_to_bfloat16_once() -> None:
     """x R -> Q(x R / s) s R^T in float32, by NumPy, and only then in the layer's type."""
-    rotation = make_rotation("hadamard", 64, 0)
-    assert rotation is not None
-    product = QuantizedInput(nn.Linear(64, 2), "layer.weight", ActivationConfig(bits=8), rotation)
+    rotation = make_rotation(64, 0)
+    product = QuantizedInput(nn.Linear(64, 2), "layer.weight", ActivationConfig(bits=8), Basis(rotation))
     product.input_scales = torch.rand(64, generator=torch.Generator().manual_seed(2)).add(0.5).half()
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     matrix, scales = rotation.rotate(torch.eye(64)).double().numpy(), product.input_scales.double().numpy()
