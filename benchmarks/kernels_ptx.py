@@ -3,13 +3,15 @@
     python benchmarks/kernels_ptx.py
 
 Needs the extra kbit[dev]. Compiles what each function of kbit.kernels.cuda launches for a set of inputs that covers the
-kernels' constants, prints a table and writes benchmarks/results/cuda_registers.json, which the tests compare with what
-they compile. Exit code 1: a kernel spills registers or uses a stack.
+kernels' constants, prints a table and writes benchmarks/results/cuda_registers.json. The tests compile one variant for
+one architecture and compare it with the record, and see by the sources' hash that the rest of the record is of these
+kernels. Exit code 1: a kernel spills registers or uses a stack.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,10 +204,12 @@ def find_ptxas() -> str:
     return str(found[0])
 
 
-def compile_kernels(architecture: tuple[int, int]) -> Iterator[tuple[Compiled, str]]:
+def compile_kernels(
+    architecture: tuple[int, int], variants: Sequence[Variant] = VARIANTS
+) -> Iterator[tuple[Compiled, str]]:
     """Compile each kernel of each variant once; yield ptxas' report and the PTX."""
     name, seen = f"sm_{architecture[0]}{architecture[1]}", set()
-    for variant in VARIANTS:
+    for variant in variants:
         for launch in list_launches(variant):
             if (launch.kernel, launch.signature, launch.threads) in seen:  # pack and unpack do not depend on the input
                 continue
@@ -220,6 +224,12 @@ def find_versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in COMPILERS}
 
 
+def hash_sources() -> str:
+    """Return a hash of what decides the kernels: their files, and this one with its inputs."""
+    files = [*sorted(Path(kernels.__file__).parent.glob("cuda*.py")), Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def main() -> int:
     rows = [row for architecture in ARCHITECTURES for row, _ in compile_kernels(architecture)]
     for row in rows:
@@ -227,7 +237,7 @@ def main() -> int:
             f"{row.architecture:7}{row.kernel:15}{row.variant:40}{row.registers:4} registers{row.threads:5} threads"
             f"{row.spilled:4} bytes spilled"
         )
-    record = {"versions": find_versions(), "kernels": [asdict(row) for row in rows]}
+    record = {"versions": find_versions(), "sources": hash_sources(), "kernels": [asdict(row) for row in rows]}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {RESULTS}")

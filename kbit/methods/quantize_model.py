@@ -153,7 +153,7 @@ def allocate_bits(model: nn.Module, quant: QuantConfig, tokenizer: PreTrainedTok
     _check_coverage(plan_quantization(model, quant.without_allocation()), quant)
     check_finite(model)
     with in_evaluation_mode(model):
-        return allocate(model, quant, tokenizer, find_weights, run_methods)
+        return allocate(model, quant, tokenizer, plan_quantization, find_weights, run_methods)
 
 
 def _prepare_run_time(

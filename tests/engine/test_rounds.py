@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from toy_results import make_result
 
+from kbit.engine.outcome import Outcome
 from kbit.engine.plan import make_plan
+from kbit.engine.ray_cluster import dispatch
 from kbit.engine.rounds import DecidedRounds, Rounds, bound_tokens, check_decidable
 from kbit.evaluation.config import EvalConfig, FeatureConfig, SpeedConfig
 from kbit.evaluation.rounds.order import TASKS, TEXT
@@ -96,6 +100,38 @@ def test_a_run_without_rounds_takes_what_stopped_early(tmp_path: Path) -> None:
     rounds = Rounds(plan)
     assert (rounds.start_next(), rounds.start_next()) == (plan.to_run, ())
     assert rounds.find_goals(plan.to_run[0]) is None
+
+
+class Actor:
+    """A worker in this process, which measures what it is asked for: run.remote(...) as Ray calls it."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.run = self
+        self._sweep = sweep
+
+    def remote(self, experiment: Experiment, key: str, goals: Mapping[str, int]) -> Outcome:
+        done = self._sweep.store.find_rounds(key) or (0, 0)
+        rounds = [max(goals.get(part, 0), before) for part, before in zip((TASKS, TEXT), done, strict=True)]
+        self._sweep.measure(experiment.quant.bits, *rounds)
+        return Outcome(experiment, "")
+
+
+def test_workers_of_ray_go_through_the_same_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of kbit.engine.ray_cluster, on a stand-in for Ray: each round begins when the one before has ended."""
+
+    def wait(jobs: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return jobs[:num_returns], jobs[num_returns:]
+
+    def get(job: Outcome) -> Outcome:
+        return job
+
+    errors = SimpleNamespace(RayTaskError=KeyError, RayError=OSError)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(wait=wait, get=get, exceptions=errors))
+    sweep = Sweep(tmp_path, GOALS)
+    outcomes = list(dispatch(sweep.plan, lambda: Actor(sweep), 2, sweep.store, rounds=sweep.rounds))
+    bits = [outcome.experiment.quant.bits for outcome in outcomes]
+    assert [sorted(bits[:3]), sorted(bits[3:5]), bits[5:]] == [[3, 4, 5], [3, 4], [4, 4]]
+    assert [sweep.store.find_rounds(sweep.keys[bits]) for bits in BITS] == [(2, 1), (4, 2), (1, 1)]
 
 
 def make_configs(**fields: Any) -> list[RunConfig]:

@@ -133,7 +133,11 @@ def compare_with_fixed(data: pd.DataFrame) -> list[str]:
 def describe(data: pd.DataFrame, shares: pd.DataFrame) -> tuple[str, ...]:
     """Return the notes: what is drawn, and how much it rests on."""
     counts = f"{count_things(len(data), 'training')} of {data['model'].iloc[0]}, {data['seed'].nunique()} seeds"
-    maps = "Maps show the share of uses with high precision, the mean over seeds. " if len(shares) else ""
+    maps = (
+        "Maps show the share of uses with high precision, the mean over seeds: white is none, dark blue is all. "
+        if len(shares)
+        else ""
+    )
     return (
         "Marks are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds, the dotted line is "
         f"{PLAIN}. Bars hold what seeds differ by, which differences by seed do not. {maps}",

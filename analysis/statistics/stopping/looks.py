@@ -38,12 +38,13 @@ class Decision:
         contest = self.question.contest
         about = f"{contest.name}, {self.question.measure.name}"
         items = f"{WORDS[self.rounds]} of the items"
+        left = " or ".join(contest.options[option] for option in self.standing.left)
         if self.standing.given_up:
-            left = " or ".join(contest.options[option] for option in self.standing.left)
             return f"{about}: {left}, and all items would hardly tell (given up after {items})"
         if self.standing.is_known:
             return f"{about}: {name_best(contest, self.standing)} is best, known from {items}"
-        left = " or ".join(contest.options[option] for option in self.standing.left)
+        if self.rounds == LAST:
+            return f"{about}: {left}, measured in full (`kbit figures verdicts` has the verdict)"
         return f"{about}: {left}, not known from {items}"
 
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from torch import nn
@@ -23,13 +23,16 @@ from kbit.methods.allocation.programme import choose_least_loss
 from kbit.methods.calibration import draw_windows
 from kbit.methods.config import QuantConfig
 from kbit.methods.options import TOKENS_AT_ONCE
-from kbit.methods.report import QuantizationReport, TensorReport, plan_quantization
 from kbit.methods.selection.rules import PATTERN, Rule
 from kbit.methods.weight import Codes, Job, Weight
 from kbit.models.parameters import hash_weights
 
+if TYPE_CHECKING:
+    from kbit.methods.report import QuantizationReport, TensorReport
+
 log = logging.getLogger(__name__)
-FindWeights = Callable[[nn.Module, QuantizationReport, QuantConfig], list[Weight]]
+Plan = Callable[[nn.Module, QuantConfig], "QuantizationReport"]
+FindWeights = Callable[[nn.Module, "QuantizationReport", QuantConfig], list[Weight]]
 RunMethods = Callable[[Job], Iterator[tuple[Weight, Codes]]]
 _ALWAYS_TRUE: Final = ("signed", "zero")  # of a model's weights
 
@@ -62,6 +65,7 @@ class _Problem:
 
     Attributes:
         model, quant, tokenizer: as quantize_model is given them.
+        make_plan: plan_quantization.
         plan: the plan without allocation.
         units: the tensors of each unit.
     """
@@ -69,6 +73,7 @@ class _Problem:
     model: nn.Module
     quant: QuantConfig
     tokenizer: PreTrainedTokenizerBase | None
+    make_plan: Plan
     plan: QuantizationReport
     units: list[list[TensorReport]]
 
@@ -86,8 +91,7 @@ class _Problem:
         """Return the plan in which all units have one choice, for each choice."""
         names = [name for unit in self.names for name in unit]
         return {
-            choice: plan_quantization(self.model, self.apply({choice: names}))
-            for choice in self.quant.allocation.choices
+            choice: self.make_plan(self.model, self.apply({choice: names})) for choice in self.quant.allocation.choices
         }
 
 
@@ -95,6 +99,7 @@ def allocate(
     model: nn.Module,
     quant: QuantConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    make_plan: Plan,
     find_weights: FindWeights,
     run_methods: RunMethods,
 ) -> Allocation:
@@ -102,14 +107,15 @@ def allocate(
 
     Args:
         model, quant, tokenizer: see quantize_model.
+        make_plan: plan_quantization.
         find_weights, run_methods: the functions of kbit.methods.quantize_model, which imports this module.
 
     Raises:
         ValueError: nothing is to be quantized, the budget is below the smallest choices or above the largest, or see
             plan_quantization and draw_windows. A loss that is not finite is found once it is measured.
     """
-    plan = plan_quantization(model, quant.without_allocation())
-    problem = _Problem(model, quant, tokenizer, plan, _group_units(plan, quant.allocation.unit))
+    plan = make_plan(model, quant.without_allocation())
+    problem = _Problem(model, quant, tokenizer, make_plan, plan, _group_units(plan, quant.allocation.unit))
     plans = problem.plan_choices()
     bits = np.array([[_count_bits(choice, unit) for choice in plans.values()] for unit in problem.names])
     budget, apart = _find_budget(problem)

@@ -86,17 +86,16 @@ def test_composition_equals_hydras(hydra: Any, composer: Composer, overrides: li
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Composer, study: str) -> None:
-    """The first point of a grid and the last of the study, composed by Hydra alone. Of a united study the first 500."""
+    """The last point of each, composed by Hydra alone. Of a united study the first 100."""
     job = [f"+sweeps={study}"]
     config = load(hydra, job)
     if config.study.unite:
         parts = itertools.chain(*(expand(composer, name) for name in config.study.unite))
-        assert list(itertools.islice(composer.expand(job), 500)) == list(itertools.islice(parts, 500))
+        assert list(itertools.islice(composer.expand(job), 100)) == list(itertools.islice(parts, 100))
         return
     expanded = expand(composer, study)  # raises on a value that is not allowed
     assert find_key(expanded[0].experiment) != find_key(expanded[-1].experiment)
     points: list[list[str]] = []
-    compared: list[int] = []
     parser = OverridesParser.create(config_loader=hydra.config_loader)
     grids: Any = OmegaConf.to_container(config.study.grids)
     for grid in grids or [{}]:
@@ -104,12 +103,10 @@ def test_every_study_expands_to_what_hydra_composes(hydra: Any, composer: Compos
             f"{key}={','.join(map(write_value, value if isinstance(value, list) else [value]))}"
             for key, value in grid.items()
         ]
-        compared.append(len(points))
         points += list_combinations(parser.parse_overrides(texts))
     if not config.study.exclude:
         assert len(expanded) == len(points)
-        for at in (compared[len(compared) // 2], len(points) - 1):
-            assert expanded[at] == compose_slowly(hydra, [*job, *points[at]])
+        assert expanded[-1] == compose_slowly(hydra, [*job, *points[-1]])
 
 
 @functools.cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.rounds.order import LAST, SHARES, TASKS, TEXT, list_places, order_items
 from kbit.evaluation.rounds.sample import Sample
+from kbit.evaluation.zero_shot import score_tasks
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result
 from kbit.experiments.rounds import count_rounds, join_costs, make_sample
@@ -120,6 +123,15 @@ def test_metrics_that_change_between_rounds_are_refused() -> None:
     sample = Sample({TEXT: 2}, {TEXT: 1}, {("text", "cross_entropy"): np.ones(2)})
     with pytest.raises(ValueError, match=r"'text' now measures \['loss'\], and \['cross_entropy'\] in earlier rounds"):
         sample.join(TEXT, "text", 16, {"loss": [1.0, 2.0]})
+
+
+def test_a_group_of_tasks_has_no_rounds() -> None:
+    """Its mean may weigh tasks in any way, which an estimate on some items would have to know."""
+    group = SimpleNamespace(name="mmlu")
+    task: Any = SimpleNamespace(list_items=lambda: [0], instances=[], loaded=SimpleNamespace(name="a", groups=(group,)))
+    scorer: Any = SimpleNamespace(truncated=0, first_tokens=())
+    with pytest.raises(ValueError, match=r"the group 'mmlu' has a mean of its own.*name its tasks in eval\.tasks"):
+        score_tasks(scorer, [task], Sample({TASKS: 1}))
 
 
 def test_rolling_perplexity_has_no_rounds(session: Session) -> None:
