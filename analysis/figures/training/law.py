@@ -225,9 +225,7 @@ def show_range(low: float, high: float, how: str = "+.4f") -> str:
 def describe(points: pd.DataFrame, laws: Laws) -> tuple[str, ...]:
     """Return the notes: what is drawn, and how much it rests on."""
     lines = "Lines are the law, as the mean over seeds, each fitted by itself. " if laws else ""
-    mixed = "Formats with other bits in each operand are in the verdict and in the last panel alone." * bool(
-        (points["series"] == MIXED).any()
-    )
+    mixed = "Formats with other bits in each role have no mark." * bool((points["series"] == MIXED).any())
     lost = int(points["diverged"].sum())
     diverged = f" {count_things(lost, 'training')} diverged and left out." if lost else ""
     return (

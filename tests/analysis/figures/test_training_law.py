@@ -64,7 +64,9 @@ def test_a_planted_law_is_drawn_and_said() -> None:
 def test_one_size_has_no_law_but_comparisons_at_equal_work() -> None:
     figure = draw_figure("training_law", make_results(("small",)))
     assert len(figure.fig.axes) == 1
-    assert figure.verdict.startswith("No law: a law of 3 roles has 6 parameters, which 10 trainings on 1 sizes")
+    assert figure.verdict.startswith(
+        "No law: it takes trainings without quantized roles of two sizes, and there are 1."
+    )
     assert "At 13 bit operations on small W3 A3 G5 is best" in figure.verdict
 
 
