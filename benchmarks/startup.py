@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,9 +112,9 @@ class _ProcessClock:
                         limits = {key: values.get(key) for key in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
                         self.workers[str(process.pid)] = {"niceness": process.nice(), **limits}
 
-    def by_name(self) -> Counter[str]:
+    def by_name(self) -> dict[str, float]:
         """Return the CPU seconds by the kind of process."""
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         for pid, seconds in self.seconds.items():
             sums[self.names[pid]] += round(seconds, 2)
         return sums
