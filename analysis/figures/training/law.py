@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -70,7 +70,7 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
     return PaperFigure("training_law", sheet.fig, data, CLAIM, verdict, describe(points, laws))
 
 
-def name_series(row: Mapping[str, float]) -> str | None:
+def name_series(row: Mapping[Any, Any]) -> str | None:
     """Return the role that alone has few bits, or all products, or all roles if they have as many, or mixed.
 
     None is of a training without quantized roles.
@@ -161,11 +161,10 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     """Say what the law has found, how well it fits, and which operand one more bit is for."""
     if not laws:
         return [f"No law: {reason}."]
-    table, added = describe_law(laws), tabulate_added(data, laws)
-    lost = find_losses(data, laws)
+    table = {str(name): row for name, row in describe_law(laws).iterrows()}
+    exponent, added, lost = table.pop("exponent"), tabulate_added(data, laws), find_losses(data, laws)
     named = ", ".join(
-        f"{role} {show(row) if lost[str(role)] > LEAST_LOSS else 'none, as nothing is lost'}"
-        for role, row in table.drop(index="exponent").iterrows()
+        f"{role} {show(row) if lost[role] > LEAST_LOSS else 'none, as nothing is lost'}" for role, row in table.items()
     )
     miss = float(np.sqrt(np.mean((added["measured"] - added["law"]) ** 2)))
     spread = float(np.sqrt(np.mean(added["measured"] ** 2)))
@@ -175,7 +174,7 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     return [
         *sentences,
         f"Bits by which a role's loss falls by e: {named}. The exponent of the effective parameters is "
-        f"{show(table.loc['exponent'])}.",
+        f"{show(exponent)}.",
         f"The law misses what few bits add by {miss:.3f} nats, and that is {spread:.3f} (roots of mean squares).",
     ]
 
