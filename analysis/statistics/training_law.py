@@ -89,9 +89,9 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
     def miss(theta: Floats) -> Floats:
         return solve(theta)[0] - y
 
-    bounds = np.log([EXPONENTS, *[DECAYS] * len(roles)]).T
+    low, high = np.log([EXPONENTS, *[DECAYS] * len(roles)]).T
     starts = [np.log([a, *[g] * len(roles)]) for a, g in _STARTS]
-    fits = [least_squares(miss, start, bounds=bounds, x_scale="jac") for start in starts]
+    fits = [least_squares(miss, start, bounds=(low, high), x_scale="jac") for start in starts]
     best = min(fits, key=lambda fit: float(fit.cost)).x
     floor, scale = solve(best)[1]
     decays = dict(zip(roles, np.exp(best[1:]).tolist(), strict=True))
@@ -157,9 +157,11 @@ def find_gains(laws: Mapping[int, TrainingLaw], bits: int, parameters: float) ->
             for role in roles
         }
     )
-    best = gains.mean().idxmax() if roles else None
-    rows = {role: (*describe_seeds(gains[role]), *describe_seeds(gains[best] - gains[role])) for role in roles}
     columns = ["mean", "low", "high", "lead", "lead_low", "lead_high"]
+    if not roles:
+        return pd.DataFrame(columns=columns)
+    best = gains[str(gains.mean().idxmax())]
+    rows = {role: (*describe_seeds(gains[role]), *describe_seeds(best - gains[role])) for role in roles}
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).sort_values("mean", ascending=False)
 
 

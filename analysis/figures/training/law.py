@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -71,7 +71,7 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
     return PaperFigure("training_law", sheet.fig, data, CLAIM, verdict, describe(points, laws))
 
 
-def name_series(row: Mapping[str, float]) -> str | None:
+def name_series(row: Mapping[Any, Any]) -> str | None:
     """Return the role that alone has few bits, or all products, or all roles if they have as many, or mixed.
 
     None is of a training without quantized roles.
@@ -162,11 +162,11 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     """Say what the law has found, how well it fits, and which operand one more bit is for."""
     if not laws:
         return [f"No law: {reason}."]
-    table, added = describe_law(laws), tabulate_added(data, laws)
-    lost = find_losses(data, laws)
+    table = {str(name): row for name, row in describe_law(laws).iterrows()}
+    exponent, added, lost = table.pop("exponent"), tabulate_added(data, laws), find_losses(data, laws)
     named = ", ".join(
-        f"{role} {show_decay(row, [law.decays[str(role)] for law in laws.values()], lost[str(role)])}"
-        for role, row in table.drop(index="exponent").iterrows()
+        f"{role} {show_decay(row, [law.decays[role] for law in laws.values()], lost[role])}"
+        for role, row in table.items()
     )
     miss = float(np.sqrt(np.mean((added["measured"] - added["law"]) ** 2)))
     spread = float(np.sqrt(np.mean(added["measured"] ** 2)))
@@ -176,7 +176,7 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     return [
         *sentences,
         f"Bits by which a role's loss falls by e: {named}. The exponent of the effective parameters is "
-        f"{show(table.loc['exponent'])}.",
+        f"{show(exponent)}.",
         f"The law misses what few bits add by {miss:.3f} nats, and that is {spread:.3f} (roots of mean squares).",
     ]
 
@@ -215,13 +215,13 @@ def judge_equal_work(points: pd.DataFrame) -> list[str]:
     sentences = []
     for (model, _), group in found.groupby(["model", "work"], sort=False):
         best, *others = group.to_dict("records")
-        kinds = {"worse": [], "not told apart from it": []}
+        kinds: dict[str, list[str]] = {"worse": [], "not told apart from it": []}
         for row in others:
             words = f"{row['format']} {row['mean']:+.4f}{show_range(row['low'], row['high'])}"
             kinds["worse" if row["low"] > 0 else "not told apart from it"].append(words)
-        found = ", and ".join(f"{kind}: {', '.join(words)}" for kind, words in kinds.items() if words)
+        said = ", and ".join(f"{kind}: {', '.join(named)}" for kind, named in kinds.items() if named)
         sentences.append(
-            f"At {best['operations']:.0f} bit operations on {model} {best['format']} has the lowest mean, {found}."
+            f"At {best['operations']:.0f} bit operations on {model} {best['format']} has the lowest mean, {said}."
         )
     return sentences
 

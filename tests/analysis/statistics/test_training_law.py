@@ -93,7 +93,7 @@ def test_bit_operations_by_hand() -> None:
 
 def test_formats_of_equal_work_are_paired_by_seed() -> None:
     """3 3 5 in three orders: weights are best, activations lose .01 and .03, gradients .1. Others have no rival."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed, whole in enumerate((3.0, 4.0)):
         for role, lost in (("weights", 0.0), ("activations", 0.01 + 0.02 * seed), ("gradients", 0.1)):
             bits = dict.fromkeys(LAW_ROLES[:3], 3) | {role: 5, "momentum": np.inf, "variance": np.inf}
