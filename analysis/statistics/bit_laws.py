@@ -27,13 +27,23 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.curves import Floats
-from kbit.analysis.statistics.laws import DRAWS, Fit, HeldOut, Terms, fit_terms, hold_out, judge_prediction
+from kbit.analysis.statistics.laws import (
+    DRAWS,
+    Fit,
+    HeldOut,
+    Terms,
+    TooFewPoints,
+    fit_terms,
+    hold_out,
+    judge_prediction,
+)
 from kbit.checks import check_choice
 from kbit.numerics.spec import BASELINE_BITS
 
 BIT_LAWS: Final = ("effective", "effective added", "separate")
-_STARTS: Final = (0.5, 1.0, 2.0)  # of g, in bits: the paper has 1.8 to 2.7 in training, and 0.59 after it
+_STARTS: Final = (0.5, 1.0, 2.0)  # of g, in bits: the paper has 0.96 to 2.67 in training, and 0.59 after it
 _EXPONENTS: Final = (0.1, 0.4)  # of N
+_LEAST: Final = 0.01  # exponent of N: sizes a hundred times apart would then differ by 5% in what they lose
 _TRIED: Final = 2  # of the starts, those nearest to the points
 _RANGE: Final = (1e-100, 700.0)  # of k / g: beyond it exp(-k / g) is 1 or 0
 
@@ -205,9 +215,17 @@ def fit_bits(law: str, points: pd.DataFrame, things: Sequence[str], *, draws: in
 
     Raises:
         ValueError: see make_terms.
-        TooFewPoints: see laws.fit_terms.
+        TooFewPoints: see laws.fit_terms, or a law of effective parameters of models of which larger ones lose no less.
+            Its exponent of N then goes to 0 and its A to infinity.
     """
-    return fit_terms(law, make_terms(law, points, things), points, draws=draws, seed=seed)
+    fit = fit_terms(law, make_terms(law, points, things), points, draws=draws, seed=seed)
+    exponent = float(fit.parameters[1])
+    if law == "effective added" and exponent < _LEAST:
+        raise TooFewPoints(
+            f"the law {law!r} has the exponent {exponent:.1g} of N: larger ones of these models lose no less, which "
+            "effective parameters cannot say"
+        )
+    return fit
 
 
 def check_largest(
