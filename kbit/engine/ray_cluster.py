@@ -50,16 +50,14 @@ def run_on_ray(
     """Run a plan's experiments on Ray workers, each of which keeps its model loaded.
 
     Args:
-        plan: the plan.
+        plan, rounds: the plan, and its rounds (None: one).
         worker: the class of the workers, such as kbit.engine.worker.RayWorker.
-        store_path: the folder or URL of the store.
-        device: the device to run on.
+        store_path, device: the folder or URL of the store, and the device to run on.
         config: the resources that a worker asks for. On a GPU, worker_bytes decides gpus_per_worker if it is None.
         cost: a function that returns the cost of an experiment (see Schedule).
         worker_bytes: the estimated memory of a worker, or None if it is not known.
         announce: a function that tells the user a fact in a line, such as which cluster was joined.
         notify: a function that shows the user what goes on until the first experiment ends.
-        rounds: the rounds. None: one.
 
     Raises:
         ValueError: the cluster does not have the resources that the workers ask for, or a worker cannot be set up.
