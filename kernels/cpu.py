@@ -6,8 +6,8 @@ They are converted chunk by chunk, so no float32 copy of the tensor is made. Ind
 How a code is found. The code of v is the number of thresholds <= v. The upper 16 bits of a float32 (sign, exponent, 7
 fraction bits) cut the line into cells that get finer towards zero, as codebooks do. A table holds, for each cell, the
 number of thresholds at or below its least value. Then v is compared with the next threshold, or with the next few where
-a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow with k, and is
-the same for every data type.
+a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow with k. Up to
+31 thresholds are searched in vectors instead, where the CPU has permutations: see kbit.kernels.vectors.search.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from kbit.kernels.cpu_chunks import (
     typed_words,
     unpack_codes,
 )
+from kbit.kernels.vectors.search import Tree, find_codes_by_tree, make_tree
 
 Values = Float[np.ndarray, " n"]
 Codes = UInt8[np.ndarray, " n"]
@@ -67,6 +68,8 @@ class SearchTable(NamedTuple):
     first: UInt8[np.ndarray, " 65536"]  # by upper half-word: thresholds at or below the least value that begins with it
     thresholds: Thresholds  # padded with NaN to 257, so that the comparison after the last one fails, of +inf too
     compares: int  # the most thresholds that lie inside one cell, at least 1
+    tree: Tree  # of few thresholds, for vectors: see kbit.kernels.vectors.search
+    levels: int  # of the tree. 0: there is none
 
 
 class Rounding(NamedTuple):
@@ -134,11 +137,9 @@ def fake_quantize(
 ) -> Values:
     """Fill out, which may be x, with dequantize(quantize(x)), without codes. See kbit.numerics.reference."""
     words, kind = typed_words(x)
-    out_words, _ = typed_words(out)
+    target, _ = typed_words(out)
     grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
-    _encode_decode(
-        words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words
-    )
+    _encode_decode(words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), target)
     return out
 
 
@@ -192,7 +193,7 @@ def make_search_table(thresholds_bytes: bytes) -> SearchTable:
     compares = (np.searchsorted(thresholds, highest, side="right") - first).max()
     padded = np.full(257, np.nan, np.float32)
     padded[: thresholds.size] = thresholds
-    return SearchTable(first.astype(np.uint8), padded, max(1, int(compares)))
+    return SearchTable(first.astype(np.uint8), padded, max(1, int(compares)), *make_tree(thresholds))
 
 
 # A parallel loop only hands out chunks: what is written inside of it numba optimises less well (measured: 1.5 times
@@ -268,7 +269,10 @@ def _encode_chunk(words, kind, grid, table, rounding, bits, packed, start, end):
 
 @jit()
 def _round_to_codes(buffer, start, count, codebook, table, rounding, codes):
-    find_codes(buffer, count, table.first, table.thresholds, table.compares, codes)
+    if table.levels > 0:
+        find_codes_by_tree(buffer, count, table, codes)
+    else:
+        find_codes(buffer, count, table.first, table.thresholds, table.compares, codes)
     if rounding.stochastic:
         round_up_at_random(buffer, count, codebook, rounding.levels, rounding.key, start, codes)
 
@@ -366,7 +370,7 @@ def _encode_decode_chunk(words, kind, grid, table, rounding, out, start, end):
     buffer, count = np.empty(CHUNK, np.float32), end - start
     load(words, kind, start, count, buffer)
     normalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
-    if table.compares == 1 and not rounding.stochastic:
+    if table.levels == 0 and table.compares == 1 and not rounding.stochastic:
         round_values(buffer, count, table.first, table.thresholds, grid.codebook)
     else:
         codes = np.empty(CHUNK, np.uint8)

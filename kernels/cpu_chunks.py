@@ -43,7 +43,8 @@ def jit(parallel: bool = False, nogil: bool = False) -> Callable[[Callable[..., 
 def _hash_sources() -> str:
     """Return a hash of all files with CPU kernels."""
     digest = hashlib.sha256()
-    for path in sorted([*Path(__file__).parent.glob("cpu*.py"), Path(__file__).with_name("simd.py")]):
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("cpu*.py"), folder / "simd.py", *folder.glob("vectors/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

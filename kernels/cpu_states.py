@@ -97,7 +97,7 @@ class Rule(NamedTuple):
 
 def make_state(bits: int, block_size: int, codebook: Scales, thresholds: Scales) -> State:
     """Return a quantized state that lacks its arrays: state._replace(codes=codes, scales=scales)."""
-    table, nothing = make_search_table(thresholds.tobytes()), np.empty(0, np.float32)
+    table, nothing = make_search_table(thresholds.tobytes())[:3], np.empty(0, np.float32)  # without the tree
     no_codes = np.empty(0, np.uint8)
     return State(
         bits, block_size, no_codes, nothing, nothing, pad_codebook(codebook), *table, codebook.size, NOT_RANDOM

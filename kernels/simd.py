@@ -339,7 +339,7 @@ def look_up(typing, table, codes, bits):
 
     def generate(context, builder, signature, arguments):
         if isinstance(signature.args[0], types.UniTuple):
-            return _permute(builder, cgutils.unpack_tuple(builder, arguments[0]), arguments[1])
+            return permute(builder, cgutils.unpack_tuple(builder, arguments[0]), arguments[1])
         codes = builder.and_(arguments[1], _every(_I32, 2**k - 1))
         values = ir.Constant(_vector_of(_F32), ir.Undefined)
         for lane, place in enumerate(_list_lanes(builder, codes)):
@@ -384,7 +384,7 @@ def _list_lanes(builder: ir.IRBuilder, codes: ir.Value) -> Iterator[ir.Value]:
         yield builder.lshr(pair, ir.Constant(_I64, 32))
 
 
-def _permute(builder: ir.IRBuilder, table: Sequence[ir.Value], codes: ir.Value) -> ir.Value:
+def permute(builder: ir.IRBuilder, table: Sequence[ir.Value], codes: ir.Value) -> ir.Value:
     """Look codes up in a table of one or more registers."""
     kind = table[0].type
     if len(table) == 1:
@@ -393,7 +393,7 @@ def _permute(builder: ir.IRBuilder, table: Sequence[ir.Value], codes: ir.Value) 
     if len(table) == 2 and kind.count == 16:
         return call_target(builder, "llvm.x86.avx512.vpermi2var.ps.512", kind, [table[0], codes, table[1]])
     half = len(table) // 2
-    lower, upper = (_permute(builder, part, codes) for part in (table[:half], table[half:]))
+    lower, upper = (permute(builder, part, codes) for part in (table[:half], table[half:]))
     bit = int(np.log2(half * kind.count))  # of the code, which chooses the half: moved to the sign
     sign = builder.shl(codes, _every(_I32, 31 - bit))
     return builder.select(builder.icmp_signed("<", sign, _every(_I32, 0)), upper, lower)

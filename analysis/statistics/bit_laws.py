@@ -41,7 +41,7 @@ from kbit.checks import check_choice
 from kbit.numerics.spec import BASELINE_BITS
 
 BIT_LAWS: Final = ("effective", "effective added", "separate")
-_STARTS: Final = (0.5, 1.0, 2.0)  # of g, in bits: the paper has 1.8 to 2.7 in training, and 0.59 after it
+_STARTS: Final = (0.5, 1.0, 2.0)  # of g, in bits: the paper has 0.96 to 2.67 in training, and 0.59 after it
 _EXPONENTS: Final = (0.1, 0.4)  # of N
 _LEAST: Final = 0.01  # exponent of N: sizes a hundred times apart would then differ by 5% in what they lose
 _TRIED: Final = 2  # of the starts, those nearest to the points

@@ -70,11 +70,12 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
     roles = [role for role in LAW_ROLES if np.isfinite(points[role]).any()]
     exact = points[~np.isfinite(points[roles]).any(axis=1)].groupby("parameters")["value"].mean()
     count = len(roles) + 3
-    if not roles or len(exact) < 2 or len(points) < count + MIN_SPARE:
-        raise TooFewPoints(
-            f"a law of {len(roles)} roles has {count} parameters, which {len(points)} trainings on {len(exact)} sizes "
-            "with unquantized ones do not tell: it needs two sizes"
-        )
+    if not roles:
+        raise TooFewPoints("no role has few bits in these trainings")
+    if len(exact) < 2:
+        raise TooFewPoints(f"it takes trainings without quantized roles of two sizes, and there are {len(exact)}")
+    if len(points) < count + MIN_SPARE:
+        raise TooFewPoints(f"{len(roles)} roles have {count} parameters, which {len(points)} trainings cannot tell")
     if exact.iloc[-1] >= exact.iloc[0]:
         raise TooFewPoints("the largest model does not have the lowest loss: it was trained too shortly for a law")
     y, terms = points["value"].to_numpy(dtype=np.float64), make_terms("effective", points, roles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,12 +10,12 @@ import math
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from kbit.engine.machine import count_cpus, count_workers
+from kbit.engine.machine import count_cpus, count_workers, find_free_memory, limit_by_memory
 from kbit.engine.outcome import Outcome
-from kbit.engine.ray_private import silence_raylet
+from kbit.engine.ray_private import silence_raylet, started_bare
 from kbit.engine.rounds import Rounds
 from kbit.engine.schedule import Schedule
 from kbit.experiments.config import Experiment, RayConfig
@@ -72,11 +73,13 @@ def run_on_ray(
         if config.gpus_per_worker is None:
             config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(plan, device, worker_bytes, announce))
         count = min(count_workers(config, list_nodes()), len(plan.to_run))
+        if config.address == "local" and config.num_workers is None and device == "cpu":
+            count = _limit_workers(count, worker_bytes, announce)
         remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
             max_restarts=0,
-            runtime_env={"env_vars": {"NUMBA_NUM_THREADS": str(config.cpus_per_worker)}},
+            runtime_env=None if config.address == "local" else {"env_vars": _limit_threads(config)},
         )
         notify(f"starting {count} worker{'s' if count > 1 else ''}")
         start = functools.partial(remote.remote, store_path, device, config)
@@ -173,13 +176,14 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
     if ":" in config.address and "://" not in config.address:
         _check_reachable(config.address)
     try:
-        context: Any = ray.init(
-            address=config.address,
-            num_cpus=count_cpus() if local else None,  # Ray would count those of the whole machine
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with started_bare(local), _changed_environment(_limit_threads(config)):
+            context: Any = ray.init(
+                address=config.address,
+                num_cpus=count_cpus() if local else None,  # Ray would count those of the whole machine
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         silence_raylet()
     except (ValueError, OSError):
         raise
@@ -190,6 +194,30 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
         announce(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
         if context.dashboard_url:
             announce(f"its dashboard: http://{context.dashboard_url}")
+
+
+def _limit_threads(config: RayConfig) -> dict[str, str]:
+    """Return the variables that keep a worker's pools of threads within its CPUs: those of numba, torch, tokenizers.
+
+    Where Ray starts here, its workers inherit them. Ray has workers ready by then, which an environment of their own
+    would leave unused. The workers of a running cluster get them as an environment.
+    """
+    return dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(config.cpus_per_worker))
+
+
+@contextlib.contextmanager
+def _changed_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let the processes that the block starts have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _check_reachable(address: str) -> None:
@@ -213,6 +241,18 @@ def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
     """Return the GPUs of a worker: 1/n if n workers fit on one GPU, else as many whole ones as it needs."""
     usable = GPU_SHARE * gpu_bytes
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
+
+
+def _limit_workers(count: int, worker_bytes: int | None, announce: Callable[[str], None]) -> int:
+    """Return how many workers have room in this machine's memory, and say so if these are fewer."""
+    free = find_free_memory()
+    fitting = limit_by_memory(count, worker_bytes, free)
+    if fitting < count and worker_bytes and free is not None:
+        announce(
+            f"ray.num_workers={fitting} of {count} that the CPUs allow: a worker takes up to "
+            f"{worker_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free (ray.num_workers={count} starts all)"
+        )
+    return fitting
 
 
 def _choose_gpus(plan: Plan, device: str, worker_bytes: int | None, announce: Callable[[str], None]) -> float:

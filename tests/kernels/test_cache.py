@@ -25,8 +25,10 @@ def test_a_change_in_a_function_that_a_kernel_calls_recompiles_it(tmp_path: Path
     kernels = tmp_path / "kbit" / "kernels"
     kernels.mkdir(parents=True)
     (tmp_path / "kbit" / "__init__.py").touch()  # so that this kbit is the one that is imported
-    for path in [*Path(cpu_chunks.__file__).parent.glob("cpu*.py"), Path(cpu_chunks.__file__).with_name("simd.py")]:
+    folder = Path(cpu_chunks.__file__).parent
+    for path in [*folder.glob("cpu*.py"), folder / "simd.py"]:
         shutil.copy(path, kernels)
+    shutil.copytree(folder / "vectors", kernels / "vectors")
     assert run_program(tmp_path) == "[1, 2] 0"
     assert run_program(tmp_path) == "[1, 2] 1"  # from the disk
     chunks = kernels / "cpu_chunks.py"

@@ -71,6 +71,28 @@ def test_dequantize_on_vectors_equals_reference(bits: int) -> None:
         np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 8, 14, 15, 16, 30, 31, 32])
+def test_codes_found_in_vectors_are_the_number_of_thresholds_at_or_below(count: int) -> None:
+    """Thresholds and their neighbours, zeros of both signs, the largest and least values, NaN, ends of all lengths."""
+    rng = np.random.default_rng(count)
+    thresholds = np.sort(rng.standard_normal(count)).astype(np.float32)
+    thresholds[count // 2] = 0.0 if count > 1 else thresholds[0]
+    thresholds = np.sort(thresholds)
+    codebook = np.concatenate([thresholds - np.float32(1e-3), thresholds[-1:] + 1]).astype(np.float32)
+    hard = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 3e38, -3e38]
+    near = [np.nextafter(thresholds, np.float32(end)) for end in (-np.inf, np.inf)]
+    values = np.concatenate([thresholds, *near, hard, rng.standard_normal(4100)]).astype(np.float32)
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    for n in (1, 7, 8, 15, 17, 31, 33, len(values)):
+        for x in (values[:n], values[-n:]):
+            codes = cpu.quantize(x, one, zero, codebook, thresholds, n, n)
+            np.testing.assert_array_equal(codes, np.searchsorted(thresholds, x, side="right"))
+            packed = cpu.quantize(x, one, zero, codebook, thresholds, n, n, bits=6)
+            np.testing.assert_array_equal(packed, reference.pack(codes, 6))
+            rounded = cpu.fake_quantize(x, one, zero, codebook, thresholds, n, n, None, np.empty_like(x))
+            np.testing.assert_array_equal(rounded, codebook[codes])
+
+
 def as_kernels_see(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
     """Return x in a 16- or 32-bit type as the kernels take it, and as float32."""
     tensor = torch.from_numpy(x).to(dtype)

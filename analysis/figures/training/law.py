@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -18,6 +18,7 @@ from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_s
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
 from kbit.analysis.statistics.laws import TooFewPoints
 from kbit.analysis.statistics.training_law import (
+    DECAYS,
     TrainingLaw,
     compare_equal_work,
     describe_law,
@@ -28,8 +29,8 @@ from kbit.analysis.statistics.training_law import (
 from kbit.training.config import PRODUCTS
 
 CLAIM: Final = (
-    "Which tensor of a training deserves the bits? Kumar et al. 2024 fit effective parameters, with which weights lack "
-    "more bits than activations (g 2.67 and 2.21 bits) in trainings far longer than these."
+    "Which tensor of a training deserves the bits? The law is Kumar et al. 2024's effective parameters, without the "
+    "second constant that they fit to each tensor: bits by which a loss falls are not to be compared with theirs."
 )
 ALL_PRODUCTS, ALL_ROLES, MIXED = "all products", "all roles", "mixed"
 SERIES: Final = (*LAW_ROLES, ALL_PRODUCTS, ALL_ROLES)
@@ -164,7 +165,7 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     table, added = describe_law(laws), tabulate_added(data, laws)
     lost = find_losses(data, laws)
     named = ", ".join(
-        f"{role} {show(row) if lost[str(role)] > LEAST_LOSS else 'none, as nothing is lost'}"
+        f"{role} {show_decay(row, [law.decays[str(role)] for law in laws.values()], lost[str(role)])}"
         for role, row in table.drop(index="exponent").iterrows()
     )
     miss = float(np.sqrt(np.mean((added["measured"] - added["law"]) ** 2)))
@@ -184,7 +185,16 @@ def find_losses(data: pd.DataFrame, laws: Laws) -> dict[str, float]:
     """Return what each role alone loses by the law at its fewest bits, on the smallest model."""
     exact = dict.fromkeys(LAW_ROLES, np.inf) | {"parameters": float(data["parameters"].min())}
     roles = next(iter(laws.values())).decays
-    return {role: float(predict_added(laws, pd.DataFrame([exact | {role: data[role].min()}]))[0]) for role in roles}
+    fitted = data[data["value"].notna() & data["seed"].isin(list(laws))]
+    return {role: float(predict_added(laws, pd.DataFrame([exact | {role: fitted[role].min()}]))[0]) for role in roles}
+
+
+def show_decay(row: pd.Series[float], decays: Sequence[float], lost: float) -> str:
+    """Return the g of a role with its interval, or why there is none."""
+    if lost <= LEAST_LOSS:
+        return "none, as nothing is lost"
+    unknown = sum(not 1.01 * DECAYS[0] < decay < DECAYS[1] / 1.01 for decay in decays)
+    return f"not known, as {unknown} of {len(decays)} seeds have it at a bound of the fit" if unknown else show(row)
 
 
 def judge_gains(gains: pd.DataFrame, parameters: float) -> str:
@@ -205,9 +215,13 @@ def judge_equal_work(points: pd.DataFrame) -> list[str]:
     sentences = []
     for (model, _), group in found.groupby(["model", "work"], sort=False):
         best, *others = group.to_dict("records")
-        above = ", ".join(f"{row['format']} {row['mean']:+.4f}{show_range(row['low'], row['high'])}" for row in others)
+        kinds = {"worse": [], "not told apart from it": []}
+        for row in others:
+            words = f"{row['format']} {row['mean']:+.4f}{show_range(row['low'], row['high'])}"
+            kinds["worse" if row["low"] > 0 else "not told apart from it"].append(words)
+        found = ", and ".join(f"{kind}: {', '.join(words)}" for kind, words in kinds.items() if words)
         sentences.append(
-            f"At {best['operations']:.0f} bit operations on {model} {best['format']} is best, and above it are {above}."
+            f"At {best['operations']:.0f} bit operations on {model} {best['format']} has the lowest mean, {found}."
         )
     return sentences
 
@@ -225,17 +239,20 @@ def show_range(low: float, high: float, how: str = "+.4f") -> str:
 def describe(points: pd.DataFrame, laws: Laws) -> tuple[str, ...]:
     """Return the notes: what is drawn, and how much it rests on."""
     lines = "Lines are the law, as the mean over seeds, each fitted by itself. " if laws else ""
-    mixed = "Formats with other bits in each operand are in the verdict and in the last panel alone." * bool(
-        (points["series"] == MIXED).any()
-    )
+    mixed = "Formats with other bits in each role have no mark." * bool((points["series"] == MIXED).any())
     lost = int(points["diverged"].sum())
     diverged = f" {count_things(lost, 'training')} diverged and left out." if lost else ""
+    seeds = sorted(map(int, points["seed"].unique()))
+    kept = (
+        f" The law is of seeds {', '.join(map(str, laws))}, which have all formats." if laws.keys() < {*seeds} else ""
+    )
     return (
         "The loss is that of the training in its own arithmetic, the mean of the last twentieth of the steps, less "
         "that of the float32 training of the same seed. Marks are means over seeds, dots are seeds, bars are "
         f"Student's 95% intervals over seeds. {lines}{mixed}".strip(),
         "Bit operations are those of a multiply-accumulate, the mean of a layer's three products. A role without a "
-        "quantizer counts 16 bits.",
+        "quantizer counts 16 bits. Of several recipes, learning rates of a model or kinds of quantizer of a role the "
+        "most frequent one is drawn.",
         f"Data: {count_things(len(points), 'training')} on {count_things(points['model'].nunique(), 'model')}, "
-        f"{count_things(points['seed'].nunique(), 'seed')}.{diverged}",
+        f"{count_things(len(seeds), 'seed')}.{diverged}{kept}",
     )

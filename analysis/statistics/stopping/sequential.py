@@ -122,7 +122,7 @@ def look(contest: Contest, before: Standing, scores: Sequence[Floats], totals: S
     if before.is_known or min(task.shape[1] for task in scores) < FEW:
         return before
     left = np.asarray(before.left)
-    points = contest.find_points(before.left)
+    points = np.asarray(contest.find_points(before.left), dtype=np.intp)
     leads = contest.leads[np.ix_(left, left, points)]
     gaps, now, whole = measure_leads(leads, [task[points] for task in scores], totals)
     reach = find_reach(pairs, sum(task.shape[1] - 1 for task in scores))

@@ -21,6 +21,7 @@ from kbit.analysis.statistics.frontier import (
     draw_values,
     find_pareto_frontier,
     resample_means,
+    weigh_curve,
     weigh_points,
 )
 
@@ -197,3 +198,18 @@ def test_equal_curves_share_their_chance(make_points: Callable[..., pd.DataFrame
     curves = make_points({3: {10: 0.4, 100: 0.6}, 4: {10: 0.4, 100: 0.6}}, error=0.0)
     chances = best_chances(curves, draw_values(curves, ZERO_SHOT), higher_is_better=True)
     assert (chances == 0.5).all().all()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=8, unique=True),
+    budgets=st.lists(st.floats(0.5, 80), max_size=6),
+    extend=st.booleans(),
+)
+def test_weights_of_a_curve_are_those_of_numpys_interpolation(
+    sizes: list[int], budgets: list[float], extend: bool
+) -> None:
+    """Bit for bit, at points and between them, below the curve, and beyond it."""
+    x, at = np.sort(np.array(sizes, dtype=float)), np.array([*budgets, *sizes], dtype=float)
+    right = None if extend else np.nan
+    units = [np.interp(np.log(at), np.log(x), unit, left=np.nan, right=right) for unit in np.eye(x.size)]
+    np.testing.assert_array_equal(weigh_curve(x, at, extend=extend), np.stack(units, axis=1))

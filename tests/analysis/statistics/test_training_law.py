@@ -111,12 +111,13 @@ def test_formats_of_equal_work_are_paired_by_seed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda points: points[points["model"] == "small"], "on 1 sizes .* needs two sizes"),
-        (lambda points: points[np.isfinite(points["weights"])], "on 0 sizes"),
-        (lambda points: points[~np.isfinite(points[list(DECAYS)]).any(axis=1)], "a law of 0 roles"),
+        (lambda points: points[points["model"] == "small"], "of two sizes, and there are 1"),
+        (lambda points: points[np.isfinite(points["weights"])], "of two sizes, and there are 0"),
+        (lambda points: points[~np.isfinite(points[list(DECAYS)]).any(axis=1)], "no role has few bits"),
+        (lambda points: points[points.index.isin([0, 1, 19, 20])], "1 roles have 4 parameters, which 4 trainings"),
         (lambda points: points.assign(value=-points["value"]), "does not have the lowest loss"),
     ],
-    ids=["one size", "no exact ones", "no roles", "larger is worse"],
+    ids=["one size", "no exact ones", "no roles", "few", "larger is worse"],
 )
 def test_what_tells_no_law_is_refused(change: Any, message: str) -> None:
     with pytest.raises(TooFewPoints, match=message):
