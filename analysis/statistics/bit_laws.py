@@ -215,10 +215,13 @@ def fit_bits(law: str, points: pd.DataFrame, things: Sequence[str], *, draws: in
 
     Raises:
         ValueError: see make_terms.
-        TooFewPoints: see laws.fit_terms, or a law of effective parameters of models of which larger ones lose no less.
-            Its exponent of N then goes to 0 and its A to infinity.
+        TooFewPoints: see laws.fit_terms. Models of one size, whose bits alone would have to tell the exponent of N. A
+            law of effective parameters of models of which larger ones lose no less: the exponent then goes to 0 and A
+            to infinity.
     """
     fit = fit_terms(law, make_terms(law, points, things), points, draws=draws, seed=seed)
+    if points["parameters"].nunique() < 2:
+        raise TooFewPoints(f"the law {law!r} needs models of two sizes or more, and these are of one")
     exponent = float(fit.parameters[1])
     if law == "effective added" and exponent < _LEAST:
         raise TooFewPoints(

@@ -124,5 +124,7 @@ def test_bits_that_cannot_be_told_are_refused() -> None:
         fit_bits("separate", points.assign(weight_bits=np.nan), THINGS)
     with pytest.raises(TooFewPoints, match="'separate' has 6 parameters; 44 such points cannot tell them"):
         fit_bits("separate", points.assign(activation_bits=16), THINGS)
+    with pytest.raises(TooFewPoints, match="'effective added' needs models of two sizes or more"):
+        fit_bits("effective added", points[points["parameters"] == 2**16], THINGS, draws=5)
     with pytest.raises(TooFewPoints, match="'effective added' has 4 parameters; 5 such points"):
         fit_bits("effective added", points.head(5), THINGS)
