@@ -54,7 +54,7 @@ def import_lean() -> None:
 @contextmanager
 def _scipy_denied(utils: Any) -> Iterator[None]:
     """Let transformers believe that there is no scipy, whose optimizers its losses of object detection use."""
-    ask = getattr(utils, "is_scipy_available", None)
+    ask: Any = getattr(utils, "is_scipy_available", None)
     if not hasattr(ask, "cache_clear"):
         yield
         return

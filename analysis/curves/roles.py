@@ -42,7 +42,7 @@ def tabulate_roles(results: pd.DataFrame) -> pd.DataFrame:
     table = table.rename(columns={"loss": "value"}).reindex(columns=["key", "model", "parameters", "value", "diverged"])
     table = table.assign(
         seed=[own.get("seed", 0) for own in fields],
-        recipe=[name_recipe(own) for own in fields],
+        recipe=pd.Series([name_recipe(own) for own in fields], table.index, dtype=object),
         lr=[own.get("lr", np.nan) for own in fields],
         diverged=table["diverged"] > 0,
         **{role: [own[role]["bits"] if role in own else np.inf for own in fields] for role in LAW_ROLES},

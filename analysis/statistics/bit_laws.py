@@ -85,6 +85,10 @@ class Effective:
             return np.asarray(slope - self._slope(parameters, self._whole))
         return np.concatenate([slope, np.ones((*slope.shape[:-1], 1))], axis=-1)
 
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once."""
+        return self.predict(parameters), self.slope(parameters)
+
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts from a grid of exponents and decays, with the A that fits best to each."""
         starts = []
@@ -92,10 +96,10 @@ class Effective:
             rest = [exponent, *[np.log(decay)] * len(self.things)]
             shape = self.predict(np.array([0.0, *rest, *([] if self.is_added else [0.0])]))
             if self.is_added:
-                starts.append(np.array([np.log(max(shape @ y / (shape @ shape), 1e-6)), *rest]))
+                starts.append(np.array([np.log(max(float(shape @ y / (shape @ shape)), 1e-6)), *rest]))
             else:
                 factor, floor = np.polyfit(shape, y, 1)
-                starts.append(np.array([np.log(max(factor, 1e-6)), *rest, max(floor, 0.0)]))
+                starts.append(np.array([np.log(max(float(factor), 1e-6)), *rest, max(float(floor), 0.0)]))
         return _pick_nearest(self, starts, y)
 
     @property
@@ -153,6 +157,10 @@ class Separate:
         terms = np.stack([np.ones_like(self.bits), -np.broadcast_to(self.size[:, None], self.bits.shape), -self.bits])
         slope = self._grow(parameters)[..., None] * np.moveaxis(terms, 0, -1)
         return np.asarray(slope.reshape(*slope.shape[:-2], -1))
+
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once."""
+        return self.predict(parameters), self.slope(parameters)
 
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts from a grid of exponents and decays, with the C that fit best to each."""

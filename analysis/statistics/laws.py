@@ -61,6 +61,9 @@ class Terms(Protocol):
     def slope(self, parameters: Floats) -> Floats:
         """Return dy / dparameters: [..., points, terms]."""
 
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once."""
+
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return parameters to start a fit of y from."""
 

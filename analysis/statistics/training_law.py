@@ -12,6 +12,7 @@ Each seed is fitted by itself. Every interval is Student's over the seeds.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -84,10 +85,10 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
         power = terms.predict(np.array([0.0, np.exp(theta[0]), *theta[1:], 0.0]))
         columns = np.stack([np.ones(len(y)), power / power.max()], axis=1)
         linear = nnls(columns, y)[0]
-        return columns @ linear, linear / [1, power.max()]
+        return np.asarray(columns @ linear), np.asarray(linear / [1, power.max()])
 
     def miss(theta: Floats) -> Floats:
-        return solve(theta)[0] - y
+        return np.asarray(solve(theta)[0] - y)
 
     low, high = np.log([EXPONENTS, *[DECAYS] * len(roles)]).T
     starts = [np.log([a, *[g] * len(roles)]) for a, g in _STARTS]
@@ -186,7 +187,8 @@ def compare_equal_work(points: pd.DataFrame) -> pd.DataFrame:
         its loss above that of the best format, paired by seed, 0 for the best itself.
     """
     states = [role for role in LAW_ROLES if role not in PRODUCTS]
-    own = points[points["value"].notna() & ~np.isfinite(points[states]).any(axis=1)]
+    is_exact = ~np.isfinite(points[states].to_numpy(dtype=np.float64)).any(axis=1)
+    own = points[points["value"].notna().to_numpy() & is_exact]
     bits = own[list(PRODUCTS)].clip(upper=BASELINE_BITS).astype("int64")
     own = own.assign(
         work=[" ".join(map(str, sorted(row))) for row in bits.to_numpy()],
@@ -194,7 +196,8 @@ def compare_equal_work(points: pd.DataFrame) -> pd.DataFrame:
         operations=count_bit_operations(own),
     )
     rows = []
-    for (model, work), group in own.groupby(["model", "work"], sort=True):
+    for about, group in own.groupby(["model", "work"], sort=True):
+        model, work = typing.cast(tuple[str, str], about)
         values = group.pivot_table("value", "seed", "format").dropna()
         if values.shape[1] < 2 or values.empty:
             continue

@@ -273,7 +273,7 @@ def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     tries = 0
     sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy()
     keys, data_types = curves["key"].to_numpy(dtype=object), curves["data_type"].tolist()
-    for variant, own in sorted(list_variants(curves), key=lambda part: rank_variant(*part, data_types)):
+    for variant, own in sorted(list_variants(curves), key=lambda part: rank_variant(part[0], part[1], data_types)):
         places = sort_points(sizes[own], bits[own])
         bounds = bound_points(sizes[own], bits[own].astype(np.float64), places)
         if bounds is None:

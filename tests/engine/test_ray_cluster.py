@@ -79,7 +79,7 @@ def test_a_worker_imports_and_uses_no_more_than_it_should(cluster: Any) -> None:
         Worker("memory://imports", "cpu", 1)
         importlib.import_module("transformers.models.gpt_neox.modeling_gpt_neox")  # which its first experiment needs
         found = [name for name in UNUSED if name in sys.modules]
-        return found, torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, gc.isenabled()
+        return [*found], torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"], gc.isenabled()
 
     assert cluster.get(cluster.remote(ask).options(num_cpus=1).remote()) == ([], 1, 1, True)
 

@@ -48,7 +48,11 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
         MissingResults: no trainings of one recipe differ in the bits of a role.
     """
     points = tabulate_roles(results)
-    points = subtract_exact(points.assign(series=[name_series(row) for row in points.to_dict("records")]))
+    points = subtract_exact(
+        points.assign(
+            series=pd.Series([name_series(row) for row in points.to_dict("records")], points.index, dtype=object)
+        )
+    )
     if points.loc[points["added"].notna(), "series"].nunique() < 2:
         needs = "trainings in float32, and with few bits of weights, activations, gradients or states"
         raise MissingResults(describe_lack("training_law", needs, ("nano/training_law", "nano/product_precision")))

@@ -32,7 +32,8 @@ def make_results() -> pd.DataFrame:
 
 
 def test_a_family_taken_of_all_is_the_family_by_itself() -> None:
-    results, known = make_results(), {}
+    results = make_results()
+    known: dict[Any, Any] = {}
     for family in ("toy", "other"):
         own = precision_curves(results[results["family"] == family], ZERO_SHOT.metric, ZERO_SHOT.task)
         pd.testing.assert_frame_equal(take_family(results, family, ZERO_SHOT, known), own, check_dtype=False)
@@ -41,7 +42,8 @@ def test_a_family_taken_of_all_is_the_family_by_itself() -> None:
 def test_an_ambiguous_family_stops_no_other() -> None:
     results = make_results()
     again = results[results["family"] == "other"].assign(value=0.5, key="again")
-    both, known = pd.concat([results, again], ignore_index=True), {}
+    both = pd.concat([results, again], ignore_index=True)
+    known: dict[Any, Any] = {}
     own = precision_curves(results[results["family"] == "toy"], ZERO_SHOT.metric, ZERO_SHOT.task)
     pd.testing.assert_frame_equal(take_family(both, "toy", ZERO_SHOT, known), own)
     with pytest.raises(AmbiguousResults, match="differ in"):

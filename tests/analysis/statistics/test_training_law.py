@@ -81,8 +81,8 @@ def test_one_more_bit_is_for_the_role_that_lacks_most() -> None:
     assert list(gains.index) == ["gradients", "weights", "activations"]
     truth = PLANTED.predict(pd.DataFrame([dict.fromkeys(LAW_ROLES, np.inf) | {"parameters": SIZES["large"]}] * 2
                                          ).assign(weights=3, activations=3, gradients=[3, 4]))  # fmt: skip
-    assert gains.loc["gradients", "low"] <= truth[0] - truth[1] <= gains.loc["gradients", "high"]
-    assert gains.loc["weights", "lead_low"] > 0
+    assert gains["low"]["gradients"] <= truth[0] - truth[1] <= gains["high"]["gradients"]
+    assert gains["lead_low"]["weights"] > 0
     assert gains.loc["gradients", "lead"] == 0
 
 
@@ -158,8 +158,8 @@ def test_trainings_of_one_recipe_and_kind_are_rows() -> None:
     ]
     table = tabulate_roles(pd.DataFrame(rows)).set_index("seed")
     assert sorted(table.index) == [0, 0, 1, 2, 7]
-    assert table.loc[1, list(LAW_ROLES)].tolist() == [3, np.inf, np.inf, 2, np.inf]
+    assert table[list(LAW_ROLES)].loc[1].to_numpy().tolist() == [3, np.inf, np.inf, 2, np.inf]
     assert table.loc[2, "weights"] == 2
-    assert bool(table.loc[7, "diverged"])
-    assert np.isnan(table.loc[7, "value"])
+    assert bool(table["diverged"][7])
+    assert np.isnan(table["value"][7])
     assert tabulate_roles(pd.DataFrame(rows[:0], columns=["training"])).empty
