@@ -138,7 +138,7 @@ def collect_shares(lost: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     most = names[partial].value_counts(sort=False).sort_index().idxmax()
     points = weights.assign(share=weights["quantized_parameters"] / weights["parameters"])[names == most]
-    points = points.drop_duplicates(["model", "share", "block_size"])
+    points = points.drop_duplicates(["model", "share", "block_size", *chosen])
     if points.groupby("model")["share"].nunique().max() < 2 or points["block_size"].nunique() < 2:
         return pd.DataFrame()
     return add_errors(points.assign(bits=points["weight_bits"]))
