@@ -43,7 +43,7 @@ class Decision:
         left = " or ".join(contest.options[option] for option in self.standing.left)
         if self.standing.lost:
             lost = " and ".join(contest.options[option] for option in self.standing.lost)
-            return f"{about}: {left}, not known: {lost} lacks {items}, as an experiment failed or did not run"
+            return f"{about}: {left}, not known: {lost} without {items}, as an experiment failed or did not run"
         if self.standing.given_up:
             return f"{about}: {left}, and all items would hardly tell (given up after {items})"
         if self.standing.is_known:

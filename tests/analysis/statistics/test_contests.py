@@ -115,11 +115,8 @@ def test_earlier_looks_are_taken_again_and_what_was_known_stays_known(
 @pytest.mark.parametrize(
     ("failed", "words"),
     [
-        (("3-",), "3-bit or 4-bit, not known: 3-bit lacks a quarter of the items, as an experiment failed"),
-        (
-            ("3-", "4-"),
-            "3-bit or 4-bit, not known: 3-bit or 4-bit lacks a quarter of the items, as an experiment failed",
-        ),
+        (("3-",), "3-bit or 4-bit, not known: 3-bit without a quarter of the items, as an experiment failed"),
+        (("3-", "4-"), "3-bit or 4-bit, not known: 3-bit and 4-bit without a quarter of the items"),
     ],
 )
 @pytest.mark.parametrize("rounds", [2, LAST])
@@ -148,7 +145,8 @@ def test_a_store_without_items_tells_nothing(losses: list[Question]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "words"), [(0.0015, "4-bit is best from all items"), (0.0003, "3-bit or 4-bit, undecided from all items")]
+    ("gap", "words"),
+    [(0.0015, "4-bit is best from all of the items"), (0.0003, "3-bit or 4-bit, undecided from all of the items")],
 )
 def test_after_the_last_round_the_verdict_is_that_of_all_items(
     results: pd.DataFrame, losses: list[Question], gap: float, words: str
