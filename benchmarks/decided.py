@@ -28,7 +28,7 @@ from kbit.analysis.statistics.stopping.contests import Question, list_questions
 from kbit.analysis.statistics.stopping.looks import Scores, decide, find_goals, take_scores
 from kbit.analysis.statistics.stopping.sequential import UNDECIDED, Contest, Standing, judge_whole, look, name_best
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
-from kbit.evaluation.measurement import decode_items, encode_items, mean_accuracy, measure_mean
+from kbit.evaluation.measurement import ItemValues, decode_items, encode_items, mean_accuracy, measure_mean
 from kbit.evaluation.rounds.order import LAST, SHARES, TASKS, TEXT, list_places
 from kbit.evaluation.rounds.sample import SampledPart
 from kbit.experiments.config import UntilConfig
@@ -195,7 +195,8 @@ def cut_result(result: Result, rounds: dict[str, int]) -> Result:
     if min(rounds.values()) == LAST:
         return result
     texts = {result.text.name} if result.text is not None else set()
-    items, counts = [], {}
+    items: list[ItemValues] = []
+    counts: dict[tuple[str, str], tuple[str, int, Floats]] = {}
     for own in result.items:
         part = TEXT if own.task in texts else TASKS
         values = decode_items(own)[list_places(own.n, rounds[part])]

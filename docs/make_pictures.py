@@ -1,7 +1,8 @@
 """Draws the example pictures of docs/reference from a store: `python docs/make_pictures.py STORE [NAME ...]`.
 
 The pictures that are committed are of the study nano/gallery (`make pictures`). Those of cost_accuracy, cost_loss,
-time_per_token and time_by_bits are of nano/speed, and are drawn by their names.
+time_per_token and time_by_bits are of nano/speed. Those of trainings, activations and caches are of the studies that
+docs/reference/figures.md names beside them. All of these are drawn by their names.
 """
 
 from __future__ import annotations

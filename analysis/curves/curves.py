@@ -10,7 +10,7 @@ Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -37,6 +37,7 @@ BUDGETS: Final = 200  # grid points over the budgets compared: shares come out t
 # Rounding of the interpolation is near 1e-16, and accuracies of 10^6 items differ by 1e-6. A tie is between the two.
 TIE: Final = 1e-9
 Floats = npt.NDArray[np.float64]
+Bounds = tuple[tuple[float, Any], tuple[float, Any]]  # the least and the largest budget, each with what sets it
 Made = TypeVar("Made")
 
 
@@ -220,9 +221,13 @@ def prefer_baseline(rows: pd.DataFrame) -> pd.DataFrame:
     return widest.sort_values("key", kind="stable").drop_duplicates(["model", "task", "metric"])
 
 
-def is_contest(curves: pd.DataFrame) -> bool:
-    """Whether a variant has two quantized precisions of two sizes each. One against 16 bits alone wins by default."""
-    return len([bits for bits in sort_curves(curves) if bits < BASELINE_BITS]) >= 2
+def is_contest(precisions: Iterable[int]) -> bool:
+    """Whether a variant has two quantized precisions of two sizes each. One against 16 bits alone wins by default.
+
+    Args:
+        precisions: those of two sizes or more, such as sort_curves returns.
+    """
+    return len([bits for bits in precisions if bits < BASELINE_BITS]) >= 2
 
 
 def merge_repeats(points: pd.DataFrame) -> pd.DataFrame:
@@ -259,6 +264,16 @@ def split_variants(curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.Da
     """Yield each variant as ({family, label, block_size}, its curves), sorted."""
     for values, group in curves.groupby(VARIANT, dropna=False):
         yield dict(zip(VARIANT, values, strict=True)), group
+
+
+def list_variants(curves: pd.DataFrame) -> Iterator[tuple[dict[str, Any], npt.NDArray[np.intp]]]:
+    """Yield each variant as split_variants does, but with the places of its rows instead of a table of them."""
+    codes = curves.groupby(VARIANT, dropna=False).ngroup().to_numpy()
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(codes) else []
+    names = curves[VARIANT].iloc[[part[0] for part in parts]].to_dict("records")
+    for name, part in zip(names, parts, strict=True):
+        yield {str(column): value for column, value in name.items()}, part
 
 
 def interpolate(sizes: Floats, values: Floats, total_bits: npt.ArrayLike) -> Floats:
@@ -299,17 +314,26 @@ def shared_budgets(curves: pd.DataFrame, count: int = BUDGETS, by: str = "bits")
 
 def sort_curves(curves: pd.DataFrame, by: str = "bits") -> dict[Any, npt.NDArray[np.intp]]:
     """Return the curves of two sizes or more: the places of each one's points, in order of total_bits."""
-    sizes = curves["total_bits"].to_numpy(dtype=np.float64)
-    names, codes, counts = np.unique(curves[by].to_numpy(), return_inverse=True, return_counts=True)
+    return sort_points(curves["total_bits"].to_numpy(dtype=np.float64), curves[by].to_numpy())
+
+
+def sort_points(sizes: Floats, names: npt.NDArray[Any]) -> dict[Any, npt.NDArray[np.intp]]:
+    """Return what sort_curves does, of the points' sizes and of the curve that each belongs to."""
+    names, codes, counts = np.unique(names, return_inverse=True, return_counts=True)
     order, ends = np.lexsort((sizes, codes)), np.cumsum(counts)
     places = [order[end - count : end] for end, count in zip(ends, counts, strict=True)]
     return {name: own for name, own in zip(names.tolist(), places, strict=True) if sizes[own[-1]] > sizes[own[0]]}
 
 
-def bound_budgets(curves: pd.DataFrame, by: str = "bits") -> tuple[tuple[float, Any], tuple[float, Any]] | None:
+def bound_budgets(curves: pd.DataFrame, by: str = "bits") -> Bounds | None:
     """Return the ends of shared_budgets, each with the curve that sets it, or None if the curves never meet."""
     sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy(dtype=np.float64)
-    ends = [(sizes[own[0]], sizes[own[-1]], bits[own].min(), name) for name, own in sort_curves(curves, by).items()]
+    return bound_points(sizes, bits, sort_curves(curves, by))
+
+
+def bound_points(sizes: Floats, bits: Floats, places: Mapping[Any, npt.NDArray[np.intp]]) -> Bounds | None:
+    """Return what bound_budgets does, of the points' sizes and bits, and of what sort_points found."""
+    ends = [(sizes[own[0]], sizes[own[-1]], bits[own].min(), name) for name, own in places.items()]
     quantized = [end for end in ends if end[2] < BASELINE_BITS]
     compared = quantized if len(quantized) >= 2 else ends
     if len(compared) < 2:

@@ -19,7 +19,9 @@ from kbit.training.config import PRODUCTS, STATES
 LAW_ROLES: Final = (*PRODUCTS, *STATES)
 ABOUT: Final = ["model", "parameters", "seed", "value", "diverged", "key"]
 _OTHER_QUANTIZERS: Final = frozenset({"exchange", "fast", "lora", "replicas"})
-_APART: Final = frozenset({*LAW_ROLES, "seed", "lr", "min_size", "include"})  # what one study changes
+_APART: Final = frozenset({*LAW_ROLES, "seed", "lr"})  # what one study changes
+_KINDS: Final = dict.fromkeys(PRODUCTS, ("include",)) | dict.fromkeys(STATES, ("min_size", "embedding_states"))
+_SHARED: Final = frozenset(name for names in _KINDS.values() for name in names)  # they say what a role quantizes
 
 
 def tabulate_roles(results: pd.DataFrame) -> pd.DataFrame:
@@ -36,11 +38,11 @@ def tabulate_roles(results: pd.DataFrame) -> pd.DataFrame:
     ends = ends[ends["metric"].isin(["loss", "diverged"])]
     table = ends.pivot_table("value", ["key", "model", "parameters", "train_fields"], "metric").reset_index()
     fields = [read_fields(cell) for cell in table["train_fields"]]
-    kinds = pd.DataFrame([{role: name_kind(own.get(role)) for role in LAW_ROLES} for own in fields], table.index)
+    kinds = pd.DataFrame([{role: name_kind(own, role) for role in LAW_ROLES} for own in fields], table.index)
     table = table.rename(columns={"loss": "value"}).reindex(columns=["key", "model", "parameters", "value", "diverged"])
     table = table.assign(
         seed=[own.get("seed", 0) for own in fields],
-        recipe=[name_recipe(own) for own in fields],
+        recipe=pd.Series([name_recipe(own) for own in fields], table.index, dtype=object),
         lr=[own.get("lr", np.nan) for own in fields],
         diverged=table["diverged"] > 0,
         **{role: [own[role]["bits"] if role in own else np.inf for own in fields] for role in LAW_ROLES},
@@ -68,15 +70,18 @@ def keep_recipe(table: pd.DataFrame) -> pd.DataFrame:
     return table[rates == table["model"].map(usual)]
 
 
-def name_kind(role: Mapping[str, Any] | None) -> str | None:
-    """Return the quantizer of a role without its bits, or None if it is not quantized."""
-    if role is None:
+def name_kind(fields: Mapping[str, Any], role: str) -> str | None:
+    """Return the quantizer of a role without its bits, and what it is applied to. None: it is not quantized."""
+    if role not in fields:
         return None
-    return json.dumps({name: value for name, value in role.items() if name != "bits"}, sort_keys=True)
+    quantizer = {name: value for name, value in fields[role].items() if name != "bits"}
+    applied = {name: fields[name] for name in _KINDS[role] if name in fields}
+    return json.dumps([quantizer, applied], sort_keys=True)
 
 
 def name_recipe(fields: Mapping[str, Any]) -> str | None:
     """Return what decides a training beside its roles, or None of one that is quantized in other ways as well."""
     if _OTHER_QUANTIZERS & set(fields):
         return None
-    return json.dumps({name: value for name, value in fields.items() if name not in _APART}, sort_keys=True)
+    left = {name: value for name, value in fields.items() if name not in _APART | _SHARED}
+    return json.dumps(left, sort_keys=True)

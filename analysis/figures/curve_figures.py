@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kbit.analysis.curves.curves import LOSSES, READING, ZERO_SHOT, Measure, find_cross_entropy, precision_curves
+from kbit.analysis.curves.curves import LOSSES, READING, ZERO_SHOT, Measure, find_cross_entropy
+from kbit.analysis.curves.families import find_curves
 from kbit.analysis.curves.published import match_published
 from kbit.analysis.curves.selections import keep_comparable
 from kbit.analysis.curves.settings import FLOATS
@@ -59,7 +60,7 @@ def draw_curves(
     """
     own = measure is None
     measure = find_measure(results, loss=definition.loss) if measure is None else measure
-    points = pd.DataFrame() if measure is None else precision_curves(results, measure.metric, measure.task)
+    points = pd.DataFrame() if measure is None else find_curves(results, measure.metric, measure.task)
     curves = pd.DataFrame() if points.empty else keep_comparable(definition.select(points))
     if measure is None or curves.empty:
         what = measure.name if measure else "cross entropy" if definition.loss else ZERO_SHOT.name

@@ -8,7 +8,8 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import Measure, find_cross_entropy, precision_curves
+from kbit.analysis.curves.curves import Measure, find_cross_entropy
+from kbit.analysis.curves.families import take_family
 from kbit.analysis.curves.selections import select_block_sizes, select_precisions
 from kbit.analysis.figures.drawing import (
     LIMIT_OF_MODELS,
@@ -116,11 +117,12 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
         AmbiguousResults: see precision_curves.
     """
     rows: list[dict[str, Any]] = []
+    known: dict[Measure, pd.DataFrame | None] = {}
     for family, of_family in results[results["metric"] == "cross_entropy"].groupby("family"):
         measure = find_cross_entropy(of_family)
         assert measure is not None  # the rows have it
         losses = of_family[of_family["task"] == measure.task]
-        curves = precision_curves(losses, measure.metric, measure.task)
+        curves = take_family(results, family, measure, known)
         for law, points in collect_tied(curves, measure, losses):
             row: dict[str, Any] = {"family": family, "law": law}
             try:

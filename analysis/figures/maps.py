@@ -22,9 +22,9 @@ from kbit.analysis.curves.curves import (
     Measure,
     find_measures,
     pick_rows,
-    precision_curves,
     tabulate_curves,
 )
+from kbit.analysis.curves.families import find_curves
 from kbit.analysis.curves.selections import has_settings, most_points
 from kbit.analysis.curves.settings import (
     WHOLE,
@@ -96,7 +96,7 @@ def draw_data_types_map(results: pd.DataFrame, page: Page) -> PaperFigure:
     note = f"Numbers: {measure.name} lost against the best cell of each budget, a mean over the budgets; in "
     note += "brackets: bits per parameter. Framed: the cell that loses least. One scale of shades for all panels. "
     note += "Hatched: not measured, or not at two sizes."
-    points = precision_curves(results, measure.metric, measure.task)
+    points = find_curves(results, measure.metric, measure.task)
     left = describe_choice(points[points["bits"] < BASELINE_BITS], data.rename(columns={"keys": "key"}))
     notes = (note, f"{describe_sample(results, data['keys'], measure)} {LIMIT}", *left)
     short = "; ".join(f"{panel}: {name_best(cells)}" for panel, cells in maps.items()) + "."
@@ -154,7 +154,7 @@ def scale_top(losses: pd.Series[float]) -> float:
 
 def find_maps(results: pd.DataFrame, measure: Measure) -> dict[str, Cells]:
     """Return the largest maps by title."""
-    curves = precision_curves(results, measure.metric, measure.task)
+    curves = find_curves(results, measure.metric, measure.task)
     curves = curves[(curves["bits"] < BASELINE_BITS) & ~has_settings(curves, but_exponents=True)]
     per_param = results.drop_duplicates("key").set_index("key")["bits_per_param"]
     maps = {}

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
+from kbit.analysis.curves.families import keep_curves
 from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.curves.stopped import describe_stopped
 from kbit.analysis.curves.trainings import leave_out_trained
@@ -199,5 +200,6 @@ def save_figures(
     if unknown:
         raise ValueError(f"unknown figures {unknown}; allowed: {', '.join(figures)}")
     chosen = dict.fromkeys(figures if names is None else names)
+    results = keep_curves(results) if len(chosen) > 1 else results
     draws = {name: partial(draw_figure, name, results, page, measure) for name in chosen}
     return (save_figure(name, draw, out, page, files) for name, draw in draws.items())

@@ -16,9 +16,9 @@ from kbit.analysis.curves.curves import (
     Measure,
     find_cross_entropy,
     find_measures,
-    precision_curves,
     prefer_baseline,
 )
+from kbit.analysis.curves.families import find_curves, take_family
 from kbit.analysis.curves.published import TOLERANCE, compare_anchors, read_published
 from kbit.analysis.curves.selections import has_settings
 from kbit.analysis.curves.settings import FLOATS, is_missing, name_block, name_quantizer, name_variant
@@ -69,7 +69,7 @@ def table_1(results: pd.DataFrame) -> PaperFigure:
         MissingResults: no model has both at one block size.
     """
     text = None if results.empty else find_cross_entropy(results)
-    rows = pd.DataFrame() if text is None else precision_curves(results, text.metric, text.task)
+    rows = pd.DataFrame() if text is None else find_curves(results, text.metric, text.task)
     if rows.empty or text is None:
         raise MissingResults(describe_lack("table_1", "a text's perplexity", ("nano/gptq", "paper/table_1")))
     rows = rows.iloc[rows.groupby("model")["total_bits"].transform("min").argsort(kind="stable")]  # by size
@@ -253,7 +253,8 @@ def draw_frontier(results: pd.DataFrame) -> PaperFigure:
     """
     pairs = list_family_measures(results)
     steps = min(BUDGET_STEPS, max(1, SHOWN // max(1, len(pairs))))
-    fields = [(family, measure, find_rivals(results, family, measure)) for family, measure in pairs]
+    known: dict[Measure, pd.DataFrame | None] = {}
+    fields = [(family, measure, find_rivals(results, family, measure, known)) for family, measure in pairs]
     parts = [tabulate_frontier(curves, family, measure, steps, results) for family, measure, curves in fields]
     data = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     if data.empty:
@@ -287,17 +288,21 @@ def list_family_measures(results: pd.DataFrame) -> list[tuple[str, Measure]]:
     """Return every family with each measure it has."""
     if results.empty:
         return []
-    return [(str(family), measure) for family, rows in results.groupby("family") for measure in find_measures(rows)]
+    families = results[["family", "metric", "task"]].groupby("family")  # a group copies its columns
+    return [(str(family), measure) for family, rows in families for measure in find_measures(rows)]
 
 
-def find_rivals(results: pd.DataFrame, family: str, measure: Measure) -> pd.DataFrame:
+def find_rivals(
+    results: pd.DataFrame, family: str, measure: Measure, known: dict[Measure, pd.DataFrame | None]
+) -> pd.DataFrame:
     """Return the points of a family's curves of two sizes or more: those that compete for a budget.
+
+    The arguments are those of take_family.
 
     Raises:
         AmbiguousResults: see precision_curves.
     """
-    is_meant = (results["family"] == family) & (results["metric"] == measure.metric)
-    curves = precision_curves(results[is_meant], measure.metric, measure.task)
+    curves = take_family(results, family, measure, known)
     sizes = curves.groupby([*VARIANT, "bits"], dropna=False)["model"].transform("nunique")
     return curves[sizes >= 2].reset_index(drop=True)
 
@@ -323,19 +328,19 @@ def tabulate_frontier(
     if last <= starts.max():  # one of the smallest models beats all others: no second curve reaches such budgets
         last = curves["total_bits"].max()
     budgets = np.geomspace(first, last, steps + 2)[1:-1]
-    known = name_choices(curves)
+    name_choice = find_choices(curves)
     rows = []
     for budget, choices in choose_precision(curves, measure, budgets.tolist(), results).groupby("total_bits"):
         if len(choices) < 2:
             continue
-        names = [known[choice] for choice in zip(*(choices[name].astype(str) for name in CHOICE), strict=True)]
+        compared = list(zip(*(choices[name].astype(str) for name in CHOICE), strict=True))
         first = choices.iloc[0]
         is_best = ((choices["value"] - first["value"]).abs() <= TIE).to_numpy()  # equal values are all shown
         others = np.flatnonzero(~is_best)
         rival = {"next": "-", "next_chance": np.nan}
         if others.size:
-            rival = {"next": names[others[0]], "next_chance": choices["chance"].iloc[others[0]]}
-        choice = " = ".join(name for name, best in zip(names, is_best, strict=True) if best)
+            rival = {"next": name_choice(compared[others[0]]), "next_chance": choices["chance"].iloc[others[0]]}
+        choice = " = ".join(name_choice(choice) for choice, best in zip(compared, is_best, strict=True) if best)
         rows.append(
             {"family": family, "measure": measure.name, "total_bits": budget, "choice": choice}
             | {name: first[name] for name in ("value", "low", "high")}
@@ -345,15 +350,17 @@ def tabulate_frontier(
     return pd.DataFrame(rows)
 
 
-def name_choices(curves: pd.DataFrame) -> dict[tuple[str, ...], str]:
-    """Return the names of curves, such as "nf4 block 64" or "16-bit", by what CHOICE tells of them."""
+def find_choices(curves: pd.DataFrame) -> Callable[[tuple[str, ...]], str]:
+    """Return the function that names a curve, "nf4 block 64" or "16-bit", by what CHOICE tells of it, as texts."""
     first = curves.drop_duplicates(CHOICE)
-    keys = zip(*(first[name].astype(str) for name in CHOICE), strict=True)
-    names = [
-        "16-bit" if row["bits"] == BASELINE_BITS else f"{name_quantizer(row)} {name_block(row['block_size'])}"
-        for row in first.to_dict("records")
-    ]
-    return dict(zip(keys, names, strict=True))
+    places = {key: place for place, key in enumerate(zip(*(first[name].astype(str) for name in CHOICE), strict=True))}
+
+    def name_choice(choice: tuple[str, ...]) -> str:
+        (row,) = first.iloc[[places[choice]]].to_dict("records")
+        is_plain = row["bits"] == BASELINE_BITS
+        return "16-bit" if is_plain else f"{name_quantizer(row)} {name_block(row['block_size'])}"
+
+    return name_choice
 
 
 def draw_anchors(results: pd.DataFrame) -> PaperFigure:

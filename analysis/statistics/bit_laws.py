@@ -27,13 +27,23 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.curves import Floats
-from kbit.analysis.statistics.laws import DRAWS, Fit, HeldOut, Terms, fit_terms, hold_out, judge_prediction
+from kbit.analysis.statistics.laws import (
+    DRAWS,
+    Fit,
+    HeldOut,
+    Terms,
+    TooFewPoints,
+    fit_terms,
+    hold_out,
+    judge_prediction,
+)
 from kbit.checks import check_choice
 from kbit.numerics.spec import BASELINE_BITS
 
 BIT_LAWS: Final = ("effective", "effective added", "separate")
-_STARTS: Final = (0.5, 1.0, 2.0)  # of g, in bits: the paper has 1.8 to 2.7 in training, and 0.59 after it
+_STARTS: Final = (0.5, 1.0, 2.0)  # of g, in bits: the paper has 0.96 to 2.67 in training, and 0.59 after it
 _EXPONENTS: Final = (0.1, 0.4)  # of N
+_LEAST: Final = 0.01  # exponent of N: sizes a hundred times apart would then differ by 5% in what they lose
 _TRIED: Final = 2  # of the starts, those nearest to the points
 _RANGE: Final = (1e-100, 700.0)  # of k / g: beyond it exp(-k / g) is 1 or 0
 
@@ -75,6 +85,10 @@ class Effective:
             return np.asarray(slope - self._slope(parameters, self._whole))
         return np.concatenate([slope, np.ones((*slope.shape[:-1], 1))], axis=-1)
 
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once."""
+        return self.predict(parameters), self.slope(parameters)
+
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts from a grid of exponents and decays, with the A that fits best to each."""
         starts = []
@@ -82,10 +96,10 @@ class Effective:
             rest = [exponent, *[np.log(decay)] * len(self.things)]
             shape = self.predict(np.array([0.0, *rest, *([] if self.is_added else [0.0])]))
             if self.is_added:
-                starts.append(np.array([np.log(max(shape @ y / (shape @ shape), 1e-6)), *rest]))
+                starts.append(np.array([np.log(max(float(shape @ y / (shape @ shape)), 1e-6)), *rest]))
             else:
                 factor, floor = np.polyfit(shape, y, 1)
-                starts.append(np.array([np.log(max(factor, 1e-6)), *rest, max(floor, 0.0)]))
+                starts.append(np.array([np.log(max(float(factor), 1e-6)), *rest, max(float(floor), 0.0)]))
         return _pick_nearest(self, starts, y)
 
     @property
@@ -143,6 +157,10 @@ class Separate:
         terms = np.stack([np.ones_like(self.bits), -np.broadcast_to(self.size[:, None], self.bits.shape), -self.bits])
         slope = self._grow(parameters)[..., None] * np.moveaxis(terms, 0, -1)
         return np.asarray(slope.reshape(*slope.shape[:-2], -1))
+
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once."""
+        return self.predict(parameters), self.slope(parameters)
 
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts from a grid of exponents and decays, with the C that fit best to each."""
@@ -205,9 +223,20 @@ def fit_bits(law: str, points: pd.DataFrame, things: Sequence[str], *, draws: in
 
     Raises:
         ValueError: see make_terms.
-        TooFewPoints: see laws.fit_terms.
+        TooFewPoints: see laws.fit_terms. Models of one size, whose bits alone would have to tell the exponent of N. A
+            law of effective parameters of models of which larger ones lose no less: the exponent then goes to 0 and A
+            to infinity.
     """
-    return fit_terms(law, make_terms(law, points, things), points, draws=draws, seed=seed)
+    fit = fit_terms(law, make_terms(law, points, things), points, draws=draws, seed=seed)
+    if points["parameters"].nunique() < 2:
+        raise TooFewPoints(f"the law {law!r} needs models of two sizes or more, and these are of one")
+    exponent = float(fit.parameters[1])
+    if law == "effective added" and exponent < _LEAST:
+        raise TooFewPoints(
+            f"the law {law!r} has the exponent {exponent:.1g} of N: larger ones of these models lose no less, which "
+            "effective parameters cannot say"
+        )
+    return fit
 
 
 def check_largest(

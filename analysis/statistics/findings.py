@@ -16,6 +16,7 @@ from kbit.analysis.curves.curves import (
     is_contest,
     optimal_share,
     precision_curves,
+    sort_curves,
     split_families,
     split_variants,
 )
@@ -65,7 +66,7 @@ def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
             clauses.append(f"{label} was not measured")
             continue
         parts = list(split_variants(curves))
-        contests = [part for part in parts if is_contest(part[1])] or parts
+        contests = [part for part in parts if is_contest(sort_curves(part[1]))] or parts
         variants.update(name_variant(v["label"], v["block_size"]) for v, _ in contests)
         compared = pd.concat([group for _, group in contests], ignore_index=True)
         left = len(parts) - len(contests)
@@ -77,7 +78,7 @@ def describe_measures(results: pd.DataFrame) -> tuple[list[str], list[str]]:
 def describe_curves(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> str:
     """Return the clause for one family and measure: the best precision, over which share of budgets, how surely."""
     shares = optimal_share(best_precision(curves, measure.higher_is_better))
-    if shares.empty or not any(is_contest(group) for _, group in split_variants(curves)):
+    if shares.empty or not any(is_contest(sort_curves(group)) for _, group in split_variants(curves)):
         reason = explain_too_few(curves) or "needs two quantized precisions that overlap, each at two sizes or more"
         return f"the best precision by {measure.name} {reason}"
     variants = sum(1 for _ in split_variants(curves))

@@ -170,9 +170,17 @@ def weigh_curve(sizes: Floats, budgets: Floats, *, extend: bool = False) -> Floa
         budgets: bits of the whole model.
         extend: whether to give the largest model's value beyond its size, as a budget need not be spent.
     """
-    right = None if extend else np.nan
     x, at = np.log(sizes), np.log(budgets)
-    return np.stack([np.interp(at, x, unit, left=np.nan, right=right) for unit in np.eye(x.size)], axis=1)
+    matrix = np.zeros((at.size, x.size))
+    below = np.clip(np.searchsorted(x, at, side="right") - 1, 0, x.size - 2)  # the point before each budget
+    inside = (at >= x[0]) & (at < x[-1])
+    rows, below = np.flatnonzero(inside), below[inside]
+    per_step, beyond = 1 / (x[below + 1] - x[below]), at[inside] - x[below]
+    matrix[rows, below] = 1 - per_step * beyond
+    matrix[rows, below + 1] = per_step * beyond
+    matrix[at >= x[-1], -1] = 1.0
+    matrix[(at < x[0]) | ((at > x[-1]) & (not extend))] = np.nan
+    return matrix
 
 
 def best_chances(curves: pd.DataFrame, draws: Draws, higher_is_better: bool, by: str = "bits") -> pd.DataFrame:
@@ -253,9 +261,10 @@ def interpolate_draws(
     sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
     places = sort_curves(points, "curve")
     weights = {curve: weigh_curve(sizes[own], budgets, extend=True) for curve, own in places.items()}
+    filled = {curve: np.nan_to_num(matrix) for curve, matrix in weights.items()}
     is_used = np.zeros(len(points), dtype=bool)
     for curve, own in places.items():
-        is_used[own] = (np.nan_to_num(weights[curve]) != 0).any(axis=0)
+        is_used[own] = (filled[curve] != 0).any(axis=0)
     used = draw_values(points[is_used].reset_index(drop=True), measure, results).values.T
     draws = np.zeros((len(points), used.shape[1]))
     draws[is_used] = np.nan_to_num(used)
@@ -263,7 +272,7 @@ def interpolate_draws(
     unknown[is_used] = np.isnan(used).any(axis=1)
     for curve, own in places.items():
         drawn = weights[curve] @ draws[own]
-        drawn[np.nan_to_num(weights[curve]) @ unknown[own] > 0] = np.nan
+        drawn[filled[curve] @ unknown[own] > 0] = np.nan
         yield curve, weights[curve] @ value[own], drawn
 
 

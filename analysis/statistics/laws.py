@@ -61,6 +61,9 @@ class Terms(Protocol):
     def slope(self, parameters: Floats) -> Floats:
         """Return dy / dparameters: [..., points, terms]."""
 
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once."""
+
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return parameters to start a fit of y from."""
 
@@ -88,11 +91,17 @@ class Design:
 
     def slope(self, parameters: Floats) -> Floats:
         """Return dy / dparameters: [..., points, terms]."""
+        return self.predict_with_slope(parameters)[1]
+
+    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
+        """Return both at once, as the exponentials that they share take most of their time."""
         split = self.power.shape[1]
         with np.errstate(over="ignore"):
-            grown = np.exp(parameters[..., :split] @ self.power.T)[..., None] * self.power
-        added = np.broadcast_to(self.added, (*grown.shape[:-1], self.added.shape[1]))
-        return np.concatenate([grown, added], axis=-1)
+            grown = np.exp(parameters[..., :split] @ self.power.T)
+        slope = np.empty((*grown.shape, split + self.added.shape[1]))
+        np.multiply(grown[..., None], self.power, out=slope[..., :split])
+        slope[..., split:] = self.added
+        return grown + parameters[..., split:] @ self.added.T, slope
 
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts: a fit of log y by linear least squares, after taking away candidate constants."""
@@ -284,9 +293,10 @@ def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Float
     active = np.arange(len(samples))  # those that have not settled
     for _ in range(STEPS):
         now, target = theta[active], samples[active]
-        residual = (target - design.predict(now)) / (scale * SOFTNESS)
+        predicted, slope = design.predict_with_slope(now)
+        residual = (target - predicted) / (scale * SOFTNESS)
         weight = 1 / np.sqrt(1 + residual**2)  # derivative of rho by the squared residual
-        slope = design.slope(now) / (scale * SOFTNESS)[:, None]
+        slope /= (scale * SOFTNESS)[:, None]
         weighted = slope * weight[..., None]
         curvature = np.swapaxes(weighted, -1, -2) @ slope
         diagonal = np.einsum("...ii->...i", curvature)

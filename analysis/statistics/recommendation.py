@@ -157,7 +157,10 @@ def _add_memory(points: pd.DataFrame, use: Use) -> tuple[pd.DataFrame, dict[str,
             )
         )  # fmt: skip
     if not parts:
-        raise KbitError(f"no measured model can be used with a context of {use.context} tokens: {_join(left_out)}")
+        raise KbitError(
+            f"no measured model can be used with a context of {use.context} tokens: {_join(left_out)}. "
+            "--context asks for another"
+        )
     return pd.concat(parts, ignore_index=True), left_out
 
 

@@ -12,6 +12,7 @@ Each seed is fitted by itself. Every interval is Student's over the seeds.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -70,11 +71,12 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
     roles = [role for role in LAW_ROLES if np.isfinite(points[role]).any()]
     exact = points[~np.isfinite(points[roles]).any(axis=1)].groupby("parameters")["value"].mean()
     count = len(roles) + 3
-    if not roles or len(exact) < 2 or len(points) < count + MIN_SPARE:
-        raise TooFewPoints(
-            f"a law of {len(roles)} roles has {count} parameters, which {len(points)} trainings on {len(exact)} sizes "
-            "with unquantized ones do not tell: it needs two sizes"
-        )
+    if not roles:
+        raise TooFewPoints("no role has few bits in these trainings")
+    if len(exact) < 2:
+        raise TooFewPoints(f"it takes trainings without quantized roles of two sizes, and there are {len(exact)}")
+    if len(points) < count + MIN_SPARE:
+        raise TooFewPoints(f"{len(roles)} roles have {count} parameters, which {len(points)} trainings cannot tell")
     if exact.iloc[-1] >= exact.iloc[0]:
         raise TooFewPoints("the largest model does not have the lowest loss: it was trained too shortly for a law")
     y, terms = points["value"].to_numpy(dtype=np.float64), make_terms("effective", points, roles)
@@ -83,14 +85,14 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
         power = terms.predict(np.array([0.0, np.exp(theta[0]), *theta[1:], 0.0]))
         columns = np.stack([np.ones(len(y)), power / power.max()], axis=1)
         linear = nnls(columns, y)[0]
-        return columns @ linear, linear / [1, power.max()]
+        return np.asarray(columns @ linear), np.asarray(linear / [1, power.max()])
 
     def miss(theta: Floats) -> Floats:
-        return solve(theta)[0] - y
+        return np.asarray(solve(theta)[0] - y)
 
-    bounds = np.log([EXPONENTS, *[DECAYS] * len(roles)]).T
+    low, high = np.log([EXPONENTS, *[DECAYS] * len(roles)]).T
     starts = [np.log([a, *[g] * len(roles)]) for a, g in _STARTS]
-    fits = [least_squares(miss, start, bounds=bounds, x_scale="jac") for start in starts]
+    fits = [least_squares(miss, start, bounds=(low, high), x_scale="jac") for start in starts]
     best = min(fits, key=lambda fit: float(fit.cost)).x
     floor, scale = solve(best)[1]
     decays = dict(zip(roles, np.exp(best[1:]).tolist(), strict=True))
@@ -156,9 +158,11 @@ def find_gains(laws: Mapping[int, TrainingLaw], bits: int, parameters: float) ->
             for role in roles
         }
     )
-    best = gains.mean().idxmax() if roles else None
-    rows = {role: (*describe_seeds(gains[role]), *describe_seeds(gains[best] - gains[role])) for role in roles}
     columns = ["mean", "low", "high", "lead", "lead_low", "lead_high"]
+    if not roles:
+        return pd.DataFrame(columns=columns)
+    best = gains[str(gains.mean().idxmax())]
+    rows = {role: (*describe_seeds(gains[role]), *describe_seeds(best - gains[role])) for role in roles}
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).sort_values("mean", ascending=False)
 
 
@@ -183,7 +187,8 @@ def compare_equal_work(points: pd.DataFrame) -> pd.DataFrame:
         its loss above that of the best format, paired by seed, 0 for the best itself.
     """
     states = [role for role in LAW_ROLES if role not in PRODUCTS]
-    own = points[points["value"].notna() & ~np.isfinite(points[states]).any(axis=1)]
+    is_exact = ~np.isfinite(points[states].to_numpy(dtype=np.float64)).any(axis=1)
+    own = points[points["value"].notna().to_numpy() & is_exact]
     bits = own[list(PRODUCTS)].clip(upper=BASELINE_BITS).astype("int64")
     own = own.assign(
         work=[" ".join(map(str, sorted(row))) for row in bits.to_numpy()],
@@ -191,7 +196,8 @@ def compare_equal_work(points: pd.DataFrame) -> pd.DataFrame:
         operations=count_bit_operations(own),
     )
     rows = []
-    for (model, work), group in own.groupby(["model", "work"], sort=True):
+    for about, group in own.groupby(["model", "work"], sort=True):
+        model, work = typing.cast(tuple[str, str], about)
         values = group.pivot_table("value", "seed", "format").dropna()
         if values.shape[1] < 2 or values.empty:
             continue

@@ -8,11 +8,12 @@ as in claims, and only budgets that every quantized curve reaches count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from kbit.analysis.curves.curves import (
@@ -22,14 +23,17 @@ from kbit.analysis.curves.curves import (
     Floats,
     Measure,
     bound_budgets,
+    bound_points,
     find_measures,
     is_contest,
-    precision_curves,
+    list_variants,
     sort_curves,
+    sort_points,
     split_families,
     split_variants,
     tabulate_curves,
 )
+from kbit.analysis.curves.families import take_family
 from kbit.analysis.curves.settings import name_variant, rank_block, rank_data_type, rank_label
 from kbit.analysis.curves.units import format_bits
 from kbit.analysis.statistics.frontier import Draws, best_chances, draw_values, find_strongest_rival, weigh_points
@@ -247,10 +251,11 @@ def tabulate_verdicts(results: pd.DataFrame) -> pd.DataFrame:
     results = split_families(results)
     most = max(MOST_VARIANTS, MOST_TRIALS // max(1, 2 * results["family"].nunique()))  # by accuracy and cross entropy
     rows: list[dict[str, Any]] = []
-    for family, of_family in results.groupby("family"):
+    known: dict[Measure, pd.DataFrame | None] = {}
+    for family, of_family in results[["family", "metric", "task"]].groupby("family"):  # a group copies its columns
         for measure in find_measures(of_family):
             try:
-                curves = precision_curves(of_family, measure.metric, measure.task)
+                curves = take_family(results, family, measure, known)
             except AmbiguousResults as error:
                 rows.append({"family": family, "measure": measure.name, "grade": str(error)})
                 continue
@@ -266,18 +271,21 @@ def judge_variants(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
     """Return the rows of tabulate_verdicts for one family and measure, with at most so many variants tried."""
     rows: list[dict[str, Any]] = []
     tries = 0
-    for variant, group in sorted(split_variants(curves), key=rank_variant):
-        bounds = bound_budgets(group)
+    sizes, bits = curves["total_bits"].to_numpy(dtype=np.float64), curves["bits"].to_numpy()
+    keys, data_types = curves["key"].to_numpy(dtype=object), curves["data_type"].tolist()
+    for variant, own in sorted(list_variants(curves), key=lambda part: rank_variant(part[0], part[1], data_types)):
+        places = sort_points(sizes[own], bits[own])
+        bounds = bound_points(sizes[own], bits[own].astype(np.float64), places)
         if bounds is None:
             continue
         about = variant | {"measure": measure.name, "lowest": bounds[0][0], "highest": bounds[1][0]}
-        about |= {"keys": " ".join(group["key"]), "precisions": list_bits(group["bits"])}
-        contest = is_contest(group)
+        about |= {"keys": " ".join(keys[own]), "precisions": list_bits(bits[own])}
+        contest = is_contest(places)
         if not contest or tries == most:
             rows.append(about | {"grade": NOT_TRIED if contest else NO_CONTEST})
             continue
         tries += 1
-        race = line_up(group, measure, results)
+        race = line_up(curves.iloc[own], measure, results)
         trials = {bits: try_precision(race, bits) for bits in list_candidates(race)}
         if tested := {bits: trial for bits, trial in trials.items() if not np.isnan(trial.share)}:
             best = describe_best(tested)
@@ -308,11 +316,18 @@ def name_range(low: float, high: float) -> str:
     return "-" if np.isnan(low) else f"{format_bits(low)} to {format_bits(high)}"
 
 
-def rank_variant(part: tuple[dict[str, Any], pd.DataFrame]) -> tuple[Any, ...]:
-    """Return the place of a variant: the most points first, and among equals the paper's settings."""
-    variant, points = part
-    data_type = rank_data_type(points["data_type"].iloc[0])
-    return -len(points), data_type, rank_label(variant["label"]), rank_block(variant["block_size"])
+def rank_variant(
+    variant: Mapping[str, Any], own: npt.NDArray[np.intp], data_types: Sequence[object]
+) -> tuple[Any, ...]:
+    """Return the place of a variant: the most points first, and among equals the paper's settings.
+
+    Args:
+        variant: its label and block size.
+        own: the places of its points.
+        data_types: the data type of each row.
+    """
+    data_type = rank_data_type(data_types[own[0]])
+    return -len(own), data_type, rank_label(variant["label"]), rank_block(variant["block_size"])
 
 
 def describe_best(tested: dict[int, Trial]) -> dict[str, Any]:

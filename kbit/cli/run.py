@@ -96,7 +96,7 @@ def run_request(request: Request) -> None:
     print(plan.describe())
     estimator, expected = Estimator(settings.device), ""
     if plan.to_run and (request.plan_only or len(request.configs) > 1):
-        workers, start = _predict_workers(plan, settings, request.engine)
+        workers, start = _predict_workers(plan, settings, request.engine, estimator.predict_memory(plan.to_run))
         estimator.learn_stored(settings.results, plan.to_run, _count_threads(settings, request.engine))
         print(estimator.describe(plan.to_run, workers, start))
         if settings.study.until.decided:
@@ -199,15 +199,18 @@ def _count_threads(settings: RunConfig, engine: str) -> int:
     return torch.get_num_threads()
 
 
-def _predict_workers(plan: Plan, settings: RunConfig, engine: str) -> tuple[int | None, float]:
+def _predict_workers(
+    plan: Plan, settings: RunConfig, engine: str, worker_bytes: int | None
+) -> tuple[int | None, float]:
     """Return how many workers a plan will have, and the seconds until they begin. None: only the cluster tells."""
-    from kbit.engine.machine import count_cpus, predict_start
+    from kbit.engine.machine import count_cpus, find_free_memory, limit_by_memory, predict_start
 
     workers: int | None = 1
     local = settings.ray.address == "local"
     if engine != "process":
         fitting = max(1, count_cpus() // settings.ray.cpus_per_worker) if settings.device == "cpu" and local else None
-        workers = settings.ray.num_workers or fitting
+        free = fitting and limit_by_memory(fitting, worker_bytes, find_free_memory())
+        workers = settings.ray.num_workers or free
     workers = None if workers is None else min(workers, len(plan.to_run))
     return workers, predict_start(engine, workers or 1, local=local)
 

@@ -14,6 +14,7 @@ from kbit.experiments.config import RayConfig
 _ROOT = Path("/")
 # Seconds of an idle machine of two CPUs until Ray has started, and until a worker has imported what it needs.
 _RAY_SECONDS, _WORKER_SECONDS = 6.0, 8.0
+_MEMORY_SHARE = 0.9  # share of the free memory to fill by estimate. Ray ends workers where 95% of all memory is taken
 
 
 def count_cpus(root: Path = _ROOT) -> int:
@@ -48,6 +49,25 @@ def _read_quota(folder: Path) -> Iterator[float]:
     with suppress(OSError, ValueError):
         period = (folder / "cpu.cfs_period_us").read_text()
         yield int((folder / "cpu.cfs_quota_us").read_text()) / int(period)  # -1 is no quota
+
+
+def find_free_memory(root: Path = _ROOT) -> int | None:
+    """Return the bytes of memory that processes may still take on this machine, or None where Linux does not tell.
+
+    Args:
+        root: the folder in which proc lies.
+    """
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    return None
+
+
+def limit_by_memory(workers: int, worker_bytes: int | None, free_bytes: int | None) -> int:
+    """Return how many of these workers have room in memory, and at least one. Unknown sizes limit nothing."""
+    if not worker_bytes or free_bytes is None:
+        return workers
+    return max(1, min(workers, int(_MEMORY_SHARE * free_bytes) // worker_bytes))
 
 
 def count_gpus() -> int:

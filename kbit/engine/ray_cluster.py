@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -9,12 +10,12 @@ import math
 import os
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from kbit.engine.machine import count_cpus, count_workers
+from kbit.engine.machine import count_cpus, count_workers, find_free_memory, limit_by_memory
 from kbit.engine.outcome import Outcome
-from kbit.engine.ray_private import silence_raylet
+from kbit.engine.ray_private import silence_raylet, started_bare
 from kbit.engine.rounds import Rounds
 from kbit.engine.schedule import Schedule
 from kbit.experiments.config import Experiment, RayConfig
@@ -49,16 +50,14 @@ def run_on_ray(
     """Run a plan's experiments on Ray workers, each of which keeps its model loaded.
 
     Args:
-        plan: the plan.
+        plan, rounds: the plan, and its rounds (None: one).
         worker: the class of the workers, such as kbit.engine.worker.RayWorker.
-        store_path: the folder or URL of the store.
-        device: the device to run on.
+        store_path, device: the folder or URL of the store, and the device to run on.
         config: the resources that a worker asks for. On a GPU, worker_bytes decides gpus_per_worker if it is None.
         cost: a function that returns the cost of an experiment (see Schedule).
         worker_bytes: the estimated memory of a worker, or None if it is not known.
         announce: a function that tells the user a fact in a line, such as which cluster was joined.
         notify: a function that shows the user what goes on until the first experiment ends.
-        rounds: the rounds. None: one.
 
     Raises:
         ValueError: the cluster does not have the resources that the workers ask for, or a worker cannot be set up.
@@ -71,12 +70,12 @@ def run_on_ray(
     try:
         if config.gpus_per_worker is None:
             config = dataclasses.replace(config, gpus_per_worker=_choose_gpus(plan, device, worker_bytes, announce))
-        count = min(count_workers(config, list_nodes()), len(plan.to_run))
+        count = _count_workers(plan, device, config, worker_bytes, announce)
         remote = ray.remote(worker).options(
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
             max_restarts=0,
-            runtime_env={"env_vars": {"NUMBA_NUM_THREADS": str(config.cpus_per_worker)}},
+            runtime_env=None if config.address == "local" else {"env_vars": _limit_threads(config)},
         )
         notify(f"starting {count} worker{'s' if count > 1 else ''}")
         start = functools.partial(remote.remote, store_path, device, config)
@@ -173,13 +172,14 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
     if ":" in config.address and "://" not in config.address:
         _check_reachable(config.address)
     try:
-        context: Any = ray.init(
-            address=config.address,
-            num_cpus=count_cpus() if local else None,  # Ray would count those of the whole machine
-            include_dashboard=False if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with started_bare(local), _changed_environment(_limit_threads(config)):
+            context: Any = ray.init(
+                address=config.address,
+                num_cpus=count_cpus() if local else None,  # Ray would count those of the whole machine
+                include_dashboard=False if local else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         silence_raylet()
     except (ValueError, OSError):
         raise
@@ -190,6 +190,30 @@ def start_ray(config: RayConfig, announce: Callable[[str], None]) -> None:
         announce(f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}")
         if context.dashboard_url:
             announce(f"its dashboard: http://{context.dashboard_url}")
+
+
+def _limit_threads(config: RayConfig) -> dict[str, str]:
+    """Return the variables that keep a worker's pools of threads within its CPUs: those of numba, torch, tokenizers.
+
+    Where Ray starts here, its workers inherit them. Ray has workers ready by then, which an environment of their own
+    would leave unused. The workers of a running cluster get them as an environment.
+    """
+    return dict.fromkeys(("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(config.cpus_per_worker))
+
+
+@contextlib.contextmanager
+def _changed_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let the processes that the block starts have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _check_reachable(address: str) -> None:
@@ -213,6 +237,26 @@ def choose_gpus(worker_bytes: int, gpu_bytes: int) -> float:
     """Return the GPUs of a worker: 1/n if n workers fit on one GPU, else as many whole ones as it needs."""
     usable = GPU_SHARE * gpu_bytes
     return 1 / math.floor(usable / worker_bytes) if worker_bytes <= usable else math.ceil(worker_bytes / usable)
+
+
+def _count_workers(
+    plan: Plan, device: str, config: RayConfig, worker_bytes: int | None, announce: Callable[[str], None]
+) -> int:
+    """Return how many workers to start: one an experiment at most, and as many as have room in this machine's memory.
+
+    A cluster and GPUs have memory of their own, and a number of workers that was asked for stays.
+    """
+    count = min(count_workers(config, list_nodes()), len(plan.to_run))
+    free = find_free_memory()
+    if config.address != "local" or config.num_workers is not None or device != "cpu":
+        return count
+    fitting = limit_by_memory(count, worker_bytes, free)
+    if fitting < count and worker_bytes and free is not None:
+        announce(
+            f"ray.num_workers={fitting} of {count} that the CPUs allow: a worker takes up to "
+            f"{worker_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free (ray.num_workers={count} starts all)"
+        )
+    return fitting
 
 
 def _choose_gpus(plan: Plan, device: str, worker_bytes: int | None, announce: Callable[[str], None]) -> float:

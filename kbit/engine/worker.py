@@ -37,13 +37,16 @@ class Worker:
     def __init__(
         self, store_path: str, device: str, threads: int | None = None, *, own_process: bool = False, gpus: int = 1
     ) -> None:
-        from kbit.silence import silence_libraries
+        from kbit.lean_private import collected_later, import_lean
 
         self._store = Store(store_path)
-        silence_libraries()
         # The imports take seconds. They are done here, because the first experiment's time predicts the next ones'.
-        from kbit.evaluation.measure import Memory
-        from kbit.experiments.session import Session
+        with collected_later():
+            import_lean()
+            from kbit.evaluation.measure import Memory
+            from kbit.experiments.session import Session
+            from kbit.silence import silence_libraries
+        silence_libraries()
 
         if threads is not None:
             import torch

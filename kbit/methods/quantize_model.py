@@ -39,7 +39,7 @@ from kbit.methods.report import (
     plan_quantization,
 )
 from kbit.methods.selection.outlier_columns import choose_outliers
-from kbit.methods.weight import Codes, ExpertCodes, Job, Weight, sum_squares
+from kbit.methods.weight import Codes, ExpertCodes, Job, Weight
 from kbit.models.inference import in_evaluation_mode
 from kbit.models.parameters import check_finite, owner_of, split_matrices
 from kbit.numerics.spec import QuantSpec
@@ -105,7 +105,7 @@ def quantize_model(
     check_finite(model)
     inputs, caches = _prepare_run_time(model, report, config, notes)
     weights = find_weights(model, report, config)
-    norm = sum(sum_squares(weight.values) for weight in weights)
+    norm = sum(weight.sum_squares(weight.values) for weight in weights)
     job = Job(model, weights, config, tokenizer, notes)
     with in_evaluation_mode(model):  # calibration would see dropout
         bits, codes = _replace_weights(job, inputs, keep_codes=keep_codes) if weights else ({}, {})

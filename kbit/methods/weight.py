@@ -119,6 +119,15 @@ class Weight:
         """Return quantized values as the model multiplies them: turned back."""
         return quantized if self.basis is None else self.basis.turn_weight_back(quantized)
 
+    def sum_squares(self, values: Float[Tensor, "*batch out in"]) -> float:
+        """Return the squared norm of values of this weight, or of a difference of them, as the quantizer sees them.
+
+        A gain that a turned weight has taken up is part of it: an error counts by what its input is multiplied with.
+        Turning alone changes no norm.
+        """
+        has_gain = self.basis is not None and self.basis.gain is not None
+        return sum_squares(self.basis.turn_weight(values) if self.basis is not None and has_gain else values)
+
     def replace(self, quantized: Float[Tensor, "*batch out in"]) -> None:
         """Write quantized values into the weight, in its own dtype and memory, and count the error.
 
@@ -127,7 +136,7 @@ class Weight:
         """
         before = self.values.to(torch.float32, copy=True)
         self.values.copy_(self.turn_back(quantized))
-        self.squared_error += sum_squares(before.sub_(self.values))
+        self.squared_error += self.sum_squares(before.sub_(self.values))
         if not math.isfinite(self.squared_error):
             raise ValueError(f"{self.label}: quantized values are beyond {self.values.dtype}: load a wider type")
 

@@ -348,12 +348,13 @@ def test_memory_of_replicas_is_a_gradient_for_each_and_the_activations_of_one() 
     assert size is not None
     one = estimate_training(size, TrainConfig(steps=10, batch_size=2))
     exchange = QuantSpec(bits=8, data_type="dynamic", block_size=256, scale_format="fp32")
-    for fields, copies in (
+    cases: list[tuple[dict[str, Any], int]] = [
         ({}, 4),
         ({"error_feedback": True}, 4),  # nothing is rounded, so that nothing is lost
         ({"exchange": exchange, "error_feedback": True}, 8),
         ({"exchange": exchange, "error_feedback": True, "exchange_form": "two_shot"}, 9),
-    ):
+    ]
+    for fields, copies in cases:
         train = TrainConfig(steps=10, batch_size=8, replicas=4, **fields)
         assert estimate_training(size, train) == one + 4 * copies * size.parameters
 

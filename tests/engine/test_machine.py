@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kbit.engine.machine import count_cpus, has_driver, predict_start
+from kbit.engine.machine import count_cpus, find_free_memory, has_driver, limit_by_memory, predict_start
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -64,6 +64,17 @@ def test_cpus_are_those_that_the_process_may_use(
 def test_affinity_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert count_cpus(tmp_path) == 1
+
+
+def test_workers_are_as_many_as_memory_has_room_for(tmp_path: Path) -> None:
+    gigabyte = 10**9
+    assert limit_by_memory(8, 2 * gigabyte, 10 * gigabyte) == 4  # a tenth stays free
+    assert limit_by_memory(8, 20 * gigabyte, 10 * gigabyte) == 1  # the user sees what comes of it
+    assert limit_by_memory(2, gigabyte, 10 * gigabyte) == 2
+    assert limit_by_memory(8, None, 10 * gigabyte) == limit_by_memory(8, gigabyte, None) == 8
+    write(tmp_path, {"proc/meminfo": "MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:    12 kB\n"})
+    assert find_free_memory(tmp_path) == 12 * 1024
+    assert find_free_memory(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize("visible", ["", " ", "-1"])

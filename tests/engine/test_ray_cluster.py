@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -59,6 +60,35 @@ def test_workers_have_the_niceness_asked_for(cluster: Any) -> None:
         return os.nice(0)
 
     assert cluster.get(cluster.remote(ask).remote()) - os.nice(0) == NICENESS
+
+
+def test_a_worker_imports_and_uses_no_more_than_it_should(cluster: Any) -> None:
+    """Each of these packages takes a part of a second or more to import, in every worker. See kbit.lean_private."""
+
+    def ask() -> tuple[list[str], int, int, bool]:  # in a function, as above
+        import gc
+        import importlib
+        import sys
+
+        import numba
+        import torch
+
+        from kbit.engine.worker import Worker
+        from kbit.lean_private import UNUSED
+
+        Worker("memory://imports", "cpu", 1)
+        importlib.import_module("transformers.models.gpt_neox.modeling_gpt_neox")  # which its first experiment needs
+        found = [name for name in UNUSED if name in sys.modules]
+        return [*found], torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"], gc.isenabled()
+
+    assert cluster.get(cluster.remote(ask).options(num_cpus=1).remote()) == ([], 1, 1, True)
+
+
+def test_no_process_of_ray_runs_that_a_sweep_does_not_use(cluster: Any) -> None:
+    lines = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert [line for line in lines if "raylet/raylet" in line]  # the processes are seen
+    unused = ("dashboard/dashboard.py", "log_monitor.py", "autoscaler")
+    assert not [line for line in lines if any(name in line for name in unused)]
 
 
 def make_fragile_actor(ray: Any, poisoned: str) -> Any:

@@ -136,11 +136,12 @@ def test_workers_of_ray_go_through_the_same_rounds(tmp_path: Path, monkeypatch: 
 
 def make_configs(**fields: Any) -> list[RunConfig]:
     """A study of two models and two quantizers, with other fields."""
-    return [
-        RunConfig(**{"model": ModelConfig(model), "quant": QuantConfig(bits=bits)} | fields)
+    points: list[dict[str, Any]] = [
+        {"model": ModelConfig(model), "quant": QuantConfig(bits=bits)} | fields
         for model in ("nano-neox-98k", "nano-neox-332k")
         for bits in (3, 4)
     ]
+    return [RunConfig(**point) for point in points]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from kbit.numerics.spec import QuantSpec
@@ -105,30 +104,6 @@ def _numbers(step: int) -> Iterator[tuple[int, bool]]:
     return ((number, number == count - 1) for number in range(count))
 
 
-def train_peer(rank: int, hook: Any) -> dict[str, Tensor]:
-    """Train this process' replica by one of torch's own hooks, and return its weights."""
-    model = DistributedDataParallel(make_model(), find_unused_parameters=True)
-    model.register_comm_hook(None, hook)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(STEPS):
-        for number, last in _numbers(step):
-            with nullcontext() if last else model.no_sync():
-                lose(model, step, rank, number).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-    return dict(model.module.state_dict())
-
-
-def try_peers(rank: int) -> dict[str, Any]:
-    """Return what torch's own hooks make of the training, or the words by which one refuses gloo."""
-    found: dict[str, Any] = {"fp16": train_peer(rank, default_hooks.fp16_compress_hook)}
-    try:
-        train_peer(rank, default_hooks.bf16_compress_hook)
-    except (TypeError, RuntimeError) as error:
-        found["bf16"] = str(error)
-    return found
-
-
 def run_stage(rank: int) -> list[Tensor]:
     """Compute the stage of a pipeline that is this process', forward and backward. Return its gradients."""
     model = make_model()
@@ -147,16 +122,12 @@ def run_stage(rank: int) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def run_process(folder: str) -> None:
-    """Train by each exchange and run a stage, write what came of it, and let process 1 die in the middle of a step.
-
-    torchrun has started this process, and its environment says which one it is.
-    """
+def run_process(rank: int, folder: str) -> None:
+    """Train by each exchange and run a stage, write what came of it, and let process 1 die in the middle of a step."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=REPLICAS)
     found: dict[str, Any] = {name: train_replica(rank, exchange) for name, exchange in EXCHANGES.items()}
-    found |= {"stage": run_stage(rank), "peers": try_peers(rank)}
+    found["stage"] = run_stage(rank)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     train_replica(rank, EXCHANGES["8 bits"], dies_at=3)

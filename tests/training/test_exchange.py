@@ -1,9 +1,10 @@
-"""Quantized gradients on the wire: simulated in one process, and between two that torchrun starts on gloo."""
+"""Quantized gradients on the wire: simulated in one process, and between two that run on gloo."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -12,10 +13,10 @@ import exchange_processes as processes
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from exchange_processes import DYNAMIC, EXCHANGES, STEPS, WIRE, make_model, train_simulated
 from torch import nn
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from kbit.numerics.quantizer import fake_quantize
 from kbit.numerics.scale_formats import SCALE_FORMATS
@@ -34,7 +35,8 @@ class Ended:
     """What two processes wrote, and how the job ended when one of them was killed."""
 
     found: list[dict[str, Any]]
-    error: ChildFailedError
+    error: Exception
+    seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +44,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("exchange")
-    torchrun = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="exchange",
-        start_method="spawn", max_restarts=0, monitor_interval=0.1,
-    )  # fmt: skip
-    with pytest.raises(ChildFailedError) as error:
-        elastic_launch(torchrun, processes.run_process)(str(folder))
+    start = time.monotonic()
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)) as error:
+        spawn(processes.run_process, (str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
     found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-    return Ended(found, error.value)
+    return Ended(found, error.value, time.monotonic() - start)
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +74,8 @@ def test_replicas_stay_equal_and_equal_the_simulation(
 
 
 def test_a_killed_process_ends_the_job_with_a_reason(ended: Ended) -> None:
-    """torchrun names the process that died and its signal, or the other's connection to it that was closed."""
-    reasons = [f"{failure.exitcode} {failure.message}" for failure in ended.error.failures.values()]
-    assert any("SIGKILL" in reason or "onnection" in reason for reason in reasons), reasons
-
-
-def test_torchs_own_hooks_on_gloo(ended: Ended) -> None:
-    """float16 ends near float32 with equal replicas, and bfloat16 asks for NCCL."""
-    first, second = (found["peers"] for found in ended.found)
-    exact = ended.found[0]["float32"]["weights"]
-    assert_equal_weights(first["fp16"], second["fp16"])
-    assert 0 < max(float((first["fp16"][name] - value).abs().max()) for name, value in exact.items()) < 1e-2
-    assert "NCCL" in first["bf16"]
+    reason = str(ended.error)
+    assert "signal SIGKILL" in reason or "Connection closed by peer" in reason or "onnection reset" in reason, reason
 
 
 def test_stages_in_two_processes_compute_what_a_cut_in_one_does(ended: Ended) -> None:

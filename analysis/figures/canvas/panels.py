@@ -178,9 +178,10 @@ def draw_curve(axes: Axes, curve: pd.DataFrame, column: str, name: str, style: L
 
 def draw_hollow(axes: Axes, bits: pd.Series[float], value: Floats, style: LineStyle, moved: dict[str, Any]) -> None:
     """Draw points of experiments that stopped early over the others' markers."""
-    looks = {"linestyle": "none", "markerfacecolor": "white", "markeredgecolor": style.color, "markeredgewidth": 1.2}
+    looks: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "white", "markeredgewidth": 1.2}
+    looks |= {"markeredgecolor": style.color, "markersize": scale_marker(style)}
     marker = style.marker if style.marker not in "+x" else "o"
-    axes.plot(bits, value, marker=marker, markersize=scale_marker(style), zorder=3.5, **looks, **moved)
+    axes.plot(bits, value, marker=marker, zorder=3.5, **looks, **moved)
 
 
 def draw_strip(

@@ -62,7 +62,7 @@ def pick_cells(lost: pd.DataFrame) -> pd.DataFrame:
     words = {name: lost[name].fillna("") if name in lost else "" for name in ("rotation", *_CHOSEN)}
     lost = lost.assign(weights=name_weights(lost), inputs=lost["activations"], **words)
     parts = []
-    for model, group in lost.groupby("model", sort=False):
+    for model, group in lost.sort_values(["family", "parameters"], kind="stable").groupby("model", sort=False):
         is_wide, is_whole = group["weight_bits"] == BASELINE_BITS, group["inputs"].isna()
         both = group[~is_wide & ~is_whole]
         if both.empty:

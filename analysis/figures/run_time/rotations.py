@@ -26,7 +26,7 @@ COLUMNS: Final = [
     *("family", "model", "parameters", "weights", "inputs", "weight_bits", "activation_bits", "rotation"),
     *("lost", "low", "high", "gain", "gain_low", "gain_high", "key"),
 ]
-MOST_PANELS: Final = 6
+MOST_PANELS: Final = 9
 _OTHERS: Final = ["include", "exclude", "kv_cache", "cache_bits"]
 SETTING: Final = ["model", "weights", "inputs", "weight_bits", "activation_bits", *_OTHERS]
 
@@ -42,15 +42,16 @@ def draw_rotation(results: pd.DataFrame, page: Page) -> PaperFigure:
     if data.empty or measure is None:
         needs = "a model's cross entropy with and without a rotation, and at 16 bits"
         raise MissingResults(describe_lack("rotation", needs, ("nano/rotation",)))
-    models = list(dict.fromkeys(data["model"]))[:MOST_PANELS]
-    data = data[data["model"].isin(models)].reset_index(drop=True)
+    models = list(dict.fromkeys(data["model"]))
+    models, left = models[:MOST_PANELS], models[MOST_PANELS:]
     styles = style_series(sorted(data["rotation"].unique(), key=lambda name: (name != NONE, name)))
     sheet = make_sheet(page, len(models), (3.9, 3.6), 3, styles)
     panels = sheet.add_axes(len(models))
     for axes, model in zip(panels, models, strict=True):
         draw_settings(axes, data[data["model"] == model], styles)
         sheet.write_title(axes, str(model))
-    share_losses(panels, data.rename(columns={"lost": "added"}))
+    drawn = data[data["model"].isin(models)]
+    share_losses(panels, drawn.rename(columns={"lost": "added"}))
     sheet.label("bits of the weights / of the inputs", "cross entropy added (nats per token)")
     draw_legend(sheet.fig.body, styles, page)
     names = "; ".join(
@@ -60,6 +61,8 @@ def draw_rotation(results: pd.DataFrame, page: Page) -> PaperFigure:
         "Bars: 95% intervals, windows paired with the 16-bit model's. A gain is the difference to the same quantizer "
     )
     note += f"without a rotation, windows paired. All panels have the same y axis. Quantizers: {names}."
+    if left:
+        note += f" Not drawn, but in the data and the verdict: {', '.join(left)}."
     notes = (note, f"{describe_sample(results, data['key'], measure)} {LIMIT}")
     return PaperFigure("rotation", sheet.fig, data, CLAIM, judge(data), notes)
 
@@ -115,6 +118,16 @@ def draw_settings(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) 
     axes.set_xticks(range(len(pairs)), [f"{w}/{a}" for w, a in pairs])
 
 
+def share_left(rows: pd.DataFrame, data: pd.DataFrame) -> str:
+    """Say which share of the loss a rotation leaves, of the settings that lose anything beyond their interval."""
+    about = ["model", "weights", "inputs"]
+    lows = data[data["rotation"] == NONE].groupby(about)["low"].min()
+    is_lost = lows.reindex(pd.MultiIndex.from_frame(rows[about])).to_numpy(dtype=float) > 0
+    lost, gain = (rows.loc[is_lost, name].astype(float) for name in ("lost", "gain"))
+    left = lost / (lost + gain)
+    return f", {left.min():.0%} to {left.max():.0%} of the loss is left" if len(left) else ""
+
+
 def judge(data: pd.DataFrame) -> str:
     """Say where each rotation gains: for weights alone, for inputs alone, and for both."""
     parts = []
@@ -126,10 +139,7 @@ def judge(data: pd.DataFrame) -> str:
             if len(rows):
                 ends = zip(rows["gain_low"].astype(float), rows["gain_high"].astype(float), strict=True)
                 grades = count_grades(grade_interval(low, high) for low, high in ends)
-                left = rows["lost"].astype(float) / (rows["lost"] + rows["gain"]).astype(float)
-                parts.append(
-                    f"A {rotation} rotation gains where {words} are rounded: {grades} "
-                    f"({rows['gain'].min():+.4f} to {rows['gain'].max():+.4f} nats per token, "
-                    f"{left.min():.0%} to {left.max():.0%} of the loss is left)"
-                )
+                gains = f"{rows['gain'].min():+.4f} to {rows['gain'].max():+.4f} nats per token"
+                share = share_left(rows, data)
+                parts.append(f"A {rotation} rotation gains where {words} are rounded: {grades} ({gains}{share})")
     return "; ".join(parts) + "."

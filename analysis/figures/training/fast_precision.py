@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kbit.analysis.curves.trainings import describe_seeds
 from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
@@ -107,7 +108,26 @@ def judge_products(data: pd.DataFrame, shares: pd.DataFrame) -> str:
     else:
         words = [describe_difference(str(name), row, "passes") for name, row in lost.iterrows()]
         parts.append(f"Nats lost against {PLAIN}: {', '.join(words)}")
-    return ". ".join(parts) + "."
+    return ". ".join([*parts, *compare_with_fixed(data)]) + "."
+
+
+def compare_with_fixed(data: pd.DataFrame) -> list[str]:
+    """Say how each rule ends beside the fixed format whose passes are nearest, paired by seed."""
+    costs = data[data["cost"].notna()].groupby("format")["cost"].mean()
+    fixed = costs[~costs.index.str.startswith("FAST")]
+    sentences = []
+    for name in costs.index.difference(fixed.index):
+        if fixed.empty:
+            break
+        near = np.abs(np.log(fixed / costs[name])).idxmin()
+        own, other = (data[data["format"] == which].set_index("seed")["value"] for which in (name, near))
+        mean, low, high = describe_seeds((own - other).dropna())
+        interval = f"{low:+.4f} to {high:+.4f}" if np.isfinite(low) else "one seed"
+        sentences.append(
+            f"{name} ends {mean:+.4f} ({interval}) from {near}, which is fixed, with {costs[name] / fixed[near]:.2f} "
+            "times its passes"
+        )
+    return sentences
 
 
 def describe(data: pd.DataFrame, shares: pd.DataFrame) -> tuple[str, ...]:

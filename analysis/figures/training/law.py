@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_s
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
 from kbit.analysis.statistics.laws import TooFewPoints
 from kbit.analysis.statistics.training_law import (
+    DECAYS,
     TrainingLaw,
     compare_equal_work,
     describe_law,
@@ -28,8 +29,8 @@ from kbit.analysis.statistics.training_law import (
 from kbit.training.config import PRODUCTS
 
 CLAIM: Final = (
-    "Which tensor of a training deserves the bits? Kumar et al. 2024 fit effective parameters, with which weights lack "
-    "more bits than activations (g 2.67 and 2.21 bits) in trainings far longer than these."
+    "Which tensor of a training deserves the bits? The law is Kumar et al. 2024's effective parameters, without the "
+    "second constant that they fit to each tensor: bits by which a loss falls are not to be compared with theirs."
 )
 ALL_PRODUCTS, ALL_ROLES, MIXED = "all products", "all roles", "mixed"
 SERIES: Final = (*LAW_ROLES, ALL_PRODUCTS, ALL_ROLES)
@@ -47,7 +48,11 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
         MissingResults: no trainings of one recipe differ in the bits of a role.
     """
     points = tabulate_roles(results)
-    points = subtract_exact(points.assign(series=[name_series(row) for row in points.to_dict("records")]))
+    points = subtract_exact(
+        points.assign(
+            series=pd.Series([name_series(row) for row in points.to_dict("records")], points.index, dtype=object)
+        )
+    )
     if points.loc[points["added"].notna(), "series"].nunique() < 2:
         needs = "trainings in float32, and with few bits of weights, activations, gradients or states"
         raise MissingResults(describe_lack("training_law", needs, ("nano/training_law", "nano/product_precision")))
@@ -70,7 +75,7 @@ def draw_training_law(results: pd.DataFrame, page: Page) -> PaperFigure:
     return PaperFigure("training_law", sheet.fig, data, CLAIM, verdict, describe(points, laws))
 
 
-def name_series(row: Mapping[str, float]) -> str | None:
+def name_series(row: Mapping[Any, Any]) -> str | None:
     """Return the role that alone has few bits, or all products, or all roles if they have as many, or mixed.
 
     None is of a training without quantized roles.
@@ -161,11 +166,11 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     """Say what the law has found, how well it fits, and which operand one more bit is for."""
     if not laws:
         return [f"No law: {reason}."]
-    table, added = describe_law(laws), tabulate_added(data, laws)
-    lost = find_losses(data, laws)
+    table = {str(name): row for name, row in describe_law(laws).iterrows()}
+    exponent, added, lost = table.pop("exponent"), tabulate_added(data, laws), find_losses(data, laws)
     named = ", ".join(
-        f"{role} {show(row) if lost[str(role)] > LEAST_LOSS else 'none, as nothing is lost'}"
-        for role, row in table.drop(index="exponent").iterrows()
+        f"{role} {show_decay(row, [law.decays[role] for law in laws.values()], lost[role])}"
+        for role, row in table.items()
     )
     miss = float(np.sqrt(np.mean((added["measured"] - added["law"]) ** 2)))
     spread = float(np.sqrt(np.mean(added["measured"] ** 2)))
@@ -175,7 +180,7 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     return [
         *sentences,
         f"Bits by which a role's loss falls by e: {named}. The exponent of the effective parameters is "
-        f"{show(table.loc['exponent'])}.",
+        f"{show(exponent)}.",
         f"The law misses what few bits add by {miss:.3f} nats, and that is {spread:.3f} (roots of mean squares).",
     ]
 
@@ -184,7 +189,16 @@ def find_losses(data: pd.DataFrame, laws: Laws) -> dict[str, float]:
     """Return what each role alone loses by the law at its fewest bits, on the smallest model."""
     exact = dict.fromkeys(LAW_ROLES, np.inf) | {"parameters": float(data["parameters"].min())}
     roles = next(iter(laws.values())).decays
-    return {role: float(predict_added(laws, pd.DataFrame([exact | {role: data[role].min()}]))[0]) for role in roles}
+    fitted = data[data["value"].notna() & data["seed"].isin(list(laws))]
+    return {role: float(predict_added(laws, pd.DataFrame([exact | {role: fitted[role].min()}]))[0]) for role in roles}
+
+
+def show_decay(row: pd.Series[float], decays: Sequence[float], lost: float) -> str:
+    """Return the g of a role with its interval, or why there is none."""
+    if lost <= LEAST_LOSS:
+        return "none, as nothing is lost"
+    unknown = sum(not 1.01 * DECAYS[0] < decay < DECAYS[1] / 1.01 for decay in decays)
+    return f"not known, as {unknown} of {len(decays)} seeds have it at a bound of the fit" if unknown else show(row)
 
 
 def judge_gains(gains: pd.DataFrame, parameters: float) -> str:
@@ -205,9 +219,13 @@ def judge_equal_work(points: pd.DataFrame) -> list[str]:
     sentences = []
     for (model, _), group in found.groupby(["model", "work"], sort=False):
         best, *others = group.to_dict("records")
-        above = ", ".join(f"{row['format']} {row['mean']:+.4f}{show_range(row['low'], row['high'])}" for row in others)
+        kinds: dict[str, list[str]] = {"worse": [], "not told apart from it": []}
+        for row in others:
+            words = f"{row['format']} {row['mean']:+.4f}{show_range(row['low'], row['high'])}"
+            kinds["worse" if row["low"] > 0 else "not told apart from it"].append(words)
+        said = ", and ".join(f"{kind}: {', '.join(named)}" for kind, named in kinds.items() if named)
         sentences.append(
-            f"At {best['operations']:.0f} bit operations on {model} {best['format']} is best, and above it are {above}."
+            f"At {best['operations']:.0f} bit operations on {model} {best['format']} has the lowest mean, {said}."
         )
     return sentences
 
@@ -225,17 +243,20 @@ def show_range(low: float, high: float, how: str = "+.4f") -> str:
 def describe(points: pd.DataFrame, laws: Laws) -> tuple[str, ...]:
     """Return the notes: what is drawn, and how much it rests on."""
     lines = "Lines are the law, as the mean over seeds, each fitted by itself. " if laws else ""
-    mixed = "Formats with other bits in each operand are in the verdict and in the last panel alone." * bool(
-        (points["series"] == MIXED).any()
-    )
+    mixed = "Formats with other bits in each role have no mark." * bool((points["series"] == MIXED).any())
     lost = int(points["diverged"].sum())
     diverged = f" {count_things(lost, 'training')} diverged and left out." if lost else ""
+    seeds = sorted(map(int, points["seed"].unique()))
+    kept = (
+        f" The law is of seeds {', '.join(map(str, laws))}, which have all formats." if laws.keys() < {*seeds} else ""
+    )
     return (
         "The loss is that of the training in its own arithmetic, the mean of the last twentieth of the steps, less "
         "that of the float32 training of the same seed. Marks are means over seeds, dots are seeds, bars are "
         f"Student's 95% intervals over seeds. {lines}{mixed}".strip(),
         "Bit operations are those of a multiply-accumulate, the mean of a layer's three products. A role without a "
-        "quantizer counts 16 bits.",
+        "quantizer counts 16 bits. Of several recipes, learning rates of a model or kinds of quantizer of a role the "
+        "most frequent one is drawn.",
         f"Data: {count_things(len(points), 'training')} on {count_things(points['model'].nunique(), 'model')}, "
-        f"{count_things(points['seed'].nunique(), 'seed')}.{diverged}",
+        f"{count_things(len(seeds), 'seed')}.{diverged}{kept}",
     )

@@ -63,6 +63,11 @@ class Lead(NamedTuple):
     control: pd.Series[float]
 
     @property
+    def has_control(self) -> bool:
+        """Whether a training without rounding shares a seed with those for the precision."""
+        return bool((self.control - self.trained).notna().any())
+
+    @property
     def is_moved(self) -> bool:
         """Whether the lead is smaller after training for the precision than after rounding, and than the control's."""
         less = [self.rounded - self.trained, (self.control - self.trained).dropna()]
@@ -214,11 +219,14 @@ def judge_qat(data: pd.DataFrame) -> str:
     if flipped:
         head = "Training moves the optimal precision: fewer bits become better at equal bits"
     elif moved:
-        stays = all(describe_seeds(lead.trained)[1] > 0 for lead in leads if lead.rounded > 0)
+        ahead = [lead for lead in leads if lead.rounded > 0]
+        stays = bool(ahead) and all(describe_seeds(lead.trained)[1] > 0 for lead in ahead)
         optimum = "the optimal one stays" if stays else "seeds do not tell which is best now"
         head = f"Training moves precisions together, and {optimum}: more bits lead by less at equal bits"
     else:
         head = "These trainings do not show that the optimal precision moves"
+    if moved and not any(lead.has_control for lead in moved):
+        head = f"Beside rounding alone, without a control that trained as long: {head[0].lower()}{head[1:]}"
     return ". ".join([head, *map(describe_lead, leads), describe_recovery(data)])
 
 

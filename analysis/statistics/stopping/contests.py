@@ -77,7 +77,7 @@ Found = Iterator[tuple[Contest, tuple[tuple[str, ...], ...]]]
 def list_precisions(family: str, curves: pd.DataFrame) -> Found:
     """Yield the contest of the precisions of each variant that has several."""
     for variant, group in split_variants(curves):
-        if is_contest(group):
+        if is_contest(sort_curves(group, "bits")):
             name = f"{family}, {name_variant(variant['label'], variant['block_size'])}"
             yield from make_contest(name, group, "bits", "{}-bit")
 

@@ -123,7 +123,8 @@ def take_scores(question: Question, scores: Scores, standing: Standing, rounds: 
     tasks = sorted(scores) if is_mean else [task for task in scores if task == question.measure.task]
     needed = {key for point in question.contest.find_points(standing.left) for key in question.keys[point]}
     tasks = [task for task in tasks if needed & scores[task].keys()]
-    sample, totals = [], []
+    sample: list[Floats] = []
+    totals: list[int] = []
     for task in tasks:
         total = max(scores[task][key].size for key in needed & scores[task].keys())
         places = list_places(total, rounds)

@@ -154,7 +154,7 @@ def look(contest: Contest, before: Standing, scores: Sequence[Floats], totals: S
     if not before.is_open or min(task.shape[1] for task in scores) < FEW:
         return before
     left = np.asarray(before.left)
-    points = contest.find_points(before.left)
+    points = np.asarray(contest.find_points(before.left), dtype=np.intp)
     leads = contest.leads[np.ix_(left, left, points)]
     sample = [task[points] for task in scores]
     gaps, now, whole = measure_leads(leads, sample, totals)

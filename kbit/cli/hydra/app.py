@@ -20,7 +20,7 @@ from kbit.cli.hydra.arguments import find_launchers, refuse_arguments
 from kbit.cli.hydra.compose import Request, build_config, read_values
 from kbit.cli.hydra.explain import REFUSALS, explained, list_files
 from kbit.cli.hydra.options import write_help
-from kbit.cli.hydra.private import forget_basic_launcher, make_writable
+from kbit.cli.hydra.private import composed_once, forget_basic_launcher, make_writable
 from kbit.data.presets import list_presets
 from kbit.experiments.config import RunConfig, StudyConfig
 
@@ -56,7 +56,7 @@ def compose_requests(arguments: Sequence[str], command: str = "run") -> list[Req
         except (ValueError, KbitError, *REFUSALS) as error:  # Hydra would print "Error executing job" as well
             refused.append(error)
 
-    with explained():
+    with explained(), composed_once(arguments):
         receive()
         for error in refused:
             raise error

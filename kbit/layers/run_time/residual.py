@@ -9,7 +9,8 @@ With the gains in the matrices that read the stream, the whole stream can be rot
     head, if it is its own    E diag(g) R        g of the last norm. A tied head has the embedding's E R.
 
 These are what is quantized. As in kbit.layers.run_time.rotation, the model holds them turned back, so that its norms,
-its tied embedding and what counts as quantized are as they were. A model that is rotated in fact gives the same.
+its tied embedding and what counts as quantized are as they were. A model that is rotated in fact gives the same, but
+for a tied head that a rule quantizes: E R lacks the last norm's gain, so that such a model has to turn back before it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from kbit.data.windows import Windows
-from kbit.methods.weight import Codes, Weight, sum_squares
+from kbit.methods.weight import Codes, Weight
 from kbit.models.parameters import owner_of, split_matrices
 
 Losses = Float64[np.ndarray, "units choices"]
@@ -64,8 +64,8 @@ def measure_errors(candidates: Sequence[Candidate]) -> Losses:
 
 
 def _sum_errors(candidate: Candidate, unit: int) -> float:
-    errors = (values.float() - weight.values.float() for weight, values in candidate.round_unit(unit))
-    return sum(map(sum_squares, errors), start=0.0)
+    pairs = candidate.round_unit(unit)
+    return sum((weight.sum_squares(values.float() - weight.values.float()) for weight, values in pairs), start=0.0)
 
 
 @torch.no_grad()

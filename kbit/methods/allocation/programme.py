@@ -11,8 +11,6 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from kbit.checks import KbitError
 
@@ -33,6 +31,9 @@ def choose_least_loss(
     Raises:
         KbitError: HiGHS does not prove an optimum, or its solution is beyond the budget.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # not at the top: it takes part of a second, and few
+    from scipy.sparse import coo_array  # experiments have a budget
+
     units, choices = losses.shape
     divisor = int(np.gcd.reduce(bits.ravel()))  # small whole numbers are exact in HiGHS' tolerances
     sizes = bits.ravel() // divisor

@@ -211,7 +211,7 @@ def _read_whole(path: str | Path, keys: Collection[str]) -> Iterator[_Items]:
 def _list_values(result: _Items) -> dict[tuple[str, str], tuple[int, int, Floats]]:
     """Return the rounds, the number of all items, and the measured values, by task and metric."""
     parts = {task: (part.rounds, total) for part in result.sampled for task, total in part.totals.items()}
-    found = {}
+    found: dict[tuple[str, str], tuple[int, int, Floats]] = {}
     for items in result.items:
         if is_mean(items.metric):
             rounds, total = parts.get(items.task, (LAST, items.n))

@@ -103,6 +103,10 @@ def test_products_are_drawn_without_a_store() -> None:
     assert len(figure.fig.axes) == 1
     assert "BFP m=2 +0.1000 (+0.1000 to +0.1000) at 1.00 passes" in figure.verdict
     assert "2 seeds" in figure.notes[-1]
+    half = 12.7062 * 0.01  # see above
+    interval = f"{-0.08 - half:+.4f} to {-0.08 + half:+.4f}"
+    beside = f"FAST 0.9/0.3 ends -0.0800 ({interval}) from BFP m=2, which is fixed, with 3.50 times its passes."
+    assert beside in figure.verdict
 
 
 def test_exchanges_are_drawn() -> None:

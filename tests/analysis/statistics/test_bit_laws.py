@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kbit.analysis.curves.curves import Floats
 from kbit.analysis.statistics.bit_laws import BIT_LAWS, check_largest, fit_bits, list_parameters, make_terms
 from kbit.analysis.statistics.laws import TooFewPoints
 
@@ -21,7 +22,7 @@ NOISE = 0.02  # of what the bits add
 TRIALS = 24
 
 
-def compute(law: str, points: pd.DataFrame) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def compute(law: str, points: pd.DataFrame) -> Floats:
     """The formulas of the module's table, point by point."""
     values = []
     for n, k, m in points[["parameters", *THINGS]].to_numpy(dtype=float):
@@ -104,6 +105,13 @@ def test_another_law_leaves_larger_residuals() -> None:
     assert wrong > 100 * right + 1e-4
 
 
+def test_models_that_lose_no_less_if_they_are_larger_have_no_effective_parameters() -> None:
+    points = make_points("separate")
+    same = points.groupby(THINGS)["y"].transform("first")
+    with pytest.raises(TooFewPoints, match=r"exponent .* of N: larger ones of these models lose no less"):
+        fit_bits("effective added", points.assign(y=same, error=0.1 * same), THINGS, draws=10)
+
+
 def test_bits_that_cannot_be_told_are_refused() -> None:
     points = make_points("separate")
     with pytest.raises(ValueError, match=r"law='cubic' is not one of: effective, effective added, separate"):
@@ -116,5 +124,7 @@ def test_bits_that_cannot_be_told_are_refused() -> None:
         fit_bits("separate", points.assign(weight_bits=np.nan), THINGS)
     with pytest.raises(TooFewPoints, match="'separate' has 6 parameters; 44 such points cannot tell them"):
         fit_bits("separate", points.assign(activation_bits=16), THINGS)
+    with pytest.raises(TooFewPoints, match="'effective added' needs models of two sizes or more"):
+        fit_bits("effective added", points[points["parameters"] == 2**16], THINGS, draws=5)
     with pytest.raises(TooFewPoints, match="'effective added' has 4 parameters; 5 such points"):
         fit_bits("effective added", points.head(5), THINGS)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from toy_curves import make_results
 
-from kbit.analysis.curves.curves import ZERO_SHOT, Measure, precision_curves, split_variants
+from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, precision_curves, split_variants
 from kbit.analysis.statistics.stopping.contests import Question, list_questions
 from kbit.analysis.statistics.stopping.looks import Decision, Scores, decide, find_goals
 from kbit.analysis.statistics.stopping.sequential import UNDECIDED, Standing, name_best
@@ -32,11 +32,11 @@ def losses(results: pd.DataFrame) -> list[Question]:
     return [question for question in questions if question.measure == LOSS]
 
 
-def value_points(results: pd.DataFrame, question: Question) -> np.ndarray:
+def value_points(results: pd.DataFrame, question: Question) -> Floats:
     """Return the value of each point of a contest."""
     rows = results[(results["metric"] == question.measure.metric) & (results["task"] == question.measure.task)]
     values = rows.set_index("key")["value"].to_dict()
-    return np.array([np.mean([values[key] for key in keys]) for keys in question.keys])
+    return np.array([np.mean([values[key] for key in keys]) for keys in question.keys], dtype=np.float64)
 
 
 def test_a_study_has_its_contests(results: pd.DataFrame) -> None:

@@ -24,6 +24,7 @@ from kbit.analysis.statistics.frontier import (
     find_pareto_frontier,
     read_scores,
     resample_means,
+    weigh_curve,
     weigh_points,
 )
 from kbit.evaluation.measurement import encode_items
@@ -222,3 +223,18 @@ def test_scores_of_stopped_experiments_change_with_each_round(tmp_path: Path) ->
         assert found.mean() == pytest.approx(own.mean())
     store.write(dataclasses.replace(make_result(1), items=(encode_items("text", "cross_entropy", values.tolist()),)))
     assert read_scores(store.root, "cross_entropy", [key], set())["text"][key].tolist() == values.tolist()
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=8, unique=True),
+    budgets=st.lists(st.floats(0.5, 80), max_size=6),
+    extend=st.booleans(),
+)
+def test_weights_of_a_curve_are_those_of_numpys_interpolation(
+    sizes: list[int], budgets: list[float], extend: bool
+) -> None:
+    """Bit for bit, at points and between them, below the curve, and beyond it."""
+    x, at = np.sort(np.array(sizes, dtype=float)), np.array([*budgets, *sizes], dtype=float)
+    right = None if extend else np.nan
+    units = [np.interp(np.log(at), np.log(x), unit, left=np.nan, right=right) for unit in np.eye(x.size)]
+    np.testing.assert_array_equal(weigh_curve(x, at, extend=extend), np.stack(units, axis=1))

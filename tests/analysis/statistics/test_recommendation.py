@@ -156,7 +156,7 @@ def test_a_model_is_not_used_beyond_its_context(results: pd.DataFrame) -> None:
     table = recommend(more, "1GB", context=257)
     assert table["model"].iloc[0] == "large"
     assert describe_recommendation(table)[-1] == "Left out: short (it takes 256 tokens)."
-    with pytest.raises(KbitError, match=r"with a context of 257 tokens: short \(it takes 256 tokens\)"):
+    with pytest.raises(KbitError, match=r"257 tokens: short \(it takes 256 tokens\)\. --context asks"):
         recommend(more[more["model"] == "short"], "1GB", context=257)
 
 

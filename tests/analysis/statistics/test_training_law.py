@@ -81,8 +81,8 @@ def test_one_more_bit_is_for_the_role_that_lacks_most() -> None:
     assert list(gains.index) == ["gradients", "weights", "activations"]
     truth = PLANTED.predict(pd.DataFrame([dict.fromkeys(LAW_ROLES, np.inf) | {"parameters": SIZES["large"]}] * 2
                                          ).assign(weights=3, activations=3, gradients=[3, 4]))  # fmt: skip
-    assert gains.loc["gradients", "low"] <= truth[0] - truth[1] <= gains.loc["gradients", "high"]
-    assert gains.loc["weights", "lead_low"] > 0
+    assert gains["low"]["gradients"] <= truth[0] - truth[1] <= gains["high"]["gradients"]
+    assert gains["lead_low"]["weights"] > 0
     assert gains.loc["gradients", "lead"] == 0
 
 
@@ -93,7 +93,7 @@ def test_bit_operations_by_hand() -> None:
 
 def test_formats_of_equal_work_are_paired_by_seed() -> None:
     """3 3 5 in three orders: weights are best, activations lose .01 and .03, gradients .1. Others have no rival."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seed, whole in enumerate((3.0, 4.0)):
         for role, lost in (("weights", 0.0), ("activations", 0.01 + 0.02 * seed), ("gradients", 0.1)):
             bits = dict.fromkeys(LAW_ROLES[:3], 3) | {role: 5, "momentum": np.inf, "variance": np.inf}
@@ -111,12 +111,13 @@ def test_formats_of_equal_work_are_paired_by_seed() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda points: points[points["model"] == "small"], "on 1 sizes .* needs two sizes"),
-        (lambda points: points[np.isfinite(points["weights"])], "on 0 sizes"),
-        (lambda points: points[~np.isfinite(points[list(DECAYS)]).any(axis=1)], "a law of 0 roles"),
+        (lambda points: points[points["model"] == "small"], "of two sizes, and there are 1"),
+        (lambda points: points[np.isfinite(points["weights"])], "of two sizes, and there are 0"),
+        (lambda points: points[~np.isfinite(points[list(DECAYS)]).any(axis=1)], "no role has few bits"),
+        (lambda points: points[points.index.isin([0, 1, 19, 20])], "1 roles have 4 parameters, which 4 trainings"),
         (lambda points: points.assign(value=-points["value"]), "does not have the lowest loss"),
     ],
-    ids=["one size", "no exact ones", "no roles", "larger is worse"],
+    ids=["one size", "no exact ones", "no roles", "few", "larger is worse"],
 )
 def test_what_tells_no_law_is_refused(change: Any, message: str) -> None:
     with pytest.raises(TooFewPoints, match=message):
@@ -157,8 +158,8 @@ def test_trainings_of_one_recipe_and_kind_are_rows() -> None:
     ]
     table = tabulate_roles(pd.DataFrame(rows)).set_index("seed")
     assert sorted(table.index) == [0, 0, 1, 2, 7]
-    assert table.loc[1, list(LAW_ROLES)].tolist() == [3, np.inf, np.inf, 2, np.inf]
+    assert table[list(LAW_ROLES)].loc[1].to_numpy().tolist() == [3, np.inf, np.inf, 2, np.inf]
     assert table.loc[2, "weights"] == 2
-    assert bool(table.loc[7, "diverged"])
-    assert np.isnan(table.loc[7, "value"])
+    assert bool(table["diverged"][7])
+    assert np.isnan(table["value"][7])
     assert tabulate_roles(pd.DataFrame(rows[:0], columns=["training"])).empty

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kbit.evaluation.config import EvalConfig
+from kbit.evaluation.measurement import decode_items
 from kbit.evaluation.rounds.order import LAST, SHARES, TASKS, TEXT, list_places, order_items
 from kbit.evaluation.rounds.sample import Sample
 from kbit.evaluation.zero_shot import score_tasks
@@ -95,9 +97,7 @@ def test_a_round_rests_on_its_share_of_the_items(whole: Result, rounds: list[Res
 
 
 def test_a_round_measures_what_the_whole_does_on_its_items(whole: Result, rounds: list[Result]) -> None:
-    def take(result: Result, task: str, metric: str) -> np.ndarray:
-        from kbit.evaluation.measurement import decode_items
-
+    def take(result: Result, task: str, metric: str) -> NDArray[np.float64]:
         [found] = [items for items in result.items if (items.task, items.metric) == (task, metric)]
         return decode_items(found)
 

@@ -38,7 +38,8 @@ def make_loss(number: int, values: Floats, rounds: int = 4) -> Result:
 def losses() -> Floats:
     """Losses of three experiments that share most of their windows' chance."""
     rng = np.random.default_rng(0)
-    return 3.0 + rng.normal(0, 1, TOTAL) + np.array([[0.0], [0.1], [0.3]]) + rng.normal(0, 0.05, (3, TOTAL))
+    shared, gaps = rng.normal(0, 1, TOTAL), np.array([[0.0], [0.1], [0.3]])
+    return np.asarray(3.0 + shared + gaps + rng.normal(0, 0.05, (3, TOTAL)), dtype=np.float64)
 
 
 @pytest.fixture
