@@ -189,7 +189,7 @@ def judge_whole(contest: Contest, scores: Sequence[Floats], left: Sequence[int] 
     totals, points = [task.shape[1] for task in scores], contest.find_points(left)
     leads = contest.leads[np.ix_(left, left, points)]
     gaps, _, whole = measure_leads(leads, [task[points] for task in scores], totals)
-    never = np.isnan(contest.leads[np.ix_(left, left)]).any(axis=2)
+    never = np.asarray(np.isnan(contest.leads[np.ix_(left, left)]).any(axis=2))
     np.fill_diagonal(never, True)
     wins = ((gaps > Z_95 * whole) | never).all(axis=1) & ~never.all(axis=1)
     return contest.options[left[int(np.argmax(wins))]] if wins.any() else UNDECIDED
