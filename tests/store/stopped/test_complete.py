@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_the_interval_of_few_items_is_theirs(rounds: int, total: int) -> None:
     assert (found.value, found.low, found.high) == pytest.approx((own.value, own.low, own.high))
 
 
-def make_answers(number: int, right: Floats, rounds: int = 4, **evaluation: int) -> Result:
+def make_answers(number: int, right: Floats, rounds: int = 4, **evaluation: Any) -> Result:
     """An invented result with the answers to all items of a task, or to those of the first rounds."""
     own, result = right[list_places(len(right), rounds)], make_result(number)
     model = dataclasses.replace(result.experiment.model, name="toy")
@@ -216,7 +217,7 @@ def test_right_answers_leave_a_doubt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", [{"num_fewshot": 5}, {"apply_chat_template": True}])
-def test_references_were_asked_in_the_same_way(tmp_path: Path, other: dict[str, int]) -> None:
+def test_references_were_asked_in_the_same_way(tmp_path: Path, other: dict[str, Any]) -> None:
     right = np.tile([1.0, 0.0], 32)
     found = complete_one(tmp_path, make_answers(0, np.ones(64), **other), make_answers(1, right, 1))
     assert found.value == right[list_places(64, 1)].mean()
