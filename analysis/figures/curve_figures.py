@@ -65,7 +65,7 @@ def draw_curves(
     if measure is None or curves.empty:
         what = measure.name if measure else "cross entropy" if definition.loss else ZERO_SHOT.name
         raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
-    curves = curves.assign(stopped=is_stopped(curves, results))
+    curves = curves.assign(stopped=is_stopped(curves, results, measure))
     parts = definition.judge(curves, measure, results)
     published = match_published(curves, measure)
     differences, unpaired = compare_with_best(curves, measure, results)

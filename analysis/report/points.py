@@ -57,11 +57,17 @@ def collect_data(results: pd.DataFrame) -> dict[str, Any]:
     rows = results[results["value"].notna()]
     experiments = rows.drop_duplicates("key").reset_index(drop=True)
     places = pd.Series(experiments.index, index=experiments["key"])
-    return {"experiments": collect_experiments(experiments), "measures": collect_measures(rows, places)}
+    stopped = is_stopped(experiments, rows)
+    return {"experiments": collect_experiments(experiments, stopped), "measures": collect_measures(rows, places)}
 
 
-def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
-    """Return the columns of experiments, one row each: the named ones with codes and looks, the others as lists."""
+def collect_experiments(experiments: pd.DataFrame, stopped: pd.Series[bool]) -> dict[str, Any]:
+    """Return the columns of experiments, one row each: the named ones with codes and looks, the others as lists.
+
+    Args:
+        experiments: a row each.
+        stopped: which of them stopped early in anything that they measure.
+    """
     is_found = find_checkpoints(experiments)
     bits = experiments["bits"].astype(int).mask(is_found, experiments["bits_per_param"].fillna(0).astype(int))
     types = experiments["data_type"].astype(object)
@@ -84,7 +90,7 @@ def collect_experiments(experiments: pd.DataFrame) -> dict[str, Any]:
         "method": encode(methods, sort_names(methods)),
         "curve": curves.groupby(list(curves), sort=False).ngroup().tolist(),
         "key": experiments["key"].astype(str).tolist(),
-        "stopped": is_stopped(experiments, experiments).astype(int).tolist(),
+        "stopped": stopped.astype(int).tolist(),
         "total_bits": experiments["total_bits"].astype(int).tolist(),
         "bits_per_param": shorten(experiments["bits_per_param"]),
     }

@@ -10,7 +10,7 @@ then look less certain than they are, and `Draws.paired` is False.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -95,7 +95,8 @@ def read_panel_items(curves: pd.DataFrame, measure: Measure, results: pd.DataFra
         return None
     keys = [str(key).split() for key in curves["key"]]
     wanted = sorted({key for group in keys for key in group})
-    scores = read_scores(store, measure.metric, tuple(wanted))
+    early = set(results.loc[results["measured"] < 1, "key"]) & set(wanted) if "measured" in results else set()
+    scores = read_scores(store, measure.metric, wanted, early)
     tasks = sorted(scores) if measure.task == ZERO_SHOT.task else [measure.task]
     if not tasks or not all(is_complete(scores.get(task, {}), wanted) for task in tasks):
         return None
@@ -105,18 +106,29 @@ def read_panel_items(curves: pd.DataFrame, measure: Measure, results: pd.DataFra
     return arrays if np.allclose(means, value, rtol=SAME_MEAN, atol=SAME_MEAN) else None
 
 
+def read_scores(store: str, metric: str, keys: Sequence[str], early: Collection[str]) -> dict[str, dict[str, Floats]]:
+    """Return the scores of the items by task and experiment.
+
+    Args:
+        store: the store.
+        metric: the metric.
+        keys: the keys of the experiments.
+        early: those of them that have stopped early, whose scores change with each round of the store.
+    """
+    whole = read_whole_scores(store, metric, tuple(key for key in keys if key not in early))
+    completed = read_completed(store, metric, early) if early else {}
+    return {task: whole.get(task, {}) | completed.get(task, {}) for task in whole.keys() | completed.keys()}
+
+
 @lru_cache(maxsize=16)
-def read_scores(store: str, metric: str, keys: tuple[str, ...]) -> dict[str, dict[str, Floats]]:
-    """Return the scores of the items by task and experiment. There are none if the first experiment has none.
+def read_whole_scores(store: str, metric: str, keys: tuple[str, ...]) -> dict[str, dict[str, Floats]]:
+    """Return the scores of finished experiments, see read_scores. There are none if the first experiment has none.
 
     They are cached because several figures ask for the same points, and what a key stands for does not change.
     """
-    found = read_completed(store, metric, keys)  # of those that stopped early
-    whole = tuple(key for key in keys if not any(key in task for task in found.values()))
-    if read_items_by_task(store, metric, whole[:1]):  # a store without items need not be read whole
-        for task, values in read_items_by_task(store, metric, whole).items():
-            found[task] = values | found.get(task, {})
-    return found
+    if not read_items_by_task(store, metric, keys[:1]):  # a store without items need not be read whole
+        return {}
+    return read_items_by_task(store, metric, keys)
 
 
 def is_complete(scores: dict[str, Floats], keys: Sequence[str]) -> bool:

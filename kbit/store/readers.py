@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,11 +14,12 @@ import pyarrow as pa
 from kbit.evaluation.measurement import Feature
 from kbit.experiments.config import Experiment
 from kbit.experiments.names import find_varied, name_experiment
+from kbit.experiments.result import Result
 from kbit.store.filesystem import open_files
 from kbit.store.records import list_finished, open_existing, read_as, retry
 from kbit.store.results import load_failures, read_parts
 from kbit.store.rows import ROW_SCHEMA, drop_repeated, list_measurements, make_row
-from kbit.store.stopped.tables import find_share, load_completed
+from kbit.store.stopped.tables import find_shares, load_completed
 from kbit.store.wide import widen, write_words
 
 _NULLABLE_INTEGERS: Final = ("exponent_bits", "block_size")
@@ -84,7 +85,8 @@ def read_results(
     "piqa acc low", "piqa acc high"), and label, seconds, peak_memory_bytes and finished before the other columns.
 
     With stopped=True experiments that stopped early (study.until.decided) have rows, too: values on all items as far as
-    others say (kbit.store.stopped.complete), with the n that they measured. attrs["stopped"] has the shares by key.
+    others say (kbit.store.stopped.complete), with the n that they measured. The column measured has the share of its
+    items that a value rests on, 1 for all. With wide=True it is the least of an experiment.
 
     The table's attrs["store"] is the path, with which read_items finds the items behind a value. What cannot be read is
     left out with a warning (kbit.store.damage.DamagedRecordWarning).
@@ -97,8 +99,18 @@ def read_results(
     if wide or words:
         table = widen(table, path) if wide else write_words(table)
     table.attrs["store"] = str(path)
-    if early:
-        table.attrs["stopped"] = {key: find_share(result) for key, result in early.items()}
+    return _add_shares(table, early) if stopped else table
+
+
+def _add_shares(table: pd.DataFrame, early: Mapping[str, Result]) -> pd.DataFrame:
+    """Return the table with the column measured, see read_results. Pandas would copy attrs at each step."""
+    table = table.assign(measured=1.0)
+    shares = {key: find_shares(result) for key, result in early.items()}
+    rows = table["key"].isin(shares)
+    keys = table.loc[rows, "key"]
+    tasks = table.loc[rows, "task"] if "task" in table else [""] * len(keys)
+    own = [shares[key].get(task, min(shares[key].values())) for key, task in zip(keys, tasks, strict=True)]
+    table.loc[rows, "measured"] = own
     return table
 
 

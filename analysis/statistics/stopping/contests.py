@@ -32,8 +32,6 @@ from kbit.analysis.statistics.frontier import weigh_points
 from kbit.analysis.statistics.stopping.sequential import Contest
 from kbit.numerics.spec import BASELINE_BITS
 
-CLAIMS: Final = ("precision", "setting", "frontier")
-
 
 @dataclass(frozen=True)
 class Question:
@@ -43,7 +41,7 @@ class Question:
         contest: the contest.
         measure: what the points are values of.
         keys: the keys of the experiments behind each point, of which a point is the mean.
-        claim: the kind of the contest, of CLAIMS.
+        claim: the kind of the contest, of kbit.experiments.config.CLAIMS.
     """
 
     contest: Contest
@@ -57,7 +55,7 @@ def list_questions(results: pd.DataFrame, claims: tuple[str, ...]) -> list[Quest
 
     Args:
         results: from kbit.read_results.
-        claims: which kinds to return, of CLAIMS.
+        claims: which kinds to return.
 
     Raises:
         AmbiguousResults: see precision_curves.

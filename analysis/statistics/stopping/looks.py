@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats
 from kbit.analysis.statistics.stopping.contests import Question, list_questions
-from kbit.analysis.statistics.stopping.sequential import Standing, look, name_best
+from kbit.analysis.statistics.stopping.sequential import UNDECIDED, Standing, judge_whole, look, name_best
 from kbit.evaluation.rounds.order import LAST, TASKS, TEXT, WORDS, list_places
 from kbit.experiments.config import UntilConfig
 from kbit.store.readers import read_results
@@ -27,11 +27,13 @@ class Decision:
         question: the contest.
         standing: what is known of it.
         rounds: the rounds after which it was known, or after which it is not known yet.
+        whole: the verdict of all items, between the options that were left after the last round.
     """
 
     question: Question
     standing: Standing
     rounds: int
+    whole: str = UNDECIDED
 
     def describe(self) -> str:
         """Return for example "nano-neox, nf block 64, cross entropy: 4-bit is best, known from a half of the items"."""
@@ -39,12 +41,16 @@ class Decision:
         about = f"{contest.name}, {self.question.measure.name}"
         items = f"{WORDS[self.rounds]} of the items"
         left = " or ".join(contest.options[option] for option in self.standing.left)
+        if self.standing.lost:
+            lost = " and ".join(contest.options[option] for option in self.standing.lost)
+            return f"{about}: {left}, not known: {lost} without {items}, as an experiment failed or did not run"
         if self.standing.given_up:
             return f"{about}: {left}, and all items would hardly tell (given up after {items})"
         if self.standing.is_known:
             return f"{about}: {name_best(contest, self.standing)} is best, known from {items}"
         if self.rounds == LAST:
-            return f"{about}: {left}, measured in full (`kbit figures verdicts` has the verdict)"
+            verdict = f"{left}, undecided" if self.whole == UNDECIDED else f"{self.whole} is best"
+            return f"{about}: {verdict} from {items}"
         return f"{about}: {left}, not known from {items}"
 
 
@@ -81,11 +87,10 @@ def decide(questions: list[Question], scores: Mapping[str, Scores], rounds: int)
     Args:
         questions: the contests of the study.
         scores: the scores by metric, see Scores.
-        rounds: the number of rounds that have ended. After the last one nothing is decided: the verdicts are those of
-            all items.
+        rounds: the number of rounds that have ended. After the last one the verdicts are those of all items.
     """
     pairs = sum(question.contest.pairs for question in questions)
-    return [decide_one(question, scores[question.measure.metric], rounds, pairs) for question in questions]
+    return [decide_one(question, scores.get(question.measure.metric, {}), rounds, pairs) for question in questions]
 
 
 def decide_one(question: Question, scores: Scores, rounds: int, pairs: int) -> Decision:
@@ -93,11 +98,19 @@ def decide_one(question: Question, scores: Scores, rounds: int, pairs: int) -> D
     standing = Standing(tuple(range(len(question.contest.options))))
     for ended in range(1, min(rounds, LAST - 1) + 1):
         sample, totals = take_scores(question, scores, standing, ended)
+        if lost := find_lost(question, standing, sample):
+            return Decision(question, replace(standing, lost=lost), ended)
         if sample:
-            standing = look(question.contest, drop_unmeasured(question, standing, sample), sample, totals, pairs)
+            standing = look(question.contest, standing, sample, totals, pairs)
         if standing.is_known:
             return Decision(question, standing, ended)
-    return Decision(question, standing, rounds)
+    if rounds < LAST:
+        return Decision(question, standing, rounds)
+    sample, _ = take_scores(question, scores, standing, LAST)
+    if lost := find_lost(question, standing, sample):
+        return Decision(question, replace(standing, lost=lost), LAST)
+    whole = judge_whole(question.contest, sample, standing.left) if sample else UNDECIDED
+    return Decision(question, standing, LAST, whole)
 
 
 def take_scores(question: Question, scores: Scores, standing: Standing, rounds: int) -> tuple[list[Floats], list[int]]:
@@ -122,23 +135,25 @@ def take_scores(question: Question, scores: Scores, standing: Standing, rounds: 
     return sample, totals
 
 
-def drop_unmeasured(question: Question, standing: Standing, sample: list[Floats]) -> Standing:
-    """Return a standing without the options of which a point has no values, as its experiment failed."""
-    unknown = np.any([np.isnan(task).any(axis=1) for task in sample], axis=0)
+def find_lost(question: Question, standing: Standing, sample: list[Floats]) -> tuple[int, ...]:
+    """Return the options left of which a point has no values: its experiment failed, or its round did not come.
+
+    Nothing is known of them, so that no other option has beaten them.
+    """
     contest = question.contest
-    lost = {point for point in contest.find_points(standing.left) if unknown[point]}
-    kept = tuple(option for option in standing.left if not lost & set(contest.curves[option]))
-    return Standing(kept, standing.given_up)
+    unknown = np.any([np.isnan(task).any(axis=1) for task in sample], axis=0) if sample else np.ones(len(question.keys))
+    lacking = {point for point in contest.find_points(standing.left) if unknown[point]}
+    return tuple(option for option in standing.left if lacking & set(contest.curves[option]))
 
 
 def find_goals(decisions: list[Decision], rounds: int) -> dict[str, dict[str, int]]:
     """Return the rounds that each experiment is to have measured next, by key and part (order.PARTS).
 
-    What no undecided contest depends on stays as it is, and is not in the answer.
+    What no open contest depends on stays as it is, and is not in the answer.
     """
     goals: dict[str, dict[str, int]] = defaultdict(dict)
     for decision in decisions:
-        if not decision.standing.is_known:
+        if decision.standing.is_open:
             part = TASKS if decision.question.measure.task == ZERO_SHOT.task else TEXT
             points = decision.question.contest.find_points(decision.standing.left)
             for key in {key for point in points for key in decision.question.keys[point]}:

@@ -10,13 +10,20 @@ verdict will be when all items are measured. With a lead d after n of N items, w
 
 so that the verdict is known to be "better" where d - c sqrt(s^2 / n - s^2 / N) > 1.96 sqrt(s^2 / N), and "worse" where
 the same holds of -d. To predict the test of all items from some of them is stochastic curtailment (Lan, Simon &
-Halperin 1982). Several tasks of one weight are means of independent samples, so that their variances add.
+Halperin 1982). Several tasks of one weight are means of independent samples, so that their variances add. The degrees
+of freedom of such a sum are those of Welch and Satterthwaite: a small task may have most of the variance.
 
 The intervals hold at all looks, pairs and contests of a study together: c is Student's quantile at 1 - ALPHA / (2 x
-looks x pairs), a union bound (Bonferroni). So with 95% no decision of a study differs from what all of its items say.
+looks x pairs), a union bound (Bonferroni). So with 95% all items show each lead by which an option of the study dropped
+out. An option is the best where each other one dropped out. All items need not show its own lead over each of them: one
+that a second option beat, which it beat in turn, is never compared with it again.
 
 A look also gives up where the study will not tell, either: where no option has a chance of GIVE_UP or more that all
-items show it better than each other one. The chance is that of the same prediction.
+items show it better than each other one. The chance is that of the same prediction. The union bound does not cover it:
+each contest that was given up may have had a verdict, with a chance of up to GIVE_UP for each option.
+
+Answers that are right or wrong have no normal mean where few of them differ. So two options are compared once they
+differ in FEW items.
 """
 
 from __future__ import annotations
@@ -31,9 +38,10 @@ from scipy.special import ndtr, stdtrit
 from kbit.analysis.curves.curves import Floats
 from kbit.evaluation.measurement import FEW, Z_95
 
-ALPHA: Final = 0.05  # the chance of any wrong decision in a study, early looks and all pairs together
+ALPHA: Final = 0.05  # the chance that some lead by which an option dropped out is not that of all items
 LOOKS: Final = 3  # at which something can be decided before all items are measured
 GIVE_UP: Final = 0.05  # the least chance of a verdict for which measuring goes on
+SAME: Final = 1e-9  # leads below it are rounding: the two options agree in the item
 UNDECIDED: Final = "undecided"
 
 
@@ -71,25 +79,49 @@ class Standing:
     Attributes:
         left: the options that can still be the best.
         given_up: whether all items would not tell which one is.
+        lost: those of them that lack values of a round, so that nothing more can be known.
     """
 
     left: tuple[int, ...]
     given_up: bool = False
+    lost: tuple[int, ...] = ()
 
     @property
     def is_known(self) -> bool:
         """Whether nothing more needs to be measured."""
-        return self.given_up or len(self.left) < 2
+        return not self.lost and (self.given_up or len(self.left) < 2)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether measuring more may tell more."""
+        return not self.is_known and not self.lost
 
 
-def find_reach(pairs: int, degrees: int) -> float:
-    """Return how many standard errors an interval reaches that holds at all looks and pairs (ALPHA).
+def find_reach(pairs: int, degrees: Floats) -> Floats:
+    """Return how many standard errors intervals reach that hold at all looks and pairs (ALPHA).
 
     Args:
         pairs: the number of pairs in all contests of a study.
-        degrees: the degrees of freedom of a variance.
+        degrees: the degrees of freedom of each variance.
     """
-    return float(stdtrit(degrees, 1 - ALPHA / (2 * LOOKS * max(pairs, 1))))
+    return np.asarray(stdtrit(degrees, 1 - ALPHA / (2 * LOOKS * max(pairs, 1))))
+
+
+def count_degrees(leads: Floats, scores: Sequence[Floats]) -> Floats:
+    """Return the degrees of freedom of each lead's variance, NaN where it is 0 (Satterthwaite 1946): [...].
+
+    Args:
+        leads, scores: see measure_leads.
+    """
+    counts = [task.shape[1] for task in scores]
+    parts = [(leads @ task).var(axis=-1, ddof=1) / count for task, count in zip(scores, counts, strict=True)]
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sum(parts) ** 2 / sum(part**2 / (n - 1) for part, n in zip(parts, counts, strict=True)))
+
+
+def count_differences(leads: Floats, scores: Sequence[Floats]) -> Floats:
+    """Return in how many items, of all tasks together, the options of each lead differ: [...]."""
+    return np.asarray(sum((np.abs(leads @ task) > SAME).sum(axis=-1) for task in scores))
 
 
 def measure_leads(leads: Floats, scores: Sequence[Floats], totals: Sequence[int]) -> tuple[Floats, Floats, Floats]:
@@ -110,7 +142,7 @@ def measure_leads(leads: Floats, scores: Sequence[Floats], totals: Sequence[int]
 def look(contest: Contest, before: Standing, scores: Sequence[Floats], totals: Sequence[int], pairs: int) -> Standing:
     """Return what is known of a contest after a look at the items that have been measured.
 
-    Nothing is decided from fewer than FEW items of a task, or where two options agree in every item.
+    Nothing is decided from fewer than FEW items of a task, or between two options that differ in fewer than FEW items.
 
     Args:
         contest: the contest.
@@ -119,18 +151,20 @@ def look(contest: Contest, before: Standing, scores: Sequence[Floats], totals: S
         totals: the number of all items of each task.
         pairs: the number of pairs in all contests of the study.
     """
-    if before.is_known or min(task.shape[1] for task in scores) < FEW:
+    if not before.is_open or min(task.shape[1] for task in scores) < FEW:
         return before
     left = np.asarray(before.left)
     points = np.asarray(contest.find_points(before.left), dtype=np.intp)
     leads = contest.leads[np.ix_(left, left, points)]
-    gaps, now, whole = measure_leads(leads, [task[points] for task in scores], totals)
-    reach = find_reach(pairs, sum(task.shape[1] - 1 for task in scores))
+    sample = [task[points] for task in scores]
+    gaps, now, whole = measure_leads(leads, sample, totals)
+    reach = find_reach(pairs, count_degrees(leads, sample))
+    is_thin = count_differences(leads, sample) < FEW
     ahead = np.sqrt(np.maximum(now**2 - whole**2, 0))
     with np.errstate(invalid="ignore", divide="ignore"):  # a pair that never meets, and one that agrees in every item
         is_better = gaps - reach * ahead > Z_95 * whole
-        chances = np.where(ahead > 0, ndtr((gaps - Z_95 * whole) / ahead), 1.0)
-    beaten = (is_better & (whole > 0)).any(axis=0)
+        chances = np.where(is_thin | ~(ahead > 0), 1.0, ndtr((gaps - Z_95 * whole) / ahead))
+    beaten = (is_better & ~is_thin).any(axis=0)
     np.fill_diagonal(chances, 1.0)
     remaining = left[~beaten] if not beaten.all() else left
     chance = chances[~beaten][:, ~beaten].min(axis=1, initial=1.0) if not beaten.all() else np.ones(1)
@@ -143,11 +177,19 @@ def name_best(contest: Contest, standing: Standing) -> str:
     return contest.options[standing.left[0]] if is_decided else UNDECIDED
 
 
-def judge_whole(contest: Contest, scores: Sequence[Floats]) -> str:
-    """Return the verdict of all items: the option whose lead over each other one is above 0 with 95%, or UNDECIDED."""
-    totals = [task.shape[1] for task in scores]
-    gaps, _, whole = measure_leads(contest.leads, scores, totals)
-    never = np.isnan(gaps)
+def judge_whole(contest: Contest, scores: Sequence[Floats], left: Sequence[int] | None = None) -> str:
+    """Return the verdict of all items: the option whose lead over each other one is above 0 with 95%, or UNDECIDED.
+
+    Args:
+        contest: the contest.
+        scores: see measure_leads.
+        left: the options that it is between. None: all.
+    """
+    left = range(len(contest.options)) if left is None else left
+    totals, points = [task.shape[1] for task in scores], contest.find_points(left)
+    leads = contest.leads[np.ix_(left, left, points)]
+    gaps, _, whole = measure_leads(leads, [task[points] for task in scores], totals)
+    never = np.asarray(np.isnan(contest.leads[np.ix_(left, left)]).any(axis=2))
     np.fill_diagonal(never, True)
     wins = ((gaps > Z_95 * whole) | never).all(axis=1) & ~never.all(axis=1)
-    return contest.options[int(np.argmax(wins))] if wins.any() else UNDECIDED
+    return contest.options[left[int(np.argmax(wins))]] if wins.any() else UNDECIDED

@@ -12,7 +12,7 @@ from toy_curves import make_results
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats, Measure, precision_curves, split_variants
 from kbit.analysis.statistics.stopping.contests import Question, list_questions
 from kbit.analysis.statistics.stopping.looks import Decision, Scores, decide, find_goals
-from kbit.analysis.statistics.stopping.sequential import Standing
+from kbit.analysis.statistics.stopping.sequential import UNDECIDED, Standing, name_best
 from kbit.analysis.statistics.verdicts import line_up, try_precision
 from kbit.evaluation.rounds.order import LAST, TASKS, TEXT, list_places
 
@@ -112,14 +112,49 @@ def test_earlier_looks_are_taken_again_and_what_was_known_stays_known(
         assert find_goals([decision], rounds) == {}
 
 
-def test_an_option_without_values_is_left_out(results: pd.DataFrame, losses: list[Question]) -> None:
+@pytest.mark.parametrize(
+    ("failed", "words"),
+    [
+        (("3-",), "3-bit or 4-bit, not known: 3-bit without a quarter of the items, as an experiment failed"),
+        (("3-", "4-"), "3-bit or 4-bit, not known: 3-bit and 4-bit without a quarter of the items"),
+    ],
+)
+@pytest.mark.parametrize("rounds", [2, LAST])
+def test_a_failure_makes_no_rival_the_best(
+    results: pd.DataFrame, losses: list[Question], failed: tuple[str, ...], words: str, rounds: int
+) -> None:
     """An experiment that fails in a later round has values of the earlier ones alone."""
     question = losses[0]
-    scores = {"text": dict(make_scores(results, question, 2, {"8-": 1.0, "16-": 1.0})["text"])}
-    lost = next(key for key in scores["text"] if key.startswith("3-"))
-    scores["text"][lost] = np.full(TOTAL, np.nan)
-    [decision] = decide([question], {"cross_entropy": scores}, 2)
-    assert [question.contest.options[option] for option in decision.standing.left] == ["4-bit"]
+    gaps = {"8-": 1.0, "16-": 1.0}  # 3 and 4 bits are level
+    scores = {"text": dict(make_scores(results, question, rounds, gaps)["text"])}
+    early = make_scores(results, question, 1, gaps)["text"]
+    for start in failed:
+        lost = next(key for key in scores["text"] if key.startswith(start))
+        scores["text"][lost] = early[lost]
+    [decision] = decide([question], {"cross_entropy": scores}, rounds)
+    assert not decision.standing.is_known
+    assert name_best(question.contest, decision.standing) == UNDECIDED
+    assert words in decision.describe()
+    assert find_goals([decision], rounds) == {}
+
+
+def test_a_store_without_items_tells_nothing(losses: list[Question]) -> None:
+    [decision] = decide([losses[0]], {}, 1)
+    assert decision.standing.lost == (0, 1, 2, 3)
+    assert not decision.standing.is_known
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [(0.0015, "4-bit is best from all of the items"), (0.0003, "3-bit or 4-bit, undecided from all of the items")],
+)
+def test_after_the_last_round_the_verdict_is_that_of_all_items(
+    results: pd.DataFrame, losses: list[Question], gap: float, words: str
+) -> None:
+    question = losses[0]
+    scores = make_scores(results, question, LAST, {"3-": gap, "8-": 1.0, "16-": 1.0})
+    [decision] = decide([question], {"cross_entropy": scores}, LAST)
+    assert decision.describe().endswith(words)
 
 
 def test_accuracies_ask_for_tasks_and_given_up_ones_for_nothing(losses: list[Question]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from toy_items import write_items
+from toy_results import make_result
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Measure, interpolate, shared_budgets
 from kbit.analysis.statistics.frontier import (
@@ -20,10 +22,15 @@ from kbit.analysis.statistics.frontier import (
     choose_precision,
     draw_values,
     find_pareto_frontier,
+    read_scores,
     resample_means,
     weigh_curve,
     weigh_points,
 )
+from kbit.evaluation.measurement import encode_items
+from kbit.evaluation.rounds.order import TEXT, list_places
+from kbit.evaluation.rounds.sample import SampledPart
+from kbit.store.store import Store
 
 LOSS = Measure("cross entropy", "cross_entropy", "text", higher_is_better=False)
 Build = Callable[..., pd.DataFrame]
@@ -198,6 +205,24 @@ def test_equal_curves_share_their_chance(make_points: Callable[..., pd.DataFrame
     curves = make_points({3: {10: 0.4, 100: 0.6}, 4: {10: 0.4, 100: 0.6}}, error=0.0)
     chances = best_chances(curves, draw_values(curves, ZERO_SHOT), higher_is_better=True)
     assert (chances == 0.5).all().all()
+
+
+def test_scores_of_stopped_experiments_change_with_each_round(tmp_path: Path) -> None:
+    """Figures of one process are drawn before and after a study went on."""
+    store, values = Store(tmp_path), np.arange(64.0)
+    key = make_result(1).key
+    for rounds in (1, 2):
+        own = values[list_places(64, rounds)]
+        result = dataclasses.replace(
+            make_result(1),
+            items=(encode_items("text", "cross_entropy", own.tolist(), exactly=True),),
+            sampled=(SampledPart(TEXT, rounds, {"text": 64}),),
+        )
+        store.write(result)
+        found = read_scores(store.root, "cross_entropy", [key], {key})["text"][key]
+        assert found.mean() == pytest.approx(own.mean())
+    store.write(dataclasses.replace(make_result(1), items=(encode_items("text", "cross_entropy", values.tolist()),)))
+    assert read_scores(store.root, "cross_entropy", [key], set())["text"][key].tolist() == values.tolist()
 
 
 @given(

@@ -15,6 +15,7 @@ from kbit.analysis.statistics.stopping.sequential import (
     UNDECIDED,
     Contest,
     Standing,
+    count_degrees,
     find_reach,
     judge_whole,
     look,
@@ -62,8 +63,28 @@ def test_tasks_weigh_the_same_and_their_variances_add() -> None:
 
 
 def test_the_intervals_are_widened_for_looks_and_pairs() -> None:
-    assert find_reach(10, 31) == pytest.approx(stats.t.ppf(1 - 0.05 / (2 * 3 * 10), 31))
+    assert find_reach(10, np.array(31.0)) == pytest.approx(stats.t.ppf(1 - 0.05 / (2 * 3 * 10), 31))
     assert (ALPHA, LOOKS) == (0.05, 3)
+
+
+def test_a_small_task_with_most_of_the_variance_has_most_of_the_degrees_of_freedom() -> None:
+    """The sum of two means' variances has Welch's degrees of freedom: near 29 here, not 29 + 499."""
+    rng = np.random.default_rng(3)
+    tasks = [np.stack([rng.normal(0, 1, count), np.zeros(count)]) for count in (30, 500)]
+    lead = np.array([1.0, -1.0])
+    welch = stats.ttest_ind(tasks[0][0], tasks[1][0], equal_var=False).df
+    assert count_degrees(lead, tasks) == pytest.approx(welch)
+    assert welch < 35
+    assert count_degrees(lead, tasks[:1]) == pytest.approx(29)
+
+
+@pytest.mark.parametrize(("items", "differing", "is_known"), [(40, 13, False), (90, 30, True)])
+def test_answers_that_hardly_differ_decide_nothing(items: int, differing: int, is_known: bool) -> None:
+    """Student's interval would have 13 to 0 for known: .325 > 1.96 x .053 + 2.5 x .053."""
+    contest = make_contest(2)
+    right = np.repeat([1.0, 0.0], [differing, items - differing])
+    scores = np.stack([right, np.zeros(items)])
+    assert look(contest, start(contest), [scores], [2 * items], 1).is_known == is_known
 
 
 @pytest.mark.parametrize(("gap", "is_known"), [(0.56, True), (0.54, False)])
