@@ -127,7 +127,7 @@ def test_writing_lists_no_folder_of_rounds(tmp_path: Path, monkeypatch: pytest.M
 
     def list_others(self: Files, folder: str, suffix: str) -> list[str]:
         assert folder != "stopped"
-        return names(self, folder, suffix)  # type: ignore[arg-type]
+        return names(self, folder, suffix)
 
     monkeypatch.setattr(files, "names", list_others)
     store.write(make_round(0, 1, 1))
