@@ -44,7 +44,8 @@ def draw(
 
     Args:
         name: one of names().
-        results: kbit.read_results' table, or parts of it, or the folder of a store.
+        results: kbit.read_results' table, or parts of it, or the folder of a store, of which experiments that stopped
+            early (study.until.decided) are drawn, too.
         width: the width, such as "3.3in", "84mm", or inches. None: what the panels need.
         height: the height of the whole figure, with its caption. None: it follows from the width. Tables have the size
             of their text, whatever width and height.
@@ -103,7 +104,7 @@ def _read_length(length: Length | None) -> float | None:
 def _make(
     name: str, results: pd.DataFrame | str | Path, page: Page, measure: str | None, lower_is_better: bool
 ) -> PaperFigure:
-    table = results if isinstance(results, pd.DataFrame) else read_results(results)
+    table = results if isinstance(results, pd.DataFrame) else read_results(results, stopped=True)
     table = leave_out_checkpoints(table) if "checkpoint" in table else table
     chosen = choose_measure(table, measure, lower_is_better=lower_is_better)
     return draw_figure(name, table, page, chosen)

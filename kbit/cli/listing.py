@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,16 @@ _SETTINGS: Final = [
     "seed", "method", "method_options", "outlier_fraction", "outlier_selection", "outlier_zscore",
     "activation_threshold", "include", "exclude", "rules", "allocation", "activations", "kv_cache", "rotation",
 ]  # fmt: skip
+
+
+def note_stopped(path: str) -> None:
+    """Say that experiments of a store are left out which have not measured all items."""
+    from kbit.store.filesystem import open_files
+    from kbit.store.stopped.records import list_stopped
+
+    if count := len(list_stopped(open_files(path))):
+        where = "`kbit figures` and `kbit report` show them"
+        print(f"kbit: note: {count} experiments stopped early (study.until.decided): {where}", file=sys.stderr)
 
 
 def add_arrangement(parser: argparse.ArgumentParser) -> None:

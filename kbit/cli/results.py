@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kbit.cli.export import add_tracker, export_results
-from kbit.cli.listing import QUANTIZER, add_arrangement, arrange, show_failures
+from kbit.cli.listing import QUANTIZER, add_arrangement, arrange, note_stopped, show_failures
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -241,8 +241,10 @@ def _merge(options: argparse.Namespace) -> None:
 def _read(options: argparse.Namespace) -> pd.DataFrame:
     from kbit.store.readers import read_failures, read_results
 
-    table = (read_failures if options.failures else read_results)(options.results)
-    _note_stopped(options)
+    with_stopped = options.action == "delete"  # where a listing leaves them out
+    table = read_failures(options.results) if options.failures else read_results(options.results, stopped=with_stopped)
+    if not (options.failures or with_stopped):
+        note_stopped(options.results)
     if not options.where:
         return table
     from kbit.store.conditions import count_undecided, select_rows
@@ -254,16 +256,6 @@ def _read(options: argparse.Namespace) -> pd.DataFrame:
             file=sys.stderr,
         )
     return select_rows(table, options.where)
-
-
-def _note_stopped(options: argparse.Namespace) -> None:
-    """Say that experiments are left out which have not measured all items."""
-    from kbit.store.filesystem import open_files
-    from kbit.store.stopped.records import list_stopped
-
-    if not options.failures and (count := len(list_stopped(open_files(options.results)))):
-        where = "`kbit figures` and `kbit report` show them"
-        print(f"kbit: note: {count} experiments stopped early (study.until.decided): {where}", file=sys.stderr)
 
 
 def _open(path: str) -> Store:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
     from kbit.engine.progress import Progress
+    from kbit.engine.rounds import Rounds
     from kbit.experiments.config import Experiment, RunConfig
     from kbit.store.store import Store
 
@@ -107,16 +108,19 @@ def run_request(request: Request) -> None:
         expected = estimator.predict_time(left, workers or 1, start=start)
     if store is None:
         return
-    until_decided = settings.study.until.decided
+    until_decided, still_open = settings.study.until.decided, set[str]()
     if plan.to_run:
         shown = [] if until_decided else plan.to_run  # rounds say themselves what is in them
-        _carry_out(plan, Progress(shown, estimator, store, expected), settings, request.engine, store)
-    stopped = store.stopped_keys() if until_decided else set()
-    _report_results(plan, settings, store, stopped)
+        progress = Progress(shown, estimator, store, expected)
+        still_open = _carry_out(plan, progress, settings, request.engine, store)
+    stopped = set(store.list_rounds(plan.keys.values())) if until_decided else set[str]()
+    missing = _report_results(plan, settings, store, stopped, still_open)
     if until_decided:
         from kbit.cli.study.decided import describe_study
 
         print("\n".join(describe_study(plan, settings, store, estimator)))
+    if missing:
+        raise KbitError(missing)
 
 
 def _list_notes(request: Request) -> Iterator[str]:
@@ -151,12 +155,17 @@ def _open_store(path: str, engine: str) -> Store:
     return store
 
 
-def _carry_out(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store: Store) -> None:
-    """Run a plan and show its progress. The generator is closed at the end, so that Ray ends at once."""
+def _carry_out(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store: Store) -> set[str]:
+    """Run a plan, show its progress, and return the keys of which more would have to be measured (Rounds.list_open).
+
+    The generator is closed at the end, so that Ray ends at once.
+    """
+    from kbit.cli.study.decided import make_rounds
     from kbit.engine.progress import compact_quietly
 
+    rounds = make_rounds(plan, settings, store, progress)
     try:
-        with closing(progress), closing(_start(plan, progress, settings, engine, store)) as outcomes:
+        with closing(progress), closing(_start(plan, progress, settings, engine, store, rounds)) as outcomes:
             for outcome in outcomes:
                 progress.take(outcome)
                 if outcome.error and settings.fail_fast:
@@ -165,15 +174,16 @@ def _carry_out(plan: Plan, progress: Progress, settings: RunConfig, engine: str,
         print(f"\nstopped; finished results are kept in {store.root}: the same command goes on", file=sys.stderr)
         raise
     compact_quietly(store)
+    return rounds.list_open()
 
 
-def _start(plan: Plan, progress: Progress, settings: RunConfig, engine: str, store: Store) -> Generator[Outcome]:
+def _start(
+    plan: Plan, progress: Progress, settings: RunConfig, engine: str, store: Store, rounds: Rounds
+) -> Generator[Outcome]:
     """Return a generator of a plan's outcomes. The work begins when the first one is asked for."""
-    from kbit.cli.study.decided import make_rounds
     from kbit.engine.ray_cluster import run_on_ray
     from kbit.engine.worker import RayWorker, run_in_process
 
-    rounds = make_rounds(plan, settings, store, progress)
     if engine == "process":
         return run_in_process(plan, store.root, settings.device, rounds)
     return run_on_ray(
@@ -215,22 +225,26 @@ def _predict_workers(
     return workers, predict_start(engine, workers or 1, local=local)
 
 
-def _report_results(plan: Plan, settings: RunConfig, store: Store, stopped: set[str]) -> None:
+def _report_results(plan: Plan, settings: RunConfig, store: Store, stopped: set[str], still_open: set[str]) -> str:
     """Print how many of the asked results the store has now, and the numbers if one was asked.
+
+    An experiment stopped early if no verdict needs more of it. One that failed in a later round is missing.
 
     Args:
         plan: the plan.
         settings: how it was run.
         store: the store.
-        stopped: the keys of experiments that are not finished, and need not be.
+        stopped: the keys of experiments that have measured a part of their items in rounds.
+        still_open: the keys of experiments that are to be measured further than they were.
 
-    Raises:
-        KbitError: an asked result is missing.
+    Returns:
+        How many asked results are missing, or "" if there are all.
     """
     from kbit.store.readers import list_readable, read_failures
 
     distinct = {key: experiment for experiment, key in plan.keys.items()}
-    early = distinct.keys() & stopped
+    failures = read_failures(store.root).set_index("key")
+    early = (distinct.keys() & stopped) - still_open - set(failures.index)
     missing = distinct.keys() - list_readable(store.root) - early
     if not missing:
         if len(distinct) == 1:
@@ -240,15 +254,14 @@ def _report_results(plan: Plan, settings: RunConfig, store: Store, stopped: set[
         if len(distinct) > 1:
             place = shlex.quote(settings.results)
             print(f"see them: kbit figures --results {place}, kbit results --results {place}")
-        return
-    failures = read_failures(store.root).set_index("key")
+        return ""
     reasons = {str(key): (str(row["state"]), str(row["reason"])) for key, row in failures.iterrows()}
     why = "its record cannot be read: once it is removed, the same command runs it"
     reasons |= dict.fromkeys(missing & store.finished_keys(), ("damaged", why))
+    why = "a part of its items is measured, and its verdict is open: the same command goes on"
+    reasons = dict.fromkeys(missing & stopped, ("in part", why)) | reasons
     print(_tabulate_missing({key: distinct[key] for key in missing}, reasons, store), file=sys.stderr)
-    raise KbitError(
-        f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures"
-    )
+    return f"{len(missing)} of {len(distinct)} asked results are missing; tracebacks are in {store.root}/failures"
 
 
 def _tabulate_missing(missing: Mapping[str, Experiment], reasons: Mapping[str, tuple[str, str]], store: Store) -> str:

@@ -274,6 +274,7 @@ class Estimator:
         workers: int,
         running: Sequence[tuple[CostClass, float]] = (),
         start: float = 0.0,
+        share: float = 1.0,
     ) -> str:
         """Return how long workers take for experiments, such as 'about 12 min', or '' if that is unknown.
 
@@ -282,6 +283,7 @@ class Estimator:
             workers: the number of workers that share them.
             running: the class of each experiment of `left` that a worker is at, and the seconds since it began.
             start: the seconds until the first experiment begins.
+            share: the share of its items that is measured of each experiment.
         """
         waiting = left - Counter(alike for alike, _ in running)
         parts = [(alike, count, 0.0) for alike, count in waiting.items()]
@@ -290,7 +292,7 @@ class Estimator:
         for alike, count, elapsed in parts:
             seconds = self.predict_seconds(alike)
             unknown |= seconds is None
-            remaining = max((seconds or 0.0) - elapsed, 0.0)
+            remaining = max((seconds or 0.0) * share - elapsed, 0.0)
             total += count * remaining
             longest = max(longest, remaining)
         if not total:

@@ -10,8 +10,8 @@ from pathlib import Path
 from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_definitions
 from kbit.data.texts import check_text, locate_text, read_documents
 from kbit.engine.machine import count_cpus, count_gpus, count_workers
-from kbit.engine.rounds import check_decidable
 from kbit.experiments.config import Experiment, RunConfig
+from kbit.experiments.decidable import check_decidable
 from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.requirements import (
     check_download_space,

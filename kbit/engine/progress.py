@@ -54,6 +54,7 @@ class Progress:
         self._store = store
         self._start = time.monotonic()  # which no change of the clock moves
         self._shown: float | None = None
+        self._share = 1.0  # of an experiment's items that is measured of each now
         self._began: dict[Experiment, float] = {}
         self._failed = 0
         self._expected = expected
@@ -83,8 +84,9 @@ class Progress:
         self._until_closed.callback(ended.set)
         thread.start()
 
-    def begin(self, experiments: Sequence[Experiment], words: str) -> None:
-        """Add the experiments of a round, of which the words say what it is."""
+    def begin(self, experiments: Sequence[Experiment], words: str, share: float = 1.0) -> None:
+        """Add the experiments of a round, of which the words say what it is, and what share of their items it is."""
+        self._share = share
         self.say(words)
         self._varied = find_varied(experiments)
         self._total += len(experiments)
@@ -114,7 +116,7 @@ class Progress:
         done = self._total - self._left.total() + 1
         self._left[self.estimator.classify(outcome.experiment)] -= 1
         if outcome.seconds and not outcome.error:
-            self.estimator.learn(outcome.experiment, outcome.seconds, outcome.tokens)
+            self.estimator.learn(outcome.experiment, outcome.seconds / self._share, outcome.tokens)
         time_left = self._predict_time(outcome)
         label = self._name(outcome.experiment)
         self._failed += bool(outcome.error)
@@ -143,7 +145,7 @@ class Progress:
         self._began = {experiment: self._began.get(experiment, began) for experiment in outcome.working}
         self._shown = now
         running = [(self.estimator.classify(experiment), now - start) for experiment, start in self._began.items()]
-        time_left = self.estimator.predict_time(self._left, len(outcome.working) + 1, running)
+        time_left = self.estimator.predict_time(self._left, len(outcome.working) + 1, running, share=self._share)
         return f"{time_left} left, " if time_left else ""
 
     def _name(self, experiment: Experiment) -> str:

@@ -133,7 +133,10 @@ def dispatch(
                 continue
             yield Outcome(experiment, _record_death(plan.keys[experiment], experiment, error, store), working=working)
         if not waiting and not running:
-            waiting = Schedule(rounds.start_next(), cost)
+            waiting, tries = (
+                Schedule(rounds.start_next(), cost),
+                Counter(),
+            )  # a death a round is no crash
 
 
 def _check_started(error: Exception) -> None:

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.rounds.order import LAST, SHARES, WORDS
-from kbit.experiments.config import Experiment, RunConfig
-from kbit.experiments.rounds import list_parts
+from kbit.experiments.config import Experiment
+from kbit.experiments.rounds import Goals, is_reached, list_parts
 from kbit.store.filesystem import open_files
 from kbit.store.stopped.records import list_stopped, read_rounds
-from kbit.store.store import Store
 
 if TYPE_CHECKING:
     from kbit.engine.plan import Plan
-
-Goals = Mapping[str, int]  # the rounds that each part of an evaluation is to have been measured in
+    from kbit.store.store import Store
 
 
 class Rounds:
@@ -39,6 +36,10 @@ class Rounds:
         """Return how far an experiment is to be measured in this round. None: in full."""
         return None
 
+    def list_open(self) -> set[str]:
+        """Return the keys of experiments that are to be measured further than they were, by what is known now."""
+        return set()
+
 
 class DecidedRounds(Rounds):
     """Rounds of which each measures more items of the experiments that still matter (kbit.evaluation.rounds.order).
@@ -50,7 +51,7 @@ class DecidedRounds(Rounds):
         plan: the plan.
         store: its store.
         judge: returns how far experiments are to be measured, by key, once so many rounds have ended.
-        begin: tells the user that a round begins, with its experiments.
+        begin: tells the user that a round begins, with its experiments, and the share of their items that it measures.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class DecidedRounds(Rounds):
         plan: Plan,
         store: Store,
         judge: Callable[[int], Mapping[str, Goals]],
-        begin: Callable[[Sequence[Experiment], str], None],
+        begin: Callable[[Sequence[Experiment], str, float], None],
     ) -> None:
         super().__init__(plan)
         self._store = store
@@ -66,6 +67,7 @@ class DecidedRounds(Rounds):
         self._begin = begin
         self._goals: Mapping[str, Goals] = {}
         self._ended = 0
+        self._is_over = False
 
     def start_next(self) -> Sequence[Experiment]:
         """See Rounds."""
@@ -73,59 +75,33 @@ class DecidedRounds(Rounds):
             first = {key: dict.fromkeys(list_parts(e), 1) for e, key in self._plan.keys.items()}
             self._goals = self._judge(self._ended) if self._ended else first
             self._ended += 1
-            waiting = [experiment for experiment in self._plan.to_run if self._is_left(experiment)]
+            left = self._list_left()
+            waiting = [experiment for experiment in self._plan.to_run if self._plan.keys[experiment] in left]
             if waiting:
                 going = sum(1 for experiment in self._plan.to_run if self._plan.keys[experiment] in self._goals)
                 words = f"round {self._ended} of {LAST}, {WORDS[self._ended]} of the items"
-                self._begin(waiting, f"{words}: {going} of {len(self._plan.to_run)} experiments")
+                share = SHARES[self._ended - 1] - (SHARES[self._ended - 2] if self._ended > 1 else 0.0)
+                self._begin(waiting, f"{words}: {going} of {len(self._plan.to_run)} experiments", share)
                 return waiting
+        self._is_over = True
         return ()
 
     def find_goals(self, experiment: Experiment) -> Goals | None:
         """See Rounds."""
         return self._goals[self._plan.keys[experiment]]
 
-    def _is_left(self, experiment: Experiment) -> bool:
-        """Whether an experiment is to be measured further than it was."""
-        key = self._plan.keys[experiment]
-        goals, done = self._goals.get(key, {}), self._store.find_rounds(key)
-        if done is None:  # nothing was measured of it, or all
-            return bool(goals) and not self._store.has(key)
-        return any(goals.get(part, 0) > rounds for part, rounds in zip(list_parts(experiment), done, strict=True))
+    def list_open(self) -> set[str]:
+        """See Rounds. In a round that was broken off nobody knows which of its experiments would have gone on."""
+        return self._list_left() if self._is_over else set(self._goals) - self._store.finished_keys()
 
-
-def check_decidable(configs: Sequence[RunConfig]) -> None:
-    """Raise ValueError if a study cannot stop when it knows: some of what it measures is no mean over items."""
-    experiments = [config.experiment for config in configs]
-    for experiment in experiments:
-        if experiment.train.steps:
-            raise ValueError(
-                "study.until.decided=true measures a part of the items, and a training takes its time whatever is "
-                f"measured ({experiment.label()}): study.until.decided=false"
-            )
-        if why := _find_indivisible(experiment.eval):
-            raise ValueError(f"study.until.decided=true measures a part of the items, and {why}")
-    quants, models = {e.quant for e in experiments}, {e.model for e in experiments}
-    if len(quants) < 2 or len(models) < 2:
-        raise ValueError(
-            f"study.until.decided=true needs something to decide: two quantizers and two sizes of a model, not "
-            f"{len(quants)} and {len(models)}"
-        )
-
-
-def _find_indivisible(evaluation: EvalConfig) -> str:
-    """Return which measure of an evaluation needs all items, and what to do, or nothing."""
-    keys = {
-        "eval.features.measure": evaluation.features.measure,
-        "eval.speed.measure": evaluation.speed.measure,
-        "eval.measures": bool(evaluation.measures),
-    }
-    found = [name for name, is_asked in keys.items() if is_asked]
-    if found:
-        return f"{found[0]} is no mean over them: leave it out, or study.until.decided=false"
-    if evaluation.perplexity is not None and evaluation.perplexity_kind == "rolling":
-        return "eval.perplexity_kind=rolling is not divided into windows: eval.perplexity_kind=windows"
-    return ""
+    def _list_left(self) -> set[str]:
+        """Return the keys of the experiments that have not been measured as far as this round is to go."""
+        finished, done = self._store.finished_keys(), self._store.list_rounds(self._plan.keys.values())
+        return {
+            key
+            for experiment, key in self._plan.keys.items()
+            if key not in finished and not is_reached(experiment, self._goals.get(key, {}), done.get(key))
+        }
 
 
 def bound_tokens(counts: Mapping[str, int], store_path: str) -> tuple[int, int]:

@@ -64,13 +64,19 @@ class Worker:
             key: its key.
             goals: the rounds that each part is to have been measured in (kbit.experiments.rounds). None: all.
         """
+        from kbit.experiments.rounds import is_reached
+
         if self._store.has(key):  # another driver on this store has finished it since the plan
+            return Outcome(experiment, "")
+        stopped = self._store.find_stopped(key)
+        done = None if stopped is None else [part.rounds for part in stopped.sampled]
+        if done is not None and goals is not None and is_reached(experiment, goals, done):  # or has come as far
             return Outcome(experiment, "")
         log = self._store.log_path(key)
         start = time.monotonic()
         try:
             with log_output(log, experiment.label(), redirect=self._own_process):
-                result, (reason, *details) = self._try(experiment, key, goals)
+                result, (reason, *details) = self._try(experiment, key, goals, stopped)
             if result is not None:
                 self._store.write(result)
                 self._store.forget_training(key)
@@ -82,14 +88,14 @@ class Worker:
         return Outcome(experiment, reason, seconds=time.monotonic() - start, tokens=tokens)
 
     def _try(
-        self, experiment: Experiment, key: str, goals: Mapping[str, int] | None
+        self, experiment: Experiment, key: str, goals: Mapping[str, int] | None, stopped: Result | None
     ) -> tuple[Result | None, tuple[str, str, str]]:
         """Return the result, or None with the reason, the traceback and the state (see Failure)."""
+        from kbit.evaluation.rounds.sample import RoundsError
         from kbit.evaluation.token_budget import is_out_of_memory  # imports torch, as the session did
         from kbit.experiments.rounds import join_costs, make_sample
 
         try:
-            stopped = self._store.find_stopped(key)
             sample = make_sample(experiment, goals, stopped)
             if self._session is None or not self._session.holds(experiment.model, experiment.packed_as):
                 self._session = None  # free the old model before loading the next
@@ -99,7 +105,8 @@ class Worker:
         except Exception as error:  # whatever it was, the sweep goes on and the reason is kept
             if self._own_process:
                 traceback.print_exc()  # to standard error, which is the log
-            state = CRASHED if is_out_of_memory(error) else FAILED  # there may be more memory next time
+            # there may be more memory next time, and without rounds it is no failure
+            state = CRASHED if is_out_of_memory(error) or isinstance(error, RoundsError) else FAILED
             return None, (f"{type(error).__name__}: {error}", traceback.format_exc(), state)
 
 

@@ -25,7 +25,7 @@ from kbit.evaluation.measurement import (
     measure_mean,
 )
 from kbit.evaluation.rounds.order import TASKS
-from kbit.evaluation.rounds.sample import WHOLE, Sample
+from kbit.evaluation.rounds.sample import WHOLE, RoundsError, Sample
 from kbit.evaluation.scorer import Asked, Scorer
 from kbit.models.hflm_private import Request
 from kbit.silence import silence_libraries
@@ -326,13 +326,13 @@ def _score_sample(scorer: Scorer, prepared: PreparedTask, sample: Sample) -> dic
     numbers, name = prepared.list_items(), prepared.loaded.name
     if prepared.loaded.groups:
         group = prepared.loaded.groups[0].name
-        raise ValueError(f"the group {group!r} has a mean of its own: in rounds, name its tasks in eval.tasks instead")
+        raise RoundsError(f"the group {group!r} has a mean of its own: in rounds, name its tasks in eval.tasks instead")
     asked = {numbers[place] for place in sample.list_new(TASKS, len(numbers))}
     instances = [instance for instance in prepared.instances if instance.doc_id in asked]
     values = _score_task(scorer, prepared, instances) if asked else {}
     for metric, of_items in values.items():
         if not _are_numbers(of_items):
-            raise ValueError(f"{metric} of the task {name!r} is no mean over items: study.until.decided=false")
+            raise RoundsError(f"{metric} of the task {name!r} is no mean over items: study.until.decided=false")
     return dict(sample.join(TASKS, name, len(numbers), values))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kbit.evaluation.measurement import decode_items
 from kbit.evaluation.rounds.order import LAST, TASKS, TEXT
-from kbit.evaluation.rounds.sample import WHOLE, Sample
+from kbit.evaluation.rounds.sample import WHOLE, RoundsError, Sample
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result
+
+Goals = Mapping[str, int]  # the rounds that each part of an evaluation is to have been measured in
 
 
 def list_parts(experiment: Experiment) -> list[str]:
@@ -28,7 +30,19 @@ def count_rounds(experiment: Experiment, stopped: Result | None) -> dict[str, in
     return {part: done.get(part, 0) for part in list_parts(experiment)}
 
 
-def make_sample(experiment: Experiment, goals: Mapping[str, int] | None, stopped: Result | None) -> Sample:
+def is_reached(experiment: Experiment, goals: Goals, done: Sequence[int] | None) -> bool:
+    """Whether an experiment has been measured in these rounds.
+
+    Args:
+        experiment: the experiment, which is not finished.
+        goals: the rounds.
+        done: the rounds that each of its parts has been measured in. None: none of it has been measured.
+    """
+    rounds = dict(zip(list_parts(experiment), done or (), strict=done is not None))
+    return all(rounds.get(part, 0) >= goal for part, goal in goals.items())
+
+
+def make_sample(experiment: Experiment, goals: Goals | None, stopped: Result | None) -> Sample:
     """Return what is to be measured of an experiment now.
 
     Args:
@@ -43,22 +57,35 @@ def make_sample(experiment: Experiment, goals: Mapping[str, int] | None, stopped
     if stopped is None:
         return Sample(asked)
     known = {(own.task, own.metric): decode_items(own) for own in stopped.items}
-    return Sample(asked, done, known, {task.name: task for task in stopped.tasks})
+    return Sample(asked, done, known, {task.name: task for task in stopped.tasks}, stopped.weights_hash)
 
 
 def join_costs(result: Result, stopped: Result | None) -> Result:
-    """Return the result of a round with what the earlier rounds cost.
-
-    Raises:
-        ValueError: the earlier rounds measured other weights.
-    """
+    """Return the result of a round with what the earlier rounds cost, and with all that measured it."""
     if stopped is None:
         return result
-    if result.weights_hash != stopped.weights_hash:
-        raise ValueError(
-            f"earlier rounds measured other weights of {result.experiment.label()}, perhaps with another version of "
-            f"kbit: without its files stopped/{result.key}-*.json in the store it begins anew"
-        )
     summed = ("tokens", "seconds_quantize", "seconds_evaluate")
     costs = {name: getattr(result, name) + getattr(stopped, name) for name in summed}
-    return dataclasses.replace(result, **costs)
+    return dataclasses.replace(
+        result,
+        **costs,
+        peak_memory_bytes=max(result.peak_memory_bytes, stopped.peak_memory_bytes),
+        device=_join_words(stopped.device, result.device),
+        versions={
+            name: _join_words(stopped.versions.get(name, version), version) for name, version in result.versions.items()
+        },
+    )
+
+
+def check_weights(experiment: Experiment, key: str, sample: Sample, weights_hash: str) -> None:
+    """Raise RoundsError if the earlier rounds of an experiment measured other weights than it has now."""
+    if sample.weights_hash not in ("", weights_hash):
+        raise RoundsError(
+            f"earlier rounds measured other weights of {experiment.label()}, perhaps with another version of kbit: it "
+            f"begins anew after `kbit results delete --where \"key == '{key}'\"`"
+        )
+
+
+def _join_words(earlier: str, now: str) -> str:
+    """Return what earlier rounds were measured with, and this one, such as "cpu and cuda"."""
+    return earlier if now in earlier.split(" and ") else f"{earlier} and {now}"

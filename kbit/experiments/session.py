@@ -23,6 +23,7 @@ from kbit.experiments.config import Experiment
 from kbit.experiments.identity import check_unchanged, find_key, identify_parts
 from kbit.experiments.requirements import describe_packed
 from kbit.experiments.result import Result, SkippedTensor
+from kbit.experiments.rounds import check_weights
 from kbit.experiments.training import TrainedModel, measure_training, trained_and_quantized
 from kbit.methods.config import QuantConfig
 from kbit.methods.llm_int8 import describe_products
@@ -159,7 +160,7 @@ class Session:
         start = time.perf_counter()
         with self._quantized(experiment, key, files) as (report, trained):
             quantized = time.perf_counter()
-            result = self._measure(experiment, subject, report, trained)
+            result = self._measure(experiment, key, subject, report, trained)
         return dataclasses.replace(
             result,
             key=key,
@@ -200,10 +201,11 @@ class Session:
         )
 
     def _measure(
-        self, experiment: Experiment, subject: Subject, report: QuantizationReport, done: TrainedModel | None
+        self, experiment: Experiment, key: str, subject: Subject, report: QuantizationReport, done: TrainedModel | None
     ) -> Result:
         """Run the measures. A diverged training is measured by nothing but its own numbers."""
         weights_hash = hash_values(subject.model)
+        check_weights(experiment, key, subject.sample, weights_hash)
         subject = dataclasses.replace(subject, counted_bits=report.total_bits)
         has_diverged = done is not None and done.trained.diverged
         measured = [] if has_diverged else [measure.run(subject) for measure in MEASURES]

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
@@ -50,11 +50,17 @@ class Files(Protocol):
     def names(self, folder: str, suffix: str) -> list[str]:
         """Return the sorted names of a folder's finished files. A folder that is not there has none."""
 
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Return which of these names of one folder are there, in the order given."""
+
     def open(self, name: str) -> BinaryIO:
         """Open a file to read. Raise FileNotFoundError if it is not there, CannotOpenError if it cannot be opened."""
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a file that others see whole or not at all. Return False, and change nothing, if there is one."""
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Write a file in place of the one of that name, if there is one. Others see the old one or the new one."""
 
     def remove(self, name: str) -> None:
         """Remove a file, which another process may have removed already."""
@@ -172,6 +178,10 @@ class LocalFiles:
             return []
         return sorted(f"{folder}/{name}" for name in found if name.endswith(suffix) and not name.startswith("."))
 
+    def select(self, names: Sequence[str]) -> list[str]:
+        """See Files. It asks for each name, as a folder may hold thousands of others."""
+        return [name for name in names if os.path.exists(f"{self.root}/{name}")]  # noqa: PTH110, as in names
+
     def open(self, name: str) -> BinaryIO:
         """See Files."""
         path = self._path / name
@@ -188,14 +198,17 @@ class LocalFiles:
         """See Files."""
         path = self._path / name
         with _open_beside(path) as temporary:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_synced(temporary, content)
             if not _move(temporary, path):
                 return False
         _sync_folder(path.parent)
         return True
+
+    def replace(self, name: str, content: bytes) -> None:
+        """See Files."""
+        path = self._path / name
+        replace_file(path, lambda temporary: _write_synced(temporary, content))
+        _sync_folder(path.parent)
 
     def remove(self, name: str) -> None:
         """See Files."""
@@ -259,6 +272,11 @@ class RemoteFiles:
             return []
         return sorted(f"{folder}/{Path(name).name}" for name in found if name.endswith(suffix))
 
+    def select(self, names: Sequence[str]) -> list[str]:
+        """See Files. One listing takes less time than a request for each name."""
+        there = set(self.names(names[0].partition("/")[0], "")) if names else set()
+        return [name for name in names if name in there]
+
     def open(self, name: str) -> BinaryIO:
         """See Files. The whole file is read here, as reading may raise the protocol's own errors, too."""
         with self._own_errors():
@@ -278,6 +296,11 @@ class RemoteFiles:
                     return False
                 raise
         return True
+
+    def replace(self, name: str, content: bytes) -> None:
+        """See Files."""
+        with self._own_errors():
+            self._system.pipe_file(f"{self._path}/{name}", content)
 
     def remove(self, name: str) -> None:
         """See Files."""
@@ -316,6 +339,14 @@ def _move(temporary: Path, path: Path) -> bool:
             return False
         temporary.replace(path)
     return True
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    """Write a file that survives a power failure from then on."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,6 +20,7 @@ from kbit.store.filesystem import Files
 from kbit.store.items import read_all_items
 from kbit.store.records import find_records, list_deleted, open_existing, read_as, read_loose, retry
 from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, make_row
+from kbit.store.stopped.records import check_stopped
 
 PART_EXPERIMENTS: Final = 5000  # in one Parquet file: tens of megabytes, which compaction holds in memory
 
@@ -65,6 +66,7 @@ def find_damaged(path: str | Path) -> list[DamagedRecord]:
         warnings.simplefilter("always", DamagedRecordWarning)
         retry(files, lambda: [len(part) for part in read_parts(files, ROW_SCHEMA)])
         collections.deque(load_failures(path), maxlen=0)
+        check_stopped(files, Result)
         for source, record in find_records(files, "experiments", None):  # tables need not parse them
             try:
                 source.read(Result, record)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -45,7 +45,7 @@ from kbit.store.results import (
     without_keys,
 )
 from kbit.store.rows import PART_SCHEMA, drop_repeated
-from kbit.store.stopped.records import list_names, list_stopped, load_stopped, name_stopped, read_rounds
+from kbit.store.stopped.records import count_all, find_key, find_names, list_stopped, load_stopped, name_stopped
 from kbit.training.files import TrainingFiles
 
 MANY_FILES: Final = 500  # JSON files, which take a quarter of a second to read. A sweep that leaves more compacts them
@@ -125,12 +125,19 @@ class Store:
                 part.replace(files.adapters)
 
     def write(self, result: Result) -> None:
-        """Write a result, and forget an earlier failure of the same experiment, and its earlier rounds."""
+        """Write a result, and forget an earlier failure of the same experiment, and its earlier rounds.
+
+        Rounds of a record that goes as far, or further, stay, and the result is then not written.
+        """
         self._forget_deletion([result.key])
         name = name_stopped(result) if result.sampled else f"experiments/{result.key}.json"
-        if not self._files.create(name, _encode(result)) and result.sampled:  # a round whose record could not be read
-            self._files.remove(name)
+        if not result.sampled:
             self._files.create(name, _encode(result))
+        else:
+            there = self.find_stopped(result.key)
+            if there is not None and count_all(name_stopped(there)) >= count_all(name):
+                return
+            self._files.replace(name, _encode(result))  # what has this name already cannot be read
         self._files.remove(f"failures/{result.key}.json")
         self._remove_stopped([result.key], but=name)
 
@@ -143,16 +150,22 @@ class Store:
         return set(list_stopped(self._files))
 
     def find_rounds(self, key: str) -> tuple[int, ...] | None:
-        """Return the rounds that each part of an experiment has been measured in, of one that is not finished."""
-        names = [] if self.has(key) else list_names(self._files, key)
-        return read_rounds(names[-1]) if names else None
+        """Return the rounds that each part of an experiment has been measured in, see list_rounds."""
+        return None if self.has(key) else self.list_rounds([key]).get(key)
+
+    def list_rounds(self, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Return the rounds that each part of these experiments has been measured in, by key.
+
+        Those are left out that are finished, that have no rounds, or whose record cannot be read.
+        """
+        found = load_stopped(self._files, set(keys) - self.finished_keys(), Result)
+        return {key: tuple(part.rounds for part in result.sampled) for key, result in found.items()}
 
     def _remove_stopped(self, keys: Collection[str], but: str = "") -> None:
         """Remove the rounds of these experiments but for one file."""
-        for key in keys:
-            for name in list_names(self._files, key):
-                if name != but:
-                    self._files.remove(name)
+        for name in find_names(self._files, keys):
+            if name != but:
+                self._files.remove(name)
 
     def write_failure(self, key: str, experiment: Experiment, reason: str, traceback: str, state: str = FAILED) -> None:
         """Record that an experiment failed or crashed (see Failure), in place of an earlier failure."""
@@ -190,19 +203,20 @@ class Store:
         return compacted
 
     def delete(self, keys: Collection[str]) -> int:
-        """Delete the results of these experiments, with their adapters, and return their number. Rounds go, too.
+        """Delete the results of these experiments, with their adapters, or their rounds, and return their number.
 
         Those in a file from which nothing can be taken stay, with a warning that names the file.
         """
         with self._files.lock():
             deleted = self._list_finished(has_lock=True) & set(keys)
+            stopped = set(map(find_key, find_names(self._files, set(keys) - deleted)))
             for key in () if self._files.has_lock else deleted:
                 self._files.create(f"deleted/{key}.json", b"{}")
             self._remove_results(deleted)
             left = self._list_finished(has_lock=True)
             self._remove_trainings(deleted - left)
             self._remove_stopped(set(keys) - left)
-        return len(deleted - left)
+        return len((deleted | stopped) - left)
 
     def delete_damaged(self, damaged: Iterable[DamagedRecord]) -> int:
         """Remove records that cannot be read (kbit.store.results.find_damaged) and return their number.
@@ -252,12 +266,19 @@ class Store:
             copied, had = copied + len(fresh), had + len(part) - len(fresh)
             self._copy_adapters(other.root, fresh["key"].to_pylist())
             self._replace([], fresh)
-        for result in load_stopped(other, list_stopped(other).keys() - mine, Result).values():
-            self.write(result)
+        further = self._merge_rounds(load_stopped(other, list_stopped(other).keys() - mine, Result))
         for _, record in find_records(other, "failures", None):
-            if record["key"] not in mine:
+            if record["key"] not in mine | further:
                 self._files.create(f"failures/{record['key']}.json", write_json(record, indent=1).encode())
         return copied, had
+
+    def _merge_rounds(self, rounds: Mapping[str, Result]) -> set[str]:
+        """Take over the rounds of another store by key, and return the keys of which this store has more of them."""
+        own = self.list_rounds(self.stopped_keys())
+        for result in rounds.values():
+            self.write(result)
+        theirs = {key: sum(part.rounds for part in result.sampled) for key, result in rounds.items()}
+        return {key for key, parts in own.items() if sum(parts) > theirs.get(key, 0)}
 
     def _merge_small_parts(self) -> None:
         """Join the smallest Parquet files as long as the joined file has at most PART_EXPERIMENTS experiments."""

@@ -84,3 +84,17 @@ def test_a_log_file_has_lines(capsys: pytest.CaptureFixture[str], experiments: t
         progress.show("starting Ray")
         print("to standard output")
     assert capsys.readouterr() == ("to standard output\n", "starting Ray\n")
+
+
+def test_a_round_takes_its_share_of_the_time(experiments: tuple[Experiment, ...]) -> None:
+    """An eighth of an experiment took 10 seconds, so that all of it would take 80, and a half 40."""
+    estimator = Estimator()
+    with redirect_stderr(io.StringIO()) as log, closing(Progress([], estimator)) as progress:
+        progress.begin(experiments, "round 1 of 4", 0.125)
+        progress.take(Outcome(experiments[0], "", seconds=10.0))
+        assert estimator.predict_seconds(estimator.classify(experiments[1])) == 80.0
+        progress.take(Outcome(experiments[1], "", seconds=10.0))
+        progress.begin(experiments, "round 3 of 4", 0.5)
+        progress.take(Outcome(experiments[0], "", seconds=40.0))
+    ends = [line.rpartition(": ")[2] for line in log.getvalue().splitlines()]
+    assert ends == ["round 1 of 4", "done, about 10 s left", "done", "round 3 of 4", "done, about 40 s left"]

@@ -15,13 +15,16 @@ from toy_results import make_result
 from kbit.engine.outcome import Outcome
 from kbit.engine.plan import make_plan
 from kbit.engine.ray_cluster import dispatch
-from kbit.engine.rounds import DecidedRounds, Rounds, bound_tokens, check_decidable
+from kbit.engine.rounds import DecidedRounds, Rounds, bound_tokens
+from kbit.engine.worker import Worker
 from kbit.evaluation.config import EvalConfig, FeatureConfig, SpeedConfig
 from kbit.evaluation.rounds.order import TASKS, TEXT
-from kbit.evaluation.rounds.sample import SampledPart
+from kbit.evaluation.rounds.sample import RoundsError, SampledPart
 from kbit.experiments.config import Experiment, RunConfig, UntilConfig
+from kbit.experiments.decidable import check_decidable
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
+from kbit.store.damage import DamagedRecordWarning
 from kbit.store.store import Store
 from kbit.training.config import TrainConfig
 
@@ -47,7 +50,7 @@ class Sweep:
         self.asked.append(ended)
         return {self.keys[bits]: goals for bits, goals in self._goals.get(ended, {}).items()}
 
-    def _begin(self, experiments: Sequence[Experiment], words: str) -> None:
+    def _begin(self, experiments: Sequence[Experiment], words: str, share: float) -> None:
         self.said.append(words)
 
     def measure(self, bits: int, tasks: int, text: int) -> None:
@@ -85,6 +88,64 @@ def test_after_a_kill_the_same_rounds_are_looked_at_and_nothing_is_measured_twic
     again = Sweep(tmp_path, GOALS)
     assert [again.start_next() for _ in range(4)] == [[4], [4], [4], []]
     assert again.said[0].startswith("round 2 of 4")
+
+
+def test_what_is_open_at_the_end_and_in_a_round_that_was_broken_off(tmp_path: Path) -> None:
+    """The 4-bit experiment fails in the second round. If that ends the sweep, nobody knows who would have gone on."""
+    sweep = Sweep(tmp_path, {1: {3: {TASKS: 2}, 4: {TASKS: 2}}})
+    sweep.start_next()
+    second = sweep.rounds.start_next()
+    sweep.measure(3, 2, 1)
+    assert len(second) == 2
+    assert sweep.rounds.list_open() == {sweep.keys[3], sweep.keys[4]}
+    sweep.measure(4, 2, 1)
+    assert list(sweep.rounds.start_next()) == []
+    assert sweep.rounds.list_open() == set()
+
+
+def test_a_damaged_round_is_handed_out_again(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, {})
+    sweep.start_next()
+    (tmp_path / "stopped" / f"{sweep.keys[3]}-11.json").write_text("{}")
+    with pytest.warns(DamagedRecordWarning):
+        assert Sweep(tmp_path, {}).start_next() == [3]
+    assert Sweep(tmp_path, {}).start_next() == []
+
+
+def test_a_worker_measures_no_rounds_that_another_driver_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = Sweep(tmp_path, {})
+    sweep.measure(3, 2, 1)
+    worker = Worker(str(tmp_path), "cpu")
+    tried: list[tuple[object, ...]] = []
+
+    def fail(*given: object) -> tuple[None, tuple[str, str, str]]:
+        tried.append(given)
+        return None, ("why", "", "failed")
+
+    monkeypatch.setattr(worker, "_try", fail)
+    experiment, key = EXPERIMENTS[0], sweep.keys[3]
+    for goals in ({TASKS: 2, TEXT: 1}, {TASKS: 1}):
+        assert worker.run(experiment, key, goals) == Outcome(experiment, "")
+    assert tried == []
+    for goals in ({TASKS: 3}, {TEXT: 2}, None):
+        assert worker.run(experiment, key, goals).error == "why"
+    assert len(tried) == 3
+
+
+def test_what_rounds_refuse_is_tried_again_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure would be skipped by study.until.decided=false, too, which the error advises."""
+
+    def refuse(*_: object) -> None:
+        raise RoundsError("no mean over items")
+
+    monkeypatch.setattr("kbit.experiments.rounds.make_sample", refuse)
+    sweep = Sweep(tmp_path, {})
+    outcome = Worker(str(tmp_path), "cpu").run(EXPERIMENTS[0], sweep.keys[3], {TASKS: 1})
+    assert outcome.error == "RoundsError: no mean over items"
+    plan = make_plan(EXPERIMENTS, tmp_path)
+    assert (plan.failed, plan.crashed, len(plan.to_run)) == (0, 1, 3)
 
 
 def test_what_is_finished_is_not_handed_out(tmp_path: Path) -> None:

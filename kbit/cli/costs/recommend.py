@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Final
 
+from kbit.cli.listing import note_stopped
+
 _SHOWN: Final = 10
 _SIZES: Final = ("gigabytes", "weights", "cache", "activations")
 _COLUMNS: Final = ["model", "variant", *_SIZES, "value", "low", "high", "difference", "chance"]
@@ -56,6 +58,7 @@ def recommend_model(options: argparse.Namespace) -> None:
     from kbit.store.readers import read_results
 
     results = read_results(options.results)
+    note_stopped(options.results)
     if options.where:
         results = select_rows(results, options.where)
         if results.empty:

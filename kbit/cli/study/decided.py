@@ -30,9 +30,27 @@ def make_rounds(plan: Plan, settings: RunConfig, store: Store, progress: Progres
 
 def _judge(plan: Plan, store: Store, until: UntilConfig, ended: int) -> Mapping[str, Mapping[str, int]]:
     """Return how far experiments are to be measured next, by key, after so many rounds."""
-    from kbit.analysis.statistics.stopping.looks import find_goals, look_at_store
+    from kbit.analysis.statistics.stopping.looks import find_goals
 
-    return find_goals(look_at_store(store.root, set(plan.keys.values()), until, ended), ended)
+    return find_goals(_look(plan, store, until, ended), ended)
+
+
+def _look(plan: Plan, store: Store, until: UntilConfig, rounds: int) -> list[Decision]:
+    """Return what is known after so many rounds: nothing if experiments failed and nothing competes without them.
+
+    Raises:
+        ValueError: see look_at_store, of a study without failures.
+    """
+    from kbit.analysis.statistics.stopping.looks import look_at_store
+    from kbit.store.readers import list_keys
+
+    keys = set(plan.keys.values())
+    try:
+        return look_at_store(store.root, keys, until, rounds)
+    except ValueError:
+        if keys & list_keys(store.root)[1]:  # whose table says more
+            return []
+        raise
 
 
 def describe_bounds(plan: Plan, estimator: Estimator, store_path: str) -> str:
@@ -47,14 +65,14 @@ def describe_bounds(plan: Plan, estimator: Estimator, store_path: str) -> str:
 
 def describe_study(plan: Plan, settings: RunConfig, store: Store, estimator: Estimator) -> Iterator[str]:
     """Yield lines: what is known, from how many items, and how much was measured."""
-    from kbit.analysis.statistics.stopping.looks import look_at_store
     from kbit.experiments.result import Result
     from kbit.store.filesystem import open_files
     from kbit.store.results import load_results
     from kbit.store.stopped.records import list_stopped, load_stopped
 
     keys = set(plan.keys.values())
-    decisions = look_at_store(store.root, keys, settings.study.until, LAST)
+    if not (decisions := _look(plan, store, settings.study.until, LAST)):
+        yield "nothing is known: without the experiments that failed nothing competes"
     yield from (decision.describe() for decision in decisions[:_SHOWN])
     if len(decisions) > _SHOWN:
         yield f"and {len(decisions) - _SHOWN} more verdicts: {_count(decisions)}"
@@ -63,7 +81,7 @@ def describe_study(plan: Plan, settings: RunConfig, store: Store, estimator: Est
     counts = [estimator.count_tokens(estimator.classify(experiment)) for experiment in plan.keys]
     whole = sum(count or 0 for count in counts)
     share = "" if None in counts or not whole else f" of about {format_count(whole)} ({spent / whole:.0%})"
-    yield f"{len(early)} of {len(keys)} experiments stopped early; {format_count(spent)} tokens were scored{share}"
+    yield f"{len(early)} of {len(keys)} experiments measured a part; {format_count(spent)} tokens were scored{share}"
     if early:
         yield "the same command with study.until.decided=false goes on to all items"
 

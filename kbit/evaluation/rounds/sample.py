@@ -13,6 +13,10 @@ from kbit.evaluation.measurement import TaskRecord
 from kbit.evaluation.rounds.order import LAST, Places, list_places
 
 
+class RoundsError(ValueError):
+    """An experiment cannot be measured in rounds, or cannot go on from earlier ones. Without them it is no failure."""
+
+
 @dataclass(frozen=True)
 class SampledPart:
     """How far a part of an evaluation was measured.
@@ -37,12 +41,14 @@ class Sample:
         done: the number of rounds of each part that were measured before.
         known: the values measured before, by task and metric, in the order of the items.
         tasks: the records of the tasks measured before, by name.
+        weights_hash: the hash of the weights that were measured before. "" is none.
     """
 
     goals: Mapping[str, int] = field(default_factory=dict)
     done: Mapping[str, int] = field(default_factory=dict)
     known: Mapping[tuple[str, str], NDArray[np.float64]] = field(default_factory=dict)
     tasks: Mapping[str, TaskRecord] = field(default_factory=dict)
+    weights_hash: str = ""
 
     @property
     def is_whole(self) -> bool:
@@ -69,12 +75,12 @@ class Sample:
             values: the values of the items of list_new by metric, none if there are no such items.
 
         Raises:
-            ValueError: the metrics are not those that were measured before.
+            RoundsError: the metrics are not those that were measured before.
         """
         before = {metric: known for (name, metric), known in self.known.items() if name == task}
         places = [list_places(total, self.done.get(part, 0)), self.list_new(part, total)]
         if before and values and before.keys() != values.keys():
-            raise ValueError(f"{task!r} now measures {sorted(values)}, and {sorted(before)} in earlier rounds")
+            raise RoundsError(f"{task!r} now measures {sorted(values)}, and {sorted(before)} in earlier rounds")
         order = np.argsort(np.concatenate(places))
         joined = {name: [*before.get(name, ()), *values.get(name, ())] for name in before or values}
         return {name: np.asarray(found, dtype=np.float64)[order].tolist() for name, found in joined.items()}

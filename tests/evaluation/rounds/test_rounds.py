@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kbit.evaluation.config import EvalConfig
 from kbit.evaluation.measurement import decode_items
 from kbit.evaluation.rounds.order import LAST, SHARES, TASKS, TEXT, list_places, order_items
-from kbit.evaluation.rounds.sample import Sample
+from kbit.evaluation.rounds.sample import RoundsError, Sample
 from kbit.evaluation.zero_shot import score_tasks
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result
@@ -107,10 +107,25 @@ def test_a_round_measures_what_the_whole_does_on_its_items(whole: Result, rounds
     assert take(rounds[1], "nano_held_out", "cross_entropy") == pytest.approx(losses, rel=1e-6)
 
 
-def test_other_weights_than_in_the_earlier_rounds_are_refused(rounds: list[Result]) -> None:
-    other = dataclasses.replace(rounds[1], weights_hash="another")
-    with pytest.raises(ValueError, match=r"other weights of nano-neox-98k int3 block 64.*without its files stopped/"):
-        join_costs(other, rounds[0])
+def test_other_weights_than_in_the_earlier_rounds_are_refused_before_they_are_measured(
+    session: Session, rounds: list[Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbit.experiments.session.MEASURES", [])  # nothing is measured: the error would be another
+    sample = make_sample(EXPERIMENT, {TASKS: 2, TEXT: 2}, dataclasses.replace(rounds[0], weights_hash="another"))
+    message = r"other weights of nano-neox-98k int3 block 64.*kbit results delete --where \"key == '0123'\""
+    monkeypatch.setattr("kbit.experiments.session.check_unchanged", lambda *_: {"eval": {}})
+    with pytest.raises(RoundsError, match=message):
+        session.run(EXPERIMENT, "0123", sample=sample)
+
+
+def test_a_result_says_all_that_measured_it(rounds: list[Result]) -> None:
+    first = dataclasses.replace(rounds[0], device="cuda", peak_memory_bytes=9**12, versions={"kbit": "0", "torch": "2"})
+    now = dataclasses.replace(rounds[1], device="cpu", peak_memory_bytes=1, versions={"kbit": "1", "torch": "2"})
+    joined = join_costs(now, first)
+    assert (joined.device, joined.versions) == ("cuda and cpu", {"kbit": "0 and 1", "torch": "2"})
+    assert joined.peak_memory_bytes == 9**12
+    assert join_costs(now, joined).device == "cuda and cpu"
+    assert joined.tokens == first.tokens + now.tokens
 
 
 def test_no_part_goes_back(rounds: list[Result]) -> None:

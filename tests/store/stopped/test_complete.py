@@ -140,9 +140,12 @@ def test_a_damaged_round_is_left_out_with_a_warning_and_measured_again(store: St
     path.write_text(path.read_text()[:100])
     with pytest.warns(DamagedRecordWarning, match=f"stopped/{key}-1.json is damaged"):
         assert store.find_stopped(key) is None
-    store.write(make_loss(2, losses[2], 1))
-    path.write_text("{}")  # the name of the round is the same: what is there is replaced by the next one
-    store.write(make_loss(2, losses[2], 2))
+    with pytest.warns(DamagedRecordWarning):
+        store.write(make_loss(2, losses[2], 1))
+    assert store.find_rounds(key) == (1,)
+    path.write_text("{}")
+    with pytest.warns(DamagedRecordWarning):
+        store.write(make_loss(2, losses[2], 2))
     assert store.find_rounds(key) == (2,)
 
 
