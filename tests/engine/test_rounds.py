@@ -129,8 +129,8 @@ def test_a_worker_measures_no_rounds_that_another_driver_has_measured(
     for goals in ({TASKS: 2, TEXT: 1}, {TASKS: 1}):
         assert worker.run(experiment, key, goals) == Outcome(experiment, "")
     assert tried == []
-    for goals in ({TASKS: 3}, {TEXT: 2}, None):
-        assert worker.run(experiment, key, goals).error == "why"
+    for further in ({TASKS: 3}, {TEXT: 2}, None):
+        assert worker.run(experiment, key, further).error == "why"
     assert len(tried) == 3
 
 
