@@ -96,8 +96,7 @@ def dispatch(
 
     Args:
         plan, rounds: the plan, and its rounds (None: one).
-        start_worker: a function that starts an actor with a method run(experiment, key, goals) -> Outcome.
-        count: the number of actors.
+        start_worker, count: starts an actor with run(experiment, key, goals) -> Outcome, and how many to start.
         store: the store, which gets the failure of an experiment whose actors died.
         cost: a function that returns the cost of an experiment (see Schedule).
     """
@@ -133,10 +132,8 @@ def dispatch(
                 continue
             yield Outcome(experiment, _record_death(plan.keys[experiment], experiment, error, store), working=working)
         if not waiting and not running:
-            waiting, tries = (
-                Schedule(rounds.start_next(), cost),
-                Counter(),
-            )  # a death a round is no crash
+            waiting = Schedule(rounds.start_next(), cost)
+            tries.clear()  # one death in each of two rounds is no crash
 
 
 def _check_started(error: Exception) -> None:

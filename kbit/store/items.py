@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kbit.evaluation.measurement import ItemValues, decode_items
-from kbit.store.damage import DamagedRecord, Source, set_aside
-from kbit.store.records import find_records, open_existing
-
-
-@dataclass(frozen=True)
-class _Items:
-    """The field of a Result that holds its items. It is missing in results from before items were kept."""
-
-    items: tuple[ItemValues, ...] = ()
+from kbit.store.damage import DamagedRecord, set_aside
+from kbit.store.records import find_records, open_existing, read_all_items
 
 
 def read_items(
@@ -58,16 +48,3 @@ def read_items_by_task(
         except DamagedRecord as error:
             set_aside(error)
     return found
-
-
-def read_all_items(source: Source, record: Mapping[str, Any]) -> dict[tuple[str, str], NDArray[np.float64]]:
-    """Return the value of each item of a record [n] by task and metric.
-
-    Raises:
-        DamagedRecord: they cannot be read.
-    """
-    items = source.read(_Items, record).items
-    try:
-        return {(own.task, own.metric): decode_items(own) for own in items}
-    except ValueError as error:
-        raise source.refuse(error) from error

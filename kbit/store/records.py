@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kbit.evaluation.measurement import ItemValues, decode_items
 from kbit.store.damage import DamagedRecord, Source, set_aside
 from kbit.store.filesystem import CannotOpenError, Files, open_files
 from kbit.store.parquet import read_keys, read_texts
 
 T = TypeVar("T")
 _READ_TRIES: Final = 8  # each compaction that ends in the middle of reading costs one
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The field of a Result that holds its items. It is missing in results from before items were kept."""
+
+    items: tuple[ItemValues, ...] = ()
 
 
 def open_existing(path: str | Path) -> Files:
@@ -166,3 +178,16 @@ def read_loose(files: Files, names: Collection[str]) -> dict[str, tuple[Source, 
         except CannotOpenError as error:
             set_aside(source.refuse(f"cannot be opened: {error.strerror}", is_foreign=True))
     return found
+
+
+def read_all_items(source: Source, record: Mapping[str, Any]) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Return the value of each item of a record [n] by task and metric.
+
+    Raises:
+        DamagedRecord: they cannot be read.
+    """
+    items = source.read(_Items, record).items
+    try:
+        return {(own.task, own.metric): decode_items(own) for own in items}
+    except ValueError as error:
+        raise source.refuse(error) from error

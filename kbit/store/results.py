@@ -17,8 +17,7 @@ from kbit.experiments.serialize import write_json
 from kbit.store import parquet
 from kbit.store.damage import DamagedRecord, DamagedRecordWarning, Source, set_aside
 from kbit.store.filesystem import Files
-from kbit.store.items import read_all_items
-from kbit.store.records import find_records, list_deleted, open_existing, read_as, read_loose, retry
+from kbit.store.records import find_records, list_deleted, open_existing, read_all_items, read_as, read_loose, retry
 from kbit.store.rows import PART_SCHEMA, ROW_SCHEMA, make_row
 from kbit.store.stopped.records import check_stopped
 

@@ -16,7 +16,6 @@ from kbit.evaluation.rounds.order import TEXT, list_places
 from kbit.evaluation.rounds.sample import WHOLE, Sample
 from kbit.experiments.config import Experiment
 from kbit.experiments.result import Result
-from kbit.models.size import find_size
 from kbit.store.readers import list_keys
 from kbit.store.store import Store
 
@@ -45,10 +44,9 @@ class Session:
         if (model, bits, rounds) in fails:
             raise ValueError("it fails here")
         losses = self._chance[MODELS.index(model), bits][list_places(WINDOWS, rounds)].tolist()
-        size = find_size(model)
-        assert size is not None
         return dataclasses.replace(
-            make_result(0), key=key, experiment=experiment, family="nano-gpt2", total_bits=size.parameters * bits,
+            make_result(0), key=key, experiment=experiment, family="nano-gpt2",
+            total_bits=4 ** MODELS.index(model) * 10**6 * bits,
             measurements=(measure_mean(NAME, "cross_entropy", losses),),
             items=(encode_items(NAME, "cross_entropy", losses, exactly=True),),
             sampled=sample.describe(TEXT, {NAME: WINDOWS}),

@@ -218,7 +218,7 @@ def test_an_accuracy_is_the_mean_of_its_items() -> None:
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [({"encoding": "float64"}, "'float64' is not bits or float32"), ({"n": 99}, "1 bytes do not hold 99 items")],
+    [({"encoding": "float16"}, "'float16' is not bits or a float's"), ({"n": 99}, "1 bytes do not hold 99 items")],
 )
 def test_damaged_items_are_an_error(change: dict[str, Any], why: str) -> None:
     items = encode_items("t", "acc", [1.0, 0.0])

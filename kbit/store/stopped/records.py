@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from kbit.evaluation.rounds.order import LAST, PARTS
 from kbit.store.damage import DamagedRecord, Source, set_aside
 from kbit.store.filesystem import CannotOpenError, Files
-from kbit.store.items import read_all_items
-from kbit.store.records import list_finished, retry
+from kbit.store.records import list_finished, read_all_items, retry
 
 if TYPE_CHECKING:
     from kbit.experiments.result import Result

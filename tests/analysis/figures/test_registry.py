@@ -93,7 +93,16 @@ def test_every_figure_is_drawn_readable_and_judged(
         "features",
         *("activations_map", "cache_bits", "rotation", "bit_laws"),
         *("cost_accuracy", "cost_loss", "time_per_token", "time_by_bits"),
-        *("qat", "qlora", "training_curves", "optimizer_ablation", "states", "fast_precision", "exchange"),
+        *(
+            "qat",
+            "qlora",
+            "training_curves",
+            "optimizer_ablation",
+            "states",
+            "fast_precision",
+            "exchange",
+            "training_law",
+        ),
     ):  # not in the planted store: tested by themselves
         with pytest.raises(MissingResults, match=f"{name} needs"):
             FIGURES[name](planted)

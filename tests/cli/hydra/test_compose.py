@@ -166,7 +166,7 @@ def test_a_malformed_study_is_refused(composer: Composer, override: str, message
 
 def test_a_study_cannot_unite_itself() -> None:
     """As a file that names itself would; the studies that ship do not."""
-    study = {"grids": [], "exclude": [], "unite": ["mine"]}
+    study = {"grids": [], "exclude": [], "unite": ["mine"], "until": {"decided": False}}
     with pytest.raises(ValueError, match="'mine' unites itself, by way of all > mine"):
         check_union(study, ("all", "mine"))
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kbit.checks import KbitError
-from kbit.methods.allocation import programme
 from kbit.methods.allocation.programme import choose_least_loss
 
 UNITS, CHOICES = 8, 4
@@ -46,7 +45,7 @@ def test_equal_losses_still_keep_the_budget(losses: np.ndarray) -> None:
 
 def test_an_unsolved_programme_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        programme, "milp", lambda *_, **__: SimpleNamespace(status=1, message="Time limit reached.", x=None)
+        "scipy.optimize.milp", lambda *_, **__: SimpleNamespace(status=1, message="Time limit reached.", x=None)
     )
     with pytest.raises(KbitError, match=r"of 1 units and 2 choices was not solved: Time limit reached\. Fewer"):
         choose_least_loss(np.array([[0.0, 1.0]]), np.array([[3, 2]]), 3)
