@@ -89,4 +89,6 @@ def describe_study(plan: Plan, settings: RunConfig, store: Store, estimator: Est
 def _count(decisions: list[Decision]) -> str:
     known = sum(decision.standing.is_known and not decision.standing.given_up for decision in decisions)
     given_up = sum(decision.standing.given_up for decision in decisions)
-    return f"{known} of {len(decisions)} are known early, {given_up} given up, the others from all items"
+    lost = sum(bool(decision.standing.lost) for decision in decisions)
+    failed = f", {lost} not known, as experiments failed" if lost else ""
+    return f"{known} of {len(decisions)} are known early, {given_up} given up{failed}, the others from all items"
