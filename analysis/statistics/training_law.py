@@ -69,16 +69,7 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
             models have the higher loss, which the law cannot say.
     """
     roles = [role for role in LAW_ROLES if np.isfinite(points[role]).any()]
-    exact = points[~np.isfinite(points[roles]).any(axis=1)].groupby("parameters")["value"].mean()
-    count = len(roles) + 3
-    if not roles:
-        raise TooFewPoints("no role has few bits in these trainings")
-    if len(exact) < 2:
-        raise TooFewPoints(f"it takes trainings without quantized roles of two sizes, and there are {len(exact)}")
-    if len(points) < count + MIN_SPARE:
-        raise TooFewPoints(f"{len(roles)} roles have {count} parameters, which {len(points)} trainings cannot tell")
-    if exact.iloc[-1] >= exact.iloc[0]:
-        raise TooFewPoints("the largest model does not have the lowest loss: it was trained too shortly for a law")
+    _check_points(points, roles)
     y, terms = points["value"].to_numpy(dtype=np.float64), make_terms("effective", points, roles)
 
     def solve(theta: Floats) -> tuple[Floats, Floats]:
@@ -97,6 +88,23 @@ def fit_seed(points: pd.DataFrame) -> TrainingLaw:
     floor, scale = solve(best)[1]
     decays = dict(zip(roles, np.exp(best[1:]).tolist(), strict=True))
     return TrainingLaw(float(floor), float(scale), float(np.exp(best[0])), decays)
+
+
+def _check_points(points: pd.DataFrame, roles: Sequence[str]) -> None:
+    """Raise TooFewPoints if trainings cannot tell the parameters of the law of these roles, see fit_seed."""
+    exact = points[~np.isfinite(points[list(roles)]).any(axis=1)].groupby("parameters")["value"].mean()
+    count = len(roles) + 3
+    if not roles:
+        raise TooFewPoints("no role has few bits in these trainings")
+    if len(exact) < 2:
+        raise TooFewPoints(f"it takes trainings without quantized roles of two sizes, and there are {len(exact)}")
+    if len(points) < count + MIN_SPARE:
+        raise TooFewPoints(f"{len(roles)} roles have {count} parameters, which {len(points)} trainings cannot tell")
+    if exact.iloc[-1] >= exact.iloc[0]:
+        raise TooFewPoints(
+            f"the largest model ends at {exact.iloc[-1]:.4f} nats and the smallest at {exact.iloc[0]:.4f}: they were "
+            "trained too shortly for a law"
+        )
 
 
 def fit_seeds(points: pd.DataFrame) -> dict[int, TrainingLaw]:

@@ -29,6 +29,10 @@ _DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
     "generate_until": ("exact_match",),
 }
 _MODE: Final = "study.until.decided=true"
+_OF_A_POINT: Final = ("bits", "exponent_bits", "float_bias", "seed")  # in which the precisions of a variant may differ
+NO_CONTEST: Final = (
+    "nothing competes. A contest needs two curves (precisions, data types) of one family, each of two sizes or more"
+)
 
 
 def check_decidable(configs: Sequence[RunConfig]) -> None:
@@ -151,10 +155,7 @@ def _check_contests(experiments: Sequence[Experiment], until: UntilConfig) -> No
         }
         if any(competing[claim] for claim in until.claims):
             return
-    raise ValueError(
-        f"{_MODE}: study.until.claims=[{','.join(until.claims)}]: nothing competes. A contest needs two curves "
-        "(precisions, data types) of one family, each of two sizes or more"
-    )
+    raise ValueError(f"{_MODE}: study.until.claims=[{','.join(until.claims)}]: {NO_CONTEST}")
 
 
 def _group_families(experiments: Sequence[Experiment]) -> dict[str, list[Experiment]]:
@@ -169,6 +170,3 @@ def _name_variant(experiment: Experiment) -> str:
     if experiment.quant.bits == BASELINE_BITS:
         return ""
     return str({name: value for name, value in vars(experiment.quant).items() if name not in _OF_A_POINT})
-
-
-_OF_A_POINT: Final = ("bits", "exponent_bits", "float_bias", "seed")

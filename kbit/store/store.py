@@ -149,10 +149,6 @@ class Store:
         """Return the keys of experiments that have measured a part of their items."""
         return set(list_stopped(self._files))
 
-    def find_rounds(self, key: str) -> tuple[int, ...] | None:
-        """Return the rounds that each part of an experiment has been measured in, see list_rounds."""
-        return None if self.has(key) else self.list_rounds([key]).get(key)
-
     def list_rounds(self, keys: Collection[str]) -> dict[str, tuple[int, ...]]:
         """Return the rounds that each part of these experiments has been measured in, by key.
 

@@ -64,7 +64,8 @@ class Sweep:
         for experiment in started:
             goals = self.rounds.find_goals(experiment)
             assert goals is not None
-            done = self.store.find_rounds(self.keys[experiment.quant.bits]) or (0, 0)
+            key = self.keys[experiment.quant.bits]
+            done = self.store.list_rounds([key]).get(key, (0, 0))
             self.measure(experiment.quant.bits, max(goals.get(TASKS, 0), done[0]), max(goals.get(TEXT, 0), done[1]))
         return sorted(experiment.quant.bits for experiment in started)
 
@@ -77,7 +78,8 @@ def test_each_round_goes_on_with_those_that_matter(tmp_path: Path) -> None:
     assert [sweep.start_next() for _ in range(5)] == [[3, 4, 5], [3, 4], [4], [4], []]
     assert sweep.asked == [1, 2, 3]
     assert sweep.said[1] == "round 2 of 4, a quarter of the items: 2 of 3 experiments"
-    assert [sweep.store.find_rounds(sweep.keys[bits]) for bits in BITS] == [(2, 1), (4, 2), (1, 1)]
+    rounds = sweep.store.list_rounds(sweep.keys.values())
+    assert [rounds[sweep.keys[bits]] for bits in BITS] == [(2, 1), (4, 2), (1, 1)]
 
 
 def test_after_a_kill_the_same_rounds_are_looked_at_and_nothing_is_measured_twice(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ class Actor:
         self._sweep = sweep
 
     def remote(self, experiment: Experiment, key: str, goals: Mapping[str, int]) -> Outcome:
-        done = self._sweep.store.find_rounds(key) or (0, 0)
+        done = self._sweep.store.list_rounds([key]).get(key, (0, 0))
         rounds = [max(goals.get(part, 0), before) for part, before in zip((TASKS, TEXT), done, strict=True)]
         self._sweep.measure(experiment.quant.bits, *rounds)
         return Outcome(experiment, "")
@@ -192,7 +194,8 @@ def test_workers_of_ray_go_through_the_same_rounds(tmp_path: Path, monkeypatch: 
     outcomes = list(dispatch(sweep.plan, lambda: Actor(sweep), 2, sweep.store, rounds=sweep.rounds))
     bits = [outcome.experiment.quant.bits for outcome in outcomes]
     assert [sorted(bits[:3]), sorted(bits[3:5]), bits[5:]] == [[3, 4, 5], [3, 4], [4, 4]]
-    assert [sweep.store.find_rounds(sweep.keys[bits]) for bits in BITS] == [(2, 1), (4, 2), (1, 1)]
+    rounds = sweep.store.list_rounds(sweep.keys.values())
+    assert [rounds[sweep.keys[bits]] for bits in BITS] == [(2, 1), (4, 2), (1, 1)]
 
 
 def make_configs(**fields: Any) -> list[RunConfig]:

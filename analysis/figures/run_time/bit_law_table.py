@@ -65,7 +65,25 @@ def draw_bit_laws(results: pd.DataFrame) -> PaperFigure:
         needs += "for several sizes of one family, and at 16 bits"
         raise MissingResults(describe_lack("bit_laws", needs, ("nano/activations", "nano/kv_cache", "nano/shares")))
     fitted = data[data["rmse"].notna()]
-    shown = pd.DataFrame(
+    shown = write_table(fitted)
+    fig = draw_table(shown, "Laws of what rounding adds to the cross entropy")
+    note = (
+        "effective added: A N^-a (prod f^-a - prod f(16)^-a) with f = 1 - exp(-k / g) for the bits k of each thing "
+        "(Kumar et al. 2024). separate: the sum of C N^-b exp(-k / g) over what is rounded. mixed: C N^-b Q^q "
+        "(log2 G)^c of the share Q of all parameters that is quantized, in blocks of G (after arXiv 2410.06722). A "
+        f"point counts with its standard error, but with {FLOOR:.0%} of its value at least. typical error: the median "
+        "of |residual| / value. naive: as the next smaller model. Rotated models are left out."
+    )
+    reasons = dict.fromkeys(data.loc[data["rmse"].isna(), "reason"])
+    left = f"Not fitted: {'; '.join(map(str, reasons))}." if reasons else ""
+    sample = describe_sample(results, fitted["keys"], measure)
+    notes = tuple(line for line in (note, left, f"{sample} {LIMIT_OF_MODELS}") if line)
+    return PaperFigure("bit_laws", fig, data, CLAIM, judge(fitted), notes, table=shown)
+
+
+def write_table(fitted: pd.DataFrame) -> pd.DataFrame:
+    """Return the table that is drawn, in words."""
+    return pd.DataFrame(
         {
             "family": fitted["family"],
             "law": fitted["law"],
@@ -80,19 +98,6 @@ def draw_bit_laws(results: pd.DataFrame) -> PaperFigure:
             "parameters (95% intervals)": fitted["parameters"],
         }
     )
-    fig = draw_table(shown, "Laws of what rounding adds to the cross entropy")
-    note = (
-        "effective added: A N^-a (prod f^-a - prod f(16)^-a) with f = 1 - exp(-k / g) for the bits k of each thing "
-        "(Kumar et al. 2024). separate: the sum of C N^-b exp(-k / g) over what is rounded. mixed: C N^-b Q^q "
-        "(log2 G)^c of the share Q of all parameters that is quantized, in blocks of G (after arXiv 2410.06722). A "
-        f"point counts with its standard error, but with {FLOOR:.0%} of its value at least. typical error: the median "
-        "of |residual| / value. naive: as the next smaller model. Rotated models are left out."
-    )
-    reasons = dict.fromkeys(data.loc[data["rmse"].isna(), "reason"])
-    left = f"Not fitted: {'; '.join(map(str, reasons))}." if reasons else ""
-    sample = describe_sample(results, fitted["keys"], measure)
-    notes = tuple(line for line in (note, left, f"{sample} {LIMIT_OF_MODELS}") if line)
-    return PaperFigure("bit_laws", fig, data, CLAIM, judge(fitted), notes, table=shown)
 
 
 def collect_points(lost: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -219,10 +224,11 @@ def judge(fitted: pd.DataFrame) -> str:
         return f"Not tested: no family has both laws of bits.{shares}"
     closer = int((wide[LAWS[0]] < wide[LAWS[1]]).sum())
     means = (f"{wide[law].mean():.0%}" for law in LAWS)
+    richer = ", separate losses with more parameters" if fitted["things"].str.contains(",").any() else ""
     return (
         f"Effective parameters leave smaller typical errors than separate losses in {closer} of {len(wide)} families "
-        f"({' against '.join(means)} on average), of points that both were fitted to, separate losses with more "
-        f"parameters.{judge_unseen(fitted)}{shares}"
+        f"({' against '.join(means)} on average), of points that both were fitted to{richer}."
+        f"{judge_unseen(fitted)}{shares}"
     )
 
 

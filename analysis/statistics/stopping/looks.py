@@ -13,6 +13,7 @@ from kbit.analysis.statistics.stopping.contests import Question, list_questions
 from kbit.analysis.statistics.stopping.sequential import UNDECIDED, Standing, judge_whole, look, name_best
 from kbit.evaluation.rounds.order import LAST, TASKS, TEXT, WORDS, list_places
 from kbit.experiments.config import UntilConfig
+from kbit.experiments.decidable import NO_CONTEST
 from kbit.store.readers import read_results
 from kbit.store.stopped.complete import read_measured
 
@@ -75,8 +76,8 @@ def look_at_store(path: str, keys: Collection[str], until: UntilConfig, rounds: 
     ]
     if not asked:
         raise ValueError(
-            f"study.until.decided=true: {', '.join(until.claims)}: nothing competes. A contest needs two curves "
-            "(precisions, data types) of one family, each of two sizes or more, that share a range of total bits"
+            f"study.until.decided=true: study.until.claims=[{','.join(until.claims)}]: {NO_CONTEST}, "
+            "that share a range of total bits"
         )
     return decide(asked, read_measured(path, keys), rounds)
 

@@ -62,8 +62,10 @@ def find_names(files: Files, keys: Collection[str]) -> list[str]:
 
 def list_stopped(files: Files) -> dict[str, str]:
     """Return the name of the file of each experiment that is not finished, by key."""
+    if not (names := list_names(files)):  # as in most stores, whose finished experiments may be thousands
+        return {}
     finished = retry(files, lambda: list_finished(files, {}))
-    return {key: name for name in list_names(files) if (key := find_key(name)) not in finished}
+    return {key: name for name in names if (key := find_key(name)) not in finished}
 
 
 def load_stopped(files: Files, keys: Collection[str], kind: type[T]) -> dict[str, T]:

@@ -117,12 +117,12 @@ def test_what_was_measured_is_read_with_its_places(store: Store, losses: Floats)
 
 def test_a_later_round_takes_the_place_of_an_earlier_one_and_a_result_that_of_all(store: Store, losses: Floats) -> None:
     key = make_result(2).key
-    assert (store.find_rounds(key), store.stopped_keys()) == ((1,), {make_result(1).key, key})
+    assert (store.list_rounds([key]), store.stopped_keys()) == ({key: (1,)}, {make_result(1).key, key})
     store.write(make_loss(2, losses[2], 2))
-    assert store.find_rounds(key) == (2,)
+    assert store.list_rounds([key]) == {key: (2,)}
     assert len(list((store.path / "stopped").glob(f"{key}*"))) == 1
     store.write(make_loss(2, losses[2]))
-    assert (store.find_rounds(key), store.find_stopped(key)) == (None, None)
+    assert (store.list_rounds([key]), store.find_stopped(key)) == ({}, None)
     assert key in store.finished_keys()
 
 
@@ -142,11 +142,11 @@ def test_a_damaged_round_is_left_out_with_a_warning_and_measured_again(store: St
         assert store.find_stopped(key) is None
     with pytest.warns(DamagedRecordWarning):
         store.write(make_loss(2, losses[2], 1))
-    assert store.find_rounds(key) == (1,)
+    assert store.list_rounds([key]) == {key: (1,)}
     path.write_text("{}")
     with pytest.warns(DamagedRecordWarning):
         store.write(make_loss(2, losses[2], 2))
-    assert store.find_rounds(key) == (2,)
+    assert store.list_rounds([key]) == {key: (2,)}
 
 
 def test_a_record_without_rounds_is_as_before(tmp_path: Path, losses: Floats) -> None:

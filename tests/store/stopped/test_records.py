@@ -79,14 +79,14 @@ def test_what_cannot_be_read_is_no_round_and_is_found_and_replaced(tmp_path: Pat
     data = make_round(0, 1).items[0].data
     path.write_text(path.read_text().replace(f'"{data}"', '"?"') if content == "damaged items" else content)
     with pytest.warns(DamagedRecordWarning, match=f"stopped/{key}-1.json is damaged"):
-        assert store.find_rounds(key) is None
+        assert store.list_rounds([key]) == {}
     with pytest.warns(DamagedRecordWarning):
         assert store.list_rounds([key]) == {}
     [damaged] = find_damaged(store.path)
     assert damaged.name == f"stopped/{key}-1.json"
     with pytest.warns(DamagedRecordWarning):
         store.write(make_round(0, 1))
-    assert store.find_rounds(key) == (1,)
+    assert store.list_rounds([key]) == {key: (1,)}
     path.write_text("{}")
     assert store.delete_damaged(find_damaged(store.path)) == 1
     assert list_files(store) == []
@@ -132,7 +132,7 @@ def test_writing_lists_no_folder_of_rounds(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(files, "names", list_others)
     store.write(make_round(0, 1, 1))
     store.write(make_round(0, 2, 1))
-    assert store.find_rounds(make_result(0).key) == (2, 1)
+    assert store.list_rounds([make_result(0).key]).get(make_result(0).key) == (2, 1)
     store.write(make_result(0))
     assert list_files(store) == []
 
