@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.curves import Floats
-from kbit.analysis.statistics.stopping.contests import Question, list_questions
-from kbit.analysis.statistics.stopping.looks import Scores, decide, find_goals, take_scores
+from kbit.analysis.statistics.stopping.contests import Question
+from kbit.analysis.statistics.stopping.looks import Scores, decide, find_goals, list_asked, take_scores
 from kbit.analysis.statistics.stopping.sequential import UNDECIDED, Contest, Standing, judge_whole, look, name_best
 from kbit.analysis.statistics.verdicts import tabulate_verdicts
 from kbit.evaluation.measurement import ItemValues, decode_items, encode_items, mean_accuracy, measure_mean
@@ -143,11 +143,7 @@ def replay(path: str, until: UntilConfig) -> dict[str, Any]:
     results = {result.key: result for result in load_results(path)}
     assert not any(result.sampled for result in results.values()), "a study in full is needed"
     done = {key: dict.fromkeys(list_parts(result.experiment), 1) for key, result in results.items()}
-    questions = [
-        question
-        for question in list_questions(read_results(path), until.claims)
-        if not until.metrics or question.measure.metric in until.metrics
-    ]
+    questions = list_asked(read_results(path), until)
     scores = read_measured(path, results.keys())
     by_round = []
     for rounds in range(1, LAST):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from kbit.cli.hydra.compose import Request
+    from kbit.engine.estimate import Estimator
     from kbit.engine.outcome import Outcome
     from kbit.engine.plan import Plan
     from kbit.engine.progress import Progress
@@ -97,15 +98,7 @@ def run_request(request: Request) -> None:
     print(plan.describe())
     estimator, expected = Estimator(settings.device), ""
     if plan.to_run and (request.plan_only or len(request.configs) > 1):
-        workers, start = _predict_workers(plan, settings, request.engine, estimator.predict_memory(plan.to_run))
-        estimator.learn_stored(settings.results, plan.to_run, _count_threads(settings, request.engine))
-        print(estimator.describe(plan.to_run, workers, start))
-        if settings.study.until.decided:
-            from kbit.cli.study.decided import describe_bounds
-
-            print(describe_bounds(plan, estimator, settings.results))
-        left = Counter(map(estimator.classify, plan.to_run))
-        expected = estimator.predict_time(left, workers or 1, start=start)
+        expected = _estimate(plan, settings, request.engine, estimator)
     if store is None:
         return
     until_decided, still_open = settings.study.until.decided, set[str]()
@@ -121,6 +114,18 @@ def run_request(request: Request) -> None:
         print("\n".join(describe_study(plan, settings, store, estimator)))
     if missing:
         raise KbitError(missing)
+
+
+def _estimate(plan: Plan, settings: RunConfig, engine: str, estimator: Estimator) -> str:
+    """Print what a plan will take, and return how long."""
+    workers, start = _predict_workers(plan, settings, engine, estimator.predict_memory(plan.to_run))
+    estimator.learn_stored(settings.results, plan.to_run, _count_threads(settings, engine))
+    print(estimator.describe(plan.to_run, workers, start))
+    if settings.study.until.decided:
+        from kbit.cli.study.decided import describe_bounds
+
+        print(describe_bounds(plan, estimator, settings.results))
+    return estimator.predict_time(Counter(map(estimator.classify, plan.to_run)), workers or 1, start=start)
 
 
 def _list_notes(request: Request) -> Iterator[str]:

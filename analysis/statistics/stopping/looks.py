@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from kbit.analysis.curves.curves import ZERO_SHOT, Floats
 from kbit.analysis.statistics.stopping.contests import Question, list_questions
@@ -69,17 +70,19 @@ def look_at_store(path: str, keys: Collection[str], until: UntilConfig, rounds: 
     """
     results = read_results(path, stopped=True)
     results = results[results["key"].isin(keys)]
-    asked = [
-        question
-        for question in list_questions(results, until.claims)
-        if not until.metrics or question.measure.metric in until.metrics
-    ]
+    asked = list_asked(results, until)
     if not asked:
         raise ValueError(
             f"study.until.decided=true: study.until.claims=[{','.join(until.claims)}]: {NO_CONTEST}, "
             "that share a range of total bits"
         )
     return decide(asked, read_measured(path, keys), rounds)
+
+
+def list_asked(results: pd.DataFrame, until: UntilConfig) -> list[Question]:
+    """Return the contests of a table of results whose verdicts are waited for."""
+    questions = list_questions(results, until.claims)
+    return [question for question in questions if not until.metrics or question.measure.metric in until.metrics]
 
 
 def decide(questions: list[Question], scores: Mapping[str, Scores], rounds: int) -> list[Decision]:
