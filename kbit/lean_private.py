@@ -6,7 +6,8 @@ optimizers for losses of object detection, coverage, and Amazon's client. The li
 file answers their questions whether such a package is there with no, and reads each of transformers' model files once
 instead of twice. What an experiment computes does not change: none of the parts takes part in it.
 
-transformers keeps these answers for the rest of the process, so that only processes of the command line ask for this.
+transformers keeps these answers for the rest of the process, so that only processes of the command line ask for
+import_lean. What loaded_lean leaves out of one load holds for any process.
 Where another version of a library has no such question, its import takes as long as it would without this file.
 """
 
@@ -45,10 +46,28 @@ def import_lean() -> None:
         # Each function remembers its answer. That of distributed tensors must stay: it is asked before each of them is.
         with replaced(torch.distributed, is_available=lambda: False):
             getattr(utils, "is_torch_distributed_available", bool)()
-        with _scipy_denied(utils), _dynamo_replaced(torch):
+        with _scipy_denied(utils), _compiler_replaced():
             for name in ("modeling_utils", "generation.utils"):  # which every model imports
                 importlib.import_module(f"transformers.{name}")
         gc.freeze()  # these modules stay, so that no later collection needs to look at them
+
+
+@contextmanager
+def loaded_lean() -> Iterator[None]:
+    """Let transformers make a model on the meta device without torch's compiler and sympy, 2 to 3 s of CPU.
+
+    On that device torch fills embeddings and counts positions by Python functions, which import them at their first
+    call. An embedding has nothing to fill there. Models with rotary positions still import sympy, but no compiler.
+    """
+    from torch.nn import init
+
+    fill = init.normal_
+
+    def fill_real(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        return tensor if tensor.is_meta else fill(tensor, *arguments, **options)
+
+    with replaced(init, normal_=fill_real), _compiler_replaced():
+        yield
 
 
 @contextmanager
@@ -66,11 +85,13 @@ def _scipy_denied(utils: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _dynamo_replaced(torch: ModuleType) -> Iterator[None]:
+def _compiler_replaced() -> Iterator[None]:
     """Let modules import torch's compiler, which nothing here calls, without all that belongs to it."""
     if _DYNAMO in sys.modules:
         yield
         return
+    import torch
+
     sys.modules[_DYNAMO] = package = _Dynamo(_DYNAMO)
     package.__path__ = [str(Path(torch.__path__[0]) / "_dynamo")]  # its own modules are the real ones
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.api.task
+import lm_eval.utils
 import tqdm
 from lm_eval.tasks._index import Entry as Entry
 from lm_eval.tasks._index import Kind as Kind
@@ -34,6 +35,13 @@ def apply_filters(task: Any, instances: list[Any]) -> None:
 def hide_progress() -> None:
     """Turn off the progress bar of lm-eval's rendering of prompts, which has no switch."""
     lm_eval.api.task.tqdm = functools.partial(tqdm.tqdm, disable=True)
+
+
+def compile_templates_once() -> None:
+    """Let lm-eval remember the templates that it has compiled. By itself it compiles one anew for each item's prompt."""
+    environment: Any = lm_eval.utils.env
+    if not hasattr(environment.from_string, "cache_info"):
+        environment.from_string = functools.lru_cache(maxsize=1024)(environment.from_string)
 
 
 def add_tasks(define: Callable[[], dict[str, dict[str, Any]]]) -> None:

@@ -28,7 +28,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from kbit.data.data_files import find_files
-from kbit.data.lm_eval_private import Entry, hide_progress, read_definition
+from kbit.data.lm_eval_private import Entry, compile_templates_once, hide_progress, read_definition
 from kbit.data.task_data import TaskData
 from kbit.data.task_files import (
     EMBEDDED_TASKS,
@@ -90,6 +90,7 @@ def load_tasks(names: Sequence[str], task_path: str | None = None) -> list[Loade
         FileNotFoundError: data is missing. The message has the path or data set looked for.
     """
     hide_progress()
+    compile_templates_once()
     local = find_local_tasks(task_path)
     groups = LocalGroups(find_local_groups(task_path), find_local_tags(task_path), set(local), _read_index)
     unknown = [name for name in names if name not in local and name not in groups.paths and name not in groups.tags]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kbit.checks import check_choice
+from kbit.lean_private import loaded_lean
 from kbit.models.adapters import merge_adapter
 from kbit.models.catalog import locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import QuantizedError, check_configuration, check_folder, check_model, is_harmless
@@ -152,9 +153,10 @@ def _read_model(source: Source) -> tuple[PreTrainedModel, str]:
     try:
         config = AutoConfig.from_pretrained(location, **source.options)
         check_configuration(config.to_dict(), source.where)
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", use_safetensors=True, output_loading_info=True, **source.options
-        )
+        with loaded_lean():
+            loading: Any = AutoModelForCausalLM.from_pretrained(
+                location, dtype="auto", use_safetensors=True, output_loading_info=True, **source.options
+            )
     except QuantizedError:
         raise
     except Exception as error:  # safetensors, tokenizers and transformers each raise errors of their own types here

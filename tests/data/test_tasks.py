@@ -363,3 +363,11 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"a": "x\u2028y\u0085z"}\r\n\n{"a": "last"}', encoding="utf-8")  # both allowed inside JSON strings
     assert parse_json_lines(read_bytes(path), path) == [{"a": "x\u2028y\u0085z"}, {"a": "last"}]
+
+
+def test_a_template_is_compiled_once_for_all_items() -> None:
+    """lm-eval compiles its templates anew for each item, which takes longer than to fill them in."""
+    load_tasks(["nano_swap"])
+    compiled = lm_eval.utils.env.from_string
+    assert compiled("{{a}} once") is compiled("{{a}} once")
+    assert compiled("{{a}} once").render(a=1) == "1 once" and compiled("{{a}} twice").render(a=2) == "2 twice"

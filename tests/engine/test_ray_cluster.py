@@ -77,8 +77,10 @@ def test_a_worker_imports_and_uses_no_more_than_it_should(cluster: Any) -> None:
         from kbit.lean_private import UNUSED
 
         Worker("memory://imports", "cpu", 1)
-        importlib.import_module("transformers.models.gpt_neox.modeling_gpt_neox")  # which its first experiment needs
+        importlib.import_module("kbit.models.loading").load_model("nano-opt-98k")  # as its first experiment does
         found = [name for name in UNUSED if name in sys.modules]
+        importlib.import_module("kbit.models.loading").load_model("nano-neox-98k")  # whose rotary positions need sympy
+        found += [name for name in UNUSED if name in sys.modules and name != "sympy"]
         return [*found], torch.get_num_threads(), vars(numba.config)["NUMBA_NUM_THREADS"], gc.isenabled()
 
     assert cluster.get(cluster.remote(ask).options(num_cpus=1).remote()) == ([], 1, 1, True)
