@@ -38,7 +38,7 @@ def hide_progress() -> None:
 
 
 def compile_templates_once() -> None:
-    """Let lm-eval remember the templates that it has compiled. By itself it compiles one anew for each item's prompt."""
+    """Let lm-eval remember the templates that it has compiled. By itself it compiles one for each prompt."""
     environment: Any = lm_eval.utils.env
     if not hasattr(environment.from_string, "cache_info"):
         environment.from_string = functools.lru_cache(maxsize=1024)(environment.from_string)

@@ -15,10 +15,11 @@ from kbit.data.data_files import check_files
 from kbit.data.task_files import EMBEDDED_TASKS, expand_names, find_local_tasks, list_task_files, read_plainly
 from kbit.data.texts import locate_text, read_documents
 from kbit.experiments.config import Experiment
+from kbit.layers.run_time.residual_types import check_residual
 from kbit.models.catalog import STUDIED, locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
 from kbit.models.config import MAX_WINDOW, ModelConfig
-from kbit.models.size import find_cached_folder, find_context, find_packed, find_size, is_of_other_tool
+from kbit.models.size import find_cached_folder, find_context, find_model_type, find_packed, find_size, is_of_other_tool
 from kbit.training.held_out import count_needed
 
 # No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
@@ -95,6 +96,15 @@ def check_packing(experiment: Experiment, gpus: float | None = None) -> None:
     for key, value in asked.items():
         if value is not None:
             raise ValueError(f"{key}={value}: packed=true reads plain safetensors onto one device")
+
+
+def check_rotation(experiment: Experiment) -> None:
+    """Raise ValueError if a model's residual stream would be rotated, and its type does not allow it."""
+    name = experiment.model.name
+    if experiment.quant.rotation_words and experiment.quant.rotation == "residual":
+        model_type = find_model_type(name)
+        if model_type is not None:  # otherwise it is known once the model is downloaded
+            check_residual(model_type, name)
 
 
 def describe_packed(name: str) -> str:

@@ -112,6 +112,12 @@ def find_context(name: str) -> int | None:
     return _first(config, *CONTEXT_FIELDS)
 
 
+def find_model_type(name: str) -> str | None:
+    """Return the type of a model that its configuration names, such as llama, or None if none is here."""
+    folder = _find_folder(name)
+    return read_json(folder / "config.json").get("model_type") if folder else None
+
+
 def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's files in the hub's cache, if they are there."""
     from huggingface_hub import try_to_load_from_cache  # takes time that models in folders need not wait for

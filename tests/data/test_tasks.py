@@ -370,4 +370,5 @@ def test_a_template_is_compiled_once_for_all_items() -> None:
     load_tasks(["nano_swap"])
     compiled = lm_eval.utils.env.from_string
     assert compiled("{{a}} once") is compiled("{{a}} once")
-    assert compiled("{{a}} once").render(a=1) == "1 once" and compiled("{{a}} twice").render(a=2) == "2 twice"
+    assert compiled("{{a}} once").render(a=1) == "1 once"
+    assert compiled("{{a}} twice").render(a=2) == "2 twice"

@@ -111,3 +111,17 @@ def test_the_16_bit_model_of_a_packed_study_is_planned(tmp_path: Path) -> None:
         RunConfig(quant=QuantConfig(bits=bits), packed=True, eval=evaluation, results=str(tmp_path)) for bits in (16, 4)
     ]
     assert len(plan_sweep(configs, "process", plan_only=True).to_run) == 2
+
+
+def test_a_rotation_that_an_architecture_does_not_allow_is_refused_before_the_first_job(tmp_path: Path) -> None:
+    evaluation = EvalConfig(tasks=(), perplexity_windows=1)
+
+    def plan(name: str, bits: int) -> int:
+        quant = QuantConfig(bits=bits, rotation="residual")
+        config = RunConfig(ModelConfig(name), quant, eval=evaluation, results=str(tmp_path))
+        return len(plan_sweep([config], "process", plan_only=True).to_run)
+
+    with pytest.raises(ValueError, match=r"residual is not for nano-neox-98k \(model_type 'gpt_neox'\)"):
+        plan("nano-neox-98k", 4)
+    assert plan("nano-stories-260k", 4) == 1
+    assert plan("nano-neox-98k", 16) == 1  # nothing is rotated

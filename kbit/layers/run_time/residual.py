@@ -20,12 +20,11 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from kbit.layers.run_time.residual_types import check_residual
 from kbit.layers.run_time.rotation import Basis, make_rotation
 from kbit.models.architectures import list_decoder_layers
 
 FindBasis = Callable[[str, int], Basis | None]
-# Model types whose norms are RMSNorm with a factor `weight`, before what reads the stream and nowhere else on its way.
-_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
 _NORMS: Final = ("input_layernorm", "post_attention_layernorm")  # before attention, before the feed-forward layer
 
 
@@ -48,13 +47,7 @@ def find_bases(model: nn.Module, kind: str | None, seed: int) -> FindBasis:
 
 def _find_stream(model: Any, seed: int) -> dict[str, Basis]:
     """Return what the weights are turned by that read the residual stream or write to it, by their names."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _TYPES:
-        raise ValueError(
-            f"quant.rotation=residual is not for {type(model).__name__} (model_type {model_type!r}): its norms must be "
-            f"RMSNorm before what they feed and nowhere else, as in {', '.join(_TYPES)}. "
-            "quant.rotation=hadamard is for any architecture"
-        )
+    check_residual(getattr(getattr(model, "config", None), "model_type", None), type(model).__name__)
     stream = make_rotation(model.config.hidden_size, seed)
     bases: dict[str, Basis] = {}
     for layer in list_decoder_layers(model):
