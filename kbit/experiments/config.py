@@ -62,6 +62,11 @@ class Experiment:
                 "packed=true computes with packed layers, which are not trained: packed=false, or train=qlora, which "
                 "trains adapters beside them"
             )
+        if self.packed and self.train.quantizes_products:
+            raise ValueError(
+                "packed=true computes with packed layers, whose products are not quantized: packed=false, or "
+                "train.activations.bits=16, train.gradients.bits=16 and train.fast.adapt=false"
+            )
         if self.train.lora.rank and self.quant.scheme is not None and not self.quant.is_baseline:
             raise ValueError(f"quant.method={self.quant.method} multiplies in int8, which no gradient goes through")
 

@@ -109,6 +109,7 @@ def trained_and_quantized(
     record = TextRecord(train.text, sha256, *text.held.shape)
     kept: dict[str, Any] = {"checkpoint": files.checkpoint if files else None, "content": {"key": key}}
     if train.lora.rank:
+        list_targets(model, train.lora.targets)  # an unknown one is refused before methods take their time
         report = stored or quantize_model(model, quant, loaded.tokenizer)
         with adapters_in(model, train.lora, train.seed):
             trained = round_trained(model, train_model(model, text, train, **kept), loaded.checkpoint_dtype)

@@ -300,6 +300,24 @@ class QuantSpec:
         return codebooks.data_type_label(self.data_type, self.bits, self.exponent_bits, **signs)
 
 
+def check_state(role: str, spec: QuantSpec) -> None:
+    """Raise ValueError if a quantizer cannot hold an optimizer's state of this role, momentum or variance."""
+    if not isinstance(spec, QuantSpec):
+        raise ValueError(f"{role}={spec!r} is no QuantSpec (None keeps the state in float32)")
+    if spec.is_baseline:
+        raise ValueError(f"{role} has bits={spec.bits}: None keeps the state in float32; allowed are bits 2..8")
+    fixed = {"scale_format": "fp32", "normalization": "absmax", "layout": "flat", "centering": False}
+    for name, allowed in fixed.items():
+        if (value := getattr(spec, name)) != allowed:
+            raise ValueError(f"{role} has {name}={value}: a state of an optimizer has {name}={allowed}")
+    if spec.data_type in codebooks.ADAPTIVE:
+        raise ValueError(f"{role} has data_type={spec.data_type}, whose table is each tensor's own: use another")
+    if role == "momentum" and not spec.signed:
+        raise ValueError("momentum has signed=False, but it has values below 0: signed=False is for the variance")
+    if role == "momentum" and 0 not in spec.make_codebook():
+        raise ValueError(f"momentum has {spec.label()}, whose table has no 0: what gets no gradient would move")
+
+
 def write_table(values: Iterable[float]) -> str:
     """Return a user's own table as quant.table takes it: [-1, 0.3, 0.5, 1]."""
     return f"[{', '.join(f'{value:g}' for value in values)}]"

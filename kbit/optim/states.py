@@ -21,8 +21,7 @@ from torch import Tensor
 from kbit.checks import check_choice
 from kbit.kernels import cpu_states
 from kbit.kernels.cpu_states import State
-from kbit.numerics.codebooks import ADAPTIVE
-from kbit.numerics.spec import QuantSpec
+from kbit.numerics.spec import QuantSpec, check_state
 
 EXACT_STATE_BITS: Final = 32  # of a value that is not quantized
 MIN_SIZE: Final = 4096  # parameters with fewer elements keep exact states (Dettmers et al. 2022)
@@ -86,24 +85,6 @@ def read_states(state: str | States | None) -> States:
         return States.from_name(state)
     fields = json.loads(state)
     return States(**{role: None if fields[role] is None else QuantSpec.from_json(fields[role]) for role in ROLES})
-
-
-def check_state(role: str, spec: QuantSpec) -> None:
-    """Raise ValueError if a quantizer cannot hold the state of this role."""
-    if not isinstance(spec, QuantSpec):
-        raise ValueError(f"{role}={spec!r} is no QuantSpec (None keeps the state in float32)")
-    if spec.is_baseline:
-        raise ValueError(f"{role} has bits={spec.bits}: None keeps the state in float32; allowed are bits 2..8")
-    fixed = {"scale_format": "fp32", "normalization": "absmax", "layout": "flat", "centering": False}
-    for name, allowed in fixed.items():
-        if (value := getattr(spec, name)) != allowed:
-            raise ValueError(f"{role} has {name}={value}: a state of an optimizer has {name}={allowed}")
-    if spec.data_type in ADAPTIVE:
-        raise ValueError(f"{role} has data_type={spec.data_type}, whose table is each tensor's own: use another")
-    if role == "momentum" and not spec.signed:
-        raise ValueError("momentum has signed=False, but it has values below 0: signed=False is for the variance")
-    if role == "momentum" and 0 not in spec.make_codebook():
-        raise ValueError(f"momentum has {spec.label()}, whose table has no 0: what gets no gradient would move")
 
 
 def _describe(spec: QuantSpec | None) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from kbit.checks import check_choice, non_defaults
 from kbit.layers.run_time.transient import check_transient, describe_role
-from kbit.numerics.spec import BASELINE_BITS, QuantSpec
+from kbit.numerics.spec import BASELINE_BITS, QuantSpec, check_state
 
 STARTS: Final = ("checkpoint", "random")
 DTYPES: Final = ("float32", "bfloat16")
@@ -224,7 +224,9 @@ class TrainConfig:
         for name in ROLES:
             if name != "variance" and self.quantizes(name) and not getattr(self, name).signed:
                 raise ValueError(f"train.{name}.signed=false has no values below 0, and {name} have both signs")
-        self._check_transient()
+        if self.is_aware and self.weights.rounding == "stochastic":
+            raise ValueError("train.weights.rounding=stochastic would round with the same random numbers at each step")
+        self._check_quantizers()
         if self.stable_embedding and self.start != "random":
             raise ValueError(
                 f"train.stable_embedding=true puts a layer norm into the model, which train.start={self.start} was "
@@ -236,8 +238,14 @@ class TrainConfig:
                 "train.start=random, nor with train.weights, nor with train.fast; quant quantizes the base"
             )
 
-    def _check_transient(self) -> None:
-        """Raise ValueError if activations or gradients have a quantizer that they cannot have, or none exchanges."""
+    def _check_quantizers(self) -> None:
+        """Raise ValueError if a state or operand has a quantizer that it cannot have, or no replicas exchange."""
+        for name in STATES:
+            if (state := self.find_state(name)) is not None:
+                try:
+                    check_state(name, state)
+                except ValueError as error:
+                    raise ValueError(f"train.{error}") from None
         for name in ("activations", "gradients", "exchange"):
             if self.quantizes(name) and (name == "exchange" or not self.fast.adapt):
                 try:

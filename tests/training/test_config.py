@@ -62,6 +62,9 @@ def find_train_key(**fields: Any) -> str:
         ({"momentum": UNSIGNED4}, "train.momentum.signed=false"),
         ({"gradients": NF4}, "train.gradients: scale_format=fp16 ends at 6e-8"),
         ({"activations": QuantSpec(data_type="quantile")}, "train.activations: data_type=quantile is fitted"),
+        ({"momentum": dataclasses.replace(NF4, layout="row")}, "train.momentum has layout=row"),
+        ({"momentum": QuantSpec(data_type="quantile")}, "train.momentum has data_type=quantile"),
+        ({"weights": dataclasses.replace(NF4, rounding="stochastic")}, "train.weights.rounding=stochastic"),
         ({"exchange": INT3, "replicas": 2}, "train.exchange: scale_format=fp16"),
         ({"exchange": dataclasses.replace(INT3, scale_format="fp32")}, "train.exchange.bits=3 .*replicas=1 exchanges"),
         ({"exchange_form": "ring"}, "train.exchange_form='ring' is not one of: all_gather, two_shot"),
@@ -216,6 +219,9 @@ def test_trained_for_one_quantizer_and_rounded_by_another_is_refused() -> None:
     assert Experiment(train=TrainConfig(steps=5), quant=rotated).quant is rotated  # rounded after the training alone
     with pytest.raises(ValueError, match="packed=true"):
         Experiment(train=TrainConfig(steps=5), packed=True)
+    adapters = TrainConfig(steps=5, lora=LoraConfig(rank=2), activations=INT3)
+    with pytest.raises(ValueError, match="packed=true computes with packed layers, whose products are not quantized"):
+        Experiment(train=adapters, packed=True)
 
 
 def test_labels_tell_trainings_apart() -> None:

@@ -61,14 +61,14 @@ def tabulate_ablation(results: pd.DataFrame) -> pd.DataFrame:
     trainings = tabulate_trainings(results)
     if trainings.empty:
         return trainings
-    trainings = keep_usual(trainings)
+    pairs = zip(trainings["momentum"], trainings["variance"], strict=True)
+    trainings = keep_usual(trainings[[(m is None) == (v is None) and (m is None or m.bits == 8) for m, v in pairs]])
     pairs = list(zip(trainings["momentum"], trainings["variance"], strict=True))
-    is_shown = [(m is None) == (v is None) and (m is None or m.bits == 8) for m, v in pairs]
     table = trainings.assign(
         states=pd.Series([name_states(m, v) for m, v in pairs], trainings.index, dtype=object),
         block=["" if m is None else m.block_size or WHOLE for m, _ in pairs],
     )
-    table = table[pd.Series(is_shown, table.index) & table["states"].notna()]
+    table = table[table["states"].notna()]
     both = table.groupby("model")["states"].agg(lambda own: EXACT in set(own) and own.nunique() > 1)
     table = table[table["model"].map(both).astype(bool)]
     order = table["block"].astype(str).map({"": 0, WHOLE: 1}).fillna(2)

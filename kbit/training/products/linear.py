@@ -256,7 +256,7 @@ def quantize_products(
         if _is_wanted(name, include, exclude) and why_outside(name, towers) in ("", OUTSIDE)
     ]
     if experts := [name for name, module in found if is_experts(module)]:
-        raise ValueError(f"{experts[0]} computes the products of its experts itself: leave it out by exclude")
+        raise ValueError(f"{experts[0]} computes its experts' products itself: leave it out by include or exclude")
     linear = [(name, module) for name, module in found if isinstance(module, nn.Linear | Conv1D)]
     if not linear:
         raise ValueError(f"include={include!r} and exclude={exclude!r} leave no linear layer of the model")
