@@ -1,4 +1,4 @@
-"""A program that tests the kernels of packed products on one kind of CPU: python packed_cases.py NAME.
+"""A program that tests the kernels that work on vectors on one kind of CPU: python packed_cases.py NAME.
 
 NAME is what numba compiles for (NUMBA_CPU_NAME), so it is set before numba is imported. For avx512-emulated, the
 AVX-512 instructions are replaced by what Intel's manual says that they do, and LLVM splits the vectors for a CPU
