@@ -53,15 +53,14 @@ def measure_lost(
     quantized = quantized.assign(lost=sign * (quantized["value"].astype(np.float64) - own))
     if not intervals or quantized.empty:
         return quantized
-    parts = []
-    needed = ["key", "value", "low", "high"]
-    for model, group in quantized.groupby("model", sort=False):
-        draws = draw_values(pd.concat([base.loc[[model], needed], group[needed]]), measure, results)
+    error, low, high = np.empty((3, len(quantized)))
+    source = np.empty(len(quantized), dtype=object)
+    needed = pd.concat([part[["key", "value", "low", "high"]] for part in (base, quantized)])
+    for model, rows in quantized.groupby("model").indices.items():  # a table of each takes longer than its draws
+        draws = draw_values(needed.iloc[[base.index.get_loc(model), *(len(base) + rows)]], measure, results)
         drawn = sign * (draws.values[:, 1:] - draws.values[:, :1])
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-        if measure.higher_is_better and "n" in group:
-            low, high = widen_degenerate(low, high, group["n"].to_numpy(dtype=np.float64))
-        found = {"error": drawn.std(axis=0), "low": low, "high": high, "source": draws.source}
-        parts.append(pd.DataFrame(found, index=group.index))
-    spread = pd.concat(parts).loc[quantized.index]
-    return quantized.assign(**{str(name): column for name, column in spread.items()})
+        error[rows], source[rows] = drawn.std(axis=0), draws.source
+        low[rows], high[rows] = np.quantile(drawn, [0.025, 0.975], axis=0)
+    if measure.higher_is_better and "n" in quantized:
+        low, high = widen_degenerate(low, high, quantized["n"].to_numpy(dtype=np.float64))
+    return quantized.assign(error=error, low=low, high=high, source=source)

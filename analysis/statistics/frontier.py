@@ -261,7 +261,7 @@ def interpolate_draws(
     sizes, value = (points[column].to_numpy(dtype=np.float64) for column in ("total_bits", "value"))
     places = sort_curves(points, "curve")
     weights = {curve: weigh_curve(sizes[own], budgets, extend=True) for curve, own in places.items()}
-    filled = {curve: np.nan_to_num(matrix) for curve, matrix in weights.items()}
+    filled = {curve: np.where(np.isnan(matrix), 0.0, matrix) for curve, matrix in weights.items()}
     is_used = np.zeros(len(points), dtype=bool)
     for curve, own in places.items():
         is_used[own] = (filled[curve] != 0).any(axis=0)
@@ -272,7 +272,8 @@ def interpolate_draws(
     unknown[is_used] = np.isnan(used).any(axis=1)
     for curve, own in places.items():
         drawn = weights[curve] @ draws[own]
-        drawn[filled[curve] @ unknown[own] > 0] = np.nan
+        if unknown[own].any():
+            drawn[filled[curve] @ unknown[own] > 0] = np.nan
         yield curve, weights[curve] @ value[own], drawn
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,7 @@ LENGTHS: Final = {
     "xtick.major.pad": 0.3, "ytick.major.pad": 0.3, "xtick.major.size": 0.3, "ytick.major.size": 0.3,
 }  # fmt: skip
 
+FONT_LISTS: Final = ("font.sans-serif", "font.serif", "font.monospace", "font.cursive", "font.fantasy")
 STYLE: Final[dict[str, Any]] = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
@@ -175,7 +177,14 @@ def get_line_height(size: float) -> float:
 
 def measure_text(text: str, size: float) -> float:
     """Return the width of a line of text of so many points, inches."""
-    width: float = text_to_path.get_text_width_height_descent(text, FontProperties(size=size), False)[0]
+    fonts = tuple(tuple(matplotlib.rcParams[name]) for name in FONT_LISTS)
+    return _measure_text(text, FontProperties(size=size), fonts)
+
+
+@lru_cache(maxsize=1 << 14)  # a large table repeats its words
+def _measure_text(text: str, font: FontProperties, _fonts: tuple[tuple[str, ...], ...]) -> float:
+    """Return the width of a line, inches. `_fonts` are the lists in which matplotlib looks for the font's file."""
+    width: float = text_to_path.get_text_width_height_descent(text, font, False)[0]
     return width / 72
 
 

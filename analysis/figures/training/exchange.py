@@ -30,7 +30,7 @@ FORMAT_FIELDS: Final = frozenset({"exchange", "exchange_form", "error_feedback"}
 
 
 def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
-    """Draw cross entropy against the bytes that a replica hands over for each parameter.
+    """Draw what quantized gradients add to the loss, against the bytes that a replica hands over for each parameter.
 
     Raises:
         MissingResults: no replicas exchanged gradients.
@@ -45,12 +45,11 @@ def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
     draw_formats(axes, data, styles)
     set_log_axis(axes, data["cost"], "{:g}".format)
     axes.set_xlabel("bytes handed over for each parameter and step")
-    axes.set_ylabel("cross entropy (nats per token)")
     draw_legend(sheet.fig.body, styles, page, lines=False)
     note = (
-        "Marks are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds. Replicas are parts "
-        "of a batch in one process, which computes what processes would. Bars hold what seeds differ by, which the "
-        "nats lost, by seed, do not."
+        "Marks are means over seeds of the difference to float32 with the same seed, dots are seeds, bars are "
+        "Student's 95% intervals over seeds. Replicas are parts of a batch in one process, which computes what "
+        "processes would."
     )
     counts = f"Data: {count_things(len(data), 'training')} of {data['model'].iloc[0]}, {data['seed'].nunique()} seeds."
     return PaperFigure("exchange", sheet.fig, data, CLAIM, judge_exchange(data), (note, counts))
@@ -74,5 +73,6 @@ def judge_exchange(data: pd.DataFrame) -> str:
     worse = [str(name) for name, row in lost.iterrows() if row["low"] > 0]
     unsure = int((~(lost["low"] > 0) & ~(lost["high"] < 0) & np.isfinite(lost["low"])).sum())
     verb = "loses" if len(worse) == 1 else "lose"
-    head = f"{' and '.join(worse)} {verb} to {PLAIN}" if worse else f"No exchange is shown to lose to {PLAIN}"
+    named = " and ".join(part for part in (", ".join(worse[:-1]), *worse[-1:]) if part)
+    head = f"{named} {verb} to {PLAIN}" if worse else f"No exchange is shown to lose to {PLAIN}"
     return f"{head}, {unsure} of {len(lost)} cannot be told from it. Nats lost: {', '.join(words)}."

@@ -52,7 +52,6 @@ def draw_fast_precision(results: pd.DataFrame, page: Page) -> PaperFigure:
     first, *others = sheet.add_axes(1 + len(maps))
     draw_formats(first, data, styles)
     set_log_axis(first, data["cost"].dropna(), "{:g}".format)
-    first.set_ylabel("cross entropy (nats per token)")
     first.set_xlabel("passes per multiply-accumulate")
     for axes, ((name, role), group) in zip(others, maps, strict=True):
         draw_map(axes, group)
@@ -139,8 +138,8 @@ def describe(data: pd.DataFrame, shares: pd.DataFrame) -> tuple[str, ...]:
         else ""
     )
     return (
-        "Marks are means over seeds, dots are seeds, bars are Student's 95% intervals over seeds, the dotted line is "
-        f"{PLAIN}. Bars hold what seeds differ by, which differences by seed do not. {maps}",
+        f"Marks are means over seeds of the difference to {PLAIN} with the same seed, dots are seeds, bars are "
+        f"Student's 95% intervals over seeds. {maps}",
         "A pass multiplies a pair of 2-bit chunks: an operand of m magnitude bits has ceil(m / 2).",
         f"Data: {counts}. FAST's alpha and beta are from a summary of the paper. The trained weights are measured in "
         "float32.",

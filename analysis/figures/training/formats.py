@@ -17,7 +17,7 @@ from kbit.training.config import PRODUCTS
 
 PLAIN: Final = "float32"
 TASK: Final = "training"
-COLUMNS: Final = ["model", "format", "seed", "steps", "cost", "value", "key"]
+COLUMNS: Final = ["model", "format", "seed", "steps", "cost", "value", "added", "key"]
 
 
 def tabulate_formats(
@@ -25,7 +25,8 @@ def tabulate_formats(
 ) -> pd.DataFrame:
     """Return COLUMNS, a row for each training, float32 first, of one model and of one recipe beside its formats.
 
-    The model and the recipe with the most trainings are taken.
+    The model and the recipe with the most trainings are taken. `added` is the loss less that of float32 with the same
+    seed, and missing where there is none.
 
     Args:
         results: long form.
@@ -52,6 +53,8 @@ def tabulate_formats(
     table = table.drop_duplicates(["format", "seed"])
     order = table["format"].map(table.groupby("format")["cost"].mean().to_dict()).fillna(np.inf)
     table = table.assign(order=np.where(table["format"] == PLAIN, -np.inf, -order))
+    plain = table[table["format"] == PLAIN].set_index("seed")["value"]
+    table = table.assign(added=table["value"] - table["seed"].map(plain).astype(np.float64))
     return table.sort_values(["order", "format", "seed"], ignore_index=True)[COLUMNS]
 
 
@@ -86,10 +89,9 @@ def find_differences(data: pd.DataFrame) -> pd.DataFrame:
 
     The interval is Student's over seeds. The columns are cost, mean, low, high and seeds, by format.
     """
-    plain = data[data["format"] == PLAIN].set_index("seed")["value"]
     rows = {}
     for name, group in data[data["format"] != PLAIN].groupby("format", sort=False):
-        lost = (group.set_index("seed")["value"] - plain).dropna()
+        lost = group["added"].dropna()
         if len(lost):
             rows[str(name)] = (group["cost"].mean(), *describe_seeds(lost), len(lost))
     return pd.DataFrame.from_dict(rows, orient="index", columns=["cost", "mean", "low", "high", "seeds"])
@@ -102,18 +104,22 @@ def describe_difference(name: str, row: pd.Series[float], unit: str) -> str:
 
 
 def draw_formats(axes: Axes, data: pd.DataFrame, styles: Mapping[str, LineStyle]) -> None:
-    """Draw a mark for each format with a bar over its seeds, a dot for each seed, and a line for float32."""
-    for name, group in data.groupby("format", sort=False):
+    """Draw what each format adds to the loss of float32: a mark with a bar over seeds, and a dot for each seed.
+
+    Seeds differ by more than formats do, so that the losses themselves are drawn only where there is no float32.
+    """
+    has_plain = bool(data["added"].notna().any())
+    axes.set_ylabel(f"nats per token above {PLAIN}" if has_plain else "cross entropy (nats per token)")
+    if has_plain:
+        axes.axhline(0, color=styles[PLAIN].color, linestyle=(0, (1, 2)), linewidth=1)
+    for name, group in data.assign(drawn=data["added" if has_plain else "value"]).groupby("format", sort=False):
         style = styles[str(name)]
-        mean, low, high = describe_seeds(group["value"])
-        error = np.nan_to_num([[mean - low], [high - mean]])
-        if group["cost"].isna().all():
-            axes.axhline(mean, color=style.color, linestyle=(0, (1, 2)), linewidth=1)
-            if np.isfinite(low):
-                axes.axhspan(low, high, color=style.color, alpha=0.08, linewidth=0)
+        if group["cost"].isna().all() or group["drawn"].isna().all():
             continue
+        mean, low, high = describe_seeds(group["drawn"].dropna())
+        error = np.nan_to_num([[mean - low], [high - mean]])
         cost = float(group["cost"].mean())
-        axes.plot(group["cost"], group["value"], ".", color=style.color, markersize=3, alpha=0.6)
+        axes.plot(group["cost"], group["drawn"], ".", color=style.color, markersize=3, alpha=0.6)
         axes.errorbar(
             [cost], [mean], yerr=error, color=style.color, marker=style.marker, capsize=2,
             markersize=scale_marker(style),
