@@ -9,8 +9,8 @@ number of thresholds at or below its least value. Then v is compared with the ne
 a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow with k, and is
 the same for every data type.
 
-At most 15 thresholds (k <= 4) need no table: a vector of values is compared with the middle one, then each lane with the
-middle one of the half that is left to it, which a permutation finds, and so on (simd.find_codes).
+At most 15 thresholds (k <= 4) need no table: a vector of values is compared with the middle one, then each lane with
+the middle one of the half that is left to it, which a permutation finds, and so on (simd.find_codes).
 """
 
 from __future__ import annotations
