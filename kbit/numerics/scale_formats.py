@@ -327,14 +327,17 @@ def _decode_bytes(scale_format: ScaleFormat, stored: Mapping[str, NDArray[Any]],
 
 def _keep_nonzero(words: NDArray[np.uint16], lost: Bool[np.ndarray, " blocks"]) -> NDArray[np.uint16]:
     """Replace a 0 that must not be one by the smallest number of its sign, whose bit pattern is 1."""
-    return words | ((words & 0x7FFF == 0) & lost)
+    kept: NDArray[np.uint16] = words | ((words & 0x7FFF == 0) & lost)
+    return kept
 
 
 def _convert(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Do what astype does, by torch, between float16 and float32: NumPy takes 15 to 30 times as long."""
     import torch
 
-    converted: NDArray[Any] = torch.from_numpy(np.require(values, requirements="CW")).to(getattr(torch, dtype)).numpy()
+    converted: NDArray[Any] = (
+        torch.from_numpy(np.require(values, requirements=["C", "W"])).to(getattr(torch, dtype)).numpy()
+    )
     return converted
 
 

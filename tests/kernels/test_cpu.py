@@ -88,7 +88,8 @@ def count_thresholds(x: Array, scales: Array, offsets: Array, thresholds: Array,
     scale = scales[blocks]
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         v = np.where(scale == 0, np.float32(0), (x - offsets[blocks]) / scale)
-    return (v[:, None] >= thresholds).sum(axis=1).astype(np.uint8)
+    codes: Array = (v[:, None] >= thresholds).sum(axis=1).astype(np.uint8)
+    return codes
 
 
 @pytest.mark.parametrize("name", FEW_VALUES)
