@@ -83,9 +83,12 @@ def train_simulated(exchange: Exchange) -> tuple[Model, SimulatedExchange]:
     return model, simulated
 
 
-def train_replica(rank: int, exchange: Exchange, steps: int = STEPS, dies_at: int | None = None) -> dict[str, Any]:
+def train_replica(
+    rank: int, exchange: Exchange, steps: int = STEPS, dies_at: int | None = None, group: Any = None
+) -> dict[str, Any]:
     """Train this process' replica, and return its weights and the bytes that it sent."""
-    model = DistributedDataParallel(make_model(), find_unused_parameters=True, bucket_cap_mb=1e-3)
+    options: dict[str, Any] = {"find_unused_parameters": True, "bucket_cap_mb": 1e-3, "process_group": group}
+    model = DistributedDataParallel(make_model(), **options)
     replica = register_exchange(model, exchange.spec, form=exchange.form, error_feedback=exchange.error_feedback)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(steps):
@@ -109,15 +112,15 @@ def run_stage(rank: int) -> list[Tensor]:
     model = make_model()
     x, y = draw(0, 0, 0)
     if rank == 0:
-        inner = torch.tanh(model.inner(x))
-        send_values(inner, WIRE, 1, "activations")
+        inner = model.inner(x)
+        send_values(inner, WIRE, 1, "inner/activations/0")
         inner.backward(receive_values((6, 20), DYNAMIC, 1))  # type: ignore[no-untyped-call]
         parameters = model.inner.parameters()
     else:
         inner = receive_values((6, 20), WIRE, 0).requires_grad_()
-        (model.experts[0](inner) - y).square().mean().backward()
+        (model.experts[0](torch.tanh(inner)) - y).square().mean().backward()
         assert inner.grad is not None
-        send_values(inner.grad, DYNAMIC, 0, "gradients")
+        send_values(inner.grad, DYNAMIC, 0, "inner/gradients/0")
         parameters = model.experts[0].parameters()
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
@@ -128,6 +131,8 @@ def run_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=REPLICAS)
     found: dict[str, Any] = {name: train_replica(rank, exchange) for name, exchange in EXCHANGES.items()}
     found["stage"] = run_stage(rank)
+    alone = [dist.new_group([number]) for number in range(REPLICAS)]
+    found["alone"] = train_replica(rank, EXCHANGES["8 bits"], 3, group=alone[rank])
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     train_replica(rank, EXCHANGES["8 bits"], dies_at=3)

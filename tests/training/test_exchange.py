@@ -25,7 +25,7 @@ from kbit.training.config import EXCHANGE_FORMS
 from kbit.training.exchange.hook import check_group, register_exchange
 from kbit.training.exchange.pipeline import cut_pipeline
 from kbit.training.exchange.replicas import Exchange, SimulatedExchange
-from kbit.training.exchange.wire import count_sent_bytes, decode, encode
+from kbit.training.exchange.wire import check_sent, count_sent_bytes, decode, encode
 
 PARAMETERS: Final = sum(p.numel() for p in make_model().parameters())
 
@@ -73,19 +73,40 @@ def test_replicas_stay_equal_and_equal_the_simulation(
     assert [first["sent"], second["sent"]] == [replica.sent for replica in exchange.replicas]
 
 
+def test_a_model_exchanges_within_its_own_group(ended: Ended) -> None:
+    """Each of the two processes has a group of its own here, so that nothing is sent and nothing is averaged."""
+    for rank, found in enumerate(ended.found):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(3):
+            for number in range(processes.count_batches(step)):
+                processes.lose(model, step, rank, number).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+        assert found["alone"]["sent"] == 0
+        assert_equal_weights(found["alone"]["weights"], model.state_dict())
+
+
+def test_what_has_to_be_fitted_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="inner/activations/0: data_type=quantile is fitted to a tensor"):
+        check_sent("inner/activations/0", QuantSpec(data_type="quantile"))
+    assert check_sent("x", QuantSpec(bits=16)) is None
+
+
 def test_a_killed_process_ends_the_job_with_a_reason(ended: Ended) -> None:
     reason = str(ended.error)
     assert "signal SIGKILL" in reason or "Connection closed by peer" in reason or "onnection reset" in reason, reason
 
 
 def test_stages_in_two_processes_compute_what_a_cut_in_one_does(ended: Ended) -> None:
+    """The random numbers of stochastic rounding are the same, too, and others in the next use."""
     model = make_model()
-    x, y = processes.draw(0, 0, 0)
-    inner = torch.tanh(model.inner(x))
-    arrived = fake_quantize(inner.detach(), WIRE).requires_grad_()
-    (model.experts[0](arrived) - y).square().mean().backward()
-    assert arrived.grad is not None
-    inner.backward(fake_quantize(arrived.grad, DYNAMIC))  # type: ignore[no-untyped-call]
+    with cut_pipeline(model, "inner", WIRE, DYNAMIC) as cut:
+        processes.lose(model, 0, 0, 0).backward()  # type: ignore[no-untyped-call]
+        values = torch.full((64,), 0.3).index_fill(0, torch.tensor(0), 1.0)
+        first, again, second = (cut.transfer(values, "activations", use) for use in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
     expected = [*model.inner.parameters(), *model.experts[0].parameters()]
     found = [gradient for of_stage in ended.found for gradient in of_stage["stage"]]
     assert all(torch.equal(gradient, p.grad) for gradient, p in zip(found, expected, strict=True) if p.grad is not None)

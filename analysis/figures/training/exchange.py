@@ -16,6 +16,7 @@ from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_thi
 from kbit.analysis.figures.training.formats import (
     PLAIN,
     describe_difference,
+    describe_left_out,
     draw_formats,
     find_differences,
     name_format,
@@ -52,7 +53,8 @@ def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
         "processes would."
     )
     counts = f"Data: {count_things(len(data), 'training')} of {data['model'].iloc[0]}, {data['seed'].nunique()} seeds."
-    return PaperFigure("exchange", sheet.fig, data, CLAIM, judge_exchange(data), (note, counts))
+    notes = (note, counts, describe_left_out(results, data, name_exchange))
+    return PaperFigure("exchange", sheet.fig, data, CLAIM, judge_exchange(data), tuple(filter(None, notes)))
 
 
 def name_exchange(fields: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from kbit.analysis.figures.training.formats import (
     PLAIN,
     TASK,
     describe_difference,
+    describe_left_out,
     draw_formats,
     find_differences,
     name_products,
@@ -57,7 +58,9 @@ def draw_fast_precision(results: pd.DataFrame, page: Page) -> PaperFigure:
         draw_map(axes, group)
         sheet.write_title(axes, f"{name}: {role}")
     draw_legend(sheet.fig.body, styles, page, lines=False)
-    return PaperFigure("fast_precision", sheet.fig, data, CLAIM, judge_products(data, shares), describe(data, shares))
+    notes = (*describe(data, shares), describe_left_out(results, data, name_products))
+    verdict = judge_products(data, shares)
+    return PaperFigure("fast_precision", sheet.fig, data, CLAIM, verdict, tuple(filter(None, notes)))
 
 
 def tabulate_shares(results: pd.DataFrame, data: pd.DataFrame) -> pd.DataFrame:

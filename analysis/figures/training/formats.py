@@ -12,11 +12,14 @@ from matplotlib.axes import Axes
 from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
 from kbit.analysis.curves.trainings import describe_seeds, find_trained, read_fields
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker
+from kbit.analysis.figures.drawing import count_things
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import PRODUCTS
 
 PLAIN: Final = "float32"
 TASK: Final = "training"
+FAST: Final = "FAST"
+USUAL_BLOCKS: Final = {"BFP": 16, "MX": 32}  # which their names do not say
 COLUMNS: Final = ["model", "format", "seed", "steps", "cost", "value", "added", "key"]
 
 
@@ -25,8 +28,8 @@ def tabulate_formats(
 ) -> pd.DataFrame:
     """Return COLUMNS, a row for each training, float32 first, of one model and of one recipe beside its formats.
 
-    The model and the recipe with the most trainings are taken. `added` is the loss less that of float32 with the same
-    seed, and missing where there is none.
+    The model and the recipe with the most formats are taken, and before all others one with FAST. describe_left_out
+    counts the rest. `added` is the loss less that of float32 with the same seed, and missing where there is none.
 
     Args:
         results: long form.
@@ -49,13 +52,28 @@ def tabulate_formats(
     groups = list(rows.groupby(["model", "recipe", "bits"], sort=True))
     if not groups:
         return pd.DataFrame(columns=COLUMNS)
-    table = max((group for _, group in groups), key=lambda group: group["format"].nunique())
+    table = max((group for _, group in groups), key=count_formats)
     table = table.drop_duplicates(["format", "seed"])
     order = table["format"].map(table.groupby("format")["cost"].mean().to_dict()).fillna(np.inf)
     table = table.assign(order=np.where(table["format"] == PLAIN, -np.inf, -order))
     plain = table[table["format"] == PLAIN].set_index("seed")["value"]
     table = table.assign(added=table["value"] - table["seed"].map(plain).astype(np.float64))
     return table.sort_values(["order", "format", "seed"], ignore_index=True)[COLUMNS]
+
+
+def count_formats(group: pd.DataFrame) -> tuple[bool, int]:
+    """Return whether FAST is among the formats of some trainings, and how many they have."""
+    return bool(group["format"].str.startswith(FAST).any()), int(group["format"].nunique())
+
+
+def describe_left_out(
+    results: pd.DataFrame, data: pd.DataFrame, name: Callable[[Mapping[str, Any]], str | None]
+) -> str:
+    """Say how many trainings that `name` names are not in the data, as of another model or recipe, or nothing."""
+    trained = find_trained(results)
+    named = trained["train_fields"].map({cell: name(read_fields(cell)) for cell in trained["train_fields"].unique()})
+    left = trained.loc[named.notna(), "key"].nunique() - len(data)
+    return f"Not shown: {count_things(left, 'training')} of other models, recipes or quantizers." if left > 0 else ""
 
 
 def name_products(fields: Mapping[str, Any]) -> str | None:
@@ -65,7 +83,7 @@ def name_products(fields: Mapping[str, Any]) -> str | None:
     if "fast" in fields:
         fast = {"alpha": 0.6, "beta": 0.3, "low": 2, "high": 4} | fields["fast"]
         more = "" if (fast["low"], fast["high"]) == (2, 4) else f" m={fast['low']}/{fast['high']}"
-        return f"FAST {fast['alpha']:g}/{fast['beta']:g}{more}"
+        return f"{FAST} {fast['alpha']:g}/{fast['beta']:g}{more}"
     names = {role: name_format(fields.get(role)) for role in PRODUCTS}
     if len(set(names.values())) == 1:
         return names["weights"]
@@ -73,12 +91,14 @@ def name_products(fields: Mapping[str, Any]) -> str | None:
 
 
 def name_format(role: Mapping[str, Any] | None) -> str:
-    """Return the short name of a role's quantizer: BFP m=2, MX float4-e2m1, int8 rows, nf4 block 64."""
+    """Return the short name of a role's quantizer: BFP m=2, MX float4-e2m1 block 64, int8 rows, nf4 block 64."""
     if role is None:
         return PLAIN
     spec = QuantSpec.from_json({"data_type": "float", **role})  # the values that keys leave out
     if spec.scale_format == "e8m0":
-        return f"BFP m={spec.bits - 1}" if spec.data_type == "int" else f"MX {spec.label()}"
+        kind, about = ("BFP", f"m={spec.bits - 1}") if spec.data_type == "int" else ("MX", spec.label())
+        block = "" if spec.block_size == USUAL_BLOCKS[kind] else f" block {spec.block_size or 'whole'}"
+        return f"{kind} {about}{block}"
     if spec.block_size is None:
         return f"{spec.label()} {'rows' if spec.layout == 'row' else 'one scale'}"
     return f"{spec.label()} block {spec.block_size}"

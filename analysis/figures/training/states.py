@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Final
 
 import numpy as np
@@ -15,11 +16,14 @@ from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker, style_series
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, describe_lack
 from kbit.numerics.spec import QuantSpec
+from kbit.training.config import TrainConfig
 
 CLAIM: Final = "How many bits do the states of an optimizer need? The momentum needs more than the variance."
 COLUMNS: Final = ["model", "series", "bits", "seed", "diverged", "value", "key"]
+TUNED: Final = {"lr": TrainConfig.lr, "beta1": TrainConfig.beta1}  # with the values that fields leave out
 EXACT_BITS: Final = 32
 USUAL_BLOCK: Final = 256
+ARMS: Final = {(EXACT_BITS, EXACT): "32 bits", (4, "both: dynamic"): "4 bits"}  # that are compared tuned
 
 
 def draw_states(results: pd.DataFrame, page: Page) -> PaperFigure:
@@ -114,7 +118,9 @@ def judge_states(data: pd.DataFrame) -> str:
             gaps = (at.set_index("seed")["value"] - exact).dropna()
             if at["diverged"].any():
                 worse.append(f"{bits} bits diverge in {int(at['diverged'].sum())} of {len(at)}")
-            elif len(gaps) > 1 and describe_seeds(gaps)[1] > 0:
+            elif len(gaps) < 2:
+                worse.append(f"{bits} bits have one seed, which shows no difference or likeness")
+            elif describe_seeds(gaps)[1] > 0:
                 worse.append(f"{bits} bits lose {gaps.mean():.3f}")
         shown = ", ".join(worse) if worse else "no bits lose more than seeds differ"
         sentences.append(f"{model}, {series}: {shown}")
@@ -122,20 +128,51 @@ def judge_states(data: pd.DataFrame) -> str:
 
 
 def judge_tuned(trainings: pd.DataFrame) -> str:
-    """Compare 4-bit states with 32-bit ones, each at its best learning rate and beta1, or return nothing."""
-    plain = trainings[~trainings["stable"] & ~trainings["diverged"]]
-    best = {}
-    for bits in (EXACT_BITS, 4):
-        pairs = zip(plain["momentum"], plain["variance"], strict=True)
-        wanted = EXACT if bits == EXACT_BITS else "both: dynamic"
-        own = plain[[find_bits(*pair) == bits and name_series(*pair) == wanted for pair in pairs]]
-        for model, of_model in own.groupby("model"):
-            means = of_model.groupby("settings")["value"].mean()
-            if len(means) > 1:
-                best[str(model), bits] = of_model[of_model["settings"] == means.idxmin()].set_index("seed")["value"]
-    sentences = []
-    for model in sorted({model for model, bits in best if bits == 4}):
-        if (model, EXACT_BITS) in best:
-            mean, low, high = describe_seeds((best[model, 4] - best[model, EXACT_BITS]).dropna())
-            sentences.append(f" Tuned, 4 bits end {mean:+.4f} ({low:+.4f} to {high:+.4f}) from 32 bits on {model}.")
-    return "".join(sentences)
+    """Compare 4-bit states with 32-bit ones, each at its best learning rate and beta1, or return nothing.
+
+    Both have the recipe that most 4-bit trainings of a model have, and only what both tried counts. What diverged with
+    some seed is not the best.
+    """
+    if trainings.empty:
+        return ""
+    plain = trainings[~trainings["stable"]]
+    fields = [json.loads(cell) for cell in plain["settings"]]
+    others = [json.dumps({k: v for k, v in own.items() if k not in TUNED}, sort_keys=True) for own in fields]
+    tried = [tuple(own.get(name, default) for name, default in TUNED.items()) for own in fields]
+    pairs = list(zip(plain["momentum"], plain["variance"], strict=True))
+    arms = [ARMS.get((find_bits(*pair), name_series(*pair))) for pair in pairs]
+    table = plain.assign(recipe=others, tried=tried, arm=arms).dropna(subset="arm")
+    return "".join(judge_model(str(model), own) for model, own in table.groupby("model"))
+
+
+def judge_model(model: str, table: pd.DataFrame) -> str:
+    """Return the sentence of judge_tuned on one model, or nothing if its arms do not share two settings.
+
+    Args:
+        model: its name.
+        table: its trainings, with the columns arm, recipe, tried (the values of TUNED), seed and value.
+    """
+    few = table[table["arm"] == "4 bits"]
+    if few.empty:
+        return ""
+    own = table[table["recipe"] == few["recipe"].value_counts().sort_index().idxmax()]
+    tried = own.pivot_table(
+        values="value", index="tried", columns="arm", aggfunc=lambda values: values.mean(skipna=False)
+    )
+    if tried.shape[1] < len(ARMS) or len(tried := tried.dropna()) < 2:
+        return ""
+    best = {str(arm): means.idxmin() for arm, means in tried.items()}
+    ends = {arm: own[(own["arm"] == arm) & (own["tried"] == at)].set_index("seed")["value"] for arm, at in best.items()}
+    mean, low, high = describe_seeds((ends["4 bits"] - ends["32 bits"]).dropna())
+    sure = f"{low:+.4f} to {high:+.4f}" if np.isfinite(low) else "one seed"
+    where = [f"{arm} at {describe_tuned(at, list(tried.index))}" for arm, at in sorted(best.items())]
+    return f" Tuned, 4 bits end {mean:+.4f} ({sure}) from 32 bits on {model}: {', '.join(where)}."
+
+
+def describe_tuned(best: tuple[float, ...], tried: list[tuple[float, ...]]) -> str:
+    """Name the best values of what was tuned, and say of each that is the least or most of those tried that it is."""
+    words = []
+    for name, value, values in zip(TUNED, best, zip(*tried, strict=True), strict=True):
+        at_edge = len(set(values)) > 1 and value in (min(values), max(values))
+        words.append(f"{name} {value:g}{' (the edge of what was tried)' if at_edge else ''}")
+    return " and ".join(words)

@@ -9,21 +9,24 @@ All replicas decode the same bytes, so their parameters stay equal bit for bit. 
 on gloo, and PowerSGD if every parameter is used. bf16_compress asks for NCCL.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from kbit.layers.run_time.transient import with_own_seed
 from kbit.numerics.spec import QuantSpec
 from kbit.training.exchange.replicas import Exchange, Replica
-from kbit.training.exchange.wire import Bytes, count_sent_bytes, decode, encode
+from kbit.training.exchange.wire import Bytes, check_sent, count_sent_bytes, decode, encode
 
 
 class _State:
-    """What the hook is called with: this process' replica, and the names of the parameters by their id."""
+    """What the hook is called with: this process' replica, the parameters' names by their id, and the processes."""
 
-    def __init__(self, replica: Replica, names: dict[int, str]) -> None:
-        self.replica, self.names = replica, names
+    def __init__(self, replica: Replica, names: dict[int, str], group: Any) -> None:
+        self.replica, self.names, self.group = replica, names, group
 
 
 # torch asks for these very types here, which annotations that are strings are not: this file imports no annotations
@@ -34,7 +37,7 @@ def _exchange_bucket(state: _State, bucket: dist.GradBucket) -> torch.futures.Fu
         gradients = bucket.gradients()
         names = [state.names[id(parameter)] for parameter in bucket.parameters()]
         exchange = _gather if replica.exchange.form == "all_gather" else _shoot_twice
-        means = exchange(replica, names, [gradient.reshape(-1).float() for gradient in gradients])
+        means = exchange(state, names, [gradient.reshape(-1).float() for gradient in gradients])
         for gradient, mean in zip(gradients, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
     if bucket.is_last():
@@ -60,13 +63,17 @@ def register_exchange(
         error_feedback: whether the rounding error of a gradient is added to the next one.
 
     Raises:
-        ValueError: there is no process group, or see Exchange.
+        ValueError: there is no process group, a parameter is not on the CPU, or see Exchange.
     """
     check_group()
-    exchange = Exchange(spec, dist.get_world_size(), form, error_feedback)
-    replica = Replica(exchange, dist.get_rank())
-    names = {id(parameter): name for name, parameter in model.module.named_parameters()}
-    model.register_comm_hook(_State(replica, names), _exchange_bucket)
+    named = dict(model.module.named_parameters())
+    if elsewhere := next((name for name, parameter in named.items() if parameter.device.type != "cpu"), None):
+        raise ValueError(f"{elsewhere} is on {named[elsewhere].device}: gradients are exchanged on the CPU")
+    group = model.process_group  # all processes, or those that the model was wrapped for
+    exchange = Exchange(spec, dist.get_world_size(group), form, error_feedback)
+    replica = Replica(exchange, dist.get_rank(group))
+    names = {id(parameter): name for name, parameter in named.items()}
+    model.register_comm_hook(_State(replica, names, group), _exchange_bucket)
     return replica
 
 
@@ -75,15 +82,17 @@ def send_values(values: Tensor, spec: QuantSpec | None, to: int, where: str) -> 
 
     Args:
         values: the tensor, on the CPU.
-        spec: its quantizer, or None for float32.
+        spec: its quantizer. None, or 16 bits, sends float32.
         to: the number of the process that calls receive_values.
-        where: what the values are, for messages.
+        where: the place and the use, such as gpt_neox.layers.0/activations/7. Messages name it, and stochastic
+            rounding draws its random numbers by it: another use needs another one.
 
     Raises:
-        ValueError: there is no process group.
+        ValueError: there is no process group, or the quantizer has to be fitted to the values.
     """
     check_group()
-    data = encode(values, spec, where)
+    spec = check_sent(where, spec)
+    data = encode(values, None if spec is None else with_own_seed(spec, where), where)
     dist.send(data, to)
     return len(data)
 
@@ -92,9 +101,10 @@ def receive_values(shape: tuple[int, ...], spec: QuantSpec | None, source: int) 
     """Return the float32 tensor that another process sends by send_values, with the same quantizer.
 
     Raises:
-        ValueError: there is no process group.
+        ValueError: see send_values.
     """
     check_group()
+    spec = check_sent("the values to receive", spec)
     data = torch.empty(count_sent_bytes(shape, spec), dtype=torch.uint8)
     dist.recv(data, source)
     return decode(data, shape, spec)
@@ -111,16 +121,17 @@ def check_group() -> None:
         )
 
 
-def _gather(replica: Replica, names: list[str], gradients: list[Tensor]) -> list[Tensor]:
+def _gather(state: _State, names: list[str], gradients: list[Tensor]) -> list[Tensor]:
+    replica = state.replica
     data = torch.cat([replica.encode(g, name, 0, 0) for name, g in zip(names, gradients, strict=True)])
     everyones = [torch.empty_like(data) for _ in range(replica.exchange.replicas)]
-    dist.all_gather(everyones, data)
+    dist.all_gather(everyones, data, state.group)
     replica.sent += len(data) * (replica.exchange.replicas - 1)
     return _average(replica, everyones, [gradient.numel() for gradient in gradients])
 
 
-def _shoot_twice(replica: Replica, names: list[str], gradients: list[Tensor]) -> list[Tensor]:
-    exchange = replica.exchange
+def _shoot_twice(state: _State, names: list[str], gradients: list[Tensor]) -> list[Tensor]:
+    replica, exchange = state.replica, state.replica.exchange
     parts = [exchange.find_parts(gradient.numel()) for gradient in gradients]
     named = list(zip(names, gradients, parts, strict=True))
     to_owners = [
@@ -128,19 +139,19 @@ def _shoot_twice(replica: Replica, names: list[str], gradients: list[Tensor]) ->
         for owner in range(exchange.replicas)
     ]
     lengths = [[places[owner].stop - places[owner].start for places in parts] for owner in range(exchange.replicas)]
-    own = _send_to_each(replica, to_owners, [_count_all(lengths[replica.number], exchange)] * exchange.replicas)
+    own = _send_to_each(state, to_owners, [_count_all(lengths[replica.number], exchange)] * exchange.replicas)
     means = _average(replica, own, lengths[replica.number])
     data = torch.cat([replica.encode(m, name, 1, replica.number) for name, m in zip(names, means, strict=True)])
     sizes = [_count_all(of_owner, exchange) for of_owner in lengths]
-    from_owners = _send_to_each(replica, [data] * exchange.replicas, sizes)
+    from_owners = _send_to_each(state, [data] * exchange.replicas, sizes)
     decoded = [_decode_all(d, of_owner, exchange) for d, of_owner in zip(from_owners, lengths, strict=True)]
     return [torch.cat(of_parameter) for of_parameter in zip(*decoded, strict=True)]
 
 
-def _send_to_each(replica: Replica, data: list[Bytes], sizes: list[int]) -> list[Bytes]:
+def _send_to_each(state: _State, data: list[Bytes], sizes: list[int]) -> list[Bytes]:
     """Send each process its bytes, and return what each of them sent here, of these sizes."""
-    received = torch.empty(sum(sizes), dtype=torch.uint8)
-    dist.all_to_all_single(received, torch.cat(data), sizes, [len(part) for part in data])
+    replica, received = state.replica, torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(data), sizes, [len(part) for part in data], state.group)
     replica.sent += sum(len(part) for number, part in enumerate(data) if number != replica.number)
     return list(received.split(sizes))  # type: ignore[no-untyped-call]
 

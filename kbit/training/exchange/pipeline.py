@@ -2,7 +2,7 @@
 
 The output of a module, such as a decoder layer, goes to the next stage as bytes, and its gradient comes back as bytes.
 Here both stages are in one process. Between processes send_values and receive_values of kbit.training.exchange.hook
-move the same bytes.
+move the same bytes, if `where` is "<module>/<role>/<use>" as here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from kbit.layers.run_time.transient import check_transient, with_own_seed
+from kbit.layers.run_time.transient import with_own_seed
 from kbit.numerics.spec import QuantSpec
-from kbit.training.exchange.wire import decode, encode
+from kbit.training.exchange.wire import check_sent, decode, encode
 
 
 @dataclass
@@ -29,7 +29,8 @@ class PipelineCut:
         activations: the quantizer of what goes on. None sends float32.
         gradients: the quantizer of what comes back. None sends float32.
         sent: bytes that went on and came back.
-        uses: how often something went on. Random numbers depend on it.
+        uses: how often something went on in training. Random numbers depend on it, so that a training that goes on from
+            a checkpoint sets it again.
     """
 
     name: str
@@ -45,7 +46,7 @@ class PipelineCut:
         own = None if spec is None else with_own_seed(spec, f"{self.name}/{role}/{use}")
         data = encode(values, own, f"{role} after {self.name}, use {use}")
         self.sent += len(data)
-        return decode(data, tuple(values.shape), spec).to(values.dtype)
+        return decode(data, tuple(values.shape), spec).to(values)
 
     def remove(self) -> None:
         """Let the module's output go on as it is again."""
@@ -77,24 +78,18 @@ def cut_pipeline(
     modules = dict(model.named_modules())
     if after not in modules:
         raise ValueError(f"after={after!r} is no module of the model, such as {list(modules)[1]}")
-    cut = PipelineCut(after, _check("activations", activations), _check("gradients", gradients))
+    sent_back = check_sent("gradients", gradients, is_gradient=True)
+    cut = PipelineCut(after, check_sent("activations", activations), sent_back)
 
     def hand_on(module: nn.Module, inputs: Any, output: Any) -> Any:
         use = cut.uses
-        cut.uses += 1
+        cut.uses += torch.is_grad_enabled()
         if isinstance(output, tuple):
             return (_Transfer.apply(output[0], cut, use), *output[1:])  # type: ignore[no-untyped-call]
         return _Transfer.apply(output, cut, use)  # type: ignore[no-untyped-call]
 
     cut.handle = modules[after].register_forward_hook(hand_on)
     return cut
-
-
-def _check(role: str, spec: QuantSpec | None) -> QuantSpec | None:
-    if spec is None or spec.is_baseline:
-        return None
-    check_transient(role, spec, is_gradient=role == "gradients")
-    return spec
 
 
 class _Transfer(torch.autograd.Function):

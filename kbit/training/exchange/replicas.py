@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kbit.checks import check_choice
-from kbit.layers.run_time.transient import check_transient, with_own_seed
+from kbit.layers.run_time.transient import with_own_seed
 from kbit.numerics.spec import QuantSpec
 from kbit.training.config import EXCHANGE_FORMS
-from kbit.training.exchange.wire import Bytes, count_sent_bytes, decode, encode
+from kbit.training.exchange.wire import Bytes, check_sent, count_sent_bytes, decode, encode
 
 Flat = Float[Tensor, " n"]
 
@@ -58,10 +58,7 @@ class Exchange:
         check_choice("form", self.form, EXCHANGE_FORMS)
         if self.replicas < 1:
             raise ValueError(f"replicas={self.replicas} is not >= 1")
-        if self.spec is not None and self.spec.is_baseline:
-            object.__setattr__(self, "spec", None)
-        elif self.spec is not None:
-            check_transient("exchange", self.spec, is_gradient=True)
+        object.__setattr__(self, "spec", check_sent("exchange", self.spec, is_gradient=True))
 
     def find_parts(self, elements: int) -> list[slice]:
         """Return the part of a flat parameter that each replica owns, in whole blocks, or the whole as one part.
@@ -106,7 +103,7 @@ class Replica:
         """
         if not values.numel():
             return torch.empty(0, dtype=torch.uint8)
-        place = f"{name}/{shot}/{part}"
+        values, place = values.float().cpu(), f"{name}/{shot}/{part}"
         if place in self.residuals:
             values = values + self.residuals[place]
         spec = self.exchange.spec
@@ -207,17 +204,17 @@ class SimulatedExchange:
             replica.load_state_dict(state[str(replica.number)])
 
     def _exchange(self, name: str, gradients: list[Tensor]) -> Tensor:
-        """Return the mean of flat gradients after the exchange, in their dtype."""
+        """Return the mean of flat gradients after the exchange, in their dtype and on their device."""
         means = []
         for part, place in enumerate(self.exchange.find_parts(gradients[0].numel())):
             elements = place.stop - place.start
-            data = [r.encode(g[place].float(), name, 0, part) for r, g in zip(self.replicas, gradients, strict=True)]
+            data = [r.encode(g[place], name, 0, part) for r, g in zip(self.replicas, gradients, strict=True)]
             mean = self.replicas[part].average(data, elements)
             if self.exchange.form == "two_shot":
                 mean = self._send_mean(mean, name, part)
             self._count(part, count_sent_bytes((elements,), self.exchange.spec) if elements else 0)
             means.append(mean)
-        return torch.cat(means).to(gradients[0].dtype)
+        return torch.cat(means).to(gradients[0])
 
     def _send_mean(self, mean: Flat, name: str, part: int) -> Flat:
         """Return the mean of a part as all decode it that the part's owner sent."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from kbit.layers.run_time.transient import explain_refusal
+from kbit.layers.run_time.transient import check_transient, explain_refusal
 from kbit.numerics.quantized_tensor import QuantizedTensor
 from kbit.numerics.quantizer import quantize
 from kbit.numerics.spec import QuantSpec
@@ -22,14 +22,26 @@ Bytes = UInt8[Tensor, " bytes"]
 _CENTER: dict[str, tuple[type[np.generic], int]] = {"center": (np.float16, 1)}
 
 
+def check_sent(role: str, spec: QuantSpec | None, *, is_gradient: bool = False) -> QuantSpec | None:
+    """Return the quantizer of values that are sent, or None of 16 bits, which are sent as float32.
+
+    Raises:
+        ValueError: see check_transient.
+    """
+    if spec is None or spec.is_baseline:
+        return None
+    check_transient(role, spec, is_gradient=is_gradient)
+    return spec
+
+
 def encode(values: Float[Tensor, "*shape"], spec: QuantSpec | None, where: str) -> Bytes:
-    """Return a tensor as the bytes of its quantized form, or of its float32 values without a quantizer.
+    """Return a tensor as the bytes of its quantized form, or of its float32 values without a quantizer, on the CPU.
 
     Raises:
         FloatingPointError: a value is NaN or Inf. The message says where.
         ValueError: a block is beyond the scales' range.
     """
-    values = values.detach().float()
+    values = values.detach().float().cpu()
     if spec is None:
         return values.contiguous().view(-1).view(torch.uint8)
     try:

@@ -115,7 +115,26 @@ def test_states_are_level_diverge_or_lose_and_are_compared_tuned() -> None:
     verdict = judge_states(data)
     assert "m, both: dynamic: 2 bits diverge in 3 of 3, 4 bits lose 0.020" in verdict
     assert "m, momentum: dynamic: 2 bits lose 0.500." in verdict
-    assert judge_tuned(trainings) == " Tuned, 4 bits end +0.0500 (+0.0500 to +0.0500) from 32 bits on m."
+    edge = "lr 0.0004 and beta1 0.5 (the edge of what was tried)"
+    tuned = f" Tuned, 4 bits end +0.0500 (+0.0500 to +0.0500) from 32 bits on m: 32 bits at {edge}, 4 bits at {edge}."
+    assert judge_tuned(trainings) == tuned
+
+
+def test_what_is_tuned_has_one_recipe_and_ends_with_every_seed() -> None:
+    """Longer trainings of another study are no better 32-bit states, nor is a setting at which a seed diverged."""
+    rows = make_bits().to_dict("records")
+    for seed in range(3):
+        rows += make_rows({"steps": 400}, 3.0, seed)
+        rows += make_rows({"beta1": 0.0}, 3.0, seed)  # which 4 bits have not tried
+        rows += make_rows({"beta1": 0.7}, None if seed else 3.0, seed)
+        rows += make_rows({"beta1": 0.7} | make_both(bits=4), 4.2 + 0.01 * seed, seed)
+    assert judge_tuned(tabulate_trainings(pd.DataFrame(rows))) == judge_tuned(tabulate_trainings(make_bits()))
+
+
+def test_one_seed_is_said_to_show_nothing() -> None:
+    trainings = tabulate_trainings(make_bits()[lambda table: table["train_seed"] == 0])
+    assert "2 bits have one seed, which shows no difference or likeness" in judge_states(tabulate_states(trainings))
+    assert "4 bits end +0.0500 (one seed) from 32 bits on m" in judge_tuned(trainings)
 
 
 @pytest.mark.parametrize(("name", "make"), [("optimizer_ablation", make_ablation), ("states", make_bits)])

@@ -88,6 +88,20 @@ def test_products_are_named_by_their_fields() -> None:
     )
 
 
+def test_a_study_with_fast_is_drawn_before_one_with_more_formats_and_the_rest_is_counted() -> None:
+    others = [
+        row
+        for bits in (2, 3, 4, 5)
+        for row in make_rows(5.0, 0, 1.0, "passes_per_mac", steps=9, weights=M2 | {"bits": bits})
+    ]
+    wider = make_rows(0.5, 0, 1.0, "passes_per_mac", **dict.fromkeys(RECIPE_ROLES, M2 | {"block_size": 32}))
+    figure = draw_figure("fast_precision", pd.DataFrame([*make_products().to_dict("records"), *others, *wider]))
+    losses = figure.data.groupby("format")["value"].mean()
+    assert losses["BFP m=2"] == pytest.approx(3.2)
+    assert losses["BFP m=2 block 32"] == 0.5
+    assert figure.notes[-1] == "Not shown: 6 trainings of other models, recipes or quantizers."
+
+
 def test_losses_are_paired_by_seed_with_students_interval() -> None:
     table = tabulate_formats(make_products(), "passes_per_mac", name_products, frozenset({"fast", *RECIPE_ROLES}))
     assert list(dict.fromkeys(table["format"])) == ["float32", "FAST 0.9/0.3", "BFP m=2"]
