@@ -8,11 +8,13 @@ fraction bits) cut the line into cells that get finer towards zero, as codebooks
 number of thresholds at or below its least value. Then v is compared with the next threshold, or with the next few where
 a cell holds more than one (tables with values closer than 2^-8 of each other). So the cost does not grow with k, and is
 the same for every data type.
+
+At most 15 thresholds (k <= 4) need no table: a vector of values is compared with the middle one, then each lane with
+the middle one of the half that is left to it, which a permutation finds, and so on (simd.find_codes).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +25,10 @@ from numba.extending import overload
 from kbit.kernels import simd
 from kbit.kernels.cpu_chunks import (
     CHUNK,
+    FLOAT16,
+    FLOAT32,
+    SearchTable,
+    Thresholds,
     block_start,
     copy_bytes,
     denormalize,
@@ -32,22 +38,24 @@ from kbit.kernels.cpu_chunks import (
     jit,
     load,
     look_up,
+    make_search_table,
     mix,
     next_block,
     normalize,
     pack_codes,
+    pad_codebook,
     round_up_at_random,
     round_values,
     store,
     typed_words,
     unpack_codes,
 )
+from kbit.kernels.simd import LEVELS
 
 Values = Float[np.ndarray, " n"]
 Codes = UInt8[np.ndarray, " n"]
 Packed = UInt8[np.ndarray, " bytes"]
 Scales = Float32[np.ndarray, " blocks"]
-Thresholds = Float32[np.ndarray, " thresholds"]
 Codebook = Float32[np.ndarray, " values"]
 
 
@@ -61,17 +69,10 @@ class Grid(NamedTuple):
     block_size: int
 
 
-class SearchTable(NamedTuple):
-    """Thresholds prepared for the search: see the module's docstring."""
-
-    first: UInt8[np.ndarray, " 65536"]  # by upper half-word: thresholds at or below the least value that begins with it
-    thresholds: Thresholds  # padded with NaN to 257, so that the comparison after the last one fails, of +inf too
-    compares: int  # the most thresholds that lie inside one cell, at least 1
-
-
 class Rounding(NamedTuple):
-    """Whether to round stochastically, and with which numbers."""
+    """How to round beside the search table: on vectors, or stochastically and with which numbers."""
 
+    tree: Thresholds  # simd.arrange_in_tree, or empty where the table is searched
     stochastic: bool
     key: np.uint64  # the mixed seed
     levels: int  # values of the codebook
@@ -81,39 +82,26 @@ def block_extremes(x: Values, row: int, block_size: int) -> tuple[Scales, Scales
     """Return the least and the largest value of each block, NaN or Inf where a block holds one."""
     words, kind = typed_words(x)
     find = _short_block_extremes if block_size <= CHUNK else _long_block_extremes
-    low, high = find(words, kind, row, block_size)
+    low, high = find(words.view(f"i{words.itemsize}"), kind, row, block_size)
     return low, high
 
 
 def quantize(
-    x: Values,
-    scales: Scales,
-    offsets: Scales,
-    codebook: Codebook,
-    thresholds: Thresholds,
-    row: int,
-    block_size: int,
-    seed: int | None = None,
-    bits: int = 8,
-) -> Packed:
+    x: Values, scales: Scales, offsets: Scales, codebook: Codebook, thresholds: Thresholds, row: int, block_size: int,
+    seed: int | None = None, bits: int = 8,
+) -> Packed:  # fmt: skip
     """Return the code of each value, packed at `bits` each (8: one code a byte). See kbit.numerics.reference."""
     words, kind = typed_words(x)
     packed = np.empty((x.size * bits + 7) // 8, np.uint8)
     grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
-    _encode(words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), bits, packed)
+    _encode(words, kind, grid, *_prepare(thresholds, seed, codebook), bits, packed)
     return packed
 
 
 def dequantize(
-    codes: Packed,
-    scales: Scales,
-    offsets: Scales,
-    codebook: Codebook,
-    row: int,
-    block_size: int,
-    out: Values,
+    codes: Packed, scales: Scales, offsets: Scales, codebook: Codebook, row: int, block_size: int, out: Values,
     bits: int = 8,
-) -> Values:
+) -> Values:  # fmt: skip
     """Fill out with codebook[code] * scale + offset. See kbit.numerics.reference.dequantize."""
     words, kind = typed_words(out)
     grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
@@ -122,23 +110,14 @@ def dequantize(
 
 
 def fake_quantize(
-    x: Values,
-    scales: Scales,
-    offsets: Scales,
-    codebook: Codebook,
-    thresholds: Thresholds,
-    row: int,
-    block_size: int,
-    seed: int | None,
-    out: Values,
-) -> Values:
+    x: Values, scales: Scales, offsets: Scales, codebook: Codebook, thresholds: Thresholds, row: int, block_size: int,
+    seed: int | None, out: Values,
+) -> Values:  # fmt: skip
     """Fill out, which may be x, with dequantize(quantize(x)), without codes. See kbit.numerics.reference."""
     words, kind = typed_words(x)
     out_words, _ = typed_words(out)
     grid = Grid(scales, offsets, pad_codebook(codebook), row, block_size)
-    _encode_decode(
-        words, kind, grid, make_search_table(thresholds.tobytes()), _make_rounding(seed, codebook), out_words
-    )
+    _encode_decode(words, kind, grid, *_prepare(thresholds, seed, codebook), out_words)
     return out
 
 
@@ -161,12 +140,6 @@ def _is_fast(bits: int, row: int, block_size: int) -> bool:
     return bits <= simd.find_isa().permuted_bits and row % 16 == 0 and block_size % 16 == 0
 
 
-def pad_codebook(codebook: Codebook) -> Codebook:
-    padded = np.full(256, codebook[-1], np.float32)
-    padded[: codebook.size] = codebook
-    return padded
-
-
 def _pairs(codebook: Codebook, bits: int) -> UInt64[np.ndarray, " 256"]:
     """Return the two values of each pair of codes, code_1 * 2^bits + code_2, as one word. They serve bits <= 4."""
     pairs = np.zeros((256, 2), np.float32)
@@ -176,23 +149,11 @@ def _pairs(codebook: Codebook, bits: int) -> UInt64[np.ndarray, " 256"]:
     return pairs.view(np.uint64)[:, 0]
 
 
-def _make_rounding(seed: int | None, codebook: Codebook) -> Rounding:
+def _prepare(thresholds: Thresholds, seed: int | None, codebook: Codebook) -> tuple[SearchTable, Rounding]:
+    """Return what rounding needs. Stochastic rounding searches the table, whatever the number of thresholds."""
+    tree = simd.arrange_in_tree(thresholds) if seed is None else np.empty(0, np.float32)
     key = np.uint64(0) if seed is None else np.uint64(mix(np.uint64(seed)))
-    return Rounding(seed is not None, key, codebook.size)
-
-
-@functools.lru_cache(maxsize=64)
-def make_search_table(thresholds_bytes: bytes) -> SearchTable:
-    """Count, for each cell, the thresholds at or below its least value and inside it (bytes, to be hashable)."""
-    thresholds = np.frombuffer(thresholds_bytes, np.float32)
-    upper = np.arange(2**16, dtype=np.uint32) << 16
-    ends = upper.view(np.float32), (upper | 0xFFFF).view(np.float32)
-    lowest, highest = np.fmin(*ends), np.fmax(*ends)  # a negative cell begins at its largest magnitude
-    first = np.searchsorted(thresholds, lowest, side="right")
-    compares = (np.searchsorted(thresholds, highest, side="right") - first).max()
-    padded = np.full(257, np.nan, np.float32)
-    padded[: thresholds.size] = thresholds
-    return SearchTable(first.astype(np.uint8), padded, max(1, int(compares)))
+    return make_search_table(thresholds.tobytes()), Rounding(tree, seed is not None, key, codebook.size)
 
 
 # A parallel loop only hands out chunks: what is written inside of it numba optimises less well (measured: 1.5 times
@@ -200,54 +161,50 @@ def make_search_table(thresholds_bytes: bytes) -> SearchTable:
 
 
 @jit(parallel=True)
-def _short_block_extremes(words, kind, row, block_size):
+def _short_block_extremes(integers, kind, row, block_size):
     """Extremes of blocks no longer than a chunk: each task takes whole blocks."""
-    blocks = np.int64(words.size) // row * ((row + block_size - 1) // block_size)
+    blocks = np.int64(integers.size) // row * ((row + block_size - 1) // block_size)
     low, high = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     per_task = CHUNK // block_size
     for task in prange((blocks + per_task - 1) // per_task):
-        _find_extremes(words, kind, row, block_size, task * per_task, min(blocks, (task + 1) * per_task), low, high)
+        _find_extremes(integers, kind, row, block_size, task * per_task, min(blocks, (task + 1) * per_task), low, high)
     return low, high
 
 
 @jit()
-def _find_extremes(words, kind, row, block_size, b, last, low, high):
-    buffer = np.empty(CHUNK, np.float32)
+def _find_extremes(integers, kind, row, block_size, b, last, low, high):
     start = block_start(b, row, block_size)
     _, row_end, block_end = first_block(start, row, block_size)
     while b < last:
-        load(words, kind, start, block_end - start, buffer)
-        low[b], high[b] = extremes(buffer, 0, block_end - start)
+        low[b], high[b] = extremes(integers, kind, start, block_end - start)
         start = block_end
         b, row_end, block_end = next_block(b, row_end, block_end, row, block_size)
 
 
 @jit(parallel=True)
-def _long_block_extremes(words, kind, row, block_size):
+def _long_block_extremes(integers, kind, row, block_size):
     """Extremes of blocks longer than a chunk: each task takes a chunk, so that one block still uses every core."""
-    blocks = np.int64(words.size) // row * ((row + block_size - 1) // block_size)
+    blocks = np.int64(integers.size) // row * ((row + block_size - 1) // block_size)
     chunks = (block_size + CHUNK - 1) // CHUNK
     low, high = np.empty(blocks * chunks, np.float32), np.empty(blocks * chunks, np.float32)
     for c in prange(blocks * chunks):
-        low[c], high[c] = _find_chunk_extremes(words, kind, row, block_size, c // chunks, c % chunks)
+        low[c], high[c] = _find_chunk_extremes(integers, kind, row, block_size, c // chunks, c % chunks)
     block_low, block_high = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
     for b in range(blocks):
-        block_low[b], _ = extremes(low, b * chunks, chunks)
-        _, block_high[b] = extremes(high, b * chunks, chunks)
+        block_low[b], _ = extremes(low.view(np.int32), FLOAT32, b * chunks, chunks)
+        _, block_high[b] = extremes(high.view(np.int32), FLOAT32, b * chunks, chunks)
     return block_low, block_high
 
 
 @jit()
-def _find_chunk_extremes(words, kind, row, block_size, b, chunk):
+def _find_chunk_extremes(integers, kind, row, block_size, b, chunk):
     start = block_start(b, row, block_size)
     _, _, end = first_block(start, row, block_size)
     start += chunk * CHUNK
     count = min(end - start, CHUNK)
     if count <= 0:  # the last block of a row may be shorter
         return np.float32(np.inf), np.float32(-np.inf)
-    buffer = np.empty(CHUNK, np.float32)
-    load(words, kind, start, count, buffer)
-    return extremes(buffer, 0, count)
+    return extremes(integers, kind, start, count)
 
 
 @jit(parallel=True)
@@ -259,10 +216,15 @@ def _encode(words, kind, grid, table, rounding, bits, packed):
 
 @jit()
 def _encode_chunk(words, kind, grid, table, rounding, bits, packed, start, end):
-    buffer, codes = np.empty(CHUNK, np.float32), np.zeros(CHUNK, np.uint8)
-    load(words, kind, start, end - start, buffer)
-    normalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
-    _round_to_codes(buffer, start, end - start, grid.codebook, table, rounding, codes)
+    codes = np.empty(CHUNK, np.uint8)
+    codes[end - start :] = 0
+    if rounding.tree.size and kind != FLOAT16 and grid.row % 16 == 0 and grid.block_size % 16 == 0:
+        _find_codes_on_vectors(words, start, end, grid, rounding.tree, codes)
+    else:
+        buffer = np.empty(CHUNK, np.float32)
+        load(words, kind, start, end - start, buffer)
+        normalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
+        _round_to_codes(buffer, start, end - start, grid.codebook, table, rounding, codes)
     pack_codes(codes, end - start, bits, packed, start * bits // 8)
 
 
@@ -271,6 +233,33 @@ def _round_to_codes(buffer, start, count, codebook, table, rounding, codes):
     find_codes(buffer, count, table.first, table.thresholds, table.compares, codes)
     if rounding.stochastic:
         round_up_at_random(buffer, count, codebook, rounding.levels, rounding.key, start, codes)
+
+
+@jit()
+def _find_codes_on_vectors(words, start, end, grid, tree, codes):
+    """Load, normalise and find the codes of values start .. end - 1, for at most 15 thresholds."""
+    levels, step = simd.load_levels(tree), simd.count_lanes()
+    b, row_end, block_end = first_block(start, grid.row, grid.block_size)
+    i, place, j = start, np.uint64(start), np.uint64(0)
+    while i < end:
+        stop = min(block_end, end)
+        scale, offset = simd.splat(grid.scales[b]), simd.splat(grid.offsets[b])
+        for _ in range(np.uint64(stop - i) // step):
+            values = simd.normalize(simd.load(words, place), scale, offset)
+            simd.store_bytes(codes, j, simd.find_codes(levels, values))
+            place, j = place + step, j + step
+        i = stop
+        b, row_end, block_end = next_block(b, row_end, block_end, grid.row, grid.block_size)
+
+
+@jit()
+def _round_on_vectors(buffer, count, tree, codebook):
+    """Do what round_values does, for at most 15 thresholds."""
+    levels, values = simd.load_levels(tree), simd.load_table(codebook, np.float32(0), LEVELS)
+    step = simd.count_lanes()
+    for i in range((np.uint64(count) + step - np.uint64(1)) // step):
+        codes = simd.find_codes(levels, simd.load(buffer, i * step))
+        simd.store(buffer, i * step, simd.look_up(values, codes, LEVELS))
 
 
 @jit(parallel=True)
@@ -366,7 +355,9 @@ def _encode_decode_chunk(words, kind, grid, table, rounding, out, start, end):
     buffer, count = np.empty(CHUNK, np.float32), end - start
     load(words, kind, start, count, buffer)
     normalize(buffer, start, end, grid.scales, grid.offsets, grid.row, grid.block_size)
-    if table.compares == 1 and not rounding.stochastic:
+    if rounding.tree.size:
+        _round_on_vectors(buffer, count, rounding.tree, grid.codebook)
+    elif table.compares == 1 and not rounding.stochastic:
         round_values(buffer, count, table.first, table.thresholds, grid.codebook)
     else:
         codes = np.empty(CHUNK, np.uint8)

@@ -18,7 +18,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from numba.extending import overload
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
 from kbit.kernels import simd
 from kbit.kernels.cpu_chunks import BFLOAT16, FLOAT16, FLOAT32, copy_bytes, jit
@@ -165,6 +168,94 @@ def _make_kernel(bits: int, batch: int, chunk: int, linear: int) -> Callable[...
     return kernel
 
 
+@intrinsic(prefer_literal=True)
+def zeros(typing, count):
+    """Return a tuple of so many vectors of zeros."""
+    result = types.UniTuple(simd.Vector("float"), count.literal_value)
+
+    def generate(context, builder, signature, arguments):
+        return context.make_tuple(builder, result, [simd.every(simd.F32, 0.0)] * result.count)
+
+    return result(count), generate
+
+
+@intrinsic
+def multiply_add(typing, values, x, place, stride, sums):
+    """Return sums[m] + values x[place + m stride ...] for each m, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        values, x, place, stride, sums = arguments
+        found = []
+        for total in cgutils.unpack_tuple(builder, sums):
+            inputs = simd.load_at(
+                builder, simd.point(context, builder, signature.args[1], x, place, simd.vector_of(simd.F32)), 4
+            )
+            found.append(simd.add_product(builder, values, inputs, total))
+            place = builder.add(place, stride)
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return sums(values, x, types.uint64, types.uint64, sums), generate
+
+
+@intrinsic
+def scale_add(typing, values, scale, sums):
+    """Return sums[m] + values[m] scale for each m, rounded once."""
+
+    def generate(context, builder, signature, arguments):
+        scale = simd.splat_value(builder, arguments[1])
+        pairs = zip(*(cgutils.unpack_tuple(builder, arguments[i]) for i in (0, 2)), strict=True)
+        found = [simd.add_product(builder, value, scale, total) for value, total in pairs]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return sums(values, types.float32, sums), generate
+
+
+@intrinsic
+def add_lanes(typing, vectors):
+    """Return the sum of the lanes of each vector of a tuple."""
+    result = types.UniTuple(types.float32, vectors.count)
+
+    def generate(context, builder, signature, arguments):
+        sums = [_add_lanes(builder, vector) for vector in cgutils.unpack_tuple(builder, arguments[0])]
+        return context.make_tuple(builder, result, sums)
+
+    return result(vectors), generate
+
+
+def _add_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    while (half := vector.type.count // 2) >= 1:
+        lower, upper = (simd.shuffle(builder, vector, range(start, start + half)) for start in (0, half))
+        vector = builder.fadd(lower, upper)
+    return builder.extract_element(vector, ir.Constant(simd.I32, 0))
+
+
+@intrinsic
+def load_line(typing, codebook, step, bits):
+    """Return what compute takes for a codebook of evenly spaced values: the first one and their distance."""
+    result = types.UniTuple(simd.Vector("float"), 2)
+
+    def generate(context, builder, signature, arguments):
+        first = builder.load(context.make_array(signature.args[0])(context, builder, arguments[0]).data)
+        return context.make_tuple(
+            builder, result, [simd.splat_value(builder, first), simd.splat_value(builder, arguments[1])]
+        )
+
+    return result(codebook, types.float32, bits), generate
+
+
+@intrinsic(prefer_literal=True)
+def compute(typing, line, codes, bits):
+    """Return first + step code, rounded once: look_up for a codebook of evenly spaced values."""
+    most = 2**bits.literal_value - 1
+
+    def generate(context, builder, signature, arguments):
+        first, step = cgutils.unpack_tuple(builder, arguments[0])
+        numbers = builder.sitofp(builder.and_(arguments[1], simd.every(simd.I32, most)), first.type)
+        return simd.add_product(builder, numbers, step, first)
+
+    return simd.Vector("float")(line, codes, bits), generate
+
+
 def multiply_rows(*arguments: Any) -> None:
     """Fill out[:, first:last]. _multiply_rows_of compiles it per bits, batch and chunk."""
     raise NotImplementedError
@@ -174,7 +265,7 @@ def multiply_rows(*arguments: Any) -> None:
 def _multiply_rows_of(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk, linear):
     k, m, codes_of_chunk = bits.literal_value, batch.literal_value, chunk.literal_value
     vectors, lanes = codes_of_chunk // simd.find_isa().lanes, simd.find_isa().lanes
-    load, find = (simd.load_line, simd.compute) if linear.literal_value else (simd.load_table, simd.look_up)
+    load, find = (load_line, compute) if linear.literal_value else (simd.load_table, simd.look_up)
     vector_bytes, lanes_of_x = np.uint64(lanes * k // 8), np.uint64(lanes)
 
     def fill_rows(codes, start, matrix, x, sums, out, first, last, bits, batch, chunk, linear):
@@ -186,26 +277,26 @@ def _multiply_rows_of(codes, start, matrix, x, sums, out, first, last, bits, bat
             block, left, count = find_blocks(r, matrix.blocks)
             decode_constants(matrix.scales, block, count, constants)
             place = np.uint64(r * columns * k // 8 - start)
-            totals = simd.zeros(m)
+            totals = zeros(m)
             column, b, until = np.uint64(0), np.uint64(0), left
             for _ in range(columns // codes_of_chunk):
                 if m == 1:
-                    part = simd.zeros(m)
+                    part = zeros(m)
                     for _ in range(vectors):
                         values = find(table, simd.load_codes(codes, place, k), k)
-                        part = simd.multiply_add(values, x, column, stride, part)
+                        part = multiply_add(values, x, column, stride, part)
                         place, column = place + vector_bytes, column + lanes_of_x
-                    totals = simd.scale_add(part, constants[b], totals)
+                    totals = scale_add(part, constants[b], totals)
                 else:
                     scale = simd.splat(constants[b])
                     for _ in range(vectors):
                         values = simd.multiply(find(table, simd.load_codes(codes, place, k), k), scale)
-                        totals = simd.multiply_add(values, x, column, stride, totals)
+                        totals = multiply_add(values, x, column, stride, totals)
                         place, column = place + vector_bytes, column + lanes_of_x
                 until -= codes_of_chunk
                 if until == 0:
                     b, until = b + np.uint64(1), block_size
-            found = simd.add_lanes(totals)
+            found = add_lanes(totals)
             for i in range(m):
                 out[i, r] = found[i]
             if sums.size:
@@ -240,21 +331,34 @@ def add_offsets(constants, sums, left, block_size, chunk, out, r):
         out[i, r] += total
 
 
+@intrinsic(prefer_literal=True)
+def read_word(typing, stored, place, bits):
+    """Return word number `place`, of so many bits, of an array of bytes, as uint32."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.IntType(bits.literal_value)
+        first = builder.mul(arguments[1], ir.Constant(ir.IntType(64), bits.literal_value // 8))
+        word = simd.load_at(builder, simd.point(context, builder, signature.args[0], arguments[0], first, kind), 1)
+        return builder.zext(word, simd.I32) if bits.literal_value < 32 else word
+
+    return types.uint32(stored, types.uint64, bits), generate
+
+
 @jit()
 def decode_constants(constants, first, count, buffer):
     """Fill the buffer with `count` constants from block `first` on, as numbers."""
     kind, stored, n, start = constants.kind, constants.stored, np.uint64(count), np.uint64(first)
     if kind == FLOAT32:
         for i in range(n):
-            buffer[i] = np.uint32(simd.read_word(stored, start + i, 32)).view(np.float32)
+            buffer[i] = np.uint32(read_word(stored, start + i, 32)).view(np.float32)
     elif kind == FLOAT16:
         for i in range(n):  # as in cpu_chunks.load, for finite numbers
-            word = np.uint32(simd.read_word(stored, start + i, 16))
+            word = np.uint32(read_word(stored, start + i, 16))
             magnitude = np.uint32((word & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(2.0**112)
             buffer[i] = -magnitude if word & np.uint32(0x8000) else magnitude
     elif kind == BFLOAT16:
         for i in range(n):
-            buffer[i] = np.uint32(simd.read_word(stored, start + i, 16) << np.uint32(16)).view(np.float32)
+            buffer[i] = np.uint32(read_word(stored, start + i, 16) << np.uint32(16)).view(np.float32)
     elif kind == CODED:
         _decode_coded(constants, start, n, buffer)
     else:

@@ -16,14 +16,15 @@ from jaxtyping import Float, Float32, UInt8
 from numba import prange, types
 from numba.extending import overload
 
-from kbit.kernels.cpu import make_search_table, pad_codebook
 from kbit.kernels.cpu_chunks import (
     CHUNK,
     find_codes,
     jit,
     load,
+    make_search_table,
     mix,
     pack_codes,
+    pad_codebook,
     round_up_at_random,
     store,
     typed_words,
@@ -52,7 +53,7 @@ class State(NamedTuple):
         scales: the largest magnitude of each block, changed in place.
         values: the state at EXACT_BITS, changed in place.
         codebook: the values of codes in units of the scale, padded to 256.
-        first, thresholds, compares: where codes begin, see kbit.kernels.cpu.SearchTable.
+        first, thresholds, compares: where codes begin, see kbit.kernels.cpu_chunks.SearchTable.
         levels: the number of the codebook's values.
         seed: seed of stochastic rounding, or NOT_RANDOM.
     """

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 
 import llvmlite.binding as llvm
 import numpy as np
+from jaxtyping import Float32
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -27,9 +28,10 @@ from numba.core.datamodel import models
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_model
 
+LEVELS: Final = 4  # of the search for a code among 15 thresholds
 OVERREAD: Final = 16  # bytes after the first byte of a vector's codes that load_codes may read
 
-_F32, _I32, _I8, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(8), ir.IntType(64)
+F32, I32, _I8, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(8), ir.IntType(64)
 _ZERO: Final = 0x80  # a place from which pshufb takes 0
 
 
@@ -85,10 +87,10 @@ class Vector(types.Type):
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, fe_type: Vector) -> None:
-        super().__init__(manager, fe_type, _vector_of(_F32 if fe_type.kind == "float" else _I32))
+        super().__init__(manager, fe_type, vector_of(F32 if fe_type.kind == "float" else I32))
 
 
-def _vector_of(element: ir.Type, lanes: int = 0) -> ir.VectorType:
+def vector_of(element: ir.Type, lanes: int = 0) -> ir.VectorType:
     return ir.VectorType(element, lanes or find_isa().lanes)
 
 
@@ -96,7 +98,7 @@ def _constant(element: ir.Type, values: Sequence[int | float]) -> ir.Constant:
     return ir.Constant(ir.VectorType(element, len(values)), [ir.Constant(element, value) for value in values])
 
 
-def _every(element: ir.Type, value: float) -> ir.Constant:
+def every(element: ir.Type, value: float) -> ir.Constant:
     return _constant(element, [value] * find_isa().lanes)
 
 
@@ -106,38 +108,42 @@ def call_target(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: Se
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
 
-def _point(context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, place: ir.Value, to: ir.Type) -> Any:
+def point(context: Any, builder: ir.IRBuilder, array_type: Any, array: ir.Value, place: ir.Value, to: ir.Type) -> Any:
     """Return a pointer to array[place] that points to a value of type `to`."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [place]), to.as_pointer())
 
 
-def _load(builder: ir.IRBuilder, pointer: ir.Value, alignment: int) -> ir.Value:
+def load_at(builder: ir.IRBuilder, pointer: ir.Value, alignment: int) -> ir.Value:
     value = builder.load(pointer)
     value.align = alignment
     return value
 
 
-def _shuffle(builder: ir.IRBuilder, vector: ir.Value, places: Sequence[int]) -> ir.Value:
+def shuffle(builder: ir.IRBuilder, vector: ir.Value, places: Sequence[int]) -> ir.Value:
     undefined = ir.Constant(vector.type, ir.Undefined)
-    return builder.shuffle_vector(vector, undefined, _constant(_I32, places))
+    return builder.shuffle_vector(vector, undefined, _constant(I32, places))
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = 0) -> ir.Value:
-    vector = ir.Constant(_vector_of(value.type, lanes), ir.Undefined)
-    first = builder.insert_element(vector, value, ir.Constant(_I32, 0))
-    return _shuffle(builder, first, [0] * first.type.count)
+def splat_value(builder: ir.IRBuilder, value: ir.Value, lanes: int = 0) -> ir.Value:
+    vector = ir.Constant(vector_of(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(vector, value, ir.Constant(I32, 0))
+    return shuffle(builder, first, [0] * first.type.count)
 
 
 @intrinsic
-def load(typing, array, place):
-    """Return the float32 vector at array[place]."""
+def load(typing, words, place):
+    """Return the float32 vector that begins at words[place], whose words are float32 or the bits of bfloat16."""
 
     def generate(context, builder, signature, arguments):
-        pointer = _point(context, builder, signature.args[0], *arguments, _vector_of(_F32))
-        return _load(builder, pointer, 4)
+        kind = F32 if isinstance(words.dtype, types.Float) else ir.IntType(16)
+        pointer = point(context, builder, signature.args[0], *arguments, vector_of(kind))
+        loaded = load_at(builder, pointer, 4 if kind == F32 else 2)
+        if kind == F32:
+            return loaded
+        return builder.bitcast(builder.shl(builder.zext(loaded, vector_of(I32)), every(I32, 16)), vector_of(F32))
 
-    return Vector("float")(array, place), generate
+    return Vector("float")(words, place), generate
 
 
 @intrinsic
@@ -145,30 +151,25 @@ def store(typing, array, place, vector):
     """Write a float32 vector to array[place]."""
 
     def generate(context, builder, signature, arguments):
-        pointer = _point(context, builder, signature.args[0], *arguments[:2], _vector_of(_F32))
+        pointer = point(context, builder, signature.args[0], *arguments[:2], vector_of(F32))
         builder.store(arguments[2], pointer).align = 4
         return context.get_dummy_value()
 
     return types.void(array, place, vector), generate
 
 
-@intrinsic(prefer_literal=True)
-def read_word(typing, stored, place, bits):
-    """Return word number `place`, of so many bits, of an array of bytes, as uint32."""
-
-    def generate(context, builder, signature, arguments):
-        kind = ir.IntType(bits.literal_value)
-        first = builder.mul(arguments[1], ir.Constant(_I64, bits.literal_value // 8))
-        word = _load(builder, _point(context, builder, signature.args[0], arguments[0], first, kind), 1)
-        return builder.zext(word, _I32) if bits.literal_value < 32 else word
-
-    return types.uint32(stored, types.uint64, bits), generate
+@intrinsic
+def count_lanes(typing):
+    """Return the lanes of a vector."""
+    return types.uint64(), lambda context, builder, signature, arguments: ir.Constant(_I64, find_isa().lanes)
 
 
 @intrinsic
 def splat(typing, value):
     """Return a vector with a float32 in each lane."""
-    return Vector("float")(types.float32), lambda context, builder, signature, arguments: _splat(builder, *arguments)
+    return Vector("float")(types.float32), lambda context, builder, signature, arguments: splat_value(
+        builder, *arguments
+    )
 
 
 @intrinsic
@@ -183,69 +184,10 @@ def add(typing, a, b):
     return a(a, b), lambda context, builder, signature, arguments: builder.fadd(*arguments)
 
 
-@intrinsic(prefer_literal=True)
-def zeros(typing, count):
-    """Return a tuple of so many vectors of zeros."""
-    result = types.UniTuple(Vector("float"), count.literal_value)
-
-    def generate(context, builder, signature, arguments):
-        return context.make_tuple(builder, result, [_every(_F32, 0.0)] * result.count)
-
-    return result(count), generate
-
-
-@intrinsic
-def multiply_add(typing, values, x, place, stride, sums):
-    """Return sums[m] + values x[place + m stride ...] for each m, rounded once."""
-
-    def generate(context, builder, signature, arguments):
-        values, x, place, stride, sums = arguments
-        found = []
-        for total in cgutils.unpack_tuple(builder, sums):
-            inputs = _load(builder, _point(context, builder, signature.args[1], x, place, _vector_of(_F32)), 4)
-            found.append(_multiply_add(builder, values, inputs, total))
-            place = builder.add(place, stride)
-        return context.make_tuple(builder, signature.return_type, found)
-
-    return sums(values, x, types.uint64, types.uint64, sums), generate
-
-
-@intrinsic
-def scale_add(typing, values, scale, sums):
-    """Return sums[m] + values[m] scale for each m, rounded once."""
-
-    def generate(context, builder, signature, arguments):
-        scale = _splat(builder, arguments[1])
-        pairs = zip(*(cgutils.unpack_tuple(builder, arguments[i]) for i in (0, 2)), strict=True)
-        found = [_multiply_add(builder, value, scale, total) for value, total in pairs]
-        return context.make_tuple(builder, signature.return_type, found)
-
-    return sums(values, types.float32, sums), generate
-
-
-def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def add_product(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     if find_isa() == GENERIC:  # a target without the instruction would call a function for each lane
         return builder.fadd(builder.fmul(a, b), c)
     return call_target(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
-
-
-@intrinsic
-def add_lanes(typing, vectors):
-    """Return the sum of the lanes of each vector of a tuple."""
-    result = types.UniTuple(types.float32, vectors.count)
-
-    def generate(context, builder, signature, arguments):
-        sums = [_add_lanes(builder, vector) for vector in cgutils.unpack_tuple(builder, arguments[0])]
-        return context.make_tuple(builder, result, sums)
-
-    return result(vectors), generate
-
-
-def _add_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    while (half := vector.type.count // 2) >= 1:
-        lower, upper = (_shuffle(builder, vector, range(start, start + half)) for start in (0, half))
-        vector = builder.fadd(lower, upper)
-    return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
 @intrinsic(prefer_literal=True)
@@ -256,16 +198,18 @@ def load_codes(typing, packed, place, bits):
     def generate(context, builder, signature, arguments):
         def read(kind: ir.Type) -> ir.Value:
             array, place = arguments[:2]
-            return _load(builder, _point(context, builder, signature.args[0], array, place, kind), 1)
+            return load_at(builder, point(context, builder, signature.args[0], array, place, kind), 1)
 
         lanes = find_isa().lanes
         if k == 8:
-            return builder.zext(read(_vector_of(_I8)), _vector_of(_I32))
+            return builder.zext(read(vector_of(_I8)), vector_of(I32))
         if k * lanes in (16, 32) and 8 % k == 0:  # no code is in two bytes, and all are in one word
-            word = builder.zext(read(ir.IntType(k * lanes)), _I32) if k * lanes < 32 else read(_I32)
-            return builder.lshr(_splat(builder, word), _constant(_I32, [8 * b + s for b, s in _list_places(k)[:lanes]]))
+            word = builder.zext(read(ir.IntType(k * lanes)), I32) if k * lanes < 32 else read(I32)
+            return builder.lshr(
+                splat_value(builder, word), _constant(I32, [8 * b + s for b, s in _list_places(k)[:lanes]])
+            )
         words = _shuffle_bytes(builder, read, k)
-        return builder.lshr(words, _constant(_I32, [shift for _, shift in _list_places(k)[:lanes]]))
+        return builder.lshr(words, _constant(I32, [shift for _, shift in _list_places(k)[:lanes]]))
 
     return Vector("int")(packed, place, bits), generate
 
@@ -294,15 +238,15 @@ def _shuffle_bytes(builder: ir.IRBuilder, read: Callable[[ir.Type], ir.Value], b
     if isa == GENERIC:
         codes = read(ir.VectorType(_I8, bits))  # 8 codes
         zero = ir.Constant(codes.type, [0] * bits)
-        where = _constant(_I32, [bits if place == _ZERO else place for place in places])
-        return builder.bitcast(builder.shuffle_vector(codes, zero, where), _vector_of(_I32))
+        where = _constant(I32, [bits if place == _ZERO else place for place in places])
+        return builder.bitcast(builder.shuffle_vector(codes, zero, where), vector_of(I32))
     if isa == AVX2:
-        codes = builder.bitcast(_splat(builder, read(_I64), 4), ir.VectorType(_I8, 32))
+        codes = builder.bitcast(splat_value(builder, read(_I64), 4), ir.VectorType(_I8, 32))
         found = call_target(builder, "llvm.x86.avx2.pshuf.b", codes.type, [codes, _constant(_I8, places)])
     else:
-        codes = _shuffle(builder, read(ir.VectorType(_I8, 16)), [*range(16)] * 4)
+        codes = shuffle(builder, read(ir.VectorType(_I8, 16)), [*range(16)] * 4)
         found = call_target(builder, "llvm.x86.avx512.pshuf.b.512", codes.type, [codes, _constant(_I8, places)])
-    return builder.bitcast(found, _vector_of(_I32))
+    return builder.bitcast(found, vector_of(I32))
 
 
 @intrinsic(prefer_literal=True)
@@ -318,10 +262,10 @@ def load_table(typing, codebook, step, bits):
     result = types.UniTuple(Vector("float"), registers)
 
     def generate(context, builder, signature, arguments):
-        pointer = _point(context, builder, signature.args[0], arguments[0], ir.Constant(_I64, 0), _vector_of(_F32))
-        vectors = [_load(builder, builder.gep(pointer, [ir.Constant(_I64, i)]), 4) for i in range(registers)]
+        pointer = point(context, builder, signature.args[0], arguments[0], ir.Constant(_I64, 0), vector_of(F32))
+        vectors = [load_at(builder, builder.gep(pointer, [ir.Constant(_I64, i)]), 4) for i in range(registers)]
         if (values := 2**bits.literal_value) < isa.lanes:  # so that the bits above the code do not matter
-            vectors = [_shuffle(builder, vectors[0], [lane % values for lane in range(isa.lanes)])]
+            vectors = [shuffle(builder, vectors[0], [lane % values for lane in range(isa.lanes)])]
         return context.make_tuple(builder, result, vectors)
 
     return result(codebook, step, bits), generate
@@ -340,46 +284,97 @@ def look_up(typing, table, codes, bits):
     def generate(context, builder, signature, arguments):
         if isinstance(signature.args[0], types.UniTuple):
             return _permute(builder, cgutils.unpack_tuple(builder, arguments[0]), arguments[1])
-        codes = builder.and_(arguments[1], _every(_I32, 2**k - 1))
-        values = ir.Constant(_vector_of(_F32), ir.Undefined)
+        codes = builder.and_(arguments[1], every(I32, 2**k - 1))
+        values = ir.Constant(vector_of(F32), ir.Undefined)
         for lane, place in enumerate(_list_lanes(builder, codes)):
-            value = builder.load(_point(context, builder, signature.args[0], arguments[0], place, _F32))
-            values = builder.insert_element(values, value, ir.Constant(_I32, lane))
+            value = builder.load(point(context, builder, signature.args[0], arguments[0], place, F32))
+            values = builder.insert_element(values, value, ir.Constant(I32, lane))
         return values
 
     return Vector("float")(table, codes, bits), generate
 
 
+def arrange_in_tree(thresholds: Float32[np.ndarray, " thresholds"]) -> Float32[np.ndarray, " levels"]:
+    """Return at most 15 thresholds level by level, 16 numbers each: the middle one, the two beside it, 4, and 8.
+
+    Nothing is returned for more thresholds.
+    """
+    if thresholds.size >= 2**LEVELS:
+        return np.empty(0, np.float32)
+    padded = np.full(2**LEVELS - 1, np.nan, np.float32)  # nothing is >= NaN
+    padded[: thresholds.size] = thresholds
+    strides = [2**level for level in range(LEVELS, 0, -1)]
+    return np.concatenate([np.resize(padded[stride // 2 - 1 :: stride], 16) for stride in strides])
+
+
 @intrinsic
-def load_line(typing, codebook, step, bits):
-    """Return what compute takes for a codebook of evenly spaced values: the first one and their distance."""
-    result = types.UniTuple(Vector("float"), 2)
+def load_levels(typing, levels):
+    """Return what find_codes takes, from what arrange_in_tree returns."""
+    result = types.UniTuple(Vector("float"), LEVELS)
 
     def generate(context, builder, signature, arguments):
-        first = builder.load(context.make_array(signature.args[0])(context, builder, arguments[0]).data)
-        return context.make_tuple(builder, result, [_splat(builder, first), _splat(builder, arguments[1])])
+        places = [ir.Constant(_I64, 16 * level) for level in range(result.count)]
+        pointers = [point(context, builder, signature.args[0], arguments[0], place, vector_of(F32)) for place in places]
+        return context.make_tuple(builder, result, [load_at(builder, pointer, 4) for pointer in pointers])
 
-    return result(codebook, types.float32, bits), generate
+    return result(levels), generate
 
 
-@intrinsic(prefer_literal=True)
-def compute(typing, line, codes, bits):
-    """Return first + step code, rounded once: look_up for a codebook of evenly spaced values."""
-    most = 2**bits.literal_value - 1
+@intrinsic
+def find_codes(typing, levels, values):
+    """Return, for each value, how many of 15 sorted thresholds are <= it.
+
+    Each level gives the next bit of the code. Without permutations, all thresholds are compared.
+    """
 
     def generate(context, builder, signature, arguments):
-        first, step = cgutils.unpack_tuple(builder, arguments[0])
-        numbers = builder.sitofp(builder.and_(arguments[1], _every(_I32, most)), first.type)
-        return _multiply_add(builder, numbers, step, first)
+        codes, isa = every(I32, 0), find_isa()
 
-    return Vector("float")(line, codes, bits), generate
+        def compare(bound: ir.Value) -> ir.Value:  # -1 where a value is at or above
+            return builder.sext(builder.fcmp_ordered(">=", arguments[1], bound), codes.type)
+
+        for level, thresholds in enumerate(cgutils.unpack_tuple(builder, arguments[0])):
+            if isa == GENERIC:
+                for lane in range(2**level):
+                    codes = builder.sub(codes, compare(shuffle(builder, thresholds, [lane] * isa.lanes)))
+            else:
+                bound = _permute(builder, [thresholds], codes) if level else thresholds
+                codes = builder.sub(builder.add(codes, codes), compare(bound))
+        return codes
+
+    return Vector("int")(levels, values), generate
+
+
+@intrinsic
+def store_bytes(typing, array, place, vector):
+    """Write the lowest byte of each lane to array[place] and the bytes after it."""
+
+    def generate(context, builder, signature, arguments):
+        stored = builder.trunc(arguments[2], vector_of(_I8))
+        builder.store(stored, point(context, builder, signature.args[0], *arguments[:2], stored.type)).align = 1
+        return context.get_dummy_value()
+
+    return types.void(array, place, vector), generate
+
+
+@intrinsic
+def normalize(typing, values, scale, offset):
+    """Return (values - offset) / scale, 0 where the scale is 0."""
+
+    def generate(context, builder, signature, arguments):
+        values, scale, offset = arguments
+        zero = every(F32, 0.0)
+        quotients = builder.fdiv(builder.fsub(values, offset), scale)
+        return builder.select(builder.fcmp_ordered("==", scale, zero), zero, quotients)
+
+    return values(values, scale, offset), generate
 
 
 def _list_lanes(builder: ir.IRBuilder, codes: ir.Value) -> Iterator[ir.Value]:
     """Yield the lanes as 64-bit integers. Two are taken out at once, since that costs more than a shift."""
-    pairs = builder.bitcast(codes, _vector_of(_I64, codes.type.count // 2))
+    pairs = builder.bitcast(codes, vector_of(_I64, codes.type.count // 2))
     for place in range(pairs.type.count):
-        pair = builder.extract_element(pairs, ir.Constant(_I32, place))
+        pair = builder.extract_element(pairs, ir.Constant(I32, place))
         yield builder.and_(pair, ir.Constant(_I64, 2**32 - 1))
         yield builder.lshr(pair, ir.Constant(_I64, 32))
 
@@ -395,5 +390,5 @@ def _permute(builder: ir.IRBuilder, table: Sequence[ir.Value], codes: ir.Value) 
     half = len(table) // 2
     lower, upper = (_permute(builder, part, codes) for part in (table[:half], table[half:]))
     bit = int(np.log2(half * kind.count))  # of the code, which chooses the half: moved to the sign
-    sign = builder.shl(codes, _every(_I32, 31 - bit))
-    return builder.select(builder.icmp_signed("<", sign, _every(_I32, 0)), upper, lower)
+    sign = builder.shl(codes, every(I32, 31 - bit))
+    return builder.select(builder.icmp_signed("<", sign, every(I32, 0)), upper, lower)

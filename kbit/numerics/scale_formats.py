@@ -151,10 +151,10 @@ class Float16Scales(ScaleFormat):
     holds_float16 = True
 
     def store(self, values: Scales, lost: Bool[np.ndarray, " blocks"]) -> Stored:
-        return {"scales": _keep_nonzero(values.astype(np.float16).view(np.uint16), lost).view(np.float16)}
+        return {"scales": _keep_nonzero(_convert(values, "float16").view(np.uint16), lost).view(np.float16)}
 
     def decode(self, stored: Mapping[str, NDArray[Any]]) -> Scales:
-        return stored["scales"].astype(np.float32)
+        return _convert(stored["scales"], "float32")
 
     def list_arrays(self, blocks: int) -> dict[str, tuple[type[np.generic], int]]:
         return {"scales": (np.float16, blocks)}
@@ -327,7 +327,18 @@ def _decode_bytes(scale_format: ScaleFormat, stored: Mapping[str, NDArray[Any]],
 
 def _keep_nonzero(words: NDArray[np.uint16], lost: Bool[np.ndarray, " blocks"]) -> NDArray[np.uint16]:
     """Replace a 0 that must not be one by the smallest number of its sign, whose bit pattern is 1."""
-    return np.where((words & 0x7FFF == 0) & lost, words | 1, words)
+    kept: NDArray[np.uint16] = words | ((words & 0x7FFF == 0) & lost)
+    return kept
+
+
+def _convert(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Do what astype does, by torch, between float16 and float32: NumPy takes 15 to 30 times as long."""
+    import torch
+
+    converted: NDArray[Any] = (
+        torch.from_numpy(np.require(values, requirements=["C", "W"])).to(getattr(torch, dtype)).numpy()
+    )
+    return converted
 
 
 @functools.cache

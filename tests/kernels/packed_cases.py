@@ -1,4 +1,4 @@
-"""A program that tests the kernels of packed products on one kind of CPU: python packed_cases.py NAME.
+"""A program that tests the kernels that work on vectors on one kind of CPU: python packed_cases.py NAME.
 
 NAME is what numba compiles for (NUMBA_CPU_NAME), so it is set before numba is imported. For avx512-emulated, the
 AVX-512 instructions are replaced by what Intel's manual says that they do, and LLVM splits the vectors for a CPU
@@ -120,12 +120,32 @@ def check_dequantize(bits: int) -> None:
         assert wrong == 0, (KIND, bits, rows, columns, block_size, wrong)
 
 
+def check_quantize(bits: int) -> None:
+    """Compare codes that are found on vectors, and the values that they stand for, with the NumPy twin's.
+
+    The last block of a row is short, and blocks go on over the ends of chunks.
+    """
+    rng = np.random.default_rng(bits)
+    codebook = np.sort(rng.uniform(-1, 1, 2**bits - 1)).astype(np.float32)
+    thresholds = ((codebook[:-1] + codebook[1:]) / 2).astype(np.float32)
+    for rows, columns, block_size in ((10, 1040, 64), (1, 2 * CHUNK + 272, 48), (3, 50, 16)):
+        x = rng.choice([*thresholds, *rng.uniform(-1, 1, 50)], rows * columns).astype(np.float32)
+        scales, offsets = (rng.choice([0, 1, 0.5], rows * -(-columns // block_size)).astype(np.float32) for _ in "so")
+        arguments = (x, scales, offsets, codebook, thresholds, columns, block_size)
+        found = cpu.quantize(*arguments, None, bits)
+        np.testing.assert_array_equal(found, reference.pack(reference.quantize(*arguments), bits))
+        values = cpu.fake_quantize(*arguments, None, np.empty_like(x))
+        np.testing.assert_array_equal(values, reference.fake_quantize(*arguments))
+
+
 def main() -> None:
     if KIND == "avx512-emulated":
         emulate_avx512()
     assert simd.find_isa().name == KIND.removesuffix("-emulated"), simd.find_isa()
     for bits in range(2, 9):
         check_dequantize(bits)
+    for bits in (2, 3, 4, 5):
+        check_quantize(bits)
     check(6, 1, 5, Blocks(128, 0, 64), is_offset=True, sixteen=True, is_even=True)
     for bits in BITS[KIND]:
         # one chunk length a width, so that each is compiled once: 64, and 16 with blocks across the ends of rows

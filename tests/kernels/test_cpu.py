@@ -71,6 +71,89 @@ def test_dequantize_on_vectors_equals_reference(bits: int) -> None:
         np.testing.assert_array_equal(result.view(np.uint32), expected.view(np.uint32))
 
 
+FEW_VALUES = {
+    "int3": make_codebook("int", 3),
+    "int4": make_codebook("int", 4),
+    "nf3": make_codebook("nf", 3),
+    "nf4": make_codebook("nf", 4),
+    "e2m1": make_codebook("float", 4, exponent_bits=2),
+    "e3m0": make_codebook("float", 4, exponent_bits=3),
+    "dynamic4": make_codebook("dynamic", 4),
+    "quantile4": make_codebook("quantile", 4, tensor=np.random.default_rng(0).standard_normal(10_000)),
+}
+
+
+def count_thresholds(x: Array, scales: Array, offsets: Array, thresholds: Array, blocks: Array) -> Array:
+    """Return each value's code by its definition, without the reference's loop over blocks."""
+    scale = scales[blocks]
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        v = np.where(scale == 0, np.float32(0), (x - offsets[blocks]) / scale)
+    codes: Array = (v[:, None] >= thresholds).sum(axis=1).astype(np.uint8)
+    return codes
+
+
+@pytest.mark.parametrize("name", FEW_VALUES)
+def test_every_bfloat16_gets_the_code_of_its_definition(name: str) -> None:
+    """All finite ones, as bfloat16 and as float32, with zero scales, offsets and blocks on vectors and beside them."""
+    codebook = FEW_VALUES[name]
+    thresholds, bits = decision_thresholds(codebook), 3 if len(codebook) <= 8 else 4
+    words = np.arange(2**16, dtype=np.uint16)
+    values = (words.astype(np.uint32) << 16).view(np.float32)
+    words, values = words[np.isfinite(values)], values[np.isfinite(values)]
+    rng = np.random.default_rng(0)
+    for row, block in ((values.size, 16), (values.size, 64), (values.size, 4096), (values.size, values.size),
+                       (1088, 48), (1020, 64), (64, 64)):  # fmt: skip
+        n = values.size // row * row
+        in_row = np.arange(n) % row
+        blocks = np.arange(n) // row * -(-row // block) + in_row // block
+        scales = np.zeros(blocks[-1] + 1, np.float32)
+        np.maximum.at(scales, blocks, np.abs(values[:n]))
+        offsets = (scales * rng.choice([0, 0, 0.25, -1], scales.size)).astype(np.float32)
+        scales[rng.random(scales.size) < 0.1] = 0
+        for table in (scales, np.ones_like(scales)):
+            codes = count_thresholds(values[:n], table, offsets, thresholds, blocks)
+            arguments = (table, offsets, codebook, thresholds, row, block)
+            for x in (words[:n], values[:n]):
+                np.testing.assert_array_equal(cpu.quantize(x, *arguments, None, bits), reference.pack(codes, bits))
+            restored = cpu.fake_quantize(values[:n], *arguments, None, np.empty(n, np.float32))
+            with np.errstate(over="ignore"):
+                np.testing.assert_array_equal(restored, codebook[codes] * table[blocks] + offsets[blocks])
+
+
+@pytest.mark.parametrize("name", FEW_VALUES)
+def test_a_value_on_a_threshold_belongs_to_the_code_above(name: str) -> None:
+    codebook = FEW_VALUES[name]
+    thresholds = decision_thresholds(codebook)
+    below = np.nextafter(thresholds, np.float32(-np.inf))
+    x = np.resize(np.stack([below, thresholds, np.nextafter(thresholds, np.float32(np.inf))]).T, 48 * 16)
+    codes = np.resize(np.stack([np.arange(thresholds.size), *[np.arange(thresholds.size) + 1] * 2]).T, 48 * 16)
+    arguments = (np.ones(48, np.float32), np.zeros(48, np.float32), codebook, thresholds, 48 * 16, 16)
+    np.testing.assert_array_equal(cpu.quantize(x, *arguments), codes)
+    np.testing.assert_array_equal(cpu.quantize(x, *arguments, None, 4), reference.pack(codes.astype(np.uint8), 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "row", "block"), [(4096, 4096, 64), (3 * 100, 100, 48), (9001, 9001, 9001), (5, 5, 1)])
+def test_extremes_equal_reference(dtype: torch.dtype, n: int, row: int, block: int) -> None:
+    rng = np.random.default_rng(n)
+    for x in (rng.standard_normal(n), -np.abs(rng.standard_normal(n)), rng.choice([0.0, -0.0], n)):
+        words, values = as_kernels_see(x.astype(np.float32), dtype)
+        for found, expected in zip(
+            cpu.block_extremes(words, row, block), reference.block_extremes(values, row, block), strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan, -np.nan])
+def test_extremes_are_not_finite_where_a_block_holds_such_a_value(dtype: torch.dtype, wrong: float) -> None:
+    for place in (0, 63, 70, 127):
+        x = np.linspace(-1, 1, 192, dtype=np.float32)
+        x[place] = wrong
+        low, high = cpu.block_extremes(as_kernels_see(x, dtype)[0], 192, 64)
+        assert (np.isfinite(low) & np.isfinite(high)).tolist() == [b != place // 64 for b in range(3)]
+
+
 def as_kernels_see(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
     """Return x in a 16- or 32-bit type as the kernels take it, and as float32."""
     tensor = torch.from_numpy(x).to(dtype)
