@@ -56,8 +56,10 @@ def measure_lost(
     error, low, high = np.empty((3, len(quantized)))
     source = np.empty(len(quantized), dtype=object)
     needed = pd.concat([part[["key", "value", "low", "high"]] for part in (base, quantized)])
-    for model, rows in quantized.groupby("model").indices.items():  # a table of each takes longer than its draws
-        draws = draw_values(needed.iloc[[base.index.get_loc(model), *(len(base) + rows)]], measure, results)
+    places = {model: place for place, model in enumerate(base.index)}
+    for model, of_model in quantized.groupby("model").indices.items():  # a table of each takes longer than its draws
+        rows = np.asarray(of_model)
+        draws = draw_values(needed.iloc[[places[model], *(len(base) + rows).tolist()]], measure, results)
         drawn = sign * (draws.values[:, 1:] - draws.values[:, :1])
         error[rows], source[rows] = drawn.std(axis=0), draws.source
         low[rows], high[rows] = np.quantile(drawn, [0.025, 0.975], axis=0)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import pandas as pd
@@ -267,7 +267,7 @@ def choose_scale(points: pd.DataFrame) -> Floats:
 def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
     """Return the parameters that fit best: refit comes near from several starts, scipy's solver ends the search."""
     starts = np.stack(design.guess_starts(y))
-    same = np.repeat(y[None], len(starts), axis=0)
+    same = np.tile(y, (len(starts), 1))
     near = refit(design, same, scale, starts)
     start = near[np.argmin(measure_cost(design, near, same, scale))]
 
@@ -277,8 +277,7 @@ def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
     def slopes(theta: Floats) -> Floats:
         return design.slope(theta) / scale[:, None]
 
-    solver: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "max_nfev": 500}
-    return np.asarray(least_squares(residuals, start, jac=slopes, **solver).x)
+    return np.asarray(least_squares(residuals, start, slopes, x_scale="jac", loss="soft_l1", f_scale=SOFTNESS).x)
 
 
 def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Floats:
@@ -299,13 +298,11 @@ def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Float
         predicted, slope = design.predict_with_slope(now)
         residual = (target - predicted) / (scale * SOFTNESS)
         weight = 1 / np.sqrt(1 + residual**2)  # derivative of rho by the squared residual
-        slope /= (scale * SOFTNESS)[:, None]
-        # Half of rho's second derivative by the residual is weight cubed: with it few steps settle
+        slope /= (scale * SOFTNESS)[:, None]  # below: half of rho's second derivative by the residual is weight cubed
         curvature = np.swapaxes(slope * (weight**3)[..., None], -1, -2) @ slope
         diagonal = np.einsum("...ii->...i", curvature)
         damped = curvature + damping[active, None, None] * np.eye(theta.shape[1]) * (diagonal + 1e-300)[:, None, :]
-        downhill = np.swapaxes(slope, -1, -2) @ (weight * residual)[..., None]
-        step = np.linalg.solve(damped, downhill)[..., 0]
+        step = np.linalg.solve(damped, np.swapaxes(slope, -1, -2) @ (weight * residual)[..., None])[..., 0]
         before, tried = cost[active], measure_cost(design, now + step, target, scale)
         better = tried < before
         theta[active[better]] += step[better]

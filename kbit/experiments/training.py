@@ -34,7 +34,7 @@ from kbit.models.loading import LoadedModel
 from kbit.models.size import CONTEXT_FIELDS
 from kbit.numerics.spec import BASELINE_BITS
 from kbit.optim.stable_embedding import embedding_stable
-from kbit.training.adapters import adapters_in, save_adapters
+from kbit.training.adapters import adapters_in, list_targets, save_adapters
 from kbit.training.batches import Tokens, TrainingText, split_text, tokenize_stream
 from kbit.training.config import TrainConfig
 from kbit.training.files import TrainingFiles

@@ -61,8 +61,9 @@ def tabulate_ablation(results: pd.DataFrame) -> pd.DataFrame:
     trainings = tabulate_trainings(results)
     if trainings.empty:
         return trainings
-    pairs = zip(trainings["momentum"], trainings["variance"], strict=True)
-    trainings = keep_usual(trainings[[(m is None) == (v is None) and (m is None or m.bits == 8) for m, v in pairs]])
+    states = zip(trainings["momentum"], trainings["variance"], strict=True)
+    is_shown = [(m is None) == (v is None) and (m is None or m.bits == 8) for m, v in states]
+    trainings = keep_usual(trainings[is_shown])
     pairs = list(zip(trainings["momentum"], trainings["variance"], strict=True))
     table = trainings.assign(
         states=pd.Series([name_states(m, v) for m, v in pairs], trainings.index, dtype=object),

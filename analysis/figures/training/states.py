@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,10 @@ COLUMNS: Final = ["model", "series", "bits", "seed", "diverged", "value", "key"]
 TUNED: Final = {"lr": TrainConfig.lr, "beta1": TrainConfig.beta1}  # with the values that fields leave out
 EXACT_BITS: Final = 32
 USUAL_BLOCK: Final = 256
-ARMS: Final = {(EXACT_BITS, EXACT): "32 bits", (4, "both: dynamic"): "4 bits"}  # that are compared tuned
+ARMS: Final[dict[tuple[int, str | None], str]] = {
+    (EXACT_BITS, EXACT): "32 bits",
+    (4, "both: dynamic"): "4 bits",
+}  # that are compared tuned
 
 
 def draw_states(results: pd.DataFrame, page: Page) -> PaperFigure:
@@ -141,7 +144,9 @@ def judge_tuned(trainings: pd.DataFrame) -> str:
     tried = [tuple(own.get(name, default) for name, default in TUNED.items()) for own in fields]
     pairs = list(zip(plain["momentum"], plain["variance"], strict=True))
     arms = [ARMS.get((find_bits(*pair), name_series(*pair))) for pair in pairs]
-    table = plain.assign(recipe=others, tried=tried, arm=arms).dropna(subset="arm")
+    columns = {"recipe": others, "tried": tried, "arm": arms}
+    own = plain.assign(**{name: pd.Series(cells, plain.index, dtype=object) for name, cells in columns.items()})
+    table = own.dropna(subset="arm")
     return "".join(judge_model(str(model), own) for model, own in table.groupby("model"))
 
 
@@ -161,7 +166,7 @@ def judge_model(model: str, table: pd.DataFrame) -> str:
     )
     if tried.shape[1] < len(ARMS) or len(tried := tried.dropna()) < 2:
         return ""
-    best = {str(arm): means.idxmin() for arm, means in tried.items()}
+    best: dict[str, Any] = {str(arm): means.idxmin() for arm, means in tried.items()}
     ends = {arm: own[(own["arm"] == arm) & (own["tried"] == at)].set_index("seed")["value"] for arm, at in best.items()}
     mean, low, high = describe_seeds((ends["4 bits"] - ends["32 bits"]).dropna())
     sure = f"{low:+.4f} to {high:+.4f}" if np.isfinite(low) else "one seed"

@@ -122,7 +122,7 @@ def test_states_are_level_diverge_or_lose_and_are_compared_tuned() -> None:
 
 def test_what_is_tuned_has_one_recipe_and_ends_with_every_seed() -> None:
     """Longer trainings of another study are no better 32-bit states, nor is a setting at which a seed diverged."""
-    rows = make_bits().to_dict("records")
+    rows: list[Any] = make_bits().to_dict("records")
     for seed in range(3):
         rows += make_rows({"steps": 400}, 3.0, seed)
         rows += make_rows({"beta1": 0.0}, 3.0, seed)  # which 4 bits have not tried
@@ -132,7 +132,7 @@ def test_what_is_tuned_has_one_recipe_and_ends_with_every_seed() -> None:
 
 
 def test_one_seed_is_said_to_show_nothing() -> None:
-    trainings = tabulate_trainings(make_bits()[lambda table: table["train_seed"] == 0])
+    trainings = tabulate_trainings(make_bits().query("train_seed == 0"))
     assert "2 bits have one seed, which shows no difference or likeness" in judge_states(tabulate_states(trainings))
     assert "4 bits end +0.0500 (one seed) from 32 bits on m" in judge_tuned(trainings)
 

@@ -111,22 +111,27 @@ def test_losses_are_paired_by_seed_with_students_interval() -> None:
     assert list(lost.loc["FAST 0.9/0.3"]) == pytest.approx([3.5, 0.02, 0.02 - half, 0.02 + half, 2], abs=1e-5)
 
 
+def list_marks(axes: Any) -> list[float]:
+    """The heights of the marks that have bars."""
+    return sorted(float(bars.lines[0].get_ydata()[0]) for bars in axes.containers)
+
+
 def test_products_are_drawn_without_a_store() -> None:
     """The rows may come from anywhere. Maps need the items of a store."""
     figure = draw_figure("fast_precision", make_products())
     (axes,) = figure.fig.axes
     assert axes.get_ylabel() == "nats per token above float32"
-    assert sorted(float(bars.lines[0].get_ydata()[0]) for bars in axes.containers) == pytest.approx([0.02, 0.1])
+    assert list_marks(axes) == pytest.approx([0.02, 0.1])
     assert "BFP m=2 +0.1000 (+0.1000 to +0.1000) at 1.00 passes" in figure.verdict
-    assert "2 seeds" in figure.notes[-1]
+    assert "2 seeds" in figure.notes[-2]
     half = 12.7062 * 0.01  # see above
     interval = f"{-0.08 - half:+.4f} to {-0.08 + half:+.4f}"
     beside = f"FAST 0.9/0.3 ends -0.0800 ({interval}) from BFP m=2, which is fixed, with 3.50 times its passes."
     assert beside in figure.verdict
-    without = make_products()[lambda rows: rows["train_fields"].str.contains("weights|fast")]
+    without = make_products().query("train_fields.str.contains('weights|fast')")
     (axes,) = draw_figure("fast_precision", without).fig.axes
     assert axes.get_ylabel() == "cross entropy (nats per token)"
-    assert sorted(float(bars.lines[0].get_ydata()[0]) for bars in axes.containers) == pytest.approx([3.12, 3.2])
+    assert list_marks(axes) == pytest.approx([3.12, 3.2])
 
 
 def test_exchanges_are_drawn() -> None:
