@@ -19,7 +19,7 @@ from kbit.numerics.spec import QuantSpec
 from kbit.training.config import TrainConfig
 
 CLAIM: Final = "How many bits do the states of an optimizer need? The momentum needs more than the variance."
-COLUMNS: Final = ["model", "series", "bits", "seed", "diverged", "value", "key"]
+COLUMNS: Final = ["model", "series", "bits", "seed", "diverged", "value", "added", "key"]
 TUNED: Final = {"lr": TrainConfig.lr, "beta1": TrainConfig.beta1}  # with the values that fields leave out
 EXACT_BITS: Final = 32
 USUAL_BLOCK: Final = 256
@@ -30,7 +30,7 @@ ARMS: Final[dict[tuple[int, str | None], str]] = {
 
 
 def draw_states(results: pd.DataFrame, page: Page) -> PaperFigure:
-    """Draw cross entropy against the bits of a state's value, a panel for each model, a line for each role and type.
+    """Draw what few bits of a state's value add to the loss, a panel for each model, a line for each role and type.
 
     Raises:
         MissingResults: no model was trained with states of few bits and with 32-bit ones.
@@ -46,31 +46,27 @@ def draw_states(results: pd.DataFrame, page: Page) -> PaperFigure:
     for axes, model in zip(sheet.add_axes(len(models)), models, strict=True):
         draw_model(axes, data[data["model"] == model], styles)
         sheet.write_title(axes, model)
-    sheet.label("bits of a state's value", "cross entropy (nats per token)")
+    sheet.label("bits of a state's value", f"nats per token above {EXACT} states")
     draw_legend(sheet.fig.body, styles, page)
     seeds = int(data.groupby(["model", "series", "bits"])["seed"].nunique().min())
     note = (
-        f"Each dot is a training, bars are Student's 95% intervals over seeds ({seeds} at least). The grey band is the "
-        "interval of 32-bit states. A cross at the upper edge is a training that diverged."
+        f"Each dot is a training less that with {EXACT} states and the same seed, bars are Student's 95% intervals "
+        f"over seeds ({seeds} at least). A cross at the upper edge is a training that diverged."
     )
     verdict = judge_states(data) + judge_tuned(trainings)
     return PaperFigure("states", sheet.fig, data, CLAIM, verdict, (note,))
 
 
 def draw_model(axes: Axes, rows: pd.DataFrame, styles: dict[str, LineStyle]) -> None:
-    """Draw the lines of a model over the band of its 32-bit trainings."""
-    exact = rows.loc[rows["series"] == EXACT, "value"].dropna()
-    mean, low, high = describe_seeds(exact)
-    axes.axhline(mean, color="0.5", linewidth=0.8)
-    if np.isfinite(low):
-        axes.axhspan(low, high, color="0.9", zorder=0)
+    """Draw the lines of a model over its 32-bit trainings, which are 0."""
+    axes.axhline(0, color="0.5", linewidth=0.8)
     for series, line in rows[rows["series"] != EXACT].groupby("series", sort=False):
         style = styles[str(series)]
-        axes.plot(line["bits"], line["value"], ".", color=style.color, markersize=3, alpha=0.6)
-        points = line.dropna(subset="value").groupby("bits")["value"]
+        axes.plot(line["bits"], line["added"], ".", color=style.color, markersize=3, alpha=0.6)
+        points = line.dropna(subset="added").groupby("bits")["added"]
         found = pd.DataFrame([describe_seeds(own) for _, own in points], columns=["mean", "low", "high"])
         error = np.nan_to_num([found["mean"] - found["low"], found["high"] - found["mean"]])
-        places = sorted(line.loc[line["value"].notna(), "bits"].unique())
+        places = sorted(line.loc[line["added"].notna(), "bits"].unique())
         axes.errorbar(
             places, found["mean"], yerr=error, color=style.color, marker=style.marker, capsize=2,
             linestyle=style.dashes, markersize=scale_marker(style),
@@ -92,6 +88,9 @@ def tabulate_states(trainings: pd.DataFrame) -> pd.DataFrame:
     table = table[table["series"].notna()]
     both = table.groupby("model")["series"].agg(lambda own: EXACT in set(own) and own.nunique() > 1)
     table = table[table["model"].map(both).astype(bool)]
+    exact = table[table["series"] == EXACT].groupby(["model", "seed"])["value"].mean()
+    own = pd.MultiIndex.from_frame(table[["model", "seed"]])
+    table = table.assign(added=table["value"] - exact.reindex(own).to_numpy(dtype=np.float64))
     return table.sort_values(["parameters", "model", "series", "bits", "seed"], ignore_index=True)[COLUMNS]
 
 
@@ -115,10 +114,9 @@ def judge_states(data: pd.DataFrame) -> str:
     """Say from which bits on each series is level with 32-bit states, paired by seed."""
     sentences = []
     for (model, series), own in data[data["series"] != EXACT].groupby(["model", "series"], sort=False):
-        exact = data[(data["model"] == model) & (data["series"] == EXACT)].set_index("seed")["value"]
         worse = []
         for bits, at in own.groupby("bits"):
-            gaps = (at.set_index("seed")["value"] - exact).dropna()
+            gaps = at["added"].dropna()
             if at["diverged"].any():
                 worse.append(f"{bits} bits diverge in {int(at['diverged'].sum())} of {len(at)}")
             elif len(gaps) < 2:
