@@ -35,6 +35,7 @@ CLAIM: Final = (
 ALL_PRODUCTS, ALL_ROLES, MIXED = "all products", "all roles", "mixed"
 SERIES: Final = (*LAW_ROLES, ALL_PRODUCTS, ALL_ROLES)
 GAIN_BITS: Final = 3  # one more bit is compared from here on
+POOR: Final = 1 / 3  # a law that misses more than this share of what few bits add says little
 LEAST_LOSS: Final = 1e-3  # nats. A role that loses less at its fewest bits does not tell how it falls with bits
 Laws = Mapping[int, TrainingLaw]
 
@@ -177,6 +178,8 @@ def judge_law(data: pd.DataFrame, laws: Laws, reason: str) -> list[str]:
     largest = float(data["parameters"].max())
     gains = find_gains(laws, GAIN_BITS, largest)
     sentences = [] if len(gains) < 2 else [judge_gains(gains, largest)]
+    if miss > POOR * spread:
+        sentences.insert(0, "The law fits poorly: what is said by it is weak.")
     return [
         *sentences,
         f"Bits by which a role's loss falls by e: {named}. The exponent of the effective parameters is "

@@ -59,8 +59,18 @@ def test_a_planted_law_is_drawn_and_said() -> None:
     assert "The exponent of the effective parameters is 0.25 (0." in figure.verdict
     assert "At 13 bit operations on large W3 A3 G5 has the lowest mean, worse: W5 A3 G3 +0.0" in figure.verdict
     assert "1 training diverged and left out." in figure.notes[-1]
+    assert "fits poorly" not in figure.verdict
     apart = figure.data["law"] - figure.data["added"]
     assert 0 < apart.dropna().abs().max() < 1e-3  # the noise
+
+
+def test_a_law_that_misses_much_of_what_few_bits_add_says_so_first() -> None:
+    """The highest losses are moved away from the law by as much as few bits add."""
+    rows = make_results()
+    is_loss = rows["metric"] == "loss"
+    worst = is_loss & (rows["value"] > rows.loc[is_loss, "value"].quantile(0.8))
+    shifted = rows.assign(value=rows["value"].mask(worst, rows["value"] + 3.0))
+    assert draw_figure("training_law", shifted).verdict.startswith("The law fits poorly: what is said by it is weak.")
 
 
 def test_one_size_has_no_law_but_comparisons_at_equal_work() -> None:
@@ -77,7 +87,8 @@ def test_seeds_that_differ_more_than_operands_tell_nothing() -> None:
     noise = np.random.default_rng(1).normal(0, 0.05, len(results))
     noisy = results.assign(value=results["value"] + noise * (results["metric"] == "loss"))
     verdict = draw_figure("training_law", noisy).verdict
-    assert verdict.startswith("By the law no operand is shown to deserve the bits")
+    assert verdict.startswith("The law fits poorly")
+    assert "By the law no operand is shown to deserve the bits" in verdict
     assert "has the lowest mean, not told apart from it: " in verdict
     assert "worse: " not in verdict
 
