@@ -69,11 +69,15 @@ def count_formats(group: pd.DataFrame) -> tuple[bool, int]:
 def describe_left_out(
     results: pd.DataFrame, data: pd.DataFrame, name: Callable[[Mapping[str, Any]], str | None]
 ) -> str:
-    """Say how many trainings that `name` names are not in the data, as of another model or recipe, or nothing."""
+    """Say how many trainings that `name` names are not in the data, or nothing."""
     trained = find_trained(results)
     named = trained["train_fields"].map({cell: name(read_fields(cell)) for cell in trained["train_fields"].unique()})
     left = trained.loc[named.notna(), "key"].nunique() - len(data)
-    return f"Not shown: {count_things(left, 'training')} of other models, recipes or quantizers." if left > 0 else ""
+    return (
+        f"Not shown: {count_things(left, 'training')} that diverged or are of other models, recipes or quantizers."
+        if left > 0
+        else ""
+    )
 
 
 def name_products(fields: Mapping[str, Any]) -> str | None:

@@ -99,7 +99,7 @@ def test_a_study_with_fast_is_drawn_before_one_with_more_formats_and_the_rest_is
     losses = figure.data.groupby("format")["value"].mean()
     assert losses["BFP m=2"] == pytest.approx(3.2)
     assert losses["BFP m=2 block 32"] == 0.5
-    assert figure.notes[-1] == "Not shown: 6 trainings of other models, recipes or quantizers."
+    assert figure.notes[-1] == "Not shown: 6 trainings that diverged or are of other models, recipes or quantizers."
 
 
 def test_losses_are_paired_by_seed_with_students_interval() -> None:
