@@ -1,16 +1,19 @@
 """The sweep engine beside other ways to run a study, its overhead and start-up, and a cluster of two Ray nodes.
 
-    python benchmarks/engine.py [--stock-python PYTHON] [--bits 3 4] [--data-types int nf] [--limit 200]
+    python benchmarks/engine.py [--rounds 3] [--stock-python PYTHON] [--bits 3 4] [--data-types int nf] [--limit 200]
 
 The study is every point of models x bits x data types, on the four nano tasks alone, with two workers of one thread
-each. There are four ways to run it:
+each. There are four ways to run it. The first three run in turn in every round, stock once at the end:
 
-kbit        `kbit run -m` on Ray, twice: before and after the others
+kbit        `kbit run -m` on Ray
 lm_eval     one process of lm-eval's command line for each experiment, two at a time, one thread each. Two experiments
             of each model are run, on checkpoints of quantized weights. The time to quantize and write them does not
             count. Each model's mean is scaled to the study
-stock       hydra-ray-launcher, whose job runs the experiment as kbit's workers do (same evaluation, loaded anew)
-stock hflm  the same launcher, whose job evaluates with lm-eval's own model class, as one would without kbit
+stock hflm  hydra-ray-launcher, whose job evaluates with lm-eval's own model class, as one would without kbit
+stock       the same launcher, whose job runs the experiment as kbit's workers do (same evaluation, loaded anew)
+
+A way's ratio is its wall time over that of kbit in the same round (stock's: over the mean of kbit's rounds). The lowest
+ratio of the rounds is reported.
 
 The stock launcher pins packages that others need newer. It therefore needs an environment of its own, with kbit's
 dependencies, whose interpreter is --stock-python (default: this one). Where it is not installed, its parts are left
@@ -39,6 +42,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -191,8 +195,7 @@ def run_stock(
     study: Study, evaluator: str, python: str, tasks: Path, folder: Path
 ) -> tuple[dict[str, Any], Accuracies]:
     """Run the study with the stock launcher."""
-    out = folder / evaluator
-    out.mkdir()
+    out = Path(tempfile.mkdtemp(dir=folder, prefix=evaluator))
     grid = {"model": study.models, "bits": study.bits, "data_type": study.data_types}
     swept = [f"{key}={','.join(map(str, values))}" for key, values in grid.items()]
     ray = [f"+hydra.launcher.ray.init.num_cpus={WORKERS}", "+hydra.launcher.ray.init.include_dashboard=false"]
@@ -200,7 +203,7 @@ def run_stock(
     where = [f"out={out}", f"hydra.sweep.dir={folder / 'hydra'}", f"hydra.run.dir={folder / 'hydra'}"]
     script = str(ROOT / "benchmarks" / "stock_launcher.py")
     start, clock = time.perf_counter(), time.time()
-    call([python, script, "-m", *swept, *job, *ray, *where], folder / f"{evaluator}.txt")
+    call([python, script, "-m", *swept, *job, *ray, *where], folder / f"{out.name}.txt")
     wall = time.perf_counter() - start
     done = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
     if missing := study.experiments().keys() - done.keys():
@@ -251,47 +254,45 @@ def count_items_apart(ours: Accuracies, theirs: Accuracies, limit: int) -> int:
     return max(round(abs(ours[name][t] - found[t]) * limit) for name, found in theirs.items() for t in NANO_TASKS)
 
 
-def measure(study: Study, small: Study, python: str) -> dict[str, Any]:
+def measure(study: Study, small: Study, python: str, rounds: int) -> dict[str, Any]:
     """Run all parts in turn. Return what they took and found."""
-    accuracies: dict[str, Accuracies] = {}
-    seconds: dict[str, float] = {}
+    accuracies: dict[str, list[Accuracies]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for sub in ("first", "second", "checkpoints", "tasks", "stock", "nodes"):
+        for sub in ("checkpoints", "tasks", "stock", "nodes", *(f"kbit {n}" for n in range(rounds))):
             (folder / sub).mkdir()
         save_tasks(folder / "tasks")
         save_checkpoints(study, folder / "checkpoints")
-        samples = list(study.samples())
-        half = -(-len(samples) // (2 * WORKERS)) * WORKERS
 
-        def lm_eval(names: list[str]) -> dict[str, Any]:
-            took, found = run_lm_eval(names, study, folder / "checkpoints", folder / "tasks")
-            seconds.update(took)
-            accuracies.setdefault("lm_eval", {}).update(found)
-            return {"seconds": took}
-
-        def stock(evaluator: str) -> dict[str, Any]:
-            took, accuracies[f"stock {evaluator}"] = run_stock(
-                study, evaluator, python, folder / "tasks", folder / "stock"
-            )
+        def kbit(n: int) -> dict[str, Any]:
+            took, _ = run_kbit(study, folder / f"kbit {n}")
+            accuracies.setdefault("kbit", []).append(read_accuracies(study, folder / f"kbit {n}" / "results"))
             return took
 
-        steps: dict[str, Callable[[], dict[str, Any]]] = {
-            "kbit, first": lambda: run_kbit(study, folder / "first")[0],
-            "lm_eval, first half": lambda: lm_eval(samples[:half]),
-            "stock": lambda: stock("kbit"),
-            "lm_eval, second half": lambda: lm_eval(samples[half:]),
-            "stock hflm": lambda: stock("hflm"),
-            "kbit, second": lambda: run_kbit(study, folder / "second")[0],
-            "two nodes": lambda: run_on_two_nodes(small, folder / "nodes"),
-        }
-        if not can_run_stock(python):
+        def lm_eval(n: int) -> dict[str, Any]:
+            took, found = run_lm_eval(list(study.samples()), study, folder / "checkpoints", folder / "tasks")
+            accuracies.setdefault("lm_eval", []).append(found)
+            return {"seconds": took, "wall": scale_to_study(study, took)}
+
+        def stock(evaluator: str) -> dict[str, Any]:
+            took, found = run_stock(study, evaluator, python, folder / "tasks", folder / "stock")
+            accuracies.setdefault(f"stock {evaluator}", []).append(found)
+            return took
+
+        in_turn: dict[str, Callable[[int], dict[str, Any]]] = {"kbit": kbit, "lm_eval": lm_eval}
+        last = {"two nodes": lambda: run_on_two_nodes(small, folder / "nodes")}
+        if can_run_stock(python):
+            in_turn["stock hflm"] = lambda n: stock("hflm")
+            last["stock"] = lambda: stock("kbit")
+        else:
             print(f"the stock launcher is left out: {python} has no hydra-ray-launcher", flush=True)
-            steps = {step: run for step, run in steps.items() if not step.startswith("stock")}
-        parts = run_steps(steps)
-        ours = read_accuracies(study, folder / "first" / "results")
-    apart = {part: count_items_apart(ours, found, study.limit) for part, found in accuracies.items()}
-    return {"parts": parts, "summary": summarise(study, parts, seconds), "items apart": apart}
+        measured = [run_steps({way: partial(run, n) for way, run in in_turn.items()}) for n in range(rounds)]
+        once = run_steps(last)
+    ours = accuracies["kbit"][0]
+    apart = {
+        way: max(count_items_apart(ours, found, study.limit) for found in each) for way, each in accuracies.items()
+    }
+    return {"rounds": measured, "once": once, "lowest ratios": find_lowest_ratios(measured, once), "items apart": apart}
 
 
 def run_steps(steps: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
@@ -305,16 +306,21 @@ def run_steps(steps: Mapping[str, Callable[[], dict[str, Any]]]) -> dict[str, An
     return parts
 
 
-def summarise(study: Study, parts: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the wall seconds of the study by each way, and their ratio to the mean of kbit's two runs."""
+def scale_to_study(study: Study, seconds: Mapping[str, float]) -> float:
+    """Return the wall seconds of the whole study, from those of some of each model's experiments."""
     each = len(study.bits) * len(study.data_types)
-    means = {
-        model: statistics.mean(s for name, s in seconds.items() if name.startswith(model)) for model in study.models
+    means = [statistics.mean(s for name, s in seconds.items() if name.startswith(f"{m}-")) for m in study.models]
+    return each * sum(means) / WORKERS
+
+
+def find_lowest_ratios(rounds: list[dict[str, Any]], once: dict[str, Any]) -> dict[str, float]:
+    """Return the ratio of each way's wall time to kbit's, the lowest of the rounds."""
+    ratios = {
+        way: min(parts[way]["wall"] / parts["kbit"]["wall"] for parts in rounds) for way in rounds[0] if way != "kbit"
     }
-    walls = {"kbit": statistics.mean(parts[part]["wall"] for part in ("kbit, first", "kbit, second"))}
-    walls["lm_eval, scaled"] = sum(each * mean for mean in means.values()) / WORKERS
-    walls |= {part: parts[part]["wall"] for part in ("stock", "stock hflm") if part in parts}
-    return {part: {"wall": wall, "of kbit's": wall / walls["kbit"]} for part, wall in walls.items()}
+    if "stock" in once:
+        ratios["stock"] = once["stock"]["wall"] / statistics.mean(parts["kbit"]["wall"] for parts in rounds)
+    return ratios
 
 
 def main() -> int:
@@ -325,13 +331,14 @@ def main() -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6, 8])
     parser.add_argument("--data-types", nargs="+", default=["int", "float", "dynamic", "nf"])
     parser.add_argument("--limit", type=int, default=200, help="items of each of the four tasks (default: 200)")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stock-python", default=sys.executable, help="interpreter that has hydra-ray-launcher")
     options = parser.parse_args()
     study = Study(tuple(options.models), tuple(options.bits), tuple(options.data_types), options.limit)
     small = Study((study.models[0],), study.bits, study.data_types[:2], study.limit)
     os.environ.update(SETTINGS)
     start = time.perf_counter()
-    measured = measure(study, small, options.stock_python)
+    measured = measure(study, small, options.stock_python, options.rounds)
     packages = {name: version(name) for name in ("ray", "hydra-core")}
     record = {
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine()},
@@ -343,7 +350,7 @@ def main() -> int:
     }
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({"summary": record["summary"], "items apart": record["items apart"]}, indent=1))
+    print(json.dumps({"lowest ratios": record["lowest ratios"], "items apart": record["items apart"]}, indent=1))
     return int(max(measured["items apart"].values()) > ITEMS_APART)
 
 
