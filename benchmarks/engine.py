@@ -176,7 +176,7 @@ def run_lm_eval(names: list[str], study: Study, checkpoints: Path, tasks: Path) 
     def run(name: str) -> tuple[float, dict[str, float]]:
         model = ["--model", "hf", "--model_args", f"pretrained={checkpoints / name},dtype=float32", "--device", "cpu"]
         what = ["--tasks", ",".join(NANO_TASKS), "--include_path", str(tasks), "--limit", str(study.limit)]
-        out = checkpoints / f"{name}.out"
+        out = Path(tempfile.mkdtemp(dir=checkpoints, prefix=name))
         how = ["--batch_size", str(BATCH_SIZE), "--output_path", str(out)]
         start = time.perf_counter()
         command = [sys.executable, "-m", "lm_eval", "run", *model, *what, *how]

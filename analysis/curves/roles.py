@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from kbit.analysis.curves.trainings import TASK, find_trained, read_fields
-from kbit.training.config import PRODUCTS, STATES
+from kbit.training.config import PRODUCTS, SENT, STATES
 
 LAW_ROLES: Final = (*PRODUCTS, *STATES)
 ABOUT: Final = ["model", "parameters", "seed", "value", "diverged", "key"]
-_OTHER_QUANTIZERS: Final = frozenset({"exchange", "fast", "lora", "replicas"})
+_OTHER_QUANTIZERS: Final = frozenset({*SENT, "fast", "lora", "replicas"})
 _APART: Final = frozenset({*LAW_ROLES, "seed", "lr"})  # what one study changes
 _KINDS: Final = dict.fromkeys(PRODUCTS, ("include",)) | dict.fromkeys(STATES, ("min_size", "embedding_states"))
 _SHARED: Final = frozenset(name for names in _KINDS.values() for name in names)  # they say what a role quantizes

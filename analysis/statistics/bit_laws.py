@@ -31,12 +31,12 @@ from kbit.analysis.statistics.laws import (
     DRAWS,
     Fit,
     HeldOut,
-    Terms,
     TooFewPoints,
     fit_terms,
     hold_out,
     judge_prediction,
 )
+from kbit.analysis.statistics.robust_fit import Terms, weigh_stacked_slopes
 from kbit.checks import check_choice
 from kbit.numerics.spec import BASELINE_BITS
 
@@ -85,9 +85,9 @@ class Effective:
             return np.asarray(slope - self._slope(parameters, self._whole))
         return np.concatenate([slope, np.ones((*slope.shape[:-1], 1))], axis=-1)
 
-    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
-        """Return both at once."""
-        return self.predict(parameters), self.slope(parameters)
+    def weigh_slopes(self, parameters: Floats, pull: Floats, weight: Floats) -> tuple[Floats, Floats]:
+        """Return the sums of Terms.weigh_slopes."""
+        return weigh_stacked_slopes(self.slope(parameters), pull, weight)
 
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts from a grid of exponents and decays, with the A that fits best to each."""
@@ -158,9 +158,9 @@ class Separate:
         slope = self._grow(parameters)[..., None] * np.moveaxis(terms, 0, -1)
         return np.asarray(slope.reshape(*slope.shape[:-2], -1))
 
-    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
-        """Return both at once."""
-        return self.predict(parameters), self.slope(parameters)
+    def weigh_slopes(self, parameters: Floats, pull: Floats, weight: Floats) -> tuple[Floats, Floats]:
+        """Return the sums of Terms.weigh_slopes."""
+        return weigh_stacked_slopes(self.slope(parameters), pull, weight)
 
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts from a grid of exponents and decays, with the C that fit best to each."""

@@ -25,47 +25,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import pandas as pd
 from scipy import stats
-from scipy.optimize import least_squares
 
 from kbit.analysis.curves.curves import Floats
+from kbit.analysis.statistics.robust_fit import Terms, choose_scale, fit_once, refit, sum_products
 from kbit.evaluation.measurement import Z_95
 from kbit.numerics.spec import BASELINE_BITS
 
 LAWS: Final = ("power", "offset", "kumar", "block", "mixed")
-SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
 DRAWS: Final = 400
-STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
-SETTLED: Final = 1e-9  # relative change of the objective: parameters are then within 1e-4 of their standard errors
 MIN_SPARE: Final = 2  # fewer points than parameters + 2 say nothing about the law's form
 
 
 class TooFewPoints(ValueError):
     """A law has more parameters than these points can tell."""
-
-
-class Terms(Protocol):
-    """What the fit of a law needs of its form at given points."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The parameters' names."""
-
-    def predict(self, parameters: Floats) -> Floats:
-        """Return y for parameters [..., terms]: [..., points]."""
-
-    def slope(self, parameters: Floats) -> Floats:
-        """Return dy / dparameters: [..., points, terms]."""
-
-    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
-        """Return both at once."""
-
-    def guess_starts(self, y: Floats) -> list[Floats]:
-        """Return parameters to start a fit of y from."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +68,26 @@ class Design:
 
     def slope(self, parameters: Floats) -> Floats:
         """Return dy / dparameters: [..., points, terms]."""
-        return self.predict_with_slope(parameters)[1]
-
-    def predict_with_slope(self, parameters: Floats) -> tuple[Floats, Floats]:
-        """Return both at once, as the exponentials that they share take most of their time."""
         split = self.power.shape[1]
         with np.errstate(over="ignore"):
             grown = np.exp(parameters[..., :split] @ self.power.T)
-        slope = np.empty((*grown.shape, split + self.added.shape[1]))
-        np.multiply(grown[..., None], self.power, out=slope[..., :split])
-        slope[..., split:] = self.added
-        return grown + parameters[..., split:] @ self.added.T, slope
+        added = np.broadcast_to(self.added, (*grown.shape, self.added.shape[1]))
+        return np.concatenate([grown[..., None] * self.power, added], axis=-1)
+
+    def weigh_slopes(self, parameters: Floats, pull: Floats, weight: Floats) -> tuple[Floats, Floats]:
+        """Return the sums of Terms.weigh_slopes as matrix products of the terms, without a slope for each sample."""
+        split = self.power.shape[1]
+        with np.errstate(over="ignore"):
+            grown = np.exp(parameters[..., :split] @ self.power.T)
+        bent = grown * weight
+        mixed = sum_products(bent, self.power, self.added)
+        curvature = np.block(
+            [
+                [sum_products(grown * bent, self.power, self.power), mixed],
+                [np.swapaxes(mixed, -1, -2), sum_products(weight, self.added, self.added)],
+            ]
+        )
+        return curvature, np.concatenate([(grown * pull) @ self.power, pull @ self.added], axis=-1)
 
     def guess_starts(self, y: Floats) -> list[Floats]:
         """Return starts: a fit of log y by linear least squares, after taking away candidate constants."""
@@ -256,70 +242,6 @@ def standardize(residuals: Floats, parameters: int) -> Floats:
     spare = len(residuals) - parameters
     larger = np.sqrt(len(residuals) / spare) * stats.t.ppf(0.975, spare) / Z_95
     return np.asarray((residuals - residuals.mean()) * larger)
-
-
-def choose_scale(points: pd.DataFrame) -> Floats:
-    """Return the standard error of each point. Where it is not known for all points, it is the same for all."""
-    error = points["error"].to_numpy(dtype=np.float64)
-    return error if np.isfinite(error).all() and (error > 0).all() else np.full(len(points), float(points["y"].std()))
-
-
-def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
-    """Return the parameters that fit best: refit comes near from several starts, scipy's solver ends the search."""
-    starts = np.stack(design.guess_starts(y))
-    same = np.tile(y, (len(starts), 1))
-    near = refit(design, same, scale, starts)
-    start = near[np.argmin(measure_cost(design, near, same, scale))]
-
-    def residuals(theta: Floats) -> Floats:
-        return (design.predict(theta) - y) / scale
-
-    def slopes(theta: Floats) -> Floats:
-        return design.slope(theta) / scale[:, None]
-
-    return np.asarray(least_squares(residuals, start, slopes, x_scale="jac", loss="soft_l1", f_scale=SOFTNESS).x)
-
-
-def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Floats:
-    """Return the parameters of many samples at once: Levenberg-Marquardt on the same robust objective as fit_once.
-
-    Args:
-        design: the law's terms.
-        samples: y of each sample, [samples, points].
-        scale: standard errors, [points].
-        start: parameters to start from, [terms] or [samples, terms].
-    """
-    theta = np.array(np.broadcast_to(start, (len(samples), start.shape[-1])))
-    damping = np.full(len(samples), 1e-3)
-    cost = measure_cost(design, theta, samples, scale)
-    active = np.arange(len(samples))  # those that have not settled
-    for _ in range(STEPS):
-        now, target = theta[active], samples[active]
-        predicted, slope = design.predict_with_slope(now)
-        residual = (target - predicted) / (scale * SOFTNESS)
-        weight = 1 / np.sqrt(1 + residual**2)  # derivative of rho by the squared residual
-        slope /= (scale * SOFTNESS)[:, None]  # below: half of rho's second derivative by the residual is weight cubed
-        curvature = np.swapaxes(slope * (weight**3)[..., None], -1, -2) @ slope
-        diagonal = np.einsum("...ii->...i", curvature)
-        damped = curvature + damping[active, None, None] * np.eye(theta.shape[1]) * (diagonal + 1e-300)[:, None, :]
-        step = np.linalg.solve(damped, np.swapaxes(slope, -1, -2) @ (weight * residual)[..., None])[..., 0]
-        before, tried = cost[active], measure_cost(design, now + step, target, scale)
-        better = tried < before
-        theta[active[better]] += step[better]
-        cost[active] = np.where(better, tried, before)
-        damping[active] = np.clip(np.where(better, damping[active] / 5, damping[active] * 5), 1e-9, 1e9)
-        active = active[~(np.abs(before - tried) <= SETTLED * before)]
-        if not active.size:
-            break
-    return theta
-
-
-def measure_cost(design: Terms, theta: Floats, samples: Floats, scale: Floats) -> Floats:
-    """Return the robust objective of each sample, infinite where it overflows."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = ((samples - design.predict(theta)) / (scale * SOFTNESS)) ** 2
-        cost = np.sum(np.sqrt(1 + squared) - 1, axis=-1)
-    return np.where(np.isfinite(cost), cost, np.inf)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kbit.experiments.requirements import (
     check_not_packed,
     check_packing,
     check_rotation,
+    check_stages,
     check_tasks,
 )
 from kbit.experiments.result import FAILED
@@ -119,6 +120,7 @@ def plan_sweep(configs: Sequence[RunConfig], engine: str, *, plan_only: bool) ->
     check_not_packed(experiments)
     for experiment in experiments:
         check_rotation(experiment)
+        check_stages(experiment)
         check_packing(experiment, settings.ray.gpus_per_worker if engine == "ray" else None)
     distinct = {(e.model, e.eval, e.quant.calibration, e.train, *e.texts): e for e in experiments}
     for experiment in distinct.values():

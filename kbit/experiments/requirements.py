@@ -19,7 +19,15 @@ from kbit.layers.run_time.residual_types import check_residual
 from kbit.models.catalog import STUDIED, locate_model, locate_tokenizer
 from kbit.models.checkpoint_files import check_adapter, check_model, has_chat_template
 from kbit.models.config import MAX_WINDOW, ModelConfig
-from kbit.models.size import find_cached_folder, find_context, find_model_type, find_packed, find_size, is_of_other_tool
+from kbit.models.size import (
+    find_cached_folder,
+    find_context,
+    find_layer_count,
+    find_model_type,
+    find_packed,
+    find_size,
+    is_of_other_tool,
+)
 from kbit.training.held_out import count_needed
 
 # No tokenizer has tokens so long on average, so that a text of this many bytes for each asked token is long enough.
@@ -105,6 +113,15 @@ def check_rotation(experiment: Experiment) -> None:
         model_type = find_model_type(name)
         if model_type is not None:  # otherwise it is known once the model is downloaded
             check_residual(model_type, name)
+
+
+def check_stages(experiment: Experiment) -> None:
+    """Raise ValueError if a training has more pipeline stages than the model has decoder layers."""
+    train, name = experiment.train, experiment.model.name
+    if train.hands_on:
+        layers = find_layer_count(name)
+        if layers is not None and train.stages > layers:
+            raise ValueError(f"train.stages={train.stages}: {name} has {layers} decoder layers")
 
 
 def describe_packed(name: str) -> str:

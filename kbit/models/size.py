@@ -118,6 +118,12 @@ def find_model_type(name: str) -> str | None:
     return read_json(folder / "config.json").get("model_type") if folder else None
 
 
+def find_layer_count(name: str) -> int | None:
+    """Return the number of decoder layers that a model's configuration names, or None if none is here."""
+    folder = _find_folder(name)
+    return _first(read_json(folder / "config.json"), "num_hidden_layers", "n_layer") if folder else None
+
+
 def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:
     """Return the folder of a model's files in the hub's cache, if they are there."""
     from huggingface_hub import try_to_load_from_cache  # takes time that models in folders need not wait for

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kbit.layers.quantized_linear import QuantizedLinear
 from kbit.models.parameters import find_towers, why_outside
-from kbit.training.config import LoraConfig
+from kbit.training.sections import LoraConfig
 
 
 def list_targets(model: nn.Module, targets: str | None) -> list[str]:

@@ -1,10 +1,11 @@
 """How a model is trained before, or after, it is quantized: the fields of train, their types and their checks.
 
-Six roles say what is quantized meanwhile. Each role is a QuantSpec, and 16 bits stand for "not quantized":
+Eight roles say what is quantized meanwhile. Each role is a QuantSpec, and 16 bits stand for "not quantized":
 
-    weights, activations, gradients    what enters the products of linear layers
-    momentum, variance                 what the optimizer keeps of each parameter
-    exchange                           gradients, before they are averaged over replicas
+    weights, activations, gradients       what enters the products of linear layers
+    momentum, variance                    what the optimizer keeps of each parameter
+    exchange                              gradients, before they are averaged over replicas
+    stage_activations, stage_gradients    what a pipeline's stages hand on, and what comes back
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Final
 from kbit.checks import check_choice, non_defaults
 from kbit.layers.run_time.transient import check_transient, describe_role
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec, check_state
+from kbit.training.sections import FastConfig, LoraConfig
 
 STARTS: Final = ("checkpoint", "random")
 DTYPES: Final = ("float32", "bfloat16")
@@ -30,7 +32,9 @@ OPTIMIZER_STATES: Final[dict[str, tuple[str, ...]]] = {
 }  # the roles of what each optimizer keeps
 PRODUCTS: Final = ("weights", "activations", "gradients")
 STATES: Final = ("momentum", "variance")
-ROLES: Final = (*PRODUCTS, *STATES, "exchange")
+STAGES: Final = ("stage_activations", "stage_gradients")
+SENT: Final = ("exchange", *STAGES)
+ROLES: Final = (*PRODUCTS, *STATES, *SENT)
 EXCHANGE_FORMS: Final = ("all_gather", "two_shot")  # see kbit.training.exchange.replicas
 MAX_STEPS: Final = 1_000_000  # steps of one training, so that no other seed's batches have the same seeds
 MAX_SEED: Final = 2**32 // MAX_STEPS - 1  # torch's CPU generator reads the lower 32 bits of a seed
@@ -50,61 +54,6 @@ def _make_operand() -> QuantSpec:
 def _make_state(**fields: Any) -> QuantSpec:
     """Return what the 8-bit optimizers of Dettmers et al. 2022 have, at 16 bits: dynamic, block 256, float32 scales."""
     return _make_role(data_type="dynamic", block_size=256, scale_format="fp32", **fields)
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters beside a frozen base (LoRA), which may be quantized (QLoRA). They are trained alone.
-
-    Attributes:
-        rank: the rank of each adapter. 0 trains the weights themselves, without adapters.
-        alpha: an adapter's output is multiplied by alpha / rank.
-        targets: regular expression of the names of the linear layers that get an adapter, such as attention. None is
-            every linear layer inside the transformer blocks.
-    """
-
-    rank: int = 0
-    alpha: float = 16.0
-    targets: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"train.lora.rank={self.rank} is not >= 0 (0: no adapters)")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"train.lora.alpha={self.alpha:g} is not a finite number > 0")
-        try:
-            re.compile(self.targets or "")
-        except re.error as error:
-            raise ValueError(f"train.lora.targets={self.targets!r} is not a regular expression: {error}") from None
-
-
-@dataclass(frozen=True)
-class FastConfig:
-    """FAST's rule, by which each product's operands choose between two precisions of block floating point.
-
-    A tensor X takes `high` mantissa bits if r(X) = sum |X_high - X_low| / sum |X_low| is at least the threshold
-    alpha - beta (step / steps) - beta (layer / layers), and `low` ones otherwise (Zhang et al. 2022).
-
-    Attributes:
-        adapt: whether the rule decides. The data types of weights, activations and gradients then mean nothing.
-        alpha: the threshold of the first layer at the first step.
-        beta: how far the threshold falls to the last layer, and again to the last step.
-        low: mantissa bits of the lower precision, without the sign.
-        high: mantissa bits of the higher precision, without the sign.
-    """
-
-    adapt: bool = False
-    alpha: float = 0.6
-    beta: float = 0.3
-    low: int = 2
-    high: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "beta"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"train.fast.{name}={getattr(self, name)} is not a finite number")
-        if not 1 <= self.low < self.high <= 7:  # a sign and 7 bits are the widest code
-            raise ValueError(f"train.fast.low={self.low} and train.fast.high={self.high} are not 1 <= low < high <= 7")
 
 
 @dataclass(frozen=True)
@@ -136,6 +85,7 @@ class TrainConfig:
         error_feedback: whether what the exchange's rounding lost is added to the next step's gradients.
         exchange_form: how replicas exchange gradients. all_gather sends each gradient to all. With two_shot parts go to
             owners, whose means go to all: fewer bytes from 3 replicas on, and a second rounding.
+        stages: number of pipeline stages of about as many layers, whose activations and gradients go on in few bits.
         checkpoint_every: number of steps after which a local store keeps the training, to go on from.
         weights: quantizer of the weights in products. With it alone this is quantization-aware training (QAT).
         activations: quantizer of what enters a linear layer.
@@ -144,6 +94,8 @@ class TrainConfig:
             float32, also where a named quantizer has fp16.
         variance: quantizer of the optimizer's second moment, with float32 scales as well.
         exchange: quantizer of the gradients that replicas exchange.
+        stage_activations: quantizer of the activations that one pipeline stage hands on to the next.
+        stage_gradients: quantizer of the gradients of these activations, which come back.
         lora: adapters that are trained in place of the weights.
         fast: FAST's rule of changing precision.
     """
@@ -171,6 +123,7 @@ class TrainConfig:
     replicas: int = 1
     error_feedback: bool = False
     exchange_form: str = "all_gather"
+    stages: int = 1
     checkpoint_every: int = 50
     weights: QuantSpec = field(default_factory=_make_role)
     activations: QuantSpec = field(default_factory=_make_operand)
@@ -178,6 +131,8 @@ class TrainConfig:
     momentum: QuantSpec = field(default_factory=_make_state)
     variance: QuantSpec = field(default_factory=lambda: _make_state(signed=False, zero=False))
     exchange: QuantSpec = field(default_factory=_make_state)
+    stage_activations: QuantSpec = field(default_factory=_make_state)
+    stage_gradients: QuantSpec = field(default_factory=_make_state)
     lora: LoraConfig = field(default_factory=LoraConfig)
     fast: FastConfig = field(default_factory=FastConfig)
 
@@ -193,7 +148,7 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         _check_range("steps", self.steps, 0, MAX_STEPS)
         _check_range("seed", self.seed, 0, MAX_SEED)
-        for name in ("batch_size", "context", "replicas", "checkpoint_every", "min_size"):
+        for name in ("batch_size", "context", "replicas", "stages", "checkpoint_every", "min_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.{name}={value} is not >= 1")
         for name in ("lr", "eps", "clip"):
@@ -239,23 +194,28 @@ class TrainConfig:
             )
 
     def _check_quantizers(self) -> None:
-        """Raise ValueError if a state or operand has a quantizer that it cannot have, or no replicas exchange."""
+        """Raise ValueError if a state or operand has a quantizer that it cannot have, or if nothing would be sent."""
         for name in STATES:
             if (state := self.find_state(name)) is not None:
                 try:
                     check_state(name, state)
                 except ValueError as error:
                     raise ValueError(f"train.{error}") from None
-        for name in ("activations", "gradients", "exchange"):
-            if self.quantizes(name) and (name == "exchange" or not self.fast.adapt):
+        for name in ("activations", "gradients", *SENT):
+            if self.quantizes(name) and (name in SENT or not self.fast.adapt):
                 try:
-                    check_transient(name, getattr(self, name), is_gradient=name != "activations")
+                    check_transient(name, getattr(self, name), is_gradient="activations" not in name)
                 except ValueError as error:
                     raise ValueError(f"train.{error}") from None
         if self.quantizes("exchange") and self.replicas == 1:
             raise ValueError(
                 f"train.exchange.bits={self.exchange.bits} is of gradients that replicas exchange, and "
                 "train.replicas=1 exchanges none: raise train.replicas"
+            )
+        if (quantized := [name for name in STAGES if self.quantizes(name)]) and self.stages == 1:
+            raise ValueError(
+                f"train.{quantized[0]}.bits={getattr(self, quantized[0]).bits} is of what pipeline stages hand on, and "
+                "train.stages=1 hands on nothing: raise train.stages"
             )
 
     def quantizes(self, role: str) -> bool:
@@ -282,6 +242,11 @@ class TrainConfig:
     def quantizes_products(self) -> bool:
         """Whether products have quantized operands in another way than QAT, which rounds weights alone."""
         return bool(self.steps) and (self.fast.adapt or self.quantizes("activations") or self.quantizes("gradients"))
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether pipeline stages hand on something quantized."""
+        return bool(self.steps) and any(self.quantizes(name) for name in STAGES)
 
     @property
     def is_from_scratch(self) -> bool:
@@ -332,6 +297,8 @@ class TrainConfig:
             names |= {"exchange", "error_feedback", "exchange_form"}
         if not self.quantizes("exchange"):
             names |= {"error_feedback"}
+        if not self.hands_on:
+            names |= {"stages", *STAGES}
         return names
 
     @property

@@ -20,6 +20,7 @@ from kbit.optim.stable_embedding import make_embedding_stable
 from kbit.training.batches import TrainingText
 from kbit.training.checkpoint import read_checkpoint, write_checkpoint
 from kbit.training.config import TrainConfig
+from kbit.training.exchange.pipeline import PipelineCut, cut_pipeline, find_stage_ends
 from kbit.training.exchange.replicas import Exchange, SimulatedExchange
 from kbit.training.loop import Batch, Recipe, State, compute_gradients, take_steps
 from kbit.training.optimizers import count_state_bits, make_optimizer
@@ -88,12 +89,16 @@ class QuantizedGradients:
         self.config, self.step = config, 0
         self.products: QuantizedProducts | None = None
         self.exchange: SimulatedExchange | None = None
+        self.cuts: list[PipelineCut] = []
+        self.tokens = 0
         if config.replicas > 1:
             trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             exchange = Exchange(config.exchange, config.replicas, config.exchange_form, config.error_feedback)
             self.exchange = SimulatedExchange(trained, exchange)
-        if config.quantizes_products:  # last, as nothing restores the model if there is an error after it
+        ends = find_stage_ends(model, config.stages) if config.hands_on else []
+        if config.quantizes_products:  # from here on nothing may fail, as nothing would restore the model
             self.products = quantize_products(model, make_policy(config), include=config.include or IN_DECODER_LAYERS)
+        self.cuts = [cut_pipeline(model, end, config.stage_activations, config.stage_gradients) for end in ends]
 
     def compute(self, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:
         """Give the parameters the gradients of a batch, and return the loss, infinite if a value was not finite."""
@@ -105,6 +110,7 @@ class QuantizedGradients:
             model.zero_grad()
             return math.inf
         self.step += 1
+        self.tokens += batch[:, 1:].numel()
         return math.fsum(losses) / len(losses)
 
     def _compute_replica(self, number: int, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:
@@ -123,6 +129,8 @@ class QuantizedGradients:
             numbers["passes_per_mac"] = self.products.counter.passes_per_mac
         if self.exchange is not None:
             numbers["exchanged_bytes_per_param"] = self.exchange.sent_per_param
+        if self.cuts and self.tokens:
+            numbers["stage_bytes_per_token"] = sum(cut.sent for cut in self.cuts) / self.tokens
         return numbers
 
     @property
@@ -149,6 +157,8 @@ class QuantizedGradients:
             state["choices"] = [[*place, count, fast.high_uses[place]] for place, count in fast.uses.items()]
         if self.exchange is not None:
             state["exchange"] = self.exchange.state_dict()
+        if self.cuts:
+            state |= {"cuts": [cut.state_dict() for cut in self.cuts], "tokens": self.tokens}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -161,6 +171,10 @@ class QuantizedGradients:
                 fast.uses[role, layer, period], fast.high_uses[role, layer, period] = count, high
         if self.exchange is not None:
             self.exchange.load_state_dict(state["exchange"])
+        if self.cuts:
+            self.tokens = state["tokens"]
+            for cut, saved in zip(self.cuts, state["cuts"], strict=True):
+                cut.load_state_dict(saved)
 
     def _find_fast(self) -> Fast | None:
         policy = None if self.products is None else self.products.policy
@@ -170,6 +184,8 @@ class QuantizedGradients:
         return self
 
     def __exit__(self, *error: object) -> None:
+        for cut in self.cuts:
+            cut.remove()
         if self.products is not None:
             self.products.restore()
 

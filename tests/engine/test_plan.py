@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from kbit.evaluation.config import EvalConfig
 from kbit.experiments.config import RayConfig, RunConfig
 from kbit.methods.config import QuantConfig
 from kbit.models.config import ModelConfig
+from kbit.training.config import TrainConfig
 
 OWN_CODE = "process_docs: !function utils.process\n"
 
@@ -125,3 +127,17 @@ def test_a_rotation_that_an_architecture_does_not_allow_is_refused_before_the_fi
         plan("nano-neox-98k", 4)
     assert plan("nano-stories-260k", 4) == 1
     assert plan("nano-neox-98k", 16) == 1  # nothing is rotated
+
+
+def test_more_stages_than_layers_are_refused_before_the_first_job(tmp_path: Path) -> None:
+    eight = dataclasses.replace(TrainConfig().stage_gradients, bits=8)
+
+    def plan(stages: int) -> int:
+        train = TrainConfig(steps=2, stages=stages, stage_gradients=eight)
+        evaluation = EvalConfig(tasks=(), perplexity_windows=1)
+        config = RunConfig(quant=QuantConfig(bits=16), train=train, eval=evaluation, results=str(tmp_path))
+        return len(plan_sweep([config], "process", plan_only=True).to_run)
+
+    assert plan(2) == 1
+    with pytest.raises(ValueError, match=r"train.stages=3: nano-neox-98k has 2 decoder layers"):
+        plan(3)

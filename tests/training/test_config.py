@@ -24,6 +24,7 @@ from kbit.training.config import FastConfig, LoraConfig, TrainConfig, find_idle_
 
 INT3 = QuantSpec(bits=3, data_type="int")
 NF4 = QuantSpec(bits=4)
+DYNAMIC4 = dataclasses.replace(TrainConfig().exchange, bits=4)
 UNSIGNED4 = dataclasses.replace(TrainConfig().variance, bits=4)
 
 
@@ -67,6 +68,11 @@ def find_train_key(**fields: Any) -> str:
         ({"weights": dataclasses.replace(NF4, rounding="stochastic")}, "train.weights.rounding=stochastic"),
         ({"exchange": INT3, "replicas": 2}, "train.exchange: scale_format=fp16"),
         ({"exchange": dataclasses.replace(INT3, scale_format="fp32")}, "train.exchange.bits=3 .*replicas=1 exchanges"),
+        ({"stages": 0}, "train.stages=0 is not >= 1"),
+        ({"stage_gradients": DYNAMIC4}, "train.stage_gradients.bits=4 .* train.stages=1 hands on nothing"),
+        ({"stage_gradients": INT3, "stages": 2}, "train.stage_gradients: scale_format=fp16"),
+        ({"stage_activations": QuantSpec(data_type="quantile"), "stages": 2}, "train.stage_activations: data_type="),
+        ({"stage_activations": dataclasses.replace(DYNAMIC4, signed=False), "stages": 2}, "signed=false"),
         ({"exchange_form": "ring"}, "train.exchange_form='ring' is not one of: all_gather, two_shot"),
         ({"lora": LoraConfig(rank=2), "weights": NF4}, "train.lora.rank=2 .* frozen base"),
         ({"lora": LoraConfig(rank=2), "start": "random"}, "train.lora.rank=2 .* train.start=random"),
@@ -120,6 +126,7 @@ PINNED = {"none": "a65235a083bf1e94", "plain": "52aed18d3026d461", "qat": "039e7
         {"include": "attention"},
         {"error_feedback": True},
         {"exchange_form": "two_shot"},
+        {"stages": 2},
         {"weights": QuantSpec(bits=16, data_type="int")},
         {"lora": LoraConfig(alpha=3)},
         {"fast": FastConfig(alpha=0.3)},
@@ -141,6 +148,7 @@ def test_a_field_without_effect_is_no_part_of_the_key(fields: dict[str, Any]) ->
         {"replicas": 2, "exchange": dataclasses.replace(TrainConfig().exchange, bits=8)},
         {"momentum": dataclasses.replace(TrainConfig().momentum, bits=8)},
         {"variance": dataclasses.replace(TrainConfig().variance, bits=8)},
+        {"stages": 2, "stage_activations": DYNAMIC4}, {"stages": 2, "stage_gradients": DYNAMIC4},
         {"replicas": 2}, {"lora": LoraConfig(rank=2)}, {"fast": FastConfig(adapt=True)},
     ],
     ids=lambda fields: next(iter(fields)),
@@ -163,8 +171,10 @@ def test_adam_and_adamw_are_one_without_weight_decay() -> None:
         ([{"steps": 9, "lora": LoraConfig(alpha=3), "fast": FastConfig(low=1)}], ["fast.low", "lora.alpha"]),
         ([{"steps": 9, "optimizer": "sgd", "eps": 1e-6, "beta2": 0.5}], ["beta2", "eps"]),
         ([{"steps": 9, "error_feedback": True}], ["error_feedback"]),
+        ([{"steps": 9, "stages": 2}], ["stages"]),
+        ([{"steps": 9, "stages": 2}, {"steps": 9, "stages": 2, "stage_gradients": DYNAMIC4}], []),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_keys_without_an_effect_are_found(fields: list[dict[str, Any]], idle: list[str]) -> None:
     assert find_idle_keys(TrainConfig(**one) for one in fields) == idle

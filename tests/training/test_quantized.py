@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from kbit.models.parameters import hash_weights
+from kbit.nano.architectures import build_model
 from kbit.numerics.spec import QuantSpec
 from kbit.training import loop
 from kbit.training.batches import split_text
 from kbit.training.config import FastConfig, TrainConfig
+from kbit.training.exchange.pipeline import find_stage_ends
 from kbit.training.products.fast import block_float
 from kbit.training.trainer import Trained, train_model
 
@@ -28,6 +30,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "both": {
         "weights": block_float(2), "activations": STOCHASTIC, "gradients": STOCHASTIC, "replicas": 2,
         "exchange": EXCHANGE, "error_feedback": True, "exchange_form": "two_shot",
+    },
+    "stages": {"stages": 2, "stage_activations": EXCHANGE, "stage_gradients": EXCHANGE},
+    "all": {
+        "stages": 2, "stage_gradients": EXCHANGE, "gradients": STOCHASTIC, "replicas": 2, "exchange": EXCHANGE,
     },
 }  # fmt: skip
 
@@ -57,7 +63,25 @@ def test_a_killed_training_ends_with_the_same_weights_and_counts(
             train(build_tiny("gpt_neox"), "2")
     assert train(resumed, "2") == expected
     assert hash_weights(resumed) == hash_weights(undisturbed)
-    assert all("forward" not in vars(module) for module in resumed.modules())
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in resumed.modules())
+
+
+def test_stages_send_bytes_of_each_token(build_tiny: Build) -> None:
+    """The tiny model has 64 values for each token between its layers, in blocks of 256 that have 4 bytes of scales."""
+    sent = {"stage_activations": 1 / 2 + 4 / 256, "stage_gradients": 4.0}  # the gradients are float32
+    trained = train_model(build_tiny("gpt_neox"), TEXT, make_config(stages=2, stage_activations=EXCHANGE))
+    assert trained.numbers == {"stage_bytes_per_token": pytest.approx(64 * sum(sent.values()), rel=1e-3)}
+    exact = train_model(build_tiny("gpt_neox"), TEXT, make_config())
+    assert exact.losses[0] != trained.losses[0] == pytest.approx(exact.losses[0], rel=0.1)
+
+
+def test_stages_end_with_layers(build_tiny: Build) -> None:
+    model = build_tiny("gpt_neox")
+    assert find_stage_ends(model, 2) == ["gpt_neox.layers.0"]
+    assert find_stage_ends(model, 1) == []
+    with pytest.raises(ValueError, match=r"train.stages=3 is more than the 2 decoder layers"):
+        find_stage_ends(model, 3)
+    assert find_stage_ends(build_model("gpt2", "1m", 0), 3) == ["transformer.h.0", "transformer.h.1"]  # of four
 
 
 def test_a_training_that_diverges_is_no_error(build_tiny: Build) -> None:

@@ -1,8 +1,12 @@
-"""What gradients lose that are quantized before replicas average them."""
+"""What is lost where devices that train together send each other few bits.
+
+Replicas of a model send gradients, and the stages of a pipeline send activations and their gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -20,61 +24,117 @@ from kbit.analysis.figures.training.formats import (
     draw_formats,
     find_differences,
     name_format,
+    name_roles,
     tabulate_formats,
 )
+from kbit.training.config import PRODUCTS, STAGES, STATES
 
 CLAIM: Final = (
-    "What do gradients lose that are quantized before replicas average them? Dettmers 2016 found 8 bits as good as "
-    "float32."
+    "What is lost where replicas send gradients, and pipeline stages activations, in few bits? Dettmers 2016 found 8 "
+    "bits as good as float32."
 )
-FORMAT_FIELDS: Final = frozenset({"exchange", "exchange_form", "error_feedback"})
+
+
+@dataclass(frozen=True)
+class Sending:
+    """One way in which devices send each other something, which is a panel of the figure.
+
+    Attributes:
+        name: the way, as the panel and its rows name it.
+        metric: the metric of the training that counts the bytes.
+        unit: what these bytes are counted for.
+        name_format: the function that names a training's format, or returns None of a training without one.
+        fields: the fields of trainings that differ between formats.
+    """
+
+    name: str
+    metric: str
+    unit: str
+    name_format: Callable[[Mapping[str, Any]], str | None]
+    fields: frozenset[str]
 
 
 def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
-    """Draw what quantized gradients add to the loss, against the bytes that a replica hands over for each parameter.
+    """Draw what few bits add to the loss, against the bytes that are sent: a panel for replicas and one for stages.
 
     Raises:
-        MissingResults: no replicas exchanged gradients.
+        MissingResults: nothing was sent.
     """
-    data = tabulate_formats(results, "exchanged_bytes_per_param", name_exchange, FORMAT_FIELDS)
-    if data.empty:
-        needs = "trainings whose replicas exchange gradients (train=exchange8bit)"
+    parts = [
+        (sending, table)
+        for sending in SENDINGS
+        if not (table := tabulate_formats(results, sending.metric, sending.name_format, sending.fields)).empty
+        and table["cost"].notna().any()
+    ]
+    if not parts:
+        needs = "trainings whose replicas (train=exchange8bit) or pipeline stages (train=stages8bit) send few bits"
         raise MissingResults(describe_lack("exchange", needs, ("nano/exchange",)))
+    data = pd.concat([table.assign(panel=sending.name) for sending, table in parts], ignore_index=True)
     styles = style_series(data["format"])
-    sheet = make_sheet(page, 1, (4.4, 3.4), 1, styles)
-    (axes,) = sheet.add_axes(1)
-    draw_formats(axes, data, styles)
-    set_log_axis(axes, data["cost"], "{:g}".format)
-    axes.set_xlabel("bytes handed over for each parameter and step")
+    sheet = make_sheet(page, len(parts), (4.4, 3.4), 2, styles)
+    for axes, (sending, table) in zip(sheet.add_axes(len(parts)), parts, strict=True):
+        draw_formats(axes, table, styles)
+        set_log_axis(axes, table["cost"], "{:g}".format)
+        axes.set_xlabel(f"bytes sent for each {sending.unit}")
+        sheet.write_title(axes, sending.name)
     draw_legend(sheet.fig.body, styles, page, lines=False)
     note = (
         "Marks are means over seeds of the difference to float32 with the same seed, dots are seeds, bars are "
-        "Student's 95% intervals over seeds. Replicas are parts of a batch in one process, which computes what "
-        "processes would."
+        "Student's 95% intervals over seeds. Replicas are parts of a batch, and stages parts of a model, in one "
+        "process, which computes what processes would."
     )
-    counts = f"Data: {count_things(len(data), 'training')} of {data['model'].iloc[0]}, {data['seed'].nunique()} seeds."
-    notes = (note, counts, describe_left_out(results, data, name_exchange))
-    return PaperFigure("exchange", sheet.fig, data, CLAIM, judge_exchange(data), tuple(filter(None, notes)))
+    counts = [
+        f"{sending.name}: {count_things(len(table), 'training')} of {table['model'].iloc[0]}, "
+        f"{table['seed'].nunique()} seeds. {describe_left_out(results, table, sending.name_format)}".strip()
+        for sending, table in parts
+    ]
+    verdict = " ".join(f"{sending.name.capitalize()}: {judge_exchange(table)}" for sending, table in parts)
+    return PaperFigure("exchange", sheet.fig, data, CLAIM, verdict, (note, *counts))
 
 
 def name_exchange(fields: Mapping[str, Any]) -> str | None:
     """Return the name of how replicas exchange gradients, or None where there is one replica or more is quantized."""
-    others = ("weights", "activations", "gradients", "momentum", "variance", "lora", "fast")
-    if "replicas" not in fields or any(name in fields for name in others):
+    if "replicas" not in fields or any(name in fields for name in (*PRODUCTS, *STATES, *STAGES, "lora", "fast")):
         return None
     shots = " in two shots" if fields.get("exchange_form") == "two_shot" else ""
     return f"{name_format(fields.get('exchange'))}{shots}{' with feedback' if fields.get('error_feedback') else ''}"
+
+
+def name_stages(fields: Mapping[str, Any]) -> str | None:
+    """Return the name of what pipeline stages send, or None where more is quantized or there are replicas."""
+    if any(name in fields for name in (*PRODUCTS, *STATES, "exchange", "replicas", "lora", "fast")):
+        return None
+    count = "" if (stages := fields.get("stages", 2)) == 2 else f" ({stages} stages)"
+    return name_roles(fields, dict(zip(STAGES, ("forward", "back"), strict=True))) + count
+
+
+SENDINGS: Final = (
+    Sending(
+        "gradients between replicas",
+        "exchanged_bytes_per_param",
+        "parameter and step",
+        name_exchange,
+        frozenset({"exchange", "exchange_form", "error_feedback"}),
+    ),
+    Sending(
+        "activations between stages",
+        "stage_bytes_per_token",
+        "token, forward and back",
+        name_stages,
+        frozenset({"stages", *STAGES}),
+    ),
+)
 
 
 def judge_exchange(data: pd.DataFrame) -> str:
     """Say what each exchange loses to float32."""
     lost = find_differences(data)
     if lost.empty:
-        return f"There is no exchange in {PLAIN} to compare with."
+        return f"There is no training with {PLAIN} to compare with."
     words = [describe_difference(str(name), row, "bytes") for name, row in lost.iterrows()]
     worse = [str(name) for name, row in lost.iterrows() if row["low"] > 0]
     unsure = int((~(lost["low"] > 0) & ~(lost["high"] < 0) & np.isfinite(lost["low"])).sum())
     verb = "loses" if len(worse) == 1 else "lose"
     named = " and ".join(part for part in (", ".join(worse[:-1]), *worse[-1:]) if part)
-    head = f"{named} {verb} to {PLAIN}" if worse else f"No exchange is shown to lose to {PLAIN}"
+    head = f"{named} {verb} to {PLAIN}" if worse else f"nothing is shown to lose to {PLAIN}"
     return f"{head}, {unsure} of {len(lost)} cannot be told from it. Nats lost: {', '.join(words)}."

@@ -14,7 +14,7 @@ from kbit.analysis.curves.trainings import describe_seeds, find_trained, read_fi
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker
 from kbit.analysis.figures.drawing import count_things
 from kbit.numerics.spec import QuantSpec
-from kbit.training.config import PRODUCTS
+from kbit.training.config import PRODUCTS, SENT, STATES
 
 PLAIN: Final = "float32"
 TASK: Final = "training"
@@ -82,16 +82,21 @@ def describe_left_out(
 
 def name_products(fields: Mapping[str, Any]) -> str | None:
     """Return the name of what a training's products have: FAST with alpha and beta, one format, or one each."""
-    if any(name in fields for name in ("momentum", "variance", "exchange", "lora", "replicas")):
+    if any(name in fields for name in (*STATES, *SENT, "lora", "replicas")):
         return None
     if "fast" in fields:
         fast = {"alpha": 0.6, "beta": 0.3, "low": 2, "high": 4} | fields["fast"]
         more = "" if (fast["low"], fast["high"]) == (2, 4) else f" m={fast['low']}/{fast['high']}"
         return f"{FAST} {fast['alpha']:g}/{fast['beta']:g}{more}"
-    names = {role: name_format(fields.get(role)) for role in PRODUCTS}
+    return name_roles(fields, {role: role[0].upper() for role in PRODUCTS})
+
+
+def name_roles(fields: Mapping[str, Any], roles: Mapping[str, str]) -> str:
+    """Return the name of the quantizer that all roles have, or that of each after the words for the role."""
+    names = {words: name_format(fields.get(role)) for role, words in roles.items()}
     if len(set(names.values())) == 1:
-        return names["weights"]
-    return ", ".join(f"{role[0].upper()} {name}" for role, name in names.items())
+        return next(iter(names.values()))
+    return ", ".join(f"{words} {name}" for words, name in names.items())
 
 
 def name_format(role: Mapping[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ move the same bytes, if `where` is "<module>/<role>/<use>" as here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,8 +30,7 @@ class PipelineCut:
         activations: the quantizer of what goes on. None sends float32.
         gradients: the quantizer of what comes back. None sends float32.
         sent: bytes that went on and came back.
-        uses: how often something went on in training. Random numbers depend on it, so that a training that goes on from
-            a checkpoint sets it again.
+        uses: how often something went on in training. Random numbers depend on it.
     """
 
     name: str
@@ -47,6 +47,14 @@ class PipelineCut:
         data = encode(values, own, f"{role} after {self.name}, use {use}")
         self.sent += len(data)
         return decode(data, tuple(values.shape), spec).to(values)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a training needs to go on from a checkpoint with the same random numbers."""
+        return {"sent": self.sent, "uses": self.uses}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from what state_dict returned."""
+        self.sent, self.uses = state["sent"], state["uses"]
 
     def remove(self) -> None:
         """Let the module's output go on as it is again."""
@@ -90,6 +98,24 @@ def cut_pipeline(
 
     cut.handle = modules[after].register_forward_hook(hand_on)
     return cut
+
+
+def find_stage_ends(model: Any, stages: int) -> list[str]:
+    """Return the last module of each of a model's stages but the last: decoder layers, about as many in each stage.
+
+    Raises:
+        ValueError: the model has fewer decoder layers than stages, or they are not found.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    if stages > count:
+        raise ValueError(f"train.stages={stages} is more than the {count} decoder layers of the model")
+    lists = (
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module) == count
+    )
+    name = next(lists, None)
+    if name is None:
+        raise ValueError(f"train.stages={stages}: {type(model).__name__} has no list of its {count} decoder layers")
+    return [f"{name}.{count * stage // stages - 1}" for stage in range(1, stages)]
 
 
 class _Transfer(torch.autograd.Function):

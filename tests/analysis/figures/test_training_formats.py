@@ -145,10 +145,31 @@ def test_exchanges_are_drawn() -> None:
             rows += make_rows(whole + lost, seed, cost, "exchanged_bytes_per_param", replicas=2, exchange=role)
     figure = draw_figure("exchange", pd.DataFrame(rows))
     assert figure.verdict.startswith(
-        "dynamic4 block 256 loses to float32, 1 of 2 cannot be told from it. Nats lost: "
+        "Gradients between replicas: dynamic4 block 256 loses to float32, 1 of 2 cannot be told from it. Nats lost: "
         "dynamic8 block 256 +0.0000 (-0.0025 to +0.0025) at 1.02 bytes"
     )
     assert set(figure.data["format"]) == {"float32", "dynamic8 block 256", "dynamic4 block 256"}
+
+
+def test_stages_have_a_panel_of_their_own() -> None:
+    eight = {"bits": 8, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
+    four = eight | {"bits": 4}
+    rows = []
+    for seed, whole in enumerate((3.0, 3.2, 3.1)):
+        rows += make_rows(whole, seed, 0.0, "steps")  # float32, which sends nothing
+        both = {"stages": 2, "stage_activations": eight, "stage_gradients": eight}
+        rows += make_rows(whole + 0.01, seed, 130.0, "stage_bytes_per_token", **both)
+        rows += make_rows(whole + 0.1, seed, 98.0, "stage_bytes_per_token", **both | {"stage_gradients": four})
+        rows += make_rows(whole, seed, 4.0, "exchanged_bytes_per_param", replicas=2)
+        rows += make_rows(whole, seed, 1.0, "exchanged_bytes_per_param", replicas=2, exchange=eight)
+    figure = draw_figure("exchange", pd.DataFrame(rows))
+    assert list(dict.fromkeys(figure.data["panel"])) == ["gradients between replicas", "activations between stages"]
+    stages = figure.data[figure.data["panel"] == "activations between stages"]
+    mixed = "forward dynamic8 block 256, back dynamic4 block 256"
+    assert set(stages["format"]) == {"float32", "dynamic8 block 256", mixed}
+    assert f"{mixed} +0.1000 (+0.1000 to +0.1000) at 98.00 bytes" in figure.verdict
+    assert "Activations between stages: " in figure.verdict
+    assert len(figure.fig.axes) == 2
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kbit.analysis.statistics.laws import LAWS, TooFewPoints, check_held_out, fit_law, fit_once, make_design, refit
+from kbit.analysis.statistics.laws import LAWS, TooFewPoints, check_held_out, fit_law, make_design
+from kbit.analysis.statistics.robust_fit import fit_once, refit
 
 TRUE: dict[str, list[float]] = {
     "power": [2.0, 0.05, 0.1],
