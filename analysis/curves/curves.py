@@ -99,8 +99,17 @@ def pick_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
     Raises:
         AmbiguousResults: a family was measured in several ways, see refuse_mixed_evaluations.
     """
-    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
+    rows = take_rows(results, metric, task)
     refuse_mixed_evaluations(rows)
+    return rows
+
+
+def take_rows(results: pd.DataFrame, metric: str, task: str) -> pd.DataFrame:
+    """Return what pick_rows does, in however many ways a family was measured.
+
+    What is drawn of such rows still has to go through refuse_mixed_evaluations.
+    """
+    rows = results[(results["metric"] == metric) & (results["task"] == task) & results["value"].notna()]
     return rows.drop_duplicates("key")
 
 

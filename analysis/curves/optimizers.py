@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
+from kbit.analysis.curves.curves import find_cross_entropy, refuse_mixed_evaluations, take_rows
 from kbit.analysis.curves.trainings import find_trained, read_fields
 from kbit.numerics.spec import BASELINE_BITS, QuantSpec
 from kbit.training.config import ROLES, STATES
@@ -27,13 +27,15 @@ def tabulate_trainings(results: pd.DataFrame) -> pd.DataFrame:
     """Return a row for each training of whole models in which nothing but the optimizer's states was quantized.
 
     Returns:
-        Columns model, parameters, settings (JSON of what else decides the training), stable, momentum and variance (a
-        QuantSpec or None), seed, diverged, value (the cross entropy, NaN if it diverged) and key.
+        Columns model, family, parameters, evaluation (how it was measured), settings (JSON of what else decides the
+        training), stable, momentum and variance (a QuantSpec or None), seed, diverged, value (the cross entropy, NaN if
+        it diverged) and key.
     """
     measure, trained = find_cross_entropy(results), find_trained(results)
     if measure is None or trained.empty:
         return pd.DataFrame()
-    values = pick_rows(trained, measure.metric, measure.task).set_index("key")["value"]
+    measured = take_rows(trained, measure.metric, measure.task).set_index("key")
+    ways = measured["evaluation"].to_dict() if "evaluation" in measured else {}
     ends = trained[(trained["task"] == "training") & (trained["metric"] == "diverged")].drop_duplicates("key")
     rows = []
     for row in ends.to_dict("records"):
@@ -41,19 +43,26 @@ def tabulate_trainings(results: pd.DataFrame) -> pd.DataFrame:
         others = {"lora", "fast", *ROLES} - set(STATES)
         if others & set(fields) or row["bits"] != BASELINE_BITS:
             continue
-        about = {"model": row["model"], "parameters": row["parameters"], "key": row["key"]}
+        about = {name: row[name] for name in ("model", "family", "parameters", "key")}
+        about |= {"evaluation": ways.get(row["key"])}
         about |= {"settings": json.dumps({k: v for k, v in fields.items() if k not in _KEPT}, sort_keys=True)}
         about |= {"seed": fields.get("seed", 0), "stable": bool(fields.get("stable_embedding", False))}
-        about |= {"diverged": row["value"] > 0, "value": float(values.get(row["key"], np.nan))}
+        about |= {"diverged": row["value"] > 0, "value": float(measured["value"].get(row["key"], np.nan))}
         rows.append(about | {role: read_state(fields, role) for role in STATES})
     return pd.DataFrame(rows)
 
 
 def keep_usual(trainings: pd.DataFrame) -> pd.DataFrame:
-    """Return the trainings with each model's most frequent settings."""
+    """Return the trainings with each model's most frequent settings.
+
+    Raises:
+        AmbiguousResults: these trainings were measured in several ways.
+    """
     by_model = trainings.groupby("model")["settings"]
     usual = {str(model): own.value_counts().sort_index().idxmax() for model, own in by_model}
-    return trainings[trainings["settings"] == trainings["model"].map(usual)]
+    kept = trainings[trainings["settings"] == trainings["model"].map(usual)]
+    refuse_mixed_evaluations(kept[kept["value"].notna()])
+    return kept
 
 
 def name_states(momentum: QuantSpec | None, variance: QuantSpec | None) -> str | None:

@@ -22,9 +22,11 @@ from kbit.analysis.figures.drawing import (
     LIMIT,
     MissingResults,
     PaperFigure,
+    choose_panels,
     describe_choice,
     describe_lack,
     describe_sample,
+    describe_undrawn,
     split_keys,
     take_sentence,
 )
@@ -70,11 +72,17 @@ def draw_curves(
     published = match_published(curves, measure)
     differences, unpaired = compare_with_best(curves, measure, results)
     y_label = name_axis(results, curves["key"], measure)
-    fig = draw_panels(curves, y_label, measure.higher_is_better, published, differences, page)
+    drawn = choose_panels(curves)
+    fig = draw_panels(drawn, y_label, measure.higher_is_better, published, differences, page)
     sign = SIGN if own else describe_direction(measure)
     sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
-    notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(curves, differences, unpaired, fig), sample]
-    notes += [*describe_choice(points, curves), describe_sources(published), describe_hollow(curves)]
+    notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(drawn, differences, unpaired, fig), sample]
+    notes += [
+        describe_undrawn(curves, drawn),
+        *describe_choice(points, curves),
+        describe_sources(published),
+        describe_hollow(curves),
+    ]
     return PaperFigure(
         definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_"),
         fig,

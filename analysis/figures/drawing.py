@@ -15,6 +15,7 @@ from typing import Final, Literal
 import pandas as pd
 
 from kbit.analysis.curves.curves import Measure
+from kbit.analysis.curves.settings import rank_data_type
 from kbit.analysis.figures.canvas.captions import MARGIN
 from kbit.analysis.figures.canvas.page import (
     FULL_WIDTH,
@@ -31,6 +32,7 @@ CELL: Final = 3.1  # inches
 Caption = Literal["none", "short", "full"]
 CAPTIONS: Final[tuple[Caption, ...]] = ("none", "short", "full")
 NAMED_FAMILIES: Final = 6
+MOST_PANELS: Final = 12  # of a figure, which is read at one glance: four families with three data types each
 # What intervals leave out: those of values and differences, and those of correlations and laws.
 LIMIT: Final = "Intervals are about these items alone: not about other texts, tasks or trainings of the models."
 LIMIT_OF_MODELS: Final = "Other families, texts and tasks may give another answer."
@@ -132,6 +134,31 @@ def describe_sample(results: pd.DataFrame, keys: Iterable[str], *measures: Measu
     counts = f"{count_things(rows['key'].nunique(), 'experiment')} on {count_things(rows['model'].nunique(), 'model')}"
     sizes = "; ".join(f"{m.name}: n = {describe_size(part)}" for m, part in zip(measures, parts, strict=True))
     return f"Data: {counts} of {named}. {sizes[:1].upper()}{sizes[1:]}."
+
+
+def choose_panels(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of MOST_PANELS panels, at most: the first one of each family, then the second ones, and so on.
+
+    Args:
+        rows: what is drawn, with the columns family and panel. If there is a column data_type, the panels of a family
+            are in the order of the data types.
+    """
+    panels = rows.drop_duplicates("panel")
+    if "data_type" in rows:
+        panels = panels.sort_values("data_type", key=lambda types: types.map(rank_data_type), kind="stable")
+    turns = panels.groupby("family", sort=False).cumcount().sort_values(kind="stable")
+    return rows[rows["panel"].isin(panels.loc[turns.index[:MOST_PANELS], "panel"])]
+
+
+def describe_undrawn(rows: pd.DataFrame, drawn: pd.DataFrame, noun: str = "panels") -> str:
+    """Say how many of the panels choose_panels has left out. Empty: none."""
+    count, all_of_them = drawn["panel"].nunique(), rows["panel"].nunique()
+    if count == all_of_them:
+        return ""
+    return (
+        f"Drawn: {count} of {all_of_them} {noun}, the first of each family, then the second, and so on (choose with "
+        "--where). The verdict counts all, and the CSV has their points."
+    )
 
 
 def count_things(count: int, noun: str) -> str:

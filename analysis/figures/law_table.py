@@ -11,12 +11,15 @@ import pandas as pd
 from kbit.analysis.curves.curves import Measure, find_cross_entropy
 from kbit.analysis.curves.families import take_family
 from kbit.analysis.curves.selections import select_block_sizes, select_precisions
+from kbit.analysis.curves.settings import rank_data_type
 from kbit.analysis.figures.drawing import (
     LIMIT_OF_MODELS,
     MissingResults,
     PaperFigure,
+    choose_panels,
     describe_lack,
     describe_sample,
+    describe_undrawn,
     draw_table,
 )
 from kbit.analysis.statistics.degradation import measure_lost
@@ -30,6 +33,9 @@ CLAIM: Final = (
 )
 
 BLOCK_LAW_BITS: Final = 4
+TABLE_LAWS: Final = ("power", "offset", "kumar", "block")  # those of laws.LAWS that are compared
+# what laws need of a point
+LAW_COLUMNS: Final = ["model", "parameters", "bits", "block_size", "value", "low", "high", "key"]
 TABLE_DRAWS: Final = 200  # the ends of 95% intervals rest on 5 draws each: enough for the two digits shown
 
 # Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907), and arXiv 2505.14302, W4A16.
@@ -41,7 +47,7 @@ PUBLISHED: Final = {
 
 
 def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return by law (laws.LAWS) the points that it describes: model, parameters, bits, block_size, y, error.
+    """Return by law (TABLE_LAWS) the points that it describes: LAW_COLUMNS, y and error.
 
     The points are those of the family's variant that was measured most, whose panel's name they have, and none without
     a variant. Of variants measured as often it is the first. y is the cross entropy, or what quantization adds to it.
@@ -53,19 +59,9 @@ def collect_points(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame
         measure: the cross entropy on some text.
         results: the table that the curves come from, which tells the models' sizes and where their items are.
     """
-    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
-    sized = curves.assign(parameters=curves["model"].map(parameters).astype(float))
-    base = sized[sized["bits"] == BASELINE_BITS].drop_duplicates("model")
+    sized = add_sizes(curves, results)
     precisions, blocks = select_precisions(sized, tied=False), select_block_sizes(sized, BLOCK_LAW_BITS, tied=False)
-    precisions = precisions[precisions["bits"] < BASELINE_BITS]
-    blocks = blocks[blocks["block_size"].notna()]
-    losses = add_losses(base, precisions, measure, results)
-    return {
-        "power": losses,
-        "offset": losses,
-        "kumar": subtract_base(base, precisions, measure, results),
-        "block": subtract_base(base, blocks, measure, results),
-    }
+    return split_by_law(sized, precisions, blocks, measure, results)
 
 
 def collect_tied(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -73,17 +69,37 @@ def collect_tied(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) 
 
     The arguments are those of collect_points.
     """
-    precisions, blocks = (
-        list(dict.fromkeys(shown.loc[shown["bits"] < BASELINE_BITS, "data_type"]))
-        for shown in (select_precisions(curves), select_block_sizes(curves, BLOCK_LAW_BITS))
-    )
-    if not precisions or not blocks:  # what is missing has a row with the reason
-        first = collect_points(curves, measure, results)
-        yield from ((law, first[law]) for law in first if not (blocks if law == "block" else precisions))
-    for data_type in dict.fromkeys([*precisions, *blocks]):
-        for law, points in collect_points(curves[curves["data_type"] == data_type], measure, results).items():
-            if data_type in (blocks if law == "block" else precisions):
-                yield law, points
+    sized = add_sizes(curves, results)
+    precisions, blocks = select_precisions(sized), select_block_sizes(sized, BLOCK_LAW_BITS)
+    precisions = precisions[precisions["bits"] < BASELINE_BITS]
+    types = {law: list(dict.fromkeys((blocks if law == "block" else precisions)["data_type"])) for law in TABLE_LAWS}
+    yield from ((law, pd.DataFrame()) for law, own in types.items() if not own)  # it has a row with the reason
+    for data_type in sorted({*types["power"], *types["block"]}, key=rank_data_type):
+        own = (shown[shown["data_type"] == data_type] for shown in (precisions, blocks))
+        points = split_by_law(sized, *own, measure, results)
+        yield from ((law, points[law]) for law, own_types in types.items() if data_type in own_types)
+
+
+def add_sizes(curves: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the points with their model's number of parameters."""
+    parameters = results.drop_duplicates("model").set_index("model")["parameters"]
+    return curves.assign(parameters=curves["model"].map(parameters).astype(float))
+
+
+def split_by_law(
+    sized: pd.DataFrame, precisions: pd.DataFrame, blocks: pd.DataFrame, measure: Measure, results: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """Return what collect_points does, of points that were selected for the laws of precisions and of block sizes."""
+    base = sized.loc[sized["bits"] == BASELINE_BITS, LAW_COLUMNS].drop_duplicates("model")
+    precisions = precisions.loc[precisions["bits"] < BASELINE_BITS, [*LAW_COLUMNS, "panel"]]
+    blocks = blocks.loc[blocks["block_size"].notna(), [*LAW_COLUMNS, "panel"]]
+    losses = add_losses(base, precisions, measure, results)
+    return {
+        "power": losses,
+        "offset": losses,
+        "kumar": subtract_base(base, precisions, measure, results),
+        "block": subtract_base(base, blocks, measure, results),
+    }
 
 
 def add_losses(base: pd.DataFrame, chosen: pd.DataFrame, measure: Measure, results: pd.DataFrame) -> pd.DataFrame:
@@ -188,8 +204,24 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
         needs = "cross entropy at two or more precisions and several sizes of one family, with the 16-bit models"
         raise MissingResults(describe_lack("laws", needs, ("nano/bit_level", "paper/figure_13")))
     fitted = data[data["rmse"].notna()]
-    verdict = judge_laws(fitted)
-    shown = pd.DataFrame(
+    shown = describe_fits(fitted)
+    drawn = choose_panels(fitted)
+    fig = draw_table(shown.loc[drawn.index], "Laws of quantized models' cross entropy")
+    note = (
+        "power, offset: of the loss; kumar, block: of what quantization adds to it, with the tokens of training taken "
+        "as the same for all sizes of a family. naive: as the next smaller model."
+    )
+    measures = [
+        find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
+    ]
+    sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
+    notes = (note, describe_undrawn(fitted, drawn, "variants"), describe_unfitted(data), sample, LIMIT_OF_MODELS)
+    return PaperFigure("laws", fig, data, CLAIM, judge_laws(fitted), tuple(filter(None, notes)), table=shown)
+
+
+def describe_fits(fitted: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of compare_laws that were fitted as they are read."""
+    return pd.DataFrame(
         {
             "variant": fitted["panel"],
             "law": fitted["law"],
@@ -202,17 +234,6 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
             "parameters (95% intervals)": fitted["parameters"],
         }
     )
-    fig = draw_table(shown, "Laws of quantized models' cross entropy")
-    note = (
-        "power, offset: of the loss; kumar, block: of what quantization adds to it, with the tokens of training taken "
-        "as the same for all sizes of a family. naive: as the next smaller model."
-    )
-    measures = [
-        find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
-    ]
-    sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
-    notes = tuple(line for line in (note, describe_unfitted(data), sample, LIMIT_OF_MODELS) if line)
-    return PaperFigure("laws", fig, data, CLAIM, verdict, notes, table=shown)
 
 
 def describe_unfitted(data: pd.DataFrame) -> str:

@@ -310,13 +310,18 @@ def judge_prediction(
     scatter = rng.choice(standard, (len(fit.draws), len(held))) * held["_scale"].to_numpy()
     low, high = np.quantile(design.predict(fit.draws) + scatter, [0.025, 0.975], axis=0)
     error = y - design.predict(fit.parameters)
-    next_one = known["parameters"] == known["parameters"].max()
-    smaller = known[next_one].drop_duplicates(setting).set_index(setting)["y"]
-    same = pd.MultiIndex.from_frame(held[setting]) if len(setting) > 1 else pd.Index(held[setting[0]])
-    before = smaller.reindex(same).to_numpy(dtype=np.float64)
+    smaller = known[known["parameters"] == known["parameters"].max()]
+    smaller = smaller.drop_duplicates(setting)
+    naive = dict(zip(_list_settings(smaller, setting), smaller["y"].tolist(), strict=True))
+    before = np.array([naive.get(own, np.nan) for own in _list_settings(held, setting)])
     return HeldOut(
         model=str(held["model"].iloc[0]),
         rmse=float(np.sqrt(np.mean(error**2))),
         inside=float(np.mean((y >= low) & (y <= high))),
         naive=float(np.sqrt(np.nanmean((y - before) ** 2))) if np.isfinite(before).any() else np.nan,
     )
+
+
+def _list_settings(points: pd.DataFrame, columns: list[str]) -> list[tuple[float, ...]]:
+    """Return the cells of some columns as numbers that are equal where the cells are, also where both are missing."""
+    return [tuple(row) for row in points[columns].astype(np.float64).fillna(np.inf).to_numpy().tolist()]

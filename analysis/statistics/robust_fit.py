@@ -17,7 +17,12 @@ from scipy.optimize import least_squares
 from kbit.analysis.curves.curves import Floats
 
 SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
-STEPS: Final = 60  # Levenberg-Marquardt from the fit of the data itself: near its own optimum at once
+STEPS: Final = 60
+ROUGH_STEPS: Final = 20  # of the search before scipy's
+# Levenberg-Marquardt's first damping. The exponents of a law and its factor are nearly collinear, so that a step with
+# damping moves hardly along them. A sample that starts at the fit of the data is near its own optimum and needs none.
+FAR: Final = 1e-3
+NEAR: Final = 1e-8
 SETTLED: Final = 1e-9  # relative change of the objective: parameters are then within 1e-4 of their standard errors
 
 
@@ -53,7 +58,7 @@ def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
     """Return the parameters that fit best: refit comes near from several starts, scipy's solver ends the search."""
     starts = np.stack(design.guess_starts(y))
     same = np.tile(y, (len(starts), 1))
-    near = refit(design, same, scale, starts)
+    near = refit(design, same, scale, starts, damping=FAR, steps=ROUGH_STEPS)
     start = near[np.argmin(measure_cost((y - design.predict(near)) / (scale * SOFTNESS)))]
 
     def residuals(theta: Floats) -> Floats:
@@ -65,7 +70,9 @@ def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
     return np.asarray(least_squares(residuals, start, slopes, x_scale="jac", loss="soft_l1", f_scale=SOFTNESS).x)
 
 
-def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Floats:
+def refit(
+    design: Terms, samples: Floats, scale: Floats, start: Floats, *, damping: float = NEAR, steps: int = STEPS
+) -> Floats:
     """Return the parameters of many samples at once: Levenberg-Marquardt on the same robust objective as fit_once.
 
     Args:
@@ -73,26 +80,28 @@ def refit(design: Terms, samples: Floats, scale: Floats, start: Floats) -> Float
         samples: y of each sample, [samples, points].
         scale: standard errors, [points].
         start: parameters to start from, [terms] or [samples, terms].
+        damping: the damping of the first step, in units of the curvature's diagonal.
+        steps: the number of steps, at most.
     """
     theta = np.array(np.broadcast_to(start, (len(samples), start.shape[-1])))
-    damping = np.full(len(samples), 1e-3)
+    dampings = np.full(len(samples), damping)
     unit = scale * SOFTNESS
     residual = (samples - design.predict(theta)) / unit
     cost = measure_cost(residual)
     active = np.arange(len(samples))  # those that have not settled
-    for _ in range(STEPS):
+    for _ in range(steps):
         now, missed = theta[active], residual[active]
         weight = 1 / np.sqrt(1 + missed**2)  # rho's derivative by the residual is 2 weight missed, the next 2 weight^3
         curvature, pull = design.weigh_slopes(now, weight * missed / unit, weight**3 / unit**2)
         diagonal = np.einsum("...ii->...i", curvature)
-        diagonal += damping[active, None] * diagonal + 1e-300
+        diagonal += dampings[active, None] * diagonal + 1e-300
         tried = now + np.linalg.solve(curvature, pull[..., None])[..., 0]
         left = (samples[active] - design.predict(tried)) / unit
         before, after = cost[active], measure_cost(left)
         better = after < before
         moved = active[better]
         theta[moved], residual[moved], cost[moved] = tried[better], left[better], after[better]
-        damping[active] = np.clip(np.where(better, damping[active] / 5, damping[active] * 5), 1e-9, 1e9)
+        dampings[active] = np.clip(np.where(better, dampings[active] / 5, dampings[active] * 20), 1e-9, 1e9)
         active = active[~(np.abs(before - after) <= SETTLED * before)]
         if not active.size:
             break

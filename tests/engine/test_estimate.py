@@ -35,7 +35,8 @@ from kbit.models.size import ModelSize, find_size
 from kbit.numerics.spec import QuantSpec
 from kbit.store.damage import DamagedRecordWarning
 from kbit.store.store import Store
-from kbit.training.config import LoraConfig, TrainConfig
+from kbit.training.config import TrainConfig
+from kbit.training.sections import LoraConfig
 
 NANO = ModelSize(10**6, 64, 256, 1024)
 HUB = ModelSize(10**9, 2048, 2048, None)

@@ -31,7 +31,8 @@ from kbit.store.readers import read_results
 from kbit.store.results import load_failures, load_results
 from kbit.store.store import Store
 from kbit.training import loop
-from kbit.training.config import LoraConfig, TrainConfig
+from kbit.training.config import TrainConfig
+from kbit.training.sections import LoraConfig
 
 NF3 = QuantSpec(bits=3)
 EVAL = EvalConfig(tasks=(), perplexity_windows=2)

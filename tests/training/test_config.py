@@ -20,7 +20,8 @@ from kbit.experiments.identity import check_texts, find_key
 from kbit.experiments.serialize import from_json, write_json
 from kbit.methods.config import ActivationConfig, QuantConfig
 from kbit.numerics.spec import QuantSpec
-from kbit.training.config import FastConfig, LoraConfig, TrainConfig, find_idle_keys
+from kbit.training.config import TrainConfig, find_idle_keys
+from kbit.training.sections import FastConfig, LoraConfig
 
 INT3 = QuantSpec(bits=3, data_type="int")
 NF4 = QuantSpec(bits=4)

@@ -16,9 +16,10 @@ from kbit.nano.architectures import build_model
 from kbit.numerics.spec import QuantSpec
 from kbit.training import loop
 from kbit.training.batches import split_text
-from kbit.training.config import FastConfig, TrainConfig
+from kbit.training.config import TrainConfig
 from kbit.training.exchange.pipeline import find_stage_ends
 from kbit.training.products.fast import block_float
+from kbit.training.sections import FastConfig
 from kbit.training.trainer import Trained, train_model
 
 STREAM = torch.randint(259, (4_000,), generator=torch.Generator().manual_seed(0))

@@ -21,8 +21,9 @@ from kbit.numerics.spec import QuantSpec
 from kbit.training import loop
 from kbit.training.adapters import adapters_in, list_targets, save_adapters
 from kbit.training.batches import split_text
-from kbit.training.config import LoraConfig, TrainConfig
+from kbit.training.config import TrainConfig
 from kbit.training.rounding import rounded_weights
+from kbit.training.sections import LoraConfig
 from kbit.training.trainer import Trained, randomize, train_model
 
 NF3 = QuantSpec(bits=3)

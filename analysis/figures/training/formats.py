@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
+from kbit.analysis.curves.curves import find_cross_entropy, refuse_mixed_evaluations, take_rows
 from kbit.analysis.curves.trainings import describe_seeds, find_trained, read_fields
 from kbit.analysis.figures.canvas.styles import LineStyle, scale_marker
 from kbit.analysis.figures.drawing import count_things
@@ -36,12 +36,15 @@ def tabulate_formats(
         metric: the metric of the training that is the cost. Its value is missing where nothing was quantized.
         name: function that names the format of a training's fields, or returns None of one that is not to be shown.
         ignored: names of fields that differ between formats.
+
+    Raises:
+        AmbiguousResults: these trainings were measured in several ways.
     """
     measure, trained = find_cross_entropy(results), find_trained(results)
     if measure is None or trained.empty:
         return pd.DataFrame(columns=COLUMNS)
     costs = trained[(trained["task"] == TASK) & (trained["metric"] == metric)].set_index("key")["value"]
-    rows = pick_rows(trained, measure.metric, measure.task)
+    rows = take_rows(trained, measure.metric, measure.task)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
     recipes = [str(sorted((k, str(v)) for k, v in own.items() if k not in {*ignored, "seed"})) for own in fields]
     names: list[Any] = [name(own) for own in fields]
@@ -53,6 +56,7 @@ def tabulate_formats(
     if not groups:
         return pd.DataFrame(columns=COLUMNS)
     table = max((group for _, group in groups), key=count_formats)
+    refuse_mixed_evaluations(table)
     table = table.drop_duplicates(["format", "seed"])
     order = table["format"].map(table.groupby("format")["cost"].mean().to_dict()).fillna(np.inf)
     table = table.assign(order=np.where(table["format"] == PLAIN, -np.inf, -order))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
+from kbit.analysis.curves.curves import find_cross_entropy, refuse_mixed_evaluations, take_rows
 from kbit.analysis.curves.settings import WHOLE, complete_settings, make_labels
 from kbit.analysis.curves.trainings import (
     CONTROL,
@@ -127,7 +127,7 @@ def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
     measure = find_cross_entropy(results)
     if measure is None or "train_fields" not in results:
         return pd.DataFrame()
-    rows = add_diverged(pick_rows(results, measure.metric, measure.task), results)
+    rows = add_diverged(take_rows(results, measure.metric, measure.task), results)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
     ways = pd.Series(list(map(name_way, fields, rows["method"])), rows.index, dtype=object)
     rows = rows.assign(way=ways, seed=[own.get("seed", 0) for own in fields])
@@ -146,6 +146,7 @@ def tabulate_qat(results: pd.DataFrame) -> pd.DataFrame:
     copies = [base[base["way"] == way].assign(way=other) for way, other in ((CONTROL, QAT), (PTQ, GPTQ))]
     table = pd.concat([quantized, base, *copies], ignore_index=True)
     table = table[table["way"].isin(quantized["way"])]
+    refuse_mixed_evaluations(table[table["value"].notna()])
     table = table[~table.duplicated(["model", "way", "bits", "seed"])]
     return table.sort_values(["family", "way", "bits", "total_bits", "seed"], ignore_index=True)[COLUMNS]
 

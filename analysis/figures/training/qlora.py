@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from kbit.analysis.curves.curves import find_cross_entropy, pick_rows
+from kbit.analysis.curves.curves import find_cross_entropy, refuse_mixed_evaluations, take_rows
 from kbit.analysis.curves.published import read_published
 from kbit.analysis.curves.trainings import add_diverged, describe_seeds, name_bases, read_fields
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
@@ -65,7 +65,7 @@ def tabulate_qlora(results: pd.DataFrame) -> pd.DataFrame:
     measure = find_cross_entropy(results)
     if measure is None or "train_fields" not in results:
         return pd.DataFrame()
-    rows = add_diverged(pick_rows(results, measure.metric, measure.task), results)
+    rows = add_diverged(take_rows(results, measure.metric, measure.task), results)
     fields = [read_fields(cell) for cell in rows["train_fields"]]
     rows = rows.assign(seed=[own.get("seed", 0) for own in fields], has_adapters=["lora" in own for own in fields])
     rows = rows.assign(base=name_bases(rows))
@@ -74,13 +74,15 @@ def tabulate_qlora(results: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     tuned = tuned[tuned["training"] == tuned["training"].value_counts().sort_index().idxmax()]
     tuned = tuned[tuned["model"].isin(tuned.loc[(tuned["bits"] == BASELINE_BITS) & ~tuned["diverged"], "model"])]
+    plain = rows[rows["training"].isna() & rows["model"].isin(tuned["model"]) & rows["base"].isin(tuned["base"])]
+    refuse_mixed_evaluations(pd.concat([tuned[tuned["value"].notna()], plain]))
     tuned = tuned.drop_duplicates(["model", "base", "seed"])
     if (tuned["bits"] == BASELINE_BITS).all():
         return pd.DataFrame()
-    plain = rows[rows["training"].isna()].drop_duplicates(["model", "base"]).set_index(["model", "base"])["value"]
+    before = plain.drop_duplicates(["model", "base"]).set_index(["model", "base"])["value"]
     own = results[(results["task"] == UNSEEN) & (results["metric"] == "cross_entropy")].set_index("key")["value"]
     pairs = zip(tuned["model"], tuned["base"], strict=True)
-    table = tuned.assign(after=tuned["value"], before=[plain.get(pair, np.nan) for pair in pairs])
+    table = tuned.assign(after=tuned["value"], before=[before.get(pair, np.nan) for pair in pairs])
     table = table.assign(unseen=table["key"].map(own.to_dict()))
     return table.sort_values(["parameters", "model", "bits_per_param", "base", "seed"], ignore_index=True)[COLUMNS]
 

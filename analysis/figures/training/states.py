@@ -139,10 +139,11 @@ def judge_tuned(trainings: pd.DataFrame) -> str:
     plain = trainings[~trainings["stable"]]
     fields = [json.loads(cell) for cell in plain["settings"]]
     others = [json.dumps({k: v for k, v in own.items() if k not in TUNED}, sort_keys=True) for own in fields]
+    recipes = [f"{other} {way}" for other, way in zip(others, plain["evaluation"], strict=True)]
     tried = [tuple(own.get(name, default) for name, default in TUNED.items()) for own in fields]
     pairs = list(zip(plain["momentum"], plain["variance"], strict=True))
     arms = [ARMS.get((find_bits(*pair), name_series(*pair))) for pair in pairs]
-    columns = {"recipe": others, "tried": tried, "arm": arms}
+    columns = {"recipe": recipes, "tried": tried, "arm": arms}
     own = plain.assign(**{name: pd.Series(cells, plain.index, dtype=object) for name, cells in columns.items()})
     table = own.dropna(subset="arm")
     return "".join(judge_model(str(model), own) for model, own in table.groupby("model"))

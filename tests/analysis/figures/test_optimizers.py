@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kbit.analysis.curves.curves import AmbiguousResults
 from kbit.analysis.curves.optimizers import read_state, tabulate_trainings
 from kbit.analysis.figures.drawing import MissingResults
 from kbit.analysis.figures.registry import draw_figure
@@ -146,3 +147,14 @@ def test_both_are_drawn_and_say_which_study_they_need(name: str, make: Any) -> N
     for rows in (make()[lambda table: table["train_fields"] == json.dumps(FIELDS)], make().iloc[:0]):
         with pytest.raises(MissingResults, match=study):
             draw_figure(name, rows)
+
+
+@pytest.mark.parametrize(("name", "make"), [("optimizer_ablation", make_ablation), ("states", make_bits)])
+def test_trainings_of_other_studies_may_be_measured_in_other_ways(name: str, make: Any) -> None:
+    rows = [row | {"evaluation": "64 windows"} for n in (0, 1) for row in make_rows({"steps": 5}, 4.0, n)]
+    alone = make()
+    together = pd.concat([alone, pd.DataFrame(rows)], ignore_index=True)
+    pd.testing.assert_frame_equal(draw_figure(name, together).data, draw_figure(name, alone).data)
+    mixed = alone.assign(evaluation=np.where(alone["train_seed"] == 1, "64 windows", "e"))
+    with pytest.raises(AmbiguousResults, match="f was measured in 2 ways"):
+        draw_figure(name, mixed)

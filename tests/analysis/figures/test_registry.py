@@ -70,6 +70,18 @@ def test_a_measure_without_an_interval_is_drawn_without_bars() -> None:
     assert "95%" not in figure.verdict
 
 
+def test_twelve_of_many_panels_are_drawn_and_all_are_judged() -> None:
+    types = ("float", "int", "quantile", "dynamic", "nf", "af", "learned")
+    tables = [make_results(types).assign(family=name) for name in ("a", "b", "c")]
+    figure = figure_2(pd.concat([t.assign(key=t["key"] + t["family"]) for t in tables], ignore_index=True))
+    titles = [axes.get_title(loc="left") for axes in figure.fig.axes]
+    # float before int before quantile before dynamic, and of each family as many
+    assert titles == [f"{family}, {kind} block 64" for family in "abc" for kind in sorted(types[:4])]
+    assert figure.data["panel"].nunique() == 21
+    assert figure.verdict.startswith("Of 21 panels: ")
+    assert any(note.startswith("Drawn: 12 of 21 panels, the first of each family") for note in figure.notes)
+
+
 def test_axes_say_what_they_show() -> None:
     fig = figure_2(make_results()).fig
     ((axes,), [body]) = fig.axes, fig.subfigs

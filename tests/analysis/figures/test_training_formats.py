@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kbit.analysis.curves.curves import AmbiguousResults
 from kbit.analysis.figures.registry import draw_figure
 from kbit.analysis.figures.training.exchange import name_exchange
 from kbit.analysis.figures.training.fast_precision import draw_map, judge_products, tabulate_shares
@@ -21,8 +22,9 @@ from kbit.models.config import ModelConfig
 from kbit.numerics.spec import QuantSpec
 from kbit.store.readers import read_results
 from kbit.store.store import Store
-from kbit.training.config import FastConfig, TrainConfig
+from kbit.training.config import TrainConfig
 from kbit.training.products.fast import PERIODS, block_float
+from kbit.training.sections import FastConfig
 
 RECIPE: dict[str, Any] = {"steps": 40, "text": "t", "start": "random"}
 RECIPE_ROLES = ("weights", "activations", "gradients")
@@ -227,3 +229,14 @@ def test_maps_show_the_share_of_high_precision(trained: pd.DataFrame) -> None:
     image = axes.images[0].get_array()
     assert image is not None
     assert image[3, 7] == one[(one["layer"] == 3) & (one["period"] == 7)]["share"].iloc[0]
+
+
+def test_trainings_of_other_studies_may_be_measured_in_other_ways() -> None:
+    rows = [row | {"evaluation": "64 windows"} for seed in (0, 1) for row in make_rows(4.0, seed, steps=5, weights=M2)]
+    alone = make_products()
+    together = pd.concat([alone, pd.DataFrame(rows)], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        draw_figure("fast_precision", together).data, draw_figure("fast_precision", alone).data
+    )
+    with pytest.raises(AmbiguousResults, match="f was measured in 2 ways"):
+        draw_figure("fast_precision", alone.assign(evaluation=np.where(alone["train_seed"] == 1, "64 windows", "e")))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from kbit.analysis.curves.curves import find_cross_entropy
+from kbit.analysis.curves.curves import AmbiguousResults, find_cross_entropy
 from kbit.analysis.curves.trainings import (
     CONTROL,
     GPTQ,
@@ -327,3 +328,14 @@ def test_aware_trainings_of_other_tensors_are_told_apart() -> None:
     rows += [make_row("small", bits, 3.0, QAT_FIELDS) for bits in (3, 4, 16)]  # one control
     ends = [one for row in rows for one in end(row, diverged=False)]
     assert len(training_curves.list_trainings(pd.DataFrame(ends))) == 3
+
+
+@pytest.mark.parametrize(("name", "make"), [("qat", lambda: make_study(0.01)), ("qlora", make_adapters)])
+def test_trainings_of_other_studies_may_be_measured_in_other_ways(name: str, make: Callable[[], pd.DataFrame]) -> None:
+    other: dict[str, Any] = {"steps": 5, "text": "t", "start": "random"}
+    rows = [make_row("small", 16, 4.0 + n, other | {"seed": n}, evaluation="64 windows") for n in (0, 1)]
+    alone, together = make(), pd.concat([make(), pd.DataFrame(rows)], ignore_index=True)
+    pd.testing.assert_frame_equal(draw_figure(name, together).data, draw_figure(name, alone).data)
+    half = alone.assign(evaluation=np.where(alone["bits"] == 16, "64 windows", "e"))
+    with pytest.raises(AmbiguousResults, match="f was measured in 2 ways"):
+        draw_figure(name, half)
