@@ -10,9 +10,9 @@ Dettmers & Zettlemoyer, "The case for 4-bit precision: k-bit inference scaling l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,6 @@ BUDGETS: Final = 200  # grid points over the budgets compared: shares come out t
 TIE: Final = 1e-9
 Floats = npt.NDArray[np.float64]
 Bounds = tuple[tuple[float, Any], tuple[float, Any]]  # the least and the largest budget, each with what sets it
-Made = TypeVar("Made")
 
 
 class AmbiguousResults(ValueError):
@@ -164,28 +163,6 @@ def split_families(results: pd.DataFrame) -> pd.DataFrame:
         return results
     names = results["family"].astype(str) + " (" + results["architecture"].astype(str) + ")"
     return results.assign(family=results["family"].mask(is_mixed, names))
-
-
-def leave_out_ambiguous(make: Callable[[pd.DataFrame], Made], results: pd.DataFrame) -> tuple[Made, dict[str, str]]:
-    """Return what can be made of the results without their ambiguous families, and of these each one's reason.
-
-    Raises:
-        AmbiguousResults: every family is ambiguous, or nothing can be made of the others.
-    """
-    ambiguous: dict[str, AmbiguousResults] = {}
-    while True:
-        try:
-            return make(results), {family: str(error) for family, error in ambiguous.items()}
-        except AmbiguousResults as error:
-            kept = results["family"].astype(str) != error.family
-            if error.family is None or kept.all() or not kept.any():
-                raise next(iter(ambiguous.values()), error) from None
-            ambiguous[error.family] = error
-            results = results[kept]
-        except ValueError:
-            if ambiguous:  # the others lack something: the ambiguous family is the reason that matters
-                raise next(iter(ambiguous.values())) from None
-            raise
 
 
 def spread_baseline(baseline: pd.DataFrame, quantized: pd.DataFrame) -> pd.DataFrame:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import pandas as pd
 
 from kbit.analysis.curves.curves import AmbiguousResults, Measure, precision_curves
 
+Made = TypeVar("Made")
 _KEPT: Final[dict[int, dict[tuple[str, str], pd.DataFrame]]] = {}  # the curves by the identity of their results
 
 
@@ -60,3 +62,25 @@ def take_family(
     if own.empty:  # or the family is several by architecture
         return precision_curves(results[results["family"] == family], measure.metric, measure.task)
     return own
+
+
+def leave_out_ambiguous(make: Callable[[pd.DataFrame], Made], results: pd.DataFrame) -> tuple[Made, dict[str, str]]:
+    """Return what can be made of the results without their ambiguous families, and of these each one's reason.
+
+    Raises:
+        AmbiguousResults: every family is ambiguous, or nothing can be made of the others.
+    """
+    ambiguous: dict[str, AmbiguousResults] = {}
+    while True:
+        try:
+            return make(results), {family: str(error) for family, error in ambiguous.items()}
+        except AmbiguousResults as error:
+            kept = results["family"].astype(str) != error.family
+            if error.family is None or kept.all() or not kept.any():
+                raise next(iter(ambiguous.values()), error) from None
+            ambiguous[error.family] = error
+            results = results[kept]
+        except ValueError:
+            if ambiguous:  # the others lack something: the ambiguous family is the reason that matters
+                raise next(iter(ambiguous.values())) from None
+            raise

@@ -76,13 +76,9 @@ def draw_curves(
     fig = draw_panels(drawn, y_label, measure.higher_is_better, published, differences, page)
     sign = SIGN if own else describe_direction(measure)
     sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
-    notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(drawn, differences, unpaired, fig), sample]
-    notes += [
-        describe_undrawn(curves, drawn),
-        *describe_choice(points, curves),
-        describe_sources(published),
-        describe_hollow(curves),
-    ]
+    notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(drawn, differences, unpaired, fig)]
+    notes += [describe_undrawn(curves, drawn), sample, *describe_choice(points, curves)]
+    notes += [describe_sources(published), describe_hollow(curves)]
     return PaperFigure(
         definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_"),
         fig,

@@ -13,8 +13,8 @@ from typing import Final, Protocol
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import Measure, leave_out_ambiguous, split_families
-from kbit.analysis.curves.families import keep_curves
+from kbit.analysis.curves.curves import Measure, split_families
+from kbit.analysis.curves.families import keep_curves, leave_out_ambiguous
 from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.curves.stopped import describe_stopped
 from kbit.analysis.curves.trainings import leave_out_trained

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous, split_families
+from kbit.analysis.curves.curves import AmbiguousResults, split_families
+from kbit.analysis.curves.families import leave_out_ambiguous
 from kbit.analysis.curves.run_time import leave_out_rounded
 from kbit.analysis.curves.stopped import describe_stopped
 from kbit.analysis.curves.trainings import leave_out_trained

@@ -10,7 +10,8 @@ from typing import Final
 
 import pandas as pd
 
-from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.curves.families import leave_out_ambiguous
 from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 

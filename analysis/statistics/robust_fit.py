@@ -44,7 +44,7 @@ class Terms(Protocol):
 
         Args:
             parameters: [samples, terms].
-            pull, weight: of each point, [samples, points].
+            pull, weight: a number for each point, [samples, points].
 
         Returns:
             J^T diag(weight) J, [samples, terms, terms], and J^T pull, [samples, terms].
@@ -59,7 +59,7 @@ def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
     starts = np.stack(design.guess_starts(y))
     same = np.tile(y, (len(starts), 1))
     near = refit(design, same, scale, starts, damping=FAR, steps=ROUGH_STEPS)
-    start = near[np.argmin(measure_cost((y - design.predict(near)) / (scale * SOFTNESS)))]
+    start = near[np.argmin(measure_cost(measure_residuals(design, near, same, scale * SOFTNESS)))]
 
     def residuals(theta: Floats) -> Floats:
         return (design.predict(theta) - y) / scale
@@ -86,17 +86,18 @@ def refit(
     theta = np.array(np.broadcast_to(start, (len(samples), start.shape[-1])))
     dampings = np.full(len(samples), damping)
     unit = scale * SOFTNESS
-    residual = (samples - design.predict(theta)) / unit
+    share = unit.mean() / unit  # the normal equations in the mean unit, as the square of a tiny one is 0
+    residual = measure_residuals(design, theta, samples, unit)
     cost = measure_cost(residual)
     active = np.arange(len(samples))  # those that have not settled
     for _ in range(steps):
         now, missed = theta[active], residual[active]
         weight = 1 / np.sqrt(1 + missed**2)  # rho's derivative by the residual is 2 weight missed, the next 2 weight^3
-        curvature, pull = design.weigh_slopes(now, weight * missed / unit, weight**3 / unit**2)
+        curvature, pull = design.weigh_slopes(now, weight * missed * share * unit.mean(), weight**3 * share**2)
         diagonal = np.einsum("...ii->...i", curvature)
         diagonal += dampings[active, None] * diagonal + 1e-300
         tried = now + np.linalg.solve(curvature, pull[..., None])[..., 0]
-        left = (samples[active] - design.predict(tried)) / unit
+        left = measure_residuals(design, tried, samples[active], unit)
         before, after = cost[active], measure_cost(left)
         better = after < before
         moved = active[better]
@@ -106,6 +107,12 @@ def refit(
         if not active.size:
             break
     return theta
+
+
+def measure_residuals(design: Terms, theta: Floats, samples: Floats, unit: Floats) -> Floats:
+    """Return the residuals in these units, infinite where they overflow."""
+    with np.errstate(over="ignore"):
+        return (samples - design.predict(theta)) / unit
 
 
 def measure_cost(residuals: Floats) -> Floats:

@@ -21,7 +21,17 @@ from sentence_parts import (
     read_bits,
 )
 
+
+def is_largest_block(d: pd.DataFrame) -> Any:
+    """Whether a point is of the largest of two or more blocks, of those from 64 to 1024 if they are as many."""
+    sizes = sorted(int(name.split()[1]) for name in list_curves(d, "series") if name.startswith("block "))
+    within = [size for size in sizes if 64 <= size <= 1024]
+    ends = within if len(within) >= 2 else sizes
+    return d["series"] == (f"block {ends[-1]}" if len(ends) >= 2 else None)
+
+
 KINDS: Final[dict[str, Callable[[pd.DataFrame], Any]]] = {
+    "larger blocks": is_largest_block,
     "5-bit": lambda d: d["bits"] == 5,
     "4-bit": lambda d: d["bits"] == 4,
     "quantile": lambda d: d["data_type"] == "quantile",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from kbit.analysis.curves.curves import refuse_mixed_evaluations
 from kbit.analysis.curves.optimizers import EXACT, keep_usual, name_states, tabulate_trainings
 from kbit.analysis.curves.trainings import describe_seeds
 from kbit.analysis.figures.canvas.page import Page
@@ -139,11 +140,10 @@ def judge_tuned(trainings: pd.DataFrame) -> str:
     plain = trainings[~trainings["stable"]]
     fields = [json.loads(cell) for cell in plain["settings"]]
     others = [json.dumps({k: v for k, v in own.items() if k not in TUNED}, sort_keys=True) for own in fields]
-    recipes = [f"{other} {way}" for other, way in zip(others, plain["evaluation"], strict=True)]
     tried = [tuple(own.get(name, default) for name, default in TUNED.items()) for own in fields]
     pairs = list(zip(plain["momentum"], plain["variance"], strict=True))
     arms = [ARMS.get((find_bits(*pair), name_series(*pair))) for pair in pairs]
-    columns = {"recipe": recipes, "tried": tried, "arm": arms}
+    columns = {"recipe": others, "tried": tried, "arm": arms}
     own = plain.assign(**{name: pd.Series(cells, plain.index, dtype=object) for name, cells in columns.items()})
     table = own.dropna(subset="arm")
     return "".join(judge_model(str(model), own) for model, own in table.groupby("model"))
@@ -155,11 +155,15 @@ def judge_model(model: str, table: pd.DataFrame) -> str:
     Args:
         model: its name.
         table: its trainings, with the columns arm, recipe, tried (the values of TUNED), seed and value.
+
+    Raises:
+        AmbiguousResults: these trainings were measured in several ways.
     """
     few = table[table["arm"] == "4 bits"]
     if few.empty:
         return ""
     own = table[table["recipe"] == few["recipe"].value_counts().sort_index().idxmax()]
+    refuse_mixed_evaluations(own[own["value"].notna()])
     tried = own.pivot_table(
         values="value", index="tried", columns="arm", aggfunc=lambda values: values.mean(skipna=False)
     )

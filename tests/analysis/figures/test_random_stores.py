@@ -14,7 +14,8 @@ from random_stores import SETTINGS, Shape, draw_shapes, make_store
 from sentence_races import check_finding
 from sentences import check_sentences
 
-from kbit.analysis.curves.curves import AmbiguousResults, leave_out_ambiguous
+from kbit.analysis.curves.curves import AmbiguousResults
+from kbit.analysis.curves.families import leave_out_ambiguous
 from kbit.analysis.figures.canvas.styles import TooManyCurves
 from kbit.analysis.figures.drawing import MissingResults, PaperFigure
 from kbit.analysis.figures.registry import FIGURES
