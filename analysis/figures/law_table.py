@@ -171,7 +171,7 @@ def describe_fit(law: str, points: pd.DataFrame) -> dict[str, Any]:
     }
     row["worst"] = float(np.abs(fit.residuals).max())
     try:
-        check = check_held_out(law, points, draws=TABLE_DRAWS)
+        check = check_held_out(law, points, draws=TABLE_DRAWS, near=fit)
     except TooFewPoints:
         return row
     return row | {

@@ -178,7 +178,7 @@ def measure_block(points: pd.DataFrame) -> Floats:
     return np.asarray(np.log(np.log2(points["block_size"].to_numpy(dtype=np.float64))))
 
 
-def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> Fit:
+def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0, near: Fit | None = None) -> Fit:
     """Fit a law by robust least squares, with bootstrap intervals.
 
     minimize sum_i rho((y_i - f(x_i)) / (s_i softness)),  rho(z) = 2 (sqrt(1 + z^2) - 1)   (scipy's soft_l1)
@@ -193,21 +193,24 @@ def fit_law(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0
             make_design.
         draws: the number of bootstrap draws.
         seed: the seed of the bootstrap.
+        near: a fit of the same law to nearly the same points, from which the search starts.
 
     Raises:
         TooFewPoints: see fit_terms.
     """
-    return fit_terms(law, make_design(law, points), points, draws=draws, seed=seed)
+    return fit_terms(law, make_design(law, points), points, draws=draws, seed=seed, near=near)
 
 
-def fit_terms(law: str, design: Terms, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> Fit:
+def fit_terms(
+    law: str, design: Terms, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0, near: Fit | None = None
+) -> Fit:
     """Fit any form as fit_law does.
 
     Args:
         law: the law's name, for messages.
         design: its terms at the points.
         points: a table with the columns y and error, see fit_law.
-        draws, seed: see fit_law.
+        draws, seed, near: see fit_law.
 
     Raises:
         TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart, as where the
@@ -219,7 +222,8 @@ def fit_terms(law: str, design: Terms, points: pd.DataFrame, *, draws: int = DRA
     if n < p + MIN_SPARE:
         raise few
     scale = choose_scale(points)
-    parameters = fit_once(design, y, scale)
+    start = near.parameters if near is not None and near.design.names == design.names else None
+    parameters = fit_once(design, y, scale, start)
     if "E" in design.names and (floor := parameters[design.names.index("E")]) < 0:
         raise TooFewPoints(
             f"the law {law!r} has its floor at E = {floor:.3g} nats: such sizes cannot tell E and N apart"
@@ -261,11 +265,13 @@ class HeldOut:
     naive: float
 
 
-def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0) -> HeldOut:
+def check_held_out(
+    law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: int = 0, near: Fit | None = None
+) -> HeldOut:
     """Fit a law on all but the largest model and predict that one.
 
     Args:
-        law, draws, seed: the same as in fit_law.
+        law, draws, seed, near: the same as in fit_law.
         points: the same as in fit_law, with a column model.
 
     Raises:
@@ -277,7 +283,7 @@ def check_held_out(law: str, points: pd.DataFrame, *, draws: int = DRAWS, seed: 
     if held.empty:
         model = points.sort_values("parameters")["model"].iloc[-1]
         raise TooFewPoints(f"the law {law!r} cannot be checked on {model}: no other model has its precisions")
-    fit = fit_law(law, known, draws=draws, seed=seed)
+    fit = fit_law(law, known, draws=draws, seed=seed, near=near)
     setting = ["bits", "block_size", *(["share"] if "share" in points else [])]
     return judge_prediction(fit, make_design(law, held, precisions), known, held, setting, seed)
 

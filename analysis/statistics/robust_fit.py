@@ -2,8 +2,8 @@
 
     minimize sum_i rho((y_i - f(x_i)) / (s_i softness)),  rho(z) = 2 (sqrt(1 + z^2) - 1)   (scipy's soft_l1)
 
-scipy's solver fits one sample at a time. refit takes the same steps for all samples in matrix products, which makes the
-intervals of a law some tens of times faster.
+scipy's solver fits one sample at a time, and is the oracle in tests. refit takes Levenberg-Marquardt's steps for all
+samples in matrix products, which makes the intervals of a law some tens of times faster.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Final, Protocol
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
 
 from kbit.analysis.curves.curves import Floats
 
 SOFTNESS: Final = 2.0  # residuals beyond 2 standard errors count linearly, not in squares (Huber's idea, smooth)
 STEPS: Final = 60
-ROUGH_STEPS: Final = 20  # of the search before scipy's
+ROUGH_STEPS: Final = 20  # of the search among several starts
 # Levenberg-Marquardt's first damping. The exponents of a law and its factor are nearly collinear, so that a step with
 # damping moves hardly along them. A sample that starts at the fit of the data is near its own optimum and needs none.
 FAR: Final = 1e-3
@@ -54,20 +53,21 @@ class Terms(Protocol):
         """Return parameters to start a fit of y from."""
 
 
-def fit_once(design: Terms, y: Floats, scale: Floats) -> Floats:
-    """Return the parameters that fit best: refit comes near from several starts, scipy's solver ends the search."""
-    starts = np.stack(design.guess_starts(y))
-    same = np.tile(y, (len(starts), 1))
-    near = refit(design, same, scale, starts, damping=FAR, steps=ROUGH_STEPS)
-    start = near[np.argmin(measure_cost(measure_residuals(design, near, same, scale * SOFTNESS)))]
+def fit_once(design: Terms, y: Floats, scale: Floats, near: Floats | None = None) -> Floats:
+    """Return the parameters that fit best.
 
-    def residuals(theta: Floats) -> Floats:
-        return (design.predict(theta) - y) / scale
-
-    def slopes(theta: Floats) -> Floats:
-        return design.slope(theta) / scale[:, None]
-
-    return np.asarray(least_squares(residuals, start, slopes, x_scale="jac", loss="soft_l1", f_scale=SOFTNESS).x)
+    Args:
+        design: the law's terms.
+        y: the points' values.
+        scale: their standard errors.
+        near: parameters near the best ones. None: some steps are taken from each of the law's own starts.
+    """
+    if near is None:
+        starts = np.stack(design.guess_starts(y))
+        same = np.tile(y, (len(starts), 1))
+        found = refit(design, same, scale, starts, damping=FAR, steps=ROUGH_STEPS)
+        near = found[np.argmin(measure_cost(measure_residuals(design, found, same, scale * SOFTNESS)))]
+    return refit(design, y[None], scale, near)[0]
 
 
 def refit(
@@ -110,8 +110,8 @@ def refit(
 
 
 def measure_residuals(design: Terms, theta: Floats, samples: Floats, unit: Floats) -> Floats:
-    """Return the residuals in these units, infinite where they overflow."""
-    with np.errstate(over="ignore"):
+    """Return the residuals in these units, infinite or NaN where they overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
         return (samples - design.predict(theta)) / unit
 
 

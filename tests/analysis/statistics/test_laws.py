@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import least_squares
 
+from kbit.analysis.curves.curves import Floats
 from kbit.analysis.statistics.laws import LAWS, TooFewPoints, check_held_out, fit_law, make_design
-from kbit.analysis.statistics.robust_fit import fit_once, refit
+from kbit.analysis.statistics.robust_fit import SOFTNESS, fit_once, refit
 
 TRUE: dict[str, list[float]] = {
     "power": [2.0, 0.05, 0.1],
@@ -66,14 +68,43 @@ def test_intervals_cover_the_planted_parameters(law: str) -> None:
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_the_fast_solver_equals_scipy(law: str) -> None:
+def test_both_solvers_equal_scipy(law: str) -> None:
+    """One sample from the law's own starts, and many from the truth. Samples have a wild point each."""
     points = make_points(law)
     design, scale = make_design(law, points), points["error"].to_numpy()
     samples = np.stack([add_noise(points, seed)["y"].to_numpy() for seed in range(5)])
-    slow = np.stack([fit_once(design, y, scale) for y in samples])
-    fast = refit(design, samples, scale, np.array(TRUE[law]))
+    samples[np.arange(5), np.arange(5)] += 9 * scale[:5]
+
+    def solve(y: Floats) -> Floats:
+        options: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "xtol": 1e-12}
+        slopes = lambda theta: design.slope(theta) / scale[:, None]  # noqa: E731
+        found = least_squares(lambda theta: (design.predict(theta) - y) / scale, TRUE[law], slopes, **options)
+        return np.asarray(found.x)
+
+    slow = np.stack([solve(y) for y in samples])
+    many = refit(design, samples, scale, np.array(TRUE[law]))
+    single = np.stack([fit_once(design, y, scale) for y in samples])
     spread = slow.std(axis=0)
-    assert np.abs(fast - slow) == pytest.approx(0, abs=0.02 * float(spread.min()) + 1e-6)
+    for fast in (many, single):
+        assert np.abs(fast - slow) / spread == pytest.approx(0, abs=1e-3)
+
+
+def test_a_fit_that_starts_near_ends_where_it_would_have_ended() -> None:
+    for law in LAWS:
+        points = add_noise(make_points(law), 0)
+        alone = fit_law(law, points, draws=20)
+        other = fit_law(law, add_noise(make_points(law), 1), draws=1)
+        assert fit_law(law, points, draws=20, near=other).parameters == pytest.approx(alone.parameters, rel=1e-4)
+
+
+def test_points_of_any_scale_are_fitted() -> None:
+    points = add_noise(make_points("kumar"), 0)
+    plain = fit_law("kumar", points, draws=10)
+    for unit in (1e-120, 1e90):
+        scaled = points.assign(y=points["y"] * unit, error=points["error"] * unit)
+        fit = fit_law("kumar", scaled, draws=10)
+        assert fit.parameters[1:] == pytest.approx(plain.parameters[1:], rel=1e-6)
+        assert fit.parameters[0] == pytest.approx(plain.parameters[0] + np.log(unit), rel=1e-6)
 
 
 def test_one_wild_point_moves_a_robust_fit_little() -> None:
