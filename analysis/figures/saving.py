@@ -100,8 +100,9 @@ def write_figure(figure: PaperFigure, out: Path, page: Page = OWN_PAGE, files: F
 
 def lay_out(fig: Figure) -> None:
     """Lay the panels out, once for all files."""
-    if fig.get_layout_engine() is not None:
-        fig.draw_without_rendering()
+    engine = fig.get_layout_engine()
+    if engine is not None:
+        engine.execute(fig)
         fig.set_layout_engine(None)  # not "none", whose placeholder draws everything twice
 
 
