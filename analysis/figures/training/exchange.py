@@ -16,7 +16,7 @@ from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
 from kbit.analysis.figures.canvas.styles import style_series
-from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack
+from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_things, describe_lack, take_sentence
 from kbit.analysis.figures.training.formats import (
     PLAIN,
     describe_difference,
@@ -24,7 +24,6 @@ from kbit.analysis.figures.training.formats import (
     draw_formats,
     find_differences,
     name_format,
-    name_roles,
     tabulate_formats,
 )
 from kbit.training.config import PRODUCTS, STAGES, STATES
@@ -88,8 +87,9 @@ def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
         f"{table['seed'].nunique()} seeds. {describe_left_out(results, table, sending.name_format)}".strip()
         for sending, table in parts
     ]
-    verdict = " ".join(f"{sending.name.capitalize()}: {judge_exchange(table)}" for sending, table in parts)
-    return PaperFigure("exchange", sheet.fig, data, CLAIM, verdict, (note, *counts))
+    verdicts = [f"{sending.name.capitalize()}: {judge_exchange(table)}" for sending, table in parts]
+    short = " ".join(map(take_sentence, verdicts))
+    return PaperFigure("exchange", sheet.fig, data, CLAIM, " ".join(verdicts), (note, *counts), short)
 
 
 def name_exchange(fields: Mapping[str, Any]) -> str | None:
@@ -105,7 +105,12 @@ def name_stages(fields: Mapping[str, Any]) -> str | None:
     if any(name in fields for name in (*PRODUCTS, *STATES, "exchange", "replicas", "lora", "fast")):
         return None
     count = "" if (stages := fields.get("stages", 2)) == 2 else f" ({stages} stages)"
-    return name_roles(fields, dict(zip(STAGES, ("forward", "back"), strict=True))) + count
+    forward, back = (name_format(fields.get(role)) for role in STAGES)
+    if forward == back:
+        return f"{forward}{count}"
+    if PLAIN in (forward, back):
+        return f"{back} back alone{count}" if forward == PLAIN else f"{forward} forward alone{count}"
+    return f"{forward} forward and {back} back{count}"
 
 
 SENDINGS: Final = (

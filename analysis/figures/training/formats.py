@@ -92,15 +92,10 @@ def name_products(fields: Mapping[str, Any]) -> str | None:
         fast = {"alpha": 0.6, "beta": 0.3, "low": 2, "high": 4} | fields["fast"]
         more = "" if (fast["low"], fast["high"]) == (2, 4) else f" m={fast['low']}/{fast['high']}"
         return f"{FAST} {fast['alpha']:g}/{fast['beta']:g}{more}"
-    return name_roles(fields, {role: role[0].upper() for role in PRODUCTS})
-
-
-def name_roles(fields: Mapping[str, Any], roles: Mapping[str, str]) -> str:
-    """Return the name of the quantizer that all roles have, or that of each after the words for the role."""
-    names = {words: name_format(fields.get(role)) for role, words in roles.items()}
+    names = {role: name_format(fields.get(role)) for role in PRODUCTS}
     if len(set(names.values())) == 1:
-        return next(iter(names.values()))
-    return ", ".join(f"{words} {name}" for words, name in names.items())
+        return names["weights"]
+    return ", ".join(f"{role[0].upper()} {name}" for role, name in names.items())
 
 
 def name_format(role: Mapping[str, Any] | None) -> str:

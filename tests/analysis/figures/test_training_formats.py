@@ -11,7 +11,7 @@ import pytest
 
 from kbit.analysis.curves.curves import AmbiguousResults
 from kbit.analysis.figures.registry import draw_figure
-from kbit.analysis.figures.training.exchange import name_exchange
+from kbit.analysis.figures.training.exchange import name_exchange, name_stages
 from kbit.analysis.figures.training.fast_precision import draw_map, judge_products, tabulate_shares
 from kbit.analysis.figures.training.formats import find_differences, name_products, tabulate_formats
 from kbit.evaluation.config import EvalConfig
@@ -167,8 +167,11 @@ def test_stages_have_a_panel_of_their_own() -> None:
     figure = draw_figure("exchange", pd.DataFrame(rows))
     assert list(dict.fromkeys(figure.data["panel"])) == ["gradients between replicas", "activations between stages"]
     stages = figure.data[figure.data["panel"] == "activations between stages"]
-    mixed = "forward dynamic8 block 256, back dynamic4 block 256"
+    mixed = "dynamic8 block 256 forward and dynamic4 block 256 back"
     assert set(stages["format"]) == {"float32", "dynamic8 block 256", mixed}
+    assert name_stages({"stages": 3, "stage_gradients": eight}) == "dynamic8 block 256 back alone (3 stages)"
+    assert name_stages({"stages": 2, "stage_activations": four}) == "dynamic4 block 256 forward alone"
+    assert name_stages({"stages": 2, "stage_activations": four, "weights": M2}) is None
     assert f"{mixed} +0.1000 (+0.1000 to +0.1000) at 98.00 bytes" in figure.verdict
     assert "Activations between stages: " in figure.verdict
     assert len(figure.fig.axes) == 2
