@@ -36,7 +36,7 @@ from kbit.analysis.curves.trainings import describe_seeds
 from kbit.data.texts import read_documents
 from kbit.models.loading import load_model
 from kbit.numerics.spec import QuantSpec
-from kbit.training.batches import Tokens, draw_batch, tokenize_stream
+from kbit.training.batches import Tokens, draw_batch, split_text, tokenize_stream
 from kbit.training.config import TrainConfig
 from kbit.training.exchange.hook import register_exchange
 from kbit.training.loop import Recipe, State, take_step
@@ -100,7 +100,10 @@ def train(number: int, port: int, steps: int, seeds: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=PROCESSES)
     loaded = load_model(MODEL)
-    stream = tokenize_stream(read_documents("nano_train"), loaded.tokenizer)
+    documents, _ = read_documents(CONFIG.text)
+    stream = split_text(
+        tokenize_stream(documents, loaded.tokenizer), batch_size=CONFIG.batch_size, context=CONTEXT, name=CONFIG.text
+    ).stream
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):
         for way in WAYS:

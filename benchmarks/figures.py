@@ -1,8 +1,9 @@
 """All figures from a store of 35,000 experiments: CPU seconds for each, and for all.
 
-    python benchmarks/figures.py [--experiments 35000]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/figures.py [--experiments 35000]
 
-The store is SYNTHETIC and says so in every row: its models, families, keys and text are named synthetic-*, each value
+`kbit figures` sets the same number of threads. The store is SYNTHETIC and says so in every row: its models, families,
+keys and text are named synthetic-*, each value
 has the column synthetic = True, and its cross entropies follow a formula with noise. It exists in memory alone, so
 nothing can take it for results. The script prints a table and writes benchmarks/results/figures.json.
 """
@@ -134,6 +135,7 @@ def main() -> None:
         "wall_seconds_all_with_files": wall,
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
         "load_average": os.getloadavg()[1],
         "versions": {name: importlib.metadata.version(name) for name in ("pandas", "numpy", "matplotlib")},
     }

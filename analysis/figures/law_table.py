@@ -36,6 +36,11 @@ BLOCK_LAW_BITS: Final = 4
 TABLE_LAWS: Final = ("power", "offset", "kumar", "block")  # those of laws.LAWS that are compared
 # what laws need of a point
 LAW_COLUMNS: Final = ["model", "parameters", "bits", "block_size", "value", "low", "high", "key"]
+# what selections need beside it
+SELECTED: Final = [
+    *("family", "data_type", "label", "allocation", "exponent_bits", "total_bits"),
+    *(name for name in LAW_COLUMNS if name != "parameters"),
+]
 TABLE_DRAWS: Final = 200  # the ends of 95% intervals rest on 5 draws each: enough for the two digits shown
 
 # Published exponents to compare with: Kumar et al. 2024, Table 2 (its 1/g is 1/0.5907), and arXiv 2505.14302, W4A16.
@@ -81,9 +86,10 @@ def collect_tied(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) 
 
 
 def add_sizes(curves: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    """Return the points with their model's number of parameters."""
+    """Return the points with their model's number of parameters, and of the settings what selections need."""
     parameters = results.drop_duplicates("model").set_index("model")["parameters"]
-    return curves.assign(parameters=curves["model"].map(parameters).astype(float))
+    slim = curves[SELECTED].astype(dict.fromkeys(("model", "key", "label"), object))  # rows of these are taken faster
+    return slim.assign(parameters=slim["model"].map(parameters).astype(float))
 
 
 def split_by_law(

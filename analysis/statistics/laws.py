@@ -80,13 +80,11 @@ class Design:
         with np.errstate(over="ignore"):
             grown = np.exp(parameters[..., :split] @ self.power.T)
         bent = grown * weight
-        mixed = sum_products(bent, self.power, self.added)
-        curvature = np.block(
-            [
-                [sum_products(grown * bent, self.power, self.power), mixed],
-                [np.swapaxes(mixed, -1, -2), sum_products(weight, self.added, self.added)],
-            ]
-        )
+        curvature = np.empty((*grown.shape[:-1], len(self.names), len(self.names)))
+        curvature[..., :split, :split] = sum_products(grown * bent, self.power, self.power)
+        curvature[..., :split, split:] = mixed = sum_products(bent, self.power, self.added)
+        curvature[..., split:, :split] = np.swapaxes(mixed, -1, -2)
+        curvature[..., split:, split:] = sum_products(weight, self.added, self.added)
         return curvature, np.concatenate([(grown * pull) @ self.power, pull @ self.added], axis=-1)
 
     def guess_starts(self, y: Floats) -> list[Floats]:

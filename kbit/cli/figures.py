@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -70,6 +71,7 @@ def draw_figures(options: argparse.Namespace) -> None:
         KbitError: the results allow no figure or not all of those that were named, or a figure failed.
         ValueError, OSError: there is no store, or an argument is wrong.
     """
+    _use_one_thread()
     from kbit.analysis.figures.curve_figures import choose_measure
     from kbit.analysis.figures.registry import save_figures
     from kbit.analysis.statistics.findings import finding
@@ -106,6 +108,14 @@ def draw_figures(options: argparse.Namespace) -> None:
     missing = [figure.name for figure in figures if figure.failed or (options.names and figure.skipped)]
     if missing:
         raise KbitError(f"not drawn: {' '.join(missing)}")
+
+
+def _use_one_thread() -> None:
+    """Let NumPy multiply in one thread, unless the user says how many. It has to be imported afterwards.
+
+    The matrices of fits and draws are small: with two threads they take as long, and twice the CPU time.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _read_page(options: argparse.Namespace) -> Page:
@@ -159,6 +169,7 @@ def _select(results: pd.DataFrame, options: argparse.Namespace) -> pd.DataFrame:
 
 def make_report(options: argparse.Namespace) -> None:
     """Write the report of a store."""
+    _use_one_thread()
     from kbit.analysis.figures.registry import FIGURES
     from kbit.analysis.report.page import write_report
     from kbit.store.readers import read_results
