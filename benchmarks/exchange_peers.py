@@ -48,6 +48,7 @@ MODEL: Final = "nano-neox-98k"
 PROCESSES: Final = 2
 CONTEXT: Final = 256
 CONFIG: Final = TrainConfig(start="random", lr=4e-3, weight_decay=0.1)
+LATE: Final = 10  # steps before PowerSGD begins
 PLAIN: Final = "torch float32"
 EIGHT: Final = QuantSpec(bits=8, data_type="dynamic", block_size=256, scale_format="fp32")
 Count = Callable[[], float]  # bytes that a process has handed over so far
@@ -64,12 +65,12 @@ def compress_to_fp16(model: DistributedDataParallel, steps: Count) -> Count:
 
 def use_power_sgd(model: DistributedDataParallel, steps: Count, *, rank: int) -> Count:
     """Use PowerSGD from the tenth step on, as its documentation advises to start late."""
-    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=10)
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=LATE)
     model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
     def count() -> float:
         _, _, numbers = state.compression_stats()
-        return 4 * (numbers + 10 * count_parameters(model))
+        return 4 * (numbers + min(LATE, steps()) * count_parameters(model))
 
     return count
 

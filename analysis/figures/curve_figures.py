@@ -69,16 +69,16 @@ def draw_curves(
         raise MissingResults(describe_lack(definition.name, f"{what}: {definition.needs}", definition.studies))
     curves = curves.assign(stopped=is_stopped(curves, results, measure))
     parts = definition.judge(curves, measure, results)
-    published = match_published(curves, measure)
+    drawn = choose_panels(curves)
+    published = match_published(drawn, measure)
     differences, unpaired = compare_with_best(curves, measure, results)
     y_label = name_axis(results, curves["key"], measure)
-    drawn = choose_panels(curves)
     fig = draw_panels(drawn, y_label, measure.higher_is_better, published, differences, page)
     sign = SIGN if own else describe_direction(measure)
     sample = f"{describe_sample(results, curves['key'], measure)} {LIMIT}"
     notes = [f"{sign} {describe_bars(curves, measure)}", describe_panels(drawn, differences, unpaired, fig)]
     notes += [describe_undrawn(curves, drawn), sample, *describe_choice(points, curves)]
-    notes += [describe_sources(published), describe_hollow(curves)]
+    notes += [describe_sources(published), describe_hollow(drawn)]
     return PaperFigure(
         definition.name if own else f"{definition.name}_{measure.task}_{measure.metric}".replace("/", "_"),
         fig,

@@ -150,14 +150,14 @@ def choose_panels(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["panel"].isin(panels.loc[turns.index[:MOST_PANELS], "panel"])]
 
 
-def describe_undrawn(rows: pd.DataFrame, drawn: pd.DataFrame, noun: str = "panels") -> str:
-    """Say how many of the panels choose_panels has left out. Empty: none."""
+def describe_undrawn(rows: pd.DataFrame, drawn: pd.DataFrame, noun: str = "panels", held: str = "points") -> str:
+    """Say how many of the panels choose_panels has left out, and that the CSV holds theirs. Empty: none."""
     count, all_of_them = drawn["panel"].nunique(), rows["panel"].nunique()
     if count == all_of_them:
         return ""
     return (
         f"Drawn: {count} of {all_of_them} {noun}, the first of each family, then the second, and so on (choose with "
-        "--where). The verdict counts all, and the CSV has their points."
+        f"--where). The verdict counts all, and the CSV has their {held}."
     )
 
 

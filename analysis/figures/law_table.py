@@ -97,8 +97,9 @@ def split_by_law(
 ) -> dict[str, pd.DataFrame]:
     """Return what collect_points does, of points that were selected for the laws of precisions and of block sizes."""
     base = sized.loc[sized["bits"] == BASELINE_BITS, LAW_COLUMNS].drop_duplicates("model")
-    precisions = precisions.loc[precisions["bits"] < BASELINE_BITS, [*LAW_COLUMNS, "panel"]]
-    blocks = blocks.loc[blocks["block_size"].notna(), [*LAW_COLUMNS, "panel"]]
+    own = [*LAW_COLUMNS, "data_type", "panel"]
+    precisions = precisions.loc[precisions["bits"] < BASELINE_BITS, own]
+    blocks = blocks.loc[blocks["block_size"].notna(), own]
     losses = add_losses(base, precisions, measure, results)
     return {
         "power": losses,
@@ -131,9 +132,10 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
     Each data type that was measured as often as the first has rows of its own.
 
     Returns:
-        Columns family, law, panel (the family's variant that is fitted), points, r2, rmse, worst (the largest residual,
-        nats), held_out (the model), held_out_rmse, inside, naive_rmse, parameters (text with 95% intervals), keys (of
-        the experiments behind the points, separated by blanks), and reason where a law could not be fitted.
+        Columns family, law, panel (the family's variant that is fitted), data_type, points, r2, rmse, worst (the
+        largest residual, nats), held_out (the model), held_out_rmse, inside, naive_rmse, parameters (text with 95%
+        intervals), keys (of the experiments behind the points, separated by blanks), and reason where a law could not
+        be fitted.
 
     Raises:
         AmbiguousResults: see precision_curves.
@@ -152,11 +154,22 @@ def compare_laws(results: pd.DataFrame) -> pd.DataFrame:
                     raise TooFewPoints("no quantized models beside their 16-bit baseline")
                 is_base = (curves["bits"] == BASELINE_BITS) & curves["model"].isin(points["model"])
                 keys = " ".join(dict.fromkeys([*curves.loc[is_base, "key"], *points["key"]]))
-                row |= {"panel": points["panel"].dropna().iloc[0]}
+                row |= {name: points[name].dropna().iloc[0] for name in ("panel", "data_type")}
                 rows.append(row | describe_fit(law, points) | {"keys": keys})
             except TooFewPoints as error:
                 rows.append(row | {"reason": str(error)})
-    columns = ["panel", "points", "r2", "rmse", "worst", "held_out", "held_out_rmse", "inside", "naive_rmse"]
+    columns = [
+        "panel",
+        "data_type",
+        "points",
+        "r2",
+        "rmse",
+        "worst",
+        "held_out",
+        "held_out_rmse",
+        "inside",
+        "naive_rmse",
+    ]
     columns += ["parameters", "keys"]
     return pd.DataFrame(rows, columns=["family", "law", *columns, "reason"])
 
@@ -211,6 +224,7 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
         raise MissingResults(describe_lack("laws", needs, ("nano/bit_level", "paper/figure_13")))
     fitted = data[data["rmse"].notna()]
     shown = describe_fits(fitted)
+    fitted = fitted.assign(panel=fitted["family"].astype(str) + ", " + fitted["data_type"].astype(str))
     drawn = choose_panels(fitted)
     fig = draw_table(shown.loc[drawn.index], "Laws of quantized models' cross entropy")
     note = (
@@ -221,7 +235,13 @@ def draw_laws(results: pd.DataFrame) -> PaperFigure:
         find_cross_entropy(rows) for _, rows in results[results["family"].isin(fitted["family"])].groupby("family")
     ]
     sample = describe_sample(results, fitted["keys"], *dict.fromkeys(m for m in measures if m))
-    notes = (note, describe_undrawn(fitted, drawn, "variants"), describe_unfitted(data), sample, LIMIT_OF_MODELS)
+    notes = (
+        note,
+        describe_undrawn(fitted, drawn, "data types of families", "fits"),
+        describe_unfitted(data),
+        sample,
+        LIMIT_OF_MODELS,
+    )
     return PaperFigure("laws", fig, data, CLAIM, judge_laws(fitted), tuple(filter(None, notes)), table=shown)
 
 

@@ -211,8 +211,9 @@ def fit_terms(
         draws, seed, near: see fit_law.
 
     Raises:
-        TooFewPoints: fewer points than parameters + 2, or points that cannot tell the parameters apart, as where the
-            best fit has the loss of large models fall below zero (E < 0).
+        ValueError: a value of y is not finite.
+        TooFewPoints: fewer points than parameters + 2, points that are all alike, or points that cannot tell the
+            parameters apart, as where the best fit has the loss of large models fall below zero (E < 0).
     """
     y = points["y"].to_numpy(dtype=np.float64)
     n, p = len(y), len(design.names)
@@ -220,6 +221,10 @@ def fit_terms(
     if n < p + MIN_SPARE:
         raise few
     scale = choose_scale(points)
+    if not np.isfinite(y).all():
+        raise ValueError(f"the law {law!r}: {int((~np.isfinite(y)).sum())} of {n} values of y are NaN or infinite")
+    if not (scale > 0).all():
+        raise TooFewPoints(f"the law {law!r} says nothing of {n} points that are all alike")
     start = near.parameters if near is not None and near.design.names == design.names else None
     parameters = fit_once(design, y, scale, start)
     if "E" in design.names and (floor := parameters[design.names.index("E")]) < 0:

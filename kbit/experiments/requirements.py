@@ -118,7 +118,7 @@ def check_rotation(experiment: Experiment) -> None:
 def check_stages(experiment: Experiment) -> None:
     """Raise ValueError if a training has more pipeline stages than the model has decoder layers."""
     train, name = experiment.train, experiment.model.name
-    if train.hands_on:
+    if train.sends_between_stages:
         layers = find_layer_count(name)
         if layers is not None and train.stages > layers:
             raise ValueError(f"train.stages={train.stages}: {name} has {layers} decoder layers")

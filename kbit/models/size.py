@@ -119,9 +119,10 @@ def find_model_type(name: str) -> str | None:
 
 
 def find_layer_count(name: str) -> int | None:
-    """Return the number of decoder layers that a model's configuration names, or None if none is here."""
+    """Return the number of decoder layers that a model's configuration names, or None if none names it."""
     folder = _find_folder(name)
-    return _first(read_json(folder / "config.json"), "num_hidden_layers", "n_layer") if folder else None
+    config = read_json(folder / "config.json") if folder else {}
+    return _first(config.get("text_config", config), "num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def find_cached_folder(hub_id: str, revision: str | None = None) -> Path | None:

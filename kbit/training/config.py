@@ -5,7 +5,7 @@ Eight roles say what is quantized meanwhile. Each role is a QuantSpec, and 16 bi
     weights, activations, gradients       what enters the products of linear layers
     momentum, variance                    what the optimizer keeps of each parameter
     exchange                              gradients, before they are averaged over replicas
-    stage_activations, stage_gradients    what a pipeline's stages hand on, and what comes back
+    stage_activations, stage_gradients    what a pipeline's stages send forward, and back
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class TrainConfig:
         error_feedback: whether what the exchange's rounding lost is added to the next step's gradients.
         exchange_form: how replicas exchange gradients. all_gather sends each gradient to all. With two_shot parts go to
             owners, whose means go to all: fewer bytes from 3 replicas on, and a second rounding.
-        stages: number of pipeline stages of about as many layers, whose activations and gradients go on in few bits.
+        stages: number of pipeline stages, with nearly equal numbers of decoder layers. Without a quantizer of
+            stage_activations or stage_gradients it changes nothing.
         checkpoint_every: number of steps after which a local store keeps the training, to go on from.
         weights: quantizer of the weights in products. With it alone this is quantization-aware training (QAT).
         activations: quantizer of what enters a linear layer.
@@ -94,8 +95,8 @@ class TrainConfig:
             float32, also where a named quantizer has fp16.
         variance: quantizer of the optimizer's second moment, with float32 scales as well.
         exchange: quantizer of the gradients that replicas exchange.
-        stage_activations: quantizer of the activations that one pipeline stage hands on to the next.
-        stage_gradients: quantizer of the gradients of these activations, which come back.
+        stage_activations: quantizer of the activations that one pipeline stage sends to the next.
+        stage_gradients: quantizer of the gradients of these activations, which are sent back.
         lora: adapters that are trained in place of the weights.
         fast: FAST's rule of changing precision.
     """
@@ -214,8 +215,8 @@ class TrainConfig:
             )
         if (quantized := [name for name in STAGES if self.quantizes(name)]) and self.stages == 1:
             raise ValueError(
-                f"train.{quantized[0]}.bits={getattr(self, quantized[0]).bits} is of what pipeline stages hand on, and "
-                "train.stages=1 hands on nothing: raise train.stages"
+                f"train.{quantized[0]}.bits={getattr(self, quantized[0]).bits} is of what pipeline stages send each "
+                "other, and train.stages=1 sends nothing: raise train.stages"
             )
 
     def quantizes(self, role: str) -> bool:
@@ -244,8 +245,8 @@ class TrainConfig:
         return bool(self.steps) and (self.fast.adapt or self.quantizes("activations") or self.quantizes("gradients"))
 
     @property
-    def hands_on(self) -> bool:
-        """Whether pipeline stages hand on something quantized."""
+    def sends_between_stages(self) -> bool:
+        """Whether pipeline stages send each other something quantized."""
         return bool(self.steps) and any(self.quantizes(name) for name in STAGES)
 
     @property
@@ -297,7 +298,7 @@ class TrainConfig:
             names |= {"exchange", "error_feedback", "exchange_form"}
         if not self.quantizes("exchange"):
             names |= {"error_feedback"}
-        if not self.hands_on:
+        if not self.sends_between_stages:
             names |= {"stages", *STAGES}
         return names
 

@@ -1,4 +1,4 @@
-"""The sections of train that are no quantizers: adapters, and FAST's rule."""
+"""The sections of train other than quantizers: adapters, and FAST's rule."""
 
 from __future__ import annotations
 

@@ -95,13 +95,14 @@ class QuantizedGradients:
             trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             exchange = Exchange(config.exchange, config.replicas, config.exchange_form, config.error_feedback)
             self.exchange = SimulatedExchange(trained, exchange)
-        ends = find_stage_ends(model, config.stages) if config.hands_on else []
+        ends = find_stage_ends(model, config.stages) if config.sends_between_stages else []
         if config.quantizes_products:  # from here on nothing may fail, as nothing would restore the model
             self.products = quantize_products(model, make_policy(config), include=config.include or IN_DECODER_LAYERS)
         self.cuts = [cut_pipeline(model, end, config.stage_activations, config.stage_gradients) for end in ends]
 
     def compute(self, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:
         """Give the parameters the gradients of a batch, and return the loss, infinite if a value was not finite."""
+        self.tokens += batch[:, 1:].numel()
         try:
             losses = [self._compute_replica(number, model, batch, autocast) for number in range(self.config.replicas)]
             if self.exchange is not None:
@@ -110,7 +111,6 @@ class QuantizedGradients:
             model.zero_grad()
             return math.inf
         self.step += 1
-        self.tokens += batch[:, 1:].numel()
         return math.fsum(losses) / len(losses)
 
     def _compute_replica(self, number: int, model: Any, batch: Batch, autocast: torch.dtype | None) -> float:

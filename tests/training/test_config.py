@@ -70,7 +70,7 @@ def find_train_key(**fields: Any) -> str:
         ({"exchange": INT3, "replicas": 2}, "train.exchange: scale_format=fp16"),
         ({"exchange": dataclasses.replace(INT3, scale_format="fp32")}, "train.exchange.bits=3 .*replicas=1 exchanges"),
         ({"stages": 0}, "train.stages=0 is not >= 1"),
-        ({"stage_gradients": DYNAMIC4}, "train.stage_gradients.bits=4 .* train.stages=1 hands on nothing"),
+        ({"stage_gradients": DYNAMIC4}, "train.stage_gradients.bits=4 .* train.stages=1 sends nothing"),
         ({"stage_gradients": INT3, "stages": 2}, "train.stage_gradients: scale_format=fp16"),
         ({"stage_activations": QuantSpec(data_type="quantile"), "stages": 2}, "train.stage_activations: data_type="),
         ({"stage_activations": dataclasses.replace(DYNAMIC4, signed=False), "stages": 2}, "signed=false"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from kbit.models.parameters import hash_weights
 from kbit.nano.architectures import build_model
@@ -83,6 +84,17 @@ def test_stages_end_with_layers(build_tiny: Build) -> None:
     with pytest.raises(ValueError, match=r"train.stages=3 is more than the 2 decoder layers"):
         find_stage_ends(model, 3)
     assert find_stage_ends(build_model("gpt2", "1m", 0), 3) == ["transformer.h.0", "transformer.h.1"]  # of four
+
+
+def test_stages_are_not_of_a_vision_tower() -> None:
+    """Text and vision have as many layers here, and the vision tower comes first."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    text = transformers.Gemma3TextConfig(**sizes, num_key_value_heads=1, head_dim=16, vocab_size=64)
+    vision = transformers.SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    assert find_stage_ends(model, 2) == ["model.language_model.layers.1"]
 
 
 def test_a_training_that_diverges_is_no_error(build_tiny: Build) -> None:

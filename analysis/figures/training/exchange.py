@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from kbit.analysis.curves.trainings import find_trained
 from kbit.analysis.figures.canvas.axes import set_log_axis
 from kbit.analysis.figures.canvas.page import Page
 from kbit.analysis.figures.canvas.sheets import draw_legend, make_sheet
@@ -20,7 +21,6 @@ from kbit.analysis.figures.drawing import MissingResults, PaperFigure, count_thi
 from kbit.analysis.figures.training.formats import (
     PLAIN,
     describe_difference,
-    describe_left_out,
     draw_formats,
     find_differences,
     name_format,
@@ -63,37 +63,51 @@ def draw_exchange(results: pd.DataFrame, page: Page) -> PaperFigure:
         (sending, table)
         for sending in SENDINGS
         if not (table := tabulate_formats(results, sending.metric, sending.name_format, sending.fields)).empty
-        and table["cost"].notna().any()
     ]
     if not parts:
-        needs = "trainings whose replicas (train=exchange8bit) or pipeline stages (train=stages8bit) send few bits"
+        needs = (
+            "trainings in which replicas (train=exchange8bit) or pipeline stages (train=stages8bit) send few bits, and "
+            "nothing else is quantized"
+        )
         raise MissingResults(describe_lack("exchange", needs, ("nano/exchange",)))
     data = pd.concat([table.assign(panel=sending.name) for sending, table in parts], ignore_index=True)
     styles = style_series(data["format"])
     sheet = make_sheet(page, len(parts), (4.4, 3.4), 2, styles)
     for axes, (sending, table) in zip(sheet.add_axes(len(parts)), parts, strict=True):
         draw_formats(axes, table, styles)
-        set_log_axis(axes, table["cost"], "{:g}".format)
+        set_log_axis(axes, table["cost"].dropna(), "{:g}".format)
         axes.set_xlabel(f"bytes sent for each {sending.unit}")
         sheet.write_title(axes, sending.name)
     draw_legend(sheet.fig.body, styles, page, lines=False)
     note = (
-        "Marks are means over seeds of the difference to float32 with the same seed, dots are seeds, bars are "
+        f"Marks are means over seeds of the difference to {PLAIN} with the same seed, dots are seeds, bars are "
         "Student's 95% intervals over seeds. Replicas are parts of a batch, and stages parts of a model, in one "
         "process, which computes what processes would."
     )
-    counts = [
-        f"{sending.name}: {count_things(len(table), 'training')} of {table['model'].iloc[0]}, "
-        f"{table['seed'].nunique()} seeds. {describe_left_out(results, table, sending.name_format)}".strip()
-        for sending, table in parts
-    ]
+    counts = [describe_part(sending, table) for sending, table in parts] + [describe_unshown(results, data)]
     verdicts = [f"{sending.name.capitalize()}: {judge_exchange(table)}" for sending, table in parts]
     short = " ".join(map(take_sentence, verdicts))
-    return PaperFigure("exchange", sheet.fig, data, CLAIM, " ".join(verdicts), (note, *counts), short)
+    return PaperFigure("exchange", sheet.fig, data, CLAIM, " ".join(verdicts), (note, *filter(None, counts)), short)
+
+
+def describe_part(sending: Sending, table: pd.DataFrame) -> str:
+    """Say how many trainings a panel shows, and that it shows losses where there is none in float32."""
+    trainings, seeds = count_things(len(table), "training"), count_things(table["seed"].nunique(), "seed")
+    lone = f" It shows losses, as there is no {PLAIN}." if table["added"].isna().all() else ""
+    return f"{sending.name.capitalize()}: {trainings} of {table['model'].iloc[0]}, {seeds}.{lone}"
+
+
+def describe_unshown(results: pd.DataFrame, data: pd.DataFrame) -> str:
+    """Say how many trainings send something and are not shown, or nothing."""
+    trained = find_trained(results)
+    senders = trained.loc[trained["metric"].isin([sending.metric for sending in SENDINGS]), "key"]
+    left = len(set(senders) - set(data["key"]))
+    why = "that diverged, quantize something else as well, or are of other models, recipes or quantizers"
+    return f"Not shown: {count_things(left, 'training')} {why}." if left else ""
 
 
 def name_exchange(fields: Mapping[str, Any]) -> str | None:
-    """Return the name of how replicas exchange gradients, or None where there is one replica or more is quantized."""
+    """Return the name of how replicas exchange gradients, or None without replicas or where more is quantized."""
     if "replicas" not in fields or any(name in fields for name in (*PRODUCTS, *STATES, *STAGES, "lora", "fast")):
         return None
     shots = " in two shots" if fields.get("exchange_form") == "two_shot" else ""

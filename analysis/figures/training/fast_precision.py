@@ -109,22 +109,25 @@ def judge_products(data: pd.DataFrame, shares: pd.DataFrame) -> str:
         parts.append("There is no training in float32 to compare with")
     else:
         words = [describe_difference(str(name), row, "passes") for name, row in lost.iterrows()]
-        parts += [name_least_lost(lost), f"Nats lost against {PLAIN}: {'; '.join(words)}"]
+        parts += [*name_least_lost(lost), f"Nats lost against {PLAIN}: {'; '.join(words)}"]
     return ". ".join([*parts, *compare_with_fixed(data)]) + "."
 
 
-def name_least_lost(lost: pd.DataFrame) -> str:
-    """Name the formats that lose less, on average over seeds, than every other one with as few passes.
+def name_least_lost(lost: pd.DataFrame) -> list[str]:
+    """Name the formats that lose less, on average over seeds, than every other one with as few passes or fewer.
+
+    There is no sentence of one format.
 
     Args:
         lost: from find_differences.
     """
     least, named = np.inf, []
-    for name, row in lost.sort_values(["cost", "mean"], kind="stable").iterrows():
+    counted = lost[lost["cost"].notna()]
+    for name, row in counted.sort_values(["cost", "mean"], kind="stable").iterrows():
         if row["mean"] < least:
             least = row["mean"]
             named.append(f"{name} ({row['cost']:.2f})")
-    return f"Least is lost for their passes, on average over seeds, by {'; '.join(named)}"
+    return [f"Least is lost for their passes, on average over seeds, by {'; '.join(named)}"] if len(counted) > 1 else []
 
 
 def compare_with_fixed(data: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -28,8 +29,9 @@ def tabulate_formats(
 ) -> pd.DataFrame:
     """Return COLUMNS, a row for each training, float32 first, of one model and of one recipe beside its formats.
 
-    The model and the recipe with the most formats are taken, and before all others one with FAST. describe_left_out
-    counts the rest. `added` is the loss less that of float32 with the same seed, and missing where there is none.
+    The model and the recipe with the most formats are taken, and before all others one with FAST. Of quantizers that
+    share a name (as nearest and stochastic rounding do) the most frequent one is taken. describe_left_out counts the
+    rest. `added` is the loss less that of float32 with the same seed, and missing where there is none.
 
     Args:
         results: long form.
@@ -51,12 +53,15 @@ def tabulate_formats(
     rows = rows.assign(format=names, seed=[own.get("seed", 0) for own in fields])
     rows = rows.assign(steps=[own["steps"] for own in fields])
     rows = rows.assign(recipe=recipes, cost=rows["key"].map(costs.groupby(level=0).first()))
+    rows = rows.assign(spec=[json.dumps({k: own[k] for k in sorted(ignored & own.keys())}) for own in fields])
     rows = rows[rows["format"].notna()]
-    groups = list(rows.groupby(["model", "recipe", "bits"], sort=True))
+    groups = [own for _, own in rows.groupby(["model", "recipe", "bits"], sort=True) if own["cost"].notna().any()]
     if not groups:
         return pd.DataFrame(columns=COLUMNS)
-    table = max((group for _, group in groups), key=count_formats)
+    table = max(groups, key=count_formats)
     refuse_mixed_evaluations(table)
+    usual = {name: own.value_counts().sort_index().idxmax() for name, own in table.groupby("format")["spec"]}
+    table = table[table["spec"] == table["format"].map(usual)]  # a name does not tell all of a quantizer
     table = table.drop_duplicates(["format", "seed"])
     order = table["format"].map(table.groupby("format")["cost"].mean().to_dict()).fillna(np.inf)
     table = table.assign(order=np.where(table["format"] == PLAIN, -np.inf, -order))

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
 from kbit.layers.run_time.transient import with_own_seed
+from kbit.models.parameters import find_towers
 from kbit.numerics.spec import QuantSpec
 from kbit.training.exchange.wire import check_sent, decode, encode
 
@@ -106,13 +107,12 @@ def find_stage_ends(model: Any, stages: int) -> list[str]:
     Raises:
         ValueError: the model has fewer decoder layers than stages, or they are not found.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
     if stages > count:
         raise ValueError(f"train.stages={stages} is more than the {count} decoder layers of the model")
-    lists = (
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) if len(module) == count
-    )
-    name = next(lists, None)
+    towers = tuple(f"{tower}." for tower in find_towers(model))
+    lists = (name for name, own in model.named_modules() if isinstance(own, nn.ModuleList) if len(own) == count)
+    name = next((name for name in lists if not name.startswith(towers)), None)
     if name is None:
         raise ValueError(f"train.stages={stages}: {type(model).__name__} has no list of its {count} decoder layers")
     return [f"{name}.{count * stage // stages - 1}" for stage in range(1, stages)]

@@ -175,6 +175,43 @@ def test_stages_have_a_panel_of_their_own() -> None:
     assert f"{mixed} +0.1000 (+0.1000 to +0.1000) at 98.00 bytes" in figure.verdict
     assert "Activations between stages: " in figure.verdict
     assert len(figure.fig.axes) == 2
+    plain = [row for seed in range(3) for row in make_rows(2.9, seed, 0.0, "steps", batch_size=2)]  # sorts first
+    both_at_once = make_rows(3.0, 0, 9.0, "stage_bytes_per_token", replicas=2, **both)
+    more = draw_figure("exchange", pd.DataFrame([*rows, *plain, *both_at_once]))
+    pd.testing.assert_frame_equal(more.data, figure.data)
+    assert any(note.startswith("Not shown: 1 training that") for note in more.notes)
+    assert not any(note.startswith("Not shown") for note in figure.notes)
+
+
+def test_quantizers_that_share_a_name_are_not_averaged() -> None:
+    nearest = {"bits": 8, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
+    rows = []
+    for seed in range(5):
+        rows += make_rows(3.0, seed, 4.0, "exchanged_bytes_per_param", replicas=2)
+        role = nearest if seed < 3 else nearest | {"rounding": "stochastic"}
+        lost = 0.1 if seed < 3 else 0.5
+        rows += make_rows(3.0 + lost, seed, 1.0, "exchanged_bytes_per_param", replicas=2, exchange=role)
+    figure = draw_figure("exchange", pd.DataFrame(rows))
+    assert "dynamic8 block 256 +0.1000 (+0.1000 to +0.1000)" in figure.verdict
+    assert figure.notes[-1].startswith("Not shown: 2 trainings that")
+
+
+def test_without_float32_losses_are_drawn() -> None:
+    role = {"bits": 8, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
+    figure = draw_figure(
+        "exchange", pd.DataFrame(make_rows(3.0, 0, 130.0, "stage_bytes_per_token", stages=2, stage_gradients=role))
+    )
+    assert (
+        figure.notes[-1]
+        == "Activations between stages: 1 training of m, 1 seed. It shows losses, as there is no float32."
+    )
+
+
+def test_a_format_without_counted_passes_is_not_the_best_for_its_passes() -> None:
+    rows = make_products().to_dict("records")
+    for seed in (0, 1):
+        rows += make_rows(1.0, seed, weights=M2)
+    assert "nan" not in draw_figure("fast_precision", pd.DataFrame(rows)).verdict.split("Nats lost")[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from scipy.optimize import least_squares
 
 from kbit.analysis.curves.curves import Floats
-from kbit.analysis.statistics.laws import LAWS, TooFewPoints, check_held_out, fit_law, make_design
+from kbit.analysis.statistics.laws import LAWS, Design, TooFewPoints, check_held_out, fit_law, make_design
 from kbit.analysis.statistics.robust_fit import SOFTNESS, fit_once, refit
 
 TRUE: dict[str, list[float]] = {
@@ -67,6 +67,18 @@ def test_intervals_cover_the_planted_parameters(law: str) -> None:
     assert (covered >= 0.90 - 3 * np.sqrt(0.9 * 0.1 / TRIALS)).all()
 
 
+def solve(design: Design, y: Floats, scale: Floats, start: Floats, max_nfev: int = 2000) -> Any:
+    """What scipy's solver finds from a start."""
+    options: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "xtol": 1e-12}
+    return least_squares(
+        lambda theta: (design.predict(theta) - y) / scale,
+        start,
+        lambda theta: design.slope(theta) / scale[:, None],
+        max_nfev=max_nfev,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("law", LAWS)
 def test_both_solvers_equal_scipy(law: str) -> None:
     """One sample from the law's own starts, and many from the truth. Samples have a wild point each."""
@@ -75,13 +87,7 @@ def test_both_solvers_equal_scipy(law: str) -> None:
     samples = np.stack([add_noise(points, seed)["y"].to_numpy() for seed in range(5)])
     samples[np.arange(5), np.arange(5)] += 9 * scale[:5]
 
-    def solve(y: Floats) -> Floats:
-        options: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "xtol": 1e-12}
-        slopes = lambda theta: design.slope(theta) / scale[:, None]  # noqa: E731
-        found = least_squares(lambda theta: (design.predict(theta) - y) / scale, TRUE[law], slopes, **options)
-        return np.asarray(found.x)
-
-    slow = np.stack([solve(y) for y in samples])
+    slow = np.stack([solve(design, y, scale, np.array(TRUE[law])).x for y in samples])
     many = refit(design, samples, scale, np.array(TRUE[law]))
     single = np.stack([fit_once(design, y, scale) for y in samples])
     spread = slow.std(axis=0)
@@ -95,6 +101,27 @@ def test_a_fit_that_starts_near_ends_where_it_would_have_ended() -> None:
         alone = fit_law(law, points, draws=20)
         other = fit_law(law, add_noise(make_points(law), 1), draws=1)
         assert fit_law(law, points, draws=20, near=other).parameters == pytest.approx(alone.parameters, rel=1e-4)
+
+
+def test_points_that_are_not_finite_or_all_alike_are_refused() -> None:
+    points = add_noise(make_points("kumar"), 0)
+    with pytest.raises(ValueError, match=r"the law 'kumar': 1 of .* values of y are NaN"):
+        fit_law("kumar", points.assign(y=points["y"].where(np.arange(len(points)) > 0)))
+    with pytest.raises(TooFewPoints, match="all alike"):
+        fit_law("kumar", points.assign(y=0.0, error=np.nan))
+
+
+def test_a_long_valley_is_followed_to_its_end() -> None:
+    """Three sizes with a floor, whose standard errors differ: E and the exponent of N trade off."""
+    rng, points = np.random.default_rng(0), make_points("offset")
+    points = points[points["parameters"].isin(sorted(points["parameters"].unique())[:3])].reset_index(drop=True)
+    points = points.assign(error=0.01 * np.exp(rng.normal(size=len(points))))
+    design, scale = make_design("offset", points), points["error"].to_numpy()
+    for _ in range(20):
+        y = points["y"].to_numpy() + scale * rng.standard_normal(len(points))
+        found = fit_once(design, y, scale)
+        least = min(solve(design, y, scale, start).cost for start in (np.array(TRUE["offset"]), found))
+        assert solve(design, y, scale, found, max_nfev=1).cost == pytest.approx(least, rel=1e-4)
 
 
 def test_points_of_any_scale_are_fitted() -> None:
