@@ -80,8 +80,8 @@ def collect_tied(curves: pd.DataFrame, measure: Measure, results: pd.DataFrame) 
     types = {law: list(dict.fromkeys((blocks if law == "block" else precisions)["data_type"])) for law in TABLE_LAWS}
     yield from ((law, pd.DataFrame()) for law, own in types.items() if not own)  # it has a row with the reason
     for data_type in sorted({*types["power"], *types["block"]}, key=rank_data_type):
-        own = (shown[shown["data_type"] == data_type] for shown in (precisions, blocks))
-        points = split_by_law(sized, *own, measure, results)
+        chosen, in_blocks = (shown[shown["data_type"] == data_type] for shown in (precisions, blocks))
+        points = split_by_law(sized, chosen, in_blocks, measure, results)
         yield from ((law, points[law]) for law, own_types in types.items() if data_type in own_types)
 
 

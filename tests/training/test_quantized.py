@@ -88,7 +88,8 @@ def test_stages_end_with_layers(build_tiny: Build) -> None:
 
 def test_stages_are_not_of_a_vision_tower() -> None:
     """Text and vision have as many layers here, and the vision tower comes first."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+    sizes["num_attention_heads"] = 2
     text = transformers.Gemma3TextConfig(**sizes, num_key_value_heads=1, head_dim=16, vocab_size=64)
     vision = transformers.SiglipVisionConfig(**sizes, image_size=28, patch_size=14)
     config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)

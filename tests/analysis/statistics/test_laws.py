@@ -69,14 +69,15 @@ def test_intervals_cover_the_planted_parameters(law: str) -> None:
 
 def solve(design: Design, y: Floats, scale: Floats, start: Floats, max_nfev: int = 2000) -> Any:
     """What scipy's solver finds from a start."""
+
+    def miss(theta: Floats) -> Floats:
+        return (design.predict(theta) - y) / scale
+
+    def slopes(theta: Floats) -> Floats:
+        return design.slope(theta) / scale[:, None]
+
     options: dict[str, Any] = {"loss": "soft_l1", "f_scale": SOFTNESS, "x_scale": "jac", "xtol": 1e-12}
-    return least_squares(
-        lambda theta: (design.predict(theta) - y) / scale,
-        start,
-        lambda theta: design.slope(theta) / scale[:, None],
-        max_nfev=max_nfev,
-        **options,
-    )
+    return least_squares(miss, start, slopes, max_nfev=max_nfev, **options)
 
 
 @pytest.mark.parametrize("law", LAWS)
