@@ -1,4 +1,4 @@
-"""What the CPU kernels promise beyond the quantizer's tests: packing, selection, chunks, huge tensors."""
+"""What the CPU kernels promise beyond the quantizer's tests: packing, chunks, huge tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numba import njit
 
 from kbit.kernels import cpu, cpu_chunks
-from kbit.kernels.cpu_select import order_statistics
 from kbit.numerics import reference
 from kbit.numerics.codebooks import decision_thresholds
 from kbit.numerics.data_types import make_codebook
@@ -159,20 +156,6 @@ def as_kernels_see(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
     tensor = torch.from_numpy(x).to(dtype)
     words = tensor.view(torch.uint16) if dtype == torch.bfloat16 else tensor
     return words.numpy(), tensor.float().numpy()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@settings(max_examples=60)
-@given(data=st.data())
-def test_order_statistics_equal_a_sort(dtype: torch.dtype, data: st.DataObject) -> None:
-    n = data.draw(st.sampled_from([1, 2, 3, 100, 4096, 4097, 20_000]))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    x = rng.standard_normal(n).astype(np.float32) * np.float32(10.0 ** data.draw(st.integers(-6, 3)))
-    if data.draw(st.booleans()):  # many equal values, zeros of both signs
-        x = np.round(x, 1)
-    words, values = as_kernels_see(x, dtype)
-    ranks = rng.integers(0, n, data.draw(st.integers(1, 300)))
-    np.testing.assert_array_equal(order_statistics(words, ranks), np.sort(values)[ranks])
 
 
 def test_every_float16_and_bfloat16_is_loaded_and_stored_exactly() -> None:

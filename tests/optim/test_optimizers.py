@@ -298,20 +298,22 @@ def read_memory() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what backs a process' memory")
 def test_states_in_files_take_no_memory_and_give_the_same_numbers(tmp_path: Path) -> None:
-    n, grown, results = 2**25, {}, []  # glibc maps 32 MiB anew and never takes memory that earlier tests gave back
+    n = 2**25  # glibc maps 32 MiB anew and never takes memory that earlier tests gave back
+    grown: dict[Path | None, int] = {}
+    results = []
     warm = make_parameter()
     train(warm, AdamW([warm]), range(1))  # compiles
     g = draw(n, 1)
-    for paged in (None, tmp_path):
+    for paged in (None, None, tmp_path):  # twice, and the larger one, as the kernel may take pages of this process
         p = torch.nn.Parameter(torch.zeros(n))
         optimizer = AdamW([p], paged=paged)
         p.grad = g
         before = read_memory()
         optimizer.step()
-        grown[paged] = read_memory() - before
+        grown[paged] = max(grown.get(paged, 0), read_memory() - before)
         optimizer.step()
         results.append((p.detach(), optimizer.state_dict()))
-    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][0], values) for values, _ in results[1:])
     assert grown[None] > 0.9 * 2 * n
     assert grown[tmp_path] < 0.1 * 2 * n
     assert list(tmp_path.iterdir()) == []
