@@ -151,9 +151,13 @@ def judge_exchange(data: pd.DataFrame) -> str:
     if lost.empty:
         return f"There is no training with {PLAIN} to compare with."
     words = [describe_difference(str(name), row, "bytes") for name, row in lost.iterrows()]
+    if lost["low"].isna().all():
+        return f"One seed of each shows no difference to {PLAIN}, nor likeness. Nats lost: {', '.join(words)}."
     worse = [str(name) for name, row in lost.iterrows() if row["low"] > 0]
+    better = int((lost["high"] < 0).sum())
     unsure = int((~(lost["low"] > 0) & ~(lost["high"] < 0) & np.isfinite(lost["low"])).sum())
     verb = "loses" if len(worse) == 1 else "lose"
     named = " and ".join(part for part in (", ".join(worse[:-1]), *worse[-1:]) if part)
     head = f"{named} {verb} to {PLAIN}" if worse else f"nothing is shown to lose to {PLAIN}"
-    return f"{head}, {unsure} of {len(lost)} cannot be told from it. Nats lost: {', '.join(words)}."
+    below = f", {better} of {len(lost)} {'ends' if better == 1 else 'end'} below it" if better else ""
+    return f"{head}{below}, {unsure} of {len(lost)} cannot be told from it. Nats lost: {', '.join(words)}."

@@ -196,6 +196,20 @@ def test_quantizers_that_share_a_name_are_not_averaged() -> None:
     assert figure.notes[-1].startswith("Not shown: 2 trainings that")
 
 
+def test_one_seed_and_what_ends_below_are_said() -> None:
+    role = {"bits": 8, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
+
+    def judge(seeds: int) -> str:
+        rows = []
+        for seed in range(seeds):
+            rows += make_rows(3.0, seed, 4.0, "exchanged_bytes_per_param", replicas=2)
+            rows += make_rows(2.9, seed, 1.0, "exchanged_bytes_per_param", replicas=2, exchange=role)
+        return draw_figure("exchange", pd.DataFrame(rows)).verdict
+
+    assert "One seed of each shows no difference to float32, nor likeness." in judge(1)
+    assert "nothing is shown to lose to float32, 1 of 1 ends below it, 0 of 1 cannot be told from it." in judge(3)
+
+
 def test_without_float32_losses_are_drawn() -> None:
     role = {"bits": 8, "data_type": "dynamic", "block_size": 256, "scale_format": "fp32"}
     figure = draw_figure(
