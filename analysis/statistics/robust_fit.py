@@ -2,8 +2,7 @@
 
     minimize sum_i rho((y_i - f(x_i)) / (s_i softness)),  rho(z) = 2 (sqrt(1 + z^2) - 1)   (scipy's soft_l1)
 
-scipy's solver fits one sample at a time. refit takes Levenberg-Marquardt's steps for all samples in matrix products,
-which makes the intervals of a law some tens of times faster.
+scipy's solver fits one sample at a time. refit takes Levenberg-Marquardt's steps for all samples in matrix products.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def cut_pipeline(
 
 
 def find_stage_ends(model: Any, stages: int) -> list[str]:
-    """Return the last module of each of a model's stages but the last: decoder layers, about as many in each stage.
+    """Return the last decoder layer of each of a model's stages but the last, of nearly equal numbers of layers.
 
     Raises:
         ValueError: the model has fewer decoder layers than stages, or they are not found.
